@@ -1,0 +1,39 @@
+"""st-ar: self-guided training for autoregressive image generation (ST-AR, arXiv 2509.15185) on LlamaGen's transformer.
+
+The names below load torch when they are first used, so that `import st_ar` and `st-ar --help` are quick.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from st_ar.config import ModelConfig as ModelConfig
+    from st_ar.errors import UserError as UserError
+    from st_ar.evaluation import metrics as metrics
+    from st_ar.model.generate import generate as generate
+    from st_ar.model.transformer import Transformer as Transformer
+    from st_ar.model.weights import load_model as load_model
+    from st_ar.selfguided import losses as losses
+    from st_ar.tokenizer import load_tokenizer as load_tokenizer
+
+_PLACES = {
+    "ModelConfig": "st_ar.config",
+    "Transformer": "st_ar.model.transformer",
+    "UserError": "st_ar.errors",
+    "generate": "st_ar.model.generate",
+    "load_model": "st_ar.model.weights",
+    "load_tokenizer": "st_ar.tokenizer",
+    "losses": "st_ar.selfguided",
+    "metrics": "st_ar.evaluation",
+}
+
+__all__ = ["ModelConfig", "Transformer", "UserError", "generate", "load_model", "load_tokenizer", "losses", "metrics"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PLACES:
+        raise AttributeError(f"module 'st_ar' has no attribute {name!r}")
+    place = import_module(_PLACES[name])
+    if name in ("losses", "metrics"):
+        return import_module(f"{place.__name__}.{name}")
+    return getattr(place, name)

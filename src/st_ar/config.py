@@ -1,0 +1,299 @@
+"""Every setting of a training run: a tree of frozen dataclasses whose field docstrings are the command line's help.
+
+Validation happens on construction and names the flags. Nothing here imports torch, so that `st-ar --help` is quick.
+"""
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
+
+from st_ar.errors import UserError
+
+C = TypeVar("C")
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise UserError(message)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The transformer: LlamaGen's architecture."""
+
+    dim: int
+    """Width of the residual stream (D)."""
+    n_layers: int
+    """Transformer blocks."""
+    n_heads: int
+    """Attention heads; dim / n_heads must be a multiple of 4 (2-D rotary embedding)."""
+    vocab_size: int = 16384
+    """Entries of the tokenizer's codebook (V)."""
+    grid: int = 16
+    """Tokens per side of an image; a sequence has grid * grid tokens (T)."""
+    num_classes: int = 1000
+    """Class labels; one more embedding row holds the null class of classifier-free guidance."""
+    token_dropout: float = 0.1
+    """Dropout on the embedded input tokens."""
+    residual_dropout: float = 0.1
+    """Dropout on the attention's output."""
+    ffn_dropout: float = 0.1
+    """Dropout on the feed-forward's output."""
+    drop_path: float = 0.0
+    """Stochastic depth of the last block, rising linearly from 0; replaces residual and feed-forward dropout."""
+    rope_base: float = 10000.0
+    """Base of the rotary frequencies."""
+    norm_eps: float = 1e-5
+    """Epsilon of the RMS norms."""
+
+    def __post_init__(self) -> None:
+        for name in ("dim", "n_layers", "n_heads", "vocab_size", "grid", "num_classes"):
+            value = getattr(self, name)
+            _require(value >= 1, f"--model.{name.replace('_', '-')} must be at least 1, not {value}")
+        _require(
+            self.dim % self.n_heads == 0 and self.head_dim % 4 == 0,
+            f"--model.dim {self.dim} over --model.n-heads {self.n_heads} must be a whole multiple of 4: "
+            "the rotary embedding turns pairs of features by row and by column",
+        )
+        for name in ("token_dropout", "residual_dropout", "ffn_dropout", "drop_path"):
+            value = getattr(self, name)
+            _require(0 <= value < 1, f"--model.{name.replace('_', '-')} must lie in [0, 1), not {value}")
+        _require(
+            self.drop_path == 0 or (self.residual_dropout == 0 and self.ffn_dropout == 0),
+            "--model.drop-path replaces --model.residual-dropout and --model.ffn-dropout: set both to 0",
+        )
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.n_heads
+
+    @property
+    def hidden_dim(self) -> int:
+        """Width of the SwiGLU: two thirds of 4 dim, rounded up to a multiple of 256."""
+        return -(-int(2 * 4 * self.dim / 3) // 256) * 256
+
+    @property
+    def sequence_length(self) -> int:
+        """Tokens of an image, T."""
+        return self.grid**2
+
+    @property
+    def null_class(self) -> int:
+        """The label that stands for "no condition"."""
+        return self.num_classes
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelfGuidedConfig:
+    """Self-guided training (ST-AR). All three of mask_ratio, alpha and beta at 0 give plain autoregressive training."""
+
+    mask_ratio: float = 0.25
+    """Share r of each sequence's image-token keys that the student's attention may not see (Eq. 3)."""
+    mask_own_position: bool = True
+    """Whether a masked token is also hidden from its own query (Eq. 3 read literally)."""
+    alpha: float = 1.0
+    """Weight of the masked image modelling loss (Eq. 8)."""
+    beta: float = 0.5
+    """Weight of the mean of the two contrastive losses (Eq. 8)."""
+    step_loss: bool = True
+    """Whether the inter-step contrastive loss (Eq. 6) takes part; off for the rows of Table 3 without it."""
+    view_loss: bool = True
+    """Whether the inter-view contrastive loss (Eq. 7) takes part; off for the rows of Table 3 without it."""
+    positions: int = 4
+    """Positions K drawn per step, shared by the batch (Eq. 5)."""
+    contrast_layer: int | None = None
+    """Layer whose features the contrastive losses compare, counted from 1; half the depth if not given."""
+    temperature: float = 0.2
+    """Temperature of the contrastive softmax over cosine similarities."""
+    reduction: Literal["mean", "sum"] = "mean"
+    """Mean over the pairs of steps or views, or their sum as the paper prints it; always the mean over images."""
+    negatives: Literal["global", "local"] = "global"
+    """Negatives from the whole batch of the optimizer step, or only from the micro-batch at hand."""
+    projector_depth: int = 3
+    """Linear layers of the projector f, with layer norm and ReLU between them."""
+    projector_hidden: int = 2048
+    """Hidden width of the projector f."""
+    mim_features: Literal["before_norm", "after_norm"] = "before_norm"
+    """Whether Eq. 4 compares the last layer's output before or after the final norm."""
+    ema_decay: float = 0.9999
+    """Decay of the teacher, an exponential moving average of the student."""
+    ema_warmup: bool = True
+    """Start with the decay min(ema_decay, (1 + t) / (10 + t)) at optimizer step t, so that short runs get a useful teacher."""
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.mask_ratio < 1, f"--selfguided.mask-ratio must lie in [0, 1), not {self.mask_ratio}")
+        for name in ("alpha", "beta"):
+            value = getattr(self, name)
+            _require(0 <= value < float("inf"), f"--selfguided.{name} must be 0 or more, not {value}")
+        _require(self.temperature > 0, f"--selfguided.temperature must be above 0, not {self.temperature}")
+        _require(self.positions >= 1, f"--selfguided.positions must be at least 1, not {self.positions}")
+        _require(
+            not self.contrast or self.step_loss or self.view_loss,
+            f"--selfguided.beta {self.beta} weighs no loss: turn on --selfguided.step-loss or --selfguided.view-loss, or set beta to 0",
+        )
+        _require(
+            not (self.contrast and self.step_loss and self.positions < 2),
+            "--selfguided.step-loss compares different steps: give --selfguided.positions 2 or more",
+        )
+        _require(self.projector_depth >= 1, f"--selfguided.projector-depth must be at least 1, not {self.projector_depth}")
+        _require(self.projector_hidden >= 1, f"--selfguided.projector-hidden must be at least 1, not {self.projector_hidden}")
+        _require(0 <= self.ema_decay < 1, f"--selfguided.ema-decay must lie in [0, 1), not {self.ema_decay}")
+
+    @property
+    def contrast(self) -> bool:
+        """Whether any contrastive loss is computed."""
+        return self.beta > 0
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether a training step needs the teacher's features."""
+        return self.alpha > 0 or self.contrast
+
+    def layer(self, n_layers: int) -> int:
+        """The contrast layer for a network of this depth."""
+        return self.contrast_layer if self.contrast_layer is not None else max(1, n_layers // 2)
+
+
+PLAIN = SelfGuidedConfig(mask_ratio=0.0, alpha=0.0, beta=0.0)
+"""Plain autoregressive training: no mask, no teacher pass, no projector; the EMA weights are kept all the same."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW as LlamaGen sets it, and the learning-rate schedule."""
+
+    lr: float = 1e-4
+    """Peak learning rate."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's betas."""
+    weight_decay: float = 0.05
+    """Weight decay on parameters with two or more dimensions; the others have none."""
+    grad_clip: float = 1.0
+    """Largest norm of the gradient; 0 turns clipping off."""
+    schedule: Literal["constant", "cosine", "trapezoid"] = "constant"
+    """After the warm-up: constant, a cosine to lr * final_lr, or constant with a linear fall to it over the last decay_fraction."""
+    warmup_steps: int = 0
+    """Optimizer steps over which the rate rises linearly from 0."""
+    decay_fraction: float = 0.2
+    """Share of the run over which the trapezoid falls."""
+    final_lr: float = 0.0
+    """Last learning rate, as a share of the peak."""
+
+    def __post_init__(self) -> None:
+        _require(self.lr > 0, f"--optim.lr must be above 0, not {self.lr}")
+        _require(all(0 <= b < 1 for b in self.betas), f"--optim.betas must lie in [0, 1), not {self.betas}")
+        _require(self.weight_decay >= 0, f"--optim.weight-decay must be 0 or more, not {self.weight_decay}")
+        _require(self.grad_clip >= 0, f"--optim.grad-clip must be 0 (off) or more, not {self.grad_clip}")
+        _require(self.warmup_steps >= 0, f"--optim.warmup-steps must be 0 or more, not {self.warmup_steps}")
+        _require(0 < self.decay_fraction <= 1, f"--optim.decay-fraction must lie in (0, 1], not {self.decay_fraction}")
+        _require(0 <= self.final_lr <= 1, f"--optim.final-lr must lie in [0, 1], not {self.final_lr}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """A training run."""
+
+    model: ModelConfig
+    selfguided: SelfGuidedConfig = PLAIN
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    steps: int | None = None
+    """Optimizer steps to train for (instead of --epochs)."""
+    epochs: float | None = None
+    """Passes over the store's images to train for (instead of --steps)."""
+    batch_size: int = 256
+    """Images per optimizer step, over all micro-batches; each gives --views sequences."""
+    views: int = 1
+    """Different crops of each image in a batch (M)."""
+    accumulate: int = 1
+    """Micro-batches that an optimizer step is computed in; the result is the large batch's, negatives included."""
+    class_dropout: float = 0.1
+    """Share of the images whose label is replaced by the null class (classifier-free guidance)."""
+    seed: int = 0
+    """Seed of initialisation, data order, crops, masks, positions and dropout."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Matrix products in bfloat16 (weights stay float32); auto uses it where the hardware has it."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to train; auto takes a GPU if there is one."""
+    compile: bool = False
+    """Compile the transformer's blocks with torch.compile (needs a C++ compiler on a CPU)."""
+    log_every: int = 10
+    """Optimizer steps between lines of log.jsonl."""
+    checkpoint_every: int = 1000
+    """Optimizer steps between checkpoints; one is also written at the end and on interruption."""
+    keep: int = 2
+    """Newest checkpoints to keep."""
+
+    def __post_init__(self) -> None:
+        _require(self.steps is None or self.epochs is None, "give --steps or --epochs, not both")
+        _require(self.steps is not None or self.epochs is not None, "give --steps or --epochs: how long to train")
+        _require(self.steps is None or self.steps >= 1, f"--steps must be at least 1, not {self.steps}")
+        _require(self.epochs is None or self.epochs > 0, f"--epochs must be above 0, not {self.epochs}")
+        for name in ("batch_size", "views", "accumulate", "log_every", "checkpoint_every", "keep"):
+            value = getattr(self, name)
+            _require(value >= 1, f"--{name.replace('_', '-')} must be at least 1, not {value}")
+        _require(
+            self.batch_size % self.accumulate == 0,
+            f"--batch-size {self.batch_size} is not a multiple of --accumulate {self.accumulate}",
+        )
+        _require(0 <= self.class_dropout < 1, f"--class-dropout must lie in [0, 1), not {self.class_dropout}")
+        _require(self.seed >= 0, f"--seed must be 0 or more, not {self.seed}")
+        guided, depth = self.selfguided, self.model.n_layers
+        _require(
+            guided.contrast_layer is None or 1 <= guided.contrast_layer <= depth,
+            f"--selfguided.contrast-layer {guided.contrast_layer} is not a layer of a network of {depth}: give 1 to {depth}",
+        )
+        _require(
+            guided.positions <= self.model.sequence_length,
+            f"--selfguided.positions {guided.positions} is more than the {self.model.sequence_length} tokens of an image",
+        )
+        _require(
+            not (guided.contrast and guided.view_loss and self.views < 2),
+            f"--selfguided.view-loss compares different views: give --views 2 or more, not {self.views}",
+        )
+        smallest = self.batch_size if guided.negatives == "global" else self.batch_size // self.accumulate
+        _require(
+            not (guided.contrast and smallest < 2),
+            f"the contrastive losses need negatives: {smallest} image leaves none; give a larger --batch-size or --selfguided.beta 0",
+        )
+
+    def total_steps(self, images: int) -> int:
+        """Optimizer steps of the whole run on a store of `images` images."""
+        if self.steps is not None:
+            return self.steps
+        assert self.epochs is not None
+        return max(1, round(self.epochs * images / self.batch_size))
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A config as plain JSON values."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def from_dict(cls: type[C], values: dict[str, Any], where: str) -> C:
+    """Build a config from what `to_dict` gave; `where` names the file in the error for unknown or missing fields."""
+    assert dataclasses.is_dataclass(cls)
+    types: dict[str, type] = {"model": ModelConfig, "selfguided": SelfGuidedConfig, "optim": OptimConfig}
+    names = {f.name for f in dataclasses.fields(cls)}
+    if unknown := set(values) - names:
+        raise UserError(f"{where}: unknown settings {sorted(unknown)}; was it written by a newer version of st-ar?")
+    built = {
+        key: from_dict(types[key], value, where) if key in types else tuple(value) if isinstance(value, list) else value
+        for key, value in values.items()
+    }
+    try:
+        return cls(**built)
+    except TypeError as error:
+        raise UserError(f"{where}: {error}") from error
+
+
+def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:
+    """Settings that differ between two configs given as dicts: dotted name -> (old, new)."""
+    found: dict[str, tuple[Any, Any]] = {}
+    for key in sorted(old.keys() | new.keys()):
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            found |= differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            found[prefix + key] = (a, b)
+    return found

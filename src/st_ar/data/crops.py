@@ -1,0 +1,71 @@
+"""Crops of an image: ADM's resize and centre crop, and the ten crops whose tokens are computed ahead of training."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from PIL import Image
+
+from st_ar.errors import UserError
+
+PLACES = ("top-left", "top-right", "bottom-left", "bottom-right", "center")
+
+
+def center_crop(image: Image.Image, size: int) -> np.ndarray:
+    """ADM's (openai/guided-diffusion) resize and centre crop: uint8 [size, size, 3].
+
+    The image is halved with a box filter while its short side is at least twice `size`, resized bicubically to `size`
+    on the short side, and cropped in the middle.
+    """
+    image = image.convert("RGB")
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = size / min(image.size)
+    pixels = np.asarray(
+        image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    )
+    top, left = (pixels.shape[0] - size) // 2, (pixels.shape[1] - size) // 2
+    return pixels[top : top + size, left : left + size]
+
+
+def five_crops(pixels: np.ndarray, size: int) -> np.ndarray:
+    """The corners and the centre of [H, W, 3], in the order of PLACES: [5, size, size, 3]."""
+    bottom, right = pixels.shape[0] - size, pixels.shape[1] - size
+    corners = [(0, 0), (0, right), (bottom, 0), (bottom, right), (round(bottom / 2), round(right / 2))]
+    return np.stack([pixels[top : top + size, left : left + size] for top, left in corners])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Crops:
+    """How an image is cropped: resized and centre-cropped to round(size * range), then cut."""
+
+    kind: Literal["center", "ten"]
+    """The centre alone; or corners and centre of the image and of its mirror image."""
+    size: int
+    """Side of a crop in pixels."""
+    range: float
+    """Side of the image before cropping, as a multiple of `size`."""
+    mirror: bool = True
+    """Whether ten crops include the mirror image's; without it they are five."""
+
+    def __post_init__(self) -> None:
+        if self.size < 1:
+            raise UserError(f"--size must be at least 1 pixel, not {self.size}")
+        if not 1 <= self.range <= 2:
+            raise UserError(f"--crop-range must lie in [1, 2], not {self.range}")
+
+    @property
+    def names(self) -> list[str]:
+        """The crops' names, in the order of `cut`."""
+        if self.kind == "center":
+            return ["center"]
+        return [*PLACES, *(f"mirrored-{place}" for place in PLACES)] if self.mirror else [*PLACES]
+
+    def cut(self, image: Image.Image) -> np.ndarray:
+        """uint8 [crops, size, size, 3]."""
+        pixels = center_crop(image, int(self.size * self.range + 1e-6))
+        if self.kind == "center":
+            return five_crops(pixels, self.size)[4:]
+        if not self.mirror:
+            return five_crops(pixels, self.size)
+        return np.concatenate([five_crops(pixels, self.size), five_crops(pixels[:, ::-1], self.size)])

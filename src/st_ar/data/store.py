@@ -1,0 +1,129 @@
+"""The token store: images' codes on disk, in a folder that says what it is (docs/formats.md)."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from st_ar.config import ModelConfig
+from st_ar.errors import UserError
+from st_ar.files import read_json, sha256, write_json
+
+FORMAT_VERSION = 1
+META = "meta.json"
+
+
+def shard_names(index: int, shards: int) -> tuple[str, str]:
+    """File names of a shard's codes and labels."""
+    return f"codes-{index:05d}-of-{shards:05d}.npy", f"labels-{index:05d}-of-{shards:05d}.npy"
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoreMeta:
+    """What meta.json says."""
+
+    source: str
+    tokenizer: str
+    """Fingerprint of the tokenizer."""
+    vocab_size: int
+    grid: int
+    """Tokens per side."""
+    crops: list[str]
+    class_names: list[str]
+    images: int
+    shards: list[dict[str, str | int]]
+    """One {images, codes, labels, codes_sha256, labels_sha256} for each shard."""
+    format_version: int = FORMAT_VERSION
+
+    def write(self, folder: Path) -> None:
+        """Write meta.json: from then on the folder is a complete store."""
+        write_json(folder / META, asdict(self))
+
+
+class TokenStore:
+    """A store opened for reading; its shards are memory-mapped.
+
+    Opening checks that every shard is there with the shape and type that meta.json promises; `verify` also its content.
+
+    Raises:
+        UserError: not a store, another format version, or a shard that is missing or cut short.
+    """
+
+    def __init__(self, folder: Path | str) -> None:
+        self.folder = Path(folder)
+        if not self.folder.is_dir():
+            raise UserError(f"{folder} is no token store: no such folder; `st-ar tokenize` makes one")
+        if not (self.folder / META).exists() and (self.folder / "job.json").exists():
+            raise UserError(f"{folder} is an unfinished token store: run the same `st-ar tokenize` again to finish it")
+        saved = read_json(self.folder / META, "a token store")
+        if saved.get("format_version") != FORMAT_VERSION:
+            raise UserError(
+                f"{self.folder / META} has format version {saved.get('format_version')}; this st-ar reads {FORMAT_VERSION}"
+            )
+        try:
+            self.meta = StoreMeta(**saved)
+            self._codes = [self._map(shard, "codes") for shard in self.meta.shards]
+            labels = [self._map(shard, "labels") for shard in self.meta.shards]
+        except (TypeError, KeyError) as error:
+            raise UserError(f"{self.folder / META} is damaged ({error}); tokenize again") from error
+        self.labels = np.concatenate(labels).astype(np.int64) if labels else np.zeros(0, np.int64)
+        if len(self.labels) != self.meta.images or self.meta.images < 1:
+            raise UserError(f"{self.folder} holds {len(self.labels)} images, its meta.json says {self.meta.images}; tokenize again")
+        self._starts = np.cumsum([0] + [len(codes) for codes in self._codes])
+
+    def _map(self, shard: dict[str, str | int], what: str) -> np.ndarray:
+        path = self.folder / str(shard[what])
+        tokens = self.meta.grid**2
+        shape, dtype = {
+            "codes": ((shard["images"], len(self.meta.crops), tokens), np.uint16),
+            "labels": ((shard["images"],), np.int32),
+        }[what]
+        try:
+            array = np.load(path, mmap_mode="r", allow_pickle=False)
+        except FileNotFoundError:
+            raise UserError(f"{path} is missing from the token store; tokenize again into a new folder") from None
+        except (ValueError, OSError, EOFError) as error:
+            raise UserError(f"{path} is truncated or damaged ({error}); tokenize again into a new folder") from error
+        if array.shape != shape or array.dtype != dtype:
+            raise UserError(f"{path} holds {array.dtype} {list(array.shape)}, meta.json promises {np.dtype(dtype)} {list(shape)}")
+        return array
+
+    def __len__(self) -> int:
+        """Number of images."""
+        return self.meta.images
+
+    def codes(self, images: np.ndarray, crops: np.ndarray) -> np.ndarray:
+        """Codes uint16 [n, M, T] of chosen crops [n, M] of chosen images [n]."""
+        shards = np.searchsorted(self._starts, images, side="right") - 1
+        rows = images - self._starts[shards]
+        out = np.empty((*crops.shape, self.meta.grid**2), np.uint16)
+        for shard in np.unique(shards):
+            here = shards == shard
+            out[here] = self._codes[shard][rows[here][:, None], crops[here]]
+        return out
+
+    def verify(self) -> None:
+        """Compare every shard with its checksum; names the one that differs."""
+        for shard in self.meta.shards:
+            for what in ("codes", "labels"):
+                path = self.folder / str(shard[what])
+                if sha256(path) != shard[f"{what}_sha256"]:
+                    raise UserError(f"{path} is damaged: its content does not match the checksum in meta.json; tokenize again")
+
+    def check_model(self, config: ModelConfig, tokenizer: str | None = None) -> None:
+        """Refuse a model whose codebook, grid, classes or (if given) tokenizer are not the store's."""
+        for name, flag, ours, model in (
+            ("tokens in the codebook", "vocab-size", self.meta.vocab_size, config.vocab_size),
+            ("tokens a side", "grid", self.meta.grid, config.grid),
+            ("classes", "num-classes", len(self.meta.class_names), config.num_classes),
+        ):
+            if ours != model:
+                raise UserError(
+                    f"{self.folder} has {ours} {name}, the model {model}: train with --model.{flag} {ours}, "
+                    "or use the store that the model was made for"
+                )
+        if tokenizer and tokenizer != self.meta.tokenizer:
+            raise UserError(
+                f"{self.folder} was made by tokenizer {self.meta.tokenizer[:12]}, the model speaks the codes of "
+                f"{tokenizer[:12]}: tokenize the images with the model's tokenizer"
+            )

@@ -1,0 +1,49 @@
+"""Training batches: the global batch of a step is a pure function of (seed, step), so there is no loader state."""
+
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from st_ar.data.store import TokenStore
+from st_ar.errors import UserError
+from st_ar.randomness import Purpose, numpy_generator
+
+
+class Views:
+    """M different crops of each of B images a step, every image once an epoch, in an order drawn for each epoch.
+
+    Epochs follow one another without a gap: a batch may hold the end of one and the beginning of the next.
+    """
+
+    def __init__(self, store: TokenStore, *, batch_size: int, views: int, seed: int) -> None:
+        crops = len(store.meta.crops)
+        if views > crops:
+            raise UserError(
+                f"--views {views} asks for different crops of an image, {store.folder} has {crops} of each: "
+                "tokenize with --crops ten, or train with fewer views"
+            )
+        self.store, self.batch_size, self.views, self.seed = store, batch_size, views, seed
+        self._order = lru_cache(maxsize=2)(self._draw_order)
+
+    def _draw_order(self, epoch: int) -> np.ndarray:
+        return numpy_generator(self.seed, Purpose.ORDER, epoch).permutation(len(self.store))
+
+    def images(self, step: int) -> np.ndarray:
+        """Indices [B] of the images of step `step`."""
+        places = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
+        epochs, within = np.divmod(places, len(self.store))
+        images = np.empty_like(places)
+        for epoch in np.unique(epochs):
+            here = epochs == epoch
+            images[here] = self._order(int(epoch))[within[here]]
+        return images
+
+    def batch(self, step: int) -> tuple[Tensor, Tensor]:
+        """Tokens int64 [B, M, T] and labels int64 [B] of step `step`."""
+        images = self.images(step)
+        rng = numpy_generator(self.seed, Purpose.CROPS, step)
+        crops = rng.random((self.batch_size, len(self.store.meta.crops))).argsort(axis=1)[:, : self.views]
+        codes = self.store.codes(images, crops).astype(np.int64)
+        return torch.from_numpy(codes), torch.from_numpy(self.store.labels[images])

@@ -1,0 +1,58 @@
+"""Files that are there whole or not at all: written under another name, flushed to the disk, then renamed."""
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from st_ar.errors import UserError
+
+
+@contextlib.contextmanager
+def written_aside(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path` that takes its name when the block ends well and vanishes when it does not."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.partial")
+    try:
+        yield aside
+        with open(aside, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}; nothing there was changed") from error
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file, whole or not at all."""
+    with written_aside(path) as aside:
+        aside.write_text(json.dumps(value, indent=2) + "\n")
+
+
+def read_json(path: Path, what: str) -> dict[str, Any]:
+    """Read a JSON object; `what` says in the error what the file should have been."""
+    try:
+        value = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: {path.parent} is not {what}") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"{path} is unreadable ({error}): {path.parent} is not {what}, or it is damaged") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds no JSON object: {path.parent} is not {what}, or it is damaged")
+    return value
+
+
+def sha256(path: Path) -> str:
+    """The file's SHA-256, as hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def require_absent(path: Path, what: str) -> None:
+    """Refuse to write over something that is there."""
+    if path.exists() and (path.is_file() or any(path.iterdir())):
+        raise UserError(f"{path} exists already and is not empty: {what} is never written over; choose another --out or remove it")

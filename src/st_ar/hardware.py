@@ -1,0 +1,51 @@
+"""Where to compute and in which type: what the hardware has, or a clear word that it has not."""
+
+import platform
+from typing import Any
+
+import torch
+
+from st_ar.errors import UserError
+
+
+def choose_device(name: str) -> torch.device:
+    """auto, cpu or cuda -> a device; auto takes a GPU if there is one."""
+    available = torch.cuda.is_available()
+    if name == "cuda" and not available:
+        raise UserError("--device cuda: torch sees no GPU here; give --device cpu, or install a CUDA build of torch")
+    device = torch.device("cuda" if name == "cuda" or (name == "auto" and available) else "cpu")
+    if device.type == "cuda":
+        torch.backends.cuda.enable_cudnn_sdp(False)  # its masked backward can give NaN on an H100
+    return device
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """auto, float32 or bfloat16 -> the type of matrix products; auto takes bfloat16 where the hardware has it."""
+    if name == "auto":
+        fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        return torch.bfloat16 if fast else torch.float32
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+
+
+def describe() -> dict[str, Any]:
+    """The machine and the versions, for whoever reads the numbers later."""
+    from importlib.metadata import version
+
+    described: dict[str, Any] = {
+        "st_ar": version("st-ar"),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "cpu": _cpu_name(),
+        "threads": torch.get_num_threads(),
+    }
+    if torch.cuda.is_available():
+        described["gpu"] = torch.cuda.get_device_name()
+    return described
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo") as file:
+            return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

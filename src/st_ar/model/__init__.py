@@ -1,0 +1,1 @@
+"""The LlamaGen transformer, its sampler and its weights on disk."""

@@ -1,0 +1,249 @@
+"""The LlamaGen transformer (arXiv 2406.06525): class-conditional next-token prediction over image tokens.
+
+Parameter names and shapes are LlamaGen's, so weights move between the two unchanged. The model returns logits and
+hidden states; every loss lives elsewhere. B: sequences, T: tokens of an image, D: features, V: codebook entries.
+"""
+
+from collections.abc import Collection
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from st_ar.config import ModelConfig
+from st_ar.errors import UserError
+
+
+class Output(NamedTuple):
+    """What one forward pass gives."""
+
+    logits: Tensor
+    """[B, T, V]: position t predicts token t, having read the class and the tokens before t."""
+    hidden: dict[int, Tensor]
+    """Chosen layers' outputs [B, T, D], counted 1..n_layers, after the block and before the final norm."""
+
+
+def rope_table(grid: int, head_dim: int, base: float) -> Tensor:
+    """Cosines and sines of the 2-D rotary embedding, float32 [1 + grid^2, head_dim / 2, 2].
+
+    Row 0 is the class position: both are 0 there, as in LlamaGen, so its rotated query and key vanish and every logit
+    against the class key is exactly 0. The image token at raster index n follows at row 1 + n; the first half of its
+    pairs turns by the row n // grid, the second by the column n % grid.
+    """
+    half = head_dim // 2
+    frequencies = base ** -(torch.arange(0, half, 2).float() / half)  # (head_dim / 4,)
+    angles = torch.arange(grid).float()[:, None] * frequencies  # (grid, head_dim / 4)
+    rows = angles[:, None, :].expand(grid, grid, -1)
+    columns = angles[None, :, :].expand(grid, grid, -1)
+    turns = torch.cat([rows, columns], dim=-1).reshape(grid * grid, half)
+    table = torch.stack([turns.cos(), turns.sin()], dim=-1)
+    return torch.cat([torch.zeros(1, half, 2), table])
+
+
+def rotate(x: Tensor, rope: Tensor) -> Tensor:
+    """Turn the interleaved pairs of x [B, T, H, head_dim] by rope [T, head_dim / 2, 2], in float32."""
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+    turned = pairs * torch.view_as_complex(rope)[:, None, :]
+    return torch.view_as_real(turned).flatten(-2).to(x.dtype)
+
+
+def attention_bias(key_mask: Tensor | None, length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The additive mask of Eq. 3: -inf on the future and on masked keys, 0 elsewhere; [T, T] or [B, 1, T, T]."""
+    hidden = torch.ones(length, length, dtype=torch.bool, device=device).triu(1)
+    if key_mask is not None:
+        masked = key_mask if key_mask.dim() == 3 else key_mask[:, None, :]
+        hidden = (hidden | masked)[:, None]
+    return torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, float("-inf"))
+
+
+def attention_weights(q: Tensor, k: Tensor, bias: Tensor) -> Tensor:
+    """Softmax(Q K^T / sqrt(head_dim) + M), written out: [B, H, T, head_dim] twice -> [B, H, T, T]."""
+    return ((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2) + bias).softmax(dim=-1)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+    """Attention [B, H, T, head_dim]; causal alone if `bias` is None.
+
+    On CPUs, PyTorch's fused kernel is several times slower in bfloat16 than the same written out
+    (benchmarks/attention.py); everywhere else the fused kernel serves.
+    """
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and bias is not None:
+        return attention_weights(q, k, bias) @ v
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=bias is None)
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm, computed in float32, cast back, then scaled."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype) * self.weight
+
+
+class DropPath(nn.Module):
+    """Stochastic depth: drop a residual branch for whole sequences (arXiv 1603.09382)."""
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self.p = p
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.p == 0:
+            return x
+        kept = torch.rand(x.shape[0], 1, 1, device=x.device) >= self.p
+        return x * kept / (1 - self.p)
+
+
+class Attention(nn.Module):
+    """Multi-head attention in three parts, so that training, the sampler's cache and the attention maps share them."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.n_heads = config.n_heads
+        self.wqkv = nn.Linear(config.dim, 3 * config.dim, bias=False)
+        self.wo = nn.Linear(config.dim, config.dim, bias=False)
+        self.dropout = nn.Dropout(config.residual_dropout)
+
+    def project(self, x: Tensor, rope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Rotated queries and keys, and values: x [B, T, D] -> three of [B, H, T, head_dim]."""
+        q, k, v = self.wqkv(x).unflatten(-1, (3, self.n_heads, -1)).unbind(2)
+        return rotate(q, rope).transpose(1, 2), rotate(k, rope).transpose(1, 2), v.transpose(1, 2)
+
+    def merge(self, heads: Tensor) -> Tensor:
+        """Heads [B, H, T, head_dim] -> output [B, T, D]."""
+        return self.dropout(self.wo(heads.transpose(1, 2).flatten(2)))
+
+    def forward(self, x: Tensor, rope: Tensor, bias: Tensor | None) -> Tensor:
+        return self.merge(attend(*self.project(x, rope), bias))
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: w2(silu(w1 x) * w3 x)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.w1 = nn.Linear(config.dim, config.hidden_dim, bias=False)
+        self.w3 = nn.Linear(config.dim, config.hidden_dim, bias=False)
+        self.w2 = nn.Linear(config.hidden_dim, config.dim, bias=False)
+        self.dropout = nn.Dropout(config.ffn_dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dropout(self.w2(F.silu(self.w1(x)) * self.w3(x)))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block."""
+
+    def __init__(self, config: ModelConfig, drop_path: float) -> None:
+        super().__init__()
+        self.attention = Attention(config)
+        self.feed_forward = FeedForward(config)
+        self.attention_norm = RMSNorm(config.dim, config.norm_eps)
+        self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor, rope: Tensor, bias: Tensor | None) -> Tensor:
+        x = x + self.drop_path(self.attention(self.attention_norm(x), rope, bias))
+        return x + self.drop_path(self.feed_forward(self.ffn_norm(x)))
+
+
+class ClassEmbedding(nn.Module):
+    """num_classes + 1 embeddings of the condition; the last is the null class."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.embedding_table = nn.Embedding(config.num_classes + 1, config.dim)
+
+    def forward(self, labels: Tensor) -> Tensor:
+        return self.embedding_table(labels)[:, None]  # (B, 1, D)
+
+
+class Transformer(nn.Module):
+    """LlamaGen's class-conditional transformer.
+
+    Initialisation is LlamaGen's: normal with standard deviation 0.02, and an output head of zeros.
+    """
+
+    rope: Tensor
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.cls_embedding = ClassEmbedding(config)
+        self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
+        self.dropout = nn.Dropout(config.token_dropout)
+        rates = torch.linspace(0, config.drop_path, config.n_layers, device="cpu").tolist()
+        self.layers = nn.ModuleList(Block(config, rate) for rate in rates)
+        self.norm = RMSNorm(config.dim, config.norm_eps)
+        self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
+        self.register_buffer("rope", rope_table(config.grid, config.head_dim, config.rope_base), persistent=False)
+        self.apply(self._initialise)
+        nn.init.zeros_(self.output.weight)
+
+    @staticmethod
+    def _initialise(module: nn.Module) -> None:
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, std=0.02)
+
+    def blocks(self) -> list[Block]:
+        """The blocks, first to last."""
+        return [block for block in self.layers if isinstance(block, Block)]
+
+    def embed(self, tokens: Tensor, labels: Tensor) -> Tensor:
+        """The input of the first block: tokens [B, t], labels [B] -> [B, 1 + t, D], t < T."""
+        if tokens.shape[1] >= self.config.sequence_length:
+            raise UserError(
+                f"{tokens.shape[1]} tokens are too many: the model reads the class and at most the first "
+                f"{self.config.sequence_length - 1} of an image's {self.config.sequence_length} tokens "
+                f"(grid {self.config.grid}); pass tokens[:, :-1]"
+            )
+        return self.dropout(torch.cat([self.cls_embedding(labels), self.tok_embeddings(tokens)], dim=1))
+
+    def features(
+        self, tokens: Tensor, labels: Tensor, *, layers: Collection[int], key_mask: Tensor | None = None
+    ) -> dict[int, Tensor]:
+        """Outputs [B, T, D] of `layers`, before the final norm. Runs no block after the last of them and no output head.
+
+        Arguments are those of `forward`.
+        """
+        depth = len(self.layers)
+        if wrong := [layer for layer in layers if not 1 <= layer <= depth]:
+            raise UserError(f"no layer {wrong[0]}: this network has layers 1 to {depth}")
+        x = self.embed(tokens, labels)
+        rope, bias = self.rope[: x.shape[1]], None
+        if key_mask is not None or x.device.type == "cpu":
+            device = x.device.type
+            dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+            bias = attention_bias(key_mask, x.shape[1], dtype, x.device)  # once, for every layer
+        states: dict[int, Tensor] = {}
+        for number, block in enumerate(self.blocks()[: max(layers)], start=1):
+            x = block(x, rope, bias)
+            if number in layers:
+                states[number] = x
+        return states
+
+    def head(self, last: Tensor) -> Tensor:
+        """Logits [.., V] from the last layer's output [.., D]."""
+        return self.output(self.norm(last))
+
+    def forward(
+        self, tokens: Tensor, labels: Tensor, *, key_mask: Tensor | None = None, hidden: Collection[int] = ()
+    ) -> Output:
+        """Predict every token of the images.
+
+        Args:
+            tokens: int64 [B, T-1], the images' tokens in raster order without the last (or fewer, for a beginning).
+            labels: int64 [B], classes; `config.null_class` for none.
+            key_mask: bool [B, T], True where attention may not look (Eq. 3); position 0 is the class. Or [B, T, T],
+                one mask for each query. It is applied on top of the causal mask, in every head and layer.
+            hidden: layers, 1..n_layers, whose outputs to return.
+        """
+        last = len(self.layers)
+        states = self.features(tokens, labels, layers={*hidden, last}, key_mask=key_mask)
+        return Output(self.head(states[last]), {layer: states[layer] for layer in hidden})
+

@@ -1,0 +1,171 @@
+"""Training presets: functions that derive from one another. `PRESETS` finds them all."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from st_ar.config import ModelConfig, OptimConfig, SelfGuidedConfig, TrainConfig
+from st_ar.errors import UserError
+
+PRESETS: dict[str, Callable[[], TrainConfig]] = {}
+"""Name on the command line -> function."""
+
+
+def preset(function: Callable[[], TrainConfig]) -> Callable[[], TrainConfig]:
+    """Register a preset under its function's name, with hyphens."""
+    PRESETS[function.__name__.replace("_", "-")] = function
+    return function
+
+
+def get_preset(name: str) -> TrainConfig:
+    """A preset by name.
+
+    Raises:
+        UserError: no such preset.
+    """
+    if name not in PRESETS:
+        import difflib
+
+        near = difflib.get_close_matches(name, PRESETS, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise UserError(f"unknown preset {name!r}: {hint}The presets are {', '.join(PRESETS)}")
+    return PRESETS[name]()
+
+
+def self_guided(base: TrainConfig, contrast_layer: int | None) -> TrainConfig:
+    """A plain preset with self-guided training as in the paper: two views, r 0.25, alpha 1, beta 0.5, K 4."""
+    return replace(base, views=2, selfguided=SelfGuidedConfig(contrast_layer=contrast_layer))
+
+
+# LlamaGen's models at 256 px (arXiv 2406.06525), for 300 epochs
+
+
+@preset
+def llamagen_b() -> TrainConfig:
+    """LlamaGen-B, 111M parameters, class-conditional ImageNet at 256 px."""
+    return TrainConfig(model=ModelConfig(dim=768, n_layers=12, n_heads=12), epochs=300)
+
+
+@preset
+def llamagen_l() -> TrainConfig:
+    """LlamaGen-L, 343M parameters."""
+    return replace(llamagen_b(), model=ModelConfig(dim=1024, n_layers=24, n_heads=16))
+
+
+@preset
+def llamagen_xl() -> TrainConfig:
+    """LlamaGen-XL, 775M parameters."""
+    return replace(llamagen_b(), model=ModelConfig(dim=1280, n_layers=36, n_heads=20))
+
+
+@preset
+def llamagen_xxl() -> TrainConfig:
+    """LlamaGen-XXL, 1.4B parameters."""
+    return replace(llamagen_b(), model=ModelConfig(dim=1536, n_layers=48, n_heads=24))
+
+
+@preset
+def llamagen_3b() -> TrainConfig:
+    """LlamaGen-3B, 3.1B parameters."""
+    return replace(llamagen_b(), model=ModelConfig(dim=3200, n_layers=24, n_heads=32))
+
+
+# ST-AR (arXiv 2509.15185)
+
+
+@preset
+def st_ar_b() -> TrainConfig:
+    """ST-AR on LlamaGen-B, contrast at layer 6."""
+    return self_guided(llamagen_b(), 6)
+
+
+@preset
+def st_ar_l() -> TrainConfig:
+    """ST-AR on LlamaGen-L, contrast at layer 18."""
+    return self_guided(llamagen_l(), 18)
+
+
+@preset
+def st_ar_xl() -> TrainConfig:
+    """ST-AR on LlamaGen-XL, contrast at layer 18."""
+    return self_guided(llamagen_xl(), 18)
+
+
+# One for each ablation row of the paper's Tables 3 to 6: B, 50 epochs. Where a row has the defaults it is `st-ar-b-50`.
+
+
+@preset
+def llamagen_b_50() -> TrainConfig:
+    """Table 3, no self-guidance: LlamaGen-B for 50 epochs."""
+    return replace(llamagen_b(), epochs=50)
+
+
+@preset
+def st_ar_b_50() -> TrainConfig:
+    """Table 3, all losses; Table 4, r 0.25; Table 5, layer 6; Table 6, K 4."""
+    return replace(st_ar_b(), epochs=50)
+
+
+def _ablation(name: str, doc: str, **changes: object) -> None:
+    def build() -> TrainConfig:
+        base = st_ar_b_50()
+        return replace(base, selfguided=replace(base.selfguided, **changes))
+
+    build.__name__, build.__doc__ = f"st_ar_b_50_{name}", doc
+    preset(build)
+
+
+_ablation("mim", "Table 3, MIM alone.", beta=0.0)
+_ablation("mim_step", "Table 3, MIM and inter-step contrast.", view_loss=False)
+_ablation("mim_view", "Table 3, MIM and inter-view contrast.", step_loss=False)
+for _percent in (15, 35, 45):
+    _ablation(f"r{_percent}", f"Table 4, mask ratio {_percent / 100}.", mask_ratio=_percent / 100)
+for _layer in (3, 9, 12):
+    _ablation(f"layer{_layer}", f"Table 5, contrast at layer {_layer}.", contrast_layer=_layer)
+for _positions in (2, 8, 16):
+    _ablation(f"k{_positions}", f"Table 6, {_positions} positions.", positions=_positions)
+
+
+# The embedded photographs (32 px, 8 x 8 tokens of 256 codes): quickstart's models, minutes on a CPU
+
+
+@preset
+def llamagen_photos() -> TrainConfig:
+    """0.9M parameters on the embedded photographs, plain, on two views of each image (the augmentation-only control)."""
+    return TrainConfig(
+        model=ModelConfig(
+            dim=128,
+            n_layers=4,
+            n_heads=4,
+            vocab_size=256,
+            grid=8,
+            num_classes=16,
+            token_dropout=0.0,
+            residual_dropout=0.0,
+            ffn_dropout=0.0,
+        ),
+        optim=OptimConfig(lr=1e-3, warmup_steps=30, schedule="trapezoid"),
+        steps=200,
+        batch_size=64,
+        views=2,
+        checkpoint_every=100,
+    )
+
+
+@preset
+def st_ar_photos() -> TrainConfig:
+    """ST-AR on the embedded photographs: the same data, steps and tokens as llamagen-photos."""
+    guided = SelfGuidedConfig(projector_hidden=512, ema_decay=0.999)
+    return replace(llamagen_photos(), selfguided=guided)
+
+
+@preset
+def llamagen_digits() -> TrainConfig:
+    """llamagen-photos for the embedded digits."""
+    base = llamagen_photos()
+    return replace(base, model=replace(base.model, num_classes=10))
+
+
+@preset
+def st_ar_digits() -> TrainConfig:
+    """st-ar-photos for the embedded digits."""
+    return replace(llamagen_digits(), selfguided=st_ar_photos().selfguided)

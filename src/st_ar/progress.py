@@ -1,0 +1,71 @@
+"""Progress on long work: a bar with an ETA on a terminal, a line every half minute elsewhere."""
+
+import contextlib
+import sys
+import time
+from collections.abc import Iterator
+from typing import Protocol
+
+
+class Progress(Protocol):
+    """What the work tells."""
+
+    def advance(self, count: int) -> None:
+        """So many more units are done."""
+        ...
+
+    def note(self, text: str) -> None:
+        """Something worth seeing beside the bar, replaced by the next."""
+        ...
+
+
+class _Lines:
+    """Plain lines for logs; silent for work of under half a minute."""
+
+    def __init__(self, what: str, total: int, unit: str) -> None:
+        self.what, self.total, self.unit = what, total, unit
+        self.done, self.text = 0, ""
+        self.begun = self.said = time.monotonic()
+
+    def advance(self, count: int) -> None:
+        self.done += count
+        now = time.monotonic()
+        if now - self.said >= 30 and self.done:
+            self.said = now
+            left = (now - self.begun) * (self.total - self.done) / self.done
+            print(f"{self.what}: {self.done}/{self.total} {self.unit}, {left:.0f} s left {self.text}".rstrip(), file=sys.stderr)
+
+    def note(self, text: str) -> None:
+        self.text = text
+
+
+@contextlib.contextmanager
+def progress(what: str, total: int, *, unit: str, done: int = 0) -> Iterator[Progress]:
+    """Follow work of `total` units, `done` of which are done already."""
+    if not sys.stderr.isatty():
+        yield _Lines(what, total - done, unit)
+        return
+    from rich import progress as rich
+    from rich.console import Console
+
+    columns = (
+        rich.TextColumn("[bold]{task.description}"),
+        rich.BarColumn(bar_width=24),
+        rich.MofNCompleteColumn(),
+        rich.TextColumn(unit),
+        rich.TimeElapsedColumn(),
+        rich.TextColumn("ETA"),
+        rich.TimeRemainingColumn(),
+        rich.TextColumn("{task.fields[text]}"),
+    )
+    with rich.Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task(what, total=total, completed=done, text="")
+
+        class _Bar:
+            def advance(self, count: int) -> None:
+                bar.advance(task, count)
+
+            def note(self, text: str) -> None:
+                bar.update(task, text=text)
+
+        yield _Bar()

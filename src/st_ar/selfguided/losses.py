@@ -1,0 +1,76 @@
+"""The losses of ST-AR as pure functions of tensors: no model, no state, no collective.
+
+B: images, M: views of each, T: tokens, K: sampled positions, D: features. Similarities are cosines computed in float32
+or better, whatever the inputs' type and whether or not autocast is on: in half precision their norms overflow.
+"""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Reduction = Literal["mean", "sum"]
+
+
+def _unit(x: Tensor) -> Tensor:
+    return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1)
+
+
+def next_token_loss(logits: Tensor, tokens: Tensor) -> Tensor:
+    """L_AR, Eq. 2: mean cross-entropy of logits [.., T, V] against tokens [.., T]."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(logits.flatten(0, -2), tokens.flatten())
+
+
+def mim_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """L_MIM, Eq. 4: mean cosine distance between features [.., T, D], over *all* positions, masked or not."""
+    with torch.autocast(student.device.type, enabled=False):
+        return (1 - (_unit(student) * _unit(teacher)).sum(-1)).mean()
+
+
+def _contrast(z: Tensor, h: Tensor, temperature: float, offset: int) -> Tensor:
+    """Cross-entropy of each anchor z [.., b, D] against the candidates h [.., B, D]: [.., b].
+
+    Image `offset + n` of the candidates is the positive of anchor n, all others are its negatives.
+    """
+    with torch.autocast(z.device.type, enabled=False):
+        logits = _unit(z) @ _unit(h).transpose(-1, -2) / temperature
+        return -logits.log_softmax(dim=-1).diagonal(offset=offset, dim1=-2, dim2=-1)
+
+
+def _reduce(terms: Tensor, reduction: Reduction) -> Tensor:
+    """Pairs x images [P, b] -> the mean over images of the pairs' mean, or of their sum as printed in Eq. 6 and 7."""
+    return terms.mean() if reduction == "mean" else terms.sum(0).mean()
+
+
+def step_loss(
+    z: Tensor, h: Tensor, *, temperature: float = 0.2, reduction: Reduction = "mean", offset: int = 0
+) -> Tensor:
+    """L_step, Eq. 6: within a view m, the student at step i should find its own image among the teacher's at step j != i.
+
+    Args:
+        z: projected student features [b, M, K, D].
+        h: teacher features [B, M, K, D], B >= b, the candidates. Usually B = b; with micro-batches or several ranks
+            these are the whole batch's.
+        temperature: of the softmax over cosine similarities.
+        reduction: over the M * K * (K - 1) pairs.
+        offset: z's first image in h.
+    """
+    z, h = z.permute(1, 2, 0, 3), h.permute(1, 2, 0, 3)  # (M, K, b or B, D)
+    terms = _contrast(z[:, :, None], h[:, None, :], temperature, offset)  # (M, K, K, b): anchor step i, candidate step j
+    different = ~torch.eye(z.shape[1], dtype=torch.bool, device=z.device)
+    return _reduce(terms[:, different].flatten(0, 1), reduction)
+
+
+def view_loss(
+    z: Tensor, h: Tensor, *, temperature: float = 0.2, reduction: Reduction = "mean", offset: int = 0
+) -> Tensor:
+    """L_view, Eq. 7: at a step k, the student in view i should find its own image among the teacher's in view j != i.
+
+    Arguments as for `step_loss`; the reduction is over the M * (M - 1) * K pairs.
+    """
+    z, h = z.permute(1, 2, 0, 3), h.permute(1, 2, 0, 3)  # (M, K, b or B, D)
+    terms = _contrast(z[:, None], h[None, :], temperature, offset)  # (M, M, K, b): anchor view i, candidate view j
+    different = ~torch.eye(z.shape[0], dtype=torch.bool, device=z.device)
+    return _reduce(terms[different].flatten(0, 1), reduction)

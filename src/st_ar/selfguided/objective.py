@@ -1,0 +1,142 @@
+"""Self-guided training, Eq. 8: L = L_AR + alpha * L_MIM + beta * (L_step + L_view) / 2.
+
+One student pass, masked and with gradients, gives the logits for L_AR, the last features for L_MIM and the projected mid
+features for L_step and L_view; one teacher pass, unmasked and without gradients, gives what they are compared with.
+B: images, M: views of each, T: tokens, K: sampled positions, D: features, V: codebook entries.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from st_ar.config import ModelConfig, SelfGuidedConfig
+from st_ar.model.transformer import Transformer
+from st_ar.randomness import Purpose, torch_generator
+from st_ar.selfguided.losses import mim_loss, next_token_loss, step_loss, view_loss
+from st_ar.selfguided.masking import random_key_mask, random_positions, show_own_position
+from st_ar.selfguided.teacher import Teacher
+
+
+class Projector(nn.Sequential):
+    """f: an MLP on the student's side only (after SimSiam, arXiv 2011.10566), back to D features.
+
+    Layer norm stands between the layers instead of batch norm, so that an image's loss depends on the others through
+    the negatives alone, and micro-batches add up exactly to the large batch.
+    """
+
+    def __init__(self, dim: int, hidden: int, depth: int) -> None:
+        widths = [dim, *[hidden] * (depth - 1), dim]
+        layers: list[nn.Module] = []
+        for width_in, width_out in zip(widths[:-2], widths[1:-1], strict=True):
+            layers += [nn.Linear(width_in, width_out, bias=False), nn.LayerNorm(width_out), nn.ReLU()]
+        super().__init__(*layers, nn.Linear(widths[-2], dim))
+
+
+class Draws(NamedTuple):
+    """A step's random choices."""
+
+    key_mask: Tensor | None
+    """Masked keys, bool [B, M, T] or [B, M, T, T]; None when r = 0."""
+    positions: Tensor
+    """The K positions of Eq. 5, int64 [K]."""
+
+
+class Targets(NamedTuple):
+    """What the teacher saw, without gradients."""
+
+    last: Tensor | None
+    """Last-layer features [B, M, T, D] for Eq. 4; None when alpha = 0."""
+    mid: Tensor | None
+    """Contrast-layer features at the positions [B, M, K, D] for Eq. 6 and 7; None when beta = 0."""
+
+
+class Losses(NamedTuple):
+    """The terms of Eq. 8, scalars; a term without weight is 0 and was not computed."""
+
+    total: Tensor
+    ar: Tensor
+    mim: Tensor
+    step: Tensor
+    view: Tensor
+
+
+class SelfGuided(nn.Module):
+    """The student with its projector, and its losses. With alpha = beta = r = 0 this is plain autoregressive training."""
+
+    def __init__(self, model: Transformer, config: SelfGuidedConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = model
+        self.mid = config.layer(model.config.n_layers)
+        self.last = model.config.n_layers
+        self.projector = (
+            Projector(model.config.dim, config.projector_hidden, config.projector_depth) if config.contrast else None
+        )
+
+    def teach(self, teacher: Teacher, tokens: Tensor, labels: Tensor, positions: Tensor) -> Targets:
+        """The teacher's unmasked pass over tokens [B, M, T] with the student's labels [B]. No gradient, no output head."""
+        config = self.config
+        if not config.needs_teacher:
+            return Targets(None, None)
+        wanted = {layer for layer, on in ((self.last, config.alpha > 0), (self.mid, config.contrast)) if on}
+        with torch.no_grad():
+            states = teacher.model.features(*_sequences(tokens, labels), layers=wanted)
+        views = tokens.shape[:2]
+        last = self._mim_features(teacher.model, states[self.last]).unflatten(0, views) if config.alpha > 0 else None
+        mid = states[self.mid].unflatten(0, views)[:, :, positions] if config.contrast else None
+        return Targets(last, mid)
+
+    def forward(
+        self, tokens: Tensor, labels: Tensor, draws: Draws, targets: Targets, candidates: Tensor | None, offset: int
+    ) -> Losses:
+        """The student's masked pass and Eq. 8.
+
+        Args:
+            tokens: int64 [b, M, T]; labels: int64 [b], already dropped.
+            draws: this batch's mask and positions; targets: the teacher's features of the same images.
+            candidates: teacher features [B, M, K, D] that the contrastive losses choose among, B >= b.
+            offset: the place of this batch's first image in `candidates`.
+        """
+        config = self.config
+        key_mask = None if draws.key_mask is None else draws.key_mask.flatten(0, 1)
+        inputs, repeated = _sequences(tokens, labels)
+        logits, hidden = self.model(inputs, repeated, key_mask=key_mask, hidden={self.mid, self.last})
+
+        ar = next_token_loss(logits.unflatten(0, tokens.shape[:2]), tokens)
+        total, mim, step, view = ar, *ar.new_zeros(3)
+        if config.alpha > 0:
+            assert targets.last is not None
+            mim = mim_loss(self._mim_features(self.model, hidden[self.last]).unflatten(0, tokens.shape[:2]), targets.last)
+            total = total + config.alpha * mim
+        if self.projector is not None:
+            assert candidates is not None
+            z = self.projector(hidden[self.mid].unflatten(0, tokens.shape[:2])[:, :, draws.positions])
+            how = {"temperature": config.temperature, "offset": offset}
+            if config.step_loss:
+                step = step_loss(z, candidates, reduction=config.reduction, **how)
+            if config.view_loss:
+                view = view_loss(z, candidates, reduction=config.reduction, **how)
+            total = total + config.beta * (step + view) / 2
+        return Losses(total, ar, mim, step, view)
+
+    def _mim_features(self, model: Transformer, last: Tensor) -> Tensor:
+        return model.norm(last) if self.config.mim_features == "after_norm" else last
+
+
+def _sequences(tokens: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Views as a batch of model inputs: tokens [B, M, T], labels [B] -> [B * M, T - 1], [B * M]."""
+    return tokens.flatten(0, 1)[:, :-1], labels.repeat_interleave(tokens.shape[1])
+
+
+def draw(config: SelfGuidedConfig, model: ModelConfig, *, images: int, views: int, seed: int, step: int) -> Draws:
+    """The choices of step `step`, for its whole batch: a pure function of (seed, step)."""
+    length = model.sequence_length
+    positions = random_positions(length, config.positions, torch_generator(seed, Purpose.POSITIONS, step))
+    if config.mask_ratio == 0:
+        return Draws(None, positions)
+    generator = torch_generator(seed, Purpose.KEY_MASK, step)
+    key_mask = random_key_mask(images * views, length, config.mask_ratio, generator)
+    if not config.mask_own_position:
+        key_mask = show_own_position(key_mask)
+    return Draws(key_mask.unflatten(0, (images, views)), positions)

@@ -1,0 +1,115 @@
+"""A codebook of pixel patches: trained in seconds, for quick starts and tests. A tokenizer like any other."""
+
+import hashlib
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from st_ar.data.images import ImageSource
+from st_ar.errors import UserError
+from st_ar.files import read_json, require_absent, write_json, written_aside
+from st_ar.progress import progress
+
+FORMAT_VERSION = 1
+CONFIG, CODEBOOK = "tokenizer.json", "codebook.safetensors"
+
+
+class KMeansTokenizer:
+    """Each patch of pixels becomes the index of the nearest of V patches.
+
+    Args:
+        codebook: float32 [V, 3 * patch^2], values in [-1, 1], channels first within a patch.
+        patch: side of a patch in pixels.
+    """
+
+    kind: ClassVar[str] = "kmeans"
+
+    def __init__(self, codebook: Tensor, patch: int) -> None:
+        assert codebook.shape[1:] == (3 * patch**2,)
+        self.codebook, self.patch = codebook.float().contiguous(), patch
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self.codebook)
+
+    @property
+    def fingerprint(self) -> str:
+        return hashlib.sha256(f"kmeans {self.patch} ".encode() + self.codebook.numpy().tobytes()).hexdigest()
+
+    def grid(self, size: int) -> int:
+        if size % self.patch:
+            raise UserError(f"images of {size} pixels are no whole number of {self.patch}-pixel patches: choose another --size")
+        return size // self.patch
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        h, w = self.grid(images.shape[2]), self.grid(images.shape[3])
+        patches = F.unfold(images, self.patch, stride=self.patch).transpose(1, 2)  # (B, h * w, 3 * patch^2)
+        closeness = patches @ self.codebook.T - self.codebook.square().sum(1) / 2
+        return closeness.argmax(-1).unflatten(1, (h, w))
+
+    @torch.no_grad()
+    def decode(self, codes: Tensor) -> Tensor:
+        size = (codes.shape[1] * self.patch, codes.shape[2] * self.patch)
+        patches = self.codebook[codes.flatten(1)].transpose(1, 2)
+        return F.fold(patches, size, self.patch, stride=self.patch)
+
+    def save(self, folder: Path) -> None:
+        """Write the tokenizer's folder; tokenizer.json, written last, marks it complete."""
+        require_absent(folder, "a tokenizer")
+        with written_aside(folder / CODEBOOK) as aside:
+            save_file({"codebook": self.codebook}, aside)
+        config = {"kind": self.kind, "patch": self.patch, "vocab_size": self.vocab_size, "fingerprint": self.fingerprint}
+        write_json(folder / CONFIG, {"format_version": FORMAT_VERSION, **config})
+
+    @classmethod
+    def load(cls, folder: Path) -> "KMeansTokenizer":
+        """Read what `save` wrote, and check it against its fingerprint."""
+        config = read_json(folder / CONFIG, "a tokenizer")
+        if config.get("format_version") != FORMAT_VERSION:
+            raise UserError(f"{folder / CONFIG} has format {config.get('format_version')}; this st-ar reads {FORMAT_VERSION}")
+        try:
+            tokenizer = cls(load_file(folder / CODEBOOK)["codebook"], config["patch"])
+        except (SafetensorError, OSError, KeyError, AssertionError) as error:
+            raise UserError(f"{folder / CODEBOOK} is missing or damaged ({error}); train the tokenizer again") from error
+        if tokenizer.fingerprint != config.get("fingerprint"):
+            raise UserError(f"{folder} is damaged: its codebook does not match its fingerprint; train the tokenizer again")
+        return tokenizer
+
+
+def train_kmeans(
+    source: ImageSource, *, vocab_size: int = 256, patch: int = 4, max_patches: int = 200_000, seed: int = 0
+) -> KMeansTokenizer:
+    """A codebook from the patches of a source's images, by scikit-learn's MiniBatchKMeans.
+
+    Raises:
+        UserError: scikit-learn is not installed, or there are fewer different patches than codes.
+    """
+    try:
+        from sklearn.cluster import MiniBatchKMeans
+    except ModuleNotFoundError as error:
+        raise UserError(f"the kmeans tokenizer is trained by scikit-learn ({error}): pip install 'st-ar[quickstart]'") from error
+    rows: list[np.ndarray] = []
+    rng = np.random.default_rng(seed)
+    share = min(1.0, max_patches / (source.count * (source.size // patch) ** 2))
+    with progress("train tokenizer", source.count, unit="images") as bar:
+        for example in source.examples(0):
+            pixels = np.asarray(example.image.convert("RGB"), np.float32) / 127.5 - 1
+            h, w = pixels.shape[0] // patch, pixels.shape[1] // patch
+            cut = pixels[: h * patch, : w * patch].reshape(h, patch, w, patch, 3).transpose(0, 2, 4, 1, 3)
+            cut = cut.reshape(h * w, -1)
+            rows.append(cut[rng.random(len(cut)) < share])
+            bar.advance(1)
+        patches = np.concatenate(rows)
+        distinct = len(np.unique(patches, axis=0))
+        if distinct < vocab_size:
+            raise UserError(f"{source.name} has {distinct} different patches, too few for {vocab_size} codes: lower --vocab-size")
+        bar.note("k-means")
+        kmeans = MiniBatchKMeans(vocab_size, random_state=seed, batch_size=4096, n_init=1, max_iter=10).fit(patches)
+    return KMeansTokenizer(torch.from_numpy(kmeans.cluster_centers_.astype(np.float32)), patch)

@@ -1,0 +1,33 @@
+"""AdamW as LlamaGen sets it, and the learning rate of each step."""
+
+import math
+
+import torch
+from torch import nn
+
+from st_ar.config import OptimConfig
+
+
+def adamw(module: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
+    """AdamW with weight decay on parameters of two or more dimensions and none on the rest."""
+    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
+
+
+def learning_rate(config: OptimConfig, step: int, total: int) -> float:
+    """The rate of optimizer step `step` of `total`, counted from 1."""
+    if step <= config.warmup_steps:
+        return config.lr * step / config.warmup_steps
+    done = (step - config.warmup_steps) / max(1, total - config.warmup_steps)
+    if config.schedule == "constant":
+        share = 1.0
+    elif config.schedule == "cosine":
+        share = config.final_lr + (1 - config.final_lr) * (1 + math.cos(math.pi * done)) / 2
+    else:
+        falling = max(1, round(config.decay_fraction * total))
+        share = config.final_lr + (1 - config.final_lr) * min(1.0, (total - step) / falling)
+    return config.lr * share
