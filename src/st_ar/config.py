@@ -136,8 +136,12 @@ class SelfGuidedConfig:
             not (self.contrast and self.step_loss and self.positions < 2),
             "--selfguided.step-loss compares different steps: give --selfguided.positions 2 or more",
         )
-        _require(self.projector_depth >= 1, f"--selfguided.projector-depth must be at least 1, not {self.projector_depth}")
-        _require(self.projector_hidden >= 1, f"--selfguided.projector-hidden must be at least 1, not {self.projector_hidden}")
+        _require(
+            self.projector_depth >= 1, f"--selfguided.projector-depth must be at least 1, not {self.projector_depth}"
+        )
+        _require(
+            self.projector_hidden >= 1, f"--selfguided.projector-hidden must be at least 1, not {self.projector_hidden}"
+        )
         _require(0 <= self.ema_decay < 1, f"--selfguided.ema-decay must lie in [0, 1), not {self.ema_decay}")
 
     @property

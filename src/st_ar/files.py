@@ -4,7 +4,7 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from st_ar.errors import UserError
 
 
 @contextlib.contextmanager
-def written_aside(path: Path) -> Iterator[Path]:
+def written_aside(path: Path) -> Generator[Path]:
     """A temporary path beside `path` that takes its name when the block ends well and vanishes when it does not."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.partial")
@@ -55,4 +55,6 @@ def sha256(path: Path) -> str:
 def require_absent(path: Path, what: str) -> None:
     """Refuse to write over something that is there."""
     if path.exists() and (path.is_file() or any(path.iterdir())):
-        raise UserError(f"{path} exists already and is not empty: {what} is never written over; choose another --out or remove it")
+        raise UserError(
+            f"{path} exists already and is not empty: {what} is never written over; choose another --out or remove it"
+        )

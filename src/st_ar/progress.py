@@ -3,7 +3,7 @@
 import contextlib
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Protocol
 
 
@@ -33,14 +33,17 @@ class _Lines:
         if now - self.said >= 30 and self.done:
             self.said = now
             left = (now - self.begun) * (self.total - self.done) / self.done
-            print(f"{self.what}: {self.done}/{self.total} {self.unit}, {left:.0f} s left {self.text}".rstrip(), file=sys.stderr)
+            print(
+                f"{self.what}: {self.done}/{self.total} {self.unit}, {left:.0f} s left {self.text}".rstrip(),
+                file=sys.stderr,
+            )
 
     def note(self, text: str) -> None:
         self.text = text
 
 
 @contextlib.contextmanager
-def progress(what: str, total: int, *, unit: str, done: int = 0) -> Iterator[Progress]:
+def progress(what: str, total: int, *, unit: str, done: int = 0) -> Generator[Progress]:
     """Follow work of `total` units, `done` of which are done already."""
     if not sys.stderr.isatty():
         yield _Lines(what, total - done, unit)

@@ -72,13 +72,17 @@ def open_images(spec: str) -> ImageSource:
     split = split or "train"
     readers = {"photos": _photos, "digits": _digits}
     if kind not in readers:
-        raise UserError(f"unknown image source {spec!r}: give {' or '.join(f'{name}[:train|:test]' for name in readers)}")
+        raise UserError(
+            f"unknown image source {spec!r}: give {' or '.join(f'{name}[:train|:test]' for name in readers)}"
+        )
     if split not in ("train", "test"):
         raise UserError(f"{kind} has no split {split!r}: give {kind}:train or {kind}:test")
     try:
         images, labels, names = readers[kind](split)
     except (ModuleNotFoundError, FileNotFoundError) as error:
-        raise UserError(f"the images of {kind} come inside other packages ({error}): pip install 'st-ar[quickstart]'") from error
+        raise UserError(
+            f"the images of {kind} come inside other packages ({error}): pip install 'st-ar[quickstart]'"
+        ) from error
 
     def examples(start: int) -> Iterator[Example]:
         for image, label in zip(images[start:], labels[start:], strict=True):
@@ -133,9 +137,10 @@ def _digits(split: str) -> Labelled:
     """Handwritten digits, 8 x 8 grey levels enlarged to 32 x 32 with a border of 2; the last 500 are for testing."""
     from sklearn.datasets import load_digits
 
-    data = load_digits()
+    pixels, labels = load_digits(return_X_y=True)
     chosen = slice(0, -500) if split == "train" else slice(-500, None)
-    small = (255 - data.images[chosen] * (255 / 16)).round().astype(np.uint8)  # dark ink on white
+    grey = np.asarray(pixels)[chosen].reshape(-1, 8, 8)
+    small = (255 - grey * (255 / 16)).round().astype(np.uint8)  # dark ink on white
     large = [np.asarray(Image.fromarray(s).resize((32, 32), Image.Resampling.BICUBIC)) for s in small]
     framed = np.pad(np.stack(large), ((0, 0), (2, 2), (2, 2)), constant_values=255)
-    return np.repeat(framed[..., None], 3, axis=-1), data.target[chosen], [str(d) for d in range(10)]
+    return np.repeat(framed[..., None], 3, axis=-1), np.asarray(labels)[chosen], [str(d) for d in range(10)]

@@ -68,7 +68,9 @@ class TokenStore:
             raise UserError(f"{self.folder / META} is damaged ({error}); tokenize again") from error
         self.labels = np.concatenate(labels).astype(np.int64) if labels else np.zeros(0, np.int64)
         if len(self.labels) != self.meta.images or self.meta.images < 1:
-            raise UserError(f"{self.folder} holds {len(self.labels)} images, its meta.json says {self.meta.images}; tokenize again")
+            raise UserError(
+                f"{self.folder} holds {len(self.labels)} images, its meta.json says {self.meta.images}; tokenize again"
+            )
         self._starts = np.cumsum([0] + [len(codes) for codes in self._codes])
 
     def _map(self, shard: dict[str, str | int], what: str) -> np.ndarray:
@@ -85,7 +87,9 @@ class TokenStore:
         except (ValueError, OSError, EOFError) as error:
             raise UserError(f"{path} is truncated or damaged ({error}); tokenize again into a new folder") from error
         if array.shape != shape or array.dtype != dtype:
-            raise UserError(f"{path} holds {array.dtype} {list(array.shape)}, meta.json promises {np.dtype(dtype)} {list(shape)}")
+            raise UserError(
+                f"{path} holds {array.dtype} {list(array.shape)}, meta.json promises {np.dtype(dtype)} {list(shape)}"
+            )
         return array
 
     def __len__(self) -> int:
@@ -108,7 +112,9 @@ class TokenStore:
             for what in ("codes", "labels"):
                 path = self.folder / str(shard[what])
                 if sha256(path) != shard[f"{what}_sha256"]:
-                    raise UserError(f"{path} is damaged: its content does not match the checksum in meta.json; tokenize again")
+                    raise UserError(
+                        f"{path} is damaged: its content does not match the checksum in meta.json; tokenize again"
+                    )
 
     def check_model(self, config: ModelConfig, tokenizer: str | None = None) -> None:
         """Refuse a model whose codebook, grid, classes or (if given) tokenizer are not the store's."""

@@ -38,10 +38,10 @@ def tokenize(
         UserError: `out` holds another store or job, or the crops' size does not suit the tokenizer.
     """
     grid = tokenizer.grid(crops.size)
-    if len(source.class_names) > np.iinfo(np.int32).max or tokenizer.vocab_size > 1 << 16:
+    if tokenizer.vocab_size > 1 << 16:
         raise UserError(f"a codebook of {tokenizer.vocab_size} does not fit the store's 16-bit codes")
     shards = -(-source.count // images_per_shard)
-    job = {
+    job: dict[str, object] = {
         "source": source.name,
         "images": source.count,
         "tokenizer": tokenizer.fingerprint,

@@ -152,13 +152,19 @@ def _check_request(
             f"and {config.null_class} for none"
         )
     if not 1 <= total <= config.sequence_length:
-        raise UserError(f"{total} tokens asked for; an image of this model has {config.sequence_length}: give 1 to that many")
+        raise UserError(
+            f"{total} tokens asked for; an image of this model has {config.sequence_length}: give 1 to that many"
+        )
     if cfg_scale < 1:
         raise UserError(f"the guidance scale must be at least 1 (none), not {cfg_scale}")
     if temperature <= 0:
-        raise UserError(f"the temperature must be above 0, not {temperature}; for the likeliest token ask for greedy sampling")
+        raise UserError(
+            f"the temperature must be above 0, not {temperature}; for the likeliest token ask for greedy sampling"
+        )
     if not 0 <= top_k <= config.vocab_size:
-        raise UserError(f"top-k must lie between 0 (off) and the {config.vocab_size} tokens of the codebook, not {top_k}")
+        raise UserError(
+            f"top-k must lie between 0 (off) and the {config.vocab_size} tokens of the codebook, not {top_k}"
+        )
     if not 0 < top_p <= 1:
         raise UserError(f"top-p must lie in (0, 1], not {top_p}")
     if cfg_interval < -1:

@@ -246,4 +246,3 @@ class Transformer(nn.Module):
         last = len(self.layers)
         states = self.features(tokens, labels, layers={*hidden, last}, key_mask=key_mask)
         return Output(self.head(states[last]), {layer: states[layer] for layer in hidden})
-

@@ -51,7 +51,9 @@ def find_weights(path: Path, ema: bool) -> Path:
                 return folder / name
         if (path / "config.json").exists():
             raise UserError(f"{path} has no weights yet: they are written at the first checkpoint (--checkpoint-every)")
-        raise UserError(f"{path} is no model: it holds neither {name} with config.json nor export/; give a run or an export folder")
+        raise UserError(
+            f"{path} is no model: it holds neither {name} with config.json nor export/; give a run or an export folder"
+        )
     if not path.exists():
         raise UserError(f"{path} does not exist; give a run, an export folder or a .safetensors file")
     if path.suffix != ".safetensors":
@@ -74,14 +76,18 @@ def open_model(path: Path | str, *, ema: bool = False) -> tuple[Transformer, Mod
     file = find_weights(Path(path), ema)
     saved = read_json(file.parent / "config.json", "an export folder")
     if saved.get("format_version") != FORMAT_VERSION or "model" not in saved:
-        raise UserError(f"{file.parent}/config.json has format {saved.get('format_version')}; this st-ar reads {FORMAT_VERSION}")
+        raise UserError(
+            f"{file.parent}/config.json has format {saved.get('format_version')}; this st-ar reads {FORMAT_VERSION}"
+        )
     config = from_dict(ModelConfig, saved["model"], f"{file.parent}/config.json")
     try:
         with safe_open(file, framework="pt") as opened:
             tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 (not a dict)
             step = int((opened.metadata() or {}).get("step", 0))
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{file} is damaged or incomplete ({error}); copy it again, or export it again from its run") from error
+        raise UserError(
+            f"{file} is damaged or incomplete ({error}); copy it again, or export it again from its run"
+        ) from error
     with torch.device("meta"):
         model = Transformer(config)
     expected = {key: value.shape for key, value in model.state_dict().items()}

@@ -58,7 +58,9 @@ def step_loss(
         offset: z's first image in h.
     """
     z, h = z.permute(1, 2, 0, 3), h.permute(1, 2, 0, 3)  # (M, K, b or B, D)
-    terms = _contrast(z[:, :, None], h[:, None, :], temperature, offset)  # (M, K, K, b): anchor step i, candidate step j
+    terms = _contrast(
+        z[:, :, None], h[:, None, :], temperature, offset
+    )  # (M, K, K, b): anchor step i, candidate step j
     different = ~torch.eye(z.shape[1], dtype=torch.bool, device=z.device)
     return _reduce(terms[:, different].flatten(0, 1), reduction)
 

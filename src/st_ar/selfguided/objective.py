@@ -5,6 +5,7 @@ features for L_step and L_view; one teacher pass, unmasked and without gradients
 B: images, M: views of each, T: tokens, K: sampled positions, D: features, V: codebook entries.
 """
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -28,7 +29,7 @@ class Projector(nn.Sequential):
     def __init__(self, dim: int, hidden: int, depth: int) -> None:
         widths = [dim, *[hidden] * (depth - 1), dim]
         layers: list[nn.Module] = []
-        for width_in, width_out in zip(widths[:-2], widths[1:-1], strict=True):
+        for width_in, width_out in pairwise(widths[:-1]):
             layers += [nn.Linear(width_in, width_out, bias=False), nn.LayerNorm(width_out), nn.ReLU()]
         super().__init__(*layers, nn.Linear(widths[-2], dim))
 
@@ -107,16 +108,18 @@ class SelfGuided(nn.Module):
         total, mim, step, view = ar, *ar.new_zeros(3)
         if config.alpha > 0:
             assert targets.last is not None
-            mim = mim_loss(self._mim_features(self.model, hidden[self.last]).unflatten(0, tokens.shape[:2]), targets.last)
+            mim = mim_loss(
+                self._mim_features(self.model, hidden[self.last]).unflatten(0, tokens.shape[:2]), targets.last
+            )
             total = total + config.alpha * mim
         if self.projector is not None:
             assert candidates is not None
             z = self.projector(hidden[self.mid].unflatten(0, tokens.shape[:2])[:, :, draws.positions])
-            how = {"temperature": config.temperature, "offset": offset}
+            temperature, reduction = config.temperature, config.reduction
             if config.step_loss:
-                step = step_loss(z, candidates, reduction=config.reduction, **how)
+                step = step_loss(z, candidates, temperature=temperature, reduction=reduction, offset=offset)
             if config.view_loss:
-                view = view_loss(z, candidates, reduction=config.reduction, **how)
+                view = view_loss(z, candidates, temperature=temperature, reduction=reduction, offset=offset)
             total = total + config.beta * (step + view) / 2
         return Losses(total, ar, mim, step, view)
 

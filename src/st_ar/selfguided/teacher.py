@@ -22,7 +22,7 @@ class Teacher(nn.Module):
         self.config = config
         self.model = copy.deepcopy(student).eval().requires_grad_(False)
 
-    def train(self, mode: bool = True) -> "Teacher":
+    def train(self, mode: bool = True) -> "Teacher":  # noqa: ARG002
         """Stay in evaluation mode: the teacher has no dropout."""
         return super().train(False)
 

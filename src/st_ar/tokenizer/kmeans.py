@@ -2,7 +2,7 @@
 
 import hashlib
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -44,7 +44,9 @@ class KMeansTokenizer:
 
     def grid(self, size: int) -> int:
         if size % self.patch:
-            raise UserError(f"images of {size} pixels are no whole number of {self.patch}-pixel patches: choose another --size")
+            raise UserError(
+                f"images of {size} pixels are no whole number of {self.patch}-pixel patches: choose another --size"
+            )
         return size // self.patch
 
     @torch.no_grad()
@@ -65,7 +67,12 @@ class KMeansTokenizer:
         require_absent(folder, "a tokenizer")
         with written_aside(folder / CODEBOOK) as aside:
             save_file({"codebook": self.codebook}, aside)
-        config = {"kind": self.kind, "patch": self.patch, "vocab_size": self.vocab_size, "fingerprint": self.fingerprint}
+        config = {
+            "kind": self.kind,
+            "patch": self.patch,
+            "vocab_size": self.vocab_size,
+            "fingerprint": self.fingerprint,
+        }
         write_json(folder / CONFIG, {"format_version": FORMAT_VERSION, **config})
 
     @classmethod
@@ -73,13 +80,19 @@ class KMeansTokenizer:
         """Read what `save` wrote, and check it against its fingerprint."""
         config = read_json(folder / CONFIG, "a tokenizer")
         if config.get("format_version") != FORMAT_VERSION:
-            raise UserError(f"{folder / CONFIG} has format {config.get('format_version')}; this st-ar reads {FORMAT_VERSION}")
+            raise UserError(
+                f"{folder / CONFIG} has format {config.get('format_version')}; this st-ar reads {FORMAT_VERSION}"
+            )
         try:
             tokenizer = cls(load_file(folder / CODEBOOK)["codebook"], config["patch"])
         except (SafetensorError, OSError, KeyError, AssertionError) as error:
-            raise UserError(f"{folder / CODEBOOK} is missing or damaged ({error}); train the tokenizer again") from error
+            raise UserError(
+                f"{folder / CODEBOOK} is missing or damaged ({error}); train the tokenizer again"
+            ) from error
         if tokenizer.fingerprint != config.get("fingerprint"):
-            raise UserError(f"{folder} is damaged: its codebook does not match its fingerprint; train the tokenizer again")
+            raise UserError(
+                f"{folder} is damaged: its codebook does not match its fingerprint; train the tokenizer again"
+            )
         return tokenizer
 
 
@@ -94,7 +107,9 @@ def train_kmeans(
     try:
         from sklearn.cluster import MiniBatchKMeans
     except ModuleNotFoundError as error:
-        raise UserError(f"the kmeans tokenizer is trained by scikit-learn ({error}): pip install 'st-ar[quickstart]'") from error
+        raise UserError(
+            f"the kmeans tokenizer is trained by scikit-learn ({error}): pip install 'st-ar[quickstart]'"
+        ) from error
     rows: list[np.ndarray] = []
     rng = np.random.default_rng(seed)
     share = min(1.0, max_patches / (source.count * (source.size // patch) ** 2))
@@ -109,7 +124,11 @@ def train_kmeans(
         patches = np.concatenate(rows)
         distinct = len(np.unique(patches, axis=0))
         if distinct < vocab_size:
-            raise UserError(f"{source.name} has {distinct} different patches, too few for {vocab_size} codes: lower --vocab-size")
+            raise UserError(
+                f"{source.name} has {distinct} different patches, too few for {vocab_size} codes: lower --vocab-size"
+            )
         bar.note("k-means")
-        kmeans = MiniBatchKMeans(vocab_size, random_state=seed, batch_size=4096, n_init=1, max_iter=10).fit(patches)
-    return KMeansTokenizer(torch.from_numpy(kmeans.cluster_centers_.astype(np.float32)), patch)
+        settings: dict[str, Any] = {"random_state": seed, "batch_size": 4096, "n_init": 1, "max_iter": 10}
+        kmeans = MiniBatchKMeans(vocab_size, **settings).fit(patches)
+        codebook = np.asarray(kmeans.cluster_centers_, np.float32)
+    return KMeansTokenizer(torch.from_numpy(codebook), patch)

@@ -49,7 +49,7 @@ class _Unpickler(pickle.Unpickler):
 class _Reader(FileSystemReader):
     """FileSystemReader, but for an unpickler with an allow-list."""
 
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+    def read_metadata(self, *_args: Any, **_kwargs: Any) -> Metadata:
         with open(Path(self.path) / ".metadata", "rb") as file:
             metadata = _Unpickler(file).load()
         metadata.storage_meta = metadata.storage_meta or StorageMeta()
@@ -60,7 +60,7 @@ class _Reader(FileSystemReader):
 class _TensorsOnly(DefaultLoadPlanner):
     """Never unpickles the objects that the default planner would."""
 
-    def load_bytes(self, read_item: Any, value: Any) -> None:
+    def load_bytes(self, read_item: Any, value: Any) -> None:  # noqa: ARG002
         raise pickle.UnpicklingError(f"{read_item.dest_index.fqn} is no tensor")
 
 
@@ -78,7 +78,12 @@ class Checkpoints:
     """
 
     def __init__(
-        self, folder: Path, modules: dict[str, nn.Module], student: nn.Module, optimizer: torch.optim.Optimizer, keep: int
+        self,
+        folder: Path,
+        modules: dict[str, nn.Module],
+        student: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        keep: int,
     ) -> None:
         self.folder, self.modules, self.student, self.optimizer, self.keep = folder, modules, student, optimizer, keep
 
@@ -99,7 +104,9 @@ class Checkpoints:
             shutil.rmtree(aside, ignore_errors=True)
             newest = list_checkpoints(self.folder)
             left = f"{newest[-1][1]} is intact" if newest else "there is no earlier one"
-            raise UserError(f"cannot write the checkpoint of step {step} ({error}); {left}; free some space and continue with --resume") from error
+            raise UserError(
+                f"cannot write the checkpoint of step {step} ({error}); {left}; free some space and continue with --resume"
+            ) from error
         for _, old in list_checkpoints(self.folder)[: -self.keep]:
             shutil.rmtree(old)
         return final
@@ -114,10 +121,14 @@ class Checkpoints:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                dcp.load(self._tensors(optimizer_state), storage_reader=_Reader(path), planner=_TensorsOnly(), no_dist=True)
+                dcp.load(
+                    self._tensors(optimizer_state), storage_reader=_Reader(path), planner=_TensorsOnly(), no_dist=True
+                )
         except (OSError, EOFError, RuntimeError, pickle.UnpicklingError, dcp.CheckpointException) as error:
             reason = str(error).strip().splitlines()[-1]
-            raise UserError(f"{path} is damaged or not of this run ({reason}); remove it to resume from the one before") from error
+            raise UserError(
+                f"{path} is damaged or not of this run ({reason}); remove it to resume from the one before"
+            ) from error
         set_optimizer_state_dict(self.student, self.optimizer, optimizer_state, options=OPTIONS)
         return step
 
@@ -126,7 +137,11 @@ class Checkpoints:
 
     def _tensors(self, optimizer_state: dict[str, Any]) -> dict[str, Tensor]:
         """The live tensors, by name: saved from and loaded into."""
-        tensors = {f"{name}.{key}": value for name, module in self.modules.items() for key, value in module.state_dict().items()}
+        tensors = {
+            f"{name}.{key}": value
+            for name, module in self.modules.items()
+            for key, value in module.state_dict().items()
+        }
         moments = {f"optimizer.{key}": value for key, value in optimizer_state.items() if isinstance(value, Tensor)}
         return tensors | moments
 

@@ -5,7 +5,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -78,7 +78,12 @@ def train(config: TrainConfig, tokens: Path, out: Path, *, resume: bool = False,
 
     def save(step: int) -> None:
         checkpoints.save(step)
-        info = {"step": step, "preset": preset, "class_names": store.meta.class_names, "tokenizer": store.meta.tokenizer}
+        info = {
+            "step": step,
+            "preset": preset,
+            "class_names": store.meta.class_names,
+            "tokenizer": store.meta.tokenizer,
+        }
         save_export(out / "export", model, teacher.model, info)
 
     tokens_per_step = config.batch_size * config.views * config.model.sequence_length
@@ -87,7 +92,9 @@ def train(config: TrainConfig, tokens: Path, out: Path, *, resume: bool = False,
         for step in range(start + 1, total + 1):
             batch, labels = views.batch(step - 1)
             labels = drop_labels(labels, config.model.null_class, config.class_dropout, seed=config.seed, step=step)
-            draws = draw(config.selfguided, config.model, images=len(batch), views=config.views, seed=config.seed, step=step)
+            draws = draw(
+                config.selfguided, config.model, images=len(batch), views=config.views, seed=config.seed, step=step
+            )
             torch.manual_seed(torch_seed(config.seed, Purpose.DROPOUT, step))
 
             losses = backward(student, teacher, batch.to(device), labels.to(device), draws, config.accumulate, dtype)
@@ -106,17 +113,33 @@ def train(config: TrainConfig, tokens: Path, out: Path, *, resume: bool = False,
             if log:
                 speed = tokens_per_step * (step - clock_step) / (time.perf_counter() - clock)
                 clock, clock_step = time.perf_counter(), step
-                terms = {f"loss_{name}" if name != "total" else "loss": value.item() for name, value in losses._asdict().items()}
+                terms = {
+                    f"loss_{name}" if name != "total" else "loss": value.item()
+                    for name, value in losses._asdict().items()
+                }
                 append_log(
                     out / "log.jsonl",
-                    {"step": step, **terms, "lr": rate, "grad_norm": norm.item(), "ema_decay": decay, "tokens_per_second": speed},
+                    {
+                        "step": step,
+                        **terms,
+                        "lr": rate,
+                        "grad_norm": norm.item(),
+                        "ema_decay": decay,
+                        "tokens_per_second": speed,
+                    },
                 )
-                bar.note(" ".join(f"{name} {value:.3f}" for name, value in terms.items() if value) + f" {speed:,.0f} tokens/s")
+                bar.note(
+                    " ".join(f"{name} {value:.3f}" for name, value in terms.items() if value)
+                    + f" {speed:,.0f} tokens/s"
+                )
             if checkpoint:
                 save(step)
             bar.advance(1)
             if stop:
-                raise Interrupted(f"stopped at step {step} of {total}; the run is saved: the same command with --resume continues it", stop[0])
+                raise Interrupted(
+                    f"stopped at step {step} of {total}; the run is saved: the same command with --resume continues it",
+                    stop[0],
+                )
     return out
 
 
@@ -162,7 +185,12 @@ def _claim(out: Path, config: TrainConfig, store: TokenStore, dtype: torch.dtype
         "format_version": FORMAT_VERSION,
         "preset": preset,
         "config": to_dict(config),
-        "tokens": {"source": store.meta.source, "tokenizer": store.meta.tokenizer, "images": len(store), "crops": store.meta.crops},
+        "tokens": {
+            "source": store.meta.source,
+            "tokenizer": store.meta.tokenizer,
+            "images": len(store),
+            "crops": store.meta.crops,
+        },
         "dtype": str(dtype).removeprefix("torch."),
         "environment": describe(),
     }
@@ -170,7 +198,9 @@ def _claim(out: Path, config: TrainConfig, store: TokenStore, dtype: torch.dtype
         if file.exists():
             done = list_checkpoints(out / "checkpoints")
             state = f"with a checkpoint of step {done[-1][0]}" if done else "without a checkpoint yet"
-            raise UserError(f"{out} holds a run already, {state}: give --resume to continue it, or choose another --out")
+            raise UserError(
+                f"{out} holds a run already, {state}: give --resume to continue it, or choose another --out"
+            )
         if out.exists() and (out.is_file() or any(out.iterdir())):
             raise UserError(f"{out} exists already and is no run of ours: choose another --out")
         write_json(file, now)
@@ -179,7 +209,9 @@ def _claim(out: Path, config: TrainConfig, store: TokenStore, dtype: torch.dtype
         raise UserError(f"{out} holds no run to resume: leave out --resume to begin one, or check --out")
     begun = read_json(file, "a run")
     if begun.get("format_version") != FORMAT_VERSION:
-        raise UserError(f"{file} has format version {begun.get('format_version')}; this st-ar continues {FORMAT_VERSION}")
+        raise UserError(
+            f"{file} has format version {begun.get('format_version')}; this st-ar continues {FORMAT_VERSION}"
+        )
     changed = {
         name: values
         for part in ("config", "tokens")
@@ -190,7 +222,9 @@ def _claim(out: Path, config: TrainConfig, store: TokenStore, dtype: torch.dtype
         changed["dtype"] = (begun.get("dtype"), now["dtype"])
     if changed:
         listed = "; ".join(f"{name} was {old}, now {new}" for name, (old, new) in changed.items())
-        raise UserError(f"{out} was begun with other settings: {listed}. Give the old ones to resume it, or choose another --out")
+        raise UserError(
+            f"{out} was begun with other settings: {listed}. Give the old ones to resume it, or choose another --out"
+        )
     write_json(file, now)
 
 
@@ -206,14 +240,14 @@ def _require_finite(losses: Losses, norm: Tensor, step: int, out: Path) -> None:
 
 
 @contextlib.contextmanager
-def _stop_on_signal() -> Iterator[list[int]]:
+def _stop_on_signal() -> Generator[list[int]]:
     """A list that SIGINT and SIGTERM write their number into; a second one interrupts at once."""
     received: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield received
         return
 
-    def handle(signum: int, frame: FrameType | None) -> None:
+    def handle(signum: int, _frame: FrameType | None) -> None:
         received.append(signum)
         for number, old in previous.items():
             signal.signal(number, old)

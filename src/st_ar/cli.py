@@ -1,0 +1,114 @@
+"""The command line: `st-ar VERB ...`, one verb for each arrow between artefacts."""
+
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from st_ar.config import TrainConfig
+from st_ar.errors import UserError
+from st_ar.presets import PRESETS, get_preset
+from st_ar.verbs import VERBS
+
+HELP = """\
+usage: st-ar VERB [options]        st-ar VERB --help explains each
+
+Train LlamaGen-style image generators with and without self-guidance (ST-AR), and see what they understand.
+
+    images --tokenize--> token store --train--> run --sample--> images
+                                                 |----- probe, attention ----> figures
+
+  quickstart         the whole line on photographs that are already here: AR and ST-AR side by side, minutes on a CPU
+  train-tokenizer    learn a codebook from images
+  tokenize           images -> token store
+  train              token store -> run; presets for LlamaGen and ST-AR
+  sample             run -> images
+  probe              what a model's features say about an image, token by token
+  attention          what a model looks at
+
+exit status: 0 done, 2 a mistake that the message explains, 130 or 143 interrupted and saved
+"""
+
+
+@dataclass(kw_only=True)
+class Train:
+    """Train a model on a token store."""
+
+    tokens: Path
+    """The token store."""
+    out: Path
+    """Folder of the run."""
+    resume: bool = False
+    """Continue the run in --out from its newest checkpoint; give the settings it was begun with."""
+    config: Annotated[TrainConfig, tyro.conf.arg(name="")]
+
+
+def train_verb(arguments: Sequence[str]) -> None:
+    """`st-ar train PRESET ...`: the preset gives every setting its default."""
+    if not arguments or arguments[0].startswith("-"):
+        listed = "\n".join(f"  {name:24}{(build.__doc__ or '').splitlines()[0]}" for name, build in PRESETS.items())
+        text = (
+            "usage: st-ar train PRESET --tokens STORE --out RUN [--resume] [--steps N | --epochs N] [any setting]\n\n"
+            f"st-ar train PRESET --help lists every setting with the preset's values. The presets:\n\n{listed}"
+        )
+        if arguments and arguments[0] in ("-h", "--help"):
+            print(text)
+            return
+        raise UserError(f"train needs a preset before its options: one of {', '.join(PRESETS)}")
+    name, *rest = arguments
+    default = get_preset(name)
+    given = {flag: any(a.split("=")[0] == f"--{flag}" for a in rest) for flag in ("steps", "epochs")}
+    if given["steps"] != given["epochs"]:  # the user's budget replaces the preset's
+        default = replace(default, steps=1 if given["steps"] else None, epochs=1 if given["epochs"] else None)
+    command = tyro.cli(
+        _train_command(default), prog=f"st-ar train {name}", args=rest, description=PRESETS[name].__doc__
+    )
+    from st_ar.training.loop import Interrupted, train
+
+    try:
+        train(command.config, command.tokens, command.out, resume=command.resume, preset=name)
+    except Interrupted as stopped:
+        print(f"st-ar: {stopped}", file=sys.stderr)
+        sys.exit(128 + stopped.signum)
+    print(f"{command.out}: trained; weights in {command.out / 'export'}")
+
+
+def _train_command(default: TrainConfig) -> type[Train]:
+    @dataclass(kw_only=True)
+    class WithPreset(Train):
+        config: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(default_factory=lambda: default)
+
+    return WithPreset
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point of `st-ar` and `python -m st_ar`."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        if not arguments or arguments[0] in ("-h", "--help"):
+            print(HELP, end="")
+        elif arguments[0] == "--version":
+            from importlib.metadata import version
+
+            print(version("st-ar"))
+        elif arguments[0] == "train":
+            train_verb(arguments[1:])
+        elif arguments[0] in VERBS:
+            tyro.cli(VERBS[arguments[0]], prog=f"st-ar {arguments[0]}", args=arguments[1:]).run()
+        else:
+            raise UserError(
+                f"unknown verb {arguments[0]!r}: give one of {', '.join(['train', *VERBS])}; st-ar --help explains them"
+            )
+    except UserError as error:
+        print(f"st-ar: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("st-ar: interrupted", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)

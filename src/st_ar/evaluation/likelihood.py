@@ -1,0 +1,23 @@
+"""How well a model predicts images that it has not seen."""
+
+import torch
+
+from st_ar.data.store import TokenStore
+from st_ar.evaluation.probe import batches
+from st_ar.model.transformer import Transformer
+from st_ar.selfguided.losses import next_token_loss
+
+
+@torch.no_grad()
+def validation_loss(model: Transformer, store: TokenStore, *, batch_size: int = 256) -> float:
+    """Mean of L_AR (Eq. 2) in nats per token over a store's images, last crop each, with their labels, in float32.
+
+    A store of centre crops has one crop; in a ten-crop store the last is a mirrored centre.
+    """
+    store.check_model(model.config)
+    crop = len(store.meta.crops) - 1
+    total = 0.0
+    for tokens, labels in batches(store, [crop], batch_size):
+        logits = model(tokens[:, :-1], labels).logits
+        total += next_token_loss(logits, tokens).item() * len(tokens)
+    return total / len(store)

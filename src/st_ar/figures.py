@@ -1,0 +1,159 @@
+"""Every figure of the project in one style: colour-blind safe, and readable on light and on dark pages.
+
+Figures are SVG text to be put into a page: what is not a data colour takes the page's text colour.
+"""
+
+import io
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from st_ar.errors import UserError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+"""Okabe and Ito's palette, in the order of use: telling apart needs no red-green vision."""
+MARKERS = ("o", "s", "^", "D", "v", "P")
+_INK = "#010203"  # stands for the page's text colour until the SVG is written
+
+
+def _style(name: str) -> dict[str, Any]:
+    return {
+        "svg.fonttype": "none",
+        "svg.hashsalt": name,
+        "font.family": "sans-serif",
+        "font.size": 11,
+        "text.color": _INK,
+        "axes.edgecolor": _INK,
+        "axes.labelcolor": _INK,
+        "xtick.color": _INK,
+        "ytick.color": _INK,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid": True,
+        "grid.alpha": 0.15,
+        "grid.color": _INK,
+        "axes.facecolor": "none",
+        "figure.facecolor": "none",
+        "legend.frameon": False,
+        "lines.linewidth": 2,
+    }
+
+
+def _require_matplotlib() -> Any:
+    try:
+        import matplotlib
+    except ModuleNotFoundError as error:
+        raise UserError(f"figures are drawn by matplotlib ({error}): pip install 'st-ar[quickstart]'") from error
+    return matplotlib
+
+
+def _svg(figure: "Figure", label: str) -> str:
+    file = io.StringIO()
+    figure.savefig(file, format="svg", bbox_inches="tight", metadata={"Date": None, "Creator": None})
+    text = file.getvalue()
+    text = text[text.index("<svg") :].replace(_INK, "currentColor")
+    return text.replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1)
+
+
+def line_chart(
+    series: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    *,
+    name: str,
+    x: str,
+    y: str,
+    markers: bool = True,
+    x_ticks: Sequence[float] | None = None,
+    log_x: bool = False,
+) -> str:
+    """Lines over a common axis, as SVG.
+
+    Args:
+        series: label -> (x values, y values).
+        name: what the figure shows, for those who cannot see it; also keeps identifiers apart on a page.
+        x, y: axis labels with units.
+        markers: whether to mark the points.
+        x_ticks: where to put ticks.
+    """
+    matplotlib = _require_matplotlib()
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(_style(name)):
+        figure = Figure(figsize=(6.2, 3.6))
+        axes = figure.subplots()
+        for index, (label, (xs, ys)) in enumerate(series.items()):
+            marker = MARKERS[index % len(MARKERS)] if markers else None
+            axes.plot(xs, ys, label=label, color=COLOURS[index % len(COLOURS)], marker=marker, markersize=6)
+        axes.set_xlabel(x)
+        axes.set_ylabel(y)
+        if log_x:
+            axes.set_xscale("log")
+        if x_ticks is not None:
+            axes.set_xticks(list(x_ticks))
+        axes.legend()
+        return _svg(figure, name)
+
+
+def attention_figure(
+    images: np.ndarray, maps: Mapping[str, np.ndarray], *, grid: int, steps: Sequence[int], name: str
+) -> str:
+    """What each model looks at, over the images: a row for each image and model, a column for each step, as SVG.
+
+    The newest token is framed, the past is heat over the grey picture (scaled to each map's largest weight on a token),
+    the future is blank.
+
+    Args:
+        images: uint8 [N, S, S, 3].
+        maps: model -> weights [N, T, T] of one layer, averaged over heads, rows are queries and key 0 is the class.
+        steps: numbers of tokens read, in 1..T-1.
+    """
+    matplotlib = _require_matplotlib()
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
+
+    rows = [(image, model) for image in range(len(images)) for model in maps]
+    with matplotlib.rc_context(_style(name) | {"axes.grid": False}):
+        figure = Figure(figsize=(1.35 * (len(steps) + 1), 1.4 * len(rows)))
+        cells = figure.subplots(len(rows), len(steps) + 1, squeeze=False)
+        size = images.shape[1]
+        side = size / grid
+        for row, (index, model) in enumerate(rows):
+            picture = images[index]
+            grey = np.repeat(picture.mean(axis=-1, keepdims=True), 3, axis=-1).astype(np.uint8)
+            for axes in cells[row]:
+                axes.set_xticks([])
+                axes.set_yticks([])
+                for spine in axes.spines.values():
+                    spine.set_visible(False)
+                axes.set_xlim(-0.5, size - 0.5)
+                axes.set_ylim(size - 0.5, -0.5)
+            cells[row, 0].imshow(picture)
+            cells[row, 0].set_ylabel(model, rotation=0, ha="right", va="center", labelpad=6)
+            for column, step in enumerate(steps, start=1):
+                axes = cells[row, column]
+                if row == 0:
+                    axes.set_title(f"after {step}", fontsize=10)
+                weights = maps[model][index, step, 1 : step + 1]
+                heat = np.full(grid**2, np.nan)
+                heat[:step] = weights / max(float(weights.max()), 1e-12)
+                read = np.repeat(np.repeat((np.arange(grid**2) < step).reshape(grid, grid), side, 0), side, 1)
+                axes.imshow(np.dstack([grey, np.where(read, 255, 0).astype(np.uint8)]))
+                extent = (-0.5, size - 0.5, size - 0.5, -0.5)
+                axes.imshow(heat.reshape(grid, grid), cmap="inferno", alpha=0.65, vmin=0, vmax=1, extent=extent)
+                top, left = divmod(step - 1, grid)
+                frame = (left * side - 0.5, top * side - 0.5)
+                axes.add_patch(Rectangle(frame, side, side, fill=False, edgecolor="#00D0FF", linewidth=1.6))
+        figure.subplots_adjust(wspace=0.06, hspace=0.08)
+        return _svg(figure, name)
+
+
+def strip(images: np.ndarray, columns: int) -> np.ndarray:
+    """Images uint8 [N, S, S, 3] as one picture, `columns` to a row, white where none is left."""
+    n, size = images.shape[:2]
+    rows = -(-n // columns)
+    canvas = np.full((rows * columns, size, size, 3), 255, np.uint8)
+    canvas[:n] = images
+    return canvas.reshape(rows, columns, size, size, 3).swapaxes(1, 2).reshape(rows * size, columns * size, 3)

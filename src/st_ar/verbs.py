@@ -1,0 +1,294 @@
+"""The verbs: one dataclass each, whose fields are the options and whose docstrings are the help.
+
+What a verb needs is imported when it runs, so that help is quick.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+
+from st_ar.errors import UserError
+
+
+@dataclass(kw_only=True)
+class Quickstart:
+    """Train, probe, sample and compare AR and ST-AR on images that come inside scikit-image and scikit-learn.
+
+    Takes a few minutes on two cores and writes report.html and summary.json. The same command again continues what a
+    stopped one began.
+    """
+
+    out: Path = Path("quickstart")
+    """Folder for the report and every artefact."""
+    images: Literal["photos", "digits"] = "photos"
+    """Patches of 16 photographs, or handwritten digits."""
+    steps: int | None = None
+    """Optimizer steps of each model, if not the preset's."""
+    seed: int = 0
+    """Seed of everything."""
+
+    def run(self) -> None:
+        from st_ar.quickstart import quickstart
+
+        report = quickstart(self.out, images=self.images, steps=self.steps, seed=self.seed)
+        summary = json.loads((self.out / "summary.json").read_text())
+        ar, guided = summary["AR"], summary["ST-AR"]
+        rows = [
+            ("probe accuracy, last step (%)", *(f"{100 * m['probe']['top1'][-1]:.1f}" for m in (ar, guided))),
+            ("validation loss (nats per token)", *(f"{m['validation_loss']:.3f}" for m in (ar, guided))),
+            ("FD-regions of samples", *(f"{m['frechet']:.4f}" for m in (ar, guided))),
+            ("seconds per training step", *(f"{m['seconds_per_step']:.3f}" for m in (ar, guided))),
+        ]
+        _print_table(("", "AR", "ST-AR"), rows)
+        print(f"\n{summary['seconds_of_this_call']:.0f} s; the report is {report}")
+
+
+@dataclass(kw_only=True)
+class TrainTokenizer:
+    """Learn a codebook from images. The preset `kmeans` clusters pixel patches in seconds."""
+
+    preset: tyro.conf.Positional[Literal["kmeans"]]
+    """Kind of tokenizer."""
+    images: str
+    """Image source: photos[:train|:test] or digits[:train|:test]."""
+    out: Path
+    """Folder to write the tokenizer to."""
+    vocab_size: int = 256
+    """Codes in the codebook."""
+    patch: int = 4
+    """Side of a patch in pixels."""
+    seed: int = 0
+    """Seed of the clustering."""
+
+    def run(self) -> None:
+        from st_ar.data.images import open_images
+        from st_ar.files import require_absent
+        from st_ar.tokenizer.kmeans import train_kmeans
+
+        require_absent(self.out, "a tokenizer")
+        tokenizer = train_kmeans(open_images(self.images), vocab_size=self.vocab_size, patch=self.patch, seed=self.seed)
+        tokenizer.save(self.out)
+        print(f"{self.out}: {tokenizer.vocab_size} codes of {self.patch} x {self.patch} pixels")
+
+
+@dataclass(kw_only=True)
+class Tokenize:
+    """Encode every crop of every image into a token store. A stopped job is continued by the same command."""
+
+    images: str
+    """Image source: photos[:train|:test] or digits[:train|:test]."""
+    tokenizer: Path
+    """The tokenizer's folder."""
+    out: Path
+    """Folder to write the store to."""
+    crops: Literal["center", "ten"] = "ten"
+    """The centre alone, or corners and centre of the image and (where it means the same) of its mirror image."""
+    size: int | None = None
+    """Side of a crop in pixels; by default what suits the source."""
+    crop_range: float | None = None
+    """Short side before cropping as a multiple of the crop's; by default what suits the source."""
+
+    def run(self) -> None:
+        from st_ar.data.crops import Crops
+        from st_ar.data.images import open_images
+        from st_ar.data.tokenize import tokenize
+        from st_ar.tokenizer import load_tokenizer
+
+        source = open_images(self.images)
+        crops = Crops(
+            kind=self.crops,
+            size=self.size if self.size is not None else source.size,
+            range=self.crop_range if self.crop_range is not None else source.crop_range,
+            mirror=source.mirror,
+        )
+        store = tokenize(source, load_tokenizer(self.tokenizer), crops, self.out)
+        grid = store.meta.grid
+        print(f"{self.out}: {len(store):,} images x {len(store.meta.crops)} crops x {grid} x {grid} tokens")
+
+
+@dataclass(kw_only=True)
+class Sample:
+    """Draw images from a model into a .npz file (ADM's layout) or a folder of PNGs, with the settings beside them."""
+
+    model: Path
+    """A run, an export folder or a .safetensors file."""
+    tokenizer: Path
+    """The tokenizer that the model was trained with."""
+    out: Path
+    """FILE.npz, or a folder for PNGs."""
+    num: int = 64
+    """Images to draw."""
+    labels: tuple[int, ...] = ()
+    """Classes to draw, in turn; all if not given."""
+    label_mode: Literal["balanced", "random"] = "balanced"
+    """Take the classes in turn, or draw them at random."""
+    cfg_scale: float = 1.0
+    """Classifier-free guidance scale; 1 is none."""
+    cfg_interval: int = -1
+    """Guide only the first token and this many decode steps + 1; -1 guides all."""
+    temperature: float = 1.0
+    """Divides the logits."""
+    top_k: int = 0
+    """Draw from the k likeliest tokens; 0 for all."""
+    top_p: float = 1.0
+    """Draw from the likeliest tokens that together hold more than p; 1 for all."""
+    seed: int = 0
+    """Seed of the labels and the draws."""
+    batch_size: int = 256
+    """Images drawn at once; with another size the same seed gives other images."""
+    ema: bool = False
+    """Draw from the averaged weights instead of the live ones."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Type of weights and activations; auto takes bfloat16 on a GPU and float32 on a CPU."""
+
+    def run(self) -> None:
+        import torch
+
+        from st_ar.hardware import choose_device
+        from st_ar.model.weights import open_model
+        from st_ar.sampling import SampleSettings, check_output, choose_labels, sample_images, save_samples
+        from st_ar.tokenizer import load_tokenizer
+
+        check_output(self.out)
+        device = choose_device(self.device)
+        half = self.dtype == "bfloat16" or (self.dtype == "auto" and device.type == "cuda")
+        model, info = open_model(self.model, ema=self.ema)
+        tokenizer = load_tokenizer(self.tokenizer)
+        if info.tokenizer and tokenizer.fingerprint != info.tokenizer:
+            raise UserError(
+                f"{self.model} speaks the codes of tokenizer {info.tokenizer[:12]}, {self.tokenizer} is {tokenizer.fingerprint[:12]}: "
+                "give the tokenizer that made the model's token store"
+            )
+        names = {name: getattr(self, name) for name in SampleSettings.__dataclass_fields__}
+        settings = SampleSettings(**names)
+        labels = choose_labels(self.num, info.config.num_classes, self.seed, mode=self.label_mode, only=self.labels)
+        model = model.to(device, torch.bfloat16 if half else torch.float32)
+        images = sample_images(model, tokenizer, labels, settings)
+        save_samples(self.out, images, labels, settings, info, tokenizer)
+        print(f"{self.out}: {len(images):,} images of {images.shape[1]} x {images.shape[2]} pixels")
+
+
+@dataclass(kw_only=True)
+class Probe:
+    """Linear probes after MAE: how well a frozen model's features tell the class after each number of tokens read.
+
+    The network is given the null class, so no label leaks. Prints the accuracies; --out keeps them as JSON.
+    """
+
+    model: Path
+    """A run, an export folder or a .safetensors file."""
+    tokens: Path
+    """Token store to train the probes on."""
+    test_tokens: Path
+    """Token store to test them on (its first crop)."""
+    layer: int | None = None
+    """Layer to probe, counted from 1; half the depth by default."""
+    steps: tuple[int, ...] = ()
+    """Numbers of positions read, 1..T; 8 uniformly spaced ones by default."""
+    train_crops: tuple[int, ...] = (0,)
+    """Which of the stored crops to train on."""
+    epochs: int = 90
+    """Passes over the training features."""
+    base_lr: float = 0.1
+    """Learning rate for a batch of 256. MAE's 0.1 is for a million images; a few thousand need 1 or more to converge."""
+    ema: bool = False
+    """Probe the averaged weights instead of the live ones."""
+    seed: int = 0
+    """Seed of the probes' initialisation and order."""
+    out: Path | None = None
+    """JSON file for the result."""
+
+    def run(self) -> None:
+        from dataclasses import asdict
+
+        from st_ar.data.store import TokenStore
+        from st_ar.evaluation.probe import ProbeConfig, probe
+        from st_ar.files import write_json
+        from st_ar.model.weights import open_model
+
+        model, info = open_model(self.model, ema=self.ema)
+        store, test_store = TokenStore(self.tokens), TokenStore(self.test_tokens)
+        for each in (store, test_store):
+            each.check_model(info.config, info.tokenizer)
+        config = ProbeConfig(epochs=self.epochs, base_lr=self.base_lr, seed=self.seed)
+        result = probe(
+            model,
+            store,
+            test_store,
+            layer=self.layer,
+            steps=self.steps or None,
+            train_crops=self.train_crops,
+            config=config,
+        )
+        if self.out:
+            write_json(self.out, asdict(result))
+        print(f"layer {result.layer}, {result.train_images:,} training and {result.test_images:,} test images")
+        rows = [(str(step), f"{100 * share:.1f}") for step, share in zip(result.steps, result.top1, strict=True)]
+        _print_table(("step", "accuracy (%)"), rows)
+
+
+@dataclass(kw_only=True)
+class Attention:
+    """Attention maps over images of a store, as an SVG, and their statistics by layer as a table."""
+
+    model: Path
+    """A run, an export folder or a .safetensors file."""
+    tokens: Path
+    """Token store with the images to read."""
+    tokenizer: Path
+    """The tokenizer that made the store."""
+    out: Path
+    """SVG file for the maps; the statistics go beside it as JSON."""
+    layer: int | None = None
+    """Layer to draw, counted from 1; half the depth by default."""
+    images: tuple[int, ...] = (0, 1, 2)
+    """Which of the store's images to draw."""
+    average: int = 256
+    """Images to average the statistics over."""
+    ema: bool = False
+    """Look at the averaged weights instead of the live ones."""
+
+    def run(self) -> None:
+        from st_ar.evaluation.attention import draw_attention
+
+        statistics = draw_attention(
+            self.model,
+            self.tokens,
+            self.tokenizer,
+            self.out,
+            layer=self.layer,
+            images=self.images,
+            average=self.average,
+            ema=self.ema,
+        )
+        rows = [
+            (str(layer), f"{a.class_weight:.3f}", f"{a.neighbour_weight:.3f}", f"{a.distance:.2f}", f"{a.entropy:.2f}")
+            for layer, a in statistics.items()
+        ]
+        _print_table(("layer", "on the class", "on the 3 x 3", "distance (tokens)", "entropy (nats)"), rows)
+        print(f"\nmaps: {self.out}")
+
+
+VERBS: dict[str, Any] = {
+    "quickstart": Quickstart,
+    "train-tokenizer": TrainTokenizer,
+    "tokenize": Tokenize,
+    "sample": Sample,
+    "probe": Probe,
+    "attention": Attention,
+}
+
+
+def _print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
+    for row in (header, *rows):
+        first, *rest = (
+            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        )
+        print("  ".join([first, *rest]).rstrip())
