@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from st_ar.selfguided import losses as losses
     from st_ar.tokenizer import load_tokenizer as load_tokenizer
 
+__version__ = "0.1.0"
+
 _PLACES = {
     "ModelConfig": "st_ar.config",
     "Transformer": "st_ar.model.transformer",

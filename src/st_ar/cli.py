@@ -9,8 +9,9 @@ from typing import Annotated
 
 import tyro
 
+from st_ar import __version__
 from st_ar.config import TrainConfig
-from st_ar.errors import UserError
+from st_ar.errors import Interrupted, UserError
 from st_ar.presets import PRESETS, get_preset
 from st_ar.verbs import VERBS
 
@@ -67,13 +68,9 @@ def train_verb(arguments: Sequence[str]) -> None:
     command = tyro.cli(
         _train_command(default), prog=f"st-ar train {name}", args=rest, description=PRESETS[name].__doc__
     )
-    from st_ar.training.loop import Interrupted, train
+    from st_ar.training.loop import train
 
-    try:
-        train(command.config, command.tokens, command.out, resume=command.resume, preset=name)
-    except Interrupted as stopped:
-        print(f"st-ar: {stopped}", file=sys.stderr)
-        sys.exit(128 + stopped.signum)
+    train(command.config, command.tokens, command.out, resume=command.resume, preset=name)
     print(f"{command.out}: trained; weights in {command.out / 'export'}")
 
 
@@ -92,9 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if not arguments or arguments[0] in ("-h", "--help"):
             print(HELP, end="")
         elif arguments[0] == "--version":
-            from importlib.metadata import version
-
-            print(version("st-ar"))
+            print(__version__)
         elif arguments[0] == "train":
             train_verb(arguments[1:])
         elif arguments[0] in VERBS:
@@ -106,6 +101,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except UserError as error:
         print(f"st-ar: {error}", file=sys.stderr)
         sys.exit(2)
+    except Interrupted as stopped:
+        print(f"st-ar: {stopped}", file=sys.stderr)
+        sys.exit(128 + stopped.signum)
     except KeyboardInterrupt:
         print("st-ar: interrupted", file=sys.stderr)
         sys.exit(130)

@@ -6,7 +6,7 @@ Validation happens on construction and names the flags. Nothing here imports tor
 import dataclasses
 import json
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from st_ar.errors import UserError
 
@@ -16,6 +16,15 @@ C = TypeVar("C")
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise UserError(message)
+
+
+def _require_choices(config: Any, prefix: str) -> None:
+    """Fields with a fixed set of words must hold one of them."""
+    for name, hint in get_type_hints(type(config)).items():
+        value = getattr(config, name)
+        if get_origin(hint) is Literal and value not in get_args(hint):
+            flag = prefix + name.replace("_", "-")
+            raise UserError(f"{flag} must be one of {', '.join(get_args(hint))}, not {value!r}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,12 +65,16 @@ class ModelConfig:
             f"--model.dim {self.dim} over --model.n-heads {self.n_heads} must be a whole multiple of 4: "
             "the rotary embedding turns pairs of features by row and by column",
         )
+        for name in ("rope_base", "norm_eps"):
+            value = getattr(self, name)
+            _require(0 < value < float("inf"), f"--model.{name.replace('_', '-')} must be above 0, not {value}")
         for name in ("token_dropout", "residual_dropout", "ffn_dropout", "drop_path"):
             value = getattr(self, name)
             _require(0 <= value < 1, f"--model.{name.replace('_', '-')} must lie in [0, 1), not {value}")
         _require(
             self.drop_path == 0 or (self.residual_dropout == 0 and self.ffn_dropout == 0),
-            "--model.drop-path replaces --model.residual-dropout and --model.ffn-dropout: set both to 0",
+            f"--model.drop-path {self.drop_path} replaces --model.residual-dropout {self.residual_dropout} and "
+            f"--model.ffn-dropout {self.ffn_dropout}: set both to 0",
         )
 
     @property
@@ -122,6 +135,7 @@ class SelfGuidedConfig:
     """Start with the decay min(ema_decay, (1 + t) / (10 + t)) at optimizer step t, so that short runs get a useful teacher."""
 
     def __post_init__(self) -> None:
+        _require_choices(self, "--selfguided.")
         _require(0 <= self.mask_ratio < 1, f"--selfguided.mask-ratio must lie in [0, 1), not {self.mask_ratio}")
         for name in ("alpha", "beta"):
             value = getattr(self, name)
@@ -134,7 +148,7 @@ class SelfGuidedConfig:
         )
         _require(
             not (self.contrast and self.step_loss and self.positions < 2),
-            "--selfguided.step-loss compares different steps: give --selfguided.positions 2 or more",
+            f"--selfguided.step-loss compares different steps: give --selfguided.positions 2 or more, not {self.positions}",
         )
         _require(
             self.projector_depth >= 1, f"--selfguided.projector-depth must be at least 1, not {self.projector_depth}"
@@ -185,6 +199,7 @@ class OptimConfig:
     """Last learning rate, as a share of the peak."""
 
     def __post_init__(self) -> None:
+        _require_choices(self, "--optim.")
         _require(self.lr > 0, f"--optim.lr must be above 0, not {self.lr}")
         _require(all(0 <= b < 1 for b in self.betas), f"--optim.betas must lie in [0, 1), not {self.betas}")
         _require(self.weight_decay >= 0, f"--optim.weight-decay must be 0 or more, not {self.weight_decay}")
@@ -229,6 +244,7 @@ class TrainConfig:
     """Newest checkpoints to keep."""
 
     def __post_init__(self) -> None:
+        _require_choices(self, "--")
         _require(self.steps is None or self.epochs is None, "give --steps or --epochs, not both")
         _require(self.steps is not None or self.epochs is not None, "give --steps or --epochs: how long to train")
         _require(self.steps is None or self.steps >= 1, f"--steps must be at least 1, not {self.steps}")
@@ -274,9 +290,11 @@ def to_dict(config: Any) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
-def from_dict(cls: type[C], values: dict[str, Any], where: str) -> C:
+def from_dict(cls: type[C], values: Any, where: str) -> C:
     """Build a config from what `to_dict` gave; `where` names the file in the error for unknown or missing fields."""
     assert dataclasses.is_dataclass(cls)
+    if not isinstance(values, dict):
+        raise UserError(f"{where}: the settings of {cls.__name__} are no JSON object: the file is damaged")
     types: dict[str, type] = {"model": ModelConfig, "selfguided": SelfGuidedConfig, "optim": OptimConfig}
     names = {f.name for f in dataclasses.fields(cls)}
     if unknown := set(values) - names:

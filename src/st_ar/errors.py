@@ -1,4 +1,4 @@
-"""The one exception that users are meant to see."""
+"""The exceptions that users are meant to see."""
 
 
 class UserError(ValueError):
@@ -6,3 +6,11 @@ class UserError(ValueError):
 
     The command line prints it in one line, without a traceback, and exits with status 2.
     """
+
+
+class Interrupted(Exception):
+    """The run was asked to stop by a signal, and has saved itself."""
+
+    def __init__(self, message: str, signum: int) -> None:
+        super().__init__(message)
+        self.signum = signum

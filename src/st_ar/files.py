@@ -8,6 +8,8 @@ from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from st_ar.errors import UserError
 
 
@@ -21,8 +23,9 @@ def written_aside(path: Path) -> Generator[Path]:
         with open(aside, "rb") as file:
             os.fsync(file.fileno())
         os.replace(aside, path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; nothing there was changed") from error
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot write {path}: {reason}; nothing there was changed") from error
     finally:
         aside.unlink(missing_ok=True)
 

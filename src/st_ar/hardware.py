@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+import st_ar
 from st_ar.errors import UserError
 
 
@@ -29,10 +30,8 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
 
 def describe() -> dict[str, Any]:
     """The machine and the versions, for whoever reads the numbers later."""
-    from importlib.metadata import version
-
     described: dict[str, Any] = {
-        "st_ar": version("st-ar"),
+        "st_ar": st_ar.__version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
         "cpu": _cpu_name(),

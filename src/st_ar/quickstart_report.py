@@ -121,8 +121,9 @@ def _results(measured: Mapping[str, Measured], summary: dict[str, Any]) -> Secti
     ]
     caption = (
         f"One run of each with seed {summary['seed']}, live weights unless said otherwise. {features.NAME}: "
-        f"{features.DESCRIPTION}, {summary['samples']:,} samples without guidance against the test images; {summary['frechet_of_decoded_training_images']:.4f} for "
-        "training images passed through the tokenizer, which is about what a perfect model would reach."
+        f"{features.DESCRIPTION}, {summary['samples']:,} samples without guidance against the test images; "
+        f"{summary['frechet_of_decoded_training_images']:.4f} for training images passed "
+        "through the tokenizer, which is about what a perfect model would reach."
     )
     paragraphs = [
         understands,

@@ -5,7 +5,7 @@ hidden states; every loss lives elsewhere. B: sequences, T: tokens of an image, 
 """
 
 from collections.abc import Collection
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -185,6 +185,13 @@ class Transformer(nn.Module):
         self.apply(self._initialise)
         nn.init.zeros_(self.output.weight)
 
+    def _apply(self, *args: Any, **kwargs: Any) -> "Transformer":
+        """Move or cast the weights; the rotary table is made anew, so that it stays float32 whatever they become."""
+        super()._apply(*args, **kwargs)
+        config = self.config
+        self.rope = rope_table(config.grid, config.head_dim, config.rope_base).to(self.rope.device)
+        return self
+
     @staticmethod
     def _initialise(module: nn.Module) -> None:
         if isinstance(module, nn.Linear | nn.Embedding):
@@ -214,6 +221,8 @@ class Transformer(nn.Module):
         depth = len(self.layers)
         if wrong := [layer for layer in layers if not 1 <= layer <= depth]:
             raise UserError(f"no layer {wrong[0]}: this network has layers 1 to {depth}")
+        if not layers:
+            raise UserError(f"no layers asked for: give some of 1 to {depth}")
         x = self.embed(tokens, labels)
         rope, bias = self.rope[: x.shape[1]], None
         if key_mask is not None or x.device.type == "cpu":

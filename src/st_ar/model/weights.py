@@ -38,7 +38,7 @@ def save_export(folder: Path, model: Transformer, ema: Transformer, info: dict[s
     for name, weights in ((LIVE, model), (EMA, ema)):
         tensors = {key: value.detach().cpu().contiguous() for key, value in weights.state_dict().items()}
         with written_aside(folder / name) as aside:
-            save_file(tensors, aside, metadata={"format": "pt", "step": str(info["step"])})
+            save_file(tensors, aside, metadata={"format": "pt"})
     write_json(folder / "config.json", {"format_version": FORMAT_VERSION, "model": to_dict(model.config), **info})
 
 
@@ -58,9 +58,11 @@ def find_weights(path: Path, ema: bool) -> Path:
         raise UserError(f"{path} does not exist; give a run, an export folder or a .safetensors file")
     if path.suffix != ".safetensors":
         raise UserError(f"{path} is not a .safetensors file; give a run, an export folder or a .safetensors file")
-    if ema and path.name == LIVE:
-        return path.with_name(EMA)
-    return path
+    if not ema or path.name == EMA:
+        return path
+    if path.name != LIVE or not path.with_name(EMA).exists():
+        raise UserError(f"{path} has no averaged weights beside it: name their file, or leave out ema")
+    return path.with_name(EMA)
 
 
 def open_model(path: Path | str, *, ema: bool = False) -> tuple[Transformer, ModelInfo]:
@@ -82,8 +84,7 @@ def open_model(path: Path | str, *, ema: bool = False) -> tuple[Transformer, Mod
     config = from_dict(ModelConfig, saved["model"], f"{file.parent}/config.json")
     try:
         with safe_open(file, framework="pt") as opened:
-            tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 (not a dict)
-            step = int((opened.metadata() or {}).get("step", 0))
+            tensors = {key: opened.get_tensor(key).float() for key in opened.keys()}  # noqa: SIM118 (not a dict)
     except (SafetensorError, OSError) as error:
         raise UserError(
             f"{file} is damaged or incomplete ({error}); copy it again, or export it again from its run"
@@ -99,10 +100,10 @@ def open_model(path: Path | str, *, ema: bool = False) -> tuple[Transformer, Mod
             f"{list(expected.get(wrong, []))} by the config"
         )
     model.load_state_dict(tensors, assign=True)
-    model.rope = rope_table(config.grid, config.head_dim, config.rope_base)
+    model.rope = rope_table(config.grid, config.head_dim, config.rope_base)  # is in no file
     info = ModelInfo(
         config=config,
-        step=step,
+        step=saved.get("step", 0),
         class_names=saved.get("class_names", []),
         tokenizer=saved.get("tokenizer", ""),
         source=file,

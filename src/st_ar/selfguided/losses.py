@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from st_ar.errors import UserError
+
 Reduction = Literal["mean", "sum"]
 
 
@@ -34,6 +36,7 @@ def _contrast(z: Tensor, h: Tensor, temperature: float, offset: int) -> Tensor:
 
     Image `offset + n` of the candidates is the positive of anchor n, all others are its negatives.
     """
+    assert 0 <= offset <= h.shape[-2] - z.shape[-2], "every anchor needs its image among the candidates"
     with torch.autocast(z.device.type, enabled=False):
         logits = _unit(z) @ _unit(h).transpose(-1, -2) / temperature
         return -logits.log_softmax(dim=-1).diagonal(offset=offset, dim1=-2, dim2=-1)
@@ -41,6 +44,8 @@ def _contrast(z: Tensor, h: Tensor, temperature: float, offset: int) -> Tensor:
 
 def _reduce(terms: Tensor, reduction: Reduction) -> Tensor:
     """Pairs x images [P, b] -> the mean over images of the pairs' mean, or of their sum as printed in Eq. 6 and 7."""
+    if reduction not in ("mean", "sum"):
+        raise UserError(f"the reduction must be mean or sum, not {reduction!r}")
     return terms.mean() if reduction == "mean" else terms.sum(0).mean()
 
 
@@ -57,10 +62,9 @@ def step_loss(
         reduction: over the M * K * (K - 1) pairs.
         offset: z's first image in h.
     """
+    assert z.shape[2] > 1, "one step has no other to be compared with"
     z, h = z.permute(1, 2, 0, 3), h.permute(1, 2, 0, 3)  # (M, K, b or B, D)
-    terms = _contrast(
-        z[:, :, None], h[:, None, :], temperature, offset
-    )  # (M, K, K, b): anchor step i, candidate step j
+    terms = _contrast(z[:, :, None], h[:, None, :], temperature, offset)  # (M, K, K, b): anchor step, candidate step
     different = ~torch.eye(z.shape[1], dtype=torch.bool, device=z.device)
     return _reduce(terms[:, different].flatten(0, 1), reduction)
 
@@ -72,7 +76,8 @@ def view_loss(
 
     Arguments as for `step_loss`; the reduction is over the M * (M - 1) * K pairs.
     """
+    assert z.shape[1] > 1, "one view has no other to be compared with"
     z, h = z.permute(1, 2, 0, 3), h.permute(1, 2, 0, 3)  # (M, K, b or B, D)
-    terms = _contrast(z[:, None], h[None, :], temperature, offset)  # (M, M, K, b): anchor view i, candidate view j
+    terms = _contrast(z[:, None], h[None, :], temperature, offset)  # (M, M, K, b): anchor view, candidate view
     different = ~torch.eye(z.shape[0], dtype=torch.bool, device=z.device)
     return _reduce(terms[different].flatten(0, 1), reduction)

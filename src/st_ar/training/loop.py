@@ -16,7 +16,7 @@ from torch import Tensor
 from st_ar.config import TrainConfig, differences, to_dict
 from st_ar.data.store import TokenStore
 from st_ar.data.views import Views
-from st_ar.errors import UserError
+from st_ar.errors import Interrupted, UserError
 from st_ar.files import read_json, write_json
 from st_ar.hardware import choose_device, choose_dtype, describe
 from st_ar.model.transformer import Transformer
@@ -32,14 +32,6 @@ from st_ar.training.optim import adamw, learning_rate
 FORMAT_VERSION = 1
 MAY_CHANGE = ("steps", "epochs", "log_every", "checkpoint_every", "keep", "device", "compile")
 """Settings that a resumed run may change: none of them alters a step already taken."""
-
-
-class Interrupted(Exception):
-    """The run was asked to stop by a signal, and has saved itself."""
-
-    def __init__(self, message: str, signum: int) -> None:
-        super().__init__(message)
-        self.signum = signum
 
 
 def train(config: TrainConfig, tokens: Path, out: Path, *, resume: bool = False, preset: str = "") -> Path:

@@ -1,0 +1,79 @@
+"""What the benchmarks share: timing in turn, the machine, and where results are saved."""
+
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from st_ar.config import ModelConfig
+from st_ar.hardware import describe
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def flops_per_token(config: ModelConfig) -> tuple[float, float]:
+    """Forward FLOPs per token of the blocks and of the vocabulary projection (two a multiply-add, causal attention)."""
+    per_block = 4 * config.dim**2 + 3 * config.dim * config.hidden_dim
+    attention = 2 * config.sequence_length * config.dim  # two products over half the keys, on average
+    return config.n_layers * (2 * per_block + attention), 2 * config.dim * config.vocab_size
+
+
+def flop_limit(config: ModelConfig) -> float:
+    """ST-AR's training FLOPs over AR's at equal tokens: one more forward pass of the blocks."""
+    body, head = flops_per_token(config)
+    return (3 * (body + head) + body) / (3 * (body + head))
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait for a GPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def time_in_turn(
+    actions: Mapping[str, Callable[[], object]], *, rounds: int, warmup: int, device: torch.device
+) -> dict[str, list[float]]:
+    """Seconds of each action in each round; they take turns, so that a drifting machine is fair to all."""
+    times: dict[str, list[float]] = {name: [] for name in actions}
+    for round_number in range(warmup + rounds):
+        for name, action in actions.items():
+            synchronise(device)
+            begun = time.perf_counter()
+            action()
+            synchronise(device)
+            if round_number >= warmup:
+                times[name].append(time.perf_counter() - begun)
+    return times
+
+
+def summarise(times: Sequence[float]) -> dict[str, float]:
+    """Median and quartiles in seconds."""
+    low, median, high = statistics.quantiles(times, n=4)
+    return {"median": median, "quartile_low": low, "quartile_high": high, "runs": len(times)}
+
+
+def ratio(a: Sequence[float], b: Sequence[float]) -> dict[str, float]:
+    """Of a over b, round by round: the median and quartiles of the paired ratios."""
+    return summarise([x / y for x, y in zip(a, b, strict=True)])
+
+
+def save(name: str, results: Any, folder: Path = RESULTS) -> Path:
+    """Write NAME.json with the machine, the versions, the date and the command."""
+    path = folder / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    command = " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
+    record = {
+        "command": command,
+        "date": datetime.now(UTC).date().isoformat(),
+        "environment": describe(),
+        "results": results,
+    }
+    path.write_text(json.dumps(record, indent=2) + "\n")
+    print(f"saved {path}")
+    return path

@@ -1,0 +1,207 @@
+"""The token store: what is written is read, and whatever is not as it should be is refused by name."""
+
+import json
+import shutil
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from st_ar.config import ModelConfig
+from st_ar.data.store import TokenStore
+from tests.data.random_store import FINGERPRINT, checksum, random_store
+from tests.disk import flip_byte, refused
+
+SUITABLE = ModelConfig(dim=32, n_layers=1, n_heads=2, vocab_size=16, grid=4, num_classes=3)
+FIRST_CODES, LAST_LABELS = "codes-00000-of-00003.npy", "labels-00002-of-00003.npy"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return random_store(tmp_path / "store", images=11, crops=3, shards=3)[0]
+
+
+def edit_meta(folder: Path, **changes: object) -> None:
+    meta = json.loads((folder / "meta.json").read_text())
+    (folder / "meta.json").write_text(json.dumps(meta | changes))
+
+
+def replace_shard(folder: Path, name: str, array: np.ndarray) -> None:
+    """Another array under a shard's name, with its right checksum."""
+    np.save(folder / name, array)
+    meta = json.loads((folder / "meta.json").read_text())
+    what = name.partition("-")[0]
+    for shard in meta["shards"]:
+        if shard[what] == name:
+            shard[f"{what}_sha256"] = checksum(folder / name)
+    (folder / "meta.json").write_text(json.dumps(meta))
+
+
+@given(
+    data=st.data(),
+    images=st.integers(1, 30),
+    crops=st.integers(1, 10),
+    grid=st.integers(1, 3),
+    shards=st.integers(1, 4),
+)
+def test_what_was_written_is_read_whatever_the_shards(
+    data: st.DataObject, images: int, crops: int, grid: int, shards: int
+) -> None:
+    shards = min(shards, images)
+    with TemporaryDirectory() as temporary:
+        where, codes, labels = random_store(
+            Path(temporary) / "store", images=images, crops=crops, grid=grid, vocab_size=1 << 16, shards=shards
+        )
+        store = TokenStore(where)
+        store.verify()
+        assert len(store) == images
+        assert store.labels.dtype == np.int64
+        np.testing.assert_array_equal(store.labels, labels)
+        wanted = data.draw(st.lists(st.integers(0, images - 1), min_size=1, max_size=20), label="images")
+        chosen = data.draw(
+            st.lists(
+                st.lists(st.integers(0, crops - 1), min_size=2, max_size=2), min_size=len(wanted), max_size=len(wanted)
+            ),
+            label="crops",
+        )
+        read = store.codes(np.array(wanted), np.array(chosen))
+        assert read.dtype == np.uint16
+        for row, (image, some_crops) in enumerate(zip(wanted, chosen, strict=True)):
+            np.testing.assert_array_equal(read[row], codes[image][some_crops])
+
+
+def test_a_suitable_model_is_accepted(folder: Path) -> None:
+    TokenStore(folder).check_model(SUITABLE)
+    TokenStore(folder).check_model(SUITABLE, FINGERPRINT)
+
+
+@pytest.mark.parametrize("name", [FIRST_CODES, LAST_LABELS])
+def test_verify_names_the_shard_with_a_flipped_byte(folder: Path, name: str) -> None:
+    flip_byte(folder / name)
+    store = TokenStore(folder)
+    with refused(folder, rf"{name} is damaged: .* checksum in meta.json; tokenize again"):
+        store.verify()
+
+
+@pytest.mark.parametrize("left", [0, 40, 200, -1])
+@pytest.mark.parametrize("name", [FIRST_CODES, LAST_LABELS])
+def test_a_truncated_shard_is_named_on_opening(folder: Path, name: str, left: int) -> None:
+    whole = (folder / name).read_bytes()
+    (folder / name).write_bytes(whole[: min(left, len(whole) - 1)])
+    with refused(folder, rf"{name} is truncated or damaged .*tokenize again"):
+        TokenStore(folder)
+
+
+@pytest.mark.parametrize("name", [FIRST_CODES, LAST_LABELS])
+def test_a_missing_shard_is_named_on_opening(folder: Path, name: str) -> None:
+    (folder / name).unlink()
+    with refused(folder, rf"{name} is missing from the token store; tokenize again"):
+        TokenStore(folder)
+
+
+def test_a_shard_of_pickled_objects_is_never_unpickled(folder: Path) -> None:
+    np.save(folder / FIRST_CODES, np.array([Path("/")], object), allow_pickle=True)
+    with refused(folder, rf"{FIRST_CODES} is truncated or damaged"):
+        TokenStore(folder)
+
+
+@pytest.mark.parametrize(
+    ("array", "found"),
+    [
+        (np.zeros((4, 3, 16), np.int64), r"int64 \[4, 3, 16\]"),
+        (np.zeros((4, 3, 9), np.uint16), r"uint16 \[4, 3, 9\]"),
+        (np.zeros((3, 3, 16), np.uint16), r"uint16 \[3, 3, 16\]"),
+    ],
+)
+def test_a_shard_of_another_type_or_shape_is_named_with_both(folder: Path, array: np.ndarray, found: str) -> None:
+    replace_shard(folder, FIRST_CODES, array)
+    with refused(folder, rf"{FIRST_CODES} holds {found}, meta.json promises uint16 \[4, 3, 16\]"):
+        TokenStore(folder)
+
+
+def test_labels_of_another_type_are_named_with_both(folder: Path) -> None:
+    replace_shard(folder, LAST_LABELS, np.zeros(3, np.float32))
+    with refused(folder, rf"{LAST_LABELS} holds float32 \[3\], meta.json promises int32 \[3\]"):
+        TokenStore(folder)
+
+
+@pytest.mark.parametrize("version", [0, 2, None])
+def test_another_format_version_is_refused_with_the_one_that_is_read(folder: Path, version: int | None) -> None:
+    edit_meta(folder, format_version=version)
+    with refused(folder, rf"format version {version}; this st-ar reads 1"):
+        TokenStore(folder)
+
+
+def test_a_count_of_images_that_the_shards_do_not_hold_is_refused(folder: Path) -> None:
+    edit_meta(folder, images=12)
+    with refused(folder, "holds 11 images, its meta.json says 12"):
+        TokenStore(folder)
+
+
+def test_a_store_of_no_images_is_refused(folder: Path) -> None:
+    edit_meta(folder, images=0, shards=[])
+    with refused(folder, "holds 0 images"):
+        TokenStore(folder)
+
+
+@pytest.mark.parametrize(
+    "meta", ["", "{", "[]", "null", '{"format_version": 1}', '{"format_version": 1, "shards": [{}]}', "\x00\xff"]
+)
+def test_a_damaged_meta_is_refused(folder: Path, meta: str) -> None:
+    (folder / "meta.json").write_text(meta, encoding="latin-1")
+    with refused(folder, "damaged"):
+        TokenStore(folder)
+
+
+@pytest.mark.parametrize("changes", [{"grid": "4"}, {"crops": None}, {"shards": [{"images": 4}]}, {"shards": 3}])
+def test_a_meta_whose_values_make_no_sense_is_refused(folder: Path, changes: dict[str, object]) -> None:
+    edit_meta(folder, **changes)
+    with refused(folder, "meta.json is damaged .*tokenize again"):
+        TokenStore(folder)
+
+
+def test_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    with refused(tmp_path, "nowhere is no token store: no such folder; `st-ar tokenize` makes one"):
+        TokenStore(tmp_path / "nowhere")
+
+
+def test_a_folder_of_other_things_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("hello")
+    with refused(tmp_path, r"meta.json is missing: .* is not a token store"):
+        TokenStore(tmp_path)
+
+
+def test_an_unfinished_store_says_how_to_finish_it(folder: Path) -> None:
+    shutil.move(folder / "meta.json", folder / "job.json")
+    with refused(folder, "is an unfinished token store: run the same `st-ar tokenize` again"):
+        TokenStore(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"vocab_size": 32}, "has 16 tokens in the codebook, the model 32: train with --model.vocab-size 16"),
+        ({"grid": 8}, "has 4 tokens a side, the model 8: train with --model.grid 4"),
+        ({"num_classes": 1000}, "has 3 classes, the model 1000: train with --model.num-classes 3"),
+    ],
+)
+def test_an_unsuitable_model_is_refused_with_both_values_and_the_remedy(
+    folder: Path, changes: dict[str, int], message: str
+) -> None:
+    kept = {
+        name: getattr(SUITABLE, name) for name in ("dim", "n_layers", "n_heads", "vocab_size", "grid", "num_classes")
+    }
+    store = TokenStore(folder)
+    with refused(folder, message):
+        store.check_model(ModelConfig(**(kept | changes)))
+
+
+def test_a_model_of_another_tokenizer_is_refused_with_both_fingerprints(folder: Path) -> None:
+    store = TokenStore(folder)
+    with refused(
+        folder, "was made by tokenizer 0123456789ab, .* codes of fedcba987654: tokenize the images with the model's"
+    ):
+        store.check_model(SUITABLE, FINGERPRINT[::-1])

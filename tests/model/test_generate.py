@@ -1,0 +1,382 @@
+import math
+
+import pytest
+import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from st_ar.config import ModelConfig
+from st_ar.errors import UserError
+from st_ar.model.generate import Decoder, choose, filter_logits, generate
+from tests.toys import NO_DROPOUT, TINY, random_model, random_sequences, recorded, recorded_model
+
+LABELS = torch.tensor([0, 1, 3])
+
+
+def distinct_rows(rows: int, width: int, seed: int) -> Tensor:
+    """Logits without ties: in each row a permutation of values 0.1 apart."""
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.stack([torch.randperm(width, generator=generator) for _ in range(rows)])
+    return order * 0.1 * (1 + seed % 7) - 1
+
+
+def probabilities(logits: Tensor) -> Tensor:
+    return logits.double().softmax(-1)
+
+
+# Agreement with LlamaGen
+
+
+@pytest.mark.parametrize(
+    ("name", "scale", "interval"),
+    [("greedy_cfg1.0", 1.0, -1), ("greedy_cfg2.5", 2.5, -1), ("greedy_cfg2.5_interval7", 2.5, 7)],
+)
+def test_greedy_tokens_are_those_recorded_from_llamagen(name: str, scale: float, interval: int) -> None:
+    io = recorded("io/")
+    tokens = generate(recorded_model(), io["labels"][:3], cfg_scale=scale, cfg_interval=interval, greedy=True)
+    assert torch.equal(tokens, io[name])
+
+
+@pytest.mark.parametrize("interval", [-1, 6, 8])
+def test_the_recorded_guidance_interval_is_7_and_no_other(interval: int) -> None:
+    io = recorded("io/")
+    tokens = generate(recorded_model(), io["labels"][:3], cfg_scale=2.5, cfg_interval=interval, greedy=True)
+    assert not torch.equal(tokens, io["greedy_cfg2.5_interval7"])
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("filter_topk10", {"top_k": 10}),
+        ("filter_topp0.8", {"top_p": 0.8}),
+        ("filter_topk20_topp0.9", {"top_k": 20, "top_p": 0.9}),
+    ],
+)
+def test_filtered_probabilities_are_those_recorded_from_llamagen(name: str, settings: dict[str, float]) -> None:
+    io = recorded("io/")
+    ours = filter_logits(io["filter_in"], **settings).softmax(-1)  # type: ignore[arg-type]
+    assert torch.equal(ours > 0, io[name] > 0)
+    torch.testing.assert_close(ours, io[name], rtol=1e-5, atol=1e-7)
+
+
+# Filters
+
+
+@given(rows=st.integers(1, 3), width=st.integers(1, 20), top_k=st.integers(1, 25), seed=st.integers(0, 1000))
+def test_top_k_keeps_the_k_largest_unchanged(rows: int, width: int, top_k: int, seed: int) -> None:
+    logits = distinct_rows(rows, width, seed)
+    kept = filter_logits(logits, top_k=top_k)
+    for before, after in zip(logits.tolist(), kept.tolist(), strict=True):
+        largest = sorted(before, reverse=True)[:top_k]
+        assert after == [value if value in largest else -math.inf for value in before]
+
+
+def test_top_k_keeps_ties_with_the_kth() -> None:
+    logits = torch.tensor([[1.0, 3.0, 2.0, 2.0, 0.0]])
+    assert filter_logits(logits, top_k=2).isfinite().tolist() == [[False, True, True, True, False]]
+
+
+@given(rows=st.integers(1, 3), width=st.integers(1, 20), top_p=st.floats(0.001, 0.999), seed=st.integers(0, 1000))
+def test_top_p_keeps_the_smallest_set_of_the_likeliest_that_exceeds_p(
+    rows: int, width: int, top_p: float, seed: int
+) -> None:
+    logits = distinct_rows(rows, width, seed)
+    for row in range(rows):
+        ordered = probabilities(logits[row]).sort(descending=True).values
+        assume((ordered.cumsum(0) - top_p).abs().min() > 1e-5)  # float32 sums cannot tell nearer ones
+    kept = filter_logits(logits, top_p=top_p)
+    for before, after in zip(logits, kept, strict=True):
+        order = sorted(range(width), key=lambda token: -before[token].item())
+        total, expected = 0.0, set()
+        for token in order:
+            expected.add(token)
+            total += probabilities(before)[token].item()
+            if total > top_p:
+                break
+        assert {token for token in range(width) if after[token].isfinite()} == expected
+        assert order[0] in expected
+        for token in expected:
+            assert after[token] == before[token]
+
+
+@given(top_k=st.integers(1, 12), top_p=st.floats(0.01, 0.99), seed=st.integers(0, 1000))
+def test_top_p_comes_after_top_k_on_renormalised_probabilities(top_k: int, top_p: float, seed: int) -> None:
+    logits = distinct_rows(2, 12, seed)
+    both = filter_logits(logits, top_k=top_k, top_p=top_p)
+    assert torch.equal(both, filter_logits(filter_logits(logits, top_k=top_k), top_p=top_p))
+    assert (both.isfinite().sum(-1) >= 1).all()
+    assert (both.isfinite().sum(-1) <= top_k).all()
+
+
+def test_filters_turned_off_change_nothing() -> None:
+    logits = distinct_rows(3, 12, 0)
+    assert torch.equal(filter_logits(logits), logits)
+    assert torch.equal(filter_logits(logits, top_k=12), logits)
+    assert torch.equal(filter_logits(logits, top_k=0, top_p=1.0), logits)
+
+
+def test_filters_leave_their_input_alone() -> None:
+    logits = distinct_rows(2, 12, 1)
+    before = logits.clone()
+    filter_logits(logits, top_k=3, top_p=0.5)
+    assert torch.equal(logits, before)
+
+
+# Draws
+
+
+def chi_square(counts: Tensor, expected: Tensor) -> float:
+    return ((counts - expected) ** 2 / expected).sum().item()
+
+
+def test_choice_frequencies_are_the_softmax() -> None:
+    logits = torch.tensor([0.0, 1.0, -1.0, 2.0, 0.5, -2.0])
+    draws = 20_000
+    tokens = choose(logits.expand(draws, -1), torch.Generator().manual_seed(0))
+    counts = tokens.bincount(minlength=6).double()
+    # 20.5 is exceeded once in a thousand seeds with 5 degrees of freedom
+    assert chi_square(counts, draws * probabilities(logits)) < 20.5
+    assert chi_square(counts, draws * probabilities(logits * 1.1)) > 20.5  # the check tells a near miss apart
+
+
+def test_rows_are_drawn_independently() -> None:
+    tokens = choose(torch.zeros(20_000, 2, 2).flatten(0, 1), torch.Generator().manual_seed(0)).view(-1, 2)
+    pairs = (2 * tokens[:, 0] + tokens[:, 1]).bincount(minlength=4).double()
+    assert chi_square(pairs, torch.full((4,), 5000.0)) < 16.3  # once in a thousand, 3 degrees of freedom
+
+
+def test_a_removed_token_is_never_drawn() -> None:
+    logits = torch.tensor([[0.0, -math.inf, 0.0]]).expand(5000, -1)
+    assert choose(logits, torch.Generator().manual_seed(0)).unique().tolist() == [0, 2]
+
+
+def test_sampled_first_tokens_follow_the_models_probabilities() -> None:
+    model = random_model()
+    label, draws = 1, 5000
+    with torch.no_grad():
+        logits = model(torch.empty(1, 0, dtype=torch.int64), torch.tensor([label])).logits[0, 0] / 0.7
+    expected = probabilities(logits) * draws
+    expected, rare = expected[expected >= 5], expected[expected < 5].sum()
+    tokens = generate(model, torch.full((draws,), label), temperature=0.7, seed=3, num_tokens=1)[:, 0]
+    counts = tokens.bincount(minlength=TINY.vocab_size).double()
+    usual = probabilities(logits) * draws >= 5
+    observed = torch.cat([counts[usual], counts[~usual].sum()[None]])
+    assert chi_square(observed, torch.cat([expected, rare.clamp(min=1)[None]])) < 29.6  # 0.1 % at 10 degrees
+
+
+def test_the_same_seed_gives_the_same_tokens_and_another_seed_others() -> None:
+    model = random_model()
+    first = generate(model, LABELS, seed=5)
+    assert torch.equal(generate(model, LABELS, seed=5), first)
+    assert not torch.equal(generate(model, LABELS, seed=6), first)
+
+
+def test_a_seeded_sampling_neither_reads_nor_moves_torchs_global_generator() -> None:
+    model = random_model()
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    first = generate(model, LABELS, seed=5)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(1)
+    assert torch.equal(generate(model, LABELS, seed=5), first)
+
+
+def test_without_a_seed_draws_differ() -> None:
+    model = random_model()
+    torch.manual_seed(0)
+    assert not torch.equal(generate(model, LABELS), generate(model, LABELS))
+
+
+def test_a_small_temperature_approaches_greedy() -> None:
+    io = recorded("io/")
+    tokens = generate(recorded_model(), io["labels"][:3], temperature=1e-3, seed=0)
+    assert torch.equal(tokens, io["greedy_cfg1.0"])
+
+
+def test_top_k_of_1_is_greedy() -> None:
+    io = recorded("io/")
+    tokens = generate(recorded_model(), io["labels"][:3], cfg_scale=2.5, top_k=1, seed=0)
+    assert torch.equal(tokens, io["greedy_cfg2.5"])
+
+
+@pytest.mark.parametrize("settings", [{"top_k": 2}, {"top_p": 0.3}])
+def test_every_drawn_token_passes_the_filter(settings: dict[str, float]) -> None:
+    model = random_model()
+    labels = torch.arange(4).repeat(8)
+    tokens = generate(model, labels, seed=1, **settings)  # type: ignore[arg-type]
+    assert not torch.equal(tokens, generate(model, labels, seed=1))
+    with torch.no_grad():
+        logits = model(tokens[:, :-1], labels).logits
+    for position in range(TINY.sequence_length):
+        allowed = filter_logits(logits[:, position], **settings).isfinite()  # type: ignore[arg-type]
+        assert allowed.gather(1, tokens[:, position, None]).all()
+
+
+# Guidance
+
+
+def test_scale_1_is_no_guidance() -> None:
+    model = random_model()
+    read: list[int] = []
+    model.cls_embedding.register_forward_pre_hook(lambda _, arguments: read.append(len(arguments[0])))
+    plain = generate(model, LABELS, seed=2)
+    assert torch.equal(generate(model, LABELS, seed=2, cfg_scale=1.0, cfg_interval=3), plain)
+    assert read == [3, 3]  # and costs no second half of the batch
+    assert not torch.equal(generate(model, LABELS, seed=2, cfg_scale=4.0), plain)
+
+
+def test_guided_greedy_tokens_follow_the_formula() -> None:
+    model = random_model()
+    scale = 3.0
+    tokens = generate(model, LABELS, cfg_scale=scale, greedy=True)
+    with torch.no_grad():
+        conditional = model(tokens[:, :-1], LABELS).logits
+        null = model(tokens[:, :-1], torch.full_like(LABELS, TINY.null_class)).logits
+    assert torch.equal((null + scale * (conditional - null)).argmax(-1), tokens)
+    assert not torch.equal(conditional.argmax(-1), tokens)
+
+
+@pytest.mark.parametrize("interval", [0, 2])
+def test_guidance_ends_after_its_interval(interval: int) -> None:
+    model = random_model()
+    tokens = generate(model, LABELS, cfg_scale=3.0, cfg_interval=interval, greedy=True)
+    with torch.no_grad():
+        conditional = model(tokens[:, :-1], LABELS).logits
+        null = model(tokens[:, :-1], torch.full_like(LABELS, TINY.null_class)).logits
+    guided = null + 3 * (conditional - null)
+    last = interval + 2  # the prefill's token and interval + 1 decode steps
+    assert torch.equal(guided[:, :last].argmax(-1), tokens[:, :last])
+    assert torch.equal(conditional[:, last:].argmax(-1), tokens[:, last:])
+
+
+def test_guidance_of_the_null_class_changes_nothing() -> None:
+    model = random_model()
+    labels = torch.full((2,), TINY.null_class)
+    assert torch.equal(generate(model, labels, cfg_scale=5.0, greedy=True), generate(model, labels, greedy=True))
+
+
+# Cache
+
+
+@pytest.mark.parametrize("recorded_weights", [True, False])
+def test_cached_logits_are_those_of_the_whole_forward(recorded_weights: bool) -> None:
+    model = recorded_model() if recorded_weights else random_model()
+    tokens, labels = random_sequences(model.config, 3)
+    with torch.no_grad():
+        whole = model(tokens[:, :-1], labels).logits
+        decoder = Decoder(model, labels)
+        tolerance = 1e-5 * whole.abs().max().item()  # float32 rounding grows with the terms that a logit sums
+        for position in range(model.config.sequence_length):
+            torch.testing.assert_close(decoder.logits(), whole[:, position], rtol=1e-5, atol=tolerance)
+            decoder.append(tokens[:, position])
+
+
+def test_reading_the_logits_twice_gives_the_same() -> None:
+    tokens, labels = random_sequences(TINY, 2)
+    with torch.no_grad():
+        decoder = Decoder(random_model(), labels)
+        decoder.append(tokens[:, 0])
+        assert torch.equal(decoder.logits(), decoder.logits())
+
+
+def test_the_kept_sequences_continue_as_before() -> None:
+    model = random_model()
+    tokens, labels = random_sequences(TINY, 4)
+    with torch.no_grad():
+        whole = model(tokens[:, :-1], labels).logits
+        decoder = Decoder(model, labels)
+        for position in range(4):
+            decoder.logits()
+            decoder.append(tokens[:, position])
+        decoder.keep(2)
+        torch.testing.assert_close(decoder.logits(), whole[:2, 4], rtol=1e-5, atol=1e-5)
+
+
+def test_nothing_comes_after_the_last_token() -> None:
+    tokens, labels = random_sequences(TINY, 1)
+    with torch.no_grad():
+        decoder = Decoder(random_model(), labels)
+        for position in range(TINY.sequence_length):
+            decoder.logits()
+            decoder.append(tokens[:, position])
+        with pytest.raises(UserError, match=r"all 9 tokens .*nothing comes after"):
+            decoder.logits()
+
+
+# Requests
+
+
+@pytest.mark.parametrize("count", [1, 4, 9])
+def test_fewer_tokens_are_the_beginning_of_all(count: int) -> None:
+    model = random_model()
+    greedy = generate(model, LABELS, cfg_scale=2.0, greedy=True)
+    assert torch.equal(generate(model, LABELS, cfg_scale=2.0, greedy=True, num_tokens=count), greedy[:, :count])
+    sampled = generate(model, LABELS, seed=0)
+    assert torch.equal(generate(model, LABELS, seed=0, num_tokens=count), sampled[:, :count])
+
+
+def test_tokens_are_whole_numbers_of_the_codebook() -> None:
+    tokens = generate(random_model(), LABELS, seed=0)
+    assert tokens.dtype == torch.int64
+    assert tokens.shape == (3, 9)
+    assert 0 <= tokens.min() <= tokens.max() < TINY.vocab_size
+    assert not tokens.requires_grad
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_a_model_of_another_floating_type_samples(dtype: torch.dtype) -> None:
+    io = recorded("io/")
+    model = recorded_model().to(dtype)  # LlamaGen casts its weights to bfloat16 to sample
+    tokens = generate(model, io["labels"][:3], cfg_scale=2.5, seed=0)
+    assert torch.equal(generate(model, io["labels"][:3], cfg_scale=2.5, seed=0), tokens)
+    assert 0 <= tokens.min() <= tokens.max() < model.config.vocab_size
+    with torch.no_grad():
+        logits = model(io["tokens"][:, :-1], io["labels"]).logits.float()
+    assert (logits - io["logits"]).norm() / io["logits"].norm() < 0.05  # bfloat16 has 8 bits
+
+
+@pytest.mark.parametrize("label", [-1, 4, 1000])
+def test_a_label_out_of_range_is_refused(label: int) -> None:
+    with pytest.raises(UserError, match=rf"label {label} is out of range.*0 to 2, and 3 for none"):
+        generate(random_model(), torch.tensor([0, label]))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_tokens": 10}, r"10 tokens asked for.* 9: give 1 to"),
+        ({"num_tokens": 0}, r"0 tokens asked for.* 9: give 1 to"),
+        ({"cfg_scale": 0.5}, r"guidance scale must be at least 1.*not 0\.5"),
+        ({"cfg_scale": -2.0}, r"guidance scale must be at least 1.*not -2\.0"),
+        ({"cfg_scale": math.nan}, r"guidance scale must be at least 1.*not nan"),
+        ({"temperature": 0.0}, r"temperature must be above 0, not 0\.0.*greedy"),
+        ({"temperature": -1.0}, r"temperature must be above 0, not -1\.0.*greedy"),
+        ({"temperature": math.nan}, r"temperature must be above 0, not nan"),
+        ({"top_k": -1}, r"top-k must lie between 0 \(off\) and the 11 tokens.*not -1"),
+        ({"top_k": 12}, r"top-k must lie between 0 \(off\) and the 11 tokens.*not 12"),
+        ({"top_p": 0.0}, r"top-p must lie in \(0, 1\], not 0\.0"),
+        ({"top_p": 1.5}, r"top-p must lie in \(0, 1\], not 1\.5"),
+        ({"top_p": math.nan}, r"top-p must lie in \(0, 1\], not nan"),
+        ({"cfg_interval": -2}, r"guidance interval must be -1 .*not -2"),
+    ],
+)
+def test_a_setting_out_of_range_is_refused_with_what_is_allowed(settings: dict[str, float], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        generate(random_model(), LABELS, **settings)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "labels", [torch.zeros(0, dtype=torch.int64), torch.zeros(2, 1, dtype=torch.int64), torch.zeros(2)], ids=str
+)
+def test_labels_of_another_shape_or_type_are_refused(labels: Tensor) -> None:
+    with pytest.raises(UserError, match=r"labels must be int64 \[B\]"):
+        generate(random_model(), labels)
+
+
+def test_a_grid_of_one_token_samples() -> None:
+    config = ModelConfig(dim=8, n_layers=1, n_heads=1, vocab_size=5, grid=1, num_classes=2, **NO_DROPOUT)
+    model = random_model(config)
+    with torch.no_grad():
+        expected = model(torch.empty(3, 0, dtype=torch.int64), torch.arange(3)).logits.argmax(-1)
+    assert torch.equal(generate(model, torch.arange(3), greedy=True), expected)

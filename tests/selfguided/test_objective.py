@@ -1,0 +1,400 @@
+import dataclasses
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from st_ar.config import PLAIN, SelfGuidedConfig
+from st_ar.selfguided.losses import next_token_loss
+from st_ar.selfguided.objective import Draws, Losses, Projector, SelfGuided, draw
+from st_ar.selfguided.teacher import Teacher
+from st_ar.training.loop import backward
+from tests.reference import equations
+from tests.toys import TINY, random_model
+
+BASE = SelfGuidedConfig(projector_hidden=12, positions=3)
+IMAGES = 4
+
+
+def build(config: SelfGuidedConfig = BASE) -> tuple[SelfGuided, Teacher]:
+    """A student and a teacher that differs from it, as after some updates."""
+    teacher = Teacher(random_model(seed=1), config)
+    torch.manual_seed(2)
+    return SelfGuided(random_model(seed=0), config), teacher
+
+
+def batch(views: int = 2, images: int = IMAGES) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    tokens = torch.randint(TINY.vocab_size, (images, views, TINY.sequence_length), generator=generator)
+    return tokens, torch.arange(images) % (TINY.num_classes + 1)  # the null class among them
+
+
+def compute(
+    config: SelfGuidedConfig = BASE, views: int = 2, autocast: bool = False
+) -> tuple[SelfGuided, Teacher, Draws, Losses]:
+    student, teacher = build(config)
+    tokens, labels = batch(views)
+    draws = draw(config, TINY, images=IMAGES, views=views, seed=5, step=7)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        targets = student.teach(teacher, tokens, labels, draws.positions)
+        losses = student(tokens, labels, draws, targets, targets.mid, 0)
+    return student, teacher, draws, losses
+
+
+def naive(student: SelfGuided, teacher: Teacher, draws: Draws, views: int) -> dict[str, float]:
+    """Eq. 8 from the two models' hidden states, each sequence read on its own."""
+    config, tokens_labels = student.config, batch(views)
+    tokens, labels = tokens_labels
+    layer = config.contrast_layer or TINY.n_layers // 2
+    logits, last, targets_last = [], [], []
+    z, h = [], []
+    with torch.no_grad():
+        for b in range(IMAGES):
+            for m in range(views):
+                mask = None if draws.key_mask is None else draws.key_mask[b, m][None]
+                inputs = tokens[b, m][None, :-1], labels[b][None]
+                ours = student.model(*inputs, key_mask=mask, hidden=[layer, TINY.n_layers])
+                theirs = teacher.model(*inputs, hidden=[layer, TINY.n_layers])
+                logits.append(ours.logits[0])
+                pair = ours.hidden[TINY.n_layers][0], theirs.hidden[TINY.n_layers][0]
+                if config.mim_features == "after_norm":
+                    pair = student.model.norm(pair[0]), teacher.model.norm(pair[1])
+                last.append(pair[0])
+                targets_last.append(pair[1])
+                for position in draws.positions.tolist():
+                    if student.projector is not None:
+                        z.append(student.projector(ours.hidden[layer][0, position]))
+                    h.append(theirs.hidden[layer][0, position])
+    shape = (IMAGES, views, len(draws.positions), TINY.dim)
+    terms = {
+        "ar": equations.next_token_loss(torch.stack(logits), tokens.flatten(0, 1)),
+        "mim": 0.0,
+        "step": 0.0,
+        "view": 0.0,
+    }
+    if config.alpha:
+        terms["mim"] = equations.mim_loss(torch.stack(last), torch.stack(targets_last))
+    if config.beta:
+        how = torch.stack(z).view(shape), torch.stack(h).view(shape), config.temperature, config.reduction
+        terms["step"] = equations.step_loss(*how) if config.step_loss else 0.0
+        terms["view"] = equations.view_loss(*how) if config.view_loss else 0.0
+    return {"total": equations.total(**terms, alpha=config.alpha, beta=config.beta)} | terms
+
+
+# Every setting of the objective, with a value that is not BASE's. The other three act elsewhere: negatives in the
+# training loop (below), ema_decay and ema_warmup in the teacher (test_teacher.py).
+CHANGES: dict[str, Any] = {
+    "mask_ratio": 0.6,
+    "mask_own_position": False,
+    "alpha": 0.3,
+    "beta": 2.0,
+    "step_loss": False,
+    "view_loss": False,
+    "positions": 4,
+    "contrast_layer": 3,
+    "temperature": 0.7,
+    "reduction": "sum",
+    "projector_depth": 2,
+    "projector_hidden": 7,
+    "mim_features": "after_norm",
+}
+OTHERS: list[dict[str, Any]] = [
+    {},
+    {"alpha": 0.0},
+    {"beta": 0.0},
+    {"mask_ratio": 0.0},
+    {"alpha": 0.0, "beta": 0.0},
+    {"alpha": 0.0, "beta": 0.0, "mask_ratio": 0.0},
+    {"contrast_layer": 1, "projector_depth": 1},
+    {"contrast_layer": 4, "mim_features": "after_norm", "reduction": "sum"},
+]
+
+
+def test_every_setting_is_tried() -> None:
+    names = {field.name for field in dataclasses.fields(SelfGuidedConfig)}
+    assert set(CHANGES) == names - {"negatives", "ema_decay", "ema_warmup"}
+
+
+@pytest.mark.parametrize("changes", [*({name: value} for name, value in CHANGES.items()), *OTHERS], ids=str)
+def test_losses_against_the_naive_recomputation(changes: dict[str, Any]) -> None:
+    config = replace(BASE, **changes)
+    student, teacher, draws, losses = compute(config)
+    expected = naive(student, teacher, draws, views=2)
+    for name, value in losses._asdict().items():
+        assert value.item() == pytest.approx(expected[name], rel=1e-5, abs=1e-5), name
+
+
+@pytest.mark.parametrize("views", [1, 3])
+def test_losses_of_another_number_of_views_against_the_naive_recomputation(views: int) -> None:
+    config = replace(BASE, view_loss=views > 1)
+    student, teacher, draws, losses = compute(config, views=views)
+    expected = naive(student, teacher, draws, views=views)
+    for name, value in losses._asdict().items():
+        assert value.item() == pytest.approx(expected[name], rel=1e-5, abs=1e-5), name
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_every_setting_acts(name: str) -> None:
+    base = compute()[-1]
+    changed = compute(replace(BASE, **{name: CHANGES[name]}))[-1]
+    assert abs(changed.total.item() - base.total.item()) > 1e-4
+
+
+# What a setting acts on, and what it leaves alone
+
+
+@pytest.mark.parametrize(
+    ("changes", "moved"),
+    [
+        ({"alpha": 0.3}, []),
+        ({"beta": 2.0}, []),
+        ({"mim_features": "after_norm"}, ["mim"]),
+        ({"contrast_layer": 3}, ["step", "view"]),
+        ({"temperature": 0.7}, ["step", "view"]),
+        ({"reduction": "sum"}, ["step", "view"]),
+        ({"step_loss": False}, ["step"]),
+        ({"view_loss": False}, ["view"]),
+        ({"positions": 4}, ["step", "view"]),
+        ({"mask_ratio": 0.6}, ["ar", "mim", "step", "view"]),
+        ({"mask_own_position": False}, ["ar", "mim", "step", "view"]),
+    ],
+    ids=str,
+)
+def test_a_setting_moves_only_its_own_terms(changes: dict[str, Any], moved: list[str]) -> None:
+    base, changed = compute()[-1], compute(replace(BASE, **changes))[-1]
+    found = [name for name in ("ar", "mim", "step", "view") if getattr(base, name) != getattr(changed, name)]
+    assert found == moved
+
+
+def test_without_alpha_the_teachers_last_layers_are_not_run() -> None:
+    student, teacher = build(replace(BASE, alpha=0.0))
+    ran: list[int] = []
+    for number, block in enumerate(teacher.model.blocks(), start=1):
+        block.register_forward_hook(lambda *_, number=number: ran.append(number))
+    tokens, labels = batch()
+    targets = student.teach(teacher, tokens, labels, torch.tensor([0, 4, 8]))
+    assert targets.last is None
+    assert ran == [1, 2]
+
+
+def test_without_beta_there_is_no_projector_and_no_mid_target() -> None:
+    student, teacher = build(replace(BASE, beta=0.0))
+    tokens, labels = batch()
+    assert student.projector is None
+    assert student.teach(teacher, tokens, labels, torch.tensor([0])).mid is None
+
+
+def test_plain_training_never_runs_the_teacher_and_is_the_next_token_loss() -> None:
+    student, teacher = build(PLAIN)
+    ran: list[nn.Module] = []
+    teacher.model.register_forward_hook(lambda module, *_: ran.append(module))
+    teacher.model.layers[0].register_forward_hook(lambda module, *_: ran.append(module))
+    tokens, labels = batch()
+    draws = draw(PLAIN, TINY, images=IMAGES, views=2, seed=0, step=1)
+    targets = student.teach(teacher, tokens, labels, draws.positions)
+    losses = student(tokens, labels, draws, targets, None, 0)
+    assert draws.key_mask is None
+    assert ran == []
+    assert list(targets) == [None, None]
+    logits = student.model(tokens.flatten(0, 1)[:, :-1], labels.repeat_interleave(2)).logits
+    assert torch.equal(losses.total, next_token_loss(logits, tokens.flatten(0, 1)))
+    assert [losses.mim, losses.step, losses.view] == [0, 0, 0]
+
+
+# The two passes
+
+
+def test_teacher_sees_everything_and_the_student_does_not() -> None:
+    student, teacher = build()
+    tokens, labels = batch()
+    positions = torch.tensor([2, 5, 8])
+    targets = student.teach(teacher, tokens, labels, positions)
+    draws = draw(BASE, TINY, images=IMAGES, views=2, seed=0, step=1)
+    assert draws.key_mask is not None
+    with torch.no_grad():
+        inputs = tokens.flatten(0, 1)[:, :-1], labels.repeat_interleave(2)
+        seen = teacher.model(*inputs, hidden=[2, 4]).hidden
+        hidden = teacher.model(*inputs, hidden=[2, 4], key_mask=draws.key_mask.flatten(0, 1)).hidden
+    assert targets.last is not None
+    assert targets.mid is not None
+    assert torch.equal(targets.last.flatten(0, 1), seen[4])
+    assert torch.equal(targets.mid.flatten(0, 1), seen[2][:, positions])
+    assert not torch.allclose(targets.last.flatten(0, 1), hidden[4])
+    assert not targets.last.requires_grad
+    assert not targets.mid.requires_grad
+
+
+def test_one_pass_of_each_network_serves_all_terms() -> None:
+    student, teacher = build()
+    ran: list[str] = []
+    for name, network in (("student", student.model), ("teacher", teacher.model)):
+        for block in network.blocks():
+            block.register_forward_hook(lambda *_, name=name: ran.append(name))
+        network.output.register_forward_hook(lambda *_, name=name: ran.append(f"{name}'s head"))
+    tokens, labels = batch()
+    draws = draw(BASE, TINY, images=IMAGES, views=2, seed=0, step=1)
+    targets = student.teach(teacher, tokens, labels, draws.positions)
+    student(tokens, labels, draws, targets, targets.mid, 0)
+    assert ran == ["teacher"] * 4 + ["student"] * 4 + ["student's head"]
+
+
+def test_an_image_of_its_own_teacher_unmasked_has_no_mim_loss() -> None:
+    config = replace(BASE, mask_ratio=0.0, beta=0.0)
+    model = random_model()
+    student, teacher = SelfGuided(model, config), Teacher(model, config)
+    tokens, labels = batch()
+    draws = draw(config, TINY, images=IMAGES, views=2, seed=0, step=1)
+    losses = student(tokens, labels, draws, student.teach(teacher, tokens, labels, draws.positions), None, 0)
+    assert losses.mim.item() == pytest.approx(0, abs=1e-6)
+    assert losses.total.item() == pytest.approx(losses.ar.item(), abs=1e-6)
+
+
+def test_bfloat16_autocast_gives_nearly_the_same_losses() -> None:
+    exact, rounded = compute()[-1], compute(autocast=True)[-1]
+    assert not torch.equal(exact.total, rounded.total)
+    for name in Losses._fields:
+        assert getattr(rounded, name).item() == pytest.approx(getattr(exact, name).item(), rel=0.05), name
+
+
+# Negatives and micro-batches
+
+
+def gradients(config: SelfGuidedConfig, pieces: int) -> tuple[Losses, dict[str, Tensor]]:
+    student, teacher = build(config)
+    tokens, labels = batch()
+    draws = draw(config, TINY, images=IMAGES, views=2, seed=5, step=7)
+    losses = backward(student, teacher, tokens, labels, draws, pieces, torch.float32)
+    return losses, {
+        name: parameter.grad for name, parameter in student.named_parameters() if parameter.grad is not None
+    }
+
+
+@pytest.mark.parametrize("pieces", [2, 4])
+def test_global_negatives_make_micro_batches_add_up_to_the_batch(pieces: int) -> None:
+    whole, expected = gradients(BASE, 1)
+    losses, found = gradients(BASE, pieces)
+    torch.testing.assert_close(torch.stack(losses), torch.stack(whole), rtol=1e-5, atol=1e-5)
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_local_negatives_are_those_of_the_micro_batch() -> None:
+    config = replace(BASE, negatives="local")
+    student, teacher = build(config)
+    tokens, labels = batch()
+    draws = draw(config, TINY, images=IMAGES, views=2, seed=5, step=7)
+    with torch.no_grad():
+        targets = student.teach(teacher, tokens, labels, draws.positions)
+        hidden = student.model(
+            tokens.flatten(0, 1)[:, :-1], labels.repeat_interleave(2), key_mask=draws.key_mask.flatten(0, 1), hidden=[2]
+        ).hidden[2]
+        z = student.projector(hidden.unflatten(0, (IMAGES, 2))[:, :, draws.positions])
+    losses = gradients(config, 2)[0]
+    for name, reference in (("step", equations.step_loss), ("view", equations.view_loss)):
+        halves = [reference(z[i : i + 2], targets.mid[i : i + 2], 0.2, "mean") for i in (0, 2)]
+        assert getattr(losses, name).item() == pytest.approx(sum(halves) / 2, abs=1e-5)
+        assert getattr(gradients(BASE, 2)[0], name).item() > getattr(losses, name).item()  # more negatives cost more
+    torch.testing.assert_close(torch.stack(gradients(config, 1)[0]), torch.stack(gradients(BASE, 1)[0]))
+
+
+# Projector
+
+
+@pytest.mark.parametrize(("depth", "shapes"), [(1, [(6, 6)]), (2, [(9, 6), (6, 9)]), (3, [(9, 6), (9, 9), (6, 9)])])
+def test_projector_depth_and_hidden_width(depth: int, shapes: list[tuple[int, int]]) -> None:
+    projector = Projector(6, 9, depth)
+    linears = [module for module in projector if isinstance(module, nn.Linear)]
+    assert [tuple(linear.weight.shape) for linear in linears] == shapes
+    x = torch.randn(2, 3, 6, generator=torch.Generator().manual_seed(0))
+    expected = x
+    for number, linear in enumerate(linears, start=1):
+        expected = expected @ linear.weight.T + (0 if linear.bias is None else linear.bias)
+        if number < depth:
+            expected = F.layer_norm(expected, expected.shape[-1:]).relu()
+    torch.testing.assert_close(projector(x), expected)
+
+
+def test_projector_of_the_default_config_is_the_papers() -> None:
+    student = SelfGuided(random_model(), SelfGuidedConfig())
+    assert student.projector is not None
+    shapes = [tuple(module.weight.shape) for module in student.projector if isinstance(module, nn.Linear)]
+    assert shapes == [(2048, 16), (2048, 2048), (16, 2048)]
+
+
+def test_a_projection_does_not_depend_on_the_rest_of_the_batch() -> None:
+    projector = Projector(6, 9, 3)
+    x = torch.randn(5, 2, 3, 6, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(projector(x)[:1], projector(x[:1]))
+
+
+# Draws
+
+
+@given(seed=st.integers(0, 2**31), step=st.integers(0, 10**6))
+def test_draws_are_a_pure_function_of_seed_and_step(seed: int, step: int) -> None:
+    def drawn(seed: int, step: int) -> Draws:
+        return draw(SelfGuidedConfig(positions=4), replace(TINY, grid=8), images=3, views=2, seed=seed, step=step)
+
+    torch.manual_seed(0)
+    first = drawn(seed, step)
+    torch.manual_seed(1)
+    again = drawn(seed, step)
+    assert first.key_mask is not None
+    assert again.key_mask is not None
+    assert torch.equal(first.key_mask, again.key_mask)
+    assert torch.equal(first.positions, again.positions)
+    for other in (drawn(seed, step + 1), drawn(seed + 1, step)):
+        assert other.key_mask is not None
+        assert not torch.equal(first.key_mask, other.key_mask)
+
+
+def test_positions_differ_across_steps_and_seeds() -> None:
+    def drawn(seed: int, step: int) -> tuple[int, ...]:
+        return tuple(draw(BASE, replace(TINY, grid=16), images=1, views=1, seed=seed, step=step).positions.tolist())
+
+    assert len({drawn(0, step) for step in range(20)}) == 20
+    assert len({drawn(seed, 0) for seed in range(20)}) == 20
+
+
+def test_drawing_does_not_move_torchs_global_generator() -> None:
+    state = torch.get_rng_state()
+    draw(BASE, TINY, images=3, views=2, seed=0, step=0)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_each_view_of_each_image_has_its_own_mask_of_the_exact_size() -> None:
+    draws = draw(BASE, replace(TINY, grid=8), images=5, views=3, seed=0, step=0)
+    assert draws.key_mask is not None
+    assert draws.key_mask.shape == (5, 3, 64)
+    assert (draws.key_mask.sum(-1) == round(0.25 * 63)).all()
+    assert len({tuple(row) for row in draws.key_mask.flatten(0, 1).tolist()}) == 15
+
+
+def test_own_position_is_shown_on_request_and_the_same_keys_are_masked() -> None:
+    literal = draw(BASE, TINY, images=2, views=2, seed=0, step=0)
+    shown = draw(replace(BASE, mask_own_position=False), TINY, images=2, views=2, seed=0, step=0)
+    assert literal.key_mask is not None
+    assert shown.key_mask is not None
+    length = TINY.sequence_length
+    assert shown.key_mask.shape == (2, 2, length, length)
+    for query in range(length):
+        expected = literal.key_mask.clone()
+        expected[..., query] = False
+        assert torch.equal(shown.key_mask[:, :, query], expected)
+
+
+def test_mask_and_positions_are_drawn_apart() -> None:
+    first = draw(BASE, TINY, images=2, views=2, seed=0, step=0)
+    more = draw(replace(BASE, positions=5), TINY, images=2, views=2, seed=0, step=0)
+    heavier = draw(replace(BASE, mask_ratio=0.5), TINY, images=2, views=2, seed=0, step=0)
+    assert first.key_mask is not None
+    assert more.key_mask is not None
+    assert torch.equal(first.key_mask, more.key_mask)
+    assert torch.equal(first.positions, heavier.positions)
+    assert (len(first.positions), len(more.positions)) == (3, 5)

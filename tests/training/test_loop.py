@@ -1,0 +1,579 @@
+"""The training loop: exact gradients, exact resumption, and no harm to what is on the disk."""
+
+import json
+import math
+import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import Tensor
+
+from st_ar import load_model
+from st_ar.config import ModelConfig, SelfGuidedConfig, TrainConfig
+from st_ar.data.store import TokenStore
+from st_ar.data.views import Views
+from st_ar.model.transformer import Transformer
+from st_ar.model.weights import open_model
+from st_ar.randomness import Purpose, torch_seed
+from st_ar.selfguided.objective import Losses, SelfGuided, draw
+from st_ar.selfguided.teacher import Teacher
+from st_ar.training import loop
+from st_ar.training.log import append_log
+from st_ar.training.loop import backward, drop_labels, train
+from tests.data.random_store import FINGERPRINT, random_store
+from tests.disk import contents, flip_byte, full_disk, refused
+from tests.toys import NO_DROPOUT, random_model
+from tests.training.toy_runs import GUIDED_RUN, PLAIN_RUN
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return random_store(tmp_path_factory.mktemp("data") / "tokens", images=20, crops=4, shards=2)[0]
+
+
+@pytest.fixture(scope="module")
+def straight(tokens: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """GUIDED_RUN, never stopped. Tests that change a run take a copy: `run`."""
+    return train(GUIDED_RUN, tokens, tmp_path_factory.mktemp("straight") / "run", preset="toy")
+
+
+@pytest.fixture
+def run(straight: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(straight, tmp_path / "run")
+
+
+def log_of(run: Path) -> list[dict[str, float]]:
+    """The log without its only column that depends on the machine."""
+    entries = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in entry.items() if key != "tokens_per_second"} for entry in entries]
+
+
+def assert_same_weights(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        assert torch.equal(found[key], value), key
+
+
+def assert_same_result(run: Path, expected: Path) -> None:
+    """Equal bits in live and averaged weights, and equal logs."""
+    for name in ("model.safetensors", "ema.safetensors"):
+        assert_same_weights(load_file(run / "export" / name), load_file(expected / "export" / name))
+    assert (run / "export" / "config.json").read_bytes() == (expected / "export" / "config.json").read_bytes()
+    assert log_of(run) == log_of(expected)
+
+
+# Gradients
+
+
+def trainee(config: SelfGuidedConfig, model: ModelConfig) -> tuple[SelfGuided, Teacher]:
+    """A student with weights far from zero and a teacher that differs from it, in training mode."""
+    torch.manual_seed(3)
+    teacher = Teacher(random_model(model, seed=1), config)
+    return SelfGuided(random_model(model, seed=0), config).train(), teacher
+
+
+def gradients(config: SelfGuidedConfig, pieces: int) -> tuple[dict[str, Tensor], Losses]:
+    """The gradients of one batch of 8 images, computed in so many pieces."""
+    model = replace(PLAIN_RUN.model, **NO_DROPOUT)
+    student, teacher = trainee(config, model)
+    generator = torch.Generator().manual_seed(5)
+    batch = torch.randint(16, (8, 2, 16), generator=generator)
+    labels = torch.randint(4, (8,), generator=generator)  # the null class among them
+    draws = draw(config, model, images=8, views=2, seed=0, step=1)
+    losses = backward(student, teacher, batch, labels, draws, pieces, torch.float32)
+    return {name: p.grad for name, p in student.named_parameters() if p.grad is not None}, losses
+
+
+GUIDED = replace(GUIDED_RUN.selfguided, mask_ratio=0.4)
+VARIANTS = {
+    "all losses": GUIDED,
+    "sum over pairs": replace(GUIDED, reduction="sum"),
+    "own position seen": replace(GUIDED, mask_own_position=False, mim_features="after_norm"),
+    "contrast alone": replace(GUIDED, mask_ratio=0.0, alpha=0.0),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("pieces", [2, 4, 8])
+def test_micro_batches_add_up_to_the_large_batch(variant: str, pieces: int) -> None:
+    whole, whole_losses = gradients(VARIANTS[variant], 1)
+    pieced, losses = gradients(VARIANTS[variant], pieces)
+    assert pieced.keys() == whole.keys()
+    assert any(name.startswith("projector") for name in whole)
+    for name, expected in whole.items():
+        scale = float(expected.abs().max())
+        assert scale > 0, name
+        torch.testing.assert_close(pieced[name], expected, rtol=0, atol=1e-6 * max(1.0, scale), msg=name)
+    torch.testing.assert_close(torch.stack(losses), torch.stack(whole_losses), rtol=1e-5, atol=1e-6)
+
+
+def test_with_local_negatives_micro_batches_see_fewer_of_them() -> None:
+    local = replace(GUIDED, negatives="local")
+    whole, whole_losses = gradients(GUIDED, 1)
+    same, _ = gradients(local, 1)
+    assert_same_weights(same, whole)
+    pieced, losses = gradients(local, 4)
+    assert losses.step < whole_losses.step - 0.1  # two candidates are easier to tell apart than eight
+    assert losses.view < whole_losses.view - 0.1
+    torch.testing.assert_close(losses.ar, whole_losses.ar)
+    assert (pieced["projector.0.weight"] - whole["projector.0.weight"]).abs().max() > 1e-4
+
+
+def test_no_gradient_reaches_the_teacher() -> None:
+    model = replace(PLAIN_RUN.model, **NO_DROPOUT)
+    student, teacher = trainee(GUIDED, model)
+    draws = draw(GUIDED, model, images=4, views=2, seed=0, step=1)
+    batch = torch.randint(16, (4, 2, 16), generator=torch.Generator().manual_seed(5))
+    backward(student, teacher, batch, torch.zeros(4, dtype=torch.int64), draws, 2, torch.float32)
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+
+
+# Plain autoregressive training
+
+
+def plain_training(config: TrainConfig, tokens: Path) -> dict[str, Tensor]:
+    """LlamaGen's training, written from LLAMAGEN.md, on the same batches, labels and seeds."""
+    views = Views(TokenStore(tokens), batch_size=config.batch_size, views=config.views, seed=config.seed)
+    torch.manual_seed(torch_seed(config.seed, Purpose.INITIALISATION))
+    model = Transformer(config.model).train()
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    vectors = [p for p in model.parameters() if p.dim() < 2]
+    groups = [{"params": matrices, "weight_decay": 0.05}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=config.optim.lr, betas=(0.9, 0.95), fused=True)
+    assert config.steps is not None
+    for step in range(1, config.steps + 1):
+        codes, labels = views.batch(step - 1)
+        labels = drop_labels(labels, config.model.num_classes, 0.1, seed=config.seed, step=step)
+        x, y = codes.flatten(0, 1), labels.repeat_interleave(config.views)
+        torch.manual_seed(torch_seed(config.seed, Purpose.DROPOUT, step))
+        logits = model(x[:, :-1], y).logits
+        loss = F.cross_entropy(logits.reshape(-1, config.model.vocab_size), x.reshape(-1))
+        optimizer.zero_grad()
+        loss.backward()
+        if config.optim.grad_clip:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.grad_clip)
+        optimizer.step()
+    return model.state_dict()
+
+
+@pytest.mark.parametrize(("views", "clip"), [(1, 1.0), (2, 0.2), (2, 0.0)])
+def test_without_self_guidance_it_is_plain_training_bit_for_bit(
+    tokens: Path, tmp_path: Path, views: int, clip: float
+) -> None:
+    optim = replace(PLAIN_RUN.optim, grad_clip=clip)
+    config = replace(PLAIN_RUN, steps=20, views=views, seed=views, checkpoint_every=20, optim=optim)
+    train(config, tokens, tmp_path / "run")
+    assert max(entry["grad_norm"] for entry in log_of(tmp_path / "run")) > 0.2  # some are clipped at 0.2
+    assert_same_weights(load_file(tmp_path / "run" / "export" / "model.safetensors"), plain_training(config, tokens))
+
+
+def seen_by(
+    config: TrainConfig, tokens: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> list[tuple[Tensor, Tensor]]:
+    """The batches and labels of a run."""
+    seen: list[tuple[Tensor, Tensor]] = []
+    with monkeypatch.context() as patch:
+
+        def watched(student: Any, teacher: Any, batch: Tensor, labels: Tensor, *rest: Any) -> Losses:
+            seen.append((batch.clone(), labels.clone()))
+            return backward(student, teacher, batch, labels, *rest)
+
+        patch.setattr(loop, "backward", watched)
+        train(config, tokens, out)
+    return seen
+
+
+def test_plain_and_self_guided_training_see_the_same_batches(
+    tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    short = replace(GUIDED_RUN, steps=5, checkpoint_every=5)
+    guided = seen_by(short, tokens, tmp_path / "guided", monkeypatch)
+    plain = seen_by(
+        replace(short, selfguided=PLAIN_RUN.selfguided, accumulate=3), tokens, tmp_path / "plain", monkeypatch
+    )
+    assert len(guided) == len(plain) == 5
+    for (codes, labels), (same_codes, same_labels) in zip(guided, plain, strict=True):
+        assert torch.equal(codes, same_codes)
+        assert torch.equal(labels, same_labels)
+
+
+# Label dropout
+
+
+def test_labels_are_dropped_in_the_given_share() -> None:
+    labels = torch.arange(50_000) % 7
+    dropped = drop_labels(labels, 7, 0.1, seed=0, step=1)
+    assert (dropped == 7).float().mean().item() == pytest.approx(0.1, abs=0.005)  # four standard deviations
+    assert torch.equal(dropped[dropped != 7], labels[dropped != 7])
+    assert torch.equal(labels, torch.arange(50_000) % 7)
+
+
+def test_dropped_labels_depend_on_seed_and_step_alone() -> None:
+    labels = torch.zeros(200, dtype=torch.int64)
+
+    def at(seed: int, step: int) -> list[int]:
+        return drop_labels(labels, 1, 0.5, seed=seed, step=step).tolist()
+
+    expected = at(3, 7)
+    torch.rand(5)  # the global generator has no part in it
+    assert at(3, 7) == expected
+    assert at(3, 8) != expected
+    assert at(4, 7) != expected
+
+
+def test_a_share_of_zero_drops_no_label() -> None:
+    labels = torch.arange(100) % 3
+    assert torch.equal(drop_labels(labels, 3, 0.0, seed=0, step=1), labels)
+
+
+# What a run leaves
+
+
+def test_a_run_is_what_the_design_says(straight: Path) -> None:
+    assert sorted(path.name for path in straight.iterdir()) == ["checkpoints", "config.json", "export", "log.jsonl"]
+    assert sorted(path.name for path in (straight / "checkpoints").iterdir()) == ["step_00000008", "step_00000012"]
+    saved = json.loads((straight / "config.json").read_text())
+    assert saved["preset"] == "toy"
+    assert saved["config"]["selfguided"]["positions"] == 3
+    assert saved["tokens"]["tokenizer"] == FINGERPRINT
+    assert saved["environment"]["torch"] == torch.__version__
+
+
+def test_the_logged_losses_add_up_to_equation_8(straight: Path) -> None:
+    log = log_of(straight)
+    assert [entry["step"] for entry in log] == list(range(1, 13))
+    assert log[0]["loss_ar"] == pytest.approx(math.log(16))  # the output head begins at zero
+    for entry in log:
+        contrast = (entry["loss_step"] + entry["loss_view"]) / 2
+        assert entry["loss"] == pytest.approx(entry["loss_ar"] + 1.0 * entry["loss_mim"] + 0.5 * contrast)
+        assert min(entry["loss_mim"], entry["loss_step"], entry["loss_view"]) > 0
+        assert entry["lr"] == 3e-3
+        assert entry["ema_decay"] == pytest.approx(min(0.9, (1 + entry["step"]) / (10 + entry["step"])))
+        assert entry["grad_norm"] > 0
+
+
+def test_plain_training_logs_no_other_loss(tokens: Path, tmp_path: Path) -> None:
+    train(replace(PLAIN_RUN, steps=5, log_every=2), tokens, tmp_path / "run")
+    log = log_of(tmp_path / "run")
+    assert [entry["step"] for entry in log] == [2, 4, 5]
+    assert all(entry["loss"] == entry["loss_ar"] for entry in log)
+    assert all(entry["loss_mim"] == entry["loss_step"] == entry["loss_view"] == 0 for entry in log)
+
+
+def test_epochs_are_counted_in_images(tokens: Path, tmp_path: Path) -> None:
+    train(replace(PLAIN_RUN, steps=None, epochs=1.5), tokens, tmp_path / "run")
+    assert log_of(tmp_path / "run")[-1]["step"] == 5  # 1.5 * 20 images in batches of 6
+
+
+def test_the_average_moves_as_the_schedule_says(tokens: Path, tmp_path: Path) -> None:
+    config = replace(PLAIN_RUN, steps=1)
+    train(config, tokens, tmp_path / "run")
+    torch.manual_seed(torch_seed(config.seed, Purpose.INITIALISATION))
+    begun = Transformer(config.model).state_dict()
+    live, averaged = (load_file(tmp_path / "run" / "export" / f"{name}.safetensors") for name in ("model", "ema"))
+    for key, value in averaged.items():
+        torch.testing.assert_close(value, begun[key] * 2 / 11 + live[key] * 9 / 11)  # decay (1 + 1) / (10 + 1)
+
+
+def test_a_run_can_be_loaded_as_a_model_and_says_what_it_is(straight: Path) -> None:
+    model, info = open_model(straight)
+    assert info.step == 12
+    assert info.class_names == ["class-0", "class-1", "class-2"]
+    assert info.tokenizer == FINGERPRINT
+    assert info.config == GUIDED_RUN.model
+    assert_same_weights(model.state_dict(), load_file(straight / "export" / "model.safetensors"))
+    for place in (straight / "export", straight / "export" / "model.safetensors"):
+        assert_same_weights(load_model(place).state_dict(), model.state_dict())
+        averaged = load_file(straight / "export" / "ema.safetensors")
+        assert_same_weights(load_model(place, ema=True).state_dict(), averaged)
+
+
+def test_the_export_has_llamagens_names_alone(straight: Path) -> None:
+    layer = ["attention.wqkv", "attention.wo", "feed_forward.w1", "feed_forward.w2", "feed_forward.w3"]
+    layer += ["attention_norm", "ffn_norm"]
+    names = [f"layers.{index}.{part}.weight" for index in (0, 1) for part in layer]
+    names += ["cls_embedding.embedding_table.weight", "tok_embeddings.weight", "norm.weight", "output.weight"]
+    for file in ("model.safetensors", "ema.safetensors"):
+        assert sorted(load_file(straight / "export" / file)) == sorted(names)
+
+
+# Stopping and resuming
+
+
+def signalled(tokens: Path, out: Path, name: str, instant: str, step: int) -> subprocess.CompletedProcess[str]:
+    """GUIDED_RUN in another process that gets a signal."""
+    command = [sys.executable, "-m", "tests.training.dying", tokens, out, name, instant, str(step)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(
+    ("instant", "step", "left"),
+    [
+        ("log", 7, ["step_00000004"]),
+        ("checkpoint", 8, [".step_00000008.partial", "step_00000004"]),
+        ("export", 12, ["step_00000008", "step_00000012"]),
+    ],
+)
+def test_a_run_killed_at_any_instant_ends_as_if_it_had_never_stopped(
+    tokens: Path, straight: Path, tmp_path: Path, instant: str, step: int, left: list[str]
+) -> None:
+    out = tmp_path / "run"
+    done = signalled(tokens, out, "SIGKILL", instant, step)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert sorted(path.name for path in (out / "checkpoints").iterdir()) == left
+    train(GUIDED_RUN, tokens, out, resume=True, preset="toy")
+    assert_same_result(out, straight)
+    assert sorted(path.name for path in (out / "checkpoints").iterdir()) == ["step_00000008", "step_00000012"]
+
+
+@pytest.mark.parametrize(("name", "instant"), [("SIGTERM", "backward"), ("SIGINT", "log")])
+def test_a_run_asked_to_stop_saves_itself_and_goes_on_the_same(
+    tokens: Path, straight: Path, tmp_path: Path, name: str, instant: str
+) -> None:
+    out = tmp_path / "run"
+    done = signalled(tokens, out, name, instant, 7)
+    assert done.returncode == 7, done.stderr
+    assert "stopped at step 7 of 12; the run is saved" in done.stdout
+    assert "--resume" in done.stdout
+    assert done.stdout.split()[-1] == str(int(signal.Signals[name]))
+    assert (out / "checkpoints" / "step_00000007").is_dir()
+    assert open_model(out)[1].step == 7
+    train(GUIDED_RUN, tokens, out, resume=True, preset="toy")
+    assert_same_result(out, straight)
+
+
+def test_a_run_that_broke_before_its_first_checkpoint_begins_anew(
+    tokens: Path, straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(path: Path, entry: dict[str, Any]) -> None:
+        append_log(path, entry)
+        if entry["step"] == 3:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "append_log", broken)
+        with pytest.raises(KeyboardInterrupt):
+            train(GUIDED_RUN, tokens, tmp_path / "run", preset="toy")
+    assert len(log_of(tmp_path / "run")) == 3
+    train(GUIDED_RUN, tokens, tmp_path / "run", resume=True, preset="toy")
+    assert_same_result(tmp_path / "run", straight)
+
+
+def test_signals_are_handled_as_before_once_training_is_over(straight: Path) -> None:
+    assert straight.exists()
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_resuming_a_finished_run_changes_nothing_but_its_config(tokens: Path, run: Path) -> None:
+    before = contents(run)
+    train(GUIDED_RUN, tokens, run, resume=True, preset="toy")
+    after = contents(run)
+    assert {name for name in after if after[name] != before.get(name)} <= {"config.json"}
+    assert after.keys() == before.keys()
+
+
+def test_the_batch_may_be_accumulated_in_a_run(tokens: Path, tmp_path: Path) -> None:
+    still = replace(GUIDED_RUN, model=replace(GUIDED_RUN.model, **NO_DROPOUT), steps=4)  # dropout draws by micro-batch
+    train(still, tokens, tmp_path / "whole")
+    train(replace(still, accumulate=3), tokens, tmp_path / "pieces")
+    for whole, pieced in zip(log_of(tmp_path / "whole"), log_of(tmp_path / "pieces"), strict=True):
+        assert pieced["loss"] == pytest.approx(whole["loss"], rel=1e-4)
+        assert pieced["grad_norm"] == pytest.approx(whole["grad_norm"], rel=1e-3)
+
+
+def test_more_steps_may_be_added_under_a_constant_rate(tokens: Path, straight: Path, tmp_path: Path) -> None:
+    train(replace(GUIDED_RUN, steps=7), tokens, tmp_path / "run", preset="toy")
+    train(GUIDED_RUN, tokens, tmp_path / "run", resume=True, preset="toy")
+    assert_same_result(tmp_path / "run", straight)
+    saved = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert saved["config"]["steps"] == 12
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "trapezoid"])
+def test_steps_may_not_be_added_once_the_rate_has_fallen_for_the_old_end(
+    tokens: Path, tmp_path: Path, schedule: str
+) -> None:
+    # No run from the beginning has these rates: the result would be a function of when it was stopped.
+    config = replace(PLAIN_RUN, steps=4, optim=replace(PLAIN_RUN.optim, schedule=schedule))
+    train(config, tokens, tmp_path / "run")
+    with refused(tmp_path, "steps was 4, now 8"):
+        train(replace(config, steps=8), tokens, tmp_path / "run", resume=True)
+
+
+CHANGES: dict[str, tuple[TrainConfig, str]] = {
+    "batch size": (replace(GUIDED_RUN, batch_size=4), "batch_size was 6, now 4"),
+    "seed": (replace(GUIDED_RUN, seed=1), "seed was 0, now 1"),
+    "views": (replace(GUIDED_RUN, views=3), "views was 2, now 3"),
+    "accumulate": (replace(GUIDED_RUN, accumulate=2), "accumulate was 1, now 2"),
+    "label dropout": (replace(GUIDED_RUN, class_dropout=0.2), "class_dropout was 0.1, now 0.2"),
+    "rate": (replace(GUIDED_RUN, optim=replace(GUIDED_RUN.optim, lr=1e-3)), "optim.lr was 0.003, now 0.001"),
+    "depth": (replace(GUIDED_RUN, model=replace(GUIDED_RUN.model, n_layers=3)), "model.n_layers was 2, now 3"),
+    "loss": (
+        replace(GUIDED_RUN, selfguided=replace(GUIDED_RUN.selfguided, beta=1.0)),
+        "selfguided.beta was 0.5, now 1.0",
+    ),
+    "type": (replace(GUIDED_RUN, dtype="bfloat16"), "dtype was float32, now bfloat16"),
+}
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_a_run_is_not_resumed_with_another(tokens: Path, run: Path, what: str) -> None:
+    config, message = CHANGES[what]
+    with refused(
+        run, f"was begun with other settings: .*{message}.*Give the old ones to resume it, or choose another --out"
+    ):
+        train(config, tokens, run, resume=True, preset="toy")
+
+
+def test_all_the_changed_settings_are_named(tokens: Path, run: Path) -> None:
+    with refused(run, "batch_size was 6, now 4; seed was 0, now 1"):
+        train(replace(GUIDED_RUN, batch_size=4, seed=1), tokens, run, resume=True, preset="toy")
+
+
+def test_a_run_is_not_resumed_on_a_store_of_other_size(run: Path, tmp_path: Path) -> None:
+    other = random_store(tmp_path / "tokens", images=24, crops=4)[0]
+    with refused(tmp_path, "images was 20, now 24"):
+        train(GUIDED_RUN, other, run, resume=True, preset="toy")
+
+
+def test_a_run_is_not_resumed_on_a_store_of_other_codes(run: Path, tmp_path: Path) -> None:
+    # Such as the same images cropped from another size: the same names and counts, other tokens.
+    other = random_store(tmp_path / "tokens", images=20, crops=4, shards=2, seed=1)[0]
+    with refused(tmp_path, "was begun with other settings"):
+        train(GUIDED_RUN, other, run, resume=True, preset="toy")
+
+
+def test_a_store_may_move(tokens: Path, straight: Path, tmp_path: Path) -> None:
+    train(replace(GUIDED_RUN, steps=7), tokens, tmp_path / "run", preset="toy")
+    moved = shutil.copytree(tokens, tmp_path / "elsewhere")
+    train(GUIDED_RUN, moved, tmp_path / "run", resume=True, preset="toy")
+    assert_same_result(tmp_path / "run", straight)
+
+
+def test_a_run_is_not_written_over(tokens: Path, run: Path) -> None:
+    with refused(
+        run, "holds a run already, with a checkpoint of step 12: give --resume to continue it, or choose another --out"
+    ):
+        train(GUIDED_RUN, tokens, run)
+
+
+def test_a_run_without_a_checkpoint_is_not_written_over_either(tokens: Path, run: Path) -> None:
+    shutil.rmtree(run / "checkpoints")
+    with refused(run, "holds a run already, without a checkpoint yet"):
+        train(GUIDED_RUN, tokens, run)
+
+
+def test_a_folder_of_other_things_is_left_alone(tokens: Path, tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("precious")
+    with refused(tmp_path, "exists already and is no run of ours: choose another --out"):
+        train(PLAIN_RUN, tokens, tmp_path)
+    with refused(tmp_path, "exists already and is no run of ours: choose another --out"):
+        train(PLAIN_RUN, tokens, tmp_path / "thesis.tex")
+
+
+@pytest.mark.parametrize("name", ["nowhere", "."])
+def test_there_must_be_a_run_to_resume(tokens: Path, tmp_path: Path, name: str) -> None:
+    with refused(tmp_path, "holds no run to resume: leave out --resume to begin one, or check --out"):
+        train(PLAIN_RUN, tokens, tmp_path / name, resume=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_of_another_format_is_not_continued(tokens: Path, run: Path) -> None:
+    saved = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(saved | {"format_version": 9}))
+    with refused(run, "has format version 9; this st-ar continues 1"):
+        train(GUIDED_RUN, tokens, run, resume=True, preset="toy")
+
+
+def test_a_damaged_checkpoint_is_refused_by_name(tokens: Path, run: Path) -> None:
+    file = run / "checkpoints" / "step_00000012" / "__0_0.distcp"
+    file.write_bytes(file.read_bytes()[:5000])
+    with refused(run, "step_00000012 is damaged .*remove it to resume from the one before"):
+        train(GUIDED_RUN, tokens, run, resume=True, preset="toy")
+
+
+def test_after_removing_a_damaged_checkpoint_the_end_is_the_same(tokens: Path, run: Path, straight: Path) -> None:
+    shutil.rmtree(run / "checkpoints" / "step_00000012")
+    train(GUIDED_RUN, tokens, run, resume=True, preset="toy")
+    assert_same_result(run, straight)
+
+
+UNSUITABLE: dict[str, tuple[TrainConfig, str]] = {
+    "codebook": (replace(PLAIN_RUN, model=replace(PLAIN_RUN.model, vocab_size=32)), "--model.vocab-size 16"),
+    "grid": (replace(PLAIN_RUN, model=replace(PLAIN_RUN.model, grid=8)), "--model.grid 4"),
+    "classes": (replace(PLAIN_RUN, model=replace(PLAIN_RUN.model, num_classes=10)), "--model.num-classes 3"),
+    "views": (replace(PLAIN_RUN, views=5), "--views 5 asks for different crops"),
+}
+
+
+@pytest.mark.parametrize("what", UNSUITABLE)
+def test_a_store_that_does_not_suit_the_model_is_refused_before_anything_is_written(
+    tokens: Path, tmp_path: Path, what: str
+) -> None:
+    config, message = UNSUITABLE[what]
+    with refused(tokens, message):
+        train(config, tokens, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_damaged_store_is_refused_before_anything_is_written(tokens: Path, tmp_path: Path) -> None:
+    damaged = shutil.copytree(tokens, tmp_path / "tokens")
+    flip_byte(damaged / "codes-00001-of-00002.npy")
+    with refused(damaged, "codes-00001-of-00002.npy is damaged"):
+        train(PLAIN_RUN, damaged, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+# Trouble on the way
+
+
+def test_a_full_disk_stops_the_run_and_leaves_the_last_checkpoint(tokens: Path, straight: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    train(replace(GUIDED_RUN, steps=4), tokens, out, preset="toy")
+    before = contents(out / "checkpoints") | contents(out / "export")
+    with (
+        full_disk(1 << 16),
+        pytest.raises(ValueError, match=r"(?s)checkpoint of step 8 .*step_00000004 is intact.*--resume"),
+    ):
+        train(GUIDED_RUN, tokens, out, resume=True, preset="toy")
+    assert contents(out / "checkpoints") | contents(out / "export") == before
+    train(GUIDED_RUN, tokens, out, resume=True, preset="toy")
+    assert_same_result(out, straight)
+
+
+EXPLODING = replace(PLAIN_RUN, optim=replace(PLAIN_RUN.optim, lr=1e38))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_last_checkpoint(tokens: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"not finite at step 2 .*step_00000001; lower --optim.lr"):
+        train(replace(EXPLODING, checkpoint_every=1), tokens, tmp_path / "run")
+    assert open_model(tmp_path / "run")[1].step == 1
+    assert [entry["step"] for entry in log_of(tmp_path / "run")] == [1]
+
+
+def test_a_loss_that_is_not_finite_before_any_checkpoint_says_so(tokens: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"not finite at step 2 .*there is no checkpoint yet"):
+        train(EXPLODING, tokens, tmp_path / "run")
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_weights_that_explode_later_leave_a_checkpoint_to_go_on_from(
+    tokens: Path, straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "learning_rate", lambda optim, step, total: 1e38 if step == 6 else optim.lr)
+        with pytest.raises(ValueError, match=r"not finite at step 7 .*the last good checkpoint is .*step_00000004"):
+            train(GUIDED_RUN, tokens, tmp_path / "run", preset="toy")
+    train(GUIDED_RUN, tokens, tmp_path / "run", resume=True, preset="toy")
+    assert_same_result(tmp_path / "run", straight)
