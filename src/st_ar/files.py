@@ -8,6 +8,7 @@ from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from safetensors import SafetensorError
 
 from st_ar.errors import UserError
@@ -55,9 +56,26 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def save_array(path: Path, array: np.ndarray) -> None:
+    """Write a .npy file, whole or not at all.
+
+    Not by np.save: on a full disk it drops an array's last bytes without a word.
+    """
+    with written_aside(path) as aside, open(aside, "wb") as file:
+        np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
+        file.write(np.ascontiguousarray(array).data)
+
+
+def is_taken(path: Path) -> bool:
+    """Whether there is a file at `path`, or a folder with more in it than what a killed write left."""
+    if not path.is_dir():
+        return path.exists()
+    return any(not (entry.name.startswith(".") and entry.name.endswith(".partial")) for entry in path.iterdir())
+
+
 def require_absent(path: Path, what: str) -> None:
     """Refuse to write over something that is there."""
-    if path.exists() and (path.is_file() or any(path.iterdir())):
+    if is_taken(path):
         raise UserError(
             f"{path} exists already and is not empty: {what} is never written over; choose another --out or remove it"
         )

@@ -24,7 +24,7 @@ from st_ar.evaluation.attention import attention_maps, attention_statistics
 from st_ar.evaluation.likelihood import validation_loss
 from st_ar.evaluation.metrics import frechet_distance, mean_and_covariance
 from st_ar.evaluation.probe import ProbeConfig, batches, probe
-from st_ar.files import read_json, write_json
+from st_ar.files import is_taken, read_json, write_json
 from st_ar.hardware import describe
 from st_ar.model.transformer import Transformer
 from st_ar.model.weights import load_model
@@ -112,7 +112,7 @@ def _claim(out: Path, images: str, configs: dict[str, TrainConfig]) -> None:
             raise UserError(
                 f"{out} holds a quickstart with other settings: give the same ones to continue it, or choose another --out"
             )
-    elif out.exists() and (out.is_file() or any(out.iterdir())):
+    elif is_taken(out):
         raise UserError(f"{out} exists already and is no quickstart of ours: choose another --out")
     else:
         write_json(file, now)

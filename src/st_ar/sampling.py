@@ -50,6 +50,10 @@ def sample_images(
     """
     settings = settings or SampleSettings()
     config = model.config
+    if settings.batch_size < 1:
+        raise UserError(f"--batch-size must be at least 1, not {settings.batch_size}")
+    if not labels:
+        raise UserError("no labels were given: each image needs one")
     if tokenizer.vocab_size != config.vocab_size:
         raise UserError(
             f"the tokenizer has {tokenizer.vocab_size} codes, the model {config.vocab_size}: give the model's own tokenizer"
@@ -90,6 +94,8 @@ def check_output(out: Path) -> None:
     if out.suffix and out.suffix != ".npz":
         raise UserError(f"--out {out}: samples are written to a .npz file or to a folder of PNGs, not to {out.suffix}")
     require_absent(out, "a set of samples")
+    if out.suffix:
+        require_absent(out.with_suffix(".json"), "a set of samples' metadata")
 
 
 def save_samples(

@@ -37,7 +37,7 @@ def five_crops(pixels: np.ndarray, size: int) -> np.ndarray:
 
 @dataclass(frozen=True, kw_only=True)
 class Crops:
-    """How an image is cropped: resized and centre-cropped to round(size * range), then cut."""
+    """How an image is cropped: resized and centre-cropped to int(size * range), then cut."""
 
     kind: Literal["center", "ten"]
     """The centre alone; or corners and centre of the image and of its mirror image."""

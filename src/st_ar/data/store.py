@@ -1,5 +1,6 @@
 """The token store: images' codes on disk, in a folder that says what it is (docs/formats.md)."""
 
+import hashlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -105,6 +106,12 @@ class TokenStore:
             here = shards == shard
             out[here] = self._codes[shard][rows[here][:, None], crops[here]]
         return out
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the shards' checksums: equal for stores with the same content."""
+        sums = [str(shard[key]) for shard in self.meta.shards for key in ("codes_sha256", "labels_sha256")]
+        return hashlib.sha256(" ".join(sums).encode()).hexdigest()
 
     def verify(self) -> None:
         """Compare every shard with its checksum; names the one that differs."""

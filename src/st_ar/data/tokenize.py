@@ -9,7 +9,7 @@ from st_ar.data.crops import Crops
 from st_ar.data.images import Example, ImageSource
 from st_ar.data.store import META, StoreMeta, TokenStore, shard_names
 from st_ar.errors import UserError
-from st_ar.files import read_json, sha256, write_json, written_aside
+from st_ar.files import is_taken, read_json, save_array, sha256, write_json
 from st_ar.progress import progress
 from st_ar.tokenizer import Tokenizer, to_pixels
 
@@ -69,8 +69,7 @@ def tokenize(
                     labels[here] = [example.label for example in chunk]
                     bar.advance(len(chunk))
                 for name, array in ((codes_name, codes), (labels_name, labels)):
-                    with written_aside(out / name) as aside, open(aside, "wb") as file:
-                        np.save(file, array)
+                    save_array(out / name, array)
             else:
                 bar.advance(count)
             written.append(
@@ -108,7 +107,7 @@ def _claim(out: Path, job: dict[str, object]) -> None:
                     f"{out} holds an unfinished store of other {key} ({begun.get(key)}, now {value}): "
                     "give the same settings to finish it, or choose another --out"
                 )
-    elif out.exists() and any(out.iterdir()):
+    elif is_taken(out):
         raise UserError(f"{out} exists already and is not a token store: choose another --out")
     else:
         write_json(out / JOB, job)

@@ -147,7 +147,9 @@ def fit_classifiers(
     """
     count, steps, dim = features.shape
     generator = torch_generator(config.seed, Purpose.PROBE)
-    batch_size = min(config.batch_size, max(1, count // 32))
+    if count < 2:
+        raise UserError(f"{count} training images are too few for a probe: its batch norm needs at least 2")
+    batch_size = min(config.batch_size, max(2, count // 32))
     norm = nn.BatchNorm1d(steps * dim, affine=False, eps=1e-6)
     weights = nn.init.trunc_normal_(torch.empty(steps, num_classes, dim), std=0.01, generator=generator)
     biases = torch.zeros(steps, num_classes)
@@ -194,7 +196,7 @@ def probe(
         UserError: a store that is not the model's or has other classes, a layer or step out of range.
     """
     config = config or ProbeConfig()
-    layer = layer or max(1, model.config.n_layers // 2)
+    layer = max(1, model.config.n_layers // 2) if layer is None else layer
     steps = list(steps) if steps is not None else uniform_steps(model.config.sequence_length)
     before = [parameter.clone() for parameter in model.parameters()]
     features, labels = extract_features(model, train_store, layer=layer, steps=steps, crops=train_crops)

@@ -42,6 +42,12 @@ def save_export(folder: Path, model: Transformer, ema: Transformer, info: dict[s
     write_json(folder / "config.json", {"format_version": FORMAT_VERSION, "model": to_dict(model.config), **info})
 
 
+def exported_step(folder: Path) -> int | None:
+    """The step of the weights in export/, None if there are none."""
+    file = folder / "config.json"
+    return read_json(file, "an export folder").get("step") if file.exists() else None
+
+
 def find_weights(path: Path, ema: bool) -> Path:
     """The file that a run, an export folder or a .safetensors path stands for."""
     name = EMA if ema else LIVE

@@ -85,7 +85,7 @@ class KMeansTokenizer:
             )
         try:
             tokenizer = cls(load_file(folder / CODEBOOK)["codebook"], config["patch"])
-        except (SafetensorError, OSError, KeyError, AssertionError) as error:
+        except (SafetensorError, OSError, KeyError, TypeError, AssertionError) as error:
             raise UserError(
                 f"{folder / CODEBOOK} is missing or damaged ({error}); train the tokenizer again"
             ) from error

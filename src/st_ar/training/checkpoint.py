@@ -4,11 +4,14 @@ They hold tensors alone (weights, EMA, projector, optimizer); the step is in the
 a function of the step. Reading one runs no code from it: its index is unpickled with an allow-list.
 """
 
+import contextlib
+import logging
 import os
 import pickle
 import re
 import shutil
 import warnings
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -25,23 +28,27 @@ from torch.distributed.checkpoint.state_dict import (
 
 from st_ar.errors import UserError
 
+METADATA, FILESYSTEM = "torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem"
 ALLOWED = {
-    ("torch", "Size"),
-    ("torch", "device"),
+    (METADATA, "Metadata"),
+    (METADATA, "MetadataIndex"),
+    (METADATA, "ChunkStorageMetadata"),
+    (METADATA, "TensorProperties"),
+    (METADATA, "TensorStorageMetadata"),
+    (METADATA, "_MEM_FORMAT_ENCODING"),
+    (METADATA, "StorageMeta"),
+    (FILESYSTEM, "_StorageInfo"),
     ("torch.serialization", "_get_layout"),
-    ("torch._utils", "_rebuild_tensor_v2"),
+    ("torch", "Size"),
+    ("torch", "float32"),
     ("pathlib", "PosixPath"),
-    ("pathlib", "PurePosixPath"),
-    ("collections", "OrderedDict"),
 }
-"""What the index of a checkpoint may name beside the classes of torch.distributed.checkpoint."""
+"""All that the index of a checkpoint may name."""
 
 
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module_name: str, global_name: str) -> Any:
-        index = module_name in ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
-        dtype = module_name == "torch" and isinstance(getattr(torch, global_name, None), torch.dtype)
-        if index or dtype or (module_name, global_name) in ALLOWED:
+        if (module_name, global_name) in ALLOWED:
             return super().find_class(module_name, global_name)
         raise pickle.UnpicklingError(f"it names {module_name}.{global_name}, which no checkpoint of ours does")
 
@@ -92,10 +99,8 @@ class Checkpoints:
         final = self.folder / f"step_{step:08d}"
         aside = self.folder / f".{final.name}.partial"
         try:
-            if aside.exists():
-                shutil.rmtree(aside)
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # "torch.distributed is unavailable": one process is what we are
+            shutil.rmtree(aside, ignore_errors=True)
+            with _quietly():
                 dcp.save(self._tensors(self._optimizer_state()), storage_writer=FileSystemWriter(aside), no_dist=True)
             if final.exists():
                 shutil.rmtree(final)
@@ -105,7 +110,7 @@ class Checkpoints:
             newest = list_checkpoints(self.folder)
             left = f"{newest[-1][1]} is intact" if newest else "there is no earlier one"
             raise UserError(
-                f"cannot write the checkpoint of step {step} ({error}); {left}; free some space and continue with --resume"
+                f"cannot write the checkpoint of step {step} ({_reason(error)}); {left}; free some space and continue with --resume"
             ) from error
         for _, old in list_checkpoints(self.folder)[: -self.keep]:
             shutil.rmtree(old)
@@ -113,21 +118,21 @@ class Checkpoints:
 
     def restore(self) -> int:
         """Load the newest checkpoint into modules and optimizer; returns its step, 0 if there is none yet."""
+        for partial in self.folder.glob(".step_*.partial"):
+            shutil.rmtree(partial)
         found = list_checkpoints(self.folder)
         if not found:
             return 0
         step, path = found[-1]
         optimizer_state = self._optimizer_state()
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
+            with _quietly():
                 dcp.load(
                     self._tensors(optimizer_state), storage_reader=_Reader(path), planner=_TensorsOnly(), no_dist=True
                 )
         except (OSError, EOFError, RuntimeError, pickle.UnpicklingError, dcp.CheckpointException) as error:
-            reason = str(error).strip().splitlines()[-1]
             raise UserError(
-                f"{path} is damaged or not of this run ({reason}); remove it to resume from the one before"
+                f"{path} is damaged or not of this run ({_reason(error)}); remove it to resume from the one before"
             ) from error
         set_optimizer_state_dict(self.student, self.optimizer, optimizer_state, options=OPTIONS)
         return step
@@ -144,6 +149,26 @@ class Checkpoints:
         }
         moments = {f"optimizer.{key}": value for key, value in optimizer_state.items() if isinstance(value, Tensor)}
         return tensors | moments
+
+
+@contextlib.contextmanager
+def _quietly() -> Generator[None]:
+    """Without torch.distributed.checkpoint's warnings (one process is what we are) and logged tracebacks (we report errors)."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+def _reason(error: BaseException) -> str:
+    """The cause in one line."""
+    if isinstance(error, dcp.CheckpointException) and error.failures:
+        error = next(iter(error.failures.values()))[0]
+    return (str(error).strip() or type(error).__name__).splitlines()[-1]
 
 
 def list_checkpoints(folder: Path) -> list[tuple[int, Path]]:

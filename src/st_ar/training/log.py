@@ -34,4 +34,6 @@ def append_log(path: Path, entry: dict[str, Any]) -> None:
         with open(path, "a") as file:
             file.write(json.dumps(entry) + "\n")
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; free some space and continue with --resume") from error
+        raise UserError(
+            f"cannot write {path}: {error.strerror or error}; free some space and continue with --resume"
+        ) from error

@@ -8,19 +8,18 @@ import time
 from collections.abc import Generator
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from st_ar.config import TrainConfig, differences, to_dict
+from st_ar.config import TrainConfig
 from st_ar.data.store import TokenStore
 from st_ar.data.views import Views
 from st_ar.errors import Interrupted, UserError
-from st_ar.files import read_json, write_json
-from st_ar.hardware import choose_device, choose_dtype, describe
+from st_ar.files import write_json
+from st_ar.hardware import choose_device, choose_dtype
 from st_ar.model.transformer import Transformer
-from st_ar.model.weights import save_export
+from st_ar.model.weights import exported_step, save_export
 from st_ar.progress import progress
 from st_ar.randomness import Purpose, torch_generator, torch_seed
 from st_ar.selfguided.objective import Draws, Losses, SelfGuided, draw
@@ -28,10 +27,7 @@ from st_ar.selfguided.teacher import Teacher
 from st_ar.training.checkpoint import Checkpoints, list_checkpoints
 from st_ar.training.log import append_log, rewind_log
 from st_ar.training.optim import adamw, learning_rate
-
-FORMAT_VERSION = 1
-MAY_CHANGE = ("steps", "epochs", "log_every", "checkpoint_every", "keep", "device", "compile")
-"""Settings that a resumed run may change: none of them alters a step already taken."""
+from st_ar.training.run import claim, describe_run
 
 
 def train(config: TrainConfig, tokens: Path, out: Path, *, resume: bool = False, preset: str = "") -> Path:
@@ -52,7 +48,8 @@ def train(config: TrainConfig, tokens: Path, out: Path, *, resume: bool = False,
     dtype = choose_dtype(config.dtype, device)
     total = config.total_steps(len(store))
     views = Views(store, batch_size=config.batch_size, views=config.views, seed=config.seed)
-    _claim(out, config, store, dtype, resume=resume, preset=preset)
+    record = describe_run(config, store, dtype, preset)
+    claim(out, record, config, len(store), resume=resume)
 
     torch.manual_seed(torch_seed(config.seed, Purpose.INITIALISATION))
     model = Transformer(config.model).to(device)
@@ -63,20 +60,18 @@ def train(config: TrainConfig, tokens: Path, out: Path, *, resume: bool = False,
         out / "checkpoints", {"student": student, "ema": teacher.model}, student, optimizer, config.keep
     )
     start = checkpoints.restore()
+    write_json(out / "config.json", record)
     rewind_log(out / "log.jsonl", start)
     if config.compile:
         for block in [*model.layers, *teacher.model.layers]:
             block.compile()
 
-    def save(step: int) -> None:
-        checkpoints.save(step)
-        info = {
-            "step": step,
-            "preset": preset,
-            "class_names": store.meta.class_names,
-            "tokenizer": store.meta.tokenizer,
-        }
-        save_export(out / "export", model, teacher.model, info)
+    def export(step: int) -> None:
+        info = {"preset": preset, "class_names": store.meta.class_names, "tokenizer": store.meta.tokenizer}
+        save_export(out / "export", model, teacher.model, {"step": step, **info})
+
+    if start and exported_step(out / "export") != start:  # the run was killed between its checkpoint and its export
+        export(start)
 
     tokens_per_step = config.batch_size * config.views * config.model.sequence_length
     clock, clock_step = time.perf_counter(), start
@@ -99,38 +94,27 @@ def train(config: TrainConfig, tokens: Path, out: Path, *, resume: bool = False,
             decay = teacher.update(model, step)
 
             log = step % config.log_every == 0 or step == total
-            checkpoint = step % config.checkpoint_every == 0 or step == total or bool(stop)
-            if log or checkpoint or device.type == "cpu":  # reading a loss makes the host wait for a GPU
+            if log or device.type == "cpu":  # reading a loss makes the host wait for a GPU
                 _require_finite(losses, norm, step, out)
             if log:
-                speed = tokens_per_step * (step - clock_step) / (time.perf_counter() - clock)
-                clock, clock_step = time.perf_counter(), step
-                terms = {
-                    f"loss_{name}" if name != "total" else "loss": value.item()
-                    for name, value in losses._asdict().items()
-                }
-                append_log(
-                    out / "log.jsonl",
-                    {
-                        "step": step,
-                        **terms,
-                        "lr": rate,
-                        "grad_norm": norm.item(),
-                        "ema_decay": decay,
-                        "tokens_per_second": speed,
-                    },
-                )
-                bar.note(
-                    " ".join(f"{name} {value:.3f}" for name, value in terms.items() if value)
-                    + f" {speed:,.0f} tokens/s"
-                )
-            if checkpoint:
-                save(step)
+                now = time.perf_counter()
+                speed = tokens_per_step * (step - clock_step) / (now - clock)
+                clock, clock_step = now, step
+                terms = {name if name == "total" else f"loss_{name}": x.item() for name, x in losses._asdict().items()}
+                state = {"lr": rate, "grad_norm": norm.item(), "ema_decay": decay, "tokens_per_second": speed}
+                append_log(out / "log.jsonl", {"step": step, "loss": terms.pop("total"), **terms, **state})
+                shown = " ".join(f"{name} {value:.3f}" for name, value in terms.items() if value)
+                bar.note(f"{shown} {speed:,.0f} tokens/s")
+            stopping = stop[0] if stop else 0
+            if step % config.checkpoint_every == 0 or step == total or stopping:
+                _require_finite(losses, norm, step, out)
+                checkpoints.save(step)
+                export(step)
             bar.advance(1)
-            if stop:
+            if stopping:
                 raise Interrupted(
                     f"stopped at step {step} of {total}; the run is saved: the same command with --resume continues it",
-                    stop[0],
+                    stopping,
                 )
     return out
 
@@ -168,56 +152,6 @@ def backward(
         (losses.total / pieces).backward()
         sums.append(torch.stack([term.detach() for term in losses]))
     return Losses(*(torch.stack(sums).sum(0) / pieces))
-
-
-def _claim(out: Path, config: TrainConfig, store: TokenStore, dtype: torch.dtype, *, resume: bool, preset: str) -> None:
-    """Begin a run in `out`, or make sure that this is the run to be continued there."""
-    file = out / "config.json"
-    now: dict[str, Any] = {
-        "format_version": FORMAT_VERSION,
-        "preset": preset,
-        "config": to_dict(config),
-        "tokens": {
-            "source": store.meta.source,
-            "tokenizer": store.meta.tokenizer,
-            "images": len(store),
-            "crops": store.meta.crops,
-        },
-        "dtype": str(dtype).removeprefix("torch."),
-        "environment": describe(),
-    }
-    if not resume:
-        if file.exists():
-            done = list_checkpoints(out / "checkpoints")
-            state = f"with a checkpoint of step {done[-1][0]}" if done else "without a checkpoint yet"
-            raise UserError(
-                f"{out} holds a run already, {state}: give --resume to continue it, or choose another --out"
-            )
-        if out.exists() and (out.is_file() or any(out.iterdir())):
-            raise UserError(f"{out} exists already and is no run of ours: choose another --out")
-        write_json(file, now)
-        return
-    if not file.exists():
-        raise UserError(f"{out} holds no run to resume: leave out --resume to begin one, or check --out")
-    begun = read_json(file, "a run")
-    if begun.get("format_version") != FORMAT_VERSION:
-        raise UserError(
-            f"{file} has format version {begun.get('format_version')}; this st-ar continues {FORMAT_VERSION}"
-        )
-    changed = {
-        name: values
-        for part in ("config", "tokens")
-        for name, values in differences(begun.get(part, {}), now[part]).items()
-        if name not in MAY_CHANGE
-    }
-    if begun.get("dtype") != now["dtype"]:
-        changed["dtype"] = (begun.get("dtype"), now["dtype"])
-    if changed:
-        listed = "; ".join(f"{name} was {old}, now {new}" for name, (old, new) in changed.items())
-        raise UserError(
-            f"{out} was begun with other settings: {listed}. Give the old ones to resume it, or choose another --out"
-        )
-    write_json(file, now)
 
 
 def _require_finite(losses: Losses, norm: Tensor, step: int, out: Path) -> None:

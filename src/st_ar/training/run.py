@@ -1,0 +1,95 @@
+"""The run folder: whose it is, and whether it may be continued."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from st_ar.config import TrainConfig, differences, from_dict, to_dict
+from st_ar.data.store import TokenStore
+from st_ar.errors import UserError
+from st_ar.files import is_taken, read_json, write_json
+from st_ar.hardware import describe
+from st_ar.training.checkpoint import list_checkpoints
+from st_ar.training.optim import learning_rate
+
+FORMAT_VERSION = 1
+MAY_CHANGE = ("steps", "epochs", "log_every", "checkpoint_every", "keep", "device", "compile")
+"""Settings that a resumed run may change: none of them alters a step already taken (of the length, `claim` makes sure)."""
+
+
+def describe_run(config: TrainConfig, store: TokenStore, dtype: torch.dtype, preset: str) -> dict[str, Any]:
+    """What config.json says: everything that the run depends on, and where it runs."""
+    return {
+        "format_version": FORMAT_VERSION,
+        "preset": preset,
+        "config": to_dict(config),
+        "tokens": {
+            "source": store.meta.source,
+            "tokenizer": store.meta.tokenizer,
+            "images": len(store),
+            "crops": store.meta.crops,
+            "fingerprint": store.fingerprint,
+        },
+        "dtype": str(dtype).removeprefix("torch."),
+        "environment": describe(),
+    }
+
+
+def claim(out: Path, record: dict[str, Any], config: TrainConfig, images: int, *, resume: bool) -> None:
+    """Begin a run in `out`, or make sure that this is the run to be continued there.
+
+    Raises:
+        UserError: a run or something else is there; nothing is there to resume; or it was begun with other settings.
+    """
+    file = out / "config.json"
+    done = list_checkpoints(out / "checkpoints")
+    step = done[-1][0] if done else 0
+    if not resume:
+        if file.exists():
+            state = f"with a checkpoint of step {step}" if done else "without a checkpoint yet"
+            raise UserError(
+                f"{out} holds a run already, {state}: give --resume to continue it, or choose another --out"
+            )
+        if is_taken(out):
+            raise UserError(f"{out} exists already and is no run of ours: choose another --out")
+        write_json(file, record)
+        return
+    if not file.exists():
+        raise UserError(f"{out} holds no run to resume: leave out --resume to begin one, or check --out")
+    begun = read_json(file, "a run")
+    if begun.get("format_version") != FORMAT_VERSION:
+        raise UserError(
+            f"{file} has format version {begun.get('format_version')}; this st-ar continues {FORMAT_VERSION}"
+        )
+    changed = {
+        name: values
+        for part in ("config", "tokens")
+        for name, values in differences(begun.get(part) or {}, record[part]).items()
+        if name not in MAY_CHANGE
+    }
+    if begun.get("dtype") != record["dtype"]:
+        changed["dtype"] = (begun.get("dtype"), record["dtype"])
+    if changed:
+        listed = "; ".join(f"{name} was {old}, now {new}" for name, (old, new) in changed.items())
+        raise UserError(
+            f"{out} was begun with other settings: {listed}. Give the old ones to resume it, or choose another --out"
+        )
+    _check_length(out, from_dict(TrainConfig, begun["config"], str(file)).total_steps(images), config, images, step)
+
+
+def _check_length(out: Path, before: int, config: TrainConfig, images: int, step: int) -> None:
+    """A run may be made longer or shorter as long as the steps already taken would have had the same learning rates."""
+    now = config.total_steps(images)
+    if now < step:
+        raise UserError(
+            f"{out} has done {step} steps already, more than the {now} asked for: raise --steps, or sample what is there"
+        )
+    taken = range(1, step + 1)
+    if now != before and any(
+        learning_rate(config.optim, s, before) != learning_rate(config.optim, s, now) for s in taken
+    ):
+        raise UserError(
+            f"{out} was begun with other settings: steps was {before}, now {now}, and with --optim.schedule {config.optim.schedule} "
+            f"the {step} steps already taken would have had other learning rates. Give the old length to resume it, or choose another --out"
+        )
