@@ -20,7 +20,7 @@ from st_ar.randomness import Purpose, torch_seed
 from st_ar.sampling import SampleSettings, check_output, choose_labels, sample_images, save_samples
 from tests.disk import contents, full_disk, refused
 from tests.small_line import SmallLine, make_line, random_tokenizer
-from tests.toys import TINY, random_model
+from tests.toys import random_model
 
 # Labels
 
@@ -117,6 +117,11 @@ def test_settings_out_of_range_are_refused() -> None:
         sample_images(random_model(), random_tokenizer(), [0], SampleSettings(temperature=0.0))
     with pytest.raises(UserError, match="label 9 is out of range"):
         sample_images(random_model(), random_tokenizer(), [9])
+
+
+def test_guidance_without_end_is_refused() -> None:
+    with pytest.raises(UserError, match="guidance scale"):  # it makes NaN of the logits
+        sample_images(random_model(), random_tokenizer(), [0], SampleSettings(cfg_scale=float("inf")))
 
 
 @pytest.mark.parametrize("batch_size", [0, -1])

@@ -6,6 +6,7 @@ Figures are SVG text to be put into a page: what is not a data colour takes the 
 import io
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
+from xml.sax.saxutils import quoteattr
 
 import numpy as np
 
@@ -56,7 +57,7 @@ def _svg(figure: "Figure", label: str) -> str:
     figure.savefig(file, format="svg", bbox_inches="tight", metadata={"Date": None, "Creator": None})
     text = file.getvalue()
     text = text[text.index("<svg") :].replace(_INK, "currentColor")
-    return text.replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1)
+    return text.replace("<svg ", f'<svg role="img" aria-label={quoteattr(label)} ', 1)
 
 
 def line_chart(

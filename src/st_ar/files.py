@@ -4,7 +4,7 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Generator
+from collections.abc import Collection, Generator
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,9 @@ from st_ar.errors import UserError
 @contextlib.contextmanager
 def written_aside(path: Path) -> Generator[Path]:
     """A temporary path beside `path` that takes its name when the block ends well and vanishes when it does not."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.partial")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield aside
         with open(aside, "rb") as file:
             os.fsync(file.fileno())
@@ -28,7 +28,8 @@ def written_aside(path: Path) -> Generator[Path]:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"cannot write {path}: {reason}; nothing there was changed") from error
     finally:
-        aside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            aside.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -66,16 +67,17 @@ def save_array(path: Path, array: np.ndarray) -> None:
         file.write(np.ascontiguousarray(array).data)
 
 
-def is_taken(path: Path) -> bool:
-    """Whether there is a file at `path`, or a folder with more in it than what a killed write left."""
+def is_taken(path: Path, besides: Collection[str] = ()) -> bool:
+    """Whether there is a file at `path`, or a folder with more in it than `besides` and what a killed write left."""
     if not path.is_dir():
         return path.exists()
-    return any(not (entry.name.startswith(".") and entry.name.endswith(".partial")) for entry in path.iterdir())
+    names = {entry.name for entry in path.iterdir()} - set(besides)
+    return any(not (name.startswith(".") and name.endswith(".partial")) for name in names)
 
 
-def require_absent(path: Path, what: str) -> None:
-    """Refuse to write over something that is there."""
-    if is_taken(path):
+def require_absent(path: Path, what: str, besides: Collection[str] = ()) -> None:
+    """Refuse to write over something that is there; `besides` may be, left by a killed job."""
+    if is_taken(path, besides):
         raise UserError(
             f"{path} exists already and is not empty: {what} is never written over; choose another --out or remove it"
         )

@@ -64,7 +64,7 @@ def quickstart(out: Path, *, images: Images = "photos", steps: int | None = None
     test_store = _store(out / "tokens-test", test_source, tokenizer, "center")
     for method, prefix in METHODS.items():
         run = out / prefix
-        train(configs[method], store.folder, run, resume=run.exists(), preset=f"{prefix}-{images}")
+        train(configs[method], store.folder, run, resume=(run / "config.json").exists(), preset=f"{prefix}-{images}")
 
     order = np.random.default_rng(seed).permutation(len(test_store))
     labels = test_store.labels[np.resize(order, SAMPLES)].tolist()

@@ -39,6 +39,12 @@ class SampleSettings:
     batch_size: int = 256
     """Images drawn at once; with another size the same seed gives other images."""
 
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise UserError(f"--batch-size must be at least 1, not {self.batch_size}")
+        if self.seed < 0:
+            raise UserError(f"--seed must be 0 or more, not {self.seed}")
+
 
 def sample_images(
     model: Transformer, tokenizer: Tokenizer, labels: Sequence[int], settings: SampleSettings | None = None
@@ -50,8 +56,6 @@ def sample_images(
     """
     settings = settings or SampleSettings()
     config = model.config
-    if settings.batch_size < 1:
-        raise UserError(f"--batch-size must be at least 1, not {settings.batch_size}")
     if not labels:
         raise UserError("no labels were given: each image needs one")
     if tokenizer.vocab_size != config.vocab_size:

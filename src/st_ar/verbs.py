@@ -67,9 +67,9 @@ class TrainTokenizer:
     def run(self) -> None:
         from st_ar.data.images import open_images
         from st_ar.files import require_absent
-        from st_ar.tokenizer.kmeans import train_kmeans
+        from st_ar.tokenizer.kmeans import CODEBOOK, train_kmeans
 
-        require_absent(self.out, "a tokenizer")
+        require_absent(self.out, "a tokenizer", besides=[CODEBOOK])
         tokenizer = train_kmeans(open_images(self.images), vocab_size=self.vocab_size, patch=self.patch, seed=self.seed)
         tokenizer.save(self.out)
         print(f"{self.out}: {tokenizer.vocab_size} codes of {self.patch} x {self.patch} pixels")

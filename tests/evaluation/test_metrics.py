@@ -70,7 +70,7 @@ def test_the_distance_is_symmetric(dim: int, seed: int) -> None:
 
 def test_a_shift_of_all_features_adds_its_square() -> None:
     features = np.random.default_rng(2).normal(size=(50, 4))
-    found = frechet_distance(*mean_and_covariance(features), *mean_and_covariance(features + [3, 0, -4, 0]))
+    found = frechet_distance(*mean_and_covariance(features), *mean_and_covariance(features + np.array([3, 0, -4, 0])))
     assert found == pytest.approx(25, abs=1e-6)
 
 

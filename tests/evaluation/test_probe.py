@@ -15,7 +15,15 @@ from torch import Tensor, nn
 
 from st_ar.data.store import TokenStore
 from st_ar.errors import UserError
-from st_ar.evaluation.probe import Lars, ProbeConfig, extract_features, fit_classifiers, probe, probe_rate, uniform_steps
+from st_ar.evaluation.probe import (
+    Lars,
+    ProbeConfig,
+    extract_features,
+    fit_classifiers,
+    probe,
+    probe_rate,
+    uniform_steps,
+)
 from st_ar.randomness import Purpose, torch_generator
 from tests.data.random_store import random_store, write_store
 from tests.toys import TINY, random_model
@@ -25,7 +33,9 @@ BRISK = ProbeConfig(epochs=12, warmup_epochs=1, base_lr=10.0, trust=0.1)
 """Converges on a hundred images, which MAE's rates do not."""
 
 
-def store_for_tiny(folder: Path, *, images: int = 9, crops: int = 3, seed: int = 0) -> tuple[Path, np.ndarray, np.ndarray]:
+def store_for_tiny(
+    folder: Path, *, images: int = 9, crops: int = 3, seed: int = 0
+) -> tuple[Path, np.ndarray, np.ndarray]:
     return random_store(folder, images=images, crops=crops, grid=3, vocab_size=11, num_classes=3, seed=seed)
 
 
@@ -139,10 +149,8 @@ def test_biases_are_exempt_from_the_trust_ratio() -> None:
 @given(st.floats(0, 90), st.integers(1, 20000))
 def test_the_rate_is_maes_schedule(epoch: float, batch_size: int) -> None:
     peak = 0.1 * batch_size / 256
-    if epoch < 10:
-        expected = peak * epoch / 10
-    else:
-        expected = peak * 0.5 * (1.0 + math.cos(math.pi * (epoch - 10) / (90 - 10)))
+    after_warm_up = peak * 0.5 * (1.0 + math.cos(math.pi * (epoch - 10) / (90 - 10)))
+    expected = peak * epoch / 10 if epoch < 10 else after_warm_up
     assert probe_rate(ProbeConfig(), epoch, batch_size) == pytest.approx(expected, abs=1e-12)
 
 

@@ -76,14 +76,14 @@ def attention_statistics(weights: Tensor, grid: int) -> AttentionStatistics:
     return AttentionStatistics(
         class_weight=steps[..., 0].mean().item(),
         neighbour_weight=(to_tokens * near).sum(-1).mean().item(),
-        distance=((to_tokens * distance).sum(-1) / to_tokens.sum(-1)).mean().item(),
+        distance=((to_tokens * distance).sum(-1) / to_tokens.sum(-1).clamp_min(1e-12)).mean().item(),
         entropy=torch.special.entr(steps).sum(-1).mean().item(),
     )
 
 
 def attention_steps(length: int) -> list[int]:
     """The numbers of tokens read that pictures show: a fifth of the image, two, three, four, and all but the last token."""
-    return [round(length * share) for share in (0.2, 0.4, 0.6, 0.8)] + [length - 1]
+    return sorted({max(1, round(length * share)) for share in (0.2, 0.4, 0.6, 0.8)} | {length - 1})
 
 
 def draw_attention(

@@ -39,6 +39,18 @@ class ProbeConfig:
     seed: int = 0
     """Seed of initialisation and order."""
 
+    def __post_init__(self) -> None:
+        for name, least in (("epochs", 1), ("warmup_epochs", 0), ("batch_size", 2), ("seed", 0)):
+            value = getattr(self, name)
+            if value < least:
+                raise UserError(f"--{name.replace('_', '-')} must be {least} or more, not {value}")
+        for name in ("base_lr", "trust"):
+            value = getattr(self, name)
+            if not 0 < value < math.inf:
+                raise UserError(f"--{name.replace('_', '-')} must be above 0, not {value}")
+        if not 0 <= self.momentum < 1:
+            raise UserError(f"--momentum must lie in [0, 1), not {self.momentum}")
+
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeResult:
@@ -88,6 +100,8 @@ def extract_features(
     length = model.config.sequence_length
     if wrong := [step for step in steps if not 1 <= step <= length]:
         raise UserError(f"no step {wrong[0]}: this model's images have steps 1 to {length}")
+    if not steps or not crops:
+        raise UserError("give at least one of --steps and of --train-crops: there is nothing to probe otherwise")
     if wrong := [crop for crop in crops if not 0 <= crop < len(store.meta.crops)]:
         raise UserError(f"no crop {wrong[0]} in {store.folder}: it has {len(store.meta.crops)} of each image")
     assert not model.training

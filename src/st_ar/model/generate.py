@@ -155,9 +155,9 @@ def _check_request(
         raise UserError(
             f"{total} tokens asked for; an image of this model has {config.sequence_length}: give 1 to that many"
         )
-    if not cfg_scale >= 1:
+    if not 1 <= cfg_scale < float("inf"):
         raise UserError(f"the guidance scale must be at least 1 (none), not {cfg_scale}")
-    if not temperature > 0:
+    if not 0 < temperature < float("inf"):
         raise UserError(
             f"the temperature must be above 0, not {temperature}; for the likeliest token ask for greedy sampling"
         )

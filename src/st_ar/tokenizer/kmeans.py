@@ -64,7 +64,7 @@ class KMeansTokenizer:
 
     def save(self, folder: Path) -> None:
         """Write the tokenizer's folder; tokenizer.json, written last, marks it complete."""
-        require_absent(folder, "a tokenizer")
+        require_absent(folder, "a tokenizer", besides=[CODEBOOK])
         with written_aside(folder / CODEBOOK) as aside:
             save_file({"codebook": self.codebook}, aside)
         config = {
@@ -104,6 +104,12 @@ def train_kmeans(
     Raises:
         UserError: scikit-learn is not installed, or there are fewer different patches than codes.
     """
+    if not 1 <= patch <= source.size:
+        raise UserError(f"--patch must lie between 1 and the {source.size} pixels of a crop, not {patch}")
+    if not 1 <= vocab_size <= 1 << 16:
+        raise UserError(f"--vocab-size must lie between 1 and 65536, the store's 16 bits, not {vocab_size}")
+    if seed < 0:
+        raise UserError(f"--seed must be 0 or more, not {seed}")
     try:
         from sklearn.cluster import MiniBatchKMeans
     except ModuleNotFoundError as error:

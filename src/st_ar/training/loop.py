@@ -103,8 +103,8 @@ def train(config: TrainConfig, tokens: Path, out: Path, *, resume: bool = False,
                 terms = {name if name == "total" else f"loss_{name}": x.item() for name, x in losses._asdict().items()}
                 state = {"lr": rate, "grad_norm": norm.item(), "ema_decay": decay, "tokens_per_second": speed}
                 append_log(out / "log.jsonl", {"step": step, "loss": terms.pop("total"), **terms, **state})
-                shown = " ".join(f"{name} {value:.3f}" for name, value in terms.items() if value)
-                bar.note(f"{shown} {speed:,.0f} tokens/s")
+                shown = " ".join(f"{name.removeprefix('loss_')} {value:.2f}" for name, value in terms.items() if value)
+                bar.note(f"{shown}, {speed / 1000:.1f}k tokens/s")
             stopping = stop[0] if stop else 0
             if step % config.checkpoint_every == 0 or step == total or stopping:
                 _require_finite(losses, norm, step, out)

@@ -1,0 +1,490 @@
+"""The command line: help that lists what there is, the whole line by hand, and mistakes that harm nothing."""
+
+import contextlib
+import dataclasses
+import io
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from st_ar import __version__
+from st_ar.cli import Train, main
+from st_ar.config import ModelConfig, OptimConfig, SelfGuidedConfig, TrainConfig
+from st_ar.data.store import TokenStore
+from st_ar.evaluation.probe import ProbeConfig, probe
+from st_ar.model.weights import load_model
+from st_ar.presets import PRESETS
+from st_ar.sampling import SampleSettings, sample_images
+from st_ar.tokenizer import load_tokenizer
+from st_ar.tokenizer.kmeans import KMeansTokenizer
+from st_ar.verbs import VERBS
+from tests.disk import contents
+
+Capture = pytest.CaptureFixture[str]
+
+
+def run_st_ar(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """`python -m st_ar`, as a user's shell would start it."""
+    return subprocess.run([sys.executable, "-m", "st_ar", *arguments], capture_output=True, text=True, check=False)
+
+
+def helped(capsys: Capture, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> str:
+    """What is printed by a call that only explains; it may return or exit with 0."""
+    monkeypatch.setenv("COLUMNS", "100")  # wider ones get two columns
+    status: object = 0
+    try:
+        main(arguments)
+    except SystemExit as stop:
+        status = stop.code
+    out, err = capsys.readouterr()
+    assert (status, err) == (0, "")
+    return out
+
+
+def refused(capsys: Capture, match: str, *arguments: str | Path) -> None:
+    """A user's mistake: status 2, one line on stderr that says what is wrong, nothing else."""
+    with pytest.raises(SystemExit) as stop:
+        main([str(argument) for argument in arguments])
+    out, err = capsys.readouterr()
+    assert stop.value.code == 2
+    assert out == ""
+    assert err.startswith("st-ar: ")
+    assert err.count("\n") == 1
+    assert re.search(match, err), err
+
+
+def flags(cls: type, prefix: str = "") -> list[str]:
+    """Every option that a dataclass of settings has on the command line."""
+    found: list[str] = []
+    nested = (ModelConfig, SelfGuidedConfig, OptimConfig)
+    for field in dataclasses.fields(cls):
+        hint = get_type_hints(cls)[field.name]
+        name = field.name.replace("_", "-")
+        found += flags(hint, f"{prefix}{name}.") if hint in nested else [f"--{prefix}{name}"]
+    return found
+
+
+# Help
+
+
+@pytest.mark.parametrize("arguments", [(), ("-h",), ("--help",)])
+def test_help_lists_every_verb_and_nothing_else(
+    capsys: Capture, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...]
+) -> None:
+    listed = re.findall(r"^  ([a-z-]+)  +\S", helped(capsys, monkeypatch, *arguments), flags=re.MULTILINE)
+    assert sorted(listed) == sorted([*VERBS, "train"])
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_each_verbs_help_explains_every_option(capsys: Capture, monkeypatch: pytest.MonkeyPatch, verb: str) -> None:
+    text = helped(capsys, monkeypatch, verb, "--help")
+    assert (VERBS[verb].__doc__ or "").splitlines()[0] in text
+    options = [flag for flag in flags(VERBS[verb]) if flag != "--preset"]  # a word without dashes
+    assert options
+    for flag in options:
+        assert re.search(rf"(?m)^\W*{flag}\b", text), flag
+
+
+def test_trains_help_lists_every_preset(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = helped(capsys, monkeypatch, "train", "--help")
+    for name, build in PRESETS.items():
+        assert re.search(rf"(?m)^  {name} +{re.escape((build.__doc__ or '').splitlines()[0])}$", text)
+
+
+@pytest.mark.parametrize("preset", ["llamagen-b", "st-ar-digits"])
+def test_a_presets_help_explains_every_setting(capsys: Capture, monkeypatch: pytest.MonkeyPatch, preset: str) -> None:
+    text = helped(capsys, monkeypatch, "train", preset, "--help")
+    own = [f"--{field.name}" for field in dataclasses.fields(Train) if field.name != "config"]
+    for flag in [*own, *flags(TrainConfig)]:
+        assert re.search(rf"(?m)^\W*{flag}\b", text), flag
+    width = PRESETS[preset]().model.dim
+    assert re.search(
+        rf"--model\.dim INT[^(]*\(D\)[^(]*\(default: {width}\)", text
+    )  # the preset's value, not the class's
+
+
+def test_the_version_is_printed(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert helped(capsys, monkeypatch, "--version") == f"{__version__}\n"
+
+
+def test_help_does_not_wait_for_torch() -> None:
+    script = """
+import sys
+from st_ar.cli import main
+for arguments in (["--help"], ["train", "--help"], ["train", "st-ar-b", "--help"], ["sample", "--help"], ["nonsense"]):
+    try:
+        main(arguments)
+    except SystemExit:
+        pass
+sys.exit("torch" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "usage: st-ar train PRESET" in done.stdout
+
+
+# Mistakes in the words themselves
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        (("tran",), "unknown verb 'tran': give one of train, .*attention"),
+        (("train", "st-ar-digit"), r"unknown preset 'st-ar-digit': did you mean st-ar-digits\?"),
+        (("train", "--tokens", "x"), "train needs a preset before its options: one of llamagen-b"),
+        (("train",), "train needs a preset"),
+    ],
+)
+def test_an_unknown_word_is_answered_in_one_line(capsys: Capture, arguments: tuple[str, ...], match: str) -> None:
+    refused(capsys, match, *arguments)
+
+
+def test_the_shell_sees_status_2_and_no_traceback() -> None:
+    done = run_st_ar("tran")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("st-ar: unknown verb 'tran'")
+    assert done.stderr.count("\n") == 1
+
+
+def test_an_unknown_option_is_named_with_status_2() -> None:
+    done = run_st_ar("train", "st-ar-digits", "--tokens", "x", "--out", "y", "--optim.learning-rate", "1")
+    assert done.returncode == 2
+    assert "--optim.learning-rate" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_steps_and_epochs_exclude_each_other(capsys: Capture, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["train", "st-ar-digits", "--tokens", "x", "--out", str(tmp_path / "run"), "--steps", "3", "--epochs=1"])
+    assert stop.value.code == 2
+    assert "give --steps or --epochs, not both" in capsys.readouterr().err
+    assert contents(tmp_path) == {}
+
+
+@pytest.mark.parametrize(
+    ("setting", "match"),
+    [
+        (("--model.dim", "30"), "--model.dim 30 over --model.n-heads 4 must be a whole multiple of 4"),
+        (("--views", "1"), "--selfguided.view-loss compares different views"),
+        (("--steps", "0"), "--steps must be at least 1, not 0"),
+    ],
+)
+def test_a_setting_out_of_range_is_named(capsys: Capture, tmp_path: Path, setting: tuple[str, str], match: str) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["train", "st-ar-digits", "--tokens", "x", "--out", str(tmp_path / "run"), *setting])
+    assert stop.value.code == 2
+    err = re.sub(r"[│\s]+", " ", capsys.readouterr().err)  # tyro wraps what it boxes
+    assert match in err
+    assert "Traceback" not in err
+
+
+# The whole line by hand
+
+SMALL = [
+    *("--model.vocab-size", "64", "--model.dim", "32", "--model.n-heads", "2", "--model.n-layers", "2"),
+    *("--batch-size", "8", "--selfguided.projector-hidden", "16"),
+]
+
+TOKENIZER = ["train-tokenizer", "kmeans", "--images", "digits", "--vocab-size", "64"]
+
+
+class Line:
+    """The artefacts of one line of commands, and what each printed."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.printed = folder, dict[str, str]()
+        self.tokenizer, self.train, self.test, self.run = (folder / n for n in ("tokenizer", "train", "test", "run"))
+
+    def do(self, name: str, *arguments: str | Path) -> None:
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            main([str(argument) for argument in arguments])
+        self.printed[name] = out.getvalue()
+
+    def train_command(self, out: Path, *more: str, preset: str = "st-ar-digits") -> list[str | Path]:
+        return ["train", preset, "--tokens", self.train, "--out", out, *SMALL, *more]
+
+    def sample_command(self, out: Path, *more: str | Path) -> list[str | Path]:
+        return ["sample", "--model", self.run, "--tokenizer", self.tokenizer, "--out", out, "--num", "5", *more]
+
+
+@pytest.fixture(scope="module")
+def line(tmp_path_factory: pytest.TempPathFactory) -> Line:
+    line = Line(tmp_path_factory.mktemp("line"))
+    line.do("tokenizer", *TOKENIZER, "--out", line.tokenizer)
+    for name, crops, out in (("train", "ten", line.train), ("test", "center", line.test)):
+        line.do(
+            name,
+            "tokenize",
+            "--images",
+            f"digits:{name}",
+            "--tokenizer",
+            line.tokenizer,
+            "--crops",
+            crops,
+            "--out",
+            out,
+        )
+    line.do("run", *line.train_command(line.run, "--steps", "3"))
+    return line
+
+
+def test_the_tokenizer_and_the_stores_are_what_they_say(line: Line) -> None:
+    assert line.printed["tokenizer"] == f"{line.tokenizer}: 64 codes of 4 x 4 pixels\n"
+    assert line.printed["train"] == f"{line.train}: 1,297 images x 5 crops x 8 x 8 tokens\n"
+    assert line.printed["test"] == f"{line.test}: 500 images x 1 crops x 8 x 8 tokens\n"
+    store = TokenStore(line.train)
+    store.verify()
+    assert (store.meta.source, store.meta.vocab_size) == ("digits:train", 64)
+    assert store.meta.tokenizer == load_tokenizer(line.tokenizer).fingerprint
+    assert TokenStore(line.test).meta.crops == ["center"]
+
+
+def test_the_run_has_the_settings_given_and_the_presets_rest(line: Line) -> None:
+    assert line.printed["run"] == f"{line.run}: trained; weights in {line.run / 'export'}\n"
+    saved = json.loads((line.run / "config.json").read_text())
+    assert saved["preset"] == "st-ar-digits"
+    preset = dataclasses.asdict(PRESETS["st-ar-digits"]())
+    preset["model"] |= {"vocab_size": 64, "dim": 32, "n_heads": 2, "n_layers": 2}
+    preset["selfguided"]["projector_hidden"] = 16
+    preset |= {"batch_size": 8, "steps": 3}
+    assert saved["config"] == json.loads(json.dumps(preset))
+    assert [json.loads(text)["step"] for text in (line.run / "log.jsonl").read_text().splitlines()] == [3]
+    weights = load_file(line.run / "export" / "model.safetensors")
+    assert weights["output.weight"].shape == (64, 32)
+    assert weights["output.weight"].abs().max() > 0  # trained: it begins at 0
+
+
+def test_resuming_a_finished_run_leaves_its_weights(line: Line) -> None:
+    before = contents(line.run / "export") | contents(line.run / "checkpoints")
+    log = (line.run / "log.jsonl").read_text()
+    line.do("resumed", *line.train_command(line.run, "--steps", "3", "--resume"))
+    assert line.printed["resumed"] == line.printed["run"]
+    assert contents(line.run / "export") | contents(line.run / "checkpoints") == before
+    assert (line.run / "log.jsonl").read_text() == log
+
+
+def test_samples_in_a_file_and_in_a_folder_are_the_same_images(line: Line, tmp_path: Path) -> None:
+    more = ["--labels", "3", "7", "--seed", "5", "--top-k", "20", "--cfg-scale", "2", "--dtype", "float32"]
+    line.do("npz", *line.sample_command(tmp_path / "samples.npz", *more))
+    line.do("pngs", *line.sample_command(tmp_path / "samples", *more))
+    assert line.printed["npz"] == f"{tmp_path / 'samples.npz'}: 5 images of 32 x 32 pixels\n"
+    assert line.printed["pngs"] == f"{tmp_path / 'samples'}: 5 images of 32 x 32 pixels\n"
+    with np.load(tmp_path / "samples.npz") as saved:
+        images, labels = saved["arr_0"], saved["arr_1"].tolist()
+    assert labels == [3, 7, 3, 7, 3]
+    settings = SampleSettings(seed=5, top_k=20, cfg_scale=2.0)
+    expected = sample_images(load_model(line.run), load_tokenizer(line.tokenizer), labels, settings)
+    np.testing.assert_array_equal(images, expected)
+    for index, image in enumerate(images):
+        with Image.open(tmp_path / "samples" / f"{index:06d}.png") as opened:
+            np.testing.assert_array_equal(np.asarray(opened), image)
+    metadata = [json.loads((tmp_path / name).read_text()) for name in ("samples.json", "samples/metadata.json")]
+    assert metadata[0] == metadata[1]
+    assert metadata[0]["settings"] == dataclasses.asdict(settings)
+
+
+def test_the_probe_prints_and_keeps_what_the_library_measures(line: Line, tmp_path: Path) -> None:
+    out = tmp_path / "probe.json"
+    stores = ["--tokens", line.train, "--test-tokens", line.test]
+    settings = ["--epochs", "2", "--base-lr", "1", "--steps", "1", "64", "--train-crops", "4", "--seed", "3"]
+    line.do("probe", "probe", "--model", line.run, *stores, *settings, "--layer", "2", "--out", out)
+    expected = probe(
+        load_model(line.run),
+        TokenStore(line.train),
+        TokenStore(line.test),
+        layer=2,
+        steps=[1, 64],
+        train_crops=[4],
+        config=ProbeConfig(epochs=2, base_lr=1.0, seed=3),
+    )
+    assert json.loads(out.read_text()) == dataclasses.asdict(expected)
+    first, header, *rows = line.printed["probe"].splitlines()
+    assert first == "layer 2, 1,297 training and 500 test images"
+    assert re.split("  +", header) == ["step", "accuracy (%)"]
+    assert [row.split() for row in rows] == [
+        [str(step), f"{100 * share:.1f}"] for step, share in zip(expected.steps, expected.top1, strict=True)
+    ]
+
+
+def test_attention_draws_the_maps_and_prints_the_statistics_it_keeps(line: Line, tmp_path: Path) -> None:
+    out = tmp_path / "maps.svg"
+    files = ["--model", line.run, "--tokens", line.test, "--tokenizer", line.tokenizer, "--out", out]
+    line.do("attention", "attention", *files, "--images", "4", "--average", "6", "--ema")
+    assert out.read_text().startswith("<svg")
+    saved = json.loads(out.with_suffix(".json").read_text())
+    header, *rows, empty, last = line.printed["attention"].splitlines()
+    assert re.split("  +", header) == ["layer", "on the class", "on the 3 x 3", "distance (tokens)", "entropy (nats)"]
+    assert [row.split() for row in rows] == [
+        [
+            layer,
+            f"{a['class_weight']:.3f}",
+            f"{a['neighbour_weight']:.3f}",
+            f"{a['distance']:.2f}",
+            f"{a['entropy']:.2f}",
+        ]
+        for layer, a in saved.items()
+    ]
+    assert list(saved) == ["1", "2"]
+    assert (empty, last) == ("", f"maps: {out}")
+
+
+@pytest.mark.parametrize(
+    ("preset", "flag", "value", "expected"),
+    [
+        ("st-ar-b", "--steps", "1", {"steps": 1, "epochs": None}),  # the preset has 300 epochs
+        ("llamagen-digits", "--epochs=0.004", "", {"steps": None, "epochs": 0.004}),  # the preset has 200 steps
+    ],
+)
+def test_the_users_budget_replaces_the_presets(
+    line: Line, tmp_path: Path, preset: str, flag: str, value: str, expected: dict[str, Any]
+) -> None:
+    sizes = ["--model.grid", "8", "--model.num-classes", "10", "--selfguided.contrast-layer", "1"]
+    budget = [flag, value] if value else [flag]
+    line.do(preset, *line.train_command(tmp_path / "run", *sizes, *budget, preset=preset))
+    config = json.loads((tmp_path / "run" / "config.json").read_text())["config"]
+    assert {name: config[name] for name in expected} == expected
+    assert json.loads((tmp_path / "run" / "export" / "config.json").read_text())["step"] == 1  # 0.004 * 1297 / 8
+
+
+# Mistakes that the disk must not suffer from
+
+
+@pytest.fixture
+def unharmed(line: Line) -> Any:
+    """Every artefact of the line is the same after the test, and nothing was added."""
+    before = contents(line.folder)
+    yield
+    assert contents(line.folder) == before
+
+
+@pytest.mark.usefixtures("unharmed")
+class TestMistakes:
+    def test_a_class_that_the_model_does_not_know(self, capsys: Capture, line: Line) -> None:
+        command = line.sample_command(line.folder / "new.npz", "--labels", "3", "10")
+        refused(capsys, "--labels 10 is out of range: the model knows classes 0 to 9", *command)
+
+    def test_a_batch_of_no_images(self, capsys: Capture, line: Line) -> None:
+        refused(capsys, "batch-size", *line.sample_command(line.folder / "new.npz", "--batch-size", "0"))
+
+    def test_samples_over_samples(self, capsys: Capture, line: Line) -> None:
+        for taken in (line.tokenizer, line.run):
+            refused(capsys, "exists already and is not empty", *line.sample_command(taken))
+
+    def test_samples_with_another_tokenizer_of_the_same_size(self, capsys: Capture, line: Line, tmp_path: Path) -> None:
+        other = KMeansTokenizer(torch.rand(64, 48, generator=torch.Generator().manual_seed(0)), 4)
+        other.save(tmp_path / "other")
+        command = ["sample", "--model", line.run, "--tokenizer", tmp_path / "other", "--out", line.folder / "new.npz"]
+        refused(capsys, f"speaks the codes of tokenizer .*{other.fingerprint[:12]}", *command)
+
+    def test_a_run_over_a_run(self, capsys: Capture, line: Line) -> None:
+        command = line.train_command(line.run, "--steps", "3")
+        refused(capsys, "holds a run already, with a checkpoint of step 3: give --resume", *command)
+
+    def test_a_run_over_something_else(self, capsys: Capture, line: Line) -> None:
+        command = line.train_command(line.tokenizer, "--steps", "3")
+        refused(capsys, "exists already and is no run of ours", *command)
+
+    def test_resuming_with_other_settings(self, capsys: Capture, line: Line) -> None:
+        command = line.train_command(line.run, "--steps", "5", "--resume", "--optim.lr", "0.5")
+        refused(capsys, r"begun with other settings: optim\.lr was 0\.001, now 0\.5\. Give the old ones", *command)
+
+    def test_resuming_what_is_not_there(self, capsys: Capture, line: Line) -> None:
+        command = line.train_command(line.folder / "new", "--steps", "3", "--resume")
+        refused(capsys, "new holds no run to resume", *command)
+
+    def test_a_store_over_a_store(self, capsys: Capture, line: Line) -> None:
+        command = ["tokenize", "--images", "digits", "--tokenizer", line.tokenizer, "--out", line.train]
+        refused(capsys, "train is a finished token store already", *command)
+
+    def test_a_tokenizer_over_a_tokenizer(self, capsys: Capture, line: Line) -> None:
+        command = ["train-tokenizer", "kmeans", "--images", "digits", "--out", line.tokenizer]
+        refused(capsys, "tokenizer exists already and is not empty", *command)
+
+    @pytest.mark.parametrize("value", ["0", "-4", "100"])
+    def test_a_patch_that_no_image_has(self, capsys: Capture, line: Line, value: str) -> None:
+        refused(capsys, "--patch", *TOKENIZER, "--out", line.folder / "new", "--patch", value)
+
+    @pytest.mark.parametrize("value", ["0", "-4"])
+    def test_a_codebook_of_nothing(self, capsys: Capture, line: Line, value: str) -> None:
+        refused(capsys, "--vocab-size", *TOKENIZER[:4], "--out", line.folder / "new", "--vocab-size", value)
+
+    def test_a_seed_below_0(self, capsys: Capture, line: Line) -> None:
+        stores = ["--tokens", line.train, "--test-tokens", line.test]
+        for command in (
+            [*TOKENIZER, "--out", line.folder / "new"],
+            line.sample_command(line.folder / "new"),
+            line.sample_command(line.folder / "new", "--label-mode", "random"),
+            ["probe", "--model", line.run, *stores, "--epochs", "1", "--steps", "64"],
+        ):
+            refused(capsys, "--seed must be 0 or more, not -1", *command, "--seed", "-1")
+
+    def test_a_place_inside_a_file(self, capsys: Capture, line: Line) -> None:
+        new = line.tokenizer / "tokenizer.json" / "new"
+        stores = ["--tokens", line.train, "--test-tokens", line.test]
+        for command in (
+            [*TOKENIZER, "--out", new],
+            ["tokenize", "--images", "digits", "--tokenizer", line.tokenizer, "--out", new],
+            line.train_command(new, "--steps", "1"),
+            line.sample_command(new),
+            ["probe", "--model", line.run, *stores, "--epochs", "1", "--steps", "64", "--out", new],
+            ["quickstart", "--images", "digits", "--steps", "1", "--out", new],
+        ):
+            refused(capsys, "tokenizer.json", *command)
+
+    def test_images_that_nobody_has(self, capsys: Capture, line: Line) -> None:
+        command = ["train-tokenizer", "kmeans", "--images", "digit", "--out", line.folder / "new"]
+        refused(capsys, "unknown image source 'digit'", *command)
+
+    def test_a_model_of_another_codebook(self, capsys: Capture, line: Line) -> None:
+        command = ["train", "st-ar-digits", "--tokens", line.train, "--out", line.folder / "new"]
+        refused(capsys, "has 64 tokens in the codebook, the model 256: train with --model.vocab-size 64", *command)
+
+    def test_a_model_that_is_not_there(self, capsys: Capture, line: Line) -> None:
+        stores = ["--tokens", line.train, "--test-tokens", line.test]
+        command = ["probe", "--model", line.folder / "new", *stores, "--out", line.folder / "new.json"]
+        refused(capsys, "new does not exist; give a run", *command)
+
+    @pytest.mark.parametrize(
+        ("option", "match"),
+        [
+            (["--layer", "3"], "no layer 3: this network has layers 1 to 2"),
+            (["--layer", "0"], "no layer 0: this network has layers 1 to 2"),
+            (["--steps", "65"], "no step 65: this model's images have steps 1 to 64"),
+            (["--train-crops", "5"], "no crop 5 in .*train: it has 5 of each image"),
+            (["--train-crops"], "--train-crops"),
+            (["--epochs", "0"], "--epochs"),
+            (["--base-lr", "nan"], "--base-lr"),
+        ],
+    )
+    def test_a_probe_of_what_is_not_there(self, capsys: Capture, line: Line, option: list[str], match: str) -> None:
+        stores = ["--tokens", line.train, "--test-tokens", line.test]
+        command = ["probe", "--model", line.run, *stores, "--out", line.folder / "new.json", *option]
+        refused(capsys, match, *command)
+
+    @pytest.mark.parametrize(
+        ("option", "match"),
+        [
+            (["--layer", "3"], "no layer 3: this network has layers 1 to 2"),
+            (["--images", "500"], "--images 500 is out of range: .* has images 0 to 499"),
+        ],
+    )
+    def test_attention_to_what_is_not_there(self, capsys: Capture, line: Line, option: list[str], match: str) -> None:
+        files = ["--model", line.run, "--tokens", line.test, "--tokenizer", line.tokenizer]
+        refused(capsys, match, "attention", *files, "--out", line.folder / "new.svg", *option)
+
+
+def test_a_mistake_in_the_files_is_one_line_in_the_shell_too(line: Line) -> None:
+    before = contents(line.folder)
+    done = run_st_ar(*[str(a) for a in line.sample_command(line.folder / "none.npz", "--labels", "10")])
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "st-ar: --labels 10 is out of range: the model knows classes 0 to 9\n"
+    assert contents(line.folder) == before

@@ -1,0 +1,136 @@
+"""Figures: SVG that any page can take in, with the labels and pictures that were asked for."""
+
+import base64
+import io
+import re
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from st_ar.figures import COLOURS, attention_figure, line_chart, strip
+
+SVG = "{http://www.w3.org/2000/svg}"
+XLINK = "{http://www.w3.org/1999/xlink}"
+
+
+def chart(name: str = "loss", **series: list[float]) -> str:
+    curves = {label: (list(range(len(ys))), ys) for label, ys in (series or {"AR": [3.0, 2.0, 1.5]}).items()}
+    return line_chart(curves, name=name, x="optimizer step", y="loss (nats)")
+
+
+def random_maps(images: int, grid: int, seed: int = 0) -> np.ndarray:
+    weights = np.tril(np.random.default_rng(seed).random((images, grid**2, grid**2)) + 0.01)
+    return weights / weights.sum(-1, keepdims=True)
+
+
+def maps_drawn(images: int = 2, steps: tuple[int, ...] = (2, 5, 8)) -> str:
+    pictures = np.random.default_rng(0).integers(0, 256, (images, 6, 6, 3)).astype(np.uint8)
+    maps = {"AR": random_maps(images, 3), "ST-AR": random_maps(images, 3, 1)}
+    return attention_figure(pictures, maps, grid=3, steps=steps, name="attention at layer 2")
+
+
+def words(svg: str) -> list[str]:
+    return [(element.text or "").strip() for element in ElementTree.fromstring(svg).iter(f"{SVG}text")]
+
+
+@pytest.mark.parametrize("draw", [chart, maps_drawn])
+def test_a_figure_is_xml_that_takes_the_pages_text_colour(draw: Callable[[], str]) -> None:
+    svg = draw()
+    root = ElementTree.fromstring(svg)
+    assert root.tag == f"{SVG}svg"
+    assert "#010203" not in svg.lower()
+    assert "currentColor" in svg
+    for element in root.iter():
+        for name, value in element.attrib.items():
+            if name.endswith("href"):
+                assert value.startswith(("#", "data:image/png;base64,"))  # nothing is fetched
+    text = list(root.iter(f"{SVG}text"))
+    assert text
+    assert all("currentColor" in element.get("style", "") for element in text)  # none would vanish on a dark page
+
+
+def test_a_chart_has_a_curve_for_each_series_and_its_labels() -> None:
+    svg = chart("training loss", AR=[3.0, 2.0, 1.5], **{"ST-AR": [3.5, 1.0, 0.5]})
+    assert {"AR", "ST-AR", "optimizer step", "loss (nats)"} <= set(words(svg))
+    assert ElementTree.fromstring(svg).get("aria-label") == "training loss"
+    assert COLOURS[0].lower() in svg.lower()
+    assert COLOURS[1].lower() in svg.lower()
+    assert COLOURS[2].lower() not in svg.lower()
+
+
+def test_ticks_are_where_they_were_asked_for() -> None:
+    svg = line_chart({"AR": ([8, 64], [0.1, 0.9])}, name="probe", x="tokens", y="accuracy", x_ticks=[8, 32, 64])
+    assert [word for word in words(svg) if word.isdigit()][:3] == ["8", "32", "64"]
+
+
+def test_a_missing_value_leaves_a_gap() -> None:
+    whole, gap = chart(AR=[3.0, 2.0, 1.5, 1.0, 0.5]), chart(AR=[3.0, 2.0, float("nan"), 1.0, 0.5])
+    assert "nan" not in gap.lower()
+    ElementTree.fromstring(gap)
+
+    def markers(svg: str) -> int:
+        root = ElementTree.fromstring(svg)
+        return sum(COLOURS[0].lower() in use.get("style", "").lower() for use in root.iter(f"{SVG}use"))
+
+    assert markers(gap) == markers(whole) - 1
+
+
+def test_a_name_with_markup_in_it_is_still_xml() -> None:
+    name = """AR & "ST-AR" <loss> 'live'"""
+    assert ElementTree.fromstring(chart(name)).get("aria-label") == name
+
+
+def test_figures_of_different_names_share_no_reference_and_one_name_draws_one_figure() -> None:
+    def references(svg: str) -> set[str]:
+        return set(re.findall(r'(?:url\(|href=")#([\w.-]+)', svg))
+
+    first, second = chart("first"), chart("second")
+    assert references(first)
+    assert not references(first) & references(second)  # on one page they would take each other's clip paths
+    assert chart("first") == first
+
+
+def test_attention_is_drawn_over_what_is_read_and_the_future_is_blank() -> None:
+    pictures = np.full((1, 6, 6, 3), 100, np.uint8)
+    weights = np.zeros((1, 9, 9))
+    weights[0, 5, :6] = [0.1, 0.0, 0.0, 0.9, 0.0, 0.0]  # after 5 tokens: all eyes on token 2
+    svg = attention_figure(pictures, {"AR": weights}, grid=3, steps=[5], name="one")
+    found = [element.get(f"{XLINK}href", "") for element in ElementTree.fromstring(svg).iter(f"{SVG}image")]
+    assert len(found) == 2
+    drawn = [Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2]))).convert("RGBA") for uri in found]
+    original, seen = (np.asarray(picture)[::-1] for picture in drawn)  # matplotlib's SVG turns them upside down
+    assert original[len(original) // 2, len(original) // 2].tolist() == [100, 100, 100, 255]
+    height, width = seen.shape[:2]
+    middles = [
+        seen[height * (2 * row + 1) // 6, width * (2 * column + 1) // 6] for row in range(3) for column in range(3)
+    ]
+    assert [middle[3] == 255 for middle in middles] == [True] * 5 + [False] * 4
+    assert all(middle[3] == 0 for middle in middles[5:])
+    brightness = [int(middle[:3].astype(int).sum()) for middle in middles[:5]]
+    assert brightness.index(max(brightness)) == 2
+    assert len({brightness[index] for index in (0, 1, 3, 4)}) == 1
+
+
+def test_rows_are_images_and_models_and_columns_are_steps() -> None:
+    svg = maps_drawn(images=2, steps=(2, 5, 8))
+    found = words(svg)
+    assert found.count("AR") == found.count("ST-AR") == 2
+    assert [word for word in found if word.startswith("after")] == ["after 2", "after 5", "after 8"]
+    assert sum(1 for _ in ElementTree.fromstring(svg).iter(f"{SVG}image")) == 2 * 2 * (1 + 3)
+
+
+@given(st.integers(1, 7), st.integers(1, 4), st.integers(1, 3))
+def test_a_strip_lays_images_out_in_rows_and_leaves_the_rest_white(count: int, columns: int, size: int) -> None:
+    images = np.random.default_rng(count).integers(0, 255, (count, size, size, 3)).astype(np.uint8)
+    picture = strip(images, columns)
+    rows = (count + columns - 1) // columns
+    assert picture.shape == (rows * size, columns * size, 3)
+    for place in range(rows * columns):
+        top, left = place // columns * size, place % columns * size
+        cell = picture[top : top + size, left : left + size]
+        np.testing.assert_array_equal(cell, images[place] if place < count else np.full_like(cell, 255))

@@ -1,0 +1,228 @@
+"""The quickstart: the whole line once, and what happens when it is called again."""
+
+import dataclasses
+import json
+import math
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from st_ar import quickstart as module
+from st_ar.config import TrainConfig
+from st_ar.data.store import TokenStore
+from st_ar.errors import UserError
+from st_ar.evaluation.likelihood import validation_loss
+from st_ar.model.weights import load_model
+from st_ar.presets import get_preset
+from st_ar.quickstart import quickstart
+from st_ar.training.log import read_log
+from tests.disk import contents, refused
+
+RUNS = {"AR": "llamagen", "ST-AR": "st-ar"}
+
+
+def small_preset(name: str) -> TrainConfig:
+    config = get_preset(name)
+    return dataclasses.replace(
+        config, model=dataclasses.replace(config.model, dim=32, n_heads=2, n_layers=2), batch_size=16
+    )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def brief() -> Iterator[None]:
+    """The real thing, but for a smaller model, fewer probe epochs and fewer samples: those are most of its minute."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "get_preset", small_preset)
+        patch.setattr(module, "PROBE", dataclasses.replace(module.PROBE, epochs=2, warmup_epochs=1))
+        patch.setattr(module, "SAMPLES", 60)
+        yield
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished quickstart. Tests that change it take a copy: `copy`."""
+    out = tmp_path_factory.mktemp("quickstart") / "out"
+    assert quickstart(out, images="digits", steps=3) == out / "report.html"
+    return out
+
+
+@pytest.fixture
+def copy(made: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(made, tmp_path / "out")
+
+
+def summary_of(out: Path) -> dict[str, Any]:
+    """summary.json; NaN and Infinity are no JSON."""
+
+    def no_constant(name: str) -> float:
+        raise AssertionError(f"{name} in summary.json")
+
+    return json.loads((out / "summary.json").read_text(), parse_constant=no_constant)
+
+
+def exports(out: Path) -> dict[str, bytes]:
+    return {name: data for run in RUNS.values() for name, data in contents(out / run / "export").items()}
+
+
+def measures(out: Path) -> dict[str, Any]:
+    """The summary without what depends on the clock."""
+    summary = summary_of(out)
+    for name in ("step_time_ratio", "seconds_of_this_call"):
+        del summary[name]
+    for method in RUNS:
+        del summary[method]["seconds_per_step"]
+    return summary
+
+
+def test_both_methods_are_measured_in_finite_numbers(made: Path) -> None:
+    summary = summary_of(made)
+    assert (summary["images"], summary["steps"], summary["seed"], summary["samples"]) == ("digits", 3, 0, 60)
+    for method in RUNS:
+        measured = summary[method]
+        assert len(measured["probe"]["top1"]) == 8
+        assert all(0 <= share <= 1 for share in measured["probe"]["top1"])
+        assert measured["probe"]["steps"] == [8, 16, 24, 32, 40, 48, 56, 64]
+        assert (measured["probe"]["train_images"], measured["probe"]["test_images"]) == (1297, 500)
+        assert list(measured["attention"]) == ["1", "2"]
+        numbers = [measured[name] for name in ("validation_loss", "validation_loss_ema", "frechet", "seconds_per_step")]
+        numbers += [value for layer in measured["attention"].values() for value in layer.values()]
+        assert all(math.isfinite(value) and value > 0 for value in numbers)
+        assert measured["validation_loss"] == pytest.approx(math.log(256), abs=0.3)  # 3 steps from an even guess
+    assert 0 < summary["frechet_of_decoded_training_images"] < min(summary[method]["frechet"] for method in RUNS)
+    assert summary["step_time_ratio"] == pytest.approx(
+        summary["ST-AR"]["seconds_per_step"] / summary["AR"]["seconds_per_step"]
+    )
+
+
+@pytest.mark.parametrize("method", RUNS)
+def test_the_validation_loss_is_that_of_the_kept_model_on_the_kept_store(made: Path, method: str) -> None:
+    store = TokenStore(made / "tokens-test")
+    measured = summary_of(made)[method]
+    for ema, name in ((False, "validation_loss"), (True, "validation_loss_ema")):
+        loss = validation_loss(load_model(made / RUNS[method], ema=ema), store)
+        assert measured[name] == pytest.approx(loss, rel=1e-5)
+
+
+def test_the_two_runs_differ_in_the_method_alone_and_use_equal_tokens(made: Path) -> None:
+    configs = {m: json.loads((made / run / "config.json").read_text()) for m, run in RUNS.items()}
+    plain, guided = (configs[m]["config"] for m in RUNS)
+    assert {name for name in plain if plain[name] != guided[name]} == {"selfguided"}
+    assert configs["AR"]["tokens"] == configs["ST-AR"]["tokens"]
+    for method, run in RUNS.items():
+        log = read_log(made / run / "log.jsonl")
+        assert log[-1]["step"] == 3
+        config = configs[method]["config"]
+        seen = 3 * config["batch_size"] * config["views"] * config["model"]["grid"] ** 2
+        assert seen == summary_of(made)["tokens_per_method"]
+    assert guided["selfguided"]["alpha"] > 0
+    assert plain["selfguided"]["alpha"] == plain["selfguided"]["beta"] == plain["selfguided"]["mask_ratio"] == 0
+
+
+def test_the_report_names_both_methods_and_how_to_go_on(made: Path) -> None:
+    html = (made / "report.html").read_text()
+    assert "AR and ST-AR on 1,297 images of digits" in html
+    assert '<th scope="col">AR</th><th scope="col">ST-AR</th>' in html
+    assert f"st-ar train st-ar-digits --tokens {made / 'tokens-train'} --out st-ar-long --steps 30" in html
+    summary = summary_of(made)
+    for method in RUNS:
+        assert f"<td>{summary[method]['validation_loss']:.3f}</td>" in html
+        assert f"<td>{100 * summary[method]['probe']['top1'][-1]:.1f} %</td>" in html
+        assert f"<td>{summary[method]['frechet']:.4f}</td>" in html
+    assert "nan" not in html.split("<svg")[0].lower().split()
+
+
+def test_every_artefact_is_what_the_matching_command_would_leave(made: Path) -> None:
+    for name, images, crops in (("tokens-train", 1297, 5), ("tokens-test", 500, 1)):
+        store = TokenStore(made / name)
+        store.verify()
+        assert (len(store), len(store.meta.crops)) == (images, crops)
+    files = {Path(name).parts[0] for name in contents(made)}
+    names = {"tokenizer", "tokens-train", "tokens-test", "llamagen", "st-ar"}
+    assert files == {*names, "quickstart.json", "summary.json", "report.html"}
+
+
+def test_a_second_call_measures_again_without_training_again(copy: Path) -> None:
+    weights = [path for run in RUNS.values() for path in (copy / run / "export").glob("*.safetensors")]
+    assert len(weights) == 4
+    before, times = exports(copy), [path.stat().st_mtime_ns for path in weights]
+    stores = contents(copy / "tokens-train") | contents(copy / "tokenizer")
+    first = measures(copy)
+    (copy / "report.html").unlink()
+    quickstart(copy, images="digits", steps=3)
+    assert exports(copy) == before
+    assert [path.stat().st_mtime_ns for path in weights] == times
+    assert contents(copy / "tokens-train") | contents(copy / "tokenizer") == stores
+    assert (copy / "report.html").exists()
+    assert measures(copy) == first
+
+
+@pytest.mark.parametrize("changes", [{"steps": 4}, {"seed": 1}, {"images": "photos"}, {"steps": None}])
+def test_other_settings_are_refused(made: Path, changes: dict[str, Any]) -> None:
+    with refused(made, "holds a quickstart with other settings: give the same ones to continue it"):
+        quickstart(made, **({"images": "digits", "steps": 3} | changes))
+
+
+def test_a_folder_with_something_else_in_it_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("precious")
+    with refused(tmp_path, "exists already and is no quickstart of ours"):
+        quickstart(tmp_path, images="digits", steps=3)
+
+
+def test_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("precious")
+    with refused(tmp_path, "exists already and is no quickstart of ours"):
+        quickstart(tmp_path / "out", images="digits", steps=3)
+
+
+def test_settings_out_of_range_leave_nothing_behind(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--steps must be at least 1, not 0"):
+        quickstart(tmp_path / "out", images="digits", steps=0)
+    assert not (tmp_path / "out").exists()
+
+
+# Stopped at any instant: what is left of each stage that was cut short
+
+
+def killed_before_the_second_run_was_exported(out: Path) -> None:
+    """The last checkpoint is there, the weights for other programs are not yet."""
+    shutil.rmtree(out / "st-ar" / "export")
+
+
+def killed_before_the_second_run_began(out: Path) -> None:
+    shutil.rmtree(out / "st-ar")
+
+
+def killed_as_the_second_run_began(out: Path) -> None:
+    """Its folder is there, its config.json is not yet."""
+    shutil.rmtree(out / "st-ar")
+    (out / "st-ar").mkdir()
+
+
+def killed_as_the_tokenizer_was_saved(out: Path) -> None:
+    """The codebook is there, tokenizer.json, which marks it complete, is not yet, and nothing comes after it."""
+    (out / "tokenizer" / "tokenizer.json").unlink()
+    for name in ("tokens-train", "tokens-test", *RUNS.values()):
+        shutil.rmtree(out / name)
+
+
+@pytest.mark.parametrize(
+    "kill",
+    [
+        killed_before_the_second_run_was_exported,
+        killed_before_the_second_run_began,
+        killed_as_the_second_run_began,
+        killed_as_the_tokenizer_was_saved,
+    ],
+)
+def test_a_stopped_quickstart_is_completed_with_the_same_result(made: Path, copy: Path, kill: Any) -> None:
+    kill(copy)
+    for name in ("report.html", "summary.json"):
+        (copy / name).unlink()
+    quickstart(copy, images="digits", steps=3)
+    assert (copy / "report.html").exists()
+    assert exports(copy) == exports(made)
+    np.testing.assert_equal(measures(copy), measures(made))

@@ -1,0 +1,170 @@
+"""The HTML report: everything that was given is on the page, nothing of it is markup, and nothing is fetched."""
+
+import base64
+import io
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from st_ar.errors import UserError
+from st_ar.figures import line_chart
+from st_ar.report import Chart, Gallery, Section, Table, png_uri, write_report
+from tests.disk import contents, full_disk, refused
+
+NASTY = """<script>alert("1")</script> & 'AT&T' <b>"""
+
+
+class Page(HTMLParser):
+    """What a browser would see: the tags with their attributes, and the text inside each kind of tag."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str]]] = []
+        self.open: list[str] = []
+        self.texts: list[tuple[str, str]] = []
+        self.feed(html)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, {name: value or "" for name, value in attrs}))
+        if tag not in ("meta", "img", "br"):
+            self.open.append(tag)
+            if tag in ("td", "th"):
+                self.texts.append((tag, ""))
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag in self.open:
+            while self.open.pop() != tag:
+                pass
+
+    def handle_data(self, data: str) -> None:
+        tag = self.open[-1] if self.open else ""
+        if tag in ("td", "th"):
+            self.texts[-1] = (tag, self.texts[-1][1] + data)
+        elif data.strip():
+            self.texts.append((tag, data.strip()))
+
+    def within(self, *tags: str) -> list[str]:
+        return [text for tag, text in self.texts if tag in tags]
+
+
+def noise(seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (4, 6, 3)).astype(np.uint8)
+
+
+SECTIONS = [
+    Section(
+        title="Results",
+        paragraphs=["First.", "Second."],
+        commands=["st-ar train x --steps 3", "st-ar sample --out 'a & b'"],
+        parts=[
+            Table(
+                columns=["", "AR", "ST-AR"],
+                rows=[["loss", "1.25", ""], ["accuracy", "0.5 %", "7 %"]],
+                caption="Of one run.",
+            )
+        ],
+    ),
+    Section(
+        title="Pictures",
+        parts=[
+            Chart(svg=line_chart({"AR": ([1, 2], [3, 4])}, name="curve", x="step", y="loss"), caption="A curve."),
+            Gallery(columns=["real", "drawn"], rows=[("ant", [png_uri(noise(0)), png_uri(noise(1))])], caption="Ants."),
+        ],
+    ),
+    Section(title="Nothing"),
+]
+
+
+@pytest.fixture(scope="module")
+def html(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("report") / "page.html"
+    write_report(path, title="AR and ST-AR", lead="Two models.", sections=SECTIONS)
+    return path.read_text()
+
+
+def test_every_heading_paragraph_and_command_is_there_in_order(html: str) -> None:
+    page = Page(html)
+    assert page.within("title") == page.within("h1") == ["AR and ST-AR"]
+    assert page.within("h2") == ["Results", "Pictures", "Nothing"]
+    assert page.within("p") == ["Two models.", "First.", "Second."]
+    assert page.within("pre") == ["st-ar train x --steps 3\nst-ar sample --out 'a & b'"]
+    assert page.within("figcaption", "caption") == ["Of one run.", "A curve.", "Ants."]
+
+
+def test_every_cell_is_there_the_missing_one_too(html: str) -> None:
+    page = Page(html)
+    assert page.within("th", "td") == ["", "AR", "ST-AR", "loss", "1.25", "", "accuracy", "0.5 %", "7 %"]
+    assert page.within("td") == ["1.25", "", "0.5 %", "7 %"]  # the first column names the row
+    assert sum(tag == "table" for tag, _ in page.tags) == 1
+    assert "None" not in html
+
+
+def test_the_gallerys_pictures_are_inside_the_page_pixel_by_pixel(html: str) -> None:
+    pictures = [attributes for tag, attributes in Page(html).tags if tag == "img"]
+    assert [picture["alt"] for picture in pictures] == ["ant, real", "ant, drawn"]
+    for seed, picture in enumerate(pictures):
+        with Image.open(io.BytesIO(base64.b64decode(picture["src"].removeprefix("data:image/png;base64,")))) as opened:
+            np.testing.assert_array_equal(np.asarray(opened), noise(seed))
+
+
+def test_the_figure_is_inside_the_page_as_it_was_drawn(html: str) -> None:
+    chart = SECTIONS[1].parts[0]
+    assert isinstance(chart, Chart)
+    assert chart.svg in html
+
+
+def test_the_page_fetches_nothing_and_runs_nothing(html: str) -> None:
+    for tag, attributes in Page(html).tags:
+        assert tag not in ("script", "link", "iframe", "object", "embed", "base")
+        for name, value in attributes.items():
+            assert not name.startswith("on")
+            if name in ("src", "href", "xlink:href", "data", "poster", "action", "srcset"):
+                assert value.startswith(("#", "data:image/png;base64,")), value[:60]
+    assert "@import" not in html
+    assert all(target.startswith("#") for target in re.findall(r"url\(([^)]*)\)", html))
+
+
+@pytest.mark.parametrize(
+    "place", ["title", "lead", "heading", "paragraph", "command", "column", "cell", "caption", "name"]
+)
+def test_text_is_shown_as_text_wherever_it_is(tmp_path: Path, place: str) -> None:
+    def text(here: str) -> str:
+        return NASTY if here == place else "plain"
+
+    table = Table(columns=["", text("column")], rows=[["row", text("cell")]], caption=text("caption"))
+    gallery = Gallery(columns=["real"], rows=[(text("name"), [png_uri(noise(0))])])
+    section = Section(
+        title=text("heading"), paragraphs=[text("paragraph")], commands=[text("command")], parts=[table, gallery]
+    )
+    write_report(tmp_path / "page.html", title=text("title"), lead=text("lead"), sections=[section])
+    html = (tmp_path / "page.html").read_text()
+    page = Page(html)
+    assert "<script" not in html
+    assert not any(tag in ("script", "b") for tag, _ in page.tags)
+    assert NASTY in [shown for _, shown in page.texts]
+    if place == "name":
+        assert f"{NASTY}, real" in [attributes.get("alt") for _, attributes in page.tags]
+
+
+def test_a_page_with_no_sections_is_a_page(tmp_path: Path) -> None:
+    write_report(tmp_path / "page.html", title="Empty", lead="", sections=[])
+    assert Page((tmp_path / "page.html").read_text()).within("h1", "h2") == ["Empty"]
+
+
+def test_a_full_disk_leaves_the_page_that_was_there(tmp_path: Path) -> None:
+    write_report(tmp_path / "page.html", title="Old", lead="", sections=[])
+    with refused(tmp_path, r"cannot write .*page\.html"), full_disk(100):
+        write_report(tmp_path / "page.html", title="New", lead="", sections=SECTIONS)
+    assert set(contents(tmp_path)) == {"page.html"}
+
+
+def test_a_page_that_cannot_be_written_is_the_users_to_mend(tmp_path: Path) -> None:
+    (tmp_path / "page.html").mkdir()
+    with pytest.raises(UserError, match=r"cannot write .*page\.html"):
+        write_report(tmp_path / "page.html", title="New", lead="", sections=[])
+    assert list(tmp_path.rglob("*")) == [tmp_path / "page.html"]
