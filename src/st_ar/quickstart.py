@@ -38,8 +38,7 @@ from st_ar.training.log import read_log
 from st_ar.training.loop import train
 
 Images = Literal["photos", "digits"]
-PROBE = ProbeConfig(base_lr=1.0)
-"""MAE's protocol with ten times its learning rate: at 0.1, LARS has not converged after 90 epochs of a few thousand images."""
+PROBE = ProbeConfig()
 SAMPLES = 1024
 
 
@@ -68,7 +67,7 @@ def quickstart(out: Path, *, images: Images = "photos", steps: int | None = None
 
     order = np.random.default_rng(seed).permutation(len(test_store))
     labels = test_store.labels[np.resize(order, SAMPLES)].tolist()
-    real = np.concatenate([_center(example.image, test_source) for example in test_source.examples(0)])
+    real = np.concatenate([_center(example.read(), test_source) for example in test_source.examples(0)])
     measured: dict[str, Measured] = {}
     samples: dict[str, np.ndarray] = {}
     models: dict[str, Transformer] = {}

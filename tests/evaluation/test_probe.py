@@ -151,15 +151,21 @@ def test_the_rate_is_maes_schedule(epoch: float, batch_size: int) -> None:
     peak = 0.1 * batch_size / 256
     after_warm_up = peak * 0.5 * (1.0 + math.cos(math.pi * (epoch - 10) / (90 - 10)))
     expected = peak * epoch / 10 if epoch < 10 else after_warm_up
-    assert probe_rate(ProbeConfig(), epoch, batch_size) == pytest.approx(expected, abs=1e-12)
+    assert probe_rate(ProbeConfig(min_lr=0), epoch, batch_size) == pytest.approx(expected, abs=1e-12)
 
 
 def test_the_rate_begins_at_0_peaks_after_the_warm_up_and_ends_at_0() -> None:
-    config = ProbeConfig(epochs=20, warmup_epochs=4, base_lr=0.3)
+    config = ProbeConfig(epochs=20, warmup_epochs=4, base_lr=0.3, min_lr=0.6)
     assert probe_rate(config, 0, 512) == 0
     assert probe_rate(config, 4, 512) == pytest.approx(0.6)
     assert probe_rate(config, 12, 512) == pytest.approx(0.3)
     assert probe_rate(config, 20, 512) == pytest.approx(0, abs=1e-12)
+
+
+def test_the_peak_of_a_small_batch_is_not_scaled_below_the_least_rate() -> None:
+    assert probe_rate(ProbeConfig(), 10, 256) == 1.0  # 0.1 by the linear rule
+    assert probe_rate(ProbeConfig(), 5, 256) == pytest.approx(0.5)
+    assert probe_rate(ProbeConfig(), 10, 16384) == pytest.approx(6.4)
 
 
 # Classifiers
@@ -177,7 +183,7 @@ def separable(count: int, seed: int, *, noise: float = 0.3) -> tuple[Tensor, Ten
 @pytest.mark.parametrize("epochs", [1, 2])
 def test_training_is_autograds_through_batch_norm_and_a_linear_layer(epochs: int) -> None:
     features, labels = separable(165, 0, noise=1.0)  # batches of 5, and 33 of them
-    config = ProbeConfig(epochs=epochs, warmup_epochs=0, base_lr=10.0, trust=0.1, seed=3)
+    config = ProbeConfig(epochs=epochs, warmup_epochs=0, base_lr=10.0, min_lr=0, trust=0.1, seed=3)
     classify = fit_classifiers(features, labels, 3, config)
 
     generator = torch_generator(3, Purpose.PROBE)

@@ -32,6 +32,9 @@ class ProbeConfig:
     """Features per step; small data sets scale it down so that an epoch has at least 32 steps."""
     base_lr: float = 0.1
     """Learning rate for a batch of 256; it scales with the batch."""
+    min_lr: float = 1.0
+    """The peak rate is not scaled below this: LARS's steps are a share of the weights' norm, and with the small rate of a small
+    batch it stops far from convergence after 90 epochs of a few thousand images. 0 scales all the way, MAE's rule to the letter."""
     momentum: float = 0.9
     """LARS's momentum."""
     trust: float = 1e-3
@@ -44,6 +47,8 @@ class ProbeConfig:
             value = getattr(self, name)
             if value < least:
                 raise UserError(f"--{name.replace('_', '-')} must be {least} or more, not {value}")
+        if not 0 <= self.min_lr < math.inf:
+            raise UserError(f"--min-lr must be 0 or more, not {self.min_lr}")
         for name in ("base_lr", "trust"):
             value = getattr(self, name)
             if not 0 < value < math.inf:
@@ -144,8 +149,8 @@ class Lars:
 
 
 def probe_rate(config: ProbeConfig, epoch: float, batch_size: int) -> float:
-    """MAE's learning rate at a fractional epoch: linear warm-up, then half a cosine to 0."""
-    peak = config.base_lr * batch_size / 256
+    """The learning rate at a fractional epoch: linear warm-up, then half a cosine to 0."""
+    peak = max(config.base_lr * batch_size / 256, config.min_lr)
     if epoch < config.warmup_epochs:
         return peak * epoch / config.warmup_epochs
     done = (epoch - config.warmup_epochs) / max(1e-9, config.epochs - config.warmup_epochs)
