@@ -67,7 +67,7 @@ def quickstart(out: Path, *, images: Images = "photos", steps: int | None = None
 
     order = np.random.default_rng(seed).permutation(len(test_store))
     labels = test_store.labels[np.resize(order, SAMPLES)].tolist()
-    real = np.concatenate([_center(example.read(), test_source) for example in test_source.examples(0)])
+    real = np.concatenate([_center(example.image, test_source) for example in test_source.examples(0)])
     measured: dict[str, Measured] = {}
     samples: dict[str, np.ndarray] = {}
     models: dict[str, Transformer] = {}
