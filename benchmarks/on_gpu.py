@@ -1,6 +1,6 @@
 """Everything that the project owes a GPU, in slices of under ten minutes each.
 
-    PYTHONPATH=src python benchmarks/on_gpu.py check training sampling quickstart --out results-folder
+    PYTHONPATH=src python benchmarks/on_gpu.py check training sampling tokenizing quickstart --out results-folder
 
 Needs no more than torch, numpy, safetensors, pillow, scikit-learn, scikit-image, matplotlib and jinja2, and no installation of
 st-ar. Each slice saves its figures as soon as it has them, under the device's name.
@@ -8,6 +8,7 @@ st-ar. Each slice saves its figures as soon as it has them, under the device's n
     check        recorded outputs and CPU results agree on the GPU, in float32 and bfloat16
     training     AR and ST-AR step time, tokens/s, model FLOP/s, peak memory: B, L, XL in bfloat16, compiled blocks
     sampling     images/s of `generate` with guidance: B, L
+    tokenizing   images/s of VQ-16's encoder against the plain reading of the architecture
     quickstart   the photographs, trained and compared on the GPU
 """
 
@@ -26,6 +27,8 @@ from st_ar.hardware import choose_device
 from st_ar.model.generate import generate
 from st_ar.model.transformer import Transformer
 from st_ar.presets import get_preset
+from st_ar.tokenizer.vq import VQ_16, VQConfig
+from tokenizing import measure as encode
 from training import measure
 
 
@@ -94,7 +97,20 @@ def photographs(_device: torch.device, small: bool) -> dict[str, Any]:
         return json.loads((out / "summary.json").read_text())
 
 
-SLICES = {"check": check, "training": training, "sampling": sampling, "quickstart": photographs}
+def tokenizing(device: torch.device, small: bool) -> dict[str, Any]:
+    """Images/s of VQ-16's encoder at 256 px."""
+    if small:
+        return encode(VQConfig(channels=32, multipliers=(1, 2), codebook_size=64), 32, 2, 2, device)
+    return {f"batch {batch}": encode(VQ_16, 256, batch, 10, device) for batch in (16, 64)}
+
+
+SLICES = {
+    "check": check,
+    "training": training,
+    "sampling": sampling,
+    "tokenizing": tokenizing,
+    "quickstart": photographs,
+}
 
 
 def main() -> None:

@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     from st_ar.config import ModelConfig as ModelConfig
     from st_ar.errors import UserError as UserError
     from st_ar.evaluation import metrics as metrics
+    from st_ar.hub import from_pretrained as from_pretrained
+    from st_ar.hub import push_to_hub as push_to_hub
     from st_ar.model.generate import generate as generate
     from st_ar.model.transformer import Transformer as Transformer
     from st_ar.model.weights import load_model as load_model
@@ -22,14 +24,27 @@ _PLACES = {
     "ModelConfig": "st_ar.config",
     "Transformer": "st_ar.model.transformer",
     "UserError": "st_ar.errors",
+    "from_pretrained": "st_ar.hub",
     "generate": "st_ar.model.generate",
     "load_model": "st_ar.model.weights",
     "load_tokenizer": "st_ar.tokenizer",
     "losses": "st_ar.selfguided",
     "metrics": "st_ar.evaluation",
+    "push_to_hub": "st_ar.hub",
 }
 
-__all__ = ["ModelConfig", "Transformer", "UserError", "generate", "load_model", "load_tokenizer", "losses", "metrics"]
+__all__ = [
+    "ModelConfig",
+    "Transformer",
+    "UserError",
+    "from_pretrained",
+    "generate",
+    "load_model",
+    "load_tokenizer",
+    "losses",
+    "metrics",
+    "push_to_hub",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -26,10 +26,12 @@ Train LlamaGen-style image generators with and without self-guidance (ST-AR), an
   quickstart         the whole line on photographs that are already here: AR and ST-AR side by side, minutes on a CPU
   train-tokenizer    learn a codebook from images
   tokenize           images -> token store
+  import-tokens      LlamaGen's folders of .npy files -> token store
   train              token store -> run; presets for LlamaGen and ST-AR
   sample             run -> images
   probe              what a model's features say about an image, token by token
   attention          what a model looks at
+  convert            to and from the weight files of LlamaGen's scripts, models and VQ tokenizers
 
 exit status: 0 done, 2 a mistake that the message explains, 130 or 143 interrupted and saved
 """

@@ -22,7 +22,7 @@ class Progress(Protocol):
 class _Lines:
     """Plain lines for logs; silent for work of under half a minute."""
 
-    def __init__(self, what: str, total: int, unit: str) -> None:
+    def __init__(self, what: str, total: int | None, unit: str) -> None:
         self.what, self.total, self.unit = what, total, unit
         self.done, self.text = 0, ""
         self.begun = self.said = time.monotonic()
@@ -32,21 +32,22 @@ class _Lines:
         now = time.monotonic()
         if now - self.said >= 30 and self.done:
             self.said = now
-            left = (now - self.begun) * (self.total - self.done) / self.done
-            print(
-                f"{self.what}: {self.done}/{self.total} {self.unit}, {left:.0f} s left {self.text}".rstrip(),
-                file=sys.stderr,
-            )
+            if self.total is None:
+                state = f"{self.done} {self.unit}"
+            else:
+                left = (now - self.begun) * max(0, self.total - self.done) / self.done
+                state = f"{self.done}/{self.total} {self.unit}, {left:.0f} s left"
+            print(f"{self.what}: {state} {self.text}".rstrip(), file=sys.stderr)
 
     def note(self, text: str) -> None:
         self.text = text
 
 
 @contextlib.contextmanager
-def progress(what: str, total: int, *, unit: str, done: int = 0) -> Generator[Progress]:
-    """Follow work of `total` units, `done` of which are done already."""
+def progress(what: str, total: int | None, *, unit: str, done: int = 0) -> Generator[Progress]:
+    """Follow work of `total` units (None: nobody knows), `done` of which are done already."""
     if not sys.stderr.isatty():
-        yield _Lines(what, total - done, unit)
+        yield _Lines(what, None if total is None else total - done, unit)
         return
     from rich import progress as rich
     from rich.console import Console

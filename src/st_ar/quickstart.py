@@ -40,6 +40,8 @@ from st_ar.training.loop import train
 Images = Literal["photos", "digits"]
 PROBE = ProbeConfig()
 SAMPLES = 1024
+CENTRE = 4
+"""Which of the ten crops is the centre: the probes train on it alone, to be quick."""
 
 
 def quickstart(out: Path, *, images: Images = "photos", steps: int | None = None, seed: int = 0) -> Path:
@@ -67,7 +69,7 @@ def quickstart(out: Path, *, images: Images = "photos", steps: int | None = None
 
     order = np.random.default_rng(seed).permutation(len(test_store))
     labels = test_store.labels[np.resize(order, SAMPLES)].tolist()
-    real = np.concatenate([_center(example.image, test_source) for example in test_source.examples(0)])
+    real = np.concatenate([_center(example.read(), test_source) for example in test_source.examples(0)])
     measured: dict[str, Measured] = {}
     samples: dict[str, np.ndarray] = {}
     models: dict[str, Transformer] = {}
@@ -139,7 +141,7 @@ def _decoded(tokenizer: Tokenizer, store: TokenStore, count: int) -> np.ndarray:
     from st_ar.tokenizer import to_uint8
 
     images = np.arange(min(count, len(store)))
-    codes = store.codes(images, np.full((len(images), 1), 4))[:, 0].astype(np.int64)  # crop 4 is the centre
+    codes = store.codes(images, np.full((len(images), 1), CENTRE))[:, 0].astype(np.int64)
     grid = store.meta.grid
     return to_uint8(tokenizer.decode(torch.from_numpy(codes).unflatten(1, (grid, grid)))).numpy()
 
@@ -161,7 +163,7 @@ def _measure(
     return Measured(
         validation_loss=validation_loss(model, test_store),
         validation_loss_ema=validation_loss(load_model(run, ema=True), test_store),
-        probe=probe(model, store, test_store, config=PROBE),
+        probe=probe(model, store, test_store, train_crops=[CENTRE], config=PROBE),
         frechet=_frechet(samples, real),
         attention={layer: attention_statistics(maps[layer], model.config.grid) for layer in layers},
         seconds_per_step=per_step / statistics.median(speeds),

@@ -149,12 +149,10 @@ def _probe_section(measured: Mapping[str, Measured], images: str) -> Section:
     svg = line_chart(
         curves, name=f"probe accuracy by step on {images}", x="tokens read", y="probe accuracy (%)", x_ticks=some.steps
     )
+    apart = " from parts of the photographs never trained on" if images == "photos" else ""
     caption = (
-        f"Linear probes on layer {some.layer}, one for each number of tokens read, the label hidden from the network; "
-        f"trained on {some.train_images:,} images, tested on {some.test_images:,} from parts of the photographs never trained on."
-        if images == "photos"
-        else f"Linear probes on layer {some.layer}, one for each number of tokens read, the label hidden from the network; "
-        f"trained on {some.train_images:,} images, tested on {some.test_images:,}."
+        f"Linear probes on layer {some.layer}, one for each number of tokens read, the label hidden from the network; trained on the "
+        f"centre crops of {some.train_images:,} images, tested on {some.test_images:,}{apart}."
     )
     rows = [[method, *(_points(share) for share in result.probe.top1)] for method, result in measured.items()]
     return Section(

@@ -7,11 +7,14 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
 from st_ar.errors import UserError
+
+if TYPE_CHECKING:
+    from st_ar.data.store import TokenStore
 
 
 @dataclass(kw_only=True)
@@ -54,13 +57,15 @@ class TrainTokenizer:
     preset: tyro.conf.Positional[Literal["kmeans"]]
     """Kind of tokenizer."""
     images: str
-    """Image source: photos[:train|:test] or digits[:train|:test]."""
+    """Image source: folder:PATH, parquet:GLOB, hub:NAME[:SPLIT], photos[:train|:test] or digits[:train|:test]."""
     out: Path
     """Folder to write the tokenizer to."""
     vocab_size: int = 256
     """Codes in the codebook."""
     patch: int = 4
     """Side of a patch in pixels."""
+    size: int | None = None
+    """Side of the images' crops in pixels; by default what suits the source."""
     seed: int = 0
     """Seed of the clustering."""
 
@@ -70,7 +75,9 @@ class TrainTokenizer:
         from st_ar.tokenizer.kmeans import CODEBOOK, train_kmeans
 
         require_absent(self.out, "a tokenizer", besides=[CODEBOOK])
-        tokenizer = train_kmeans(open_images(self.images), vocab_size=self.vocab_size, patch=self.patch, seed=self.seed)
+        tokenizer = train_kmeans(
+            open_images(self.images), vocab_size=self.vocab_size, patch=self.patch, size=self.size, seed=self.seed
+        )
         tokenizer.save(self.out)
         print(f"{self.out}: {tokenizer.vocab_size} codes of {self.patch} x {self.patch} pixels")
 
@@ -80,34 +87,104 @@ class Tokenize:
     """Encode every crop of every image into a token store. A stopped job is continued by the same command."""
 
     images: str
-    """Image source: photos[:train|:test] or digits[:train|:test]."""
+    """Image source: folder:PATH, parquet:GLOB, hub:NAME[:SPLIT], photos[:train|:test] or digits[:train|:test]."""
     tokenizer: Path
-    """The tokenizer's folder."""
+    """The tokenizer's folder, or a .pt file of LlamaGen's."""
     out: Path
     """Folder to write the store to."""
     crops: Literal["center", "ten"] = "ten"
-    """The centre alone, or corners and centre of the image and (where it means the same) of its mirror image."""
+    """The centre alone, or corners and centre of the image and of its mirror image."""
     size: int | None = None
-    """Side of a crop in pixels; by default what suits the source."""
+    """Side of a crop in pixels; by default 32 for photos and digits, 256 for others."""
     crop_range: float | None = None
-    """Short side before cropping as a multiple of the crop's; by default what suits the source."""
+    """Short side before cropping as a multiple of the crop's; by default 1.125 for photos and digits, for others 1.1 for
+    ten crops and 1.0 for the centre."""
+    mirror: bool = True
+    """Whether ten crops include the mirror image's. Mirrored digits are never taken."""
+    workers: int | None = None
+    """Processes that decode images, 0 for none; by default one for each core, at most 8, and none below 10,000 images."""
+    batch_size: int = 256
+    """Crops encoded at once."""
+    max_skipped: float = 0.01
+    """Share of the images that may be unusable; they are left out and listed in skipped.jsonl."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to encode."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of a VQ network's activations; bfloat16 is faster and changes a few codes."""
 
     def run(self) -> None:
         from st_ar.data.crops import Crops
         from st_ar.data.images import open_images
-        from st_ar.data.tokenize import tokenize
-        from st_ar.tokenizer import load_tokenizer
+        from st_ar.data.pool import default_workers
+        from st_ar.data.ranks import Ranks
+        from st_ar.data.tokenize import place_tokenizer, tokenize
 
+        ranks = Ranks.from_environment()
         source = open_images(self.images)
         crops = Crops(
             kind=self.crops,
             size=self.size if self.size is not None else source.size,
-            range=self.crop_range if self.crop_range is not None else source.crop_range,
-            mirror=source.mirror,
+            range=self.crop_range if self.crop_range is not None else source.range_for(self.crops),
+            mirror=self.mirror and source.mirror,
         )
-        store = tokenize(source, load_tokenizer(self.tokenizer), crops, self.out)
-        grid = store.meta.grid
-        print(f"{self.out}: {len(store):,} images x {len(store.meta.crops)} crops x {grid} x {grid} tokens")
+        store = tokenize(
+            source,
+            place_tokenizer(self.tokenizer, self.device, self.dtype),
+            crops,
+            self.out,
+            batch_size=self.batch_size,
+            workers=self.workers if self.workers is not None else default_workers(source.count),
+            max_skipped=self.max_skipped,
+            ranks=ranks,
+        )
+        if ranks.rank == 0:
+            print(_describe_store(self.out, store))
+
+
+@dataclass(kw_only=True)
+class ImportTokens:
+    """Make a token store of the folders of .npy files that LlamaGen's extraction script writes.
+
+    A stopped import is continued by the same command.
+    """
+
+    codes: Path
+    """Folder imagenet{size}_codes: {i}.npy, integers [1, crops, tokens]."""
+    labels: Path
+    """Folder imagenet{size}_labels: {i}.npy, integers [1]."""
+    out: Path
+    """Folder to write the store to."""
+    vocab_size: int = 16384
+    """Codes in the codebook of the tokenizer that made them."""
+    more_codes: Path | None = None
+    """A second set of crops of the same images, such as LlamaGen's at range 1.05: so many more crops."""
+    num_classes: int | None = None
+    """Number of classes; by default the largest label and one."""
+    tokenizer: Path | None = None
+    """The tokenizer that made the codes, so that the store can be checked against models and samples be decoded."""
+    max_skipped: float = 0.01
+    """Share of the images whose files may be cut short; they are left out and listed in skipped.jsonl."""
+
+    def run(self) -> None:
+        from st_ar.data.llamagen import import_tokens
+        from st_ar.tokenizer import load_tokenizer
+
+        tokenizer = load_tokenizer(self.tokenizer) if self.tokenizer else None
+        if tokenizer and tokenizer.vocab_size != self.vocab_size:
+            raise UserError(
+                f"{self.tokenizer} has {tokenizer.vocab_size} codes, --vocab-size is {self.vocab_size}: they must agree"
+            )
+        store = import_tokens(
+            self.codes,
+            self.labels,
+            self.out,
+            vocab_size=self.vocab_size,
+            more_codes=self.more_codes,
+            num_classes=self.num_classes,
+            tokenizer=tokenizer.fingerprint if tokenizer else "",
+            max_skipped=self.max_skipped,
+        )
+        print(_describe_store(self.out, store))
 
 
 @dataclass(kw_only=True)
@@ -115,9 +192,9 @@ class Sample:
     """Draw images from a model into a .npz file (ADM's layout) or a folder of PNGs, with the settings beside them."""
 
     model: Path
-    """A run, an export folder or a .safetensors file."""
+    """A run, an export folder, a .safetensors file, or a .pt file of LlamaGen's."""
     tokenizer: Path
-    """The tokenizer that the model was trained with."""
+    """The tokenizer that the model was trained with: its folder, or a .pt file of LlamaGen's."""
     out: Path
     """FILE.npz, or a folder for PNGs."""
     num: int = 64
@@ -142,6 +219,8 @@ class Sample:
     """Images drawn at once; with another size the same seed gives other images."""
     ema: bool = False
     """Draw from the averaged weights instead of the live ones."""
+    grid: int | None = None
+    """Tokens per side, if not the size trained for: 24 for 384 px with LlamaGen's weights of 256 px."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -158,7 +237,7 @@ class Sample:
         check_output(self.out)
         device = choose_device(self.device)
         half = self.dtype == "bfloat16" or (self.dtype == "auto" and device.type == "cuda")
-        model, info = open_model(self.model, ema=self.ema)
+        model, info = open_model(self.model, ema=self.ema, grid=self.grid)
         tokenizer = load_tokenizer(self.tokenizer)
         if info.tokenizer and tokenizer.fingerprint != info.tokenizer:
             raise UserError(
@@ -182,7 +261,7 @@ class Probe:
     """
 
     model: Path
-    """A run, an export folder or a .safetensors file."""
+    """A run, an export folder, a .safetensors file, or a .pt file of LlamaGen's."""
     tokens: Path
     """Token store to train the probes on."""
     test_tokens: Path
@@ -191,12 +270,14 @@ class Probe:
     """Layer to probe, counted from 1; half the depth by default."""
     steps: tuple[int, ...] = ()
     """Numbers of positions read, 1..T; 8 uniformly spaced ones by default."""
-    train_crops: tuple[int, ...] = (0,)
-    """Which of the stored crops to train on."""
+    train_crops: tuple[int, ...] | None = None
+    """Which of the stored crops to train on; all by default. 4 is the centre of a ten-crop store, which is ten times as quick."""
     epochs: int = 90
     """Passes over the training features."""
     base_lr: float = 0.1
-    """Learning rate for a batch of 256. MAE's 0.1 is for a million images; a few thousand need 1 or more to converge."""
+    """Learning rate for a batch of 256; it scales with the batch."""
+    min_lr: float = 1.0
+    """The peak rate is not scaled below this, so that probes on small data sets converge; 0 for MAE's rule to the letter."""
     ema: bool = False
     """Probe the averaged weights instead of the live ones."""
     seed: int = 0
@@ -216,7 +297,7 @@ class Probe:
         store, test_store = TokenStore(self.tokens), TokenStore(self.test_tokens)
         for each in (store, test_store):
             each.check_model(info.config, info.tokenizer)
-        config = ProbeConfig(epochs=self.epochs, base_lr=self.base_lr, seed=self.seed)
+        config = ProbeConfig(epochs=self.epochs, base_lr=self.base_lr, min_lr=self.min_lr, seed=self.seed)
         result = probe(
             model,
             store,
@@ -238,7 +319,7 @@ class Attention:
     """Attention maps over images of a store, as an SVG, and their statistics by layer as a table."""
 
     model: Path
-    """A run, an export folder or a .safetensors file."""
+    """A run, an export folder, a .safetensors file, or a .pt file of LlamaGen's."""
     tokens: Path
     """Token store with the images to read."""
     tokenizer: Path
@@ -275,14 +356,41 @@ class Attention:
         print(f"\nmaps: {self.out}")
 
 
+@dataclass(kw_only=True)
+class Convert:
+    """Convert a model or a VQ tokenizer between this project's folders and the .pt files that LlamaGen's scripts load."""
+
+    source: tyro.conf.Positional[Path]
+    """A run, an export folder, a tokenizer's folder, a .safetensors file, or a .pt file of LlamaGen's."""
+    target: tyro.conf.Positional[Path]
+    """The .pt file (--to llamagen) or the folder (--to st-ar) to write."""
+    to: Literal["llamagen", "st-ar"]
+    """What to write."""
+    ema: bool = False
+    """Take the averaged weights instead of the live ones."""
+
+    def run(self) -> None:
+        from st_ar.model.convert import convert
+
+        print(convert(self.source, self.target, to=self.to, ema=self.ema))
+
+
 VERBS: dict[str, Any] = {
     "quickstart": Quickstart,
     "train-tokenizer": TrainTokenizer,
     "tokenize": Tokenize,
+    "import-tokens": ImportTokens,
     "sample": Sample,
     "probe": Probe,
     "attention": Attention,
+    "convert": Convert,
 }
+
+
+def _describe_store(out: Path, store: "TokenStore") -> str:
+    grid, meta = store.meta.grid, store.meta
+    skipped = f"; {meta.skipped} that could not be used are in {out / 'skipped.jsonl'}" if meta.skipped else ""
+    return f"{out}: {len(store):,} images x {len(meta.crops)} crops x {grid} x {grid} tokens{skipped}"
 
 
 def _print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

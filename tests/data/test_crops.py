@@ -1,5 +1,7 @@
 """Crops against ADM's own procedure, line by line, and against images whose pixels say where they are."""
 
+from typing import Literal
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -146,3 +148,24 @@ def test_a_range_out_of_bounds_is_refused(wide: float) -> None:
 def test_a_size_below_one_is_refused() -> None:
     with pytest.raises(UserError, match="--size must be at least 1 pixel, not 0"):
         Crops(kind="ten", size=0, range=1.1)
+
+
+@pytest.mark.parametrize("wide", [1.1, 1.05])
+@pytest.mark.parametrize(("width", "height"), [(333, 251), (97, 211), (601, 599), (64, 64)])
+def test_ten_crops_of_odd_sizes_at_llamagens_ranges(width: int, height: int, wide: float) -> None:
+    whole = slow_center_crop(noise(width, height), int(64 * wide))
+    cut = Crops(kind="ten", size=64, range=wide).cut(noise(width, height))
+    expected = [cut_by_hand(image, 64, place) for image in (whole, np.fliplr(whole)) for place in PLACES[:4]]
+    np.testing.assert_array_equal(cut[[0, 1, 2, 3, 5, 6, 7, 8]], np.stack(expected))
+    start = round((len(whole) - 64) / 2)
+    np.testing.assert_array_equal(cut[4], whole[start : start + 64, start : start + 64])
+
+
+@pytest.mark.parametrize("kind", ["center", "ten"])
+@pytest.mark.parametrize("mirror", [True, False])
+def test_many_images_are_cut_at_once_as_one_by_one(kind: Literal["center", "ten"], mirror: bool) -> None:
+    crops = Crops(kind=kind, size=7, range=1.5, mirror=mirror)
+    images = [noise(10, 10, seed) for seed in range(3)]
+    together = crops.cut_pixels(np.stack([np.asarray(image) for image in images]))
+    np.testing.assert_array_equal(together, np.stack([crops.cut(image) for image in images]))
+    assert together.shape[1] == len(crops.names)

@@ -80,10 +80,25 @@ def test_a_suitable_model_is_accepted(folder: Path) -> None:
 
 @pytest.mark.parametrize("name", [FIRST_CODES, LAST_LABELS])
 def test_verify_names_the_shard_with_a_flipped_byte(folder: Path, name: str) -> None:
-    flip_byte(folder / name)
+    if name == LAST_LABELS:  # one that stays a label
+        labels = np.load(folder / name)
+        labels[-1] = (labels[-1] + 1) % 3
+        np.save(folder / name, labels)
+    else:
+        flip_byte(folder / name)
     store = TokenStore(folder)
     with refused(folder, rf"{name} is damaged: .* checksum in meta.json; tokenize again"):
         store.verify()
+
+
+@pytest.mark.parametrize("label", [-1, 3])
+def test_labels_that_are_no_classes_are_refused_on_opening(folder: Path, label: int) -> None:
+    labels = np.load(folder / LAST_LABELS)
+    labels[-1] = label
+    np.save(folder / LAST_LABELS, labels)
+    low, high = (-1, 2) if label < 0 else (0, 3)
+    with refused(folder, rf"has labels {low} to {high}, its meta.json names 3 classes; tokenize again"):
+        TokenStore(folder)
 
 
 @pytest.mark.parametrize("left", [0, 40, 200, -1])

@@ -1,11 +1,17 @@
 """The tokenizing job: what it writes, and that a job which was killed ends with the same bytes."""
 
+import dataclasses
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,11 +20,13 @@ from PIL import Image
 
 from st_ar.data.crops import Crops
 from st_ar.data.images import Example, ImageSource, open_images
+from st_ar.data.ranks import Ranks
 from st_ar.data.store import TokenStore
 from st_ar.data.tokenize import tokenize
 from st_ar.errors import UserError
 from st_ar.tokenizer import to_pixels
 from st_ar.tokenizer.kmeans import KMeansTokenizer
+from tests.data.pictures import encoded
 from tests.disk import contents, full_disk, refused
 
 COUNT, PER_SHARD = 11, 4
@@ -201,6 +209,250 @@ def test_a_codebook_too_large_for_16_bits_is_refused(tmp_path: Path) -> None:
     large = KMeansTokenizer(torch.zeros((1 << 16) + 1, 3), patch=1)
     with refused(tmp_path, "a codebook of 65537 does not fit the store's 16-bit codes"):
         tokenize(tiny_source(), large, TEN, tmp_path / "store")
+
+
+# Broken images, workers, ranks, streams
+
+
+BROKEN = (2, 5, 6)
+
+
+def mixed_source(**changes: Any) -> ImageSource:
+    """The tiny source as files in memory, of which some are cut short."""
+    whole = list(tiny_source().examples(0))
+
+    def examples(start: int) -> Iterator[Example]:
+        for index in range(start, COUNT):
+            data = encoded(whole[index].read())
+            yield Example(data[:60] if index in BROKEN else data, whole[index].label, f"{index}.png")
+
+    return dataclasses.replace(tiny_source(), **({"examples": examples} | changes))
+
+
+def tokenize_mixed(out: Path, source: ImageSource | None = None, **settings: Any) -> TokenStore:
+    settings = {"batch_size": 16, "images_per_shard": PER_SHARD, "max_skipped": 0.5} | settings
+    return tokenize(source or mixed_source(), tiny_tokenizer(), TEN, out, **settings)
+
+
+def skipped_lines(out: Path) -> list[dict[str, object]]:
+    return [json.loads(line) for line in (out / "skipped.jsonl").read_text().splitlines()]
+
+
+def test_broken_images_are_left_out_and_listed(tmp_path: Path) -> None:
+    everything = tokenize_tiny(tmp_path / "whole")
+    store = tokenize_mixed(tmp_path / "store")
+    store.verify()
+    kept = [index for index in range(COUNT) if index not in BROKEN]
+    assert store.labels.tolist() == everything.labels[kept].tolist()
+    crops = np.arange(10)[None].repeat(len(kept), 0)
+    np.testing.assert_array_equal(store.codes(np.arange(len(kept)), crops), everything.codes(np.array(kept), crops))
+    assert ([shard["images"] for shard in store.meta.shards], store.meta.skipped) == ([3, 2, 3], 3)
+    lines = skipped_lines(tmp_path / "store")
+    assert [(line["index"], line["name"]) for line in lines] == [(i, f"{i}.png") for i in BROKEN]
+    assert all(line["reason"] for line in lines)
+    assert len(contents(tmp_path / "store")) == 2 * 3 + 2  # shards, meta.json and skipped.jsonl
+
+
+def test_a_shard_of_broken_images_alone_is_empty(tmp_path: Path) -> None:
+    store = tokenize_mixed(tmp_path / "store", images_per_shard=1)
+    assert [shard["images"] for shard in store.meta.shards] == [int(i not in BROKEN) for i in range(COUNT)]
+    assert store.codes(np.arange(8), np.zeros((8, 1), int)).shape == (8, 1, 4)
+
+
+def test_too_many_broken_images_end_the_job_and_lose_nothing(tmp_path: Path) -> None:
+    out = tmp_path / "store"
+    with pytest.raises(
+        UserError, match=r"2 of 11 images cannot be used, more than --max-skipped 0.1; the first is 2.png"
+    ):
+        tokenize_mixed(out, max_skipped=0.1)
+    assert [line["index"] for line in skipped_lines(out)] == [2, 5]
+    finished = out / "codes-00000-of-00003.npy"
+    before = finished.stat().st_mtime_ns
+    assert len(tokenize_mixed(out, max_skipped=0.3)) == 8  # the same command, with more allowed
+    assert finished.stat().st_mtime_ns == before
+    tokenize_mixed(tmp_path / "straight")
+    assert contents(out) == contents(tmp_path / "straight")
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.1, float("nan")])
+def test_a_share_out_of_bounds_is_refused(tmp_path: Path, share: float) -> None:
+    with refused(tmp_path, f"--max-skipped is a share of the images, between 0 and 1, not {share}"):
+        tokenize_mixed(tmp_path / "store", max_skipped=share)
+
+
+def test_a_source_without_a_usable_image_is_refused(tmp_path: Path) -> None:
+    source = mixed_source(count=1, examples=lambda start: iter([Example(b"", 0, "nothing.png")][start:]))
+    with pytest.raises(UserError, match=r"noise:train has no image that can be used: see .*skipped.jsonl"):
+        tokenize_mixed(tmp_path / "store", source, max_skipped=1)
+
+
+def test_an_image_too_narrow_to_be_enlarged_is_skipped(tmp_path: Path) -> None:
+    thin = [Example(Image.new("RGB", (1, 1_000_000)), 0, "thin"), Example(Image.new("RGB", (9, 9)), 0, "good")]
+    tokenize_mixed(tmp_path / "store", mixed_source(count=2, examples=lambda start: iter(thin[start:])))
+    (line,) = skipped_lines(tmp_path / "store")
+    assert (line["name"], "10 x 10000000 pixels are more than the limit" in str(line["reason"])) == ("thin", True)
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_workers_do_not_change_a_byte(tmp_path: Path, workers: int) -> None:
+    tokenize_mixed(tmp_path / "alone")
+    tokenize_mixed(tmp_path / "with", workers=workers, batch_size=10)
+    assert contents(tmp_path / "with") == contents(tmp_path / "alone")
+
+
+class Deadly:
+    """Ends the process that unpickles it, as a fault in a decoder would."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os._exit, (1,)
+
+
+def test_a_worker_that_dies_ends_the_job_with_a_remedy(tmp_path: Path) -> None:
+    def examples(start: int) -> Iterator[Example]:
+        for index in range(start, COUNT):
+            yield Example(Deadly() if index == 6 else encoded(Image.new("RGB", (9, 9))), 0, str(index))  # type: ignore[arg-type]
+
+    with pytest.raises(UserError, match=r"one of 2 decoding processes died.*fewer --workers"):
+        tokenize_mixed(tmp_path / "store", mixed_source(examples=examples), workers=2)
+    assert (tmp_path / "store" / "labels-00000-of-00003.npy").exists()
+
+
+def test_workers_end_when_the_job_is_killed(tmp_path: Path) -> None:
+    code = (
+        "from tests.data.test_tokenize import *\n"
+        "if __name__ == '__main__':\n"
+        f"    source = tiny_source(killed_after={PER_SHARD + 2})\n"
+        f"    tokenize(source, tiny_tokenizer(), TEN, Path({str(tmp_path / 'store')!r}), images_per_shard={PER_SHARD}, workers=2)\n"
+    )
+    script = tmp_path / "script.py"
+    script.write_text(code)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(
+        [sys.executable, str(script)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as job:
+        output, _ = job.communicate(timeout=60)  # returns only when no worker holds the pipe any more
+    assert job.returncode == -signal.SIGKILL, output
+    tokenize_tiny(tmp_path / "store")
+    tokenize_tiny(tmp_path / "straight")
+    assert contents(tmp_path / "store") == contents(tmp_path / "straight")
+
+
+def test_ranks_share_the_shards_and_write_the_same_bytes(tmp_path: Path) -> None:
+    stream = mixed_source(count=None, streaming=True)
+    tokenize_mixed(tmp_path / "alone")
+    tokenize_mixed(tmp_path / "alone-stream", stream)
+    code = (
+        "from tests.data.test_tokenize import *\n"
+        f"out, ranks = Path({str(tmp_path)!r}), Ranks.from_environment()\n"
+        "assert len(tokenize_mixed(out / 'shared', ranks=ranks)) == 8\n"
+        "stream = mixed_source(count=None, streaming=True)\n"
+        "assert len(tokenize_mixed(out / 'shared-stream', stream, ranks=ranks)) == 8\n"
+    )
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", code], cwd=ROOT, env=os.environ | {"RANK": str(rank), "WORLD_SIZE": "2"}
+        )
+        for rank in range(2)
+    ]
+    assert [process.wait(timeout=60) for process in processes] == [0, 0]
+    assert contents(tmp_path / "shared") == contents(tmp_path / "alone")
+    assert contents(tmp_path / "shared-stream") == contents(tmp_path / "alone-stream")
+
+
+def test_a_rank_that_never_comes_is_named_and_its_absence_loses_nothing(tmp_path: Path) -> None:
+    with pytest.raises(
+        UserError, match=r"rank 0 of 2 has waited for shards \[1\] of .*start all ranks by the same command"
+    ):
+        tokenize_mixed(tmp_path / "store", ranks=Ranks(rank=0, world=2, timeout=0.3))
+    with pytest.raises(UserError, match="rank 1 of 2 has waited for rank 0 to begin"):
+        tokenize_mixed(tmp_path / "other", ranks=Ranks(rank=1, world=2, timeout=0.3))
+    tokenize_mixed(tmp_path / "store")
+    tokenize_mixed(tmp_path / "straight")
+    assert contents(tmp_path / "store") == contents(tmp_path / "straight")
+
+
+def test_a_rank_that_comes_when_all_is_done_takes_the_finished_store(tmp_path: Path) -> None:
+    tokenize_mixed(tmp_path / "store")
+    assert len(tokenize_mixed(tmp_path / "store", ranks=Ranks(rank=1, world=2))) == 8
+
+
+@pytest.mark.parametrize("per_shard", [3, 4, 11, 100])
+def test_a_stream_of_unknown_length_gives_the_same_codes(tmp_path: Path, per_shard: int) -> None:
+    stream = mixed_source(count=None, streaming=True, class_names=[])
+    store = tokenize_mixed(tmp_path / "stream", stream, images_per_shard=per_shard)
+    known = tokenize_mixed(tmp_path / "known", images_per_shard=per_shard)
+    assert store.fingerprint == known.fingerprint
+    assert store.meta.class_names == [str(label) for label in range(int(known.labels.max()) + 1)]
+    assert [shard["codes"] for shard in store.meta.shards] == [f"codes-{i:05d}.npy" for i in range(-(-11 // per_shard))]
+
+
+@pytest.mark.parametrize("finished", [1, 2, 3])
+def test_a_stream_is_continued_where_it_was_stopped(tmp_path: Path, finished: int) -> None:
+    stream = mixed_source(count=None, streaming=True)
+    tokenize_mixed(tmp_path / "straight", stream)
+    job = tmp_path / "store"
+
+    def broken_off(start: int) -> Iterator[Example]:
+        yield from islice(stream.examples(start), finished * PER_SHARD)
+        raise UserError("the network is gone")
+
+    with pytest.raises(UserError, match="the network is gone"):
+        tokenize_mixed(job, dataclasses.replace(stream, examples=broken_off))
+    assert len(list(job.glob("labels-*.npy"))) == min(finished, 2)  # the third is known to be whole only at the end
+    tokenize_mixed(job, stream)
+    assert contents(job) == contents(tmp_path / "straight")
+
+
+def test_a_source_that_ends_early_is_refused(tmp_path: Path) -> None:
+    short = mixed_source(examples=lambda start: islice(tiny_source().examples(start), max(0, 9 - start)))
+    with pytest.raises(UserError, match="noise:train ended after 9 of 11 images: it has changed or is damaged"):
+        tokenize_mixed(tmp_path / "store", short)
+
+
+@pytest.mark.parametrize("label", [-1, 3])
+def test_a_label_that_is_no_class_is_named(tmp_path: Path, label: int) -> None:
+    bad = [Example(Image.new("RGB", (9, 9)), value, f"no. {value}") for value in (0, label)]
+    source = mixed_source(count=2, examples=lambda start: iter(bad[start:]))
+    with pytest.raises(UserError, match=rf"image 1 \(no. {label}\) of noise:train has label {label}, .*its 3 classes"):
+        tokenize_mixed(tmp_path / "store", source)
+
+
+def test_a_disk_too_small_is_found_out_before_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    needed = COUNT * (10 * 4 * 2 + 4)
+    for free, enough in ((needed - 1, False), (needed, True)):
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: SimpleNamespace(free=free))
+        if enough:
+            assert len(tokenize_tiny(tmp_path / "new" / "store")) == COUNT
+        else:
+            with refused(tmp_path, r"needs 0.000 GB more, its disk has 0.000 GB free: make room"):
+                tokenize_tiny(tmp_path / "new" / "store")
+            assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"), [({}, (0, 1)), ({"RANK": "2", "WORLD_SIZE": "4"}, (2, 4)), ({"RANK": "0"}, (0, 1))]
+)
+def test_ranks_are_torchruns(
+    environment: dict[str, str], expected: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    ranks = Ranks.from_environment()
+    assert (ranks.rank, ranks.world) == expected
+
+
+@pytest.mark.parametrize(
+    ("rank", "world", "match"), [("x", "2", "must be numbers"), ("2", "2", r"RANK 2 must lie in \[0, ")]
+)
+def test_ranks_that_make_no_sense_are_refused(
+    rank: str, world: str, match: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", world)
+    with pytest.raises(UserError, match=match):
+        Ranks.from_environment()
 
 
 # The shards have 1,008 and 14,208 bytes. C's buffered writes lose the end of a small one without NumPy's noticing.

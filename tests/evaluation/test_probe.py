@@ -255,7 +255,7 @@ def test_before_any_token_is_read_nothing_is_known_and_after_all_of_them_everyth
     shares = np.bincount(telling[1].labels, minlength=3) / 30
     assert any(result.top1[0] == pytest.approx(share) for share in shares)  # the same answer for every image
     assert result.top1[1:] == [1.0, 1.0]
-    assert (result.steps, result.train_images, result.test_images) == ([1, 2, 9], 96, 30)
+    assert (result.steps, result.train_images, result.test_images) == ([1, 2, 9], 192, 30)  # both crops of 96 images
 
 
 def test_half_the_depth_and_eight_steps_are_the_defaults(telling: tuple[TokenStore, TokenStore]) -> None:

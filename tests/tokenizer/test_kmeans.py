@@ -155,7 +155,7 @@ def test_another_format_is_refused(saved: Path) -> None:
 
 
 def test_a_missing_folder_says_how_to_make_one(tmp_path: Path) -> None:
-    with refused(tmp_path, "nowhere is no tokenizer: no such folder; `st-ar train-tokenizer` makes one"):
+    with refused(tmp_path, "nowhere is no tokenizer: no such folder or file; `st-ar train-tokenizer` makes one"):
         load_tokenizer(tmp_path / "nowhere")
 
 

@@ -29,10 +29,13 @@ def center_crop(image: Image.Image, size: int) -> np.ndarray:
 
 
 def five_crops(pixels: np.ndarray, size: int) -> np.ndarray:
-    """The corners and the centre of [H, W, 3], in the order of PLACES: [5, size, size, 3]."""
-    bottom, right = pixels.shape[0] - size, pixels.shape[1] - size
+    """The corners and the centre of [.., H, W, 3], in the order of PLACES: [.., 5, size, size, 3].
+
+    The centre's offset is half the margin, rounded to even as torchvision does it.
+    """
+    bottom, right = pixels.shape[-3] - size, pixels.shape[-2] - size
     corners = [(0, 0), (0, right), (bottom, 0), (bottom, right), (round(bottom / 2), round(right / 2))]
-    return np.stack([pixels[top : top + size, left : left + size] for top, left in corners])
+    return np.stack([pixels[..., top : top + size, left : left + size, :] for top, left in corners], axis=-4)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,11 +64,20 @@ class Crops:
             return ["center"]
         return [*PLACES, *(f"mirrored-{place}" for place in PLACES)] if self.mirror else [*PLACES]
 
+    @property
+    def side(self) -> int:
+        """Side in pixels before cropping: int(size * range), as LlamaGen has it."""
+        return int(self.size * self.range + 1e-6)  # so that 10 * 1.1 is 11 however it is rounded
+
     def cut(self, image: Image.Image) -> np.ndarray:
         """uint8 [crops, size, size, 3]."""
-        pixels = center_crop(image, int(self.size * self.range + 1e-6))
+        return self.cut_pixels(center_crop(image, self.side))
+
+    def cut_pixels(self, pixels: np.ndarray) -> np.ndarray:
+        """The crops of images that are resized already: [.., side, side, 3] -> [.., crops, size, size, 3]."""
+        crops = five_crops(pixels, self.size)
         if self.kind == "center":
-            return five_crops(pixels, self.size)[4:]
+            return crops[..., 4:, :, :, :]
         if not self.mirror:
-            return five_crops(pixels, self.size)
-        return np.concatenate([five_crops(pixels, self.size), five_crops(pixels[:, ::-1], self.size)])
+            return crops
+        return np.concatenate([crops, five_crops(pixels[..., ::-1, :], self.size)], axis=-4)

@@ -1,17 +1,21 @@
 """Image sources: labelled images under one interface, whatever they are stored in.
 
-`photos` and `digits` travel inside the wheels of scikit-image and scikit-learn and need no network.
+`photos` and `digits` travel inside the wheels of scikit-image and scikit-learn and need no network; folders are read by
+folders.py, parquet files and data sets of the hub by tables.py. Images are decoded by decode.py only, so that a broken
+one is skipped wherever it comes from.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
-from typing import NamedTuple
+from pathlib import Path
+from typing import Literal, NamedTuple
 
 import numpy as np
 from PIL import Image
 
+from st_ar.data.decode import read_image
 from st_ar.errors import UserError
 
 PHOTOGRAPHS = {
@@ -34,14 +38,22 @@ PHOTOGRAPHS = {
 }
 """Class name -> package and file."""
 
+MAX_CLASSES = 1_000_000
+"""More are no classes: the numbers mean something else."""
 SHORT_SIDE, BLOCK, PATCH = 320, 80, 36
 
 
 class Example(NamedTuple):
-    """One labelled image."""
+    """One labelled image, perhaps still as a file's content or path."""
 
-    image: Image.Image
+    image: Image.Image | bytes | Path
     label: int
+    name: str = ""
+    """Where it comes from, for the list of those that were skipped."""
+
+    def read(self) -> Image.Image:
+        """The image in mode RGB; a BrokenImageError if it cannot be had."""
+        return read_image(self.image)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +63,9 @@ class ImageSource:
     name: str
     """What the user asked for, such as photos:train."""
     class_names: Sequence[str]
-    count: int
+    """Names of the classes 0, 1, ..; none if they are unnamed and their number is not known before the end."""
+    count: int | None
+    """Number of images; None if that is known only at the end."""
     examples: Callable[[int], Iterator[Example]]
     """The examples from the given index on."""
     size: int
@@ -60,21 +74,49 @@ class ImageSource:
     """Short side before cropping, as a multiple of the crop's, if the user names none."""
     mirror: bool
     """Whether a mirror image shows the same thing."""
+    center_range: float | None = None
+    """The same as `crop_range` where only the centre is cut; None if it does not differ."""
+    streaming: bool = False
+    """Whether examples from an index on are found only by reading all that come before."""
+    expected: int | None = None
+    """Number of images that a source without `count` is said to have: for progress and disk space."""
+    content: str = ""
+    """Differs if the images or their order do, as far as that is known without reading them."""
+
+    def range_for(self, kind: Literal["center", "ten"]) -> float:
+        """The crop range that suits the source, for the centre crop alone or for ten."""
+        return self.center_range if kind == "center" and self.center_range is not None else self.crop_range
+
+
+SOURCES = "folder:PATH, parquet:GLOB, hub:NAME[:SPLIT], photos[:train|:test] or digits[:train|:test]"
 
 
 def open_images(spec: str) -> ImageSource:
-    """Open `photos`, `photos:test`, `digits:train`, ..; without a split it is the training split.
+    """Open `folder:PATH`, `parquet:GLOB`, `hub:NAME[:SPLIT]`, `photos`, `photos:test`, `digits:train`, ..
+
+    Without a split it is the training split.
 
     Raises:
-        UserError: an unknown source or split, or a package that is not installed.
+        UserError: an unknown source or split, no images or labels there, or a package that is not installed.
     """
+    kind, _, rest = spec.partition(":")
+    if kind == "folder":
+        from st_ar.data.folders import open_folder
+
+        return open_folder(rest)
+    if kind in ("parquet", "hub"):
+        from st_ar.data.tables import open_hub, open_parquet
+
+        return open_parquet(rest) if kind == "parquet" else open_hub(rest)
+    return _open_embedded(spec)
+
+
+def _open_embedded(spec: str) -> ImageSource:
     kind, _, split = spec.partition(":")
     split = split or "train"
     readers = {"photos": _photos, "digits": _digits}
     if kind not in readers:
-        raise UserError(
-            f"unknown image source {spec!r}: give {' or '.join(f'{name}[:train|:test]' for name in readers)}"
-        )
+        raise UserError(f"unknown image source {spec!r}: give {SOURCES}")
     if split not in ("train", "test"):
         raise UserError(f"{kind} has no split {split!r}: give {kind}:train or {kind}:test")
     try:
@@ -85,8 +127,8 @@ def open_images(spec: str) -> ImageSource:
         ) from error
 
     def examples(start: int) -> Iterator[Example]:
-        for image, label in zip(images[start:], labels[start:], strict=True):
-            yield Example(Image.fromarray(image), int(label))
+        for index in range(start, len(images)):
+            yield Example(Image.fromarray(images[index]), int(labels[index]), f"{kind}:{split}/{index}")
 
     return ImageSource(
         name=f"{kind}:{split}",

@@ -11,12 +11,13 @@ from st_ar.errors import UserError
 from st_ar.files import read_json, sha256, write_json
 
 FORMAT_VERSION = 1
-META = "meta.json"
+META, JOB, SKIPPED = "meta.json", "job.json", "skipped.jsonl"
 
 
-def shard_names(index: int, shards: int) -> tuple[str, str]:
-    """File names of a shard's codes and labels."""
-    return f"codes-{index:05d}-of-{shards:05d}.npy", f"labels-{index:05d}-of-{shards:05d}.npy"
+def shard_names(index: int, shards: int | None) -> tuple[str, str]:
+    """File names of a shard's codes and labels; `shards` is None if their number was not known when they were written."""
+    which = f"{index:05d}.npy" if shards is None else f"{index:05d}-of-{shards:05d}.npy"
+    return f"codes-{which}", f"labels-{which}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +35,8 @@ class StoreMeta:
     images: int
     shards: list[dict[str, str | int]]
     """One {images, codes, labels, codes_sha256, labels_sha256} for each shard."""
+    skipped: int = 0
+    """Images of the source that could not be used; skipped.jsonl lists them."""
     format_version: int = FORMAT_VERSION
 
     def write(self, folder: Path) -> None:
@@ -54,8 +57,9 @@ class TokenStore:
         self.folder = Path(folder)
         if not self.folder.is_dir():
             raise UserError(f"{folder} is no token store: no such folder; `st-ar tokenize` makes one")
-        if not (self.folder / META).exists() and (self.folder / "job.json").exists():
-            raise UserError(f"{folder} is an unfinished token store: run the same `st-ar tokenize` again to finish it")
+        if not (self.folder / META).exists() and (self.folder / JOB).exists():
+            verb = read_json(self.folder / JOB, "an unfinished token store").get("verb", "tokenize")
+            raise UserError(f"{folder} is an unfinished token store: run the same `st-ar {verb}` again to finish it")
         saved = read_json(self.folder / META, "a token store")
         if saved.get("format_version") != FORMAT_VERSION:
             raise UserError(
@@ -71,6 +75,12 @@ class TokenStore:
         if len(self.labels) != self.meta.images or self.meta.images < 1:
             raise UserError(
                 f"{self.folder} holds {len(self.labels)} images, its meta.json says {self.meta.images}; tokenize again"
+            )
+        classes = len(self.meta.class_names)
+        if not 0 <= int(self.labels.min()) <= int(self.labels.max()) < classes:
+            raise UserError(
+                f"{self.folder} has labels {self.labels.min()} to {self.labels.max()}, its meta.json names "
+                f"{classes} classes; tokenize again"
             )
         self._starts = np.cumsum([0] + [len(codes) for codes in self._codes])
 

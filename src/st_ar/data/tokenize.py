@@ -1,19 +1,27 @@
 """The tokenizing job: images of a source -> crops -> codes -> a token store, shard by shard."""
 
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import count, islice
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from st_ar.data.crops import Crops
-from st_ar.data.images import Example, ImageSource
-from st_ar.data.store import META, StoreMeta, TokenStore, shard_names
+from st_ar.data.images import MAX_CLASSES, Example, ImageSource
+from st_ar.data.job import Skipped, StoreJob
+from st_ar.data.pool import Decoder, open_decoder
+from st_ar.data.ranks import Ranks
+from st_ar.data.store import TokenStore
 from st_ar.errors import UserError
-from st_ar.files import is_taken, read_json, save_array, sha256, write_json
-from st_ar.progress import progress
-from st_ar.tokenizer import Tokenizer, to_pixels
-
-JOB = "job.json"
+from st_ar.hardware import choose_device
+from st_ar.progress import Progress, progress
+from st_ar.tokenizer import Tokenizer, load_tokenizer, to_pixels
+from st_ar.tokenizer.vq import VQTokenizer
 
 
 def tokenize(
@@ -23,98 +31,203 @@ def tokenize(
     out: Path,
     *,
     batch_size: int = 256,
-    images_per_shard: int = 65536,
+    images_per_shard: int = 16384,
+    workers: int = 0,
+    max_skipped: float = 0.01,
+    ranks: Ranks | None = None,
 ) -> TokenStore:
     """Encode every crop of every image and write the store.
 
     A job that was stopped is continued by calling it again: finished shards are never rewritten, and meta.json, written
-    last, marks the store complete.
+    last, marks the store complete. Images that cannot be decoded are left out of their shard and listed. With several
+    ranks, rank r makes the shards r, r + world, ..; the bytes depend neither on their number nor on `workers`.
 
     Args:
         batch_size: crops encoded at once.
         images_per_shard: a shard is held in memory until it is whole.
+        workers: processes that decode and resize; 0 for none beside this one.
+        max_skipped: share of the images that may be unusable.
+        ranks: which of how many processes this is; by default the only one.
 
     Raises:
-        UserError: `out` holds another store or job, or the crops' size does not suit the tokenizer.
+        UserError: `out` holds another store or job, the crops' size does not suit the tokenizer, too many images are
+            unusable, a label is none of the source's classes, the source ends early, or the disk is too small.
     """
     grid = tokenizer.grid(crops.size)
+    ranks = ranks or Ranks()
     if tokenizer.vocab_size > 1 << 16:
         raise UserError(f"a codebook of {tokenizer.vocab_size} does not fit the store's 16-bit codes")
-    shards = -(-source.count // images_per_shard)
-    job: dict[str, object] = {
+    if batch_size < 1 or images_per_shard < 1:
+        raise UserError(f"--batch-size {batch_size} and images per shard {images_per_shard} must be 1 or more")
+    if workers < 0:
+        raise UserError(f"--workers must be 0 or more, not {workers}")
+    settings: dict[str, object] = {
         "source": source.name,
         "images": source.count,
+        "content": source.content,
         "tokenizer": tokenizer.fingerprint,
         "crops": crops.names,
         "size": crops.size,
         "range": crops.range,
+        "dtype": str(getattr(tokenizer, "dtype", torch.float32)),
         "images_per_shard": images_per_shard,
     }
-    _claim(out, job)
-    written: list[dict[str, str | int]] = []
-    with progress("tokenize", source.count, unit="images") as bar:
-        for index in range(shards):
-            codes_name, labels_name = shard_names(index, shards)
-            start = index * images_per_shard
-            count = min(images_per_shard, source.count - start)
-            if not (out / labels_name).exists():  # the labels are written last
-                codes = np.empty((count, len(crops.names), grid**2), np.uint16)
-                labels = np.empty(count, np.int32)
-                images_at_once = max(1, batch_size // len(crops.names))
-                examples = source.examples(start)
-                for first in range(0, count, images_at_once):
-                    chunk = [next(examples) for _ in range(min(images_at_once, count - first))]
-                    here = slice(first, first + len(chunk))
-                    codes[here] = _encode(chunk, tokenizer, crops)
-                    labels[here] = [example.label for example in chunk]
-                    bar.advance(len(chunk))
-                for name, array in ((codes_name, codes), (labels_name, labels)):
-                    save_array(out / name, array)
-            else:
-                bar.advance(count)
-            written.append(
-                {
-                    "images": count,
-                    "codes": codes_name,
-                    "labels": labels_name,
-                    "codes_sha256": sha256(out / codes_name),
-                    "labels_sha256": sha256(out / labels_name),
-                }
-            )
-    StoreMeta(
+    shards = None if source.count is None else -(-source.count // images_per_shard)
+    expected = source.count if source.count is not None else source.expected
+    job = StoreJob(
+        out,
+        verb="tokenize",
+        settings=settings,
+        shards=shards,
+        needed_bytes=(expected or 0) * (len(crops.names) * grid**2 * 2 + 4),
+        max_skipped=max_skipped,
+        ranks=ranks,
+    )
+    if job.is_complete:  # by rank 0, before this rank began
+        return TokenStore(out)
+    mine = None if shards is None else range(ranks.rank, shards, ranks.world)
+    title = "tokenize" if ranks.world == 1 else f"tokenize (rank {ranks.rank} of {ranks.world})"
+    total, done = expected, 0
+    if source.count is not None and mine is not None:
+        sizes = {index: min(images_per_shard, source.count - index * images_per_shard) for index in mine}
+        total, done = sum(sizes.values()), sum(size for index, size in sizes.items() if job.is_finished(index))
+    with open_decoder(crops.side, workers) as decoder, progress(title, total, unit="images", done=done) as bar:
+        work = _Work(source, tokenizer, crops, job, decoder, bar, batch_size, images_per_shard)
+        for index in count(ranks.rank, ranks.world) if mine is None else mine:
+            if not job.is_finished(index) and not work.make_shard(index):
+                break  # the end of a source of unknown length
+    if shards is None:
+        shards = -(-work.reader.position // images_per_shard)
+    return job.finish(
+        shards=shards,
         source=source.name,
         tokenizer=tokenizer.fingerprint,
         vocab_size=tokenizer.vocab_size,
         grid=grid,
         crops=crops.names,
-        class_names=list(source.class_names),
-        images=source.count,
-        shards=written,
-    ).write(out)
-    (out / JOB).unlink()
-    return TokenStore(out)
+        names=list(source.class_names),
+    )
 
 
-def _claim(out: Path, job: dict[str, object]) -> None:
-    """Start or continue the job in `out`, or refuse."""
-    if (out / META).exists():
-        raise UserError(f"{out} is a finished token store already: choose another --out or remove it")
-    if (out / JOB).exists():
-        begun = read_json(out / JOB, "an unfinished token store")
-        for key, value in job.items():
-            if begun.get(key) != value:
-                raise UserError(
-                    f"{out} holds an unfinished store of other {key} ({begun.get(key)}, now {value}): "
-                    "give the same settings to finish it, or choose another --out"
-                )
-    elif is_taken(out):
-        raise UserError(f"{out} exists already and is not a token store: choose another --out")
-    else:
-        write_json(out / JOB, job)
+def place_tokenizer(path: Path, device: str, dtype: str) -> Tokenizer:
+    """Load a tokenizer; a VQ network goes to `device`, under torchrun to the GPU of its local rank, and computes in `dtype`.
+
+    Raises:
+        UserError: no tokenizer, or no such device.
+    """
+    tokenizer = load_tokenizer(path)
+    if isinstance(tokenizer, VQTokenizer):
+        chosen = choose_device(device)
+        if chosen.type == "cuda":
+            chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+        tokenizer = tokenizer.to(chosen, torch.bfloat16 if dtype == "bfloat16" else torch.float32)
+    return tokenizer
 
 
-def _encode(chunk: list[Example], tokenizer: Tokenizer, crops: Crops) -> np.ndarray:
-    """Codes [images, crops, T]."""
-    pixels = np.stack([crops.cut(example.image) for example in chunk])
-    images = to_pixels(torch.from_numpy(pixels).flatten(0, 1))
-    return tokenizer.encode(images).flatten(1).unflatten(0, pixels.shape[:2]).numpy().astype(np.uint16)
+@dataclass(frozen=True)
+class _Work:
+    """What a shard is made of and with."""
+
+    source: ImageSource
+    tokenizer: Tokenizer
+    crops: Crops
+    job: StoreJob
+    decoder: Decoder
+    bar: Progress
+    batch_size: int
+    images_per_shard: int
+    pace: "_Pace" = field(default_factory=lambda: _Pace())
+
+    @cached_property
+    def reader(self) -> "_Reader":
+        return _Reader(self.source)
+
+    def make_shard(self, index: int) -> bool:
+        """Encode and write a shard; False, and nothing written, if the source ends before it."""
+        start = index * self.images_per_shard
+        length = self.images_per_shard
+        if self.source.count is not None:
+            length = min(length, self.source.count - start)
+        tokens = self.tokenizer.grid(self.crops.size) ** 2
+        codes = np.empty((length, len(self.crops.names), tokens), np.uint16)
+        labels: list[int] = []
+        skipped: list[Skipped] = []
+        seen = 0
+        chunks = _chunks(self.reader.span(start, length), max(1, self.batch_size // len(self.crops.names)))
+        for chunk, decoded in self.decoder.decode(chunks):
+            for place, reason in decoded.broken:
+                skipped.append(Skipped(start + seen + place, chunk[place].name, reason))
+            if decoded.broken and (images := self.source.count or self.source.expected):
+                self.job.check_skipped(skipped, images)
+            if decoded.used:
+                codes[len(labels) : len(labels) + len(decoded.used)] = self._encode(decoded.pixels)
+                labels += [self._label(chunk[place], start + seen + place) for place in decoded.used]
+            seen += len(chunk)
+            self.pace.advance(self.bar, len(chunk))
+            self.job.beat()
+        if self.source.count is not None and seen < length:
+            raise UserError(
+                f"{self.source.name} ended after {start + seen} of {self.source.count} images: it has changed or is damaged; "
+                "finished shards are kept"
+            )
+        if not seen:
+            return False
+        self.job.check_skipped(skipped, self.source.count or max(start + seen, self.source.expected or 0))
+        self.job.write(index, codes[: len(labels)], np.array(labels, np.int32), skipped)
+        return True
+
+    def _encode(self, pixels: np.ndarray) -> np.ndarray:
+        """Images uint8 [n, side, side, 3] -> codes [n, crops, T]."""
+        cut = torch.from_numpy(self.crops.cut_pixels(pixels))
+        codes = self.tokenizer.encode(to_pixels(cut.flatten(0, 1)))
+        return codes.flatten(1).unflatten(0, cut.shape[:2]).cpu().numpy().astype(np.uint16)
+
+    def _label(self, example: Example, index: int) -> int:
+        classes = len(self.source.class_names)
+        if not 0 <= example.label < (classes or MAX_CLASSES):
+            raise UserError(
+                f"image {index} ({example.name}) of {self.source.name} has label {example.label}, which is none of its "
+                f"{classes or 'numbered'} classes: a split without labels? Give another; of a table, #label=none takes all as one class"
+            )
+        return example.label
+
+
+def _chunks(examples: Iterator[Example], length: int) -> Iterator[list[Example]]:
+    while chunk := list(islice(examples, length)):
+        yield chunk
+
+
+class _Pace:
+    """Images per second of this call, beside the bar."""
+
+    def __init__(self) -> None:
+        self.begun, self.images = time.monotonic(), 0
+
+    def advance(self, bar: Progress, images: int) -> None:
+        self.images += images
+        bar.note(f"{self.images / max(1e-9, time.monotonic() - self.begun):,.0f} images/s")
+        bar.advance(images)
+
+
+class _Reader:
+    """A source's examples, one span after another. A stream is read once, from its beginning."""
+
+    def __init__(self, source: ImageSource) -> None:
+        self.source = source
+        self.examples: Iterator[Example] | None = None
+        self.position = 0
+        """Examples read or passed over; of a stream that has ended, all there are."""
+
+    def span(self, start: int, length: int) -> Iterator[Example]:
+        """Up to `length` examples from index `start` on."""
+        if not self.source.streaming:
+            self.examples, self.position = self.source.examples(start), start
+        elif self.examples is None:
+            self.examples = self.source.examples(0)
+        assert self.position <= start
+        assert self.examples is not None
+        for _ in islice(self.examples, start - self.position):
+            self.position += 1
+        for example in islice(self.examples, length) if self.position == start else ():
+            self.position += 1
+            yield example

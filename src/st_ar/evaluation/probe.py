@@ -201,7 +201,7 @@ def probe(
     *,
     layer: int | None = None,
     steps: Sequence[int] | None = None,
-    train_crops: Sequence[int] = (0,),
+    train_crops: Sequence[int] | None = None,
     config: ProbeConfig | None = None,
 ) -> ProbeResult:
     """Probe accuracy by step: classifiers trained on the stored crops, tested on the test store's first crop.
@@ -209,7 +209,7 @@ def probe(
     Args:
         layer: counted from 1; half the depth if None.
         steps: in 1..T; 8 uniformly spaced ones if None.
-        train_crops: which of the training store's crops to read.
+        train_crops: which of the training store's crops to read; all if None.
 
     Raises:
         UserError: a store that is not the model's or has other classes, a layer or step out of range.
@@ -218,7 +218,8 @@ def probe(
     layer = max(1, model.config.n_layers // 2) if layer is None else layer
     steps = list(steps) if steps is not None else uniform_steps(model.config.sequence_length)
     before = [parameter.clone() for parameter in model.parameters()]
-    features, labels = extract_features(model, train_store, layer=layer, steps=steps, crops=train_crops)
+    crops = range(len(train_store.meta.crops)) if train_crops is None else train_crops
+    features, labels = extract_features(model, train_store, layer=layer, steps=steps, crops=crops)
     test_features, test_labels = extract_features(model, test_store, layer=layer, steps=steps)
     classify = fit_classifiers(features, labels, len(train_store.meta.class_names), config)
     right = classify(test_features).argmax(-1) == test_labels[:, None]  # (n, S)

@@ -1,17 +1,20 @@
-"""Trained weights on disk: safetensors with LlamaGen's parameter names, and a config.json that says what they are."""
+"""Trained weights on disk: safetensors with LlamaGen's parameter names and a config.json that says what they are, or
+LlamaGen's own files.
+"""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
 from st_ar.config import ModelConfig, from_dict, to_dict
 from st_ar.errors import UserError
 from st_ar.files import read_json, write_json, written_aside
 from st_ar.model.transformer import Transformer, rope_table
+from st_ar.torch_files import read_tensors
 
 FORMAT_VERSION = 1
 LIVE, EMA = "model.safetensors", "ema.safetensors"
@@ -35,11 +38,17 @@ class ModelInfo:
 
 def save_export(folder: Path, model: Transformer, ema: Transformer, info: dict[str, Any]) -> None:
     """Write export/: live and averaged weights in float32, and config.json. Each file is replaced whole."""
-    for name, weights in ((LIVE, model), (EMA, ema)):
-        tensors = {key: value.detach().cpu().contiguous() for key, value in weights.state_dict().items()}
+    save_weights(folder, {LIVE: model, EMA: ema}, info)
+
+
+def save_weights(folder: Path, models: dict[str, Transformer], info: dict[str, Any]) -> None:
+    """Write models of one architecture, by file name, and the config.json that describes them."""
+    for name, model in models.items():
+        tensors = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
         with written_aside(folder / name) as aside:
             save_file(tensors, aside, metadata={"format": "pt"})
-    write_json(folder / "config.json", {"format_version": FORMAT_VERSION, "model": to_dict(model.config), **info})
+    config = next(iter(models.values())).config
+    write_json(folder / "config.json", {"format_version": FORMAT_VERSION, "model": to_dict(config), **info})
 
 
 def exported_step(folder: Path) -> int | None:
@@ -51,6 +60,10 @@ def exported_step(folder: Path) -> int | None:
 def find_weights(path: Path, ema: bool) -> Path:
     """The file that a run, an export folder or a .safetensors path stands for."""
     name = EMA if ema else LIVE
+    if str(path).startswith("hub:"):
+        from st_ar.hub import download
+
+        path = download(str(path).removeprefix("hub:"))
     if path.is_dir():
         for folder in (path, path / "export"):
             if (folder / "config.json").exists() and (folder / name).exists():
@@ -62,8 +75,8 @@ def find_weights(path: Path, ema: bool) -> Path:
         )
     if not path.exists():
         raise UserError(f"{path} does not exist; give a run, an export folder or a .safetensors file")
-    if path.suffix != ".safetensors":
-        raise UserError(f"{path} is not a .safetensors file; give a run, an export folder or a .safetensors file")
+    if path.suffix not in (".safetensors", ".pt", ".pth", ".bin"):
+        raise UserError(f"{path} is not a .safetensors or .pt file; give a run, an export folder or a file of weights")
     if not ema or path.name == EMA:
         return path
     if path.name != LIVE or not path.with_name(EMA).exists():
@@ -71,30 +84,27 @@ def find_weights(path: Path, ema: bool) -> Path:
     return path.with_name(EMA)
 
 
-def open_model(path: Path | str, *, ema: bool = False) -> tuple[Transformer, ModelInfo]:
+def open_model(path: Path | str, *, ema: bool = False, grid: int | None = None) -> tuple[Transformer, ModelInfo]:
     """A trained model in evaluation mode, float32 on the CPU, and what its files say of it.
 
     Args:
-        path: a run, an export folder, or a .safetensors file with its config.json beside it.
+        path: a run, an export folder, a .safetensors file, a .pt file of LlamaGen's, or hub:OWNER/NAME.
         ema: the averaged instead of the live weights.
+        grid: tokens per side to run at, if not the ones trained for: positions are computed, so weights of 256 px
+            (grid 16) run at 384 px (grid 24). LlamaGen's files do not say theirs; 16 is taken.
 
     Raises:
-        UserError: nothing there, not a model, damaged, or weights that do not fit config.json.
+        UserError: nothing there, not a model, damaged, or weights that do not fit their config.
     """
     file = find_weights(Path(path), ema)
-    saved = read_json(file.parent / "config.json", "an export folder")
-    if saved.get("format_version") != FORMAT_VERSION or "model" not in saved:
-        raise UserError(
-            f"{file.parent}/config.json has format {saved.get('format_version')}; this st-ar reads {FORMAT_VERSION}"
-        )
-    config = from_dict(ModelConfig, saved["model"], f"{file.parent}/config.json")
-    try:
-        with safe_open(file, framework="pt") as opened:
-            tensors = {key: opened.get_tensor(key).float() for key in opened.keys()}  # noqa: SIM118 (not a dict)
-    except (SafetensorError, OSError) as error:
-        raise UserError(
-            f"{file} is damaged or incomplete ({error}); copy it again, or export it again from its run"
-        ) from error
+    card = file.parent / "config.json"
+    own = file.suffix == ".safetensors" and card.exists()
+    saved = _read_card(card) if own else {}
+    tensors = read_tensors(file)
+    tensors.pop("freqs_cis", None)  # in LlamaGen's older files; computed here
+    config = from_dict(ModelConfig, saved["model"], str(card)) if own else infer_config(tensors, file)
+    if grid is not None:
+        config = replace(config, grid=grid)
     with torch.device("meta"):
         model = Transformer(config)
     expected = {key: value.shape for key, value in model.state_dict().items()}
@@ -102,10 +112,10 @@ def open_model(path: Path | str, *, ema: bool = False) -> tuple[Transformer, Mod
     if expected != found:
         wrong = sorted(key for key in expected.keys() | found.keys() if expected.get(key) != found.get(key))[0]
         raise UserError(
-            f"{file} does not fit its config.json: {wrong} is {list(found.get(wrong, []))} there and "
-            f"{list(expected.get(wrong, []))} by the config"
+            f"{file} does not fit its {'config.json' if own else 'architecture'}: {wrong} is "
+            f"{list(found.get(wrong, []))} there and {list(expected.get(wrong, []))} by the config"
         )
-    model.load_state_dict(tensors, assign=True)
+    model.load_state_dict({key: value.float() for key, value in tensors.items()}, assign=True)
     model.rope = rope_table(config.grid, config.head_dim, config.rope_base)  # is in no file
     info = ModelInfo(
         config=config,
@@ -118,6 +128,41 @@ def open_model(path: Path | str, *, ema: bool = False) -> tuple[Transformer, Mod
     return model.eval(), info
 
 
-def load_model(path: Path | str, *, ema: bool = False) -> Transformer:
+def _read_card(card: Path) -> dict[str, Any]:
+    saved = read_json(card, "an export folder")
+    if saved.get("format_version") != FORMAT_VERSION or "model" not in saved:
+        raise UserError(f"{card} has format {saved.get('format_version')}; this st-ar reads {FORMAT_VERSION}")
+    return saved
+
+
+HEADS = {(768, 12): 12, (1024, 24): 16, (1280, 36): 20, (1536, 48): 24, (3200, 24): 32}
+"""LlamaGen's models: (dim, layers) -> heads, the one number that no weight's shape tells."""
+
+
+def infer_config(tensors: dict[str, Tensor], file: Path) -> ModelConfig:
+    """The architecture of a file of LlamaGen's, from the weights' shapes; grid 16."""
+    if any(name.startswith("cls_embedding.cap_proj") for name in tensors):
+        raise UserError(f"{file} is conditioned on text; this st-ar loads class-conditional models")
+    try:
+        classes = len(tensors["cls_embedding.embedding_table.weight"]) - 1
+        vocab_size, dim = tensors["tok_embeddings.weight"].shape
+    except (KeyError, ValueError) as error:
+        raise UserError(f"{file} is no transformer of LlamaGen's: {error} is missing or has another shape") from error
+    layers = sum(name.endswith(".attention.wqkv.weight") for name in tensors)
+    if (dim, layers) not in HEADS:
+        known = ", ".join(f"{d} x {n}" for d, n in HEADS)
+        raise UserError(
+            f"{file} has width {dim} and {layers} layers: without a config.json beside it only LlamaGen's own sizes are known ({known})"
+        )
+    return ModelConfig(dim=dim, n_layers=layers, n_heads=HEADS[dim, layers], vocab_size=vocab_size, num_classes=classes)
+
+
+def load_model(path: Path | str, *, ema: bool = False, grid: int | None = None) -> Transformer:
     """A trained model in evaluation mode; see `open_model`, which also tells what the files say of it."""
-    return open_model(path, ema=ema)[0]
+    return open_model(path, ema=ema, grid=grid)[0]
+
+
+def save_llamagen(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write a .pt file that LlamaGen's own scripts load: the weights under "model", with its parameter names."""
+    with written_aside(path) as aside:
+        torch.save({"model": {name: tensor.detach().contiguous() for name, tensor in tensors.items()}}, aside)

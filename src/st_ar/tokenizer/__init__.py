@@ -1,7 +1,7 @@
 """Tokenizers: images [B, 3, H, W] in [-1, 1] <-> codes [B, h, w]. Each is a folder that says what it is."""
 
 from pathlib import Path
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -14,6 +14,8 @@ CONFIG = "tokenizer.json"
 
 class Tokenizer(Protocol):
     """What every tokenizer offers."""
+
+    kind: ClassVar[str]
 
     @property
     def fingerprint(self) -> str:
@@ -39,20 +41,24 @@ class Tokenizer(Protocol):
 
 
 def load_tokenizer(path: Path | str) -> Tokenizer:
-    """A tokenizer from its folder.
+    """A tokenizer from its folder, or from a file of LlamaGen's (vq_ds16_c2i.pt, vq_ds8_c2i.pt).
 
     Raises:
-        UserError: not a tokenizer's folder, an unknown kind, or damaged.
+        UserError: not a tokenizer, an unknown kind, damaged, or a pickle that holds more than weights.
     """
     from st_ar.tokenizer.kmeans import KMeansTokenizer
+    from st_ar.tokenizer.vq import VQTokenizer
 
-    folder = Path(path)
-    if not folder.is_dir():
-        raise UserError(f"{folder} is no tokenizer: no such folder; `st-ar train-tokenizer` makes one")
-    kind = read_json(folder / CONFIG, "a tokenizer").get("kind")
-    if kind != KMeansTokenizer.kind:
-        raise UserError(f"{folder / CONFIG} is of kind {kind!r}; this st-ar knows {KMeansTokenizer.kind!r}")
-    return KMeansTokenizer.load(folder)
+    place = Path(path)
+    if place.is_file():
+        return VQTokenizer.from_file(place)
+    if not place.is_dir():
+        raise UserError(f"{place} is no tokenizer: no such folder or file; `st-ar train-tokenizer` makes one")
+    kinds = {KMeansTokenizer.kind: KMeansTokenizer, VQTokenizer.kind: VQTokenizer}
+    kind = read_json(place / CONFIG, "a tokenizer").get("kind")
+    if kind not in kinds:
+        raise UserError(f"{place / CONFIG} is of kind {kind!r}; this st-ar knows {' and '.join(map(repr, kinds))}")
+    return kinds[kind].load(place)
 
 
 def to_pixels(images: Tensor) -> Tensor:

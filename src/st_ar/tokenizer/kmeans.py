@@ -1,6 +1,7 @@
 """A codebook of pixel patches: trained in seconds, for quick starts and tests. A tokenizer like any other."""
 
 import hashlib
+from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -11,6 +12,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from st_ar.data.crops import Crops, center_crop
+from st_ar.data.decode import BrokenImageError
 from st_ar.data.images import ImageSource
 from st_ar.errors import UserError
 from st_ar.files import read_json, require_absent, write_json, written_aside
@@ -52,7 +55,8 @@ class KMeansTokenizer:
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
         h, w = self.grid(images.shape[2]), self.grid(images.shape[3])
-        patches = F.unfold(images, self.patch, stride=self.patch).transpose(1, 2)  # (B, h * w, 3 * patch^2)
+        cut = images.unflatten(3, (w, self.patch)).unflatten(2, (h, self.patch))  # (B, 3, h, patch, w, patch)
+        patches = cut.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)  # (B, h * w, 3 * patch^2)
         closeness = patches @ self.codebook.T - self.codebook.square().sum(1) / 2
         return closeness.argmax(-1).unflatten(1, (h, w))
 
@@ -97,15 +101,28 @@ class KMeansTokenizer:
 
 
 def train_kmeans(
-    source: ImageSource, *, vocab_size: int = 256, patch: int = 4, max_patches: int = 200_000, seed: int = 0
+    source: ImageSource,
+    *,
+    vocab_size: int = 256,
+    patch: int = 4,
+    size: int | None = None,
+    max_patches: int = 200_000,
+    seed: int = 0,
 ) -> KMeansTokenizer:
     """A codebook from the patches of a source's images, by scikit-learn's MiniBatchKMeans.
+
+    Images are resized and centre-cropped as they are before ten crops are cut. Those that cannot be decoded are passed
+    over; of a source that does not know its length the first 10,000 are taken.
+
+    Args:
+        size: side in pixels of the crops that will be tokenized; by default the source's.
 
     Raises:
         UserError: scikit-learn is not installed, or there are fewer different patches than codes.
     """
-    if not 1 <= patch <= source.size:
-        raise UserError(f"--patch must lie between 1 and the {source.size} pixels of a crop, not {patch}")
+    size = source.size if size is None else size
+    if not 1 <= patch <= size:
+        raise UserError(f"--patch must lie between 1 and the {size} pixels of a crop, not {patch}")
     if not 1 <= vocab_size <= 1 << 16:
         raise UserError(f"--vocab-size must lie between 1 and 65536, the store's 16 bits, not {vocab_size}")
     if seed < 0:
@@ -118,15 +135,23 @@ def train_kmeans(
         ) from error
     rows: list[np.ndarray] = []
     rng = np.random.default_rng(seed)
-    share = min(1.0, max_patches / (source.count * (source.size // patch) ** 2))
-    with progress("train tokenizer", source.count, unit="images") as bar:
-        for example in source.examples(0):
-            pixels = np.asarray(example.image.convert("RGB"), np.float32) / 127.5 - 1
+    side = Crops(kind="ten", size=size, range=source.crop_range).side
+    images = source.count or min(source.expected or 10_000, 10_000)
+    share = min(1.0, max_patches / (images * (size // patch) ** 2))
+    with progress("train tokenizer", images, unit="images") as bar:
+        for example in islice(source.examples(0), images):
+            bar.advance(1)
+            try:
+                image = example.read()
+            except BrokenImageError:
+                continue
+            pixels = np.asarray(center_crop(image, side), np.float32) / 127.5 - 1
             h, w = pixels.shape[0] // patch, pixels.shape[1] // patch
             cut = pixels[: h * patch, : w * patch].reshape(h, patch, w, patch, 3).transpose(0, 2, 4, 1, 3)
             cut = cut.reshape(h * w, -1)
             rows.append(cut[rng.random(len(cut)) < share])
-            bar.advance(1)
+        if not rows:
+            raise UserError(f"{source.name} has no image that can be decoded among its first {images}")
         patches = np.concatenate(rows)
         distinct = len(np.unique(patches, axis=0))
         if distinct < vocab_size:

@@ -1,0 +1,179 @@
+"""Labelled images in tables, through the Hugging Face `datasets` library: parquet files, and data sets of the hub.
+
+Images stay encoded here (decode.py decodes them), so that a broken one is skipped and not the end of the job.
+"""
+
+import glob
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from st_ar.data.columns import Columns, find_columns, split_options, to_example
+from st_ar.data.folders import CENTER_RANGE, LARGE_SIZE, TEN_RANGE
+from st_ar.data.images import MAX_CLASSES, Example, ImageSource
+from st_ar.errors import UserError
+
+ROWS = 64
+"""Rows read at once."""
+
+
+def open_parquet(spec: str) -> ImageSource:
+    """The rows of the parquet files that a glob matches, in the order of the files' names.
+
+    `GLOB#image=COLUMN,label=COLUMN` names the columns where their types leave a doubt; `label=none` is one class.
+
+    Raises:
+        UserError: no such files, damaged ones, no such columns, files that differ, or `datasets` is not installed.
+    """
+    datasets = _import_datasets()
+    import pyarrow as arrow
+    import pyarrow.parquet as parquet
+
+    pattern, options = split_options(spec, ("image", "label"))
+    paths = sorted(glob.glob(str(Path(pattern).expanduser()), recursive=True)) if pattern else []  # noqa: PTH207
+    if not paths:
+        raise UserError(f"parquet:{pattern} matches no file here ({Path.cwd()}); give a path or a quoted glob")
+    columns: Columns | None = None
+    counts: list[int] = []
+    digest = hashlib.sha256()
+    highest = 0
+    for path in paths:
+        try:
+            with parquet.ParquetFile(path) as file:
+                found = find_columns(datasets.Features.from_arrow_schema(file.schema_arrow), options, f"parquet:{path}")
+                counts.append(file.metadata.num_rows)
+                if found.label and not found.class_names:
+                    highest = max([highest, *(_highest(batch) for batch in file.iter_batches(columns=[found.label]))])
+        except (arrow.ArrowException, OSError) as error:
+            raise UserError(f"{path} is no parquet file, or damaged: {_one_line(error)}; fetch it again") from error
+        if columns is not None and found != columns:
+            raise UserError(
+                f"{path} differs from {paths[0]} in its columns or class names: give a glob for one data set alone"
+            )
+        columns = found
+        digest.update(f"{Path(path).name} {counts[-1]}\n".encode(errors="surrogateescape"))
+    assert columns is not None
+    if not sum(counts):
+        raise UserError(f"parquet:{pattern} has no rows in {len(paths)} files")
+    if highest >= min(sum(counts), MAX_CLASSES):
+        raise UserError(
+            f"parquet:{pattern} has numbers up to {highest} in {columns.label!r} for {sum(counts)} rows: these are no class "
+            "indices; name another column by #label=COLUMN, or #label=none"
+        )
+    wanted = [columns.image] + ([columns.label] if columns.label else [])
+
+    def examples(start: int) -> Iterator[Example]:
+        for path, count in zip(paths, counts, strict=True):
+            if start >= count:
+                start -= count
+                continue
+            try:
+                for row, values in _rows(parquet, path, wanted, start):
+                    yield to_example(values, columns, f"{Path(path).name}:{row}")
+            except (arrow.ArrowException, OSError) as error:
+                raise UserError(
+                    f"{path} is damaged: {_one_line(error)}; fetch it again, then give the same command to go on"
+                ) from error
+            start = 0
+
+    return ImageSource(
+        name=f"parquet:{spec}",
+        class_names=columns.class_names or [str(label) for label in range(highest + 1)],
+        count=sum(counts),
+        examples=examples,
+        size=LARGE_SIZE,
+        crop_range=TEN_RANGE,
+        center_range=CENTER_RANGE,
+        mirror=True,
+        content=digest.hexdigest(),
+    )
+
+
+def open_hub(spec: str) -> ImageSource:
+    """A data set of the Hugging Face hub, or a folder in its layout: `NAME[:SPLIT]`, read as a stream, never stored.
+
+    `NAME:SPLIT#config=NAME,image=COLUMN,label=COLUMN` names what the data set leaves open.
+
+    Raises:
+        UserError: no such data set, split or columns, no network, or `datasets` is not installed.
+    """
+    datasets = _import_datasets()
+    place, options = split_options(spec, ("image", "label", "config"))
+    name, _, split = place.partition(":")
+    split = split or "train"
+    if not name:
+        raise UserError("hub: needs the name of a data set, such as hub:uoft-cs/cifar10:train")
+    try:
+        stream = datasets.load_dataset(name, options.get("config"), split=split, streaming=True)
+        features = stream.features or stream._resolve_features().features
+    except Exception as error:  # of many libraries: the hub's, HTTP's, the file system's
+        raise UserError(
+            f"hub:{name}: cannot open split {split!r}: {_one_line(error)}. Check the name, the split (hub:NAME:SPLIT), "
+            "#config=NAME and the network; a gated data set needs `hf auth login`; files on a disk are read by parquet: and folder:"
+        ) from error
+    columns = find_columns(features, options, f"hub:{name}")
+    if isinstance(features[columns.image], datasets.Image):
+        stream = stream.cast_column(columns.image, datasets.Image(decode=False))
+    stream = stream.select_columns([columns.image] + ([columns.label] if columns.label else []))
+    known: Any = (stream.info.splits or {}).get(split)
+
+    def examples(start: int) -> Iterator[Example]:
+        row = start
+        try:
+            for values in stream.skip(start) if start else stream:
+                yield to_example(values, columns, f"{name}:{split}:{row}")
+                row += 1
+        except UserError:
+            raise
+        except Exception as error:  # see above
+            raise UserError(
+                f"hub:{name}: image {row} could not be read: {_one_line(error)}; give the same command to go on"
+            ) from error
+
+    return ImageSource(
+        name=f"hub:{spec}",
+        class_names=columns.class_names,
+        count=None,
+        examples=examples,
+        size=LARGE_SIZE,
+        crop_range=TEN_RANGE,
+        center_range=CENTER_RANGE,
+        mirror=True,
+        streaming=True,
+        expected=known.num_examples if known else None,
+    )
+
+
+def _import_datasets() -> Any:
+    try:
+        import datasets
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"parquet: and hub: are read by the datasets library ({error}): pip install 'st-ar[data]'"
+        ) from error
+    return datasets
+
+
+def _rows(parquet: Any, path: str, columns: list[str], start: int) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Rows of a file from `start` on, with their numbers; row groups before it are not read."""
+    with parquet.ParquetFile(path) as file:
+        row = 0
+        for group in range(file.metadata.num_row_groups):
+            rows = file.metadata.row_group(group).num_rows
+            if row + rows <= start:
+                row += rows
+                continue
+            for batch in file.iter_batches(ROWS, row_groups=[group], columns=columns):
+                if row + batch.num_rows > start:
+                    first = max(0, start - row)
+                    yield from enumerate(batch.slice(first).to_pylist(), row + first)
+                row += batch.num_rows
+
+
+def _highest(batch: Any) -> int:
+    return max((value for value in batch.column(0).to_pylist() if value is not None), default=0)
+
+
+def _one_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

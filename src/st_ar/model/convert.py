@@ -1,0 +1,53 @@
+"""Between this project's folders and the files of LlamaGen's."""
+
+from pathlib import Path
+from typing import Literal
+
+from st_ar.errors import UserError
+from st_ar.files import require_absent
+from st_ar.model.weights import open_model, save_llamagen, save_weights
+from st_ar.tokenizer import CONFIG as TOKENIZER_CONFIG
+from st_ar.tokenizer import load_tokenizer
+from st_ar.tokenizer.vq import VQTokenizer
+from st_ar.torch_files import read_tensors
+
+
+def convert(source: Path, target: Path, *, to: Literal["llamagen", "st-ar"], ema: bool = False) -> str:
+    """Convert a model or a VQ tokenizer; returns what was written, in words.
+
+    Args:
+        source: anything that `load_model` or `load_tokenizer` takes.
+        target: a new .pt file for LlamaGen, a new folder for st-ar.
+        ema: a run's averaged instead of its live weights.
+
+    Raises:
+        UserError: a source that is neither, a target that exists or has the wrong form.
+    """
+    require_absent(target, "a converted model")
+    if (to == "llamagen") != (target.suffix == ".pt"):
+        raise UserError(
+            f"{target}: give a name that ends in .pt with --to llamagen, and a folder's name with --to st-ar"
+        )
+    if _is_tokenizer(source):
+        tokenizer = load_tokenizer(source)
+        if not isinstance(tokenizer, VQTokenizer):
+            raise UserError(f"{source} is a {tokenizer.kind} tokenizer: LlamaGen has VQ-GANs only")
+        if to == "llamagen":
+            save_llamagen(target, tokenizer.tensors)
+        else:
+            tokenizer.save(target)
+        return f"{target}: VQ tokenizer, {tokenizer.vocab_size} codes of {tokenizer.config.patch} x {tokenizer.config.patch} pixels"
+    model, info = open_model(source, ema=ema)
+    if to == "llamagen":
+        save_llamagen(target, model.state_dict())
+    else:
+        known = {"step": info.step, "class_names": info.class_names, "tokenizer": info.tokenizer, "preset": ""}
+        save_weights(target, {"model.safetensors": model}, known)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return f"{target}: {parameters / 1e6:.1f}M parameters, {info.config.n_layers} layers, {info.config.num_classes} classes"
+
+
+def _is_tokenizer(source: Path) -> bool:
+    if source.is_dir():
+        return (source / TOKENIZER_CONFIG).exists()
+    return source.is_file() and "quantize.embedding.weight" in read_tensors(source)

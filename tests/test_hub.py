@@ -1,0 +1,103 @@
+"""Models go to a hub and come back: the real client against a hub in miniature on localhost."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from st_ar.files import write_json
+from st_ar.hub import model_card
+from st_ar.model.weights import save_export
+from tests.disk import contents
+from tests.toys import random_model
+
+ROOT = Path(__file__).parent.parent
+INFO = {"step": 1234, "preset": "st-ar-toy", "class_names": ["a", "b", "c"], "tokenizer": "abc123"}
+# huggingface_hub reads its address when it is imported, so each conversation with it is a process of its own.
+PUSH = "import sys; from st_ar.hub import push_to_hub; print(push_to_hub(sys.argv[1], sys.argv[2], metrics={'probe': 0.625}))"
+PULL = """
+import sys, torch
+from st_ar import load_model
+from safetensors.torch import load_file
+for ema, file in ((False, "model.safetensors"), (True, "ema.safetensors")):
+    found, expected = load_model("hub:" + sys.argv[2], ema=ema).state_dict(), load_file(sys.argv[1] + "/export/" + file)
+    assert found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in expected)
+print("equal")
+"""
+
+
+@pytest.fixture(scope="module")
+def address() -> Iterator[str]:
+    server = subprocess.Popen([sys.executable, "-m", "tests.small_hub"], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    assert server.stdout is not None
+    yield f"http://127.0.0.1:{server.stdout.readline().strip()}"
+    server.kill()
+    server.wait()
+    server.stdout.close()
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    save_export(tmp_path / "run" / "export", random_model(seed=1), random_model(seed=2), INFO)
+    settings = {"config": {"model": {}, "seed": 5, "selfguided": {"mask_ratio": 0.25}}}
+    write_json(tmp_path / "run" / "config.json", settings | {"tokens": {"source": "photos:train", "images": 8208}})
+    return tmp_path / "run"
+
+
+def talk(code: str, address: str, home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    settings = {"HF_ENDPOINT": address, "HF_HOME": str(home), "HF_TOKEN": "hf_toy", "HF_HUB_DISABLE_TELEMETRY": "1"}
+    command = [sys.executable, "-c", code, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=os.environ | settings, check=False)
+
+
+def test_a_run_goes_up_and_both_its_weights_come_back(address: str, run: Path, tmp_path: Path) -> None:
+    before = contents(run)
+    pushed = talk(PUSH, address, tmp_path / "home", str(run), "somebody/toy")
+    assert pushed.returncode == 0, pushed.stderr
+    assert pushed.stdout.strip() == f"{address}/somebody/toy"
+    pulled = talk(PULL, address, tmp_path / "home", str(run), "somebody/toy")
+    assert pulled.stdout.strip() == "equal", pulled.stderr
+    assert contents(run) == before
+
+
+def test_a_model_that_is_not_there_is_named_with_the_remedy(address: str, run: Path, tmp_path: Path) -> None:
+    missing = talk(PULL, address, tmp_path / "home", str(run), "somebody/nothing")
+    assert re.search(r"UserError: hub:somebody/nothing cannot be had .*check the name and the network", missing.stderr)
+
+
+def test_without_a_network_the_error_says_so(run: Path, tmp_path: Path) -> None:
+    nowhere = "http://127.0.0.1:9"  # the discard port: nobody answers
+    for code, what in ((PUSH, "written"), (PULL, "had")):
+        talked = talk(code, nowhere, tmp_path / "home", str(run), "somebody/toy")
+        assert re.search(rf"UserError: hub:somebody/toy cannot be {what} .*network", talked.stderr), talked.stderr
+
+
+def test_the_card_says_what_the_model_is_and_how_it_was_made(run: Path) -> None:
+    card = model_card(run / "export", "somebody/toy", metrics={"probe accuracy": 0.625}, licence="mit")
+    head, body = card.removeprefix("---\n").split("\n---\n")
+    assert "license: mit" in head
+    for told in (
+        "preset st-ar-toy",
+        "4 layers, 2 heads, width 16; 11 codes, 3 x 3 tokens, 3 classes; 1,234 optimizer steps",
+        'st_ar.load_model("hub:somebody/toy")',
+        "photos:train (8208 images)",
+        "tokenizer: abc123",
+        "- probe accuracy: 0.625",
+    ):
+        assert told in body
+    recipe = json.loads(body.split("```json\n")[1].split("```")[0])
+    assert recipe == {"seed": 5, "selfguided": {"mask_ratio": 0.25}}
+
+
+def test_the_card_of_an_export_alone_leaves_out_what_it_cannot_know(tmp_path: Path) -> None:
+    model = random_model()
+    save_export(tmp_path, model, model, INFO)
+    card = model_card(tmp_path, "somebody/toy", metrics={}, licence="mit")
+    assert "images: not recorded" in card
+    assert "None were given." in card
+    assert '"not recorded"' in card.split("```json")[1]
