@@ -22,20 +22,20 @@ class Progress(Protocol):
 class _Lines:
     """Plain lines for logs; silent for work of under half a minute."""
 
-    def __init__(self, what: str, total: int | None, unit: str) -> None:
-        self.what, self.total, self.unit = what, total, unit
-        self.done, self.text = 0, ""
+    def __init__(self, what: str, total: int | None, unit: str, before: int) -> None:
+        self.what, self.total, self.unit, self.before = what, total, unit, before
+        self.done, self.text = before, ""
         self.begun = self.said = time.monotonic()
 
     def advance(self, count: int) -> None:
         self.done += count
         now = time.monotonic()
-        if now - self.said >= 30 and self.done:
+        if now - self.said >= 30 and self.done > self.before:
             self.said = now
             if self.total is None:
                 state = f"{self.done} {self.unit}"
             else:
-                left = (now - self.begun) * max(0, self.total - self.done) / self.done
+                left = (now - self.begun) * max(0, self.total - self.done) / (self.done - self.before)
                 state = f"{self.done}/{self.total} {self.unit}, {left:.0f} s left"
             print(f"{self.what}: {state} {self.text}".rstrip(), file=sys.stderr)
 
@@ -47,7 +47,7 @@ class _Lines:
 def progress(what: str, total: int | None, *, unit: str, done: int = 0) -> Generator[Progress]:
     """Follow work of `total` units (None: nobody knows), `done` of which are done already."""
     if not sys.stderr.isatty():
-        yield _Lines(what, None if total is None else total - done, unit)
+        yield _Lines(what, total, unit, done)
         return
     from rich import progress as rich
     from rich.console import Console

@@ -1,0 +1,52 @@
+"""Progress where there is no terminal: a line each half minute, with what is left, and silence for short work."""
+
+import pytest
+
+from st_ar import progress as module
+from st_ar.progress import progress
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Seconds since an arbitrary time; the test moves them on."""
+    now = [100.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+    return now
+
+
+def test_short_work_is_silent(clock: list[float], capsys: pytest.CaptureFixture[str]) -> None:
+    with progress("count", 10, unit="sheep") as bar:
+        for _ in range(10):
+            clock[0] += 2.9
+            bar.advance(1)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_long_work_tells_how_far_it_is_and_how_long_it_takes(
+    clock: list[float], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with progress("count", 10, unit="sheep") as bar:
+        for place in range(8):
+            clock[0] += 10
+            bar.note(f"black {place}")
+            bar.advance(1)
+    assert capsys.readouterr().err.splitlines() == [
+        "count: 3/10 sheep, 70 s left black 2",
+        "count: 6/10 sheep, 40 s left black 5",
+    ]
+
+
+def test_work_that_goes_on_counts_what_was_done_before_but_not_its_time(
+    clock: list[float], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with progress("count", 100, unit="sheep", done=80) as bar:
+        clock[0] += 40
+        bar.advance(4)
+    assert capsys.readouterr().err == "count: 84/100 sheep, 160 s left\n"
+
+
+def test_work_of_unknown_length_tells_what_is_done(clock: list[float], capsys: pytest.CaptureFixture[str]) -> None:
+    with progress("count", None, unit="sheep") as bar:
+        clock[0] += 31
+        bar.advance(7)
+    assert capsys.readouterr().err == "count: 7 sheep\n"
