@@ -19,6 +19,8 @@ from st_ar.model.transformer import Transformer
 from st_ar.report import Chart, Gallery, Section, Table, png_uri, write_report
 from st_ar.training.log import read_log
 
+SEED_NOISE = 0.2
+"""Relative difference of two samples' FD-regions that means nothing: twice its spread between seeds (docs/results.md)."""
 METHODS = {"AR": "llamagen", "ST-AR": "st-ar"}
 """What the report calls a method -> the beginning of its presets' names."""
 
@@ -110,6 +112,8 @@ def _results(measured: Mapping[str, Measured], summary: dict[str, Any]) -> Secti
         f"Samples: ST-AR's lie {'further from' if guided.frechet > ar.frechet else 'nearer to'} the real images "
         f"({guided.frechet:.3f} against {ar.frechet:.3f}). This distance sees colours and contrasts, not objects, and is no FID."
     )
+    if abs(guided.frechet / ar.frechet - 1) < SEED_NOISE:
+        draws += " So small a difference is within what another seed changes."
     cost = f"Cost: a step of ST-AR takes {summary['step_time_ratio']:.2f} times as long as one of AR, at equal tokens."
     rows = [
         ["Probe accuracy, last step (higher is better)", _points(ar.probe.top1[-1]), _points(guided.probe.top1[-1])],
