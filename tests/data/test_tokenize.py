@@ -310,7 +310,7 @@ class Deadly:
 def test_a_worker_that_dies_ends_the_job_with_a_remedy(tmp_path: Path) -> None:
     def examples(start: int) -> Iterator[Example]:
         for index in range(start, COUNT):
-            yield Example(Deadly() if index == 6 else encoded(Image.new("RGB", (9, 9))), 0, str(index))  # type: ignore[arg-type]
+            yield Example(Deadly() if index == 6 else encoded(Image.new("RGB", (9, 9))), 0, str(index))
 
     with pytest.raises(UserError, match=r"one of 2 decoding processes died.*fewer --workers"):
         tokenize_mixed(tmp_path / "store", mixed_source(examples=examples), workers=2)

@@ -55,7 +55,7 @@ def test_the_recorded_guidance_interval_is_7_and_no_other(interval: int) -> None
 )
 def test_filtered_probabilities_are_those_recorded_from_llamagen(name: str, settings: dict[str, float]) -> None:
     io = recorded("io/")
-    ours = filter_logits(io["filter_in"], **settings).softmax(-1)  # type: ignore[arg-type]
+    ours = filter_logits(io["filter_in"], **settings).softmax(-1)
     assert torch.equal(ours > 0, io[name] > 0)
     torch.testing.assert_close(ours, io[name], rtol=1e-5, atol=1e-7)
 
@@ -204,12 +204,12 @@ def test_top_k_of_1_is_greedy() -> None:
 def test_every_drawn_token_passes_the_filter(settings: dict[str, float]) -> None:
     model = random_model()
     labels = torch.arange(4).repeat(8)
-    tokens = generate(model, labels, seed=1, **settings)  # type: ignore[arg-type]
+    tokens = generate(model, labels, seed=1, **settings)
     assert not torch.equal(tokens, generate(model, labels, seed=1))
     with torch.no_grad():
         logits = model(tokens[:, :-1], labels).logits
     for position in range(TINY.sequence_length):
-        allowed = filter_logits(logits[:, position], **settings).isfinite()  # type: ignore[arg-type]
+        allowed = filter_logits(logits[:, position], **settings).isfinite()
         assert allowed.gather(1, tokens[:, position, None]).all()
 
 
@@ -363,7 +363,7 @@ def test_a_label_out_of_range_is_refused(label: int) -> None:
 )
 def test_a_setting_out_of_range_is_refused_with_what_is_allowed(settings: dict[str, float], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        generate(random_model(), LABELS, **settings)  # type: ignore[arg-type]
+        generate(random_model(), LABELS, **settings)
 
 
 @pytest.mark.parametrize(

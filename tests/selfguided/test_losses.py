@@ -262,7 +262,7 @@ def test_losses_and_gradients_do_not_depend_on_autocast(dtype: torch.dtype) -> N
         value.backward()
         assert value.dtype == torch.float32
         assert torch.equal(value, expected)
-        assert torch.equal(cast.grad, plain.grad)  # type: ignore[arg-type]
+        assert torch.equal(cast.grad, plain.grad)
 
 
 def test_features_of_0_give_finite_losses_and_gradients() -> None:

@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from st_ar import load_tokenizer
-from st_ar.tokenizer.vq import VQ_8, VQ_16, Painter, Reader, VQConfig, VQTokenizer, infer_config, nearest_codes
+from st_ar.tokenizer.vq import VQTokenizer, infer_config, nearest_codes
+from st_ar.tokenizer.vq_network import VQ_8, VQ_16, Painter, Reader, VQConfig
 from tests.disk import contents, flip_byte, refused
 from tests.toys import FIXTURES
 
