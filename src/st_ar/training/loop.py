@@ -1,13 +1,8 @@
 """The training loop, top to bottom: plain autoregressive and self-guided training are the same loop."""
 
-import contextlib
 import math
-import signal
-import threading
 import time
-from collections.abc import Generator
 from pathlib import Path
-from types import FrameType
 
 import torch
 from torch import Tensor
@@ -28,6 +23,7 @@ from st_ar.training.checkpoint import Checkpoints, list_checkpoints
 from st_ar.training.log import append_log, rewind_log
 from st_ar.training.optim import adamw, learning_rate
 from st_ar.training.run import claim, describe_run
+from st_ar.training.stopping import stop_on_signal
 
 
 def train(config: TrainConfig, tokens: Path, out: Path, *, resume: bool = False, preset: str = "") -> Path:
@@ -75,7 +71,7 @@ def train(config: TrainConfig, tokens: Path, out: Path, *, resume: bool = False,
 
     tokens_per_step = config.batch_size * config.views * config.model.sequence_length
     clock, clock_step = time.perf_counter(), start
-    with progress(out.name, total, unit="steps", done=start) as bar, _stop_on_signal() as stop:
+    with progress(out.name, total, unit="steps", done=start) as bar, stop_on_signal() as stop:
         for step in range(start + 1, total + 1):
             batch, labels = views.batch(step - 1)
             labels = drop_labels(labels, config.model.null_class, config.class_dropout, seed=config.seed, step=step)
@@ -163,24 +159,3 @@ def _require_finite(losses: Losses, norm: Tensor, step: int, out: Path) -> None:
         f"the loss or its gradient is not finite at step {step} (loss {losses.total.item()}, gradient norm {norm.item()}): "
         f"{good}; lower --optim.lr, or train with --dtype float32"
     )
-
-
-@contextlib.contextmanager
-def _stop_on_signal() -> Generator[list[int]]:
-    """A list that SIGINT and SIGTERM write their number into; a second one interrupts at once."""
-    received: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield received
-        return
-
-    def handle(signum: int, _frame: FrameType | None) -> None:
-        received.append(signum)
-        for number, old in previous.items():
-            signal.signal(number, old)
-
-    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        for number, old in previous.items():
-            signal.signal(number, old)
