@@ -27,7 +27,7 @@ from st_ar.hardware import choose_device
 from st_ar.model.generate import generate
 from st_ar.model.transformer import Transformer
 from st_ar.presets import get_preset
-from st_ar.tokenizer.vq_network import VQ_16, VQConfig
+from st_ar.vq_config import VQ_16, VQConfig
 from tokenizing import measure as encode
 from training import measure
 

@@ -13,7 +13,8 @@ import torch
 from common import ratio, save, summarise, time_in_turn
 from st_ar.hardware import choose_device, choose_dtype
 from st_ar.tokenizer.vq import VQTokenizer
-from st_ar.tokenizer.vq_network import VQ_16, Painter, Reader, VQConfig
+from st_ar.tokenizer.vq_network import Painter, Reader
+from st_ar.vq_config import VQ_16, VQConfig
 
 
 def plain_encode(reader: Reader, codebook: torch.Tensor, images: torch.Tensor) -> torch.Tensor:

@@ -13,12 +13,13 @@ from st_ar.errors import UserError
 C = TypeVar("C")
 
 
-def _require(condition: bool, message: str) -> None:
+def require(condition: bool, message: str) -> None:
+    """A UserError unless the condition holds."""
     if not condition:
         raise UserError(message)
 
 
-def _require_choices(config: Any, prefix: str) -> None:
+def require_choices(config: Any, prefix: str) -> None:
     """Fields with a fixed set of words must hold one of them."""
     for name, hint in get_type_hints(type(config)).items():
         value = getattr(config, name)
@@ -59,19 +60,19 @@ class ModelConfig:
     def __post_init__(self) -> None:
         for name in ("dim", "n_layers", "n_heads", "vocab_size", "grid", "num_classes"):
             value = getattr(self, name)
-            _require(value >= 1, f"--model.{name.replace('_', '-')} must be at least 1, not {value}")
-        _require(
+            require(value >= 1, f"--model.{name.replace('_', '-')} must be at least 1, not {value}")
+        require(
             self.dim % self.n_heads == 0 and self.head_dim % 4 == 0,
             f"--model.dim {self.dim} over --model.n-heads {self.n_heads} must be a whole multiple of 4: "
             "the rotary embedding turns pairs of features by row and by column",
         )
         for name in ("rope_base", "norm_eps"):
             value = getattr(self, name)
-            _require(0 < value < float("inf"), f"--model.{name.replace('_', '-')} must be above 0, not {value}")
+            require(0 < value < float("inf"), f"--model.{name.replace('_', '-')} must be above 0, not {value}")
         for name in ("token_dropout", "residual_dropout", "ffn_dropout", "drop_path"):
             value = getattr(self, name)
-            _require(0 <= value < 1, f"--model.{name.replace('_', '-')} must lie in [0, 1), not {value}")
-        _require(
+            require(0 <= value < 1, f"--model.{name.replace('_', '-')} must lie in [0, 1), not {value}")
+        require(
             self.drop_path == 0 or (self.residual_dropout == 0 and self.ffn_dropout == 0),
             f"--model.drop-path {self.drop_path} replaces --model.residual-dropout {self.residual_dropout} and "
             f"--model.ffn-dropout {self.ffn_dropout}: set both to 0",
@@ -135,28 +136,28 @@ class SelfGuidedConfig:
     """Start with the decay min(ema_decay, (1 + t) / (10 + t)) at optimizer step t, so that short runs get a useful teacher."""
 
     def __post_init__(self) -> None:
-        _require_choices(self, "--selfguided.")
-        _require(0 <= self.mask_ratio < 1, f"--selfguided.mask-ratio must lie in [0, 1), not {self.mask_ratio}")
+        require_choices(self, "--selfguided.")
+        require(0 <= self.mask_ratio < 1, f"--selfguided.mask-ratio must lie in [0, 1), not {self.mask_ratio}")
         for name in ("alpha", "beta"):
             value = getattr(self, name)
-            _require(0 <= value < float("inf"), f"--selfguided.{name} must be 0 or more, not {value}")
-        _require(self.temperature > 0, f"--selfguided.temperature must be above 0, not {self.temperature}")
-        _require(self.positions >= 1, f"--selfguided.positions must be at least 1, not {self.positions}")
-        _require(
+            require(0 <= value < float("inf"), f"--selfguided.{name} must be 0 or more, not {value}")
+        require(self.temperature > 0, f"--selfguided.temperature must be above 0, not {self.temperature}")
+        require(self.positions >= 1, f"--selfguided.positions must be at least 1, not {self.positions}")
+        require(
             not self.contrast or self.step_loss or self.view_loss,
             f"--selfguided.beta {self.beta} weighs no loss: turn on --selfguided.step-loss or --selfguided.view-loss, or set beta to 0",
         )
-        _require(
+        require(
             not (self.contrast and self.step_loss and self.positions < 2),
             f"--selfguided.step-loss compares different steps: give --selfguided.positions 2 or more, not {self.positions}",
         )
-        _require(
+        require(
             self.projector_depth >= 1, f"--selfguided.projector-depth must be at least 1, not {self.projector_depth}"
         )
-        _require(
+        require(
             self.projector_hidden >= 1, f"--selfguided.projector-hidden must be at least 1, not {self.projector_hidden}"
         )
-        _require(0 <= self.ema_decay < 1, f"--selfguided.ema-decay must lie in [0, 1), not {self.ema_decay}")
+        require(0 <= self.ema_decay < 1, f"--selfguided.ema-decay must lie in [0, 1), not {self.ema_decay}")
 
     @property
     def contrast(self) -> bool:
@@ -199,14 +200,14 @@ class OptimConfig:
     """Last learning rate, as a share of the peak."""
 
     def __post_init__(self) -> None:
-        _require_choices(self, "--optim.")
-        _require(self.lr > 0, f"--optim.lr must be above 0, not {self.lr}")
-        _require(all(0 <= b < 1 for b in self.betas), f"--optim.betas must lie in [0, 1), not {self.betas}")
-        _require(self.weight_decay >= 0, f"--optim.weight-decay must be 0 or more, not {self.weight_decay}")
-        _require(self.grad_clip >= 0, f"--optim.grad-clip must be 0 (off) or more, not {self.grad_clip}")
-        _require(self.warmup_steps >= 0, f"--optim.warmup-steps must be 0 or more, not {self.warmup_steps}")
-        _require(0 < self.decay_fraction <= 1, f"--optim.decay-fraction must lie in (0, 1], not {self.decay_fraction}")
-        _require(0 <= self.final_lr <= 1, f"--optim.final-lr must lie in [0, 1], not {self.final_lr}")
+        require_choices(self, "--optim.")
+        require(self.lr > 0, f"--optim.lr must be above 0, not {self.lr}")
+        require(all(0 <= b < 1 for b in self.betas), f"--optim.betas must lie in [0, 1), not {self.betas}")
+        require(self.weight_decay >= 0, f"--optim.weight-decay must be 0 or more, not {self.weight_decay}")
+        require(self.grad_clip >= 0, f"--optim.grad-clip must be 0 (off) or more, not {self.grad_clip}")
+        require(self.warmup_steps >= 0, f"--optim.warmup-steps must be 0 or more, not {self.warmup_steps}")
+        require(0 < self.decay_fraction <= 1, f"--optim.decay-fraction must lie in (0, 1], not {self.decay_fraction}")
+        require(0 <= self.final_lr <= 1, f"--optim.final-lr must lie in [0, 1], not {self.final_lr}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -244,35 +245,35 @@ class TrainConfig:
     """Newest checkpoints to keep."""
 
     def __post_init__(self) -> None:
-        _require_choices(self, "--")
-        _require(self.steps is None or self.epochs is None, "give --steps or --epochs, not both")
-        _require(self.steps is not None or self.epochs is not None, "give --steps or --epochs: how long to train")
-        _require(self.steps is None or self.steps >= 1, f"--steps must be at least 1, not {self.steps}")
-        _require(self.epochs is None or self.epochs > 0, f"--epochs must be above 0, not {self.epochs}")
+        require_choices(self, "--")
+        require(self.steps is None or self.epochs is None, "give --steps or --epochs, not both")
+        require(self.steps is not None or self.epochs is not None, "give --steps or --epochs: how long to train")
+        require(self.steps is None or self.steps >= 1, f"--steps must be at least 1, not {self.steps}")
+        require(self.epochs is None or self.epochs > 0, f"--epochs must be above 0, not {self.epochs}")
         for name in ("batch_size", "views", "accumulate", "log_every", "checkpoint_every", "keep"):
             value = getattr(self, name)
-            _require(value >= 1, f"--{name.replace('_', '-')} must be at least 1, not {value}")
-        _require(
+            require(value >= 1, f"--{name.replace('_', '-')} must be at least 1, not {value}")
+        require(
             self.batch_size % self.accumulate == 0,
             f"--batch-size {self.batch_size} is not a multiple of --accumulate {self.accumulate}",
         )
-        _require(0 <= self.class_dropout < 1, f"--class-dropout must lie in [0, 1), not {self.class_dropout}")
-        _require(self.seed >= 0, f"--seed must be 0 or more, not {self.seed}")
+        require(0 <= self.class_dropout < 1, f"--class-dropout must lie in [0, 1), not {self.class_dropout}")
+        require(self.seed >= 0, f"--seed must be 0 or more, not {self.seed}")
         guided, depth = self.selfguided, self.model.n_layers
-        _require(
+        require(
             guided.contrast_layer is None or 1 <= guided.contrast_layer <= depth,
             f"--selfguided.contrast-layer {guided.contrast_layer} is not a layer of a network of {depth}: give 1 to {depth}",
         )
-        _require(
+        require(
             guided.positions <= self.model.sequence_length,
             f"--selfguided.positions {guided.positions} is more than the {self.model.sequence_length} tokens of an image",
         )
-        _require(
+        require(
             not (guided.contrast and guided.view_loss and self.views < 2),
             f"--selfguided.view-loss compares different views: give --views 2 or more, not {self.views}",
         )
         smallest = self.batch_size if guided.negatives == "global" else self.batch_size // self.accumulate
-        _require(
+        require(
             not (guided.contrast and smallest < 2),
             f"the contrastive losses need negatives: {smallest} image leaves none; give a larger --batch-size or --selfguided.beta 0",
         )
@@ -295,12 +296,15 @@ def from_dict(cls: type[C], values: Any, where: str) -> C:
     assert dataclasses.is_dataclass(cls)
     if not isinstance(values, dict):
         raise UserError(f"{where}: the settings of {cls.__name__} are no JSON object: the file is damaged")
-    types: dict[str, type] = {"model": ModelConfig, "selfguided": SelfGuidedConfig, "optim": OptimConfig}
-    names = {f.name for f in dataclasses.fields(cls)}
-    if unknown := set(values) - names:
+    types = get_type_hints(cls)
+    if unknown := set(values) - {f.name for f in dataclasses.fields(cls)}:
         raise UserError(f"{where}: unknown settings {sorted(unknown)}; was it written by a newer version of st-ar?")
     built = {
-        key: from_dict(types[key], value, where) if key in types else tuple(value) if isinstance(value, list) else value
+        key: from_dict(types[key], value, where)
+        if dataclasses.is_dataclass(types[key])
+        else tuple(value)
+        if isinstance(value, list)
+        else value
         for key, value in values.items()
     }
     try:

@@ -22,6 +22,7 @@ class Purpose(IntEnum):
     DROPOUT = 6
     SAMPLING = 7
     PROBE = 8
+    CODEBOOK = 9
 
 
 def numpy_generator(seed: int, purpose: Purpose, step: int = 0) -> np.random.Generator:

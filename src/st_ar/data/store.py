@@ -123,6 +123,17 @@ class TokenStore:
         sums = [str(shard[key]) for shard in self.meta.shards for key in ("codes_sha256", "labels_sha256")]
         return hashlib.sha256(" ".join(sums).encode()).hexdigest()
 
+    def describe(self) -> dict[str, object]:
+        """What a run records of the store that it was trained on."""
+        meta = self.meta
+        return {
+            "source": meta.source,
+            "tokenizer": meta.tokenizer,
+            "images": len(self),
+            "crops": meta.crops,
+            "fingerprint": self.fingerprint,
+        }
+
     def verify(self) -> None:
         """Compare every shard with its checksum; names the one that differs."""
         for shard in self.meta.shards:

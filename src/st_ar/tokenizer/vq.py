@@ -16,8 +16,9 @@ from torch import Tensor
 
 from st_ar.errors import UserError
 from st_ar.files import read_json, require_absent, write_json, written_aside
-from st_ar.tokenizer.vq_network import Painter, Reader, VQConfig
+from st_ar.tokenizer.vq_network import Painter, Reader
 from st_ar.torch_files import read_tensors
+from st_ar.vq_config import VQConfig
 
 FORMAT_VERSION = 1
 CONFIG, WEIGHTS = "tokenizer.json", "vq.safetensors"
@@ -116,6 +117,11 @@ class VQTokenizer:
     def save(self, folder: Path) -> None:
         """Write the tokenizer's folder; tokenizer.json, written last, marks it complete."""
         require_absent(folder, "a tokenizer", besides=[WEIGHTS])
+        self.write(folder)
+
+    def write(self, folder: Path, **info: int | str) -> None:
+        """Write the tokenizer's files over those that are there; without tokenizer.json they are no tokenizer yet."""
+        (folder / CONFIG).unlink(missing_ok=True)
         with written_aside(folder / WEIGHTS) as aside:
             save_file(
                 {name: tensor.contiguous() for name, tensor in self.tensors.items()}, aside, metadata={"format": "pt"}
@@ -125,6 +131,7 @@ class VQTokenizer:
             "kind": self.kind,
             **asdict(self.config),
             "fingerprint": self.fingerprint,
+            **info,
         }
         write_json(folder / CONFIG, config)
 

@@ -3,37 +3,10 @@
 B: images, C: channels, h, w: codes per side. Images are RGB in [-1, 1], channels first.
 """
 
-from dataclasses import dataclass
-
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-
-@dataclass(frozen=True, kw_only=True)
-class VQConfig:
-    """The network's shape; the defaults are VQ-16's."""
-
-    channels: int = 128
-    """Channels at full resolution."""
-    multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
-    """Channels of each level as a multiple of `channels`; each level but the last halves the resolution."""
-    z_channels: int = 256
-    """Channels between the network and the codebook's 1 x 1 convolutions."""
-    codebook_size: int = 16384
-    """Codes (V)."""
-    codebook_dim: int = 8
-    """Features of a code."""
-    residual_blocks: int = 2
-    """Residual blocks of a level in the encoder; the decoder has one more."""
-
-    @property
-    def patch(self) -> int:
-        """Pixels per side that a code stands for."""
-        return 2 ** (len(self.multipliers) - 1)
-
-
-VQ_16 = VQConfig()
-VQ_8 = VQConfig(multipliers=(1, 2, 2, 4))
+from st_ar.vq_config import VQConfig
 
 
 def norm(channels: int) -> nn.GroupNorm:

@@ -11,7 +11,7 @@ import pickle
 import re
 import shutil
 import warnings
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +80,8 @@ class Checkpoints:
     Args:
         folder: RUN/checkpoints.
         modules: name -> module whose state belongs to the run.
-        student, optimizer: the trained module and its optimizer.
+        student: the trained module.
+        optimizer: the student's, or several that share its parameters.
         keep: how many to keep.
     """
 
@@ -89,7 +90,7 @@ class Checkpoints:
         folder: Path,
         modules: dict[str, nn.Module],
         student: nn.Module,
-        optimizer: torch.optim.Optimizer,
+        optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
         keep: int,
     ) -> None:
         self.folder, self.modules, self.student, self.optimizer, self.keep = folder, modules, student, optimizer, keep

@@ -10,7 +10,7 @@ from torch import Tensor
 from st_ar.config import TrainConfig
 from st_ar.data.store import TokenStore
 from st_ar.data.views import Views
-from st_ar.errors import Interrupted, UserError
+from st_ar.errors import Interrupted
 from st_ar.files import write_json
 from st_ar.hardware import choose_device, choose_dtype
 from st_ar.model.transformer import Transformer
@@ -19,10 +19,10 @@ from st_ar.progress import progress
 from st_ar.randomness import Purpose, torch_generator, torch_seed
 from st_ar.selfguided.objective import Draws, Losses, SelfGuided, draw
 from st_ar.selfguided.teacher import Teacher
-from st_ar.training.checkpoint import Checkpoints, list_checkpoints
+from st_ar.training.checkpoint import Checkpoints
 from st_ar.training.log import append_log, rewind_log
 from st_ar.training.optim import adamw, learning_rate
-from st_ar.training.run import claim, describe_run
+from st_ar.training.run import claim, describe_run, require_finite
 from st_ar.training.stopping import stop_on_signal
 
 
@@ -44,7 +44,7 @@ def train(config: TrainConfig, tokens: Path, out: Path, *, resume: bool = False,
     dtype = choose_dtype(config.dtype, device)
     total = config.total_steps(len(store))
     views = Views(store, batch_size=config.batch_size, views=config.views, seed=config.seed)
-    record = describe_run(config, store, dtype, preset)
+    record = describe_run(config, {"tokens": store.describe()}, dtype, preset)
     claim(out, record, config, len(store), resume=resume)
 
     torch.manual_seed(torch_seed(config.seed, Purpose.INITIALISATION))
@@ -91,7 +91,7 @@ def train(config: TrainConfig, tokens: Path, out: Path, *, resume: bool = False,
 
             log = step % config.log_every == 0 or step == total
             if log or device.type == "cpu":  # reading a loss makes the host wait for a GPU
-                _require_finite(losses, norm, step, out)
+                require_finite({"loss": losses.total, "gradient norm": norm}, step, out)
             if log:
                 now = time.perf_counter()
                 speed = tokens_per_step * (step - clock_step) / (now - clock)
@@ -103,7 +103,7 @@ def train(config: TrainConfig, tokens: Path, out: Path, *, resume: bool = False,
                 bar.note(f"{shown}, {speed / 1000:.1f}k tokens/s")
             stopping = stop[0] if stop else 0
             if step % config.checkpoint_every == 0 or step == total or stopping:
-                _require_finite(losses, norm, step, out)
+                require_finite({"loss": losses.total, "gradient norm": norm}, step, out)
                 checkpoints.save(step)
                 export(step)
             bar.advance(1)
@@ -148,14 +148,3 @@ def backward(
         (losses.total / pieces).backward()
         sums.append(torch.stack([term.detach() for term in losses]))
     return Losses(*(torch.stack(sums).sum(0) / pieces))
-
-
-def _require_finite(losses: Losses, norm: Tensor, step: int, out: Path) -> None:
-    if torch.isfinite(losses.total) & torch.isfinite(norm):
-        return
-    done = list_checkpoints(out / "checkpoints")
-    good = f"the last good checkpoint is {done[-1][1]}" if done else "there is no checkpoint yet"
-    raise UserError(
-        f"the loss or its gradient is not finite at step {step} (loss {losses.total.item()}, gradient norm {norm.item()}): "
-        f"{good}; lower --optim.lr, or train with --dtype float32"
-    )

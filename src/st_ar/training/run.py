@@ -1,42 +1,43 @@
 """The run folder: whose it is, and whether it may be continued."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from st_ar.config import TrainConfig, differences, from_dict, to_dict
-from st_ar.data.store import TokenStore
 from st_ar.errors import UserError
 from st_ar.files import is_taken, read_json, write_json
 from st_ar.hardware import describe
 from st_ar.training.checkpoint import list_checkpoints
 from st_ar.training.optim import learning_rate
+from st_ar.vq_config import VQTrainConfig
+
+RunConfig = TrainConfig | VQTrainConfig
 
 FORMAT_VERSION = 1
-MAY_CHANGE = ("steps", "epochs", "log_every", "checkpoint_every", "keep", "device", "compile")
+MAY_CHANGE = (
+    *("steps", "epochs", "log_every", "checkpoint_every", "keep", "device", "compile"),
+    *("evaluate_every", "evaluate_images"),
+)
 """Settings that a resumed run may change: none of them alters a step already taken (of the length, `claim` makes sure)."""
 
 
-def describe_run(config: TrainConfig, store: TokenStore, dtype: torch.dtype, preset: str) -> dict[str, Any]:
-    """What config.json says: everything that the run depends on, and where it runs."""
+def describe_run(config: RunConfig, data: dict[str, Any], dtype: torch.dtype, preset: str) -> dict[str, Any]:
+    """What config.json says: everything that the run depends on, and where it runs; `data` says what it is trained on."""
     return {
         "format_version": FORMAT_VERSION,
         "preset": preset,
         "config": to_dict(config),
-        "tokens": {
-            "source": store.meta.source,
-            "tokenizer": store.meta.tokenizer,
-            "images": len(store),
-            "crops": store.meta.crops,
-            "fingerprint": store.fingerprint,
-        },
+        **data,
         "dtype": str(dtype).removeprefix("torch."),
         "environment": describe(),
     }
 
 
-def claim(out: Path, record: dict[str, Any], config: TrainConfig, images: int, *, resume: bool) -> None:
+def claim(out: Path, record: dict[str, Any], config: RunConfig, images: int, *, resume: bool) -> None:
     """Begin a run in `out`, or make sure that this is the run to be continued there.
 
     Raises:
@@ -64,7 +65,7 @@ def claim(out: Path, record: dict[str, Any], config: TrainConfig, images: int, *
         )
     changed = {
         name: values
-        for part in ("config", "tokens")
+        for part in record.keys() - {"format_version", "preset", "dtype", "environment"}
         for name, values in differences(begun.get(part) or {}, record[part]).items()
         if name not in MAY_CHANGE
     }
@@ -75,10 +76,10 @@ def claim(out: Path, record: dict[str, Any], config: TrainConfig, images: int, *
         raise UserError(
             f"{out} was begun with other settings: {listed}. Give the old ones to resume it, or choose another --out"
         )
-    _check_length(out, from_dict(TrainConfig, begun["config"], str(file)).total_steps(images), config, images, step)
+    _check_length(out, from_dict(type(config), begun["config"], str(file)).total_steps(images), config, images, step)
 
 
-def _check_length(out: Path, before: int, config: TrainConfig, images: int, step: int) -> None:
+def _check_length(out: Path, before: int, config: RunConfig, images: int, step: int) -> None:
     """A run may be made longer or shorter as long as the steps already taken would have had the same learning rates."""
     now = config.total_steps(images)
     if now < step:
@@ -92,4 +93,20 @@ def _check_length(out: Path, before: int, config: TrainConfig, images: int, step
         raise UserError(
             f"{out} was begun with other settings: steps was {before}, now {now}, and with --optim.schedule {config.optim.schedule} "
             f"the {step} steps already taken would have had other learning rates. Give the old length to resume it, or choose another --out"
+        )
+
+
+def require_finite(terms: Mapping[str, Tensor], step: int, out: Path) -> None:
+    """Stop before a broken state is saved.
+
+    Raises:
+        UserError: one of the losses or gradient norms is not finite.
+    """
+    wrong = [f"{name} is {value.item()}" for name, value in terms.items() if not torch.isfinite(value)]
+    if wrong:
+        done = list_checkpoints(out / "checkpoints")
+        good = f"the last good checkpoint is {done[-1][1]}" if done else "there is no checkpoint yet"
+        raise UserError(
+            f"the loss or its gradient is not finite at step {step} ({', '.join(wrong)}): {good}; lower --optim.lr, or "
+            "train with --dtype float32"
         )

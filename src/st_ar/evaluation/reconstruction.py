@@ -1,0 +1,115 @@
+"""How faithful a tokenizer is: PSNR, SSIM, and how much of its codebook it uses."""
+
+import contextlib
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from st_ar.data.crops import center_crop
+from st_ar.data.decode import BrokenImageError
+from st_ar.data.images import ImageSource
+from st_ar.errors import UserError
+from st_ar.figures import strip
+from st_ar.files import written_aside
+from st_ar.tokenizer import Tokenizer, to_pixels, to_uint8
+
+
+def psnr(a: Tensor, b: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio in dB of each pair: uint8 [B, H, W, 3] twice -> float [B]; infinite if they are equal."""
+    error = (a.float() - b.float()).square().mean(dim=(1, 2, 3))
+    return 10 * torch.log10(255**2 / error)
+
+
+def ssim(a: Tensor, b: Tensor) -> Tensor:
+    """Structural similarity of each pair, mean over colours and places: uint8 [B, H, W, 3] twice -> float [B].
+
+    Wang et al. 2004: a Gaussian window of 11 pixels with deviation 1.5, K1 0.01, K2 0.03; windows do not leave the image.
+
+    Raises:
+        UserError: images smaller than the window.
+    """
+    if min(a.shape[1:3]) < 11:
+        raise UserError(f"SSIM compares windows of 11 pixels: images of {a.shape[1]} x {a.shape[2]} are too small")
+    offsets = torch.arange(11, device=a.device, dtype=torch.float64) - 5
+    line = torch.exp(-(offsets**2) / (2 * 1.5**2))
+    line = line / line.sum()
+
+    def blur(x: Tensor) -> Tensor:
+        return F.conv2d(F.conv2d(x, line.view(1, 1, 11, 1)), line.view(1, 1, 1, 11))
+
+    x, y = (image.permute(0, 3, 1, 2).reshape(-1, 1, *image.shape[1:3]).double() for image in (a, b))
+    mean_x, mean_y = blur(x), blur(y)
+    variance_x, variance_y = blur(x * x) - mean_x**2, blur(y * y) - mean_y**2
+    covariance = blur(x * y) - mean_x * mean_y
+    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+    likeness = (2 * mean_x * mean_y + c1) * (2 * covariance + c2)
+    likeness = likeness / ((mean_x**2 + mean_y**2 + c1) * (variance_x + variance_y + c2))
+    return likeness.reshape(len(a), -1).mean(dim=1).float()
+
+
+class Faithfulness(NamedTuple):
+    """Of a tokenizer on some images."""
+
+    psnr: float
+    """Mean over images, dB."""
+    ssim: float
+    """Mean over images."""
+    usage: float
+    """Share of the codebook that some image uses."""
+    perplexity: float
+    """exp of the entropy of the codes' frequencies: how many codes there would be if all were used alike."""
+
+
+def reconstruct(tokenizer: Tokenizer, images: np.ndarray, batch_size: int = 64) -> tuple[np.ndarray, Faithfulness]:
+    """Encode and decode images uint8 [N, S, S, 3]; the reconstructions, and how faithful they are."""
+    pictures: list[Tensor] = []
+    counts = torch.zeros(tokenizer.vocab_size)
+    for start in range(0, len(images), batch_size):
+        codes = tokenizer.encode(to_pixels(torch.from_numpy(images[start : start + batch_size])))
+        counts += torch.bincount(codes.flatten(), minlength=tokenizer.vocab_size)
+        pictures.append(to_uint8(tokenizer.decode(codes)))
+    made, true = torch.cat(pictures), torch.from_numpy(images)
+    shares = counts / counts.sum()
+    return made.numpy(), Faithfulness(
+        psnr=psnr(true, made).mean().item(),
+        ssim=ssim(true, made).mean().item(),
+        usage=(counts > 0).float().mean().item(),
+        perplexity=torch.special.entr(shares).sum().exp().item(),
+    )
+
+
+def evaluation_images(source: ImageSource, size: int, count: int, places: int = 16) -> np.ndarray:
+    """Centre crops uint8 [n, size, size, 3] of up to `count` readable images, from some places all over the source.
+
+    Raises:
+        UserError: none of them can be read.
+    """
+    starts, share = [0], count
+    if not source.streaming and source.count and source.count > count:
+        share = -(-count // places)
+        starts = np.linspace(0, source.count - share, places).astype(int).tolist()
+    found: list[np.ndarray] = []
+    for start in starts:
+        for example in islice(source.examples(start), share):
+            with contextlib.suppress(BrokenImageError):
+                found.append(center_crop(example.read(), size))
+    if not found:
+        raise UserError(f"{source.name} has no image that can be read")
+    return np.stack(found[:count])
+
+
+def save_picture(path: Path, images: np.ndarray, made: np.ndarray, count: int = 32, columns: int = 8) -> None:
+    """Some of the images uint8 [N, S, S, 3], each above its reconstruction, as a PNG."""
+    shown = min(count, len(images))
+    shown -= shown % columns if shown > columns else 0
+    chosen = np.linspace(0, len(images) - 1, shown).astype(int)
+    rows = [chosen[start : start + columns] for start in range(0, shown, columns)]
+    pairs = np.concatenate([pixels[row] for row in rows for pixels in (images, made)])
+    with written_aside(path) as aside:
+        Image.fromarray(strip(pairs, min(columns, shown))).save(aside, format="PNG")

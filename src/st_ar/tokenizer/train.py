@@ -1,0 +1,277 @@
+"""Training of a VQ-GAN: one step in `Training.step`, the run around it in `train_tokenizer`."""
+
+import copy
+import json
+import math
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from st_ar.data.images import ImageSource
+from st_ar.data.pixels import Pixels
+from st_ar.errors import Interrupted, UserError
+from st_ar.evaluation.reconstruction import evaluation_images, reconstruct, save_picture
+from st_ar.files import read_json, write_json, written_aside
+from st_ar.hardware import choose_dtype
+from st_ar.progress import progress
+from st_ar.randomness import Purpose, torch_generator, torch_seed
+from st_ar.tokenizer import to_pixels
+from st_ar.tokenizer.vq import CONFIG, VQTokenizer
+from st_ar.tokenizer.vqgan import VQGAN, Discriminator, hinge_loss, revive
+from st_ar.training.checkpoint import Checkpoints, list_checkpoints
+from st_ar.training.log import append_log, rewind_log
+from st_ar.training.optim import adamw, learning_rate
+from st_ar.training.parallel import everyone, mean, process_group, shared, total
+from st_ar.training.run import claim, describe_run, require_finite
+from st_ar.training.stopping import stop_on_signal
+from st_ar.vq_config import VQTrainConfig
+
+
+class Training:
+    """The networks, the average and the optimizers, and what a step does to them."""
+
+    def __init__(self, config: VQTrainConfig, device: torch.device) -> None:
+        torch.manual_seed(torch_seed(config.seed, Purpose.INITIALISATION))
+        self.config, self.device = config, device
+        self.dtype = choose_dtype(config.dtype, device)
+        self.layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
+        self.network, self.adversary = VQGAN(config.model).to(device), Discriminator(config.adversary).to(device)
+        for parameter in [*self.network.parameters(), *self.adversary.parameters()]:
+            if parameter.dim() == 4:
+                parameter.data = parameter.data.contiguous(memory_format=self.layout)
+        self.ema = copy.deepcopy(self.network).eval().requires_grad_(False)
+        self.optimizer = adamw(self.network, config.optim)
+        self.adversary_optimizer = adamw(self.adversary, config.optim)
+        self.perceptual = self._load_perceptual()
+
+    def _load_perceptual(self) -> nn.Module | None:
+        if not self.config.perceptual_weight:
+            return None
+        from st_ar.evaluation.efficientnet import PerceptualLoss, load_efficientnet
+
+        return PerceptualLoss(load_efficientnet(self.device))
+
+    def checkpoints(self, folder: Path, step: int) -> Checkpoints:
+        """Where the state of step `step` is kept; before the adversary is trained there is none of its."""
+        parts = {"network": self.network, "adversary": self.adversary}
+        optimizers = [self.optimizer, self.adversary_optimizer]
+        if step <= self.config.adversary.start:
+            del parts["adversary"], optimizers[1:]
+        everything: dict[str, nn.Module] = {**parts, "ema": self.ema}
+        return Checkpoints(folder, everything, nn.ModuleDict(parts), optimizers, self.config.keep)
+
+    def share(self) -> None:
+        """Average gradients over the ranks, and compile, from the next step on."""
+        self.shared_network, self.shared_adversary = shared(self.network), shared(self.adversary)
+        if self.config.compile:
+            self.shared_network.compile()
+            self.shared_adversary.compile()
+
+    def step(self, images: Tensor, step: int, rate: float) -> dict[str, Tensor]:
+        """Optimizer step `step`, counted from 1, on this rank's images [B, 3, S, S]; what there is to be logged of it."""
+        config = self.config
+        for group in [*self.optimizer.param_groups, *self.adversary_optimizer.param_groups]:
+            group["lr"] = rate
+        heard = step > config.adversary.start
+        autocast = torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
+        with autocast:
+            made = self.shared_network(images)
+            losses = {"l1": F.l1_loss(made.images, images), "l2": F.mse_loss(made.images, images)}
+            if self.perceptual is not None:
+                losses["perceptual"] = self.perceptual(made.images, images)
+            if heard:
+                self.adversary.requires_grad_(False)
+                losses["adversarial"] = -self.adversary(made.images).float().mean()
+                self.adversary.requires_grad_(True)
+        losses |= {"codebook": made.codebook_loss, "commitment": made.commitment_loss}
+        weight = backward(losses, made.images, self.network.last_layer, config)
+        norm = _update(self.network, self.optimizer, config.optim.grad_clip)
+        if heard:
+            with autocast:
+                verdicts = self.shared_adversary(torch.cat([images, made.images.detach()])).float()
+            losses["discriminator"] = hinge_loss(*verdicts.chunk(2))
+            losses["discriminator"].backward()
+            _update(self.adversary, self.adversary_optimizer, config.optim.grad_clip)
+        counts = self._follow(made.codes, step)
+        self._revive(made.features, step)
+        shares = counts / counts.sum()
+        return {
+            **{f"loss_{name}": term.detach() for name, term in losses.items()},
+            "adversarial_weight": torch.as_tensor(weight, device=self.device),
+            "grad_norm": norm,
+            "perplexity": torch.special.entr(shares).sum().exp(),
+            "codes_in_use": (self.network.idle < (config.revive_after or 100)).float().mean(),
+        }
+
+    @torch.no_grad()
+    def _follow(self, codes: Tensor, step: int) -> Tensor:
+        """Move the average, and count which codes were used [V]."""
+        decay = min(self.config.ema_decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(list(self.ema.parameters()), list(self.network.parameters()), 1 - decay)
+        counts = total(torch.bincount(codes.flatten(), minlength=self.config.model.codebook_size))
+        self.network.idle.add_(1).masked_fill_(counts > 0, 0)
+        return counts
+
+    def _revive(self, features: Tensor, step: int) -> None:
+        """The first batch's features become the codebook; later, codes that have long been idle become features."""
+        every = self.config.revive_after
+        if not every or (step > 1 and step % every):
+            return
+        dead = self.network.idle >= (0 if step == 1 else every)
+        draws = torch_generator(self.config.seed, Purpose.CODEBOOK, step)
+        revive(self.network.codebook, self.ema.codebook, dead, everyone(features), self.optimizer, draws)
+        self.network.idle.masked_fill_(dead, 0)
+
+    def tokenizer(self) -> VQTokenizer:
+        """The averaged weights as a tokenizer."""
+        return VQTokenizer(self.config.model, self.ema.tensors())
+
+
+def backward(
+    losses: dict[str, Tensor], made: Tensor, last_layer: Tensor, config: VQTrainConfig
+) -> Tensor | float:
+    """Add the gradients of the weighted losses; returns the adversarial loss's weight.
+
+    Adaptive (VQGAN, arXiv 2012.09841, Eq. 7): that weight is multiplied by the ratio of the two gradients' lengths at the
+    last layer. Each gradient with respect to the pictures is taken once, and the network is gone through once.
+    """
+    weights = {"l1": config.l1_weight, "l2": config.l2_weight, "perceptual": config.perceptual_weight}
+    likeness = torch.stack([weights[name] * loss for name, loss in losses.items() if name in weights]).sum()
+    (gradient,) = torch.autograd.grad(likeness, made)
+    weight: Tensor | float = 0.0
+    if "adversarial" in losses:
+        (against,) = torch.autograd.grad(losses["adversarial"], made)
+        weight = config.adversary.weight
+        if config.adversary.adaptive:
+            ours, theirs = (
+                mean(torch.autograd.grad(made, last_layer, towards, retain_graph=True)[0]).norm()
+                for towards in (gradient, against)
+            )
+            weight = weight * (ours / (theirs + 1e-4)).clamp(max=1e4)
+        gradient = gradient + weight * against
+    codes = config.codebook_weight * losses["codebook"] + config.commitment * losses["commitment"]
+    torch.autograd.backward([made, codes], [gradient, torch.ones_like(codes)])
+    return weight
+
+
+def _update(module: nn.Module, optimizer: torch.optim.Optimizer, clip: float) -> Tensor:
+    """Clip, step, and forget the gradients; returns their norm."""
+    norm = nn.utils.clip_grad_norm_(module.parameters(), clip or math.inf)
+    optimizer.step()
+    optimizer.zero_grad()
+    return norm
+
+
+def train_tokenizer(
+    config: VQTrainConfig,
+    images: ImageSource,
+    out: Path,
+    *,
+    test_images: ImageSource | None = None,
+    resume: bool = False,
+    preset: str = "",
+    workers: int = 0,
+) -> Path:
+    """Train a VQ-GAN on a source's images; `out` is the run's folder and, from the first checkpoint on, the tokenizer's.
+
+    Under torchrun every rank takes its share of each batch. Stopped at any instant and resumed, a run ends with the same
+    weights, bit for bit on a CPU.
+
+    Args:
+        test_images: what PSNR, SSIM and use of the codebook are measured on, centre crops; the training images if None.
+        workers: processes that decode images; 0 for none beside this one.
+
+    Raises:
+        UserError: a run already there, a resume with other settings, images that cannot be read, a full disk, or a loss
+            that is not finite.
+        Interrupted: SIGINT or SIGTERM came; a checkpoint of the last finished step was written.
+    """
+    with process_group(config.device) as (ranks, device):
+        writes = ranks.rank == 0
+        if config.batch_size % ranks.world:
+            raise UserError(f"--batch-size {config.batch_size} is no multiple of the {ranks.world} ranks")
+        pixels = Pixels(
+            images,
+            size=config.size,
+            crop_range=config.crop_range,
+            mirror=config.mirror,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            workers=workers,
+            ranks=ranks,
+        )
+        steps = config.total_steps(pixels.images)
+        training = Training(config, device)
+        data = {"images": {"source": images.name, "images": pixels.images, "content": images.content}}
+        record = describe_run(config, data, training.dtype, preset)
+        if writes:
+            claim(out, record, config, pixels.images, resume=resume)
+        measured_on = test_images or images
+        examples = evaluation_images(measured_on, config.size, config.evaluate_images) if writes else None
+        done = list_checkpoints(out / "checkpoints")
+        start = training.checkpoints(out / "checkpoints", done[-1][0] if done else 0).restore()
+        if writes:
+            write_json(out / "config.json", record)
+            rewind_log(out / "log.jsonl", start)
+            if start and _exported_step(out) != start:  # killed between its checkpoint and its export
+                training.tokenizer().write(out, step=start)
+        training.share()
+
+        def evaluate(step: int) -> str:
+            assert examples is not None
+            made, found = reconstruct(training.tokenizer().to(device, torch.float32), examples)
+            save_picture(out / "reconstructions" / f"step_{step:08d}.png", examples, made)
+            entry = {"step": step, "evaluated_on": measured_on.name, "images": len(examples), **found._asdict()}
+            append_log(out / "log.jsonl", entry)
+            return f"PSNR {found.psnr:.2f} dB, {found.usage:.0%} of codes used, "
+
+        with pixels, stop_on_signal() as stop:
+            pixels.prepare(start)
+            clock, clock_step, quality = time.perf_counter(), start, ""
+            with progress(out.name, steps, unit="steps", done=start) as bar:
+                for step in range(start + 1, steps + 1):
+                    batch = to_pixels(pixels.batch(step - 1).to(device)).contiguous(memory_format=training.layout)
+                    rate = learning_rate(config.optim, step, steps)
+                    found = training.step(batch, step, rate)
+
+                    last, log = step == steps, step % config.log_every == 0
+                    if log or last or device.type == "cpu":  # reading a loss makes the host wait for a GPU
+                        require_finite(found, step, out)
+                    if log or last:
+                        speed = config.batch_size * (step - clock_step) / (time.perf_counter() - clock)
+                        entry = {name: mean(value.float()).item() for name, value in found.items()}
+                        if writes:
+                            append_log(
+                                out / "log.jsonl", {"step": step, **entry, "lr": rate, "images_per_second": speed}
+                            )
+                        bar.note(f"{quality}L1 {entry['loss_l1']:.3f}, {speed:,.0f} images/s")
+                    stopping = stop[0] if stop else 0
+                    if ranks.world > 1:  # all stop together, at a step where they meet anyway
+                        stopping = int(everyone(torch.tensor([stopping], device=device)).max()) if log else 0
+                    if writes and (step % config.evaluate_every == 0 or last):
+                        quality = evaluate(step)
+                    if writes and (step % config.checkpoint_every == 0 or last or stopping):
+                        require_finite(found, step, out)
+                        training.checkpoints(out / "checkpoints", step).save(step)
+                        training.tokenizer().write(out, step=step)
+                    if log:
+                        clock, clock_step = time.perf_counter(), step
+                    bar.advance(1)
+                    if stopping and not last:
+                        raise Interrupted(
+                            f"stopped at step {step} of {steps}; the run is saved: the same command with --resume continues it",
+                            stopping,
+                        )
+        if writes and pixels.broken:
+            with written_aside(out / "skipped.jsonl") as aside:
+                lines = ({"index": index, "reason": reason} for index, reason in sorted(pixels.broken.items()))
+                aside.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return out
+
+
+def _exported_step(out: Path) -> int | None:
+    """The step of the tokenizer in the run's folder; None if there is none that is whole."""
+    return read_json(out / CONFIG, "a tokenizer").get("step") if (out / CONFIG).exists() else None
