@@ -37,12 +37,22 @@ def synchronise(device: torch.device) -> None:
 
 
 def time_in_turn(
-    actions: Mapping[str, Callable[[], object]], *, rounds: int, warmup: int, device: torch.device
+    actions: Mapping[str, Callable[[], object]],
+    *,
+    rounds: int,
+    warmup: int,
+    device: torch.device,
+    before: Callable[[], object] | None = None,
 ) -> dict[str, list[float]]:
-    """Seconds of each action in each round; they take turns, so that a drifting machine is fair to all."""
+    """Seconds of each action in each round; they take turns, so that a drifting machine is fair to all.
+
+    `before` runs before each action; its time does not count.
+    """
     times: dict[str, list[float]] = {name: [] for name in actions}
     for round_number in range(warmup + rounds):
         for name, action in actions.items():
+            if before:
+                before()
             synchronise(device)
             begun = time.perf_counter()
             action()

