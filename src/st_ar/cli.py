@@ -2,18 +2,20 @@
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import tyro
 
 from st_ar import __version__
 from st_ar.config import TrainConfig
+from st_ar.data_verbs import TrainKMeans, TrainVQ, vq_command
 from st_ar.errors import Interrupted, UserError
 from st_ar.presets import PRESETS, get_preset
 from st_ar.verbs import VERBS
+from st_ar.vq_config import VQ_PRESETS, VQTrainConfig
 
 HELP = """\
 usage: st-ar VERB [options]        st-ar VERB --help explains each
@@ -24,7 +26,7 @@ Train LlamaGen-style image generators with and without self-guidance (ST-AR), an
                                                  |----- probe, attention ----> figures
 
   quickstart         the whole line on photographs that are already here: AR and ST-AR side by side, minutes on a CPU
-  train-tokenizer    learn a codebook from images
+  train-tokenizer    images -> tokenizer: a VQ-GAN, or k-means in seconds
   tokenize           images -> token store
   import-tokens      LlamaGen's folders of .npy files -> token store
   train              token store -> run; presets for LlamaGen and ST-AR
@@ -52,21 +54,12 @@ class Train:
 
 def train_verb(arguments: Sequence[str]) -> None:
     """`st-ar train PRESET ...`: the preset gives every setting its default."""
-    if not arguments or arguments[0].startswith("-"):
-        listed = "\n".join(f"  {name:24}{(build.__doc__ or '').splitlines()[0]}" for name, build in PRESETS.items())
-        text = (
-            "usage: st-ar train PRESET --tokens STORE --out RUN [--resume] [--steps N | --epochs N] [any setting]\n\n"
-            f"st-ar train PRESET --help lists every setting with the preset's values. The presets:\n\n{listed}"
-        )
-        if arguments and arguments[0] in ("-h", "--help"):
-            print(text)
-            return
-        raise UserError(f"train needs a preset before its options: one of {', '.join(PRESETS)}")
-    name, *rest = arguments
-    default = get_preset(name)
-    given = {flag: any(a.split("=")[0] == f"--{flag}" for a in rest) for flag in ("steps", "epochs")}
-    if given["steps"] != given["epochs"]:  # the user's budget replaces the preset's
-        default = replace(default, steps=1 if given["steps"] else None, epochs=1 if given["epochs"] else None)
+    usage = "--tokens STORE --out RUN [--resume] [--steps N | --epochs N] [any setting]"
+    chosen = _choose_preset("train", usage, PRESETS, arguments)
+    if chosen is None:
+        return
+    name, rest = chosen
+    default = _with_budget(get_preset(name), rest)
     command = tyro.cli(
         _train_command(default), prog=f"st-ar train {name}", args=rest, description=PRESETS[name].__doc__
     )
@@ -74,6 +67,50 @@ def train_verb(arguments: Sequence[str]) -> None:
 
     train(command.config, command.tokens, command.out, resume=command.resume, preset=name)
     print(f"{command.out}: trained; weights in {command.out / 'export'}")
+
+
+def train_tokenizer_verb(arguments: Sequence[str]) -> None:
+    """`st-ar train-tokenizer PRESET ...`: k-means, or a VQ-GAN whose preset gives every setting its default."""
+    presets = {"kmeans": TrainKMeans, **VQ_PRESETS}
+    usage = "--images SRC --out DIR [any setting]"
+    chosen = _choose_preset("train-tokenizer", usage, presets, arguments)
+    if chosen is None:
+        return
+    name, rest = chosen
+    if name == "kmeans":
+        command: type[TrainKMeans] | type[TrainVQ] = TrainKMeans
+    else:
+        command = vq_command(name, _with_budget(VQ_PRESETS[name](), rest))
+    tyro.cli(command, prog=f"st-ar train-tokenizer {name}", args=rest, description=presets[name].__doc__).run()
+
+
+def _choose_preset(
+    verb: str, usage: str, presets: Mapping[str, Callable[..., object]], arguments: Sequence[str]
+) -> tuple[str, list[str]] | None:
+    """The preset and the options after it; None if help was asked for and given."""
+    if arguments and arguments[0] in presets:
+        return arguments[0], list(arguments[1:])
+    if arguments and not arguments[0].startswith("-"):
+        raise UserError(f"unknown preset {arguments[0]!r}: give one of {', '.join(presets)}")
+    if not arguments or arguments[0] not in ("-h", "--help"):
+        raise UserError(f"{verb} needs a preset before its options: one of {', '.join(presets)}")
+    listed = "\n".join(f"  {name:24}{(build.__doc__ or '').splitlines()[0]}" for name, build in presets.items())
+    print(
+        f"usage: st-ar {verb} PRESET {usage}\n\n"
+        f"st-ar {verb} PRESET --help lists every setting with the preset's values. The presets:\n\n{listed}"
+    )
+    return None
+
+
+Budgeted = TypeVar("Budgeted", TrainConfig, VQTrainConfig)
+
+
+def _with_budget(default: Budgeted, options: Sequence[str]) -> Budgeted:
+    """The preset, but for its length if the options give another in --steps or --epochs."""
+    given = {flag: any(a.split("=")[0] == f"--{flag}" for a in options) for flag in ("steps", "epochs")}
+    if given["steps"] == given["epochs"]:
+        return default
+    return replace(default, steps=1 if given["steps"] else None, epochs=1 if given["epochs"] else None)
 
 
 def _train_command(default: TrainConfig) -> type[Train]:
@@ -94,11 +131,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(__version__)
         elif arguments[0] == "train":
             train_verb(arguments[1:])
+        elif arguments[0] == "train-tokenizer":
+            train_tokenizer_verb(arguments[1:])
         elif arguments[0] in VERBS:
             tyro.cli(VERBS[arguments[0]], prog=f"st-ar {arguments[0]}", args=arguments[1:]).run()
         else:
             raise UserError(
-                f"unknown verb {arguments[0]!r}: give one of {', '.join(['train', *VERBS])}; st-ar --help explains them"
+                f"unknown verb {arguments[0]!r}: give one of {', '.join(['train', 'train-tokenizer', *VERBS])}; st-ar --help explains them"
             )
     except UserError as error:
         print(f"st-ar: {error}", file=sys.stderr)

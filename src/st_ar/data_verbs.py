@@ -3,24 +3,23 @@
 What a verb needs is imported when it runs, so that help is quick.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
 from st_ar.errors import UserError
+from st_ar.vq_config import VQTrainConfig
 
 if TYPE_CHECKING:
     from st_ar.data.store import TokenStore
 
 
 @dataclass(kw_only=True)
-class TrainTokenizer:
-    """Learn a codebook from images. The preset `kmeans` clusters pixel patches in seconds."""
+class TrainKMeans:
+    """Clusters of pixel patches, in seconds."""
 
-    preset: tyro.conf.Positional[Literal["kmeans"]]
-    """Kind of tokenizer."""
     images: str
     """Image source: folder:PATH, parquet:GLOB, hub:NAME[:SPLIT], photos[:train|:test] or digits[:train|:test]."""
     out: Path
@@ -45,6 +44,52 @@ class TrainTokenizer:
         )
         tokenizer.save(self.out)
         print(f"{self.out}: {tokenizer.vocab_size} codes of {self.patch} x {self.patch} pixels")
+
+
+@dataclass(kw_only=True)
+class TrainVQ:
+    """Train a VQ-GAN."""
+
+    preset: tyro.conf.Suppress[str] = ""
+    images: str
+    """Image source: folder:PATH, parquet:GLOB, hub:NAME[:SPLIT], photos[:train|:test] or digits[:train|:test]."""
+    out: Path
+    """Folder of the run, which becomes the tokenizer's."""
+    test_images: str | None = None
+    """Image source to measure PSNR, SSIM and the use of the codebook on; by default the training images."""
+    resume: bool = False
+    """Continue the run in --out from its newest checkpoint; give the settings it was begun with."""
+    workers: int | None = None
+    """Processes that decode images, 0 for none; by default one for each core, at most 8, and none where all fit in memory."""
+    config: Annotated[VQTrainConfig, tyro.conf.arg(name="")]
+
+    def run(self) -> None:
+        from st_ar.data.images import open_images
+        from st_ar.tokenizer.train import train_tokenizer
+
+        train_tokenizer(
+            self.config,
+            open_images(self.images),
+            self.out,
+            test_images=open_images(self.test_images) if self.test_images else None,
+            resume=self.resume,
+            preset=self.preset,
+            workers=self.workers,
+        )
+        print(
+            f"{self.out}: trained; it is a tokenizer now, and {self.out / 'reconstructions'} shows what it makes of images"
+        )
+
+
+def vq_command(name: str, default: VQTrainConfig) -> type[TrainVQ]:
+    """The command with a preset's values as defaults."""
+
+    @dataclass(kw_only=True)
+    class WithPreset(TrainVQ):
+        preset: tyro.conf.Suppress[str] = name
+        config: Annotated[VQTrainConfig, tyro.conf.arg(name="")] = field(default_factory=lambda: default)
+
+    return WithPreset
 
 
 @dataclass(kw_only=True)

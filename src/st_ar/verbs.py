@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import tyro
 
-from st_ar.data_verbs import ImportTokens, Tokenize, TrainTokenizer
+from st_ar.data_verbs import ImportTokens, Tokenize
 from st_ar.errors import UserError
 
 
@@ -238,7 +238,6 @@ class Convert:
 
 VERBS: dict[str, Any] = {
     "quickstart": Quickstart,
-    "train-tokenizer": TrainTokenizer,
     "tokenize": Tokenize,
     "import-tokens": ImportTokens,
     "sample": Sample,

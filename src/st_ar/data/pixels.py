@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from st_ar.data.images import Example, ImageSource
-from st_ar.data.pool import open_decoder
+from st_ar.data.pool import default_workers, open_decoder
 from st_ar.data.ranks import Ranks
 from st_ar.errors import UserError
 from st_ar.progress import Progress, progress
@@ -47,7 +47,8 @@ class Pixels:
         size, crop_range: images are resized and centre-cropped to int(size * crop_range), then cut at random to `size`.
         mirror: whether half of them are mirrored; never those of a source that forbids it.
         batch_size: images of a step, over all ranks; this rank gets its share of them.
-        workers: processes that decode; 0 for none beside this one.
+        workers: processes that decode; 0 for none beside this one. By default one for each core, at most 8, and none
+            where all images fit in memory and are decoded once.
         memory: bytes of decoded images in a window.
 
     Raises:
@@ -63,7 +64,7 @@ class Pixels:
         mirror: bool,
         batch_size: int,
         seed: int,
-        workers: int = 0,
+        workers: int | None = None,
         ranks: Ranks | None = None,
         memory: int = MEMORY,
     ) -> None:
@@ -73,12 +74,13 @@ class Pixels:
             raise UserError(f"{source.name} does not say how many images it has: give a folder: or parquet: source")
         self.source, self.images, self.size, self.seed = source, count, size, seed
         self.side = int(size * crop_range + 1e-6)
-        self.mirror, self.batch_size, self.workers = mirror and source.mirror, batch_size, workers
+        self.mirror, self.batch_size = mirror and source.mirror, batch_size
         share = batch_size // ranks.world
         self.mine = slice(ranks.rank * share, (ranks.rank + 1) * share)
         fitting = memory // (self.side**2 * 3)
         self.spans = 0 if count <= fitting else max(1, fitting // SPAN)
         """Spans of a window; 0 if one window holds the whole source."""
+        self.workers = workers if workers is not None else default_workers(None) if self.spans else 0
         self.broken: dict[int, str] = {}
         """Images that could not be read, with the reason; others stand in for them."""
         self._plan = lru_cache(maxsize=3)(self._draw_plan)

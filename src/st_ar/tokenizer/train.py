@@ -130,9 +130,7 @@ class Training:
         return VQTokenizer(self.config.model, self.ema.tensors())
 
 
-def backward(
-    losses: dict[str, Tensor], made: Tensor, last_layer: Tensor, config: VQTrainConfig
-) -> Tensor | float:
+def backward(losses: dict[str, Tensor], made: Tensor, last_layer: Tensor, config: VQTrainConfig) -> Tensor | float:
     """Add the gradients of the weighted losses; returns the adversarial loss's weight.
 
     Adaptive (VQGAN, arXiv 2012.09841, Eq. 7): that weight is multiplied by the ratio of the two gradients' lengths at the
@@ -173,7 +171,7 @@ def train_tokenizer(
     test_images: ImageSource | None = None,
     resume: bool = False,
     preset: str = "",
-    workers: int = 0,
+    workers: int | None = None,
 ) -> Path:
     """Train a VQ-GAN on a source's images; `out` is the run's folder and, from the first checkpoint on, the tokenizer's.
 
@@ -182,7 +180,8 @@ def train_tokenizer(
 
     Args:
         test_images: what PSNR, SSIM and use of the codebook are measured on, centre crops; the training images if None.
-        workers: processes that decode images; 0 for none beside this one.
+        workers: processes that decode images; 0 for none beside this one. By default one for each core, at most 8, but
+            none where small images fit in memory and are decoded once.
 
     Raises:
         UserError: a run already there, a resume with other settings, images that cannot be read, a full disk, or a loss
