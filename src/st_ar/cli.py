@@ -13,7 +13,7 @@ from st_ar import __version__
 from st_ar.config import TrainConfig
 from st_ar.data_verbs import TrainKMeans, TrainVQ, vq_command
 from st_ar.errors import Interrupted, UserError
-from st_ar.presets import PRESETS, get_preset
+from st_ar.presets import PRESETS, get_preset, unknown_preset
 from st_ar.verbs import VERBS
 from st_ar.vq_config import VQ_PRESETS, VQTrainConfig
 
@@ -91,7 +91,7 @@ def _choose_preset(
     if arguments and arguments[0] in presets:
         return arguments[0], list(arguments[1:])
     if arguments and not arguments[0].startswith("-"):
-        raise UserError(f"unknown preset {arguments[0]!r}: give one of {', '.join(presets)}")
+        raise unknown_preset(arguments[0], presets)
     if not arguments or arguments[0] not in ("-h", "--help"):
         raise UserError(f"{verb} needs a preset before its options: one of {', '.join(presets)}")
     listed = "\n".join(f"  {name:24}{(build.__doc__ or '').splitlines()[0]}" for name, build in presets.items())

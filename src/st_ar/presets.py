@@ -1,6 +1,7 @@
 """Training presets: functions that derive from one another. `PRESETS` finds them all."""
 
-from collections.abc import Callable
+import difflib
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 from st_ar.config import ModelConfig, OptimConfig, SelfGuidedConfig, TrainConfig
@@ -23,12 +24,15 @@ def get_preset(name: str) -> TrainConfig:
         UserError: no such preset.
     """
     if name not in PRESETS:
-        import difflib
-
-        near = difflib.get_close_matches(name, PRESETS, n=1)
-        hint = f"did you mean {near[0]}? " if near else ""
-        raise UserError(f"unknown preset {name!r}: {hint}The presets are {', '.join(PRESETS)}")
+        raise unknown_preset(name, PRESETS)
     return PRESETS[name]()
+
+
+def unknown_preset(name: str, presets: Iterable[str]) -> UserError:
+    """The error for a name that is none of the presets."""
+    near = difflib.get_close_matches(name, presets := list(presets), n=1)
+    hint = f"did you mean {near[0]}? " if near else ""
+    return UserError(f"unknown preset {name!r}: {hint}The presets are {', '.join(presets)}")
 
 
 def self_guided(base: TrainConfig, contrast_layer: int | None) -> TrainConfig:
