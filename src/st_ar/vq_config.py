@@ -187,7 +187,7 @@ def vq_cifar10() -> VQTrainConfig:
     """CIFAR-10, 32 px to 8 x 8 tokens: about half an hour on two cores."""
     return VQTrainConfig(
         model=VQConfig(channels=32, multipliers=(1, 2, 4), residual_blocks=1, z_channels=128, codebook_size=1024),
-        adversary=AdversaryConfig(start=2000, channels=32, layers=2, weight=0.1),
+        adversary=AdversaryConfig(start=2000, channels=32, layers=2, weight=0.3),
         optim=OptimConfig(lr=1e-3, schedule="cosine", warmup_steps=100, final_lr=0.05),
         size=32,
         crop_range=1.125,
