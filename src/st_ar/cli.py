@@ -43,6 +43,8 @@ class Train:
 
     tokens: Path
     """The token store."""
+    text: Path | None = None
+    """Captions' features for a text model (--model.condition text): a .safetensors file, or a folder of them."""
     out: Path
     """Folder of the run."""
     resume: bool = False
@@ -55,7 +57,7 @@ def train_verb(arguments: Sequence[str]) -> None:
     if not arguments or arguments[0].startswith("-"):
         listed = "\n".join(f"  {name:24}{(build.__doc__ or '').splitlines()[0]}" for name, build in PRESETS.items())
         text = (
-            "usage: st-ar train PRESET --tokens STORE --out RUN [--resume] [--steps N | --epochs N] [any setting]\n\n"
+            "usage: st-ar train PRESET --tokens STORE [--text TEXT] --out RUN [--resume] [--steps N | --epochs N] [any setting]\n\n"
             f"st-ar train PRESET --help lists every setting with the preset's values. The presets:\n\n{listed}"
         )
         if arguments and arguments[0] in ("-h", "--help"):
@@ -72,7 +74,7 @@ def train_verb(arguments: Sequence[str]) -> None:
     )
     from st_ar.training.loop import train
 
-    train(command.config, command.tokens, command.out, resume=command.resume, preset=name)
+    train(command.config, command.tokens, command.out, text=command.text, resume=command.resume, preset=name)
     print(f"{command.out}: trained; weights in {command.out / 'export'}")
 
 

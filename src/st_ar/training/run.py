@@ -7,6 +7,7 @@ import torch
 
 from st_ar.config import TrainConfig, differences, from_dict, to_dict
 from st_ar.data.store import TokenStore
+from st_ar.data.text import TextStore
 from st_ar.errors import UserError
 from st_ar.files import is_taken, read_json, write_json
 from st_ar.hardware import describe
@@ -18,8 +19,11 @@ MAY_CHANGE = ("steps", "epochs", "log_every", "checkpoint_every", "keep", "devic
 """Settings that a resumed run may change: none of them alters a step already taken (of the length, `claim` makes sure)."""
 
 
-def describe_run(config: TrainConfig, store: TokenStore, dtype: torch.dtype, preset: str) -> dict[str, Any]:
+def describe_run(
+    config: TrainConfig, store: TokenStore, captions: TextStore | None, dtype: torch.dtype, preset: str
+) -> dict[str, Any]:
     """What config.json says: everything that the run depends on, and where it runs."""
+    text = {} if captions is None else {"encoder": captions.encoder, "fingerprint": captions.fingerprint}
     return {
         "format_version": FORMAT_VERSION,
         "preset": preset,
@@ -31,6 +35,7 @@ def describe_run(config: TrainConfig, store: TokenStore, dtype: torch.dtype, pre
             "crops": store.meta.crops,
             "fingerprint": store.fingerprint,
         },
+        **({"text": text} if text else {}),
         "dtype": str(dtype).removeprefix("torch."),
         "environment": describe(),
     }
@@ -62,12 +67,14 @@ def claim(out: Path, record: dict[str, Any], config: TrainConfig, images: int, *
         raise UserError(
             f"{file} has format version {begun.get('format_version')}; this st-ar continues {FORMAT_VERSION}"
         )
+    begun_config = from_dict(TrainConfig, begun.get("config"), str(file))  # an older one's missing settings: defaults
     changed = {
         name: values
-        for part in ("config", "tokens")
-        for name, values in differences(begun.get(part) or {}, record[part]).items()
+        for name, values in differences(to_dict(begun_config), record["config"]).items()
         if name not in MAY_CHANGE
     }
+    for part in ("tokens", "text"):
+        changed |= differences(begun.get(part) or {}, record.get(part) or {}, f"{part}.")
     if begun.get("dtype") != record["dtype"]:
         changed["dtype"] = (begun.get("dtype"), record["dtype"])
     if changed:
@@ -75,7 +82,7 @@ def claim(out: Path, record: dict[str, Any], config: TrainConfig, images: int, *
         raise UserError(
             f"{out} was begun with other settings: {listed}. Give the old ones to resume it, or choose another --out"
         )
-    _check_length(out, from_dict(TrainConfig, begun["config"], str(file)).total_steps(images), config, images, step)
+    _check_length(out, begun_config.total_steps(images), config, images, step)
 
 
 def _check_length(out: Path, before: int, config: TrainConfig, images: int, step: int) -> None:
