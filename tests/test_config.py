@@ -116,9 +116,10 @@ def test_derived_sizes(grid: int, heads: int, quarter: int, classes: int) -> Non
 # Validation
 
 # Values out of range: the class, the changes, and the setting that the message must name.
+COUNTS = ("dim", "n_layers", "n_heads", "vocab_size", "grid", "num_classes", "text_tokens", "text_dim")
 OUT_OF_RANGE: list[tuple[type, dict[str, Any], str]] = [
-    *((ModelConfig, {name: 0}, name) for name in ("dim", "n_layers", "n_heads", "vocab_size", "grid", "num_classes")),
-    *((ModelConfig, {name: -1}, name) for name in ("dim", "n_layers", "n_heads", "vocab_size", "grid", "num_classes")),
+    *((ModelConfig, {name: 0}, name) for name in COUNTS),
+    *((ModelConfig, {name: -1}, name) for name in COUNTS),
     *((ModelConfig, {name: 1.0}, name) for name in ("token_dropout", "residual_dropout", "ffn_dropout")),
     *((ModelConfig, {name: -0.1}, name) for name in ("token_dropout", "residual_dropout", "ffn_dropout")),
     (ModelConfig, {"drop_path": 1.0, "residual_dropout": 0.0, "ffn_dropout": 0.0}, "drop_path"),
@@ -162,6 +163,9 @@ DO_NOT_GO_TOGETHER: list[tuple[type, dict[str, Any], str]] = [
     (ModelConfig, {"dim": 18, "n_heads": 4}, "dim"),
     (ModelConfig, {"dim": 18, "n_heads": 4}, "n_heads"),
     (ModelConfig, {"dim": 12, "n_heads": 2}, "n_heads"),
+    (ModelConfig, {"text_tokens": 4}, "text_tokens"),
+    (ModelConfig, {"text_dim": 4}, "text_dim"),
+    (ModelConfig, {"condition": "text", "num_classes": 4}, "num_classes"),
     (ModelConfig, {"drop_path": 0.1}, "drop_path"),
     (ModelConfig, {"drop_path": 0.1, "residual_dropout": 0.0}, "ffn_dropout"),
     (ModelConfig, {"drop_path": 0.1, "ffn_dropout": 0.0}, "residual_dropout"),
@@ -219,6 +223,7 @@ def test_not_a_number_is_refused_everywhere(cls: type, name: str) -> None:
 @pytest.mark.parametrize(
     ("cls", "name"),
     [
+        (ModelConfig, "condition"),
         (SelfGuidedConfig, "reduction"),
         (SelfGuidedConfig, "negatives"),
         (SelfGuidedConfig, "mim_features"),

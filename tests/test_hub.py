@@ -14,7 +14,7 @@ from st_ar.files import write_json
 from st_ar.hub import model_card
 from st_ar.model.weights import save_export
 from tests.disk import contents
-from tests.toys import random_model
+from tests.toys import TINY_TEXT, random_model
 
 ROOT = Path(__file__).parent.parent
 INFO = {"step": 1234, "preset": "st-ar-toy", "class_names": ["a", "b", "c"], "tokenizer": "abc123"}
@@ -92,6 +92,14 @@ def test_the_card_says_what_the_model_is_and_how_it_was_made(run: Path) -> None:
         assert told in body
     recipe = json.loads(body.split("```json\n")[1].split("```")[0])
     assert recipe == {"seed": 5, "selfguided": {"mask_ratio": 0.25}}
+
+
+def test_the_card_of_a_text_model_names_its_condition_and_encoder(tmp_path: Path) -> None:
+    model = random_model(TINY_TEXT)
+    save_export(tmp_path, model, model, INFO | {"encoder": "t5"})
+    card = model_card(tmp_path, "somebody/toy", metrics={}, licence="mit")
+    assert "3 x 3 tokens, captions of 5 x 6 features; 1,234 optimizer steps" in card
+    assert "- captions: t5\n" in card
 
 
 def test_the_card_of_an_export_alone_leaves_out_what_it_cannot_know(tmp_path: Path) -> None:

@@ -80,11 +80,18 @@ def test_st_ar_has_the_papers_hyperparameters(size: str, layer: int, depth: int)
     assert (config.batch_size, config.class_dropout, config.epochs) == (256, 0.1, 300)
 
 
-@pytest.mark.parametrize("size", ["b", "l", "xl"])
+@pytest.mark.parametrize("size", ["b", "l", "xl", "xl-t2i"])
 def test_st_ar_differs_from_llamagen_in_self_guidance_and_views_only(size: str) -> None:
     found = changed(f"llamagen-{size}", f"st-ar-{size}")
     assert found.pop("views") == (1, 2)
     assert {name.split(".")[0] for name in found} == {"selfguided"}
+
+
+@pytest.mark.parametrize("method", ["llamagen", "st-ar"])
+def test_the_t2i_presets_differ_in_the_condition_only(method: str) -> None:
+    assert changed(f"{method}-xl", f"{method}-xl-t2i") == {"model.condition": ("class", "text")}
+    model = get_preset(f"{method}-xl-t2i").model
+    assert (model.text_tokens, model.text_dim, model.condition_length) == (120, 2048, 120)
 
 
 @pytest.mark.parametrize("name", ["llamagen-b", "st-ar-b"])

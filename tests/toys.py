@@ -1,4 +1,6 @@
 import json
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -11,6 +13,7 @@ from st_ar.model.transformer import Transformer
 FIXTURES = Path(__file__).parent / "fixtures"
 NO_DROPOUT = {"token_dropout": 0.0, "residual_dropout": 0.0, "ffn_dropout": 0.0}
 TINY = ModelConfig(dim=16, n_layers=4, n_heads=2, vocab_size=11, grid=3, num_classes=3, **NO_DROPOUT)
+TINY_TEXT = replace(TINY, condition="text", num_classes=1000, text_tokens=5, text_dim=6)
 
 
 def recorded(prefix: str) -> dict[str, Tensor]:
@@ -45,6 +48,10 @@ def random_model(config: ModelConfig = TINY, seed: int = 0) -> Transformer:
         for parameter in model.parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             parameter.copy_(noise * 0.3 if parameter.dim() > 1 else 1 + noise * 0.2)
+        if config.condition == "text":
+            model.cls_embedding.uncond_embedding.copy_(
+                torch.randn(config.text_tokens, config.text_dim, generator=generator)
+            )
     return model.eval()
 
 
@@ -53,3 +60,13 @@ def random_sequences(config: ModelConfig, count: int, seed: int = 0) -> tuple[Te
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(config.vocab_size, (count, config.sequence_length), generator=generator)
     return tokens, torch.randint(config.num_classes + 1, (count,), generator=generator)
+
+
+def random_captions(config: ModelConfig, lengths: Sequence[int], seed: int = 0) -> Tensor:
+    """Captions' features [B, N, width] of so many rows each, with zeros before them."""
+    features = torch.randn(
+        len(lengths), config.text_tokens, config.text_dim, generator=torch.Generator().manual_seed(seed)
+    )
+    for caption, length in zip(features, lengths, strict=True):
+        caption[: config.text_tokens - length] = 0
+    return features

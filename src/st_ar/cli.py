@@ -45,6 +45,8 @@ class Train:
 
     tokens: Path
     """The token store."""
+    text: Path | None = None
+    """Captions' features for a text model (--model.condition text): a .safetensors file, or a folder of them."""
     out: Path
     """Folder of the run."""
     resume: bool = False
@@ -54,7 +56,7 @@ class Train:
 
 def train_verb(arguments: Sequence[str]) -> None:
     """`st-ar train PRESET ...`: the preset gives every setting its default."""
-    usage = "--tokens STORE --out RUN [--resume] [--steps N | --epochs N] [any setting]"
+    usage = "--tokens STORE [--text TEXT] --out RUN [--resume] [--steps N | --epochs N] [any setting]"
     chosen = _choose_preset("train", usage, PRESETS, arguments)
     if chosen is None:
         return
@@ -65,7 +67,7 @@ def train_verb(arguments: Sequence[str]) -> None:
     )
     from st_ar.training.loop import train
 
-    train(command.config, command.tokens, command.out, resume=command.resume, preset=name)
+    train(command.config, command.tokens, command.out, text=command.text, resume=command.resume, preset=name)
     print(f"{command.out}: trained; weights in {command.out / 'export'}")
 
 

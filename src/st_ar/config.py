@@ -42,8 +42,14 @@ class ModelConfig:
     """Entries of the tokenizer's codebook (V)."""
     grid: int = 16
     """Tokens per side of an image; a sequence has grid * grid tokens (T)."""
+    condition: Literal["class", "text"] = "class"
+    """What images are drawn for: a class, or a caption's features (train with --text)."""
     num_classes: int = 1000
-    """Class labels; one more embedding row holds the null class of classifier-free guidance."""
+    """Class labels; one more embedding row holds the null class of classifier-free guidance. Text models have none."""
+    text_tokens: int = 120
+    """Positions before the image that a text model reads its caption from; longer captions are cut."""
+    text_dim: int = 2048
+    """Width of a caption's features, the encoder's (2048: Flan-T5-XL's, LlamaGen's encoder)."""
     token_dropout: float = 0.1
     """Dropout on the embedded input tokens."""
     residual_dropout: float = 0.1
@@ -58,9 +64,22 @@ class ModelConfig:
     """Epsilon of the RMS norms."""
 
     def __post_init__(self) -> None:
-        for name in ("dim", "n_layers", "n_heads", "vocab_size", "grid", "num_classes"):
+        require_choices(self, "--model.")
+        for name in ("dim", "n_layers", "n_heads", "vocab_size", "grid", "num_classes", "text_tokens", "text_dim"):
             value = getattr(self, name)
             require(value >= 1, f"--model.{name.replace('_', '-')} must be at least 1, not {value}")
+        if self.condition == "class":
+            for name in ("text_tokens", "text_dim"):
+                flag = f"--model.{name.replace('_', '-')}"
+                require(
+                    getattr(self, name) == getattr(ModelConfig, name),
+                    f"{flag} {getattr(self, name)} is for text models: give --model.condition text too, or leave it out",
+                )
+        else:
+            require(
+                self.num_classes == ModelConfig.num_classes,
+                f"--model.num-classes {self.num_classes} is for class models: leave it out with --model.condition text",
+            )
         require(
             self.dim % self.n_heads == 0 and self.head_dim % 4 == 0,
             f"--model.dim {self.dim} over --model.n-heads {self.n_heads} must be a whole multiple of 4: "
@@ -93,8 +112,28 @@ class ModelConfig:
         return self.grid**2
 
     @property
+    def condition_length(self) -> int:
+        """Positions of the condition before the image: 1 for a class, text_tokens for a caption."""
+        return self.text_tokens if self.condition == "text" else 1
+
+    @property
+    def condition_name(self) -> str:
+        """The condition in words."""
+        if self.condition == "text":
+            return f"captions of {self.text_tokens} x {self.text_dim} features"
+        return f"{self.num_classes} classes"
+
+    def require_classes(self, what: str) -> None:
+        """Refuse a text model for what would need captions and is not given any; `what` names it."""
+        require(
+            self.condition == "class",
+            f"{what} needs each image's condition, and token stores have classes but no captions: text models are not "
+            "supported there",
+        )
+
+    @property
     def null_class(self) -> int:
-        """The label that stands for "no condition"."""
+        """The label that stands for "no condition" to a class model."""
         return self.num_classes
 
 
@@ -228,7 +267,7 @@ class TrainConfig:
     accumulate: int = 1
     """Micro-batches that an optimizer step is computed in; the result is the large batch's, negatives included."""
     class_dropout: float = 0.1
-    """Share of the images whose label is replaced by the null class (classifier-free guidance)."""
+    """Share of the images whose class or caption is replaced by the null condition (classifier-free guidance)."""
     seed: int = 0
     """Seed of initialisation, data order, crops, masks, positions and dropout."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"

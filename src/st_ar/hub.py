@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from st_ar.config import ModelConfig, from_dict
 from st_ar.errors import UserError
 from st_ar.files import read_json
 from st_ar.model.weights import find_weights, open_model
@@ -93,10 +94,11 @@ def model_card(folder: Path, name: str, *, metrics: Mapping[str, float], licence
     export = read_json(folder / "config.json", "an export folder")
     run = folder.parent / "config.json"
     recipe = read_json(run, "a run") if run.exists() else {}
-    model, config = export["model"], recipe.get("config", {})
+    model, config = from_dict(ModelConfig, export["model"], str(folder / "config.json")), recipe.get("config", {})
     tokens = recipe.get("tokens", {})
     preset = export.get("preset") or "none"
-    shape = f"{model['n_layers']} layers, {model['n_heads']} heads, width {model['dim']}"
+    shape = f"{model.n_layers} layers, {model.n_heads} heads, width {model.dim}"
+    captions = [f"- captions: {export.get('encoder') or 'encoder not recorded'}"] if model.condition == "text" else []
     lines = [
         "---",
         f"license: {licence}",
@@ -106,7 +108,7 @@ def model_card(folder: Path, name: str, *, metrics: Mapping[str, float], licence
         "",
         f"# LlamaGen-style transformer, preset {preset}",
         "",
-        f"{shape}; {model['vocab_size']} codes, {model['grid']} x {model['grid']} tokens, {model['num_classes']} classes; "
+        f"{shape}; {model.vocab_size} codes, {model.grid} x {model.grid} tokens, {model.condition_name}; "
         f"{export.get('step', 0):,} optimizer steps. `model.safetensors` has the live weights, `ema.safetensors` the averaged ones, "
         "both with LlamaGen's parameter names.",
         "",
@@ -117,6 +119,7 @@ def model_card(folder: Path, name: str, *, metrics: Mapping[str, float], licence
         "",
         f"- images: {tokens.get('source', 'not recorded')} ({tokens.get('images', 'unknown number of')} images)",
         f"- tokenizer: {export.get('tokenizer') or 'not recorded'}",
+        *captions,
         "",
         "## Metrics",
         "",

@@ -73,6 +73,13 @@ def llamagen_3b() -> TrainConfig:
     return replace(llamagen_b(), model=ModelConfig(dim=3200, n_layers=24, n_heads=32))
 
 
+@preset
+def llamagen_xl_t2i() -> TrainConfig:
+    """LlamaGen-XL drawn for captions (120 rows of 2048 features), 775M parameters."""
+    base = llamagen_xl()
+    return replace(base, model=replace(base.model, condition="text"))
+
+
 # ST-AR (arXiv 2509.15185)
 
 
@@ -92,6 +99,12 @@ def st_ar_l() -> TrainConfig:
 def st_ar_xl() -> TrainConfig:
     """ST-AR on LlamaGen-XL, contrast at layer 18."""
     return self_guided(llamagen_xl(), 18)
+
+
+@preset
+def st_ar_xl_t2i() -> TrainConfig:
+    """ST-AR on LlamaGen-XL drawn for captions, contrast at layer 18."""
+    return self_guided(llamagen_xl_t2i(), 18)
 
 
 # One for each ablation row of the paper's Tables 3 to 6: B, 50 epochs. Where a row has the defaults it is `st-ar-b-50`.

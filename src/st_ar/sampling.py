@@ -1,4 +1,4 @@
-"""The sampling job: labels -> tokens -> pictures -> a file that says how they were made."""
+"""The sampling job: classes or captions -> tokens -> pictures -> a file that says how they were made."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+from st_ar.config import ModelConfig
+from st_ar.data.text import TextStore
 from st_ar.errors import UserError
 from st_ar.files import require_absent, sha256, write_json, written_aside
 from st_ar.hardware import describe
@@ -35,7 +37,7 @@ class SampleSettings:
     top_p: float = 1.0
     """Draw from the likeliest tokens that together hold more than p; 1 for all."""
     seed: int = 0
-    """Seed of the labels and the draws."""
+    """Seed of the choice of classes or captions, and of the draws."""
     batch_size: int = 256
     """Images drawn at once; with another size the same seed gives other images."""
 
@@ -47,12 +49,21 @@ class SampleSettings:
 
 
 def sample_images(
-    model: Transformer, tokenizer: Tokenizer, labels: Sequence[int], settings: SampleSettings | None = None
+    model: Transformer,
+    tokenizer: Tokenizer,
+    labels: Sequence[int],
+    settings: SampleSettings | None = None,
+    text: TextStore | None = None,
 ) -> np.ndarray:
-    """Draw an image for each label: uint8 [N, H, W, 3].
+    """Draw an image for each label: uint8 [images, H, W, 3].
+
+    Args:
+        labels: classes; for a text model, indices of the captions in `text`.
+        text: the captions, for a text model and no other.
 
     Raises:
-        UserError: a label or a setting out of range, or a tokenizer with another codebook than the model's.
+        UserError: a label or a setting out of range, captions missing or not wanted, or a tokenizer with another codebook
+            than the model's.
     """
     settings = settings or SampleSettings()
     config = model.config
@@ -62,13 +73,18 @@ def sample_images(
         raise UserError(
             f"the tokenizer has {tokenizer.vocab_size} codes, the model {config.vocab_size}: give the model's own tokenizer"
         )
+    if (config.condition == "text") != (text is not None):
+        raise UserError(
+            f"the model is drawn for {config.condition_name}: captions are for text models, which need them"
+        )
     device = model.output.weight.device
     how = {k: v for k, v in asdict(settings).items() if k not in ("seed", "batch_size")}
     pictures: list[np.ndarray] = []
     with progress("sample", len(labels), unit="images") as bar:
         for start in range(0, len(labels), settings.batch_size):
-            chunk = torch.tensor(labels[start : start + settings.batch_size], device=device)
-            tokens = generate(model, chunk, seed=torch_seed(settings.seed, Purpose.SAMPLING, start), **how)
+            some = labels[start : start + settings.batch_size]
+            chunk = torch.tensor(some) if text is None else text.features(np.array(some), config.text_tokens)
+            tokens = generate(model, chunk.to(device), seed=torch_seed(settings.seed, Purpose.SAMPLING, start), **how)
             images = tokenizer.decode(tokens.unflatten(1, (config.grid, config.grid)).cpu())
             pictures.append(to_uint8(images).numpy())
             bar.advance(len(chunk))
@@ -93,6 +109,29 @@ def choose_labels(
     return np.resize(classes, num).tolist()
 
 
+def choose_conditions(
+    config: ModelConfig,
+    text: TextStore | None,
+    num: int | None,
+    seed: int,
+    *,
+    mode: Literal["balanced", "random"],
+    labels: Sequence[int] = (),
+) -> list[int]:
+    """What `num` images are drawn for: classes (64 if None), or indices of a text model's captions (each one if None).
+
+    Raises:
+        UserError: as `choose_labels`; or classes asked of a text model.
+    """
+    if text is None:
+        return choose_labels(64 if num is None else num, config.num_classes, seed, mode=mode, only=labels)
+    if labels:
+        raise UserError(
+            "--labels are classes, and this model is drawn for captions: leave them out; --text says what to draw"
+        )
+    return choose_labels(len(text) if num is None else num, len(text), seed, mode=mode)
+
+
 def check_output(out: Path) -> None:
     """Refuse, before any work, an --out that is neither a new .npz file nor a new folder."""
     if out.suffix and out.suffix != ".npz":
@@ -109,14 +148,21 @@ def save_samples(
     settings: SampleSettings,
     info: ModelInfo,
     tokenizer: Tokenizer,
+    text: TextStore | None = None,
 ) -> None:
-    """Write a .npz in ADM's layout (arr_0 images, arr_1 labels) or a folder of PNGs, with metadata that says how they were made."""
+    """Write a .npz in ADM's layout (arr_0 images, arr_1 labels) or a folder of PNGs, with metadata that says how they were made.
+
+    `labels` and `text` are those of `sample_images`.
+    """
+    drawn_for = {"labels": list(labels)}
+    if text is not None:
+        drawn_for = {"captions": list(labels), "text": {"encoder": text.encoder, "fingerprint": text.fingerprint}}
     metadata = {
         "images": len(images),
         "weights": {"file": info.source.name, "sha256": sha256(info.source), "ema": info.ema, "step": info.step},
         "tokenizer": tokenizer.fingerprint,
         "settings": asdict(settings),
-        "labels": list(labels),
+        **drawn_for,
         "environment": describe(),
     }
     if out.suffix == ".npz":

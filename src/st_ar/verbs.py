@@ -58,12 +58,14 @@ class Sample:
     """The tokenizer that the model was trained with: its folder, or a .pt file of LlamaGen's."""
     out: Path
     """FILE.npz, or a folder for PNGs."""
-    num: int = 64
-    """Images to draw."""
+    text: Path | None = None
+    """Captions' features for a text model: a .safetensors file, or a folder of them."""
+    num: int | None = None
+    """Images to draw: 64 by default; of a text model one for each caption."""
     labels: tuple[int, ...] = ()
     """Classes to draw, in turn; all if not given."""
     label_mode: Literal["balanced", "random"] = "balanced"
-    """Take the classes in turn, or draw them at random."""
+    """Take the classes or captions in turn, or draw them at random."""
     cfg_scale: float = 1.0
     """Classifier-free guidance scale; 1 is none."""
     cfg_interval: int = -1
@@ -75,7 +77,7 @@ class Sample:
     top_p: float = 1.0
     """Draw from the likeliest tokens that together hold more than p; 1 for all."""
     seed: int = 0
-    """Seed of the labels and the draws."""
+    """Seed of the choice of classes or captions, and of the draws."""
     batch_size: int = 256
     """Images drawn at once; with another size the same seed gives other images."""
     ema: bool = False
@@ -90,9 +92,10 @@ class Sample:
     def run(self) -> None:
         import torch
 
+        from st_ar.data.text import open_text
         from st_ar.hardware import choose_device
         from st_ar.model.weights import open_model
-        from st_ar.sampling import SampleSettings, check_output, choose_labels, sample_images, save_samples
+        from st_ar.sampling import SampleSettings, check_output, choose_conditions, sample_images, save_samples
         from st_ar.tokenizer import load_tokenizer
 
         check_output(self.out)
@@ -107,10 +110,11 @@ class Sample:
             )
         names = {name: getattr(self, name) for name in SampleSettings.__dataclass_fields__}
         settings = SampleSettings(**names)
-        labels = choose_labels(self.num, info.config.num_classes, self.seed, mode=self.label_mode, only=self.labels)
+        text = open_text(self.text, info.config, info.encoder)
+        labels = choose_conditions(info.config, text, self.num, self.seed, mode=self.label_mode, labels=self.labels)
         model = model.to(device, torch.bfloat16 if half else torch.float32)
-        images = sample_images(model, tokenizer, labels, settings)
-        save_samples(self.out, images, labels, settings, info, tokenizer)
+        images = sample_images(model, tokenizer, labels, settings, text)
+        save_samples(self.out, images, labels, settings, info, tokenizer, text)
         print(f"{self.out}: {len(images):,} images of {images.shape[1]} x {images.shape[2]} pixels")
 
 

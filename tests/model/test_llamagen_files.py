@@ -1,7 +1,9 @@
 """LlamaGen's files of weights load here, ours load there, and nothing in them is run."""
 
 import argparse
+import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +13,10 @@ import torch
 from st_ar import load_model
 from st_ar.model.convert import convert
 from st_ar.model.transformer import Transformer
-from st_ar.model.weights import infer_config, open_model, save_export
+from st_ar.model.weights import HEADS, infer_config, open_model, save_export
 from st_ar.presets import get_preset
 from tests.disk import contents, refused
-from tests.toys import TINY, random_model, random_sequences
+from tests.toys import NO_DROPOUT, TINY, TINY_TEXT, random_captions, random_model, random_sequences
 
 INFO = {"step": 7, "preset": "toy", "class_names": ["a", "b", "c"], "tokenizer": "abc"}
 
@@ -51,7 +53,7 @@ def test_a_file_of_llamagens_loads(
 
 
 def test_every_published_size_is_recognised() -> None:
-    for name in ("b", "l", "xl", "xxl", "3b"):
+    for name in ("b", "l", "xl", "xxl", "3b", "xl-t2i"):
         config = get_preset(f"llamagen-{name}").model
         with torch.device("meta"):
             tensors = Transformer(config).state_dict()
@@ -64,10 +66,43 @@ def test_a_size_that_is_not_llamagens_needs_its_config(tmp_path: Path) -> None:
         load_model(tmp_path / "odd.pt")
 
 
-def test_text_conditioned_weights_are_told_apart(tmp_path: Path) -> None:
-    torch.save({"model": {"cls_embedding.cap_proj.fc1.weight": torch.zeros(4, 4)}}, tmp_path / "t2i.pt")
-    with refused(tmp_path, "conditioned on text"):
-        load_model(tmp_path / "t2i.pt")
+def test_a_file_of_llamagens_for_captions_loads_and_goes_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(HEADS, (16, 4), 2)
+    config = replace(TINY_TEXT, grid=16)
+    theirs = random_model(config).state_dict()
+    torch.save({"model": {**theirs, "freqs_cis": torch.zeros(261, 4, 2)}}, tmp_path / "t2i.pt")
+    model, info = open_model(tmp_path / "t2i.pt")
+    dropouts = dict.fromkeys(NO_DROPOUT, 0.1)  # LlamaGen's, which no file holds
+    assert info.config == replace(config, **dropouts)
+    smaller = load_model(tmp_path / "t2i.pt", grid=3)
+    tokens, captions = random_sequences(TINY_TEXT, 2)[0], random_captions(TINY_TEXT, [3, 5])
+    with torch.no_grad():
+        found = smaller(tokens[:, :-1], captions).logits
+        assert torch.equal(found, random_model(TINY_TEXT)(tokens[:, :-1], captions).logits)
+    assert "captions of 5 x 6 features" in convert(tmp_path / "t2i.pt", tmp_path / "ours", to="st-ar")
+    convert(tmp_path / "ours", tmp_path / "back.pt", to="llamagen")
+    back = torch.load(tmp_path / "back.pt", weights_only=True)["model"]
+    assert back.keys() == theirs.keys() == model.state_dict().keys()
+    assert all(torch.equal(back[key], value) for key, value in theirs.items())
+
+
+def test_an_export_keeps_the_captions_encoder(tmp_path: Path) -> None:
+    model = random_model(TINY_TEXT)
+    save_export(tmp_path / "export", model, model, INFO | {"encoder": "t5"})
+    convert(tmp_path / "export", tmp_path / "copy", to="st-ar")
+    again, info = open_model(tmp_path / "copy")
+    assert (info.encoder, info.config) == ("t5", TINY_TEXT)
+    assert all(torch.equal(value, model.state_dict()[key]) for key, value in again.state_dict().items())
+
+
+def test_an_export_from_before_there_were_captions_is_a_class_models(tmp_path: Path) -> None:
+    model = random_model()
+    save_export(tmp_path, model, model, INFO)
+    card = json.loads((tmp_path / "config.json").read_text())
+    for name in ("condition", "text_tokens", "text_dim"):
+        del card["model"][name]
+    (tmp_path / "config.json").write_text(json.dumps(card))
+    assert open_model(tmp_path)[1].config == TINY
 
 
 @pytest.mark.parametrize("held", [{}, {"model": {}}, {"steps": 3}, [1, 2], {"model": {"lr": 0.1}}])

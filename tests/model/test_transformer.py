@@ -59,10 +59,11 @@ def test_logits_and_loss_are_those_recorded_from_llamagen() -> None:
     torch.testing.assert_close(next_token_loss(logits, io["tokens"]), io["loss"], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("size", ["B", "L", "XL", "XXL", "3B"])
-def test_parameter_names_and_shapes_are_llamagens(size: str) -> None:
-    theirs = json.loads((FIXTURES / "llamagen_layouts.json").read_text())[f"GPT-{size} c2i 256"]
-    ours = {key: list(value.shape) for key, value in on_meta(f"llamagen-{size.lower()}").state_dict().items()}
+@pytest.mark.parametrize("layout", [f"{size} c2i" for size in ("B", "L", "XL", "XXL", "3B")] + ["XL t2i"])
+def test_parameter_names_and_shapes_are_llamagens(layout: str) -> None:
+    theirs = json.loads((FIXTURES / "llamagen_layouts.json").read_text())[f"GPT-{layout} 256"]
+    preset = f"llamagen-{layout.lower().removesuffix(' c2i').replace(' ', '-')}"
+    ours = {key: list(value.shape) for key, value in on_meta(preset).state_dict().items()}
     assert ours == theirs
 
 

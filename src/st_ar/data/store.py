@@ -145,12 +145,14 @@ class TokenStore:
                     )
 
     def check_model(self, config: ModelConfig, tokenizer: str | None = None) -> None:
-        """Refuse a model whose codebook, grid, classes or (if given) tokenizer are not the store's."""
-        for name, flag, ours, model in (
+        """Refuse a model whose codebook, grid, classes (of a class model) or (if given) tokenizer are not the store's."""
+        must_agree = [
             ("tokens in the codebook", "vocab-size", self.meta.vocab_size, config.vocab_size),
             ("tokens a side", "grid", self.meta.grid, config.grid),
-            ("classes", "num-classes", len(self.meta.class_names), config.num_classes),
-        ):
+        ]
+        if config.condition == "class":
+            must_agree.append(("classes", "num-classes", len(self.meta.class_names), config.num_classes))
+        for name, flag, ours, model in must_agree:
             if ours != model:
                 raise UserError(
                     f"{self.folder} has {ours} {name}, the model {model}: train with --model.{flag} {ours}, "

@@ -1,5 +1,6 @@
 """Training batches: the global batch of a step is a pure function of (seed, step), so there is no loader state."""
 
+from collections.abc import Callable
 from functools import lru_cache
 
 import numpy as np
@@ -15,9 +16,19 @@ class Views:
     """M different crops of each of B images a step, every image once an epoch, in an order drawn for each epoch.
 
     Epochs follow one another without a gap: a batch may hold the end of one and the beginning of the next.
+
+    conditions: gives images [B] a text model's labels [B, ..]; their classes if None.
     """
 
-    def __init__(self, store: TokenStore, *, batch_size: int, views: int, seed: int) -> None:
+    def __init__(
+        self,
+        store: TokenStore,
+        *,
+        batch_size: int,
+        views: int,
+        seed: int,
+        conditions: Callable[[np.ndarray], Tensor] | None = None,
+    ) -> None:
         crops = len(store.meta.crops)
         if views > crops:
             raise UserError(
@@ -25,6 +36,7 @@ class Views:
                 "tokenize with --crops ten, or train with fewer views"
             )
         self.store, self.batch_size, self.views, self.seed = store, batch_size, views, seed
+        self.conditions = conditions or (lambda images: torch.from_numpy(store.labels[images]))
         self._order = lru_cache(maxsize=2)(self._draw_order)
 
     def _draw_order(self, epoch: int) -> np.ndarray:
@@ -41,9 +53,9 @@ class Views:
         return images
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
-        """Tokens int64 [B, M, T] and labels int64 [B] of step `step`."""
+        """Tokens int64 [B, M, T] of step `step`, and its labels: classes int64 [B] or captions [B, N, width]."""
         images = self.images(step)
         rng = numpy_generator(self.seed, Purpose.CROPS, step)
         crops = rng.random((self.batch_size, len(self.store.meta.crops))).argsort(axis=1)[:, : self.views]
         codes = self.store.codes(images, crops).astype(np.int64)
-        return torch.from_numpy(codes), torch.from_numpy(self.store.labels[images])
+        return torch.from_numpy(codes), self.conditions(images)

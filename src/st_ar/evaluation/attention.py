@@ -24,28 +24,28 @@ from st_ar.tokenizer import load_tokenizer, to_uint8
 def attention_maps(
     model: Transformer, tokens: Tensor, labels: Tensor, *, layers: Collection[int], key_mask: Tensor | None = None
 ) -> dict[int, Tensor]:
-    """Softmax(Q K^T / sqrt(head_dim) + M) of the chosen layers: float32 [B, H, T, T], queries before keys.
+    """Softmax(Q K^T / sqrt(head_dim) + M) of the chosen layers: float32 [B, H, T, N - 1 + T], queries before keys.
 
-    Row q is the step that has read the class and q tokens and predicts token q. Key 0 is the class; its logit is always 0
-    (the rotary table turns its key to zeros), so its weight says how little the other keys stood out.
+    Row q is the step that has read the condition and q tokens and predicts token q. The first N keys are the condition (one
+    is the class); their logits are always 0 (the rotary table turns the keys to zeros), so their weight says how little the
+    other keys stood out.
 
     Args:
-        tokens: int64 [B, T-1]; labels: int64 [B]; key_mask: as for Transformer.forward.
+        tokens: int64 [B, T-1]; labels, key_mask: as for Transformer.forward.
         layers: counted from 1.
     """
     depth = model.config.n_layers
     if wrong := [layer for layer in layers if not 1 <= layer <= depth]:
         raise UserError(f"no layer {wrong[0]}: this network has layers 1 to {depth}")
-    earlier = {layer - 1 for layer in layers if layer > 1}
-    states = model.features(tokens, labels, layers=earlier, key_mask=key_mask) if earlier else {}
-    states[0] = model.embed(tokens, labels)
-    length = tokens.shape[1] + 1
+    inputs = model.states(tokens, labels, layers={layer - 1 for layer in layers}, key_mask=key_mask)
+    first = model.config.condition_length - 1
+    length = first + 1 + tokens.shape[1]
+    bias = attention_bias(model.cls_embedding.key_mask(labels, key_mask, length), length, torch.float32, tokens.device)
     maps: dict[int, Tensor] = {}
     for layer in layers:
         block = model.blocks()[layer - 1]
-        q, k, _ = block.attention.project(block.attention_norm(states[layer - 1]), model.rope[:length])
-        bias = attention_bias(key_mask, length, torch.float32, tokens.device)
-        maps[layer] = attention_weights(q.float(), k.float(), bias)
+        q, k, _ = block.attention.project(block.attention_norm(inputs[layer - 1]), model.rope[:length])
+        maps[layer] = attention_weights(q.float(), k.float(), bias)[:, :, first:]
     return maps
 
 
@@ -54,27 +54,28 @@ class AttentionStatistics:
     """Averages over heads, images and steps that have read at least one token."""
 
     class_weight: float
-    """Weight on the class token."""
+    """Weight on the class, or on all of the caption."""
     neighbour_weight: float
     """Weight on the 3 x 3 tokens around the newest token, itself included, as far as they are read."""
     distance: float
-    """Mean distance in tokens from the newest token to what is looked at, the class left out."""
+    """Mean distance in tokens from the newest token to what is looked at, the condition left out."""
     entropy: float
     """Entropy in nats of the weights over all keys."""
 
 
 def attention_statistics(weights: Tensor, grid: int) -> AttentionStatistics:
-    """Statistics of one layer's maps [B, H, T, T]."""
-    length = weights.shape[-1]
+    """Statistics of one layer's maps [B, H, T, N - 1 + T]."""
+    length = weights.shape[-2]
+    condition = weights.shape[-1] - length + 1  # keys of it, N
     places = torch.arange(length - 1)
     rows, columns = places // grid, places % grid
     down, across = (rows[:, None] - rows).abs(), (columns[:, None] - columns).abs()  # (T-1, T-1): newest token, key
     near = (down <= 1) & (across <= 1)
     distance = (down.square() + across.square()).float().sqrt()
     steps = weights[:, :, 1:].double()  # query q >= 1: the newest token is q - 1
-    to_tokens = steps[..., 1:]
+    to_tokens = steps[..., condition:]
     return AttentionStatistics(
-        class_weight=steps[..., 0].mean().item(),
+        class_weight=steps[..., :condition].sum(-1).mean().item(),
         neighbour_weight=(to_tokens * near).sum(-1).mean().item(),
         distance=((to_tokens * distance).sum(-1) / to_tokens.sum(-1).clamp_min(1e-12)).mean().item(),
         entropy=torch.special.entr(steps).sum(-1).mean().item(),
@@ -105,11 +106,12 @@ def draw_attention(
             JSON and returned by layer.
 
     Raises:
-        UserError: files that do not belong together, or a layer or image out of range.
+        UserError: files that do not belong together, a text model, or a layer or image out of range.
     """
     if out.suffix != ".svg":
         raise UserError(f"--out {out}: the maps are drawn as SVG; give a name that ends in .svg")
     model, info = open_model(model_path, ema=ema)
+    info.config.require_classes("st-ar attention")
     store, tokenizer = TokenStore(tokens), load_tokenizer(tokenizer_path)
     store.check_model(info.config, info.tokenizer)
     if tokenizer.fingerprint != store.meta.tokenizer:

@@ -13,7 +13,11 @@ def validation_loss(model: Transformer, store: TokenStore, *, batch_size: int = 
     """Mean of L_AR (Eq. 2) in nats per token over a store's images, last crop each, with their labels, in float32.
 
     A store of centre crops has one crop; in a ten-crop store the last is a mirrored centre.
+
+    Raises:
+        UserError: a store that is not the model's, or a text model: a token store has no captions.
     """
+    model.config.require_classes("the validation loss")
     store.check_model(model.config)
     crop = len(store.meta.crops) - 1
     total = 0.0

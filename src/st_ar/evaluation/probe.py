@@ -1,7 +1,7 @@
 """Linear probing after MAE (arXiv 2111.06377): what the hidden state at each step says about the image's class.
 
-The network is frozen and given the null class, so no label leaks. At step t the probe reads the state that has seen the
-class position and t - 1 image tokens (input position t - 1). One linear classifier a step, all trained together.
+The network is frozen and given the null condition, so no label leaks. At step t the probe reads the state that has seen
+the condition and t - 1 image tokens (input position t - 1). One linear classifier a step, all trained together.
 """
 
 import math
@@ -96,7 +96,7 @@ def extract_features(
     crops: Sequence[int] = (0,),
     batch_size: int = 256,
 ) -> tuple[Tensor, Tensor]:
-    """Hidden states of a layer at the steps, null class: float32 [n, steps, D], and labels [n].
+    """Hidden states of a layer at the steps, null condition: float32 [n, steps, D], and labels [n].
 
     Raises:
         UserError: a store that is not the model's, or a layer or step out of range.
@@ -116,7 +116,7 @@ def extract_features(
     total = len(store) * len(crops)
     with progress(f"read layer {layer}", total, unit="images") as bar:
         for tokens, classes in batches(store, crops, batch_size):
-            null = torch.full_like(classes, model.config.null_class)
+            null = model.null_condition(len(tokens))
             hidden = model.features(tokens[:, :-1], null, layers={layer})[layer]
             features.append(hidden[:, positions].float())
             labels.append(classes)

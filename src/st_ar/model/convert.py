@@ -42,9 +42,10 @@ def convert(source: Path, target: Path, *, to: Literal["llamagen", "st-ar"], ema
         save_llamagen(target, model.state_dict())
     else:
         known = {"step": info.step, "class_names": info.class_names, "tokenizer": info.tokenizer, "preset": ""}
+        known |= {"encoder": info.encoder} if info.encoder else {}
         save_weights(target, {"model.safetensors": model}, known)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    return f"{target}: {parameters / 1e6:.1f}M parameters, {info.config.n_layers} layers, {info.config.num_classes} classes"
+    return f"{target}: {parameters / 1e6:.1f}M parameters, {info.config.n_layers} layers, {info.config.condition_name}"
 
 
 def _is_tokenizer(source: Path) -> bool:

@@ -8,45 +8,53 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from st_ar.errors import UserError
-from st_ar.model.transformer import Transformer
+from st_ar.model.transformer import Transformer, attention_bias
 
 
 class Decoder:
-    """The transformer one position at a time: keys and values of the positions read so far are kept.
+    """The transformer one token at a time: keys and values of the positions read so far are kept.
 
-    labels: int64 [B]. Gives the logits that `Transformer.forward` would, without ever running it.
+    labels: as for `Transformer.forward`, whose logits this gives without ever running it. All positions of the condition
+    are read at once.
     """
 
     def __init__(self, model: Transformer, labels: Tensor) -> None:
         config = model.config
         self.model = model
         self.position = 0
-        self.next_input = model.cls_embedding(labels)  # (B, 1, D)
-        shape = (config.n_layers, 2, len(labels), config.n_heads, config.sequence_length, config.head_dim)
-        self.cache = torch.empty(shape, dtype=self.next_input.dtype, device=labels.device)
+        self.next_input = model.cls_embedding(labels)  # (B, N, D)
+        dtype, device = self.next_input.dtype, labels.device
+        self.length = config.condition_length - 1 + config.sequence_length
+        shape = (config.n_layers, 2, len(labels), config.n_heads, self.length, config.head_dim)
+        self.cache = torch.empty(shape, dtype=dtype, device=device)
+        key_mask = model.cls_embedding.key_mask(labels, None, self.length)
+        self.bias = None if key_mask is None else attention_bias(key_mask, self.length, dtype, device)
 
     def logits(self) -> Tensor:
         """Logits [B, V] of the next token."""
-        now = self.position
-        if now >= self.model.config.sequence_length:
-            raise UserError(f"all {now} tokens of the image are there: nothing comes after them")
-        x, rope = self.next_input, self.model.rope[now : now + 1]
+        start, end = self.position, self.position + self.next_input.shape[1]
+        if end > self.length:
+            total = self.model.config.sequence_length
+            raise UserError(f"all {total} tokens of the image are there: nothing comes after them")
+        x, rope = self.next_input, self.model.rope[start:end]
+        bias = None if self.bias is None else self.bias[:, :, start:end, :end]
         for block, (keys, values) in zip(self.model.blocks(), self.cache, strict=True):
             q, k, v = block.attention.project(block.attention_norm(x), rope)
-            keys[:, :, now], values[:, :, now] = k[:, :, 0], v[:, :, 0]
-            heads = F.scaled_dot_product_attention(q, keys[:, :, : now + 1], values[:, :, : now + 1])
+            keys[:, :, start:end], values[:, :, start:end] = k, v
+            heads = F.scaled_dot_product_attention(q, keys[:, :, :end], values[:, :, :end], attn_mask=bias)
             x = x + block.attention.merge(heads)
             x = x + block.feed_forward(block.ffn_norm(x))
-        return self.model.head(x[:, 0])
+        return self.model.head(x[:, -1])
 
     def append(self, tokens: Tensor) -> None:
         """Read the chosen tokens [B]."""
+        self.position += self.next_input.shape[1]
         self.next_input = self.model.tok_embeddings(tokens)[:, None]
-        self.position += 1
 
     def keep(self, count: int) -> None:
         """Forget all but the first `count` sequences."""
         self.next_input, self.cache = self.next_input[:count], self.cache[:, :, :count]
+        self.bias = None if self.bias is None else self.bias[:count]
 
 
 def filter_logits(logits: Tensor, *, top_k: int = 0, top_p: float = 1.0) -> Tensor:
@@ -89,11 +97,12 @@ def generate(
     greedy: bool = False,
     num_tokens: int | None = None,
 ) -> Tensor:
-    """Sample tokens int64 [B, T] for class labels int64 [B], on the labels' device.
+    """Sample tokens int64 [B, T] for classes or captions, on the labels' device.
 
     Args:
         model: in evaluation mode, on the same device, in any floating type.
-        labels: classes; `model.config.null_class` samples without a condition.
+        labels: classes int64 [B], or captions' features [B, N, width] for a text model, as for `Transformer.forward`;
+            `model.null_condition(B)` samples without a condition.
         cfg_scale: guidance scale s: logits = null + s (conditional - null). 1 is none and costs nothing.
         temperature: the (guided) logits are divided by it.
         top_k: draw from the k likeliest tokens; 0 for all.
@@ -112,8 +121,8 @@ def generate(
     _check_request(model, labels, total, cfg_scale, temperature, top_k, top_p, cfg_interval)
     generator = None if seed is None else torch.Generator(labels.device).manual_seed(seed)
     batch, guided = len(labels), cfg_scale > 1
-    decoder = Decoder(model, torch.cat([labels, torch.full_like(labels, config.null_class)]) if guided else labels)
-    tokens = labels.new_empty(batch, total)
+    decoder = Decoder(model, torch.cat([labels, model.cls_embedding.null(labels)]) if guided else labels)
+    tokens = torch.empty(batch, total, dtype=torch.int64, device=labels.device)
     for position in range(total):
         if guided and cfg_interval > -1 and position > cfg_interval + 1:
             guided = False
@@ -143,14 +152,7 @@ def _check_request(
 ) -> None:
     config = model.config
     assert not model.training, "call model.eval() first: dropout is for training"
-    if labels.dim() != 1 or len(labels) == 0 or labels.dtype != torch.int64:
-        raise UserError(f"labels must be int64 [B] with B of 1 or more, not {labels.dtype} {list(labels.shape)}")
-    low, high = int(labels.min()), int(labels.max())
-    if low < 0 or high > config.null_class:
-        raise UserError(
-            f"label {low if low < 0 else high} is out of range: the model knows classes 0 to {config.num_classes - 1}, "
-            f"and {config.null_class} for none"
-        )
+    model.cls_embedding.check(labels)
     if not 1 <= total <= config.sequence_length:
         raise UserError(
             f"{total} tokens asked for; an image of this model has {config.sequence_length}: give 1 to that many"

@@ -1,7 +1,8 @@
-"""The LlamaGen transformer (arXiv 2406.06525): class-conditional next-token prediction over image tokens.
+"""The LlamaGen transformer (arXiv 2406.06525): next-token prediction over image tokens, given a class or a caption.
 
 Parameter names and shapes are LlamaGen's, so weights move between the two unchanged. The model returns logits and
-hidden states; every loss lives elsewhere. B: sequences, T: tokens of an image, D: features, V: codebook entries.
+hidden states; every loss lives elsewhere. B: sequences, T: tokens of an image, D: features, V: codebook entries, N:
+positions of the condition (1 for a class, 120 for LlamaGen's captions), whose last predicts the first token.
 """
 
 from collections.abc import Collection
@@ -13,23 +14,24 @@ from torch import Tensor, nn
 
 from st_ar.config import ModelConfig
 from st_ar.errors import UserError
+from st_ar.model.conditions import ClassEmbedding, TextEmbedding
 
 
 class Output(NamedTuple):
     """What one forward pass gives."""
 
     logits: Tensor
-    """[B, T, V]: position t predicts token t, having read the class and the tokens before t."""
+    """[B, T, V]: position t predicts token t, having read the condition and the tokens before t."""
     hidden: dict[int, Tensor]
     """Chosen layers' outputs [B, T, D], counted 1..n_layers, after the block and before the final norm."""
 
 
-def rope_table(grid: int, head_dim: int, base: float) -> Tensor:
-    """Cosines and sines of the 2-D rotary embedding, float32 [1 + grid^2, head_dim / 2, 2].
+def rope_table(grid: int, head_dim: int, base: float, condition_length: int = 1) -> Tensor:
+    """Cosines and sines of the 2-D rotary embedding, float32 [N + grid^2, head_dim / 2, 2].
 
-    Row 0 is the class position: both are 0 there, as in LlamaGen, so its rotated query and key vanish and every logit
-    against the class key is exactly 0. The image token at raster index n follows at row 1 + n; the first half of its
-    pairs turns by the row n // grid, the second by the column n % grid.
+    The first N rows are the condition's positions: both are 0 there, as in LlamaGen, so their rotated queries and keys
+    vanish and every logit against a key of the condition is exactly 0. The image token at raster index n follows at row
+    N + n; the first half of its pairs turns by the row n // grid, the second by the column n % grid.
     """
     half = head_dim // 2
     frequencies = base ** -(torch.arange(0, half, 2).float() / half)  # (head_dim / 4,)
@@ -38,7 +40,7 @@ def rope_table(grid: int, head_dim: int, base: float) -> Tensor:
     columns = angles[None, :, :].expand(grid, grid, -1)
     turns = torch.cat([rows, columns], dim=-1).reshape(grid * grid, half)
     table = torch.stack([turns.cos(), turns.sin()], dim=-1)
-    return torch.cat([torch.zeros(1, half, 2), table])
+    return torch.cat([torch.zeros(condition_length, half, 2), table])
 
 
 def rotate(x: Tensor, rope: Tensor) -> Tensor:
@@ -152,19 +154,8 @@ class Block(nn.Module):
         return x + self.drop_path(self.feed_forward(self.ffn_norm(x)))
 
 
-class ClassEmbedding(nn.Module):
-    """num_classes + 1 embeddings of the condition; the last is the null class."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.embedding_table = nn.Embedding(config.num_classes + 1, config.dim)
-
-    def forward(self, labels: Tensor) -> Tensor:
-        return self.embedding_table(labels)[:, None]  # (B, 1, D)
-
-
 class Transformer(nn.Module):
-    """LlamaGen's class-conditional transformer.
+    """LlamaGen's transformer, class- or text-conditional.
 
     Initialisation is LlamaGen's: normal with standard deviation 0.02, and an output head of zeros.
     """
@@ -174,22 +165,21 @@ class Transformer(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.cls_embedding = ClassEmbedding(config)
+        self.cls_embedding = TextEmbedding(config) if config.condition == "text" else ClassEmbedding(config)
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
         self.dropout = nn.Dropout(config.token_dropout)
         rates = torch.linspace(0, config.drop_path, config.n_layers, device="cpu").tolist()
         self.layers = nn.ModuleList(Block(config, rate) for rate in rates)
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
-        self.register_buffer("rope", rope_table(config.grid, config.head_dim, config.rope_base), persistent=False)
+        self.register_buffer("rope", self.rotary(), persistent=False)
         self.apply(self._initialise)
         nn.init.zeros_(self.output.weight)
 
     def _apply(self, *args: Any, **kwargs: Any) -> "Transformer":
         """Move or cast the weights; the rotary table is made anew, so that it stays float32 whatever they become."""
         super()._apply(*args, **kwargs)
-        config = self.config
-        self.rope = rope_table(config.grid, config.head_dim, config.rope_base).to(self.rope.device)
+        self.rope = self.rotary().to(self.rope.device)
         return self
 
     @staticmethod
@@ -197,19 +187,49 @@ class Transformer(nn.Module):
         if isinstance(module, nn.Linear | nn.Embedding):
             nn.init.normal_(module.weight, std=0.02)
 
+    def rotary(self) -> Tensor:
+        """The rotary table of every position; it is in no file of weights."""
+        config = self.config
+        return rope_table(config.grid, config.head_dim, config.rope_base, config.condition_length)
+
     def blocks(self) -> list[Block]:
         """The blocks, first to last."""
         return [block for block in self.layers if isinstance(block, Block)]
 
     def embed(self, tokens: Tensor, labels: Tensor) -> Tensor:
-        """The input of the first block: tokens [B, t], labels [B] -> [B, 1 + t, D], t < T."""
+        """The input of the first block: tokens [B, t] and their conditions -> [B, N + t, D], t < T."""
         if tokens.shape[1] >= self.config.sequence_length:
             raise UserError(
-                f"{tokens.shape[1]} tokens are too many: the model reads the class and at most the first "
+                f"{tokens.shape[1]} tokens are too many: the model reads the condition and at most the first "
                 f"{self.config.sequence_length - 1} of an image's {self.config.sequence_length} tokens "
                 f"(grid {self.config.grid}); pass tokens[:, :-1]"
             )
         return self.dropout(torch.cat([self.cls_embedding(labels), self.tok_embeddings(tokens)], dim=1))
+
+    def null_condition(self, count: int) -> Tensor:
+        """Labels for `count` images without a condition: int64 [count], or features [count, N, width] for a text model."""
+        return self.cls_embedding.null_condition(count)
+
+    def states(
+        self, tokens: Tensor, labels: Tensor, *, layers: Collection[int], key_mask: Tensor | None = None
+    ) -> dict[int, Tensor]:
+        """Outputs [B, N - 1 + T, D] of `layers` at every position, the condition's too; layer 0 is the first block's input.
+
+        Arguments are otherwise those of `forward`.
+        """
+        x = self.embed(tokens, labels)
+        length, bias = x.shape[1], None
+        key_mask = self.cls_embedding.key_mask(labels, key_mask, length)
+        if key_mask is not None or x.device.type == "cpu":
+            device = x.device.type
+            dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+            bias = attention_bias(key_mask, length, dtype, x.device)  # once, for every layer
+        states = {0: x}
+        for number, block in enumerate(self.blocks()[: max(layers, default=0)], start=1):
+            x = block(x, self.rope[:length], bias)
+            if number in layers:
+                states[number] = x
+        return {layer: states[layer] for layer in layers}
 
     def features(
         self, tokens: Tensor, labels: Tensor, *, layers: Collection[int], key_mask: Tensor | None = None
@@ -223,18 +243,8 @@ class Transformer(nn.Module):
             raise UserError(f"no layer {wrong[0]}: this network has layers 1 to {depth}")
         if not layers:
             raise UserError(f"no layers asked for: give some of 1 to {depth}")
-        x = self.embed(tokens, labels)
-        rope, bias = self.rope[: x.shape[1]], None
-        if key_mask is not None or x.device.type == "cpu":
-            device = x.device.type
-            dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-            bias = attention_bias(key_mask, x.shape[1], dtype, x.device)  # once, for every layer
-        states: dict[int, Tensor] = {}
-        for number, block in enumerate(self.blocks()[: max(layers)], start=1):
-            x = block(x, rope, bias)
-            if number in layers:
-                states[number] = x
-        return states
+        states = self.states(tokens, labels, layers=layers, key_mask=key_mask)
+        return {layer: state[:, self.config.condition_length - 1 :] for layer, state in states.items()}
 
     def head(self, last: Tensor) -> Tensor:
         """Logits [.., V] from the last layer's output [.., D]."""
@@ -247,8 +257,9 @@ class Transformer(nn.Module):
 
         Args:
             tokens: int64 [B, T-1], the images' tokens in raster order without the last (or fewer, for a beginning).
-            labels: int64 [B], classes; `config.null_class` for none.
-            key_mask: bool [B, T], True where attention may not look (Eq. 3); position 0 is the class. Or [B, T, T],
+            labels: the conditions. Of a class model int64 [B], `config.null_class` for none; of a text model captions'
+                features, floating [B, N, width], zeros before a caption that has fewer than N rows (see TextEmbedding).
+            key_mask: bool [B, T], True where attention may not look (Eq. 3); position 0 is the condition. Or [B, T, T],
                 one mask for each query. It is applied on top of the causal mask, in every head and layer.
             hidden: layers, 1..n_layers, whose outputs to return.
         """

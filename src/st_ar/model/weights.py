@@ -13,7 +13,7 @@ from torch import Tensor
 from st_ar.config import ModelConfig, from_dict, to_dict
 from st_ar.errors import UserError
 from st_ar.files import read_json, write_json, written_aside
-from st_ar.model.transformer import Transformer, rope_table
+from st_ar.model.transformer import Transformer
 from st_ar.torch_files import read_tensors
 
 FORMAT_VERSION = 1
@@ -30,6 +30,8 @@ class ModelInfo:
     class_names: list[str]
     tokenizer: str
     """Fingerprint of the tokenizer whose codes the model speaks."""
+    encoder: str
+    """Of a text model: the encoder whose features it was trained on, as far as it is known."""
     source: Path
     """The file that was read."""
     ema: bool
@@ -116,12 +118,13 @@ def open_model(path: Path | str, *, ema: bool = False, grid: int | None = None) 
             f"{list(found.get(wrong, []))} there and {list(expected.get(wrong, []))} by the config"
         )
     model.load_state_dict({key: value.float() for key, value in tensors.items()}, assign=True)
-    model.rope = rope_table(config.grid, config.head_dim, config.rope_base)  # is in no file
+    model.rope = model.rotary()  # is in no file
     info = ModelInfo(
         config=config,
         step=saved.get("step", 0),
         class_names=saved.get("class_names", []),
         tokenizer=saved.get("tokenizer", ""),
+        encoder=saved.get("encoder", ""),
         source=file,
         ema=file.name == EMA,
     )
@@ -140,11 +143,14 @@ HEADS = {(768, 12): 12, (1024, 24): 16, (1280, 36): 20, (1536, 48): 24, (3200, 2
 
 
 def infer_config(tensors: dict[str, Tensor], file: Path) -> ModelConfig:
-    """The architecture of a file of LlamaGen's, from the weights' shapes; grid 16."""
-    if any(name.startswith("cls_embedding.cap_proj") for name in tensors):
-        raise UserError(f"{file} is conditioned on text; this st-ar loads class-conditional models")
+    """The architecture of a file of LlamaGen's, class- or text-conditional, from the weights' shapes; grid 16."""
+    condition: dict[str, Any]
     try:
-        classes = len(tensors["cls_embedding.embedding_table.weight"]) - 1
+        if "cls_embedding.uncond_embedding" in tensors:
+            rows, width = tensors["cls_embedding.uncond_embedding"].shape
+            condition = {"condition": "text", "text_tokens": rows, "text_dim": width}
+        else:
+            condition = {"num_classes": len(tensors["cls_embedding.embedding_table.weight"]) - 1}
         vocab_size, dim = tensors["tok_embeddings.weight"].shape
     except (KeyError, ValueError) as error:
         raise UserError(f"{file} is no transformer of LlamaGen's: {error} is missing or has another shape") from error
@@ -154,7 +160,7 @@ def infer_config(tensors: dict[str, Tensor], file: Path) -> ModelConfig:
         raise UserError(
             f"{file} has width {dim} and {layers} layers: without a config.json beside it only LlamaGen's own sizes are known ({known})"
         )
-    return ModelConfig(dim=dim, n_layers=layers, n_heads=HEADS[dim, layers], vocab_size=vocab_size, num_classes=classes)
+    return ModelConfig(dim=dim, n_layers=layers, n_heads=HEADS[dim, layers], vocab_size=vocab_size, **condition)
 
 
 def load_model(path: Path | str, *, ema: bool = False, grid: int | None = None) -> Transformer:

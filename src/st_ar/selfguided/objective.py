@@ -76,7 +76,7 @@ class SelfGuided(nn.Module):
         )
 
     def teach(self, teacher: Teacher, tokens: Tensor, labels: Tensor, positions: Tensor) -> Targets:
-        """The teacher's unmasked pass over tokens [B, M, T] with the student's labels [B]. No gradient, no output head."""
+        """The teacher's unmasked pass over tokens [B, M, T] with the student's labels [B, ..]. No gradient, no output head."""
         config = self.config
         if not config.needs_teacher:
             return Targets(None, None)
@@ -94,7 +94,7 @@ class SelfGuided(nn.Module):
         """The student's masked pass and Eq. 8.
 
         Args:
-            tokens: int64 [b, M, T]; labels: int64 [b], already dropped.
+            tokens: int64 [b, M, T]; labels: [b] or [b, N, width], as for the model, already dropped.
             draws: this batch's mask and positions; targets: the teacher's features of the same images.
             candidates: teacher features [B, M, K, D] that the contrastive losses choose among, B >= b.
             offset: the place of this batch's first image in `candidates`.
@@ -128,8 +128,8 @@ class SelfGuided(nn.Module):
 
 
 def _sequences(tokens: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Views as a batch of model inputs: tokens [B, M, T], labels [B] -> [B * M, T - 1], [B * M]."""
-    return tokens.flatten(0, 1)[:, :-1], labels.repeat_interleave(tokens.shape[1])
+    """Views as a batch of model inputs: tokens [B, M, T], labels [B, ..] -> [B * M, T - 1], [B * M, ..]."""
+    return tokens.flatten(0, 1)[:, :-1], labels.repeat_interleave(tokens.shape[1], dim=0)
 
 
 def draw(config: SelfGuidedConfig, model: ModelConfig, *, images: int, views: int, seed: int, step: int) -> Draws:

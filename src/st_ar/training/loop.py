@@ -2,6 +2,7 @@
 
 import math
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from st_ar.config import TrainConfig
 from st_ar.data.store import TokenStore
+from st_ar.data.text import open_text
 from st_ar.data.views import Views
 from st_ar.errors import Interrupted
 from st_ar.files import write_json
@@ -26,25 +28,41 @@ from st_ar.training.run import claim, describe_run, require_finite
 from st_ar.training.stopping import stop_on_signal
 
 
-def train(config: TrainConfig, tokens: Path, out: Path, *, resume: bool = False, preset: str = "") -> Path:
+def train(
+    config: TrainConfig,
+    tokens: Path,
+    out: Path,
+    *,
+    text: Path | None = None,
+    resume: bool = False,
+    preset: str = "",
+) -> Path:
     """Train on the token store `tokens` and keep everything in the run folder `out`; returns `out`.
 
-    Sets torch's global seed. The run is a function of the config and the store: stopped at any instant and resumed, it
+    Sets torch's global seed. The run is a function of the config and the stores: stopped at any instant and resumed, it
     ends with the same weights, bit for bit on a CPU.
 
+    Args:
+        text: the captions of the token store's images, for a text model and no other.
+
     Raises:
-        UserError: a store that does not suit the model, a run already there, a resume with other settings, a full disk,
-            or a loss that is not finite.
+        UserError: a store, captions or their absence that do not suit the model, a run already there, a resume with other
+            settings or captions, a full disk, or a loss that is not finite.
         Interrupted: SIGINT or SIGTERM came; a checkpoint of the last finished step was written.
     """
     store = TokenStore(tokens)
     store.check_model(config.model)
+    captions = open_text(text, config.model)
+    if captions is not None:
+        captions.check_tokens(store)
     store.verify()
     device = choose_device(config.device)
     dtype = choose_dtype(config.dtype, device)
     total = config.total_steps(len(store))
-    views = Views(store, batch_size=config.batch_size, views=config.views, seed=config.seed)
-    record = describe_run(config, {"tokens": store.describe()}, dtype, preset)
+    conditions = None if captions is None else partial(captions.features, text_tokens=config.model.text_tokens)
+    views = Views(store, batch_size=config.batch_size, views=config.views, seed=config.seed, conditions=conditions)
+    data = {"tokens": store.describe()} | ({} if captions is None else {"text": captions.describe()})
+    record = describe_run(config, data, dtype, preset)
     claim(out, record, config, len(store), resume=resume)
 
     torch.manual_seed(torch_seed(config.seed, Purpose.INITIALISATION))
@@ -64,7 +82,8 @@ def train(config: TrainConfig, tokens: Path, out: Path, *, resume: bool = False,
 
     def export(step: int) -> None:
         info = {"preset": preset, "class_names": store.meta.class_names, "tokenizer": store.meta.tokenizer}
-        save_export(out / "export", model, teacher.model, {"step": step, **info})
+        encoder = {} if captions is None else {"encoder": captions.encoder}
+        save_export(out / "export", model, teacher.model, {"step": step, **info, **encoder})
 
     if start and exported_step(out / "export") != start:  # the run was killed between its checkpoint and its export
         export(start)
@@ -74,13 +93,15 @@ def train(config: TrainConfig, tokens: Path, out: Path, *, resume: bool = False,
     with progress(out.name, total, unit="steps", done=start) as bar, stop_on_signal() as stop:
         for step in range(start + 1, total + 1):
             batch, labels = views.batch(step - 1)
-            labels = drop_labels(labels, config.model.null_class, config.class_dropout, seed=config.seed, step=step)
+            labels = labels.to(device)
+            null = model.cls_embedding.null(labels)
+            labels = drop_labels(labels, null, config.class_dropout, seed=config.seed, step=step)
             draws = draw(
                 config.selfguided, config.model, images=len(batch), views=config.views, seed=config.seed, step=step
             )
             torch.manual_seed(torch_seed(config.seed, Purpose.DROPOUT, step))
 
-            losses = backward(student, teacher, batch.to(device), labels.to(device), draws, config.accumulate, dtype)
+            losses = backward(student, teacher, batch.to(device), labels, draws, config.accumulate, dtype)
             norm = torch.nn.utils.clip_grad_norm_(student.parameters(), config.optim.grad_clip or math.inf)
             rate = learning_rate(config.optim, step, total)
             for group in optimizer.param_groups:
@@ -115,16 +136,16 @@ def train(config: TrainConfig, tokens: Path, out: Path, *, resume: bool = False,
     return out
 
 
-def drop_labels(labels: Tensor, null_class: int, share: float, *, seed: int, step: int) -> Tensor:
-    """Replace a share of the labels [B] by the null class, drawn per image."""
+def drop_labels(labels: Tensor, null: Tensor | int, share: float, *, seed: int, step: int) -> Tensor:
+    """Replace a share of the labels [B, ..] by the null condition, which has their shape or is one class; drawn per image."""
     dropped = torch.rand(len(labels), generator=torch_generator(seed, Purpose.LABEL_DROPOUT, step)) < share
-    return labels.masked_fill(dropped, null_class)
+    return torch.where(dropped.to(labels.device).view(-1, *[1] * (labels.dim() - 1)), null, labels)
 
 
 def backward(
     student: SelfGuided, teacher: Teacher, tokens: Tensor, labels: Tensor, draws: Draws, pieces: int, dtype: torch.dtype
 ) -> Losses:
-    """Add the gradients of the batch, tokens [B, M, T] and labels [B], in `pieces` micro-batches; returns its losses.
+    """Add the gradients of the batch, tokens [B, M, T] and labels [B, ..], in `pieces` micro-batches; returns its losses.
 
     The teacher goes first over the whole batch, so that each micro-batch has all its images as negatives and the
     gradients are those of the large batch.

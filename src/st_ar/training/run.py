@@ -63,12 +63,14 @@ def claim(out: Path, record: dict[str, Any], config: RunConfig, images: int, *, 
         raise UserError(
             f"{file} has format version {begun.get('format_version')}; this st-ar continues {FORMAT_VERSION}"
         )
+    begun_config = from_dict(type(config), begun.get("config"), str(file))  # an older one's missing settings: defaults
     changed = {
         name: values
-        for part in record.keys() - {"format_version", "preset", "dtype", "environment"}
-        for name, values in differences(begun.get(part) or {}, record[part]).items()
+        for name, values in differences(to_dict(begun_config), record["config"]).items()
         if name not in MAY_CHANGE
     }
+    for part in ("tokens", "text", "images"):
+        changed |= differences(begun.get(part) or {}, record.get(part) or {}, f"{part}.")
     if begun.get("dtype") != record["dtype"]:
         changed["dtype"] = (begun.get("dtype"), record["dtype"])
     if changed:
@@ -76,7 +78,7 @@ def claim(out: Path, record: dict[str, Any], config: RunConfig, images: int, *, 
         raise UserError(
             f"{out} was begun with other settings: {listed}. Give the old ones to resume it, or choose another --out"
         )
-    _check_length(out, from_dict(type(config), begun["config"], str(file)).total_steps(images), config, images, step)
+    _check_length(out, begun_config.total_steps(images), config, images, step)
 
 
 def _check_length(out: Path, before: int, config: RunConfig, images: int, step: int) -> None:

@@ -1,0 +1,196 @@
+"""The text store: captions' features from any text encoder, packed one after another in .safetensors (docs/formats.md)."""
+
+import hashlib
+from collections.abc import Iterable
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from st_ar.config import ModelConfig
+from st_ar.data.store import TokenStore
+from st_ar.errors import UserError
+from st_ar.files import require_absent, sha256, written_aside
+
+DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+"""Types that features may have, and safetensors' names of them."""
+
+
+def write_text(path: Path | str, captions: Iterable[np.ndarray | Tensor], *, encoder: str = "") -> None:
+    """Write captions' features to a new .safetensors file, in one piece: of many captions make several files in a folder.
+
+    Args:
+        captions: one [length, dim] for each image of the token store, in its order; float32, float16 or bfloat16, without
+            padding, all of one type and width.
+        encoder: name of the text encoder. Training keeps it, and sampling refuses another's captions.
+
+    Raises:
+        UserError: a file that is there or has another ending; no captions; or a caption that is empty, of another shape or
+            type, not finite, or with a row of zeros, which would be read as padding.
+    """
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        raise UserError(f"{path}: captions' features are written to a .safetensors file; give a name that ends so")
+    require_absent(path, "a text store")
+    rows: list[Tensor] = []
+    for index, caption in enumerate(captions):
+        rows.append(torch.as_tensor(caption).detach().cpu())
+        _check_caption(rows[-1], rows[0], index)
+    if not rows:
+        raise UserError(f"{path}: no captions were given")
+    tensors = {"features": torch.cat(rows), "lengths": torch.tensor([len(row) for row in rows])}
+    with written_aside(path) as aside:
+        save_file(tensors, aside, metadata={"encoder": encoder})
+
+
+def _check_caption(rows: Tensor, first: Tensor, index: int) -> None:
+    if rows.dim() != 2 or len(rows) == 0 or rows.dtype not in DTYPES:
+        raise UserError(
+            f"caption {index} is {rows.dtype} {list(rows.shape)}: give [length, dim] of at least one row, in float32, "
+            "float16 or bfloat16"
+        )
+    if (rows.shape[1], rows.dtype) != (first.shape[1], first.dtype):
+        raise UserError(
+            f"caption {index} has rows of {rows.shape[1]} {rows.dtype}, the first of {first.shape[1]} {first.dtype}: "
+            "all must come from one encoder"
+        )
+    if not rows.isfinite().all():
+        raise UserError(f"caption {index} has features that are not finite: encode it in float32 or bfloat16")
+    if not rows.any(dim=1).all():
+        raise UserError(
+            f"caption {index} has a row of zeros, which stands for padding: give the caption's own rows alone"
+        )
+
+
+class TextStore:
+    """Captions' features opened for reading: a file of `write_text`'s format, or a folder of them in their names' order.
+
+    Caption i belongs to image i of the token store. The files are memory-mapped; only what is asked for is read.
+
+    Raises:
+        UserError: nothing there, damaged, or not of this format.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        if not self.path.exists():
+            raise UserError(f"{path} does not exist: give captions' features, a .safetensors file or a folder of them")
+        inside = sorted(self.path.glob("*.safetensors")) if self.path.is_dir() else [self.path]
+        self.files = [file for file in inside if not file.name.startswith(".")]
+        if not self.files:
+            raise UserError(f"{path} holds no .safetensors file with captions' features")
+        opened = [_open(file) for file in self.files]
+        self._features = [features for features, _, _ in opened]
+        lengths = [lengths for _, lengths, _ in opened]
+        self.dim = int(self._features[0].get_shape()[1])
+        self.encoder = opened[0][2]
+        for file, features, (_, _, encoder) in zip(self.files, self._features, opened, strict=True):
+            if (features.get_shape()[1], encoder) != (self.dim, self.encoder):
+                raise UserError(
+                    f"{file} has features of width {features.get_shape()[1]} by encoder {encoder!r}, {self.files[0].name} of "
+                    f"{self.dim} by {self.encoder!r}: a text store comes from one encoder"
+                )
+        self.lengths = np.concatenate(lengths)
+        """Rows of each caption, int64 [captions]."""
+        self._starts = np.concatenate([np.cumsum(each) - each for each in lengths])  # within the caption's file
+        self._firsts = np.cumsum([0] + [len(each) for each in lengths])[:-1]  # each file's first caption
+
+    def __len__(self) -> int:
+        """Number of captions."""
+        return len(self.lengths)
+
+    def features(self, images: np.ndarray, text_tokens: int) -> Tensor:
+        """Features float32 [B, text_tokens, dim] of chosen images [B], as a text model reads them.
+
+        A shorter caption has rows of zeros before it; of a longer one the first text_tokens rows are taken.
+        """
+        if len(images) and not 0 <= int(images.min()) <= int(images.max()) < len(self):
+            raise UserError(
+                f"{self.path} has captions 0 to {len(self) - 1}: {images.min()} to {images.max()} were asked for"
+            )
+        out = torch.zeros(len(images), text_tokens, self.dim)
+        files = np.searchsorted(self._firsts, images, side="right") - 1
+        for row, image, file in zip(out, images, files, strict=True):
+            start, count = int(self._starts[image]), min(int(self.lengths[image]), text_tokens)
+            row[text_tokens - count :] = self._features[file][start : start + count]
+        return out
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of the files' checksums; reads all of them, once."""
+        return hashlib.sha256(" ".join(sha256(file) for file in self.files).encode()).hexdigest()
+
+    def describe(self) -> dict[str, object]:
+        """What a run records of the captions that it was trained on."""
+        return {"encoder": self.encoder, "fingerprint": self.fingerprint}
+
+    def check_tokens(self, store: TokenStore) -> None:
+        """Refuse a token store of another number of images."""
+        if len(self) != len(store):
+            left_out = (
+                f" (its skipped.jsonl lists {store.meta.skipped} that were left out)" if store.meta.skipped else ""
+            )
+            raise UserError(
+                f"{self.path} has {len(self)} captions, {store.folder} {len(store)} images{left_out}: "
+                "caption i must be image i's"
+            )
+
+
+def _open(file: Path) -> tuple[Any, np.ndarray, str]:
+    """A file's features (read by slices), lengths and encoder."""
+    try:
+        opened = safe_open(file, framework="pt")
+        keys = set(opened.keys())
+        if keys != {"features", "lengths"}:
+            raise UserError(
+                f"{file} holds {', '.join(sorted(keys)) or 'nothing'}: a text store has features and lengths"
+            )
+        features, lengths = opened.get_slice("features"), opened.get_tensor("lengths")
+        encoder = (opened.metadata() or {}).get("encoder", "")
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{file} is no .safetensors file, or damaged ({error}): write it again") from error
+    shape, dtype = features.get_shape(), features.get_dtype()
+    if len(shape) != 2 or dtype not in DTYPES.values():
+        raise UserError(f"{file}: features are {dtype} {shape}, not [rows, dim] in one of {', '.join(DTYPES.values())}")
+    if lengths.dim() != 1 or lengths.dtype != torch.int64 or len(lengths) == 0 or int(lengths.min()) < 1:
+        raise UserError(f"{file}: lengths must be int64 [captions], each 1 or more, with at least one caption")
+    if int(lengths.sum()) != shape[0]:
+        raise UserError(
+            f"{file}: lengths add up to {int(lengths.sum())} rows, features have {shape[0]}: write it again"
+        )
+    return features, lengths.numpy(), encoder
+
+
+def open_text(path: Path | None, config: ModelConfig, encoder: str = "") -> TextStore | None:
+    """The captions for a text model, None for a class model.
+
+    Args:
+        encoder: the one whose features the model was trained on, if it is known.
+
+    Raises:
+        UserError: captions that are missing, not wanted, or of another width or encoder than the model's.
+    """
+    if config.condition == "class":
+        if path is not None:
+            raise UserError(
+                f"--text {path} is for text models; this one is drawn for {config.condition_name}: leave it out"
+            )
+        return None
+    if path is None:
+        raise UserError("this model is drawn for captions: give their features with --text")
+    text = TextStore(path)
+    if text.dim != config.text_dim:
+        raise UserError(
+            f"{path} has features of width {text.dim}, the model reads {config.text_dim}: train with --model.text-dim {text.dim}, "
+            "or use the encoder that the model was made for"
+        )
+    if encoder and text.encoder and encoder != text.encoder:
+        raise UserError(
+            f"{path} was encoded by {text.encoder!r}, the model was trained on captions by {encoder!r}: encode them with the latter"
+        )
+    return text
