@@ -28,7 +28,7 @@ from st_ar.model.generate import generate
 from st_ar.model.transformer import Transformer
 from st_ar.presets import get_preset
 from st_ar.vq_config import VQ_16, VQConfig
-from tokenizing import measure as encode
+from tokenizing import measure_encoding, random_tokenizer
 from training import measure
 
 
@@ -100,8 +100,13 @@ def photographs(_device: torch.device, small: bool) -> dict[str, Any]:
 def tokenizing(device: torch.device, small: bool) -> dict[str, Any]:
     """Images/s of VQ-16's encoder at 256 px."""
     if small:
-        return encode(VQConfig(channels=32, multipliers=(1, 2), codebook_size=64), 32, 2, 2, device)
-    return {f"batch {batch}": encode(VQ_16, 256, batch, 10, device) for batch in (16, 64)}
+        tiny = random_tokenizer(VQConfig(channels=32, multipliers=(1, 2), codebook_size=64))
+        return measure_encoding(tiny, torch.rand(2, 3, 32, 32) * 2 - 1, 2, device)
+    tokenizer = random_tokenizer(VQ_16)
+    return {
+        f"batch {batch}": measure_encoding(tokenizer, torch.rand(batch, 3, 256, 256) * 2 - 1, 10, device)
+        for batch in (16, 64)
+    }
 
 
 SLICES = {

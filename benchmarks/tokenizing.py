@@ -1,17 +1,30 @@
-"""Encoding images with VQ-16 at 256 px: ours against the plain reading of the same architecture, side by side.
+"""Encoding images with a VQ-GAN: ours against the plain reading of the same architecture, side by side, and the whole job.
 
-The plain reading: float32, the default memory layout, distances by the expanded square. The weights are random: the time does not
-depend on them; the share of codes that stay equal in bfloat16 does, and trained weights have fewer near-ties.
+The plain reading: float32, the default memory layout, distances by the expanded square. Without --tokenizer it is VQ-16 at 256 px
+with random weights: the time does not depend on them; the share of codes that stay equal in bfloat16 does.
+
+The job is `st-ar tokenize` with ten crops, from images as they lie on the disk to a finished store; without --images, of JPEG
+files of 500 x 375 pixels cut from photographs that scikit-image and scikit-learn carry.
 """
 
 import argparse
+import tempfile
+import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 
 from common import ratio, save, summarise, time_in_turn
+from st_ar.data.crops import Crops, center_crop
+from st_ar.data.images import ImageSource, open_images
+from st_ar.data.tokenize import tokenize
+from st_ar.evaluation.reconstruction import evaluation_images
 from st_ar.hardware import choose_device, choose_dtype
+from st_ar.tokenizer import Tokenizer, load_tokenizer, to_pixels
 from st_ar.tokenizer.vq import VQTokenizer
 from st_ar.tokenizer.vq_network import Painter, Reader
 from st_ar.vq_config import VQ_16, VQConfig
@@ -25,18 +38,24 @@ def plain_encode(reader: Reader, codebook: torch.Tensor, images: torch.Tensor) -
     return distances.argmin(1).unflatten(0, (len(images), *features.shape[2:]))
 
 
-def measure(config: VQConfig, size: int, batch: int, rounds: int, device: torch.device) -> dict[str, dict[str, Any]]:
-    """Images/s of each way of encoding, and how many of its codes equal the plain one's."""
+def random_tokenizer(config: VQConfig) -> VQTokenizer:
+    """A tokenizer with untrained weights."""
     torch.manual_seed(0)
-    dtype = choose_dtype("auto", device)
     tensors = {**Reader(config).state_dict(), **Painter(config).state_dict()}
     tensors["quantize.embedding.weight"] = torch.randn(config.codebook_size, config.codebook_dim)
-    plain = Reader(config).requires_grad_(False)
-    plain.load_state_dict({name: tensors[name] for name in plain.state_dict()})
+    return VQTokenizer(config, tensors)
+
+
+def measure_encoding(
+    tokenizer: VQTokenizer, images: torch.Tensor, rounds: int, device: torch.device
+) -> dict[str, dict[str, Any]]:
+    """Images/s of each way of encoding images [B, 3, S, S], and how many of its codes equal the plain one's."""
+    dtype = choose_dtype("auto", device)
+    plain = Reader(tokenizer.config).requires_grad_(False)
+    plain.load_state_dict({name: tokenizer.tensors[name] for name in plain.state_dict()})
     plain = plain.to(device)
-    exact = VQTokenizer(config, tensors).to(device, torch.float32)
-    fast = VQTokenizer(config, tensors).to(device, dtype)
-    images = torch.rand(batch, 3, size, size, device=device) * 2 - 1
+    exact, fast = tokenizer.to(device, torch.float32), tokenizer.to(device, dtype)
+    images = images.to(device)
     actions: dict[str, Callable[[], torch.Tensor]] = {
         "plain": lambda: plain_encode(plain, exact.codebook, images),
         "ours, float32": lambda: exact.encode(images),
@@ -47,7 +66,7 @@ def measure(config: VQConfig, size: int, batch: int, rounds: int, device: torch.
     return {
         name: {
             "seconds": summarise(taken),
-            "images_per_second": batch / summarise(taken)["median"],
+            "images_per_second": len(images) / summarise(taken)["median"],
             "plain_takes_times_as_long": ratio(times["plain"], taken),
             "codes_equal_to_plain": (codes[name] == codes["plain"]).float().mean().item(),
         }
@@ -55,17 +74,103 @@ def measure(config: VQConfig, size: int, batch: int, rounds: int, device: torch.
     }
 
 
+class Timed:
+    """A tokenizer that adds up the seconds of its network."""
+
+    kind = "timed"
+
+    def __init__(self, tokenizer: VQTokenizer) -> None:
+        self.tokenizer, self.seconds = tokenizer, 0.0
+
+    def encode(self, images: torch.Tensor) -> torch.Tensor:
+        """As the tokenizer does."""
+        begun = time.perf_counter()
+        codes = self.tokenizer.encode(images)
+        self.seconds += time.perf_counter() - begun
+        return codes
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.tokenizer, name)
+
+
+def measure_job(
+    tokenizer: VQTokenizer, source: ImageSource, size: int, crop_range: float, workers: int, batch: int
+) -> dict[str, Any]:
+    """The whole job on a source: images/s, crops/s, and the share of the time that the network does not take."""
+    timed = Timed(tokenizer)
+    serving: Tokenizer = timed  # type: ignore[assignment]
+    crops = Crops(kind="ten", size=size, range=crop_range, mirror=source.mirror)
+    with tempfile.TemporaryDirectory() as folder:
+        begun = time.perf_counter()
+        store = tokenize(source, serving, crops, Path(folder) / "store", batch_size=batch, workers=workers)
+        seconds = time.perf_counter() - begun
+        images = len(store)
+    return {
+        "images": images,
+        "crops": len(crops.names),
+        "workers": workers,
+        "seconds": seconds,
+        "images_per_second": images / seconds,
+        "crops_per_second": images * len(crops.names) / seconds,
+        "share_outside_the_network": 1 - timed.seconds / seconds,
+    }
+
+
+def photographs(folder: Path, count: int) -> ImageSource:
+    """A folder of JPEG files of 500 x 375 pixels, cut from the embedded photographs."""
+    from importlib.resources import files
+
+    from st_ar.data.images import PHOTOGRAPHS
+
+    rng = np.random.default_rng(0)
+    places = list(PHOTOGRAPHS.items())
+    for index in range(count):
+        name, place = places[index % len(places)]
+        package, _, path = place.partition("/")
+        with files(package).joinpath(path).open("rb") as file:
+            pixels = center_crop(Image.open(file).convert("RGB"), 500)
+        top = rng.integers(126)
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels[top : top + 375]).save(folder / name / f"{index:04d}.jpg", quality=92)
+    return open_images(f"folder:{folder}")
+
+
 def main() -> None:
     """Measure, print, save."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument(
+        "--tokenizer", type=Path, help="a trained tokenizer's folder; by default VQ-16 with random weights"
+    )
+    parser.add_argument("--images", help="image source; by default JPEG files made for the purpose")
+    parser.add_argument("--size", type=int, default=256)
+    parser.add_argument("--crop-range", type=float, default=1.1)
+    parser.add_argument("--batch", type=int, default=4, help="crops encoded at once")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--workers", type=int, nargs="*", default=[0])
     parser.add_argument("--name", default="tokenizing-cpu")
     given = parser.parse_args()
-    results = measure(VQ_16, 256, given.batch, given.rounds, choose_device("auto"))
-    for name, r in results.items():
-        print(f"{name:16}{r['images_per_second']:8.2f} images/s   codes equal {100 * r['codes_equal_to_plain']:.2f} %")
-    save(given.name, {"batch": given.batch, **results})
+    device = choose_device("auto")
+    dtype = choose_dtype("auto", device)
+    with tempfile.TemporaryDirectory() as folder:
+        source = open_images(given.images) if given.images else photographs(Path(folder), 4)
+        tokenizer = load_tokenizer(given.tokenizer) if given.tokenizer else random_tokenizer(VQ_16)
+        assert isinstance(tokenizer, VQTokenizer), "give a VQ-GAN"
+        examples = torch.from_numpy(evaluation_images(source, given.size, given.batch))
+        results = measure_encoding(tokenizer, to_pixels(examples), given.rounds, device)
+        for name, r in results.items():
+            print(
+                f"{name:16}{r['images_per_second']:9.2f} images/s   codes equal {100 * r['codes_equal_to_plain']:.2f} %"
+            )
+        jobs = [
+            measure_job(tokenizer.to(device, dtype), source, given.size, given.crop_range, workers, given.batch)
+            for workers in given.workers
+        ]
+        for job in jobs:
+            print(
+                f"job, {job['workers']} workers: {job['crops_per_second']:.1f} crops/s, "
+                f"{100 * job['share_outside_the_network']:.1f} % outside the network"
+            )
+    save(given.name, {"batch": given.batch, "encoding": results, "job": {"dtype": str(dtype), "runs": jobs}})
 
 
 if __name__ == "__main__":

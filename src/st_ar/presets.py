@@ -186,3 +186,21 @@ def llamagen_digits() -> TrainConfig:
 def st_ar_digits() -> TrainConfig:
     """st-ar-photos for the embedded digits."""
     return replace(llamagen_digits(), selfguided=st_ar_photos().selfguided)
+
+
+# CIFAR-10 (32 px, 8 x 8 tokens of vq-cifar10's 1,024 codes)
+
+
+@preset
+def llamagen_cifar10() -> TrainConfig:
+    """5.7M parameters on CIFAR-10, plain, on two views of each image (the augmentation-only control)."""
+    base = llamagen_photos()
+    model = replace(base.model, dim=256, n_layers=6, n_heads=8, vocab_size=1024, num_classes=10)
+    optim = replace(base.optim, warmup_steps=100)
+    return replace(base, model=model, optim=optim, steps=1500, checkpoint_every=500)
+
+
+@preset
+def st_ar_cifar10() -> TrainConfig:
+    """ST-AR on CIFAR-10: the same data, steps and tokens as llamagen-cifar10."""
+    return replace(llamagen_cifar10(), selfguided=st_ar_photos().selfguided)
