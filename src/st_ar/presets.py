@@ -193,7 +193,7 @@ def st_ar_digits() -> TrainConfig:
 
 @preset
 def llamagen_cifar10() -> TrainConfig:
-    """5.7M parameters on CIFAR-10, plain, on two views of each image (the augmentation-only control)."""
+    """5.6M parameters on CIFAR-10, plain, on two views of each image (the augmentation-only control)."""
     base = llamagen_photos()
     model = replace(base.model, dim=256, n_layers=6, n_heads=8, vocab_size=1024, num_classes=10)
     optim = replace(base.optim, warmup_steps=100)

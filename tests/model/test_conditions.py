@@ -9,15 +9,17 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from torch import Tensor
 
+from st_ar.config import ModelConfig
 from st_ar.errors import UserError
 from st_ar.evaluation.attention import attention_maps, attention_statistics
 from st_ar.model.conditions import TextEmbedding
 from st_ar.model.generate import Decoder, generate
 from st_ar.model.transformer import Transformer, rope_table
 from st_ar.selfguided.masking import random_key_mask, show_own_position
-from tests.toys import TINY, TINY_TEXT, random_captions, random_model, random_sequences
+from tests.toys import FIXTURES, NO_DROPOUT, TINY, TINY_TEXT, random_captions, random_model, random_sequences
 
 N, T = TINY_TEXT.text_tokens, TINY_TEXT.sequence_length
 LENGTHS = st.lists(st.integers(1, N), min_size=1, max_size=3)
@@ -272,3 +274,18 @@ def test_attention_maps_have_the_captions_keys_first_and_padding_unseen() -> Non
         assert not weights[:, :, 0, N:].any()
         statistics = attention_statistics(weights, 3)
         assert statistics.class_weight == pytest.approx(weights[:, :, 1:, :N].sum(-1).double().mean().item())
+
+
+def test_agrees_with_what_llamagen_gave() -> None:
+    """Logits of three captions of 120, 7 and 1 rows, and greedy tokens with and without guidance, recorded from LlamaGen."""
+    file = load_file(FIXTURES / "llamagen_t2i_tiny.safetensors")
+    weights = {name.removeprefix("weights/"): t for name, t in file.items() if name.startswith("weights/")}
+    text = {"condition": "text", "text_tokens": 120, "text_dim": 16}
+    model = Transformer(ModelConfig(dim=32, n_layers=2, n_heads=2, vocab_size=64, grid=4, **text, **NO_DROPOUT)).eval()
+    model.load_state_dict(weights)
+    features, tokens = file["io/features"], file["io/tokens"]
+    with torch.no_grad():
+        logits = model(tokens[:, :-1], features).logits
+    torch.testing.assert_close(logits, file["io/logits"], rtol=1e-5, atol=1e-5)
+    for scale in (1.0, 2.5):
+        assert generate(model, features, cfg_scale=scale, greedy=True).equal(file[f"io/greedy_cfg{scale}"])
