@@ -25,6 +25,7 @@ from st_ar import load_tokenizer
 from st_ar.data.images import Example
 from st_ar.data.pixels import Pixels
 from st_ar.errors import Interrupted, UserError
+from st_ar.evaluation.efficientnet import PerceptualLoss, load_efficientnet
 from st_ar.evaluation.reconstruction import evaluation_images, reconstruct
 from st_ar.tokenizer import to_pixels
 from st_ar.tokenizer import train as module
@@ -273,6 +274,44 @@ def test_the_gradient_norm_is_that_before_clipping(monkeypatch: pytest.MonkeyPat
     assert found == pytest.approx(plain, rel=1e-5)
     assert found > 1e-2
     assert norms == pytest.approx([1e-3, min(1.0, plain)], rel=1e-3)
+
+
+def test_the_perceptual_loss_takes_part_with_its_weight() -> None:
+    config = replace(TOY_GAN, size=16, perceptual_weight=2.0, optim=replace(TOY_GAN.optim, grad_clip=0.0))
+    training, plain = training_of(config), training_of(replace(config, perceptual_weight=0.0))
+    assert plain.perceptual is None
+    images = batch(1, config)
+    network, loss = copy.deepcopy(training.network), PerceptualLoss(load_efficientnet())
+    made = network(images)
+    perceptual = loss(made.images, images)
+    (F.l1_loss(made.images, images) + F.mse_loss(made.images, images) + 2 * perceptual).backward()
+    found, without = (trainee.step(images, 1, 1e-3) for trainee in (training, plain))
+    assert "loss_perceptual" not in without
+    assert found["loss_perceptual"].item() == pytest.approx(perceptual.item(), rel=1e-4)
+    expected = training_of(config)
+    for (name, parameter), reference in zip(
+        network.painter.named_parameters(), expected.network.painter.parameters(), strict=True
+    ):
+        assert parameter.grad is not None, name
+        reference.grad = parameter.grad
+    for group in expected.optimizer.param_groups:
+        group["lr"] = 1e-3
+    expected.optimizer.step()
+    torch.testing.assert_close(training.network.last_layer, expected.network.last_layer, rtol=0, atol=1e-5)
+    assert (
+        training.network.last_layer - plain.network.last_layer
+    ).abs().max() > 1e-3  # the steps of Adam have other signs
+
+
+def test_bfloat16_is_for_the_convolutions_alone() -> None:
+    full, half = training_of(), training_of(replace(TOY_GAN, dtype="bfloat16"))
+    (expected,), (found,) = (steps(training, range(1, 2)) for training in (full, half))
+    for name in ("loss_l1", "loss_l2", "loss_commitment"):
+        assert found[name].dtype == torch.float32
+        assert found[name].item() == pytest.approx(expected[name].item(), rel=0.03)
+        assert found[name] != expected[name]
+    assert {parameter.dtype for parameter in [*half.network.parameters(), *half.ema.parameters()]} == {torch.float32}
+    torch.testing.assert_close(half.network.codebook.norm(dim=1), torch.ones(16))  # features of length one
 
 
 # What a run leaves
