@@ -65,6 +65,7 @@ class TrainVQ:
 
     def run(self) -> None:
         from st_ar.data.images import open_images
+        from st_ar.data.ranks import Ranks
         from st_ar.tokenizer.train import train_tokenizer
 
         train_tokenizer(
@@ -76,9 +77,10 @@ class TrainVQ:
             preset=self.preset,
             workers=self.workers,
         )
-        print(
-            f"{self.out}: trained; it is a tokenizer now, and {self.out / 'reconstructions'} shows what it makes of images"
-        )
+        if Ranks.from_environment().rank == 0:
+            print(
+                f"{self.out}: trained; it is a tokenizer now, and {self.out / 'reconstructions'} shows what it makes of images"
+            )
 
 
 def vq_command(name: str, default: VQTrainConfig) -> type[TrainVQ]:

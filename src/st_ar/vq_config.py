@@ -78,6 +78,17 @@ class AdversaryConfig:
         for name in ("channels", "layers"):
             value = getattr(self, name)
             require(value >= 1, f"--adversary.{name} must be at least 1, not {value}")
+        for width in self.widths[1:]:
+            require(
+                width % min(32, width) == 0,
+                f"--adversary.channels {self.channels} gives a layer {width} channels: "
+                "the group norms need a multiple of 32, or fewer than 32",
+            )
+
+    @property
+    def widths(self) -> list[int]:
+        """Channels after each convolution but the last, which gives the verdicts."""
+        return [self.channels * min(2**index, 8) for index in range(self.layers + 1)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,6 +170,7 @@ class VQTrainConfig:
             f"--size {self.size} is no whole number of {self.model.patch}-pixel codes: "
             f"--model.multipliers has {len(self.model.multipliers)} levels",
         )
+        require(self.size >= 11, f"--size {self.size} is too small: SSIM compares windows of 11 pixels")
         smallest = self.size >> self.adversary.layers
         require(
             self.adversary.start >= (self.steps or 1 << 62) or smallest >= 3,

@@ -113,6 +113,15 @@ def test_saving_a_step_again_replaces_it(folder: Path) -> None:
     assert_equal_bits(fresh.state(), run.state())
 
 
+def test_a_partial_folder_that_another_rank_has_just_cleared_is_no_trouble(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gone = folder / ".step_00000007.partial"
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "glob", lambda place, pattern: iter([gone] if place == folder else []))
+        assert Run(folder, seed=1).checkpoints.restore() == 5
+
+
 def test_a_partial_folder_is_never_listed_and_is_cleared_by_the_next_save(folder: Path) -> None:
     partial = folder / ".step_00000007.partial"
     partial.mkdir()

@@ -207,6 +207,6 @@ class Pixels:
             got += 1
         if got < length:
             raise UserError(
-                f"{self.source.name} ended after {start + got} of {self.images} images: it has changed or is damaged"
+                f"{self.source.name} ended before image {start + got + 1} of {self.images}: it has changed or is damaged"
             )
         self._stream = (start + length, examples)

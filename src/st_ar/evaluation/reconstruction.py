@@ -1,6 +1,5 @@
 """How faithful a tokenizer is: PSNR, SSIM, and how much of its codebook it uses."""
 
-import contextlib
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -11,9 +10,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from st_ar.data.crops import center_crop
-from st_ar.data.decode import BrokenImageError
 from st_ar.data.images import ImageSource
+from st_ar.data.pool import decode
 from st_ar.errors import UserError
 from st_ar.figures import strip
 from st_ar.files import written_aside
@@ -90,18 +88,18 @@ def evaluation_images(source: ImageSource, size: int, count: int, places: int = 
     Raises:
         UserError: none of them can be read.
     """
-    starts, share = [0], count
+    bounds, starts = np.array([0, count]), np.array([0])
     if not source.streaming and source.count and source.count > count:
-        share = -(-count // places)
-        starts = np.linspace(0, source.count - share, places).astype(int).tolist()
-    found: list[np.ndarray] = []
-    for start in starts:
-        for example in islice(source.examples(start), share):
-            with contextlib.suppress(BrokenImageError):
-                found.append(center_crop(example.read(), size))
-    if not found:
+        bounds = np.linspace(0, count, places + 1).astype(int)
+        starts = bounds[:-1] + np.linspace(0, source.count - count, places).astype(int)
+    found = [
+        decode(list(islice(source.examples(int(start)), int(share))), size).pixels
+        for start, share in zip(starts, np.diff(bounds), strict=True)
+    ]
+    images = np.concatenate(found)
+    if not len(images):
         raise UserError(f"{source.name} has no image that can be read")
-    return np.stack(found[:count])
+    return images
 
 
 def save_picture(path: Path, images: np.ndarray, made: np.ndarray, count: int = 32, columns: int = 8) -> None:

@@ -78,7 +78,7 @@ class Discriminator(nn.Module):
 
     def __init__(self, config: AdversaryConfig) -> None:
         super().__init__()
-        widths = [config.channels * min(2**i, 8) for i in range(config.layers + 1)]
+        widths = config.widths
         layers: list[nn.Module] = [nn.Conv2d(3, widths[0], 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
         for index, (a, b) in enumerate(pairwise(widths), start=1):
             stride = 2 if index < config.layers else 1

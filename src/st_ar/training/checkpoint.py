@@ -120,7 +120,7 @@ class Checkpoints:
     def restore(self) -> int:
         """Load the newest checkpoint into modules and optimizer; returns its step, 0 if there is none yet."""
         for partial in self.folder.glob(".step_*.partial"):
-            shutil.rmtree(partial)
+            shutil.rmtree(partial, ignore_errors=True)  # another rank may be at it too
         found = list_checkpoints(self.folder)
         if not found:
             return 0
