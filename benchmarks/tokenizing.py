@@ -55,11 +55,13 @@ def measure_encoding(
     plain.load_state_dict({name: tokenizer.tensors[name] for name in plain.state_dict()})
     plain = plain.to(device)
     exact, fast = tokenizer.to(device, torch.float32), tokenizer.to(device, dtype)
+    compiled, short = tokenizer.to(device, dtype, compiled=True), str(dtype).removeprefix("torch.")
     images = images.to(device)
     actions: dict[str, Callable[[], torch.Tensor]] = {
         "plain": lambda: plain_encode(plain, exact.codebook, images),
         "ours, float32": lambda: exact.encode(images),
-        f"ours, {str(dtype).removeprefix('torch.')}": lambda: fast.encode(images),
+        f"ours, {short}": lambda: fast.encode(images),
+        f"ours, {short}, compiled": lambda: compiled.encode(images),
     }
     codes = {name: action().cpu() for name, action in actions.items()}
     times = time_in_turn(actions, rounds=rounds, warmup=1, device=device)
@@ -159,7 +161,7 @@ def main() -> None:
         results = measure_encoding(tokenizer, to_pixels(examples), given.rounds, device)
         for name, r in results.items():
             print(
-                f"{name:16}{r['images_per_second']:9.2f} images/s   codes equal {100 * r['codes_equal_to_plain']:.2f} %"
+                f"{name:26}{r['images_per_second']:9.2f} images/s   codes equal {100 * r['codes_equal_to_plain']:.2f} %"
             )
         jobs = [
             measure_job(tokenizer.to(device, dtype), source, given.size, given.crop_range, workers, given.batch)

@@ -70,6 +70,7 @@ def tokenize(
         "size": crops.size,
         "range": crops.range,
         "dtype": str(getattr(tokenizer, "dtype", torch.float32)),
+        **({"compiled": True} if getattr(tokenizer, "compiled", False) else {}),
         "images_per_shard": images_per_shard,
     }
     shards = None if source.count is None else -(-source.count // images_per_shard)
@@ -109,8 +110,9 @@ def tokenize(
     )
 
 
-def place_tokenizer(path: Path, device: str, dtype: str) -> Tokenizer:
-    """Load a tokenizer; a VQ network goes to `device`, under torchrun to the GPU of its local rank, and computes in `dtype`.
+def place_tokenizer(path: Path, device: str, dtype: str, compiled: bool = False) -> Tokenizer:
+    """Load a tokenizer; a VQ network goes to `device`, under torchrun to the GPU of its local rank, and computes in `dtype`,
+    perhaps `compiled`.
 
     Raises:
         UserError: no tokenizer, or no such device.
@@ -120,7 +122,7 @@ def place_tokenizer(path: Path, device: str, dtype: str) -> Tokenizer:
         chosen = choose_device(device)
         if chosen.type == "cuda":
             chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
-        tokenizer = tokenizer.to(chosen, torch.bfloat16 if dtype == "bfloat16" else torch.float32)
+        tokenizer = tokenizer.to(chosen, torch.bfloat16 if dtype == "bfloat16" else torch.float32, compiled=compiled)
     return tokenizer
 
 

@@ -47,13 +47,16 @@ class VQTokenizer:
 
     def __init__(self, config: VQConfig, tensors: dict[str, Tensor]) -> None:
         self.config, self.tensors = config, tensors
-        self.device, self.dtype = torch.device("cpu"), torch.float32
+        self.device, self.dtype, self.compiled = torch.device("cpu"), torch.float32, False
         self.codebook = F.normalize(tensors["quantize.embedding.weight"].float(), dim=-1)
 
-    def to(self, device: torch.device, dtype: torch.dtype) -> "VQTokenizer":
-        """Compute on a device and in a type; codes are compared in float32 whatever it is."""
+    def to(self, device: torch.device, dtype: torch.dtype, *, compiled: bool = False) -> "VQTokenizer":
+        """Compute on a device and in a type, perhaps compiled by torch.compile, which pays for many images alone.
+
+        Codes are compared in float32 whatever the type is.
+        """
         moved = VQTokenizer(self.config, self.tensors)
-        moved.device, moved.dtype, moved.codebook = device, dtype, self.codebook.to(device)
+        moved.device, moved.dtype, moved.compiled, moved.codebook = device, dtype, compiled, self.codebook.to(device)
         return moved
 
     @cached_property
@@ -73,6 +76,8 @@ class VQTokenizer:
         for parameter in half.parameters():
             if parameter.dim() == 4:  # convolutions are fastest with channels last
                 parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+        if self.compiled:
+            half.compile()
         return half
 
     @property
