@@ -28,6 +28,7 @@ from st_ar.selfguided.teacher import Teacher
 from st_ar.training import loop
 from st_ar.training.log import append_log
 from st_ar.training.loop import backward, drop_labels, train
+from st_ar.training.stopping import stop_on_signal
 from tests.data.random_store import FINGERPRINT, random_store
 from tests.disk import contents, flip_byte, full_disk, refused
 from tests.toys import NO_DROPOUT, random_model
@@ -369,10 +370,21 @@ def test_a_run_that_broke_before_its_first_checkpoint_begins_anew(
     assert_same_result(tmp_path / "run", straight)
 
 
-def test_signals_are_handled_as_before_once_training_is_over(straight: Path) -> None:
-    assert straight.exists()
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+def test_signals_are_handled_as_before_once_training_is_over() -> None:
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, signal.default_int_handler) for number in numbers]
+    try:
+        with stop_on_signal() as stop:
+            assert all(signal.getsignal(number) is not signal.default_int_handler for number in numbers)
+            signal.raise_signal(signal.SIGTERM)
+            assert stop == [signal.SIGTERM]
+            assert all(
+                signal.getsignal(number) is signal.default_int_handler for number in numbers
+            )  # a second one is at once
+        assert all(signal.getsignal(number) is signal.default_int_handler for number in numbers)
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
 
 
 def test_resuming_a_finished_run_changes_nothing_but_its_config(tokens: Path, run: Path) -> None:
