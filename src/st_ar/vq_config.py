@@ -131,8 +131,6 @@ class VQTrainConfig:
     """Convolutions in bfloat16 (weights stay float32); auto uses it where the hardware has it."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train; auto takes a GPU if there is one."""
-    compile: bool = False
-    """Compile the networks with torch.compile (needs a C++ compiler on a CPU)."""
     log_every: int = 20
     """Optimizer steps between lines of log.jsonl."""
     evaluate_every: int = 1000

@@ -64,11 +64,8 @@ class Training:
         return Checkpoints(folder, everything, nn.ModuleDict(parts), optimizers, self.config.keep)
 
     def share(self) -> None:
-        """Average gradients over the ranks, and compile, from the next step on."""
+        """Average gradients over the ranks from the next step on."""
         self.shared_network, self.shared_adversary = shared(self.network), shared(self.adversary)
-        if self.config.compile:
-            self.shared_network.compile()
-            self.shared_adversary.compile()
 
     def step(self, images: Tensor, step: int, rate: float) -> dict[str, Tensor]:
         """Optimizer step `step`, counted from 1, on this rank's images [B, 3, S, S]; what there is to be logged of it."""
