@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from st_ar.errors import UserError
+from st_ar.model.packing import packed
 from st_ar.model.transformer import Transformer, attention_bias
 
 
@@ -20,7 +21,7 @@ class Decoder:
 
     def __init__(self, model: Transformer, labels: Tensor) -> None:
         config = model.config
-        self.model = model
+        self.model = packed(model, len(labels))
         self.position = 0
         self.next_input = model.cls_embedding(labels)  # (B, N, D)
         dtype, device = self.next_input.dtype, labels.device
