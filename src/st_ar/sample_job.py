@@ -4,6 +4,7 @@ A stopped job is continued by the same command, with any number of ranks, and en
 """
 
 import json
+import shutil
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -119,7 +120,7 @@ class SampleJob:
                 self._path(part).unlink(missing_ok=True)
         (self.folder / JOB).unlink()
         if self.packs:
-            self.folder.rmdir()
+            shutil.rmtree(self.folder)
 
     def _wait_for_all(self) -> None:
         todo = set(range(self.parts))
