@@ -515,6 +515,14 @@ def test_labels_of_another_shape_or_type_are_refused(labels: Tensor) -> None:
         generate(random_model(), labels)
 
 
+def test_a_model_that_has_diverged_is_refused() -> None:
+    model = random_model()
+    with torch.no_grad():
+        model.norm.weight[3] = math.nan
+    with pytest.raises(UserError, match="logits are not finite: its training has diverged"):
+        generate(model, LABELS, seed=0)
+
+
 def test_a_grid_of_one_token_samples() -> None:
     config = ModelConfig(dim=8, n_layers=1, n_heads=1, vocab_size=5, grid=1, num_classes=2, **NO_DROPOUT)
     model = random_model(config)

@@ -97,13 +97,10 @@ def choose(logits: Tensor, uniform: Tensor) -> Tensor:
     """Draw a token [B] from each row of logits [B, V], given a number in [0, 1) for each [B]: the inverse of the
     cumulative distribution. Nothing waits for the device.
     """
-    probabilities = logits.float().softmax(dim=-1)
-    mass = probabilities.cumsum(dim=-1)
-    place = (
-        uniform[:, None].clamp(max=1 - 2**-20) * mass[:, -1:]
-    )  # short of the total, for some token's mass to pass it
-    # The first token whose mass passes it. A GPU's sums may also rise by rounding, where a token has been removed.
-    return ((mass > place) & (probabilities > 0)).byte().argmax(dim=-1)
+    # In whole numbers sums are exact in any order, so that a token without mass is never drawn, on a GPU neither.
+    mass = (logits.float().softmax(dim=-1) * 2**40).long().cumsum(dim=-1)
+    place = (uniform[:, None].double() * mass[:, -1:]).long()
+    return torch.searchsorted(mass, place, right=True)[:, 0]
 
 
 @torch.no_grad()
@@ -144,7 +141,7 @@ def generate(
         num_tokens: stop after this many tokens [B, num_tokens]; all T if None.
 
     Raises:
-        UserError: a label, a setting or num_tokens out of range.
+        UserError: a label, a setting or num_tokens out of range, or a model whose logits are not finite.
     """
     guidance = SampleSettings(
         cfg_scale=cfg_scale,
@@ -168,6 +165,8 @@ def generate(
             guided = False
             decoder.keep(batch)
         logits = decoder.logits().float()
+        if position == 0 and not logits.isfinite().all():  # once, since the host waits
+            raise UserError("the model's logits are not finite: its training has diverged, or it needs float32")
         if guided:
             conditional, null = logits.chunk(2)
             logits = null + guidance_scale(guidance, position, model.config.sequence_length) * (conditional - null)
