@@ -23,7 +23,8 @@ from st_ar.data.store import TokenStore
 from st_ar.evaluation.probe import ProbeConfig, probe
 from st_ar.model.weights import load_model
 from st_ar.presets import PRESETS
-from st_ar.sampling import SampleSettings, sample_images
+from st_ar.sample_config import SampleSettings
+from st_ar.sampling import sample_images
 from st_ar.tokenizer import load_tokenizer
 from st_ar.tokenizer.kmeans import KMeansTokenizer
 from st_ar.verbs import VERBS
@@ -69,7 +70,10 @@ def flags(cls: type, prefix: str = "") -> list[str]:
     for field in dataclasses.fields(cls):
         hint = get_type_hints(cls)[field.name]
         name = field.name.replace("_", "-")
-        found += flags(hint, f"{prefix}{name}.") if hint in nested else [f"--{prefix}{name}"]
+        if hint is SampleSettings:
+            found += flags(hint, prefix)
+        else:
+            found += flags(hint, f"{prefix}{name}.") if hint in nested else [f"--{prefix}{name}"]
     return found
 
 
@@ -292,6 +296,27 @@ def test_samples_in_a_file_and_in_a_folder_are_the_same_images(line: Line, tmp_p
     metadata = [json.loads((tmp_path / name).read_text()) for name in ("samples.json", "samples/metadata.json")]
     assert metadata[0] == metadata[1]
     assert metadata[0]["settings"] == dataclasses.asdict(settings)
+    previews = [(tmp_path / f"{name}.preview.png").read_bytes() for name in ("samples.npz", "samples")]
+    assert previews[0] == previews[1]
+
+
+def test_so_many_of_each_class_are_drawn_in_batches_of_any_size(line: Line, tmp_path: Path) -> None:
+    command = ["sample", "--model", line.run, "--tokenizer", line.tokenizer, "--per-class", "2", "--dtype", "float32"]
+    for size in ("7", "20"):
+        line.do("per class", *command, "--batch-size", size, "--out", tmp_path / f"{size}.npz")
+    assert line.printed["per class"] == f"{tmp_path / '20.npz'}: 20 images of 32 x 32 pixels\n"
+    assert (tmp_path / "7.npz").read_bytes() == (tmp_path / "20.npz").read_bytes()
+    with np.load(tmp_path / "20.npz", allow_pickle=False) as saved:
+        assert saved["arr_1"].tolist() == [*range(10)] * 2
+    assert (
+        json.loads((tmp_path / "20.json").read_text())["settings"]["cfg_scale"] == 1.0
+    )  # no published one of this size
+
+
+def test_the_help_of_sampling_names_the_published_guidance(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = re.sub(r"[│\s]+", " ", helped(capsys, monkeypatch, "sample", "--help"))
+    assert "LlamaGen's for its class models (B and L 2.0, XL and XXL 1.75, 3B 1.65), and 1 for others" in shown
+    assert "--cfg-schedule {constant,linear,power-cosine}" in shown
 
 
 def test_the_probe_prints_and_keeps_what_the_library_measures(line: Line, tmp_path: Path) -> None:
@@ -376,6 +401,14 @@ class TestMistakes:
 
     def test_a_batch_of_no_images(self, capsys: Capture, line: Line) -> None:
         refused(capsys, "batch-size", *line.sample_command(line.folder / "new.npz", "--batch-size", "0"))
+
+    def test_a_number_of_images_beside_one_of_each_class(self, capsys: Capture, line: Line) -> None:
+        command = line.sample_command(line.folder / "new.npz", "--per-class", "2")  # which has a --num
+        refused(capsys, "give --num or --per-class, not both", *command)
+
+    def test_more_likely_tokens_than_there_are(self, capsys: Capture, line: Line) -> None:
+        command = line.sample_command(line.folder / "new.npz", "--top-k", "65")
+        refused(capsys, r"--top-k must lie between 0 \(off\) and the 64 tokens of the codebook, not 65", *command)
 
     def test_samples_over_samples(self, capsys: Capture, line: Line) -> None:
         for taken in (line.tokenizer, line.run):

@@ -1,7 +1,6 @@
-"""The sampling job: the right labels, the right pictures, and files that say how they were made."""
+"""What is drawn: the right labels, the right settings, and images that depend on their own seed, number and label alone."""
 
-import json
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,18 +8,18 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
 
-import st_ar
+from st_ar.config import ModelConfig
+from st_ar.data.text import TextStore, write_text
 from st_ar.errors import UserError
-from st_ar.files import sha256
 from st_ar.model.generate import generate
-from st_ar.model.weights import open_model
+from st_ar.model.transformer import Transformer
+from st_ar.presets import PRESETS
 from st_ar.randomness import Purpose, torch_seed
-from st_ar.sampling import SampleSettings, check_output, choose_labels, sample_images, save_samples
-from tests.disk import contents, full_disk, refused
-from tests.small_line import SmallLine, make_line, random_tokenizer
-from tests.toys import random_model
+from st_ar.sample_config import SampleSettings
+from st_ar.sampling import Sampler, choose_conditions, choose_labels, sample_images
+from tests.small_line import random_tokenizer
+from tests.toys import TINY, TINY_TEXT, random_captions, random_model
 
 # Labels
 
@@ -56,6 +55,74 @@ def test_no_images_are_refused(num: int) -> None:
         choose_labels(num, 3, 0, mode="balanced")
 
 
+@given(per_class=st.integers(1, 6), num_classes=st.integers(1, 7))
+def test_per_class_draws_so_many_of_each(per_class: int, num_classes: int) -> None:
+    config = replace(TINY, num_classes=num_classes)
+    labels = choose_conditions(config, None, None, 0, mode="balanced", per_class=per_class)
+    assert labels == [*range(num_classes)] * per_class
+
+
+def test_per_class_counts_a_class_that_is_named_twice_once() -> None:
+    labels = choose_conditions(TINY, None, None, 0, mode="balanced", labels=(2, 0, 2), per_class=2)
+    assert labels == [2, 0, 2, 0]
+
+
+def test_per_class_contradicts_a_number_and_random_classes() -> None:
+    with pytest.raises(UserError, match="give --num or --per-class, not both"):
+        choose_conditions(TINY, None, 9, 0, mode="balanced", per_class=3)
+    with pytest.raises(UserError, match="leave out --label-mode random, or give --num"):
+        choose_conditions(TINY, None, None, 0, mode="random", per_class=3)
+    with pytest.raises(UserError, match="--per-class must be at least 1, not 0"):
+        choose_conditions(TINY, None, None, 0, mode="balanced", per_class=0)
+
+
+# Guidance of a model
+
+
+@pytest.mark.parametrize(
+    ("preset", "scale"),
+    [
+        ("llamagen-b", 2.0),
+        ("st-ar-b", 2.0),
+        ("llamagen-l", 2.0),
+        ("llamagen-xl", 1.75),
+        ("llamagen-xxl", 1.75),
+        ("llamagen-3b", 1.65),
+        ("llamagen-photos", 1.0),
+        ("st-ar-digits", 1.0),
+        ("llamagen-xl-t2i", 1.0),
+    ],
+)
+def test_a_models_published_guidance_is_its_default(preset: str, scale: float) -> None:
+    config = PRESETS[preset]().model
+    settings = SampleSettings(seed=3, top_k=5)
+    assert settings.resolved(config) == replace(settings, cfg_scale=scale)
+    given = replace(settings, cfg_scale=1.25)
+    assert given.resolved(config) == given
+
+
+def test_the_default_guidance_is_used() -> None:
+    config = ModelConfig(
+        dim=768,
+        n_layers=12,
+        n_heads=12,
+        vocab_size=11,
+        grid=2,
+        num_classes=3,
+        token_dropout=0.0,
+        residual_dropout=0.0,
+        ffn_dropout=0.0,
+    )
+    with torch.device("meta"):
+        model = Transformer(config)
+    sampler = Sampler(model, random_tokenizer(), SampleSettings())
+    assert sampler.settings.cfg_scale == sampler.how["cfg_scale"] == 2.0
+    toy = sample_images(random_model(), random_tokenizer(), [0, 1])
+    np.testing.assert_array_equal(
+        toy, sample_images(random_model(), random_tokenizer(), [0, 1], SampleSettings(cfg_scale=1.0))
+    )
+
+
 # Images
 
 
@@ -71,24 +138,65 @@ def painted(codes: torch.Tensor) -> np.ndarray:
     return pictures
 
 
-def test_pictures_are_the_tokens_of_each_batch_painted() -> None:
-    model, labels = random_model(), [0, 1, 2, 0, 1]
-    settings = SampleSettings(seed=4, batch_size=2, temperature=0.8, top_k=7, cfg_scale=2.0)
-    tokens = [
-        generate(
-            model,
-            torch.tensor(labels[start : start + 2]),
-            seed=torch_seed(4, Purpose.SAMPLING, start),
-            temperature=0.8,
-            top_k=7,
-            cfg_scale=2.0,
-        )
-        for start in (0, 2, 4)
-    ]
-    images = sample_images(model, random_tokenizer(), labels, settings)
+SETTINGS = SampleSettings(seed=4, temperature=0.8, top_k=7, cfg_scale=2.0, cfg_schedule="power-cosine", cfg_power=2.0)
+LABELS = [0, 1, 2, 0, 1, 1, 2, 0]
+
+
+def test_pictures_are_the_tokens_painted() -> None:
+    model = random_model()
+    tokens = generate(
+        model,
+        torch.tensor(LABELS),
+        seed=torch_seed(4, Purpose.SAMPLING),
+        temperature=0.8,
+        top_k=7,
+        cfg_scale=2.0,
+        cfg_schedule="power-cosine",
+        cfg_power=2.0,
+    )
+    images = sample_images(model, random_tokenizer(), LABELS, SETTINGS)
     assert images.dtype == np.uint8
     # One level is the rounding of float32 before the truncation.
-    assert np.abs(images.astype(int) - painted(torch.cat(tokens)).astype(int)).max() <= 1
+    assert np.abs(images.astype(int) - painted(tokens).astype(int)).max() <= 1
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 8])
+def test_images_are_the_same_in_batches_of_any_size(batch_size: int) -> None:
+    model, tokenizer = random_model(), random_tokenizer()
+    images = sample_images(model, tokenizer, LABELS, SETTINGS)
+    np.testing.assert_array_equal(sample_images(model, tokenizer, LABELS, SETTINGS, batch_size=batch_size), images)
+
+
+def test_an_image_depends_on_its_own_number_and_label_alone() -> None:
+    model, tokenizer = random_model(), random_tokenizer()
+    sampler = Sampler(model, tokenizer, SETTINGS)
+    images = sample_images(model, tokenizer, LABELS, SETTINGS)
+    order = [5, 0, 7, 2]
+    np.testing.assert_array_equal(sampler.pictures(sampler.tokens(order, LABELS)), images[order])
+    np.testing.assert_array_equal(sample_images(model, tokenizer, LABELS[:3], SETTINGS), images[:3])
+    others = [2, 2, 2, *LABELS[3:5], 0, *LABELS[6:]]
+    changed = sample_images(model, tokenizer, others, SETTINGS)
+    same = [n for n in range(8) if others[n] == LABELS[n]]
+    np.testing.assert_array_equal(changed[same], images[same])
+    assert all((changed[n] != images[n]).any() for n in range(8) if n not in same)
+    assert len(np.unique(images.reshape(8, -1), axis=0)) == 8
+
+
+def test_images_of_captions_depend_on_their_own_number_and_caption_alone(tmp_path: Path) -> None:
+    rows = [row[row.any(-1)] for row in random_captions(TINY_TEXT, [1, 5, 3, 2])]
+    write_text(tmp_path / "text.safetensors", rows)
+    store, model, tokenizer = TextStore(tmp_path / "text.safetensors"), random_model(TINY_TEXT), random_tokenizer()
+    captions, settings = [0, 1, 2, 3, 0, 1, 2], SampleSettings(seed=1, cfg_scale=1.5)
+    images = sample_images(model, tokenizer, captions, settings, store)
+    for batch_size in (1, 3):
+        again = sample_images(model, tokenizer, captions, settings, store, batch_size=batch_size)
+        np.testing.assert_array_equal(again, images)
+    features = store.features(np.array(captions), TINY_TEXT.text_tokens)
+    tokens = generate(model, features, seed=torch_seed(1, Purpose.SAMPLING), cfg_scale=1.5)
+    assert np.abs(images.astype(int) - painted(tokens).astype(int)).max() <= 1
+    assert (images[0] != images[4]).any()  # the same caption
+    with pytest.raises(UserError, match="4"):
+        sample_images(model, tokenizer, [0, 4], settings, store)
 
 
 def test_a_seed_gives_the_same_images_and_another_seed_others() -> None:
@@ -126,93 +234,10 @@ def test_guidance_without_end_is_refused() -> None:
 
 @pytest.mark.parametrize("batch_size", [0, -1])
 def test_a_batch_of_no_images_is_refused(batch_size: int) -> None:
-    with pytest.raises(UserError, match="batch-size"):
-        sample_images(random_model(), random_tokenizer(), [0], SampleSettings(batch_size=batch_size))
+    with pytest.raises(UserError, match=f"--batch-size must be at least 1, not {batch_size}"):
+        sample_images(random_model(), random_tokenizer(), [0], batch_size=batch_size)
 
 
-# Files
-
-
-@pytest.fixture(scope="module")
-def line(tmp_path_factory: pytest.TempPathFactory) -> SmallLine:
-    return make_line(tmp_path_factory.mktemp("line"))
-
-
-LABELS = [0, 2, 1]
-SETTINGS = SampleSettings(seed=9, top_k=5, cfg_scale=1.5)
-
-
-def noise(count: int = 3) -> np.ndarray:
-    return np.random.default_rng(0).integers(0, 256, (count, 6, 6, 3)).astype(np.uint8)
-
-
-def save(line: SmallLine, out: Path, *, ema: bool = False) -> None:
-    _, info = open_model(line.model, ema=ema)
-    save_samples(out, noise(), LABELS, SETTINGS, info, random_tokenizer())
-
-
-def test_an_npz_has_adms_layout(line: SmallLine, tmp_path: Path) -> None:
-    save(line, tmp_path / "deep" / "samples.npz")
-    assert set(contents(tmp_path)) == {"deep/samples.npz", "deep/samples.json"}
-    with np.load(tmp_path / "deep" / "samples.npz", allow_pickle=False) as saved:
-        assert set(saved) == {"arr_0", "arr_1"}
-        assert (saved["arr_0"].dtype, saved["arr_1"].dtype) == (np.uint8, np.int64)
-        np.testing.assert_array_equal(saved["arr_0"], noise())
-        assert saved["arr_1"].tolist() == LABELS
-
-
-def test_pngs_hold_every_pixel(line: SmallLine, tmp_path: Path) -> None:
-    save(line, tmp_path / "samples")
-    names = [f"{index:06d}.png" for index in range(3)]
-    assert set(contents(tmp_path / "samples")) == {*names, "metadata.json"}
-    for name, image in zip(names, noise(), strict=True):
-        with Image.open(tmp_path / "samples" / name) as opened:
-            assert (opened.format, opened.mode) == ("PNG", "RGB")
-            np.testing.assert_array_equal(np.asarray(opened), image)
-
-
-@pytest.mark.parametrize(("out", "metadata"), [("samples.npz", "samples.json"), ("samples", "samples/metadata.json")])
-@pytest.mark.parametrize("ema", [False, True])
-def test_samples_say_how_they_were_made(line: SmallLine, tmp_path: Path, out: str, metadata: str, ema: bool) -> None:
-    save(line, tmp_path / out, ema=ema)
-    saved = json.loads((tmp_path / metadata).read_text())
-    weights = line.model / ("ema.safetensors" if ema else "model.safetensors")
-    assert saved["weights"] == {"file": weights.name, "sha256": sha256(weights), "ema": ema, "step": 7}
-    assert saved["tokenizer"] == random_tokenizer().fingerprint
-    assert saved["settings"] == asdict(SETTINGS)
-    assert (saved["images"], saved["labels"]) == (3, LABELS)
-    assert saved["environment"]["torch"] == torch.__version__
-    assert saved["environment"]["st_ar"] == st_ar.__version__
-
-
-def test_an_existing_file_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "samples.npz").write_bytes(b"precious")
-    with refused(tmp_path, "samples.npz exists already and is not empty"):
-        check_output(tmp_path / "samples.npz")
-
-
-def test_an_existing_folder_is_refused_unless_it_is_empty(tmp_path: Path) -> None:
-    check_output(tmp_path / "new")
-    check_output(tmp_path / "new.npz")
-    (tmp_path / "folder").mkdir()
-    check_output(tmp_path / "folder")
-    (tmp_path / "folder" / "000000.png").write_bytes(b"precious")
-    with refused(tmp_path, "folder exists already and is not empty"):
-        check_output(tmp_path / "folder")
-
-
-def test_a_file_in_the_way_of_the_metadata_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "samples.json").write_bytes(b"precious")
-    with refused(tmp_path, "samples.json exists already"):
-        check_output(tmp_path / "samples.npz")
-
-
-@pytest.mark.parametrize("name", ["samples.png", "samples.NPZ", "samples.v2"])
-def test_another_kind_of_file_is_refused(tmp_path: Path, name: str) -> None:
-    with refused(tmp_path, "to a .npz file or to a folder of PNGs"):
-        check_output(tmp_path / name)
-
-
-def test_a_full_disk_leaves_no_half_written_file(line: SmallLine, tmp_path: Path) -> None:
-    with refused(tmp_path, r"cannot write .*samples\.npz: File too large; nothing there was changed"), full_disk(200):
-        save(line, tmp_path / "samples.npz")
+def test_no_labels_are_refused() -> None:
+    with pytest.raises(UserError, match="no labels were given"):
+        sample_images(random_model(), random_tokenizer(), [])

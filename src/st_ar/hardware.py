@@ -1,5 +1,6 @@
 """Where to compute and in which type: what the hardware has, or a clear word that it has not."""
 
+import os
 import platform
 from typing import Any
 
@@ -17,6 +18,13 @@ def choose_device(name: str) -> torch.device:
     device = torch.device("cuda" if name == "cuda" or (name == "auto" and available) else "cpu")
     if device.type == "cuda":
         torch.backends.cuda.enable_cudnn_sdp(False)  # its masked backward can give NaN on an H100
+    return device
+
+
+def local_device(device: torch.device) -> torch.device:
+    """The GPU of this process's local rank under torchrun, several ranks to a GPU if there are more of them."""
+    if device.type == "cuda":
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     return device
 
 

@@ -73,3 +73,17 @@ def progress(what: str, total: int | None, *, unit: str, done: int = 0) -> Gener
                 bar.update(task, text=text)
 
         yield _Bar()
+
+
+class Pace:
+    """So many units per second of this call, beside the bar."""
+
+    def __init__(self, unit: str) -> None:
+        self.unit, self.begun, self.done = unit, time.monotonic(), 0
+
+    def advance(self, bar: Progress, count: int) -> None:
+        """So many more units are done."""
+        self.done += count
+        rate = self.done / max(1e-9, time.monotonic() - self.begun)
+        bar.note(f"{rate:,.0f} {self.unit}/s" if rate >= 10 else f"{rate:.2f} {self.unit}/s")
+        bar.advance(count)

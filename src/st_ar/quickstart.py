@@ -30,7 +30,8 @@ from st_ar.model.transformer import Transformer
 from st_ar.model.weights import load_model
 from st_ar.presets import get_preset
 from st_ar.quickstart_report import METHODS, Measured, Shown, token_budget, write_page
-from st_ar.sampling import SampleSettings, sample_images
+from st_ar.sample_config import SampleSettings
+from st_ar.sampling import sample_images
 from st_ar.tokenizer import CONFIG as TOKENIZER_CONFIG
 from st_ar.tokenizer import Tokenizer, load_tokenizer
 from st_ar.tokenizer.kmeans import train_kmeans
@@ -75,7 +76,7 @@ def quickstart(out: Path, *, images: Images = "photos", steps: int | None = None
     models: dict[str, Transformer] = {}
     for method, prefix in METHODS.items():
         models[method] = model = load_model(out / prefix)
-        samples[method] = sample_images(model, tokenizer, labels, SampleSettings(seed=seed))
+        samples[method] = sample_images(model, tokenizer, labels, SampleSettings(seed=seed, cfg_scale=1.0))
         measured[method] = _measure(model, out / prefix, store, test_store, samples[method], real)
     decoded = _decoded(tokenizer, store, 1024)
     summary = {

@@ -1,51 +1,28 @@
-"""The sampling job: classes or captions -> tokens -> pictures -> a file that says how they were made."""
+"""Sampling: classes or captions -> tokens -> pictures, in memory or as files that say how they were made."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
-from PIL import Image
+from torch import Tensor
 
 from st_ar.config import ModelConfig
+from st_ar.data.ranks import Ranks
 from st_ar.data.text import TextStore
 from st_ar.errors import UserError
-from st_ar.files import require_absent, sha256, write_json, written_aside
-from st_ar.hardware import describe
+from st_ar.files import sha256
 from st_ar.model.generate import generate
 from st_ar.model.transformer import Transformer
 from st_ar.model.weights import ModelInfo
-from st_ar.progress import progress
+from st_ar.progress import Pace, Progress, progress
 from st_ar.randomness import Purpose, torch_seed
+from st_ar.sample_config import SampleSettings
+from st_ar.sample_job import SampleJob
 from st_ar.tokenizer import Tokenizer, to_uint8
-
-
-@dataclass(frozen=True, kw_only=True)
-class SampleSettings:
-    """How tokens are drawn; see `st_ar.generate`."""
-
-    cfg_scale: float = 1.0
-    """Classifier-free guidance scale; 1 is none."""
-    cfg_interval: int = -1
-    """Guide only the first token and this many decode steps + 1; -1 guides all."""
-    temperature: float = 1.0
-    """Divides the logits."""
-    top_k: int = 0
-    """Draw from the k likeliest tokens; 0 for all."""
-    top_p: float = 1.0
-    """Draw from the likeliest tokens that together hold more than p; 1 for all."""
-    seed: int = 0
-    """Seed of the choice of classes or captions, and of the draws."""
-    batch_size: int = 256
-    """Images drawn at once; with another size the same seed gives other images."""
-
-    def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise UserError(f"--batch-size must be at least 1, not {self.batch_size}")
-        if self.seed < 0:
-            raise UserError(f"--seed must be 0 or more, not {self.seed}")
 
 
 def sample_images(
@@ -54,41 +31,130 @@ def sample_images(
     labels: Sequence[int],
     settings: SampleSettings | None = None,
     text: TextStore | None = None,
+    *,
+    batch_size: int = 256,
 ) -> np.ndarray:
-    """Draw an image for each label: uint8 [images, H, W, 3].
+    """Draw an image for each label: uint8 [images, H, W, 3]. Image n depends on the seed, n and its label alone.
 
     Args:
         labels: classes; for a text model, indices of the captions in `text`.
         text: the captions, for a text model and no other.
+        batch_size: images drawn at once.
 
     Raises:
         UserError: a label or a setting out of range, captions missing or not wanted, or a tokenizer with another codebook
             than the model's.
     """
-    settings = settings or SampleSettings()
-    config = model.config
-    if not labels:
-        raise UserError("no labels were given: each image needs one")
-    if tokenizer.vocab_size != config.vocab_size:
-        raise UserError(
-            f"the tokenizer has {tokenizer.vocab_size} codes, the model {config.vocab_size}: give the model's own tokenizer"
-        )
-    if (config.condition == "text") != (text is not None):
-        raise UserError(
-            f"the model is drawn for {config.condition_name}: captions are for text models, which need them"
-        )
-    device = model.output.weight.device
-    how = {k: v for k, v in asdict(settings).items() if k not in ("seed", "batch_size")}
-    pictures: list[np.ndarray] = []
+    sampler = Sampler(model, tokenizer, settings or SampleSettings(), text)
+    sampler.check(labels, batch_size)
     with progress("sample", len(labels), unit="images") as bar:
-        for start in range(0, len(labels), settings.batch_size):
-            some = labels[start : start + settings.batch_size]
-            chunk = torch.tensor(some) if text is None else text.features(np.array(some), config.text_tokens)
-            tokens = generate(model, chunk.to(device), seed=torch_seed(settings.seed, Purpose.SAMPLING, start), **how)
-            images = tokenizer.decode(tokens.unflatten(1, (config.grid, config.grid)).cpu())
-            pictures.append(to_uint8(images).numpy())
-            bar.advance(len(chunk))
+        pictures: list[np.ndarray] = []
+        for start in range(0, len(labels), batch_size):
+            numbers = range(start, min(start + batch_size, len(labels)))
+            pictures.append(sampler.pictures(sampler.tokens(numbers, labels)))
+            bar.advance(len(numbers))
     return np.concatenate(pictures)
+
+
+class Sampler:
+    """A model, its tokenizer and how to draw from them."""
+
+    def __init__(
+        self, model: Transformer, tokenizer: Tokenizer, settings: SampleSettings, text: TextStore | None = None
+    ) -> None:
+        config = model.config
+        if tokenizer.vocab_size != config.vocab_size:
+            raise UserError(
+                f"the tokenizer has {tokenizer.vocab_size} codes, the model {config.vocab_size}: give the model's own tokenizer"
+            )
+        if (config.condition == "text") != (text is not None):
+            raise UserError(
+                f"the model is drawn for {config.condition_name}: captions are for text models, which need them"
+            )
+        self.model, self.tokenizer, self.settings, self.text = model, tokenizer, settings.resolved(config), text
+        self.how = {name: value for name, value in asdict(self.settings).items() if name != "seed"}
+        self.seed = torch_seed(settings.seed, Purpose.SAMPLING)
+
+    def check(self, labels: Sequence[int], batch_size: int) -> None:
+        """Refuse what could not be drawn, before anything is."""
+        if not labels:
+            raise UserError("no labels were given: each image needs one")
+        if batch_size < 1:
+            raise UserError(f"--batch-size must be at least 1, not {batch_size}")
+        self._conditions([min(labels), max(labels)])
+
+    def _conditions(self, labels: Sequence[int]) -> Tensor:
+        if self.text is not None:
+            return self.text.features(np.array(labels), self.model.config.text_tokens)
+        conditions = torch.tensor(labels)
+        self.model.cls_embedding.check(conditions)
+        return conditions
+
+    def tokens(self, numbers: Sequence[int], labels: Sequence[int]) -> Tensor:
+        """Tokens int64 [n, T] of the images with these numbers, of a job whose labels are given."""
+        conditions = self._conditions([labels[number] for number in numbers]).to(self.model.output.weight.device)
+        return generate(self.model, conditions, seed=self.seed, images=numbers, **self.how)
+
+    def pictures(self, tokens: Tensor) -> np.ndarray:
+        """Tokens [n, T] -> uint8 [n, H, W, 3]."""
+        grid = self.model.config.grid
+        return to_uint8(self.tokenizer.decode(tokens.unflatten(1, (grid, grid)).cpu())).numpy()
+
+
+def sample_to(
+    out: Path,
+    sampler: Sampler,
+    labels: Sequence[int],
+    info: ModelInfo,
+    *,
+    label_mode: str = "balanced",
+    batch_size: int = 256,
+    ranks: Ranks | None = None,
+) -> None:
+    """Draw an image for each label into a .npz file (ADM's layout: arr_0 images, arr_1 labels) or a folder of PNGs.
+
+    metadata.json, or the .json beside the .npz, says how they were made. Ranks take parts in turn and meet in the files.
+
+    Raises:
+        UserError: as `sample_images` and `SampleJob`, or a full disk.
+    """
+    sampler.check(labels, batch_size)
+    ranks, text = ranks or Ranks(), sampler.text
+    record = {
+        "weights": {"file": info.source.name, "sha256": sha256(info.source), "ema": info.ema, "step": info.step},
+        "dtype": str(sampler.model.output.weight.dtype).removeprefix("torch."),
+        "tokenizer": sampler.tokenizer.fingerprint,
+        "settings": asdict(sampler.settings),
+        "label_mode": label_mode,
+        **(
+            {"labels": list(labels)}
+            if text is None
+            else {"captions": list(labels), "text": {"encoder": text.encoder, "fingerprint": text.fingerprint}}
+        ),
+    }
+    job = SampleJob(out, len(labels), record, batch_size, ranks)
+    mine = range(ranks.rank, job.parts, ranks.world)
+    left = [part for part in mine if not job.is_finished(part)]
+    total, todo = (sum(len(job.numbers(part)) for part in parts) for parts in (mine, left))
+    overlap = sampler.model.output.weight.device.type == "cuda"  # a CPU has nothing to overlap with
+    with progress("sample", total, unit="images", done=total - todo) as bar, ThreadPoolExecutor(1) as painter:
+        painted, pace = None, Pace("images")
+        for part in left:
+            tokens = sampler.tokens(job.numbers(part), labels)
+            if painted is not None:
+                painted.result()
+            painted = painter.submit(_paint, job, sampler, part, tokens, bar, pace)
+            if not overlap:
+                painted.result()
+        if painted is not None:
+            painted.result()
+    if ranks.rank == 0:
+        job.finish(labels)
+
+
+def _paint(job: SampleJob, sampler: Sampler, part: int, tokens: Tensor, bar: Progress, pace: Pace) -> None:
+    job.write(part, sampler.pictures(tokens))
+    pace.advance(bar, len(tokens))
 
 
 def choose_labels(
@@ -117,12 +183,24 @@ def choose_conditions(
     *,
     mode: Literal["balanced", "random"],
     labels: Sequence[int] = (),
+    per_class: int | None = None,
 ) -> list[int]:
     """What `num` images are drawn for: classes (64 if None), or indices of a text model's captions (each one if None).
 
+    per_class: in place of `num`, so many of each class or caption.
+
     Raises:
-        UserError: as `choose_labels`; or classes asked of a text model.
+        UserError: as `choose_labels`; classes asked of a text model; or `per_class` beside what contradicts it.
     """
+    if per_class is not None:
+        if num is not None:
+            raise UserError("give --num or --per-class, not both")
+        if mode == "random":
+            raise UserError("--per-class takes the classes in turn: leave out --label-mode random, or give --num")
+        if per_class < 1:
+            raise UserError(f"--per-class must be at least 1, not {per_class}")
+        labels = tuple(dict.fromkeys(labels))
+        num = per_class * (len(text) if text is not None else len(labels) or config.num_classes)
     if text is None:
         return choose_labels(64 if num is None else num, config.num_classes, seed, mode=mode, only=labels)
     if labels:
@@ -130,47 +208,3 @@ def choose_conditions(
             "--labels are classes, and this model is drawn for captions: leave them out; --text says what to draw"
         )
     return choose_labels(len(text) if num is None else num, len(text), seed, mode=mode)
-
-
-def check_output(out: Path) -> None:
-    """Refuse, before any work, an --out that is neither a new .npz file nor a new folder."""
-    if out.suffix and out.suffix != ".npz":
-        raise UserError(f"--out {out}: samples are written to a .npz file or to a folder of PNGs, not to {out.suffix}")
-    require_absent(out, "a set of samples")
-    if out.suffix:
-        require_absent(out.with_suffix(".json"), "a set of samples' metadata")
-
-
-def save_samples(
-    out: Path,
-    images: np.ndarray,
-    labels: Sequence[int],
-    settings: SampleSettings,
-    info: ModelInfo,
-    tokenizer: Tokenizer,
-    text: TextStore | None = None,
-) -> None:
-    """Write a .npz in ADM's layout (arr_0 images, arr_1 labels) or a folder of PNGs, with metadata that says how they were made.
-
-    `labels` and `text` are those of `sample_images`.
-    """
-    drawn_for = {"labels": list(labels)}
-    if text is not None:
-        drawn_for = {"captions": list(labels), "text": {"encoder": text.encoder, "fingerprint": text.fingerprint}}
-    metadata = {
-        "images": len(images),
-        "weights": {"file": info.source.name, "sha256": sha256(info.source), "ema": info.ema, "step": info.step},
-        "tokenizer": tokenizer.fingerprint,
-        "settings": asdict(settings),
-        **drawn_for,
-        "environment": describe(),
-    }
-    if out.suffix == ".npz":
-        with written_aside(out) as aside, open(aside, "wb") as file:
-            np.savez(file, arr_0=images, arr_1=np.array(labels, np.int64))
-        write_json(out.with_suffix(".json"), metadata)
-        return
-    for index, image in enumerate(images):
-        with written_aside(out / f"{index:06d}.png") as aside:
-            Image.fromarray(image).save(aside, format="PNG")
-    write_json(out / "metadata.json", metadata)

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import tyro
 
 from st_ar.data_verbs import ImportTokens, Tokenize
-from st_ar.errors import UserError
+from st_ar.sample_verb import Sample
 
 
 @dataclass(kw_only=True)
@@ -46,76 +46,6 @@ class Quickstart:
         ]
         _print_table(("", "AR", "ST-AR"), rows)
         print(f"\n{summary['seconds_of_this_call']:.0f} s; the report is {report}")
-
-
-@dataclass(kw_only=True)
-class Sample:
-    """Draw images from a model into a .npz file (ADM's layout) or a folder of PNGs, with the settings beside them."""
-
-    model: Path
-    """A run, an export folder, a .safetensors file, or a .pt file of LlamaGen's."""
-    tokenizer: Path
-    """The tokenizer that the model was trained with: its folder, or a .pt file of LlamaGen's."""
-    out: Path
-    """FILE.npz, or a folder for PNGs."""
-    text: Path | None = None
-    """Captions' features for a text model: a .safetensors file, or a folder of them."""
-    num: int | None = None
-    """Images to draw: 64 by default; of a text model one for each caption."""
-    labels: tuple[int, ...] = ()
-    """Classes to draw, in turn; all if not given."""
-    label_mode: Literal["balanced", "random"] = "balanced"
-    """Take the classes or captions in turn, or draw them at random."""
-    cfg_scale: float = 1.0
-    """Classifier-free guidance scale; 1 is none."""
-    cfg_interval: int = -1
-    """Guide only the first token and this many decode steps + 1; -1 guides all."""
-    temperature: float = 1.0
-    """Divides the logits."""
-    top_k: int = 0
-    """Draw from the k likeliest tokens; 0 for all."""
-    top_p: float = 1.0
-    """Draw from the likeliest tokens that together hold more than p; 1 for all."""
-    seed: int = 0
-    """Seed of the choice of classes or captions, and of the draws."""
-    batch_size: int = 256
-    """Images drawn at once; with another size the same seed gives other images."""
-    ema: bool = False
-    """Draw from the averaged weights instead of the live ones."""
-    grid: int | None = None
-    """Tokens per side, if not the size trained for: 24 for 384 px with LlamaGen's weights of 256 px."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to compute."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Type of weights and activations; auto takes bfloat16 on a GPU and float32 on a CPU."""
-
-    def run(self) -> None:
-        import torch
-
-        from st_ar.data.text import open_text
-        from st_ar.hardware import choose_device
-        from st_ar.model.weights import open_model
-        from st_ar.sampling import SampleSettings, check_output, choose_conditions, sample_images, save_samples
-        from st_ar.tokenizer import load_tokenizer
-
-        check_output(self.out)
-        device = choose_device(self.device)
-        half = self.dtype == "bfloat16" or (self.dtype == "auto" and device.type == "cuda")
-        model, info = open_model(self.model, ema=self.ema, grid=self.grid)
-        tokenizer = load_tokenizer(self.tokenizer)
-        if info.tokenizer and tokenizer.fingerprint != info.tokenizer:
-            raise UserError(
-                f"{self.model} speaks the codes of tokenizer {info.tokenizer[:12]}, {self.tokenizer} is {tokenizer.fingerprint[:12]}: "
-                "give the tokenizer that made the model's token store"
-            )
-        names = {name: getattr(self, name) for name in SampleSettings.__dataclass_fields__}
-        settings = SampleSettings(**names)
-        text = open_text(self.text, info.config, info.encoder)
-        labels = choose_conditions(info.config, text, self.num, self.seed, mode=self.label_mode, labels=self.labels)
-        model = model.to(device, torch.bfloat16 if half else torch.float32)
-        images = sample_images(model, tokenizer, labels, settings, text)
-        save_samples(self.out, images, labels, settings, info, tokenizer, text)
-        print(f"{self.out}: {len(images):,} images of {images.shape[1]} x {images.shape[2]} pixels")
 
 
 @dataclass(kw_only=True)

@@ -1,5 +1,7 @@
 import math
+from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import assume, given
@@ -8,7 +10,9 @@ from torch import Tensor
 
 from st_ar.config import ModelConfig
 from st_ar.errors import UserError
-from st_ar.model.generate import Decoder, choose, filter_logits, generate
+from st_ar.model.generate import Decoder, choose, filter_logits, generate, guidance_scale, uniforms
+from st_ar.model.transformer import Transformer
+from st_ar.sample_config import SampleSettings
 from tests.toys import NO_DROPOUT, TINY, random_model, random_sequences, recorded, recorded_model
 
 LABELS = torch.tensor([0, 1, 3])
@@ -126,6 +130,10 @@ def test_filters_leave_their_input_alone() -> None:
 # Draws
 
 
+def random_numbers(count: int, seed: int = 0) -> Tensor:
+    return torch.rand(count, generator=torch.Generator().manual_seed(seed))
+
+
 def chi_square(counts: Tensor, expected: Tensor) -> float:
     return ((counts - expected) ** 2 / expected).sum().item()
 
@@ -133,7 +141,7 @@ def chi_square(counts: Tensor, expected: Tensor) -> float:
 def test_choice_frequencies_are_the_softmax() -> None:
     logits = torch.tensor([0.0, 1.0, -1.0, 2.0, 0.5, -2.0])
     draws = 20_000
-    tokens = choose(logits.expand(draws, -1), torch.Generator().manual_seed(0))
+    tokens = choose(logits.expand(draws, -1), random_numbers(draws))
     counts = tokens.bincount(minlength=6).double()
     # 20.5 is exceeded once in a thousand seeds with 5 degrees of freedom
     assert chi_square(counts, draws * probabilities(logits)) < 20.5
@@ -141,14 +149,66 @@ def test_choice_frequencies_are_the_softmax() -> None:
 
 
 def test_rows_are_drawn_independently() -> None:
-    tokens = choose(torch.zeros(20_000, 2, 2).flatten(0, 1), torch.Generator().manual_seed(0)).view(-1, 2)
+    tokens = choose(torch.zeros(20_000, 2, 2).flatten(0, 1), random_numbers(40_000)).view(-1, 2)
     pairs = (2 * tokens[:, 0] + tokens[:, 1]).bincount(minlength=4).double()
     assert chi_square(pairs, torch.full((4,), 5000.0)) < 16.3  # once in a thousand, 3 degrees of freedom
 
 
-def test_a_removed_token_is_never_drawn() -> None:
-    logits = torch.tensor([[0.0, -math.inf, 0.0]]).expand(5000, -1)
-    assert choose(logits, torch.Generator().manual_seed(0)).unique().tolist() == [0, 2]
+@given(width=st.integers(1, 40), keep=st.integers(1, 40), seed=st.integers(0, 1000))
+def test_a_choice_inverts_the_cumulative_distribution(width: int, keep: int, seed: int) -> None:
+    logits = filter_logits(distinct_rows(1, width, seed), top_k=keep)
+    below_1 = float(np.nextafter(np.float32(1), np.float32(0)))
+    uniform = torch.tensor([0.0, below_1, *random_numbers(30, seed).tolist()])
+    edges = probabilities(logits[0]).cumsum(0)
+    chosen = choose(logits.expand(len(uniform), -1), uniform).tolist()
+    for u, token in zip(uniform.tolist(), chosen, strict=True):
+        assert logits[0, token].isfinite()  # a removed token is never drawn
+        if 0 < u < below_1 and (edges - u).abs().min() > 1e-5:  # float32 sums cannot tell nearer ones
+            assert token == next(index for index, edge in enumerate(edges.tolist()) if edge > u)
+    kept = logits[0].isfinite().nonzero()[:, 0].tolist()
+    assert chosen[0] == kept[0]
+    if probabilities(logits[0])[kept[-1]] > 2e-6:
+        assert chosen[1] == kept[-1]
+
+
+def test_removed_tokens_are_not_drawn_at_the_ends_of_a_large_codebook() -> None:
+    logits = torch.full((4, 16384), -math.inf)
+    logits[:, 5000:9000] = torch.randn(4000, generator=torch.Generator().manual_seed(0))
+    uniform = torch.tensor([0.0, 1 - 2**-24, 2**-24, 1 - 2**-23])
+    chosen = choose(logits, uniform)
+    assert chosen.tolist()[0] == 5000
+    assert 5000 <= chosen.min() <= chosen.max() < 9000
+
+
+# Uniform numbers
+
+
+def test_uniform_numbers_are_a_function_of_the_seed_and_the_images_number() -> None:
+    whole = uniforms(3, np.arange(6), 9)
+    for order in ([0], [5, 2], [4, 4, 1]):
+        assert torch.equal(uniforms(3, np.array(order), 9), whole[order])
+    assert torch.equal(uniforms(3, np.arange(6), 4), whole[:, :4])
+    others = [whole, uniforms(4, np.arange(6), 9), uniforms(3, np.arange(6, 12), 9)]
+    assert torch.cat(others).unique().numel() == 3 * 6 * 9
+    assert uniforms(2**63 - 1, np.array([2**40]), 1).shape == (1, 1)
+
+
+def test_uniform_numbers_are_what_they_were() -> None:
+    """Images of a seed stay the same from one version to the next."""
+    expected = [[0.8620584011, 0.9342820048, 0.2702667713], [0.0570743680, 0.1609138250, 0.9062579274]]
+    assert uniforms(3, np.array([0, 7]), 3).tolist() == [pytest.approx(row, abs=1e-7) for row in expected]
+
+
+def test_uniform_numbers_are_uniform_along_an_image_and_across_images() -> None:
+    drawn = uniforms(0, np.arange(4000), 4)
+    assert 0 <= drawn.min() <= drawn.max() < 1
+    bins = (drawn * 20).long()
+    for numbers in (*bins.T, bins.flatten(), uniforms(1, np.array([0]), 20_000)[0].mul(20).long()):
+        counts = numbers.bincount(minlength=20).double()
+        assert chi_square(counts, torch.full((20,), len(numbers) / 20).double()) < 43.8  # 0.1 % at 19 degrees
+    for first, second in ((bins[:, 0], bins[:, 1]), (bins[:-1, 0], bins[1:, 0])):  # neighbours tell nothing
+        pairs = (first // 5 * 4 + second // 5).bincount(minlength=16).double()
+        assert chi_square(pairs, torch.full((16,), len(first) / 16).double()) < 37.7  # 0.1 % at 15 degrees
 
 
 def test_sampled_first_tokens_follow_the_models_probabilities() -> None:
@@ -213,7 +273,82 @@ def test_every_drawn_token_passes_the_filter(settings: dict[str, float]) -> None
         assert allowed.gather(1, tokens[:, position, None]).all()
 
 
+@pytest.mark.parametrize("cfg_scale", [1.0, 2.0])
+def test_an_images_tokens_do_not_depend_on_its_batch(cfg_scale: float) -> None:
+    model, labels = random_model(), torch.tensor([0, 1, 2, 0, 1, 2, 0])
+    whole = generate(model, labels, seed=5, cfg_scale=cfg_scale)
+    for numbers in ([3], [6, 0], [5, 4, 3, 2, 1]):
+        assert torch.equal(
+            generate(model, labels[numbers], seed=5, images=numbers, cfg_scale=cfg_scale), whole[numbers]
+        )
+    assert not torch.equal(whole[0], whole[3])  # of one class
+
+
+def test_drawn_tokens_are_those_of_a_naive_decode() -> None:
+    model = random_model()
+    tokens = generate(
+        model, LABELS, seed=8, temperature=0.7, top_k=6, cfg_scale=2.0, cfg_schedule="linear", images=[2, 0, 9]
+    )
+    drawn = naive(model, [2, 0, 9], 8, lambda t: 1 + (t + 1) / 9, 0.7, 6)
+    assert torch.equal(tokens, drawn)
+
+
+def naive(
+    model: Transformer, images: list[int], seed: int, scale: Callable[[int], float], temperature: float, top_k: int
+) -> Tensor:
+    """Tokens of LABELS without a cache, by the rule: guidance, temperature, top-k, inverse distribution."""
+    noise = uniforms(seed, np.array(images), TINY.sequence_length)
+    tokens = torch.zeros(len(images), 0, dtype=torch.int64)
+    with torch.no_grad():
+        for position in range(TINY.sequence_length):
+            conditional = model(tokens, LABELS).logits[:, -1]
+            null = model(tokens, torch.full_like(LABELS, TINY.null_class)).logits[:, -1]
+            logits = (null + scale(position) * (conditional - null)) / temperature
+            rows: list[int] = []
+            for row, u in zip(logits, noise[:, position].tolist(), strict=True):
+                kept = sorted(row.topk(top_k).indices.tolist())
+                edges = row[kept].double().softmax(-1).cumsum(0).tolist()
+                rows.append(kept[next((index for index, edge in enumerate(edges) if edge > u), -1)])
+            tokens = torch.cat([tokens, torch.tensor(rows)[:, None]], dim=1)
+    return tokens
+
+
 # Guidance
+
+
+def schedule(name: str, scale: float, power: float = 1.0) -> list[float]:
+    guidance = SampleSettings(cfg_scale=scale, cfg_schedule=name, cfg_power=power)
+    return [guidance_scale(guidance, position, 8) for position in range(8)]
+
+
+def test_guidance_schedules_are_the_formulas() -> None:
+    assert schedule("constant", 3.0) == [3.0] * 8
+    assert schedule("linear", 3.0) == pytest.approx([1.25, 1.5, 1.75, 2.0, 2.25, 2.5, 2.75, 3.0])
+    assert schedule("power-cosine", 3.0)[0] == 1.0
+    assert schedule("power-cosine", 3.0)[4] == pytest.approx(2.0)  # half the way at power 1
+    for power in (0.5, 1.0, 2.75):
+        written_out = [1 + 2 * 0.5 * (1 - math.cos(math.pi * (t / 8) ** power)) for t in range(8)]
+        assert schedule("power-cosine", 3.0, power) == pytest.approx(written_out)
+        assert sorted(written_out) == written_out
+    assert schedule("power-cosine", 3.0, 4.0)[4] < schedule("power-cosine", 3.0)[4]  # a larger power comes later
+
+
+@pytest.mark.parametrize(
+    ("name", "rule"),
+    [
+        ("linear", lambda t: 1 + 3 * (t + 1) / 9),
+        ("power-cosine", lambda t: 1 + 3 * (1 - math.cos(math.pi * (t / 9) ** 1.5)) / 2),
+    ],
+)
+def test_each_token_is_guided_by_its_schedule(name: str, rule: Callable[[int], float]) -> None:
+    model = random_model()
+    settings = {"cfg_scale": 4.0, "cfg_schedule": name, "cfg_power": 1.5, "greedy": True}
+    tokens = generate(model, LABELS, **settings)
+    assert torch.equal(tokens, naive(model, [0, 1, 2], 0, rule, 1.0, 1))
+    assert not torch.equal(tokens, generate(model, LABELS, cfg_scale=4.0, greedy=True))
+    assert torch.equal(generate(model, LABELS, num_tokens=5, **settings), tokens[:, :5])  # as of a whole image
+    plain = generate(model, LABELS, greedy=True, cfg_scale=4.0, cfg_schedule="power-cosine", num_tokens=1)
+    assert torch.equal(plain, generate(model, LABELS, greedy=True, num_tokens=1))  # it begins at 1
 
 
 def test_scale_1_is_no_guidance() -> None:
@@ -350,10 +485,16 @@ def test_a_label_out_of_range_is_refused(label: int) -> None:
         ({"cfg_scale": 0.5}, r"guidance scale must be at least 1.*not 0\.5"),
         ({"cfg_scale": -2.0}, r"guidance scale must be at least 1.*not -2\.0"),
         ({"cfg_scale": math.nan}, r"guidance scale must be at least 1.*not nan"),
-        ({"temperature": 0.0}, r"temperature must be above 0, not 0\.0.*greedy"),
-        ({"temperature": -1.0}, r"temperature must be above 0, not -1\.0.*greedy"),
+        ({"cfg_power": 0.0}, r"--cfg-power must be above 0, not 0\.0"),
+        ({"cfg_schedule": "cosine"}, r"--cfg-schedule must be one of constant, linear, power-cosine, not 'cosine'"),
+        ({"temperature": 0.0}, r"temperature must be above 0, not 0\.0.*--top-k 1"),
+        ({"temperature": -1.0}, r"temperature must be above 0, not -1\.0.*--top-k 1"),
+        ({"images": [0, 1]}, r"images must be 3 whole numbers of 0 or more, one for each label, not \[0 1\]"),
+        ({"images": [0, -1, 2]}, r"images must be 3 whole numbers of 0 or more"),
+        ({"images": [0.5, 1.0, 2.0]}, r"images must be 3 whole numbers of 0 or more"),
+        ({"seed": -1}, r"the seed must lie in \[0, 2\^64\), not -1"),
         ({"temperature": math.nan}, r"temperature must be above 0, not nan"),
-        ({"top_k": -1}, r"top-k must lie between 0 \(off\) and the 11 tokens.*not -1"),
+        ({"top_k": -1}, r"--top-k must be 0 \(off\) or more, not -1"),
         ({"top_k": 12}, r"top-k must lie between 0 \(off\) and the 11 tokens.*not 12"),
         ({"top_p": 0.0}, r"top-p must lie in \(0, 1\], not 0\.0"),
         ({"top_p": 1.5}, r"top-p must lie in \(0, 1\], not 1\.5"),
@@ -372,6 +513,14 @@ def test_a_setting_out_of_range_is_refused_with_what_is_allowed(settings: dict[s
 def test_labels_of_another_shape_or_type_are_refused(labels: Tensor) -> None:
     with pytest.raises(UserError, match=r"labels must be int64 \[B\]"):
         generate(random_model(), labels)
+
+
+def test_a_model_that_has_diverged_is_refused() -> None:
+    model = random_model()
+    with torch.no_grad():
+        model.norm.weight[3] = math.nan
+    with pytest.raises(UserError, match="logits are not finite: its training has diverged"):
+        generate(model, LABELS, seed=0)
 
 
 def test_a_grid_of_one_token_samples() -> None:

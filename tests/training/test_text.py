@@ -25,7 +25,8 @@ from st_ar.model.generate import generate
 from st_ar.model.transformer import Transformer
 from st_ar.model.weights import open_model
 from st_ar.randomness import Purpose, torch_seed
-from st_ar.sampling import SampleSettings, choose_conditions, sample_images
+from st_ar.sample_config import SampleSettings
+from st_ar.sampling import choose_conditions, sample_images
 from st_ar.selfguided.losses import next_token_loss
 from st_ar.selfguided.objective import SelfGuided, draw
 from st_ar.selfguided.teacher import Teacher
@@ -278,11 +279,8 @@ def test_the_line_by_hand(tokens: Path, text: Path, tmp_path: Path, capsys: pyte
     model, tokenizer = open_model(tmp_path / "run")[0], random_tokenizer()
     with np.load(tmp_path / "all.npz") as drawn:
         assert drawn["arr_1"].tolist() == list(range(IMAGES))
-        batches = [
-            generate(model, all_captions(text)[i : i + 3], cfg_scale=1.5, seed=torch_seed(0, Purpose.SAMPLING, i))
-            for i in (0, 3, 6)
-        ]
-        expected = to_uint8(tokenizer.decode(torch.cat(batches).unflatten(1, (3, 3)))).numpy()
+        codes = generate(model, all_captions(text), cfg_scale=1.5, seed=torch_seed(0, Purpose.SAMPLING))
+        expected = to_uint8(tokenizer.decode(codes.unflatten(1, (3, 3)))).numpy()
         np.testing.assert_array_equal(drawn["arr_0"], expected)
     assert json.loads((tmp_path / "ten/metadata.json").read_text())["captions"] == [*range(IMAGES), 0, 1]
     with Image.open(tmp_path / "ten/000009.png") as image:
@@ -334,6 +332,7 @@ def test_captions_are_chosen_in_turn_or_at_random(text: Path) -> None:
     assert choose_conditions(MODEL, store, None, 0, mode="balanced") == list(range(IMAGES))
     assert choose_conditions(MODEL, store, 3, 0, mode="balanced") == [0, 1, 2]
     assert set(choose_conditions(MODEL, store, 200, 0, mode="random")) == set(range(IMAGES))
+    assert choose_conditions(MODEL, store, None, 0, mode="balanced", per_class=2) == [*range(IMAGES)] * 2
     assert choose_conditions(CLASSES, None, None, 0, mode="balanced") == [0] * 64
 
 

@@ -1,7 +1,5 @@
 """The tokenizing job: images of a source -> crops -> codes -> a token store, shard by shard."""
 
-import os
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -18,8 +16,8 @@ from st_ar.data.pool import Decoder, open_decoder
 from st_ar.data.ranks import Ranks
 from st_ar.data.store import TokenStore
 from st_ar.errors import UserError
-from st_ar.hardware import choose_device
-from st_ar.progress import Progress, progress
+from st_ar.hardware import choose_device, local_device
+from st_ar.progress import Pace, Progress, progress
 from st_ar.tokenizer import Tokenizer, load_tokenizer, to_pixels
 from st_ar.tokenizer.vq import VQTokenizer
 
@@ -119,10 +117,9 @@ def place_tokenizer(path: Path, device: str, dtype: str, compiled: bool = False)
     """
     tokenizer = load_tokenizer(path)
     if isinstance(tokenizer, VQTokenizer):
-        chosen = choose_device(device)
-        if chosen.type == "cuda":
-            chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
-        tokenizer = tokenizer.to(chosen, torch.bfloat16 if dtype == "bfloat16" else torch.float32, compiled=compiled)
+        chosen = local_device(choose_device(device))
+        kind = torch.bfloat16 if dtype == "bfloat16" else torch.float32
+        tokenizer = tokenizer.to(chosen, kind, compiled=compiled)
     return tokenizer
 
 
@@ -138,7 +135,7 @@ class _Work:
     bar: Progress
     batch_size: int
     images_per_shard: int
-    pace: "_Pace" = field(default_factory=lambda: _Pace())
+    pace: Pace = field(default_factory=lambda: Pace("images"))
 
     @cached_property
     def reader(self) -> "_Reader":
@@ -197,18 +194,6 @@ class _Work:
 def _chunks(examples: Iterator[Example], length: int) -> Iterator[list[Example]]:
     while chunk := list(islice(examples, length)):
         yield chunk
-
-
-class _Pace:
-    """Images per second of this call, beside the bar."""
-
-    def __init__(self) -> None:
-        self.begun, self.images = time.monotonic(), 0
-
-    def advance(self, bar: Progress, images: int) -> None:
-        self.images += images
-        bar.note(f"{self.images / max(1e-9, time.monotonic() - self.begun):,.0f} images/s")
-        bar.advance(images)
 
 
 class _Reader:

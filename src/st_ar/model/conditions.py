@@ -109,4 +109,4 @@ class TextEmbedding(nn.Module):
 
     def forward(self, labels: Tensor) -> Tensor:
         self.check(labels)
-        return self.cap_proj(labels.to(self.cap_proj.fc1.weight.dtype))  # (B, N, D)
+        return self.cap_proj(labels.to(self.uncond_embedding.dtype))  # (B, N, D)

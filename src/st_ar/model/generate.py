@@ -3,12 +3,20 @@
 The rule is LlamaGen's: guided logits, then temperature, then top-k, then top-p.
 """
 
+import math
+import secrets
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from st_ar.errors import UserError
+from st_ar.model.packing import packed
 from st_ar.model.transformer import Transformer, attention_bias
+from st_ar.sample_config import SampleSettings
 
 
 class Decoder:
@@ -20,7 +28,7 @@ class Decoder:
 
     def __init__(self, model: Transformer, labels: Tensor) -> None:
         config = model.config
-        self.model = model
+        self.model = packed(model, len(labels))
         self.position = 0
         self.next_input = model.cls_embedding(labels)  # (B, N, D)
         dtype, device = self.next_input.dtype, labels.device
@@ -76,11 +84,23 @@ def filter_logits(logits: Tensor, *, top_k: int = 0, top_p: float = 1.0) -> Tens
     return logits
 
 
-def choose(logits: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Draw a token [B] from each row of logits [B, V]; an exponential race, so nothing waits for the device."""
-    probabilities = logits.float().softmax(dim=-1)
-    noise = torch.empty_like(probabilities).exponential_(generator=generator)
-    return (probabilities / noise).argmax(dim=-1)
+def uniforms(seed: int, images: np.ndarray, count: int) -> Tensor:
+    """Numbers in [0, 1), float32 [B, count]: those of image n are a function of (seed, n) alone.
+
+    Counter-based (Philox), so that no image's depend on how many others there are.
+    """
+    drawn = [np.random.Generator(np.random.Philox(key=[seed, int(n)])).random(count, np.float32) for n in images]
+    return torch.from_numpy(np.stack(drawn))
+
+
+def choose(logits: Tensor, uniform: Tensor) -> Tensor:
+    """Draw a token [B] from each row of logits [B, V], given a number in [0, 1) for each [B]: the inverse of the
+    cumulative distribution. Nothing waits for the device.
+    """
+    # In whole numbers sums are exact in any order, so that a token without mass is never drawn, on a GPU neither.
+    mass = (logits.float().softmax(dim=-1) * 2**40).long().cumsum(dim=-1)
+    place = (uniform[:, None].double() * mass[:, -1:]).long()
+    return torch.searchsorted(mass, place, right=True)[:, 0]
 
 
 @torch.no_grad()
@@ -93,7 +113,10 @@ def generate(
     top_k: int = 0,
     top_p: float = 1.0,
     cfg_interval: int = -1,
+    cfg_schedule: Literal["constant", "linear", "power-cosine"] = "constant",
+    cfg_power: float = 1.0,
     seed: int | None = None,
+    images: Sequence[int] | np.ndarray | None = None,
     greedy: bool = False,
     num_tokens: int | None = None,
 ) -> Tensor:
@@ -109,18 +132,32 @@ def generate(
         top_p: draw from the likeliest tokens that together hold more than p; 1 for all.
         cfg_interval: guide the first token and this many decode steps + 1 after it, then no more (LlamaGen's
             meaning); -1 guides all.
-        seed: of the draws; the same seed and labels give the same tokens on the same machine. None draws afresh.
+        cfg_schedule: constant; linear or power-cosine: from 1 up to cfg_scale over the tokens (see `guidance_scale`).
+        cfg_power: the power of power-cosine.
+        seed: of the draws. The tokens of an image depend on the seed, its number, its label and the settings alone, but for
+            rounding: products of another batch size may differ in the last bit. None draws afresh.
+        images: the images' numbers [B]; 0, 1, .. if None.
         greedy: take the likeliest token instead of drawing.
         num_tokens: stop after this many tokens [B, num_tokens]; all T if None.
 
     Raises:
-        UserError: a label, a setting or num_tokens out of range.
+        UserError: a label, a setting or num_tokens out of range, or a model whose logits are not finite.
     """
-    config = model.config
-    total = config.sequence_length if num_tokens is None else num_tokens
-    _check_request(model, labels, total, cfg_scale, temperature, top_k, top_p, cfg_interval)
-    generator = None if seed is None else torch.Generator(labels.device).manual_seed(seed)
+    guidance = SampleSettings(
+        cfg_scale=cfg_scale,
+        cfg_interval=cfg_interval,
+        cfg_schedule=cfg_schedule,
+        cfg_power=cfg_power,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+    ).resolved(model.config)
+    total = model.config.sequence_length if num_tokens is None else num_tokens
+    seed = secrets.randbits(63) if seed is None else seed
+    numbers = np.arange(len(labels)) if images is None else np.asarray(images)
+    _check_request(model, labels, numbers, seed, total)
     batch, guided = len(labels), cfg_scale > 1
+    noise = None if greedy else uniforms(seed, numbers, total).to(labels.device)
     decoder = Decoder(model, torch.cat([labels, model.cls_embedding.null(labels)]) if guided else labels)
     tokens = torch.empty(batch, total, dtype=torch.int64, device=labels.device)
     for position in range(total):
@@ -128,28 +165,36 @@ def generate(
             guided = False
             decoder.keep(batch)
         logits = decoder.logits().float()
+        if position == 0 and not logits.isfinite().all():  # once, since the host waits
+            raise UserError("the model's logits are not finite: its training has diverged, or it needs float32")
         if guided:
             conditional, null = logits.chunk(2)
-            logits = null + cfg_scale * (conditional - null)
-        if greedy:
+            logits = null + guidance_scale(guidance, position, model.config.sequence_length) * (conditional - null)
+        if noise is None:
             tokens[:, position] = logits.argmax(dim=-1)
         else:
             logits = filter_logits(logits / temperature, top_k=top_k, top_p=top_p)
-            tokens[:, position] = choose(logits, generator)
+            tokens[:, position] = choose(logits, noise[:, position])
         decoder.append(tokens[:, position].repeat(2) if guided else tokens[:, position])
     return tokens
 
 
-def _check_request(
-    model: Transformer,
-    labels: Tensor,
-    total: int,
-    cfg_scale: float,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    cfg_interval: int,
-) -> None:
+def guidance_scale(guidance: SampleSettings, position: int, total: int) -> float:
+    """The scale for the token at `position` of an image's `total`.
+
+    Linear: 1 + (s - 1) (t + 1) / T (as MAR has it, arXiv 2406.11838). Power-cosine: 1 + (s - 1) (1 - cos(pi (t / T)^p)) / 2
+    (RAR, arXiv 2411.00776), with t counted from 0.
+    """
+    rise = 1.0
+    if guidance.cfg_schedule == "linear":
+        rise = (position + 1) / total
+    elif guidance.cfg_schedule == "power-cosine":
+        rise = (1 - math.cos(math.pi * (position / total) ** guidance.cfg_power)) / 2
+    assert guidance.cfg_scale is not None
+    return 1 + (guidance.cfg_scale - 1) * rise
+
+
+def _check_request(model: Transformer, labels: Tensor, numbers: np.ndarray, seed: int, total: int) -> None:
     config = model.config
     assert not model.training, "call model.eval() first: dropout is for training"
     model.cls_embedding.check(labels)
@@ -157,17 +202,7 @@ def _check_request(
         raise UserError(
             f"{total} tokens asked for; an image of this model has {config.sequence_length}: give 1 to that many"
         )
-    if not 1 <= cfg_scale < float("inf"):
-        raise UserError(f"the guidance scale must be at least 1 (none), not {cfg_scale}")
-    if not 0 < temperature < float("inf"):
-        raise UserError(
-            f"the temperature must be above 0, not {temperature}; for the likeliest token ask for greedy sampling"
-        )
-    if not 0 <= top_k <= config.vocab_size:
-        raise UserError(
-            f"top-k must lie between 0 (off) and the {config.vocab_size} tokens of the codebook, not {top_k}"
-        )
-    if not 0 < top_p <= 1:
-        raise UserError(f"top-p must lie in (0, 1], not {top_p}")
-    if cfg_interval < -1:
-        raise UserError(f"the guidance interval must be -1 (all steps) or more, not {cfg_interval}")
+    if numbers.shape != (len(labels),) or numbers.dtype.kind not in "iu" or numbers.min() < 0:
+        raise UserError(f"images must be {len(labels)} whole numbers of 0 or more, one for each label, not {numbers}")
+    if not 0 <= seed < 2**64:
+        raise UserError(f"the seed must lie in [0, 2^64), not {seed}")

@@ -1,0 +1,157 @@
+"""Samples that are being written: begun, filled part by part by one or several ranks, and finished.
+
+A stopped job is continued by the same command, with any number of ranks, and ends with the same files.
+"""
+
+import json
+import shutil
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from st_ar.data.ranks import Ranks
+from st_ar.errors import UserError
+from st_ar.figures import strip
+from st_ar.files import read_json, require_absent, save_array, write_json, written_aside
+from st_ar.hardware import describe
+
+JOB, METADATA = "job.json", "metadata.json"
+PREVIEW = 64
+"""Images of the preview."""
+
+
+class SampleJob:
+    """Pictures on their way to a .npz file or a folder of PNGs (docs/formats.md).
+
+    job.json marks the job as begun and is removed last of all; the metadata are written when every picture is there.
+
+    Args:
+        out: FILE.npz, or a folder.
+        count: images of the whole job.
+        record: what must be the same for a stopped job to be continued; it becomes part of the metadata.
+        batch_size: images of a part, drawn at once and written at once.
+
+    Raises:
+        UserError: something else is there, or a job that was begun with other settings.
+    """
+
+    def __init__(self, out: Path, count: int, record: dict[str, Any], batch_size: int, ranks: Ranks) -> None:
+        if out.suffix and out.suffix != ".npz":
+            raise UserError(
+                f"--out {out}: samples are written to a .npz file or to a folder of PNGs, not to {out.suffix}"
+            )
+        self.out, self.count, self.batch_size, self.ranks = out, count, batch_size, ranks
+        self.parts = -(-count // batch_size)
+        self.packs = out.suffix == ".npz"
+        self.folder = out.with_name(f"{out.name}.parts") if self.packs else out
+        self.metadata = out.with_suffix(".json") if self.packs else out / METADATA
+        self.preview = out.with_name(f"{out.name}.preview.png")
+        self.record = json.loads(json.dumps({"images": count, "batch_size": batch_size, **record}))
+        if ranks.rank == 0:
+            self._claim()
+        else:
+            ranks.wait(self.folder, lambda: self._is_begun or self._is_drawn, lambda: f"rank 0 to begin {out}")
+            if self._is_begun:
+                self._compare()
+
+    @property
+    def _is_begun(self) -> bool:
+        return (self.folder / JOB).exists()
+
+    @property
+    def _is_drawn(self) -> bool:
+        """Whether every picture is where it belongs."""
+        return self.metadata.exists()
+
+    def _claim(self) -> None:
+        if self._is_begun:
+            self._compare()
+            return
+        for path in (self.out, self.metadata, self.preview, self.folder):
+            require_absent(path, "a set of samples")
+        write_json(self.folder / JOB, self.record)
+
+    def _compare(self) -> None:
+        begun = read_json(self.folder / JOB, "an unfinished set of samples")
+        other = [name for name, value in self.record.items() if begun.get(name) != value]
+        if other:
+            raise UserError(
+                f"{self.folder} holds unfinished samples of other {', '.join(other)}: give the same settings to go on, "
+                "choose another --out, or remove it"
+            )
+
+    def numbers(self, part: int) -> range:
+        """The images of a part."""
+        return range(part * self.batch_size, min(self.count, (part + 1) * self.batch_size))
+
+    def is_finished(self, part: int) -> bool:
+        """Whether a part's pictures are there."""
+        return self._is_drawn or self._path(part if self.packs else self.numbers(part)[-1]).exists()
+
+    def _path(self, number: int) -> Path:
+        """Of a part (.npz), or of an image (PNGs; a part's last is written last)."""
+        return self.folder / (f"part-{number:06d}.npy" if self.packs else f"{number:06d}.png")
+
+    def write(self, part: int, pictures: np.ndarray) -> None:
+        """Write a part's pictures."""
+        self.ranks.beat(self.folder)  # not afterwards: once the last part is there, rank 0 clears the folder
+        if self.packs:
+            save_array(self._path(part), pictures)
+            return
+        for number, picture in zip(self.numbers(part), pictures, strict=True):
+            _save_picture(self._path(number), picture)
+
+    def finish(self, labels: Sequence[int]) -> None:
+        """Wait for the other ranks' parts; write a preview, the .npz, and the metadata. Rank 0's to do."""
+        if not self._is_drawn:
+            self._wait_for_all()
+            _save_picture(self.preview, strip(self._first(min(self.count, PREVIEW)), min(self.count, 8)))
+            if self.packs:
+                with written_aside(self.out) as aside:
+                    self._pack(aside, labels)
+            write_json(self.metadata, {**self.record, "environment": describe()})
+        self.ranks.clear(self.folder)
+        if self.packs:
+            for part in range(self.parts):
+                self._path(part).unlink(missing_ok=True)
+        (self.folder / JOB).unlink()
+        if self.packs:
+            shutil.rmtree(self.folder)
+
+    def _wait_for_all(self) -> None:
+        todo = set(range(self.parts))
+
+        def ready() -> bool:
+            todo.difference_update([part for part in todo if self.is_finished(part)])
+            return not todo
+
+        self.ranks.wait(self.folder, ready, lambda: f"part {min(todo)} of {self.parts}")
+
+    def _first(self, count: int) -> np.ndarray:
+        if not self.packs:
+            return np.stack([np.asarray(Image.open(self._path(number))) for number in range(count)])
+        parts = range(-(-count // self.batch_size))
+        return np.concatenate([np.load(self._path(part), mmap_mode="r") for part in parts])[:count]
+
+    def _pack(self, path: Path, labels: Sequence[int]) -> None:
+        """ADM's layout, arr_0 pictures and arr_1 labels, one part in memory at a time."""
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+            with archive.open("arr_0.npy", "w", force_zip64=True) as file:
+                for part in range(self.parts):
+                    pictures = np.load(self._path(part), mmap_mode="r")
+                    if part == 0:
+                        header = np.lib.format.header_data_from_array_1_0(pictures)
+                        header["shape"] = (self.count, *pictures.shape[1:])
+                        np.lib.format.write_array_header_1_0(file, header)
+                    file.write(np.ascontiguousarray(pictures).data)
+            with archive.open("arr_1.npy", "w") as file:
+                np.lib.format.write_array(file, np.array(labels, np.int64), allow_pickle=False)
+
+
+def _save_picture(path: Path, picture: np.ndarray) -> None:
+    with written_aside(path) as aside:
+        Image.fromarray(picture).save(aside, format="PNG")

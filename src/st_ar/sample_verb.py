@@ -1,0 +1,89 @@
+"""The verb of the command line that draws images: its options are the fields, and its help their docstrings.
+
+What it needs is imported when it runs, so that help is quick.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from st_ar.errors import UserError
+from st_ar.sample_config import SampleSettings
+
+
+@dataclass(kw_only=True)
+class Sample:
+    """Draw images from a model into a .npz file (ADM's layout) or a folder of PNGs, with the settings beside them.
+
+    The same command continues a stopped job. Several processes share one: torchrun --nproc-per-node 4 -m st_ar sample ..
+    """
+
+    model: Path
+    """A run, an export folder, a .safetensors file, or a .pt file of LlamaGen's."""
+    tokenizer: Path
+    """The tokenizer that the model was trained with: its folder, or a .pt file of LlamaGen's."""
+    out: Path
+    """FILE.npz, or a folder for PNGs."""
+    text: Path | None = None
+    """Captions' features for a text model: a .safetensors file, or a folder of them."""
+    num: int | None = None
+    """Images to draw: 64 by default; of a text model one for each caption."""
+    per_class: int | None = None
+    """Images to draw of each class (instead of --num): 50 of 1,000 classes for FID."""
+    labels: tuple[int, ...] = ()
+    """Classes to draw, in turn; all if not given."""
+    label_mode: Literal["balanced", "random"] = "balanced"
+    """Take the classes or captions in turn, or draw them at random."""
+    settings: Annotated[SampleSettings, tyro.conf.arg(name="")] = field(default_factory=SampleSettings)
+    batch_size: int = 256
+    """Images drawn at once, and written at once; the images are the same whatever it is."""
+    ema: bool = False
+    """Draw from the averaged weights instead of the live ones."""
+    grid: int | None = None
+    """Tokens per side, if not the size trained for: 24 for 384 px with LlamaGen's weights of 256 px."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Type of weights and activations; auto takes bfloat16 on a GPU and float32 on a CPU."""
+
+    def run(self) -> None:
+        import torch
+
+        from st_ar.data.ranks import Ranks
+        from st_ar.data.text import open_text
+        from st_ar.hardware import choose_device, local_device
+        from st_ar.model.weights import open_model
+        from st_ar.sampling import Sampler, choose_conditions, sample_to
+        from st_ar.tokenizer import load_tokenizer
+        from st_ar.tokenizer.vq import VQTokenizer
+
+        ranks = Ranks.from_environment()
+        device = local_device(choose_device(self.device))
+        half = self.dtype == "bfloat16" or (self.dtype == "auto" and device.type == "cuda")
+        model, info = open_model(self.model, ema=self.ema, grid=self.grid)
+        tokenizer = load_tokenizer(self.tokenizer)
+        if info.tokenizer and tokenizer.fingerprint != info.tokenizer:
+            raise UserError(
+                f"{self.model} speaks the codes of tokenizer {info.tokenizer[:12]}, {self.tokenizer} is {tokenizer.fingerprint[:12]}: "
+                "give the tokenizer that made the model's token store"
+            )
+        text = open_text(self.text, info.config, info.encoder)
+        labels = choose_conditions(
+            info.config,
+            text,
+            self.num,
+            self.settings.seed,
+            mode=self.label_mode,
+            labels=self.labels,
+            per_class=self.per_class,
+        )
+        model = model.to(device, torch.bfloat16 if half else torch.float32)
+        if isinstance(tokenizer, VQTokenizer):
+            tokenizer = tokenizer.to(device, torch.float32)
+        sampler = Sampler(model, tokenizer, self.settings, text)
+        sample_to(self.out, sampler, labels, info, label_mode=self.label_mode, batch_size=self.batch_size, ranks=ranks)
+        if ranks.rank == 0:
+            size = tokenizer.decode(torch.zeros(1, info.config.grid, info.config.grid, dtype=torch.int64)).shape[-1]
+            print(f"{self.out}: {len(labels):,} images of {size} x {size} pixels")
