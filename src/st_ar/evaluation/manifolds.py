@@ -15,11 +15,11 @@ from st_ar.errors import UserError
 
 BLOCK = 4096
 """Rows and columns of a block of distances: 67 MB in float32."""
-SPARE = 3
+SPARE = 2
 """Candidates beyond the k-th that are measured exactly."""
 DOUBT = 64 * torch.finfo(torch.float32).eps
 """Relative to the two squared lengths: within this a float32 distance is not trusted to be larger or smaller than another."""
-CHUNK = 1 << 23
+CHUNK = 1 << 20
 """Differences that are held at once where distances are computed exactly."""
 
 Features = np.ndarray | Tensor

@@ -19,16 +19,19 @@ def mean_and_covariance(features: Array) -> tuple[Array, Array]:
     return statistics.result()
 
 
-def _root(matrix: Array) -> Array:
-    """The symmetric square root of a positive semi-definite matrix; rounding's negative eigenvalues count as 0."""
-    values, vectors = np.linalg.eigh(matrix)
-    return (vectors * np.sqrt(values.clip(min=0))) @ vectors.T
+def _factor(matrix: Array) -> Array:
+    """F with F F^T = matrix, positive semi-definite: Cholesky's where there is one, which is quick, else the symmetric root."""
+    try:
+        return np.linalg.cholesky(matrix)
+    except np.linalg.LinAlgError:
+        values, vectors = np.linalg.eigh(matrix)
+        return vectors * np.sqrt(values.clip(min=0))  # rounding's negative eigenvalues count as 0
 
 
 def frechet_distance(mu1: Array, sigma1: Array, mu2: Array, sigma2: Array) -> float:
     """|mu1 - mu2|^2 + Tr(S1 + S2 - 2 sqrt(S1 S2)): the squared Wasserstein-2 distance of two Gaussians.
 
-    The trace of sqrt(S1 S2) is taken from the eigenvalues of the symmetric sqrt(S1) S2 sqrt(S1), which are the same: no
+    The trace of sqrt(S1 S2) is taken from the eigenvalues of the symmetric F^T S2 F with F F^T = S1, which are the same: no
     complex numbers, and singular covariances need no offset. With Inception's pool_3 features this is the FID
     (arXiv 1706.08500).
 
@@ -45,8 +48,8 @@ def frechet_distance(mu1: Array, sigma1: Array, mu2: Array, sigma2: Array) -> fl
         raise UserError(f"means [D] and covariances [D, D] do not belong together: {shapes}")
     if not all(np.isfinite(a).all() for a in (mu1, sigma1, mu2, sigma2)):
         raise UserError("means or covariances hold NaN or infinity: make the statistics again")
-    root = _root(sigma1)
-    eigenvalues = np.linalg.eigvalsh(root @ sigma2 @ root).clip(min=0)
+    factor = _factor(sigma1)
+    eigenvalues = np.linalg.eigvalsh(factor.T @ sigma2 @ factor).clip(min=0)
     difference = mu1 - mu2
     distance = difference @ difference + np.trace(sigma1) + np.trace(sigma2) - 2 * np.sqrt(eigenvalues).sum()
     return float(max(distance, 0.0))
@@ -103,6 +106,8 @@ def kernel_distance(
 
     Subsets are drawn without replacement, of both sets alike and as large as the smaller set if that is below `subset_size`.
 
+    Products are computed in the features' own precision and summed in float64.
+
     Args:
         reference: features [N, D]. samples: features [M, D]; N and M of 2 or more, on one device, which computes.
     """
@@ -116,7 +121,7 @@ def kernel_distance(
         x, y = (
             s[torch.from_numpy(rng.choice(len(s), size, replace=False)).to(s.device)].double() for s in (real, drawn)
         )
-        xx, yy, xy = ((a @ b.T / x.shape[1] + 1) ** 3 for a, b in ((x, x), (y, y), (x, y)))
+        xx, yy, xy = (((a @ b.T).double() / x.shape[1] + 1) ** 3 for a, b in ((x, x), (y, y), (x, y)))
         within = sum((kernel.sum() - kernel.trace()).item() for kernel in (xx, yy)) / (size * (size - 1))
         found.append(within - 2 * xy.mean().item())
     return KernelDistance(float(np.mean(found)), float(np.std(found)))

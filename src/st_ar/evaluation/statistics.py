@@ -38,14 +38,12 @@ class FeatureStatistics:
         self._waiting = 0
 
     def update(self, features: Tensor) -> None:
-        """Take more features [n, D].
+        """Take more features [n, D], of one type.
 
         Raises:
-            UserError: some of them are no finite numbers.
+            UserError: some of them are no finite numbers; they may be noticed later, by `result` at the latest.
         """
-        if not features.isfinite().all():
-            raise UserError("features hold NaN or infinity: look for damaged images or weights")
-        self._rest.append(features.detach().to(self._mean))
+        self._rest.append(features.detach().to(self._mean.device))
         self._waiting += len(features)
         while self._waiting >= BLOCK:
             rows = torch.cat(self._rest)
@@ -53,14 +51,18 @@ class FeatureStatistics:
             self._rest, self._waiting = [rows[BLOCK:]], len(rows) - BLOCK
 
     def _absorb(self, rows: Tensor) -> None:
+        if not rows.isfinite().all():
+            raise UserError("features hold NaN or infinity: look for damaged images or weights")
+        rows = rows.to(self._mean)
         mean = rows.mean(0)
         about = rows - mean
-        self._merge(len(rows), mean, about.T @ about)
+        self._squares.addmm_(about.T, about)
+        self._move(len(rows), mean)
 
-    def _merge(self, count: int, mean: Tensor, squares: Tensor) -> None:
+    def _move(self, count: int, mean: Tensor) -> None:
+        """Take in the mean of `count` more rows, whose own squares are in already."""
         whole = self.count + count
         apart = mean - self._mean
-        self._squares += squares
         self._squares.addr_(apart, apart, alpha=self.count * count / whole)
         self._mean += apart * (count / whole)
         self.count = whole
@@ -75,7 +77,8 @@ class FeatureStatistics:
         self._flush()
         other._flush()
         if other.count:
-            self._merge(other.count, other._mean.to(self._mean), other._squares.to(self._mean))
+            self._squares += other._squares.to(self._mean)
+            self._move(other.count, other._mean.to(self._mean))
 
     def reduce(self) -> None:
         """Take over what all ranks have seen; every rank has to call it."""
