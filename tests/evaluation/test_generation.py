@@ -456,6 +456,27 @@ def test_features_that_are_not_finite_stop_the_work(tmp_path: Path) -> None:
         collect(open_files(str(tmp_path / "a.npz")), broken, ["fd"], Place())
 
 
+def test_features_are_computed_in_float32_to_the_full_whatever_is_set() -> None:
+    backends = (torch.backends.cudnn.conv, torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    seen: list[list[str]] = []
+
+    def run(images: torch.Tensor) -> Extracted:
+        seen.append([backend.fp32_precision for backend in backends])
+        return Extracted(images.flatten(1).float() @ torch.ones(3, 2))
+
+    before = [backend.fp32_precision for backend in backends]
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    try:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found = Extractor(name="x", weights="", dim=2, run=run).extract(torch.ones(1, 1, 1, 3, dtype=torch.uint8))
+        assert found.features.dtype == torch.float32
+        assert seen == [["ieee"] * 3]
+        assert torch.backends.cuda.matmul.fp32_precision == "tf32"
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before[1]
+    assert [backend.fp32_precision for backend in backends] == before
+
+
 def test_an_images_digest_tells_sizes_apart() -> None:
     flat = np.zeros((2, 8, 3), np.uint8)
     assert image_digest(flat) != image_digest(flat.reshape(4, 4, 3))

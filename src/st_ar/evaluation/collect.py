@@ -15,7 +15,7 @@ from torch import Tensor
 
 from st_ar.data.ranks import Ranks
 from st_ar.errors import UserError
-from st_ar.evaluation.extractors import Extracted, Extractor
+from st_ar.evaluation.extractors import Extractor
 from st_ar.evaluation.image_sets import ImageSet
 from st_ar.evaluation.statistics import FeatureStatistics, InceptionScore
 from st_ar.progress import progress
@@ -144,7 +144,7 @@ def collect(
         for indices, pixels in batches(images, place):
             digests += [(index, image_digest(image)) for index, image in zip(indices, pixels, strict=True)]
             there = torch.from_numpy(pixels).to(place.device)
-            found: Extracted = extractor.run(there if resize is None else resize_as_llamagen(there, resize))
+            found = extractor.extract(there if resize is None else resize_as_llamagen(there, resize))
             statistics.update(found.features)
             if spatial is not None and found.spatial is not None:
                 spatial.update(found.spatial)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from st_ar.errors import UserError
 from st_ar.evaluation.names import ExtractorName
+from st_ar.hardware import full_precision
 
 DINOV2 = "facebook/dinov2-large"
 """ViT-L/14 on the Hugging Face hub."""
@@ -42,11 +43,16 @@ class Extractor:
     dim: int
     """D."""
     run: Callable[[Tensor], Extracted]
-    """Takes images on the network's device."""
+    """The network: takes images on its device; see `extract`."""
     spatial_dim: int = 0
     """S; 0 if there are none."""
     classes: int = 0
     """C; 0 if there are none."""
+
+    def extract(self, images: Tensor) -> Extracted:
+        """Features of images uint8 [B, H, W, 3], computed in float32 to the full."""
+        with full_precision(), torch.autocast(images.device.type, enabled=False):
+            return self.run(images)
 
     @property
     def is_inception(self) -> bool:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from st_ar.errors import UserError
+from st_ar.hardware import full_precision
 
 BLOCK = 4096
 """Rows and columns of a block of distances: 67 MB in float32."""
@@ -168,6 +169,7 @@ class Comparison(NamedTuple):
 
 
 @torch.no_grad()
+@full_precision()
 def compare(reference: Features, samples: Features, *, k: int | None = 3, density_k: int | None = 5) -> Comparison:
     """Precision and recall with the k-th neighbour, density and coverage with the density_k-th; None leaves a pair out.
 

@@ -8,6 +8,7 @@ import torch
 from st_ar.errors import UserError
 from st_ar.evaluation.manifolds import DensityCoverage, Features, PrecisionRecall, check_features, compare
 from st_ar.evaluation.statistics import FeatureStatistics, InceptionScore
+from st_ar.hardware import full_precision
 
 Array = np.ndarray
 
@@ -99,6 +100,7 @@ class KernelDistance(NamedTuple):
 
 
 @torch.no_grad()
+@full_precision()
 def kernel_distance(
     reference: Features, samples: Features, *, subsets: int = 100, subset_size: int = 1000, seed: int = 0
 ) -> KernelDistance:

@@ -81,8 +81,8 @@ def measure_tokenizer(
             meter.update(codes, there, made)
             shown.add(indices, there, made)
             if extractor:
-                real.update(extractor.run(there.to(place.device)).features)
-                drawn.update(extractor.run(made.to(place.device)).features)
+                real.update(extractor.extract(there.to(place.device)).features)
+                drawn.update(extractor.extract(made.to(place.device)).features)
             bar.advance(len(indices))
     meter.reduce(place.device)
     if not meter.count:
