@@ -56,7 +56,7 @@ def check_features(*sets: Features) -> list[Tensor]:
             raise UserError(f"features must have the shape [N, D], not {list(tensor.shape)}")
         if tensor.shape[1] != tensors[0].shape[1]:
             raise UserError(f"features of {tensors[0].shape[1]} and of {tensor.shape[1]} numbers do not compare")
-        if not tensor.isfinite().all():
+        if not all(part.isfinite().all() for part in tensor.split(BLOCK)):
             raise UserError("features hold NaN or infinity: look for damaged images or weights")
     return tensors
 
@@ -121,7 +121,7 @@ def neighbour_distances(features: Tensor, ks: tuple[int, ...], offset: Tensor | 
         raise UserError(
             f"{len(features)} images are too few for neighbours: k = {max(ks)} needs at least {max(ks) + 1}"
         )
-    members = _Set(features, features.double().mean(0).to(features.dtype) if offset is None else offset)
+    members = _Set(features, features.mean(0) if offset is None else offset)
     nearest = _Nearest(len(features), min(max(ks) + SPARE, len(features) - 1), features.device)
     for start in members.starts():
         for other in range(start, len(features), BLOCK):
@@ -131,12 +131,12 @@ def neighbour_distances(features: Tensor, ks: tuple[int, ...], offset: Tensor | 
             else:
                 nearest.add(other, distances.T.contiguous(), start)
             nearest.add(start, distances, other)
-    exact: list[Tensor] = []
+    exact = torch.empty(nearest.values.shape, dtype=torch.float64, device=features.device)
     rows = max(1, CHUNK // (nearest.keep * features.shape[1]))
     for start in range(0, len(features), rows):
-        some = features[start : start + rows, None]
-        exact.append(squared_distances(some, features[nearest.indices[start : start + rows]]).sort(dim=1).values)
-    return torch.cat(exact)[:, [k - 1 for k in ks]]
+        some = slice(start, start + rows)
+        exact[some] = squared_distances(features[some, None], features[nearest.indices[some]])
+    return exact.sort(dim=1).values[:, [k - 1 for k in ks]]
 
 
 class _Inside:
@@ -186,7 +186,7 @@ def compare(reference: Features, samples: Features, *, k: int | None = 3, densit
     assert k is not None or density_k is not None
     if len(drawn) == 0:
         raise UserError("there are no samples to compare")
-    offset = real.double().mean(0).to(real.dtype)
+    offset = real.mean(0)
     ks = tuple(each for each in (k, density_k) if each is not None)
     radii = neighbour_distances(real, ks, offset)
     in_real = {each: _Inside(real, radii[:, place], drawn) for place, each in enumerate(ks)}
