@@ -1,9 +1,12 @@
 """Numbers from statistics and features, as pure functions."""
 
+import contextlib
+from collections.abc import Generator
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from st_ar.errors import UserError
 from st_ar.evaluation.manifolds import DensityCoverage, Features, PrecisionRecall, check_features, compare
@@ -20,13 +23,24 @@ def mean_and_covariance(features: Array) -> tuple[Array, Array]:
     return statistics.result()
 
 
-def _factor(matrix: Array) -> Array:
-    """F with F F^T = matrix, positive semi-definite: Cholesky's where there is one, which is quick, else the symmetric root."""
+@contextlib.contextmanager
+def _one_thread() -> Generator[None]:
+    """On busy cores the threads of an eigenvalue problem wait for one another several times as long as one computes."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     try:
-        return np.linalg.cholesky(matrix)
-    except np.linalg.LinAlgError:
-        values, vectors = np.linalg.eigh(matrix)
-        return vectors * np.sqrt(values.clip(min=0))  # rounding's negative eigenvalues count as 0
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _factor(matrix: Tensor) -> Tensor:
+    """F with F F^T = matrix, positive semi-definite: Cholesky's where there is one, which is quick, else from eigenvectors."""
+    factor, failed = torch.linalg.cholesky_ex(matrix)
+    if not failed:
+        return factor
+    values, vectors = torch.linalg.eigh(matrix)
+    return vectors * values.clamp(min=0).sqrt()  # rounding's negative eigenvalues count as 0
 
 
 def frechet_distance(mu1: Array, sigma1: Array, mu2: Array, sigma2: Array) -> float:
@@ -42,17 +56,18 @@ def frechet_distance(mu1: Array, sigma1: Array, mu2: Array, sigma2: Array) -> fl
     Raises:
         UserError: shapes that do not belong together, or numbers that are not finite.
     """
-    mu1, sigma1, mu2, sigma2 = (np.asarray(a, np.float64) for a in (mu1, sigma1, mu2, sigma2))
+    mu1, sigma1, mu2, sigma2 = (np.array(a, np.float64, order="C") for a in (mu1, sigma1, mu2, sigma2))
     dim = mu1.size
     if mu1.shape != (dim,) or mu2.shape != (dim,) or sigma1.shape != (dim, dim) or sigma2.shape != (dim, dim):
         shapes = ", ".join(str(list(a.shape)) for a in (mu1, sigma1, mu2, sigma2))
         raise UserError(f"means [D] and covariances [D, D] do not belong together: {shapes}")
     if not all(np.isfinite(a).all() for a in (mu1, sigma1, mu2, sigma2)):
         raise UserError("means or covariances hold NaN or infinity: make the statistics again")
-    factor = _factor(sigma1)
-    eigenvalues = np.linalg.eigvalsh(factor.T @ sigma2 @ factor).clip(min=0)
+    with _one_thread():
+        factor = _factor(torch.from_numpy(sigma1))
+        eigenvalues = torch.linalg.eigvalsh(factor.T @ torch.from_numpy(sigma2) @ factor).clamp(min=0)
     difference = mu1 - mu2
-    distance = difference @ difference + np.trace(sigma1) + np.trace(sigma2) - 2 * np.sqrt(eigenvalues).sum()
+    distance = difference @ difference + np.trace(sigma1) + np.trace(sigma2) - 2 * eigenvalues.sqrt().sum().item()
     return float(max(distance, 0.0))
 
 
