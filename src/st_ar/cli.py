@@ -22,7 +22,7 @@ usage: st-ar VERB [options]        st-ar VERB --help explains each
 
 Train LlamaGen-style image generators with and without self-guidance (ST-AR), and see what they understand.
 
-    images --tokenize--> token store --train--> run --sample--> images
+    images --tokenize--> token store --train--> run --sample--> images --evaluate--> table
                                                  |----- probe, attention ----> figures
 
   quickstart         the whole line on photographs that are already here: AR and ST-AR side by side, minutes on a CPU
@@ -31,6 +31,10 @@ Train LlamaGen-style image generators with and without self-guidance (ST-AR), an
   import-tokens      LlamaGen's folders of .npy files -> token store
   train              token store -> run; presets for LlamaGen and ST-AR
   sample             run -> images
+  reference          images -> statistics to evaluate against, computed once
+  evaluate           samples against a reference: FID, sFID, IS, precision, recall, and others
+  sweep              samples and their distance over guidance scales, with the best setting
+  reconstruct        how faithful a tokenizer is: rFID, PSNR, SSIM, use of the codebook
   probe              what a model's features say about an image, token by token
   attention          what a model looks at
   convert            to and from the weight files of LlamaGen's scripts, models and VQ tokenizers

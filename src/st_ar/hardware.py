@@ -1,7 +1,9 @@
 """Where to compute and in which type: what the hardware has, or a clear word that it has not."""
 
+import contextlib
 import os
 import platform
+from collections.abc import Generator
 from typing import Any
 
 import torch
@@ -34,6 +36,22 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
         fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.ops.mkldnn._is_mkldnn_bf16_supported()
         return torch.bfloat16 if fast else torch.float32
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+
+
+@contextlib.contextmanager
+def full_precision() -> Generator[None]:
+    """Within the block float32 convolutions and matrix products are float32: no TF32 on a GPU (cuDNN's default), no bfloat16."""
+    cudnn: Any = torch.backends.cudnn
+    mkldnn: Any = torch.backends.mkldnn
+    backends: list[Any] = [cudnn.conv, torch.backends.cuda.matmul, mkldnn.conv, mkldnn.matmul]
+    before = [backend.fp32_precision for backend in backends]
+    try:
+        for backend in backends:
+            backend.fp32_precision = "ieee"
+        yield
+    finally:
+        for backend, precision in zip(backends, before, strict=True):
+            backend.fp32_precision = precision
 
 
 def describe() -> dict[str, Any]:

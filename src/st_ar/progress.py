@@ -43,9 +43,22 @@ class _Lines:
         self.text = text
 
 
+class _Silent:
+    """Of a rank whose work another one stands for."""
+
+    def advance(self, count: int) -> None:
+        pass
+
+    def note(self, text: str) -> None:
+        pass
+
+
 @contextlib.contextmanager
-def progress(what: str, total: int | None, *, unit: str, done: int = 0) -> Generator[Progress]:
-    """Follow work of `total` units (None: nobody knows), `done` of which are done already."""
+def progress(what: str, total: int | None, *, unit: str, done: int = 0, shown: bool = True) -> Generator[Progress]:
+    """Follow work of `total` units (None: nobody knows), `done` of which are done already; only the rank that is `shown` tells."""
+    if not shown:
+        yield _Silent()
+        return
     if not sys.stderr.isatty():
         yield _Lines(what, total, unit, done)
         return

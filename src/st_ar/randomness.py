@@ -23,6 +23,7 @@ class Purpose(IntEnum):
     SAMPLING = 7
     PROBE = 8
     CODEBOOK = 9
+    EVALUATION = 10
 
 
 def numpy_generator(seed: int, purpose: Purpose, step: int = 0) -> np.random.Generator:

@@ -4,7 +4,6 @@ What a verb needs is imported when it runs, so that help is quick.
 """
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -12,7 +11,10 @@ from typing import Any, Literal
 import tyro
 
 from st_ar.data_verbs import ImportTokens, Tokenize
+from st_ar.evaluation_verbs import Evaluate, MakeReference, Reconstruct
+from st_ar.printing import print_table
 from st_ar.sample_verb import Sample
+from st_ar.sweep_verb import Sweep
 
 
 @dataclass(kw_only=True)
@@ -44,7 +46,7 @@ class Quickstart:
             ("FD-regions of samples", *(f"{m['frechet']:.4f}" for m in (ar, guided))),
             ("seconds per training step", *(f"{m['seconds_per_step']:.3f}" for m in (ar, guided))),
         ]
-        _print_table(("", "AR", "ST-AR"), rows)
+        print_table(("", "AR", "ST-AR"), rows)
         print(f"\n{summary['seconds_of_this_call']:.0f} s; the report is {report}")
 
 
@@ -106,7 +108,7 @@ class Probe:
             write_json(self.out, asdict(result))
         print(f"layer {result.layer}, {result.train_images:,} training and {result.test_images:,} test images")
         rows = [(str(step), f"{100 * share:.1f}") for step, share in zip(result.steps, result.top1, strict=True)]
-        _print_table(("step", "accuracy (%)"), rows)
+        print_table(("step", "accuracy (%)"), rows)
 
 
 @dataclass(kw_only=True)
@@ -147,7 +149,7 @@ class Attention:
             (str(layer), f"{a.class_weight:.3f}", f"{a.neighbour_weight:.3f}", f"{a.distance:.2f}", f"{a.entropy:.2f}")
             for layer, a in statistics.items()
         ]
-        _print_table(("layer", "on the class", "on the 3 x 3", "distance (tokens)", "entropy (nats)"), rows)
+        print_table(("layer", "on the class", "on the 3 x 3", "distance (tokens)", "entropy (nats)"), rows)
         print(f"\nmaps: {self.out}")
 
 
@@ -175,16 +177,11 @@ VERBS: dict[str, Any] = {
     "tokenize": Tokenize,
     "import-tokens": ImportTokens,
     "sample": Sample,
+    "reference": MakeReference,
+    "evaluate": Evaluate,
+    "sweep": Sweep,
+    "reconstruct": Reconstruct,
     "probe": Probe,
     "attention": Attention,
     "convert": Convert,
 }
-
-
-def _print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
-    for row in (header, *rows):
-        first, *rest = (
-            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        )
-        print("  ".join([first, *rest]).rstrip())

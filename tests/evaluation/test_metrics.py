@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.linalg import sqrtm
 
+from st_ar.errors import UserError
 from st_ar.evaluation.metrics import frechet_distance, mean_and_covariance
 
 
@@ -22,6 +23,18 @@ def test_full_rank_covariances_give_the_written_out_formula_with_scipys_matrix_r
     root = sqrtm(sigma1 @ sigma2).real
     expected = ((mu1 - mu2) ** 2).sum() + np.trace(sigma1 + sigma2 - 2 * root)
     assert frechet_distance(mu1, sigma1, mu2, sigma2) == pytest.approx(expected, rel=1e-8)
+
+
+def test_spectra_that_fall_off_as_those_of_features_agree_with_sqrtm_to_a_millionth() -> None:
+    rng = np.random.default_rng(0)
+    covariances: list[np.ndarray] = []
+    for _ in range(2):
+        basis, _ = np.linalg.qr(rng.normal(size=(200, 200)))
+        covariances.append(basis @ np.diag(np.logspace(0, -7, 200)) @ basis.T)
+    root = sqrtm(covariances[0] @ covariances[1]).real
+    zeros = np.zeros(200)
+    expected = np.trace(sum(covariances) - 2 * root)
+    assert frechet_distance(zeros, covariances[0], zeros, covariances[1]) == pytest.approx(expected, rel=1e-6)
 
 
 @given(st.lists(st.tuples(*[st.floats(-5, 5)] * 2, *[st.floats(0, 4)] * 2), min_size=1, max_size=8))
@@ -85,3 +98,13 @@ def test_mean_and_covariance_are_those_of_the_definition(count: int, dim: int, s
     np.testing.assert_allclose(mean, expected_mean, rtol=1e-12)
     np.testing.assert_allclose(covariance, expected, rtol=1e-10, atol=1e-12)
     np.testing.assert_allclose(covariance, np.cov(features.astype(np.float64), rowvar=False).reshape(dim, dim))
+
+
+def test_what_does_not_belong_together_is_named() -> None:
+    mean, covariance = np.zeros(3), np.eye(3)
+    for match, arguments in (
+        (r"do not belong together: \[3\], \[3, 3\], \[2\], \[2, 2\]", (mean, covariance, np.zeros(2), np.eye(2))),
+        ("NaN or infinity", (mean, covariance, mean, covariance * np.nan)),
+    ):
+        with pytest.raises(UserError, match=match):
+            frechet_distance(*arguments)

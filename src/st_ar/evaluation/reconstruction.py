@@ -16,6 +16,7 @@ from st_ar.errors import UserError
 from st_ar.figures import strip
 from st_ar.files import written_aside
 from st_ar.tokenizer import Tokenizer, to_pixels, to_uint8
+from st_ar.training.parallel import total
 
 
 def psnr(a: Tensor, b: Tensor) -> Tensor:
@@ -64,22 +65,49 @@ class Faithfulness(NamedTuple):
     """exp of the entropy of the codes' frequencies: how many codes there would be if all were used alike."""
 
 
+class FaithfulnessMeter:
+    """Faithfulness of images that come in batches, and use of a codebook of `vocab_size` codes."""
+
+    def __init__(self, vocab_size: int) -> None:
+        self._codes = torch.zeros(vocab_size, dtype=torch.int64)
+        self._sums = torch.zeros(3, dtype=torch.float64)  # PSNR, SSIM, images
+
+    def update(self, codes: Tensor, images: Tensor, made: Tensor) -> None:
+        """Take codes int64 [B, h, w], and uint8 [B, H, W, 3] before and after."""
+        self._codes += torch.bincount(codes.flatten().cpu(), minlength=len(self._codes))
+        sums = [psnr(images, made).double().sum().item(), ssim(images, made).double().sum().item(), len(images)]
+        self._sums += torch.tensor(sums, dtype=torch.float64)
+
+    def reduce(self, device: torch.device | str = "cpu") -> None:
+        """Take over what all ranks have seen, by way of their devices; every rank has to call it."""
+        self._codes, self._sums = (total(tensor.to(device)).cpu() for tensor in (self._codes, self._sums))
+
+    @property
+    def count(self) -> int:
+        """Images so far."""
+        return int(self._sums[2])
+
+    def result(self) -> Faithfulness:
+        """Of all images so far, one or more."""
+        shares = self._codes.double() / self._codes.sum()
+        return Faithfulness(
+            psnr=(self._sums[0] / self._sums[2]).item(),
+            ssim=(self._sums[1] / self._sums[2]).item(),
+            usage=(self._codes > 0).double().mean().item(),
+            perplexity=torch.special.entr(shares).sum().exp().item(),
+        )
+
+
 def reconstruct(tokenizer: Tokenizer, images: np.ndarray, batch_size: int = 64) -> tuple[np.ndarray, Faithfulness]:
     """Encode and decode images uint8 [N, S, S, 3]; the reconstructions, and how faithful they are."""
     pictures: list[Tensor] = []
-    counts = torch.zeros(tokenizer.vocab_size)
+    meter = FaithfulnessMeter(tokenizer.vocab_size)
     for start in range(0, len(images), batch_size):
-        codes = tokenizer.encode(to_pixels(torch.from_numpy(images[start : start + batch_size])))
-        counts += torch.bincount(codes.flatten(), minlength=tokenizer.vocab_size)
+        some = torch.from_numpy(images[start : start + batch_size])
+        codes = tokenizer.encode(to_pixels(some))
         pictures.append(to_uint8(tokenizer.decode(codes)))
-    made, true = torch.cat(pictures), torch.from_numpy(images)
-    shares = counts / counts.sum()
-    return made.numpy(), Faithfulness(
-        psnr=psnr(true, made).mean().item(),
-        ssim=ssim(true, made).mean().item(),
-        usage=(counts > 0).float().mean().item(),
-        perplexity=torch.special.entr(shares).sum().exp().item(),
-    )
+        meter.update(codes, some, pictures[-1])
+    return torch.cat(pictures).numpy(), meter.result()
 
 
 def evaluation_images(source: ImageSource, size: int, count: int, places: int = 16) -> np.ndarray:

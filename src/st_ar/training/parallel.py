@@ -3,7 +3,8 @@
 import contextlib
 import os
 import warnings
-from collections.abc import Generator
+from collections.abc import Callable, Generator
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -13,6 +14,8 @@ from torch.nn.parallel import DistributedDataParallel
 from st_ar.data.ranks import Ranks
 from st_ar.errors import UserError
 from st_ar.hardware import choose_device
+
+Made = TypeVar("Made")
 
 
 @contextlib.contextmanager
@@ -41,6 +44,17 @@ def process_group(device: str) -> Generator[tuple[Ranks, torch.device]]:
             yield ranks, chosen
     finally:
         dist.destroy_process_group()
+
+
+def in_turn(action: Callable[[], Made]) -> Made:
+    """What `action` makes, on rank 0 before all others: what one has downloaded is there for the rest."""
+    if dist.is_initialized() and dist.get_rank() > 0:
+        dist.barrier()
+        return action()
+    made = action()
+    if dist.is_initialized():
+        dist.barrier()
+    return made
 
 
 def shared(module: nn.Module) -> nn.Module:
@@ -72,3 +86,14 @@ def everyone(tensor: Tensor) -> Tensor:
     parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
     dist.all_gather(parts, tensor.contiguous())
     return torch.cat(parts)
+
+
+def joined(tensor: Tensor) -> Tensor:
+    """The ranks' tensors, alike but for the length of their first dimension, joined along it in the order of the ranks."""
+    if not dist.is_initialized():
+        return tensor
+    lengths = everyone(torch.tensor([len(tensor)], device=tensor.device)).tolist()
+    padded = tensor.new_zeros((max(lengths), *tensor.shape[1:]))
+    padded[: len(tensor)] = tensor
+    parts = everyone(padded).split(max(lengths)) if max(lengths) else [tensor] * len(lengths)
+    return torch.cat([part[:length] for part, length in zip(parts, lengths, strict=True)])

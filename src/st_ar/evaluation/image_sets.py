@@ -1,0 +1,232 @@
+"""Sets of images to be measured, read one after another: .npz files in ADM's layout, folders of PNGs, image sources."""
+
+import contextlib
+import re
+import zipfile
+import zlib
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass, field
+from itertools import count as numbers
+from itertools import islice
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from st_ar.data.crops import Crops
+from st_ar.data.decode import BrokenImageError, read_image
+from st_ar.data.images import Example, ImageSource, open_images
+from st_ar.data.pool import default_workers, open_decoder
+from st_ar.errors import UserError
+from st_ar.files import read_json
+
+CHUNK = 64
+"""Images that are read at once."""
+_SOURCE = re.compile(r"(folder|parquet|hub):.|(photos|digits)(:\w+)?$")
+Images = Iterator[tuple[int, np.ndarray]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageSet:
+    """Images of one size in a fixed order."""
+
+    name: str
+    """What the user called it."""
+    count: int | None
+    """Number of images; None if that is known only at the end."""
+    size: tuple[int, int]
+    """Height and width in pixels."""
+    read: Callable[[int, int], Images]
+    """(rank, ranks) -> the index and pixels uint8 [H, W, 3] of each image that is this rank's. Images that cannot be used are
+    left out."""
+    labels: np.ndarray | None = None
+    """Classes [N], if they are known."""
+    metadata: dict[str, Any] = field(default_factory=dict)
+    """What is said beside the images on how they were made."""
+
+
+def open_set(spec: str, *, size: int | None = None) -> ImageSet:
+    """Open FILE.npz, a folder of PNGs, or an image source (folder:, parquet:, hub:, photos, digits).
+
+    Args:
+        size: side in pixels of the centre crops of an image source; what suits the source if None. Files of images are taken as
+            they are, and must have this size if it is given.
+
+    Raises:
+        UserError: nothing there, damaged, not images, or of another size.
+    """
+    if not Path(spec).expanduser().exists() and _SOURCE.match(spec):
+        return of_source(open_images(spec), size)
+    found = open_files(spec, ", or an image source such as folder:PATH or photos:test")
+    if size is not None and found.size != (size, size):
+        raise UserError(
+            f"{spec} has images of {found.size[0]} x {found.size[1]} pixels, --size is {size}: leave --size out"
+        )
+    return found
+
+
+def open_files(spec: str, others: str = "") -> ImageSet:
+    """Open FILE.npz or a folder of PNGs; `others` says in the error what else would do."""
+    path = Path(spec).expanduser()
+    if path.is_dir():
+        return _open_folder(path)
+    if path.is_file() and path.suffix == ".npz":
+        return _open_archive(path)
+    cause = "is no .npz file" if path.exists() else "does not exist"
+    raise UserError(f"{spec} {cause}: give a .npz file with arr_0 (uint8 [N, H, W, 3]) or a folder of PNGs{others}")
+
+
+def slice_of(count: int, rank: int, world: int) -> range:
+    """A rank's share of so many images that follow one another."""
+    return range(count * rank // world, count * (rank + 1) // world)
+
+
+# .npz files
+
+
+@contextlib.contextmanager
+def reading(path: Path) -> Generator[None]:
+    """Turn what damaged .npz files raise into one line."""
+    try:
+        yield
+    except KeyError as error:
+        raise UserError(f"{path} holds no array {error}: give a .npz file with arr_0 (uint8 [N, H, W, 3])") from error
+    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError, NotImplementedError) as error:
+        if isinstance(error, UserError):
+            raise
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(f"{path} is damaged or no .npz file ({reason}): copy or make it again") from error
+
+
+def array_names(path: Path) -> set[str]:
+    """The arrays in a .npz file."""
+    with reading(path), zipfile.ZipFile(path) as archive:
+        return {name.removesuffix(".npy") for name in archive.namelist()}
+
+
+def read_array(path: Path, name: str) -> np.ndarray:
+    """An array of a .npz file, whole; never a pickled one."""
+    with reading(path), np.load(path, allow_pickle=False) as archive:
+        return archive[name]
+
+
+def _header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    version = np.lib.format.read_magic(file)
+    read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    if version not in read:
+        raise ValueError(f".npy format {version} is not known")
+    return read[version](file)
+
+
+def _open_archive(path: Path) -> ImageSet:
+    with reading(path), zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as file:
+        shape, fortran, dtype = _header(file)
+    if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or fortran or min(shape) == 0:
+        order = ", columns first" if fortran else ""
+        raise UserError(f"{path}: arr_0 must be images uint8 [N, H, W, 3], not {dtype} {list(shape)}{order}")
+
+    def read(rank: int, world: int) -> Images:
+        mine = slice_of(shape[0], rank, world)
+        size = int(np.prod(shape[1:]))
+        with reading(path), zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as file:
+            _header(file)
+            left = mine.start * size
+            while left:  # read over what is the other ranks'
+                left -= len(file.read(min(left, 1 << 24))) or left
+            for start in range(mine.start, mine.stop, CHUNK):
+                rows = min(CHUNK, mine.stop - start)
+                pixels = np.frombuffer(file.read(rows * size), np.uint8)
+                if pixels.size != rows * size:
+                    raise UserError(
+                        f"{path} is cut short: arr_0 ends before image {start + rows}; copy or make it again"
+                    )
+                yield from enumerate(pixels.reshape(rows, *shape[1:]), start)
+            if mine.stop == shape[0]:
+                file.read(1)  # the end, where the checksum is compared
+
+    metadata, listed = _metadata(path.with_suffix(".json"), shape[0])
+    labels = read_array(path, "arr_1") if "arr_1" in array_names(path) else listed
+    if labels is not None and (labels.shape != shape[:1] or labels.dtype.kind not in "iu"):
+        labels = None
+    return ImageSet(
+        name=str(path), count=shape[0], size=(shape[1], shape[2]), read=read, labels=labels, metadata=metadata
+    )
+
+
+# Folders and sources
+
+
+def _open_folder(path: Path) -> ImageSet:
+    files = sorted(file for file in path.iterdir() if file.suffix.lower() == ".png" and not file.name.startswith("."))
+    if not files:
+        raise UserError(
+            f"{path} holds no PNGs: give the folder that holds them, or folder:{path} for class sub-folders"
+        )
+
+    def picture(file: Path) -> np.ndarray:
+        try:
+            return np.asarray(read_image(file))
+        except BrokenImageError as error:
+            raise UserError(f"{file} cannot be used ({error}): make it again or take it out of the folder") from error
+
+    size = picture(files[0]).shape[:2]
+
+    def read(rank: int, world: int) -> Images:
+        for index in slice_of(len(files), rank, world):
+            pixels = picture(files[index])
+            if pixels.shape[:2] != size:
+                raise UserError(
+                    f"{files[index]} has {pixels.shape[0]} x {pixels.shape[1]} pixels, {files[0].name} {size[0]} x {size[1]}: "
+                    "images of one size are compared"
+                )
+            yield index, pixels
+
+    metadata, labels = _metadata(path / "metadata.json", len(files))
+    height, width = size
+    return ImageSet(name=str(path), count=len(files), size=(height, width), read=read, labels=labels, metadata=metadata)
+
+
+def _metadata(path: Path, count: int) -> tuple[dict[str, Any], np.ndarray | None]:
+    """What `st-ar sample` writes beside its images, and the labels in it; not the list of captions."""
+    if not path.is_file():
+        return {}, None
+    found = read_json(path, "a set of samples' metadata")
+    labels, _ = found.pop("labels", None), found.pop("captions", None)
+    fits = isinstance(labels, list) and len(labels) == count and all(isinstance(label, int) for label in labels)
+    return found, np.array(labels) if fits else None
+
+
+def of_source(source: ImageSource, size: int | None = None) -> ImageSet:
+    """The centre crops of an image source; images that cannot be decoded are left out."""
+    crops = Crops(kind="center", size=source.size if size is None else size, range=source.range_for("center"))
+    known = None if source.streaming else source.count
+
+    def chunks(rank: int, world: int) -> Iterator[tuple[int, list[Example]]]:
+        if known is not None:
+            mine = slice_of(known, rank, world)
+            examples = islice(source.examples(mine.start), len(mine))
+            for start in range(mine.start, mine.stop, CHUNK):
+                yield start, list(islice(examples, CHUNK))
+            return
+        examples = source.examples(0)
+        for number in numbers():
+            some = list(islice(examples, CHUNK))
+            if not some:
+                return
+            if number % world == rank:
+                yield number * CHUNK, some
+
+    def read(rank: int, world: int) -> Images:
+        starts: list[int] = []
+
+        def examples() -> Iterator[list[Example]]:
+            for start, some in chunks(rank, world):
+                starts.append(start)
+                yield some
+
+        with open_decoder(crops.side, default_workers(source.count)) as decoder:
+            for number, (_, decoded) in enumerate(decoder.decode(examples())):
+                cut = crops.cut_pixels(decoded.pixels)[:, 0]
+                yield from ((starts[number] + place, image) for place, image in zip(decoded.used, cut, strict=True))
+
+    return ImageSet(name=source.name, count=source.count, size=(crops.size, crops.size), read=read)

@@ -1,0 +1,174 @@
+"""Samples and their distance over guidance scales, temperatures and top-k, and the setting with the least distance."""
+
+import csv
+import hashlib
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from itertools import product
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from st_ar.data.ranks import Ranks
+from st_ar.errors import UserError
+from st_ar.evaluation.collect import Place
+from st_ar.evaluation.extractors import Extractor
+from st_ar.evaluation.generation import check_sizes, evaluate
+from st_ar.evaluation.image_sets import open_set
+from st_ar.evaluation.names import Metric
+from st_ar.evaluation.references import Reference
+from st_ar.figures import line_chart
+from st_ar.files import is_taken, read_json, sha256, write_json, written_aside
+from st_ar.model.weights import open_model
+from st_ar.sample_config import SampleSettings
+from st_ar.sampling import Sampler, choose_conditions, sample_to
+from st_ar.tokenizer import load_tokenizer
+
+FILES = ("sweep.json", "sweep.csv", "distance.svg", "is.svg")
+SWEPT = ("cfg_scale", "temperature", "top_k")
+
+
+def key_of(value: Any) -> str:
+    """The first 16 digits of the SHA-256 of settings."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def settings_of(
+    cfg_scales: Sequence[float], temperatures: Sequence[float], top_ks: Sequence[int], **rest: Any
+) -> list[SampleSettings]:
+    """Every combination, guidance innermost; UserError: none, or one of them twice."""
+    for flag, values in (("--cfg-scales", cfg_scales), ("--temperatures", temperatures), ("--top-ks", top_ks)):
+        if not values or len(set(values)) < len(values):
+            raise UserError(f"{flag} must name each value once, and at least one: not {list(values)}")
+    combinations = product(temperatures, top_ks, cfg_scales)
+    return [SampleSettings(cfg_scale=c, temperature=t, top_k=k, **rest) for t, k, c in combinations]
+
+
+class SweptModel:
+    """Draws a model's samples into a folder, each setting once: what is there already is taken as it is."""
+
+    def __init__(
+        self,
+        model: Path,
+        tokenizer: Path,
+        folder: Path,
+        *,
+        num: int,
+        label_mode: Literal["balanced", "random"] = "balanced",
+        seed: int = 0,
+        batch_size: int = 256,
+        ema: bool = False,
+        device: torch.device | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        device = device or torch.device("cpu")
+        self.model, self.info = open_model(model, ema=ema)
+        self.info.config.require_classes("st-ar sweep")
+        self.tokenizer, self.folder = load_tokenizer(tokenizer), folder
+        if self.info.tokenizer and self.tokenizer.fingerprint != self.info.tokenizer:
+            raise UserError(
+                f"{model} speaks the codes of tokenizer {self.info.tokenizer[:12]}, {tokenizer} is {self.tokenizer.fingerprint[:12]}: "
+                "give the tokenizer that made the model's token store"
+            )
+        self.label_mode, self.batch_size = label_mode, batch_size
+        self.labels = choose_conditions(self.info.config, None, num, seed, mode=label_mode)
+        self.model = self.model.to(device, dtype)
+        self.what = {
+            "weights": sha256(self.info.source),
+            "ema": ema,
+            "tokenizer": self.tokenizer.fingerprint,
+            "num": num,
+            "label_mode": label_mode,
+            "seed": seed,
+            "dtype": str(dtype),
+        }
+
+    def key(self, settings: SampleSettings) -> str:
+        """Tells samples of other weights, numbers or settings apart."""
+        return key_of({"what": self.what, "settings": asdict(settings)})
+
+    def draw(self, settings: SampleSettings) -> Path:
+        """The .npz file of a setting's samples; the metadata beside it, written last, mark it whole."""
+        path = self.folder / f"{self.key(settings)}.npz"
+        if not (path.exists() and path.with_suffix(".json").exists()):
+            sampler = Sampler(self.model, self.tokenizer, settings)
+            sample_to(path, sampler, self.labels, self.info, label_mode=self.label_mode, batch_size=self.batch_size)
+        return path
+
+
+def sweep(
+    sampler: SweptModel,
+    grid: Sequence[SampleSettings],
+    reference: Reference,
+    extractor: Extractor,
+    metrics: Sequence[Metric],
+    out: Path,
+    place: Place,
+    *,
+    resize: int | None = None,
+) -> list[dict[str, Any]]:
+    """Sample and evaluate every setting; what an earlier call finished is read, not done again.
+
+    Writes `out`/sweep.json, sweep.csv, distance.svg and, if IS is among the metrics, is.svg.
+
+    Returns:
+        A row for each setting (cfg_scale, temperature, top_k, metrics, samples), the least distance first.
+
+    Raises:
+        UserError: as sampling and evaluating, or `out` holds something else.
+    """
+    if is_taken(out, besides=("samples", "results", *FILES)):
+        raise UserError(f"{out} holds something else than a sweep: choose another --out")
+    rows: list[dict[str, Any]] = []
+    for settings in grid:
+        samples = open_set(str(sampler.draw(settings)))
+        check_sizes(samples, reference.size, resize)
+        compared = [reference.content, extractor.weights, list(metrics), resize]
+        kept = out / "results" / f"{sampler.key(settings)}-{key_of(compared)}.json"
+        if not kept.exists():
+            write_json(kept, evaluate(samples, reference, extractor, metrics, place, resize=resize))
+        result = read_json(kept, "a sweep's results")
+        chosen = {name: getattr(settings, name) for name in SWEPT}
+        rows.append(chosen | {"metrics": result["metrics"], "samples": samples.name, "result": kept.name})
+    distance = extractor.label("fd")
+    rows.sort(key=lambda row: row["metrics"][distance])
+    _write(out, rows, distance, reference, sampler)
+    return rows
+
+
+def _write(out: Path, rows: list[dict[str, Any]], distance: str, reference: Reference, sampler: SweptModel) -> None:
+    described = {"name": reference.name, "sha256": reference.content, "statistics": reference.statistics}
+    write_json(out / FILES[0], {"reference": described, "samples": sampler.what, "settings": rows})
+    labels = list(rows[0]["metrics"])
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow([*SWEPT, *labels])
+    table.writerows([*(row[name] for name in SWEPT), *(row["metrics"][label] for label in labels)] for row in rows)
+    with written_aside(out / FILES[1]) as aside:
+        aside.write_text(text.getvalue())
+    for label, file in ((distance, FILES[2]), ("IS", FILES[3])):
+        if label in labels:
+            svg = line_chart(
+                _lines(rows, label), name=f"{label} over guidance", x="classifier-free guidance scale", y=label
+            )
+            with written_aside(out / file) as aside:
+                aside.write_text(svg)
+
+
+def _lines(rows: Sequence[dict[str, Any]], label: str) -> dict[str, tuple[list[float], list[float]]]:
+    """A line for each temperature and top-k."""
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for row in rows:
+        top_k = "all codes" if row["top_k"] == 0 else f"top-k {row['top_k']}"
+        name = f"temperature {row['temperature']:g}, {top_k}"
+        lines.setdefault(name, []).append((row["cfg_scale"], row["metrics"][label]))
+    return {name: tuple(map(list, zip(*sorted(points), strict=True))) for name, points in sorted(lines.items())}  # pyright: ignore[reportReturnType] -- pairs
+
+
+def require_one_rank() -> None:
+    """A sweep runs in one process."""
+    if (world := Ranks.from_environment().world) > 1:
+        raise UserError(f"st-ar sweep runs in one process, not in {world}: start it without torchrun")

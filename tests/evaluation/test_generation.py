@@ -1,0 +1,563 @@
+"""`st-ar reference` and `st-ar evaluate`, end to end with the extractor that needs no download, and mistakes in one line."""
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import types
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from st_ar.cli import main
+from st_ar.errors import UserError
+from st_ar.evaluation import collect as collect_module
+from st_ar.evaluation import extractors, references
+from st_ar.evaluation.collect import Place, collect, image_digest, resize_as_llamagen
+from st_ar.evaluation.extractors import Extracted, Extractor, load_extractor, resize_bicubic
+from st_ar.evaluation.generation import check_sizes, choose_metrics, evaluate, is_class_sorted, one_line
+from st_ar.evaluation.image_sets import ImageSet, open_files, open_set
+from st_ar.evaluation.metrics import frechet_distance, inception_score, mean_and_covariance, precision_recall
+from st_ar.evaluation.references import open_reference, read_meta, write_reference
+from st_ar.evaluation.statistics import InceptionScore
+from tests.disk import flip_byte, refused
+
+Capture = pytest.CaptureFixture[str]
+OFFLINE = ["--extractor", "efficientnet", "--device", "cpu"]
+
+
+def st_ar(*arguments: str | Path) -> None:
+    main([str(argument) for argument in arguments])
+
+
+def fails(capsys: Capture, match: str, *arguments: str | Path) -> None:
+    with pytest.raises(SystemExit) as stop:
+        st_ar(*arguments)
+    out, err = capsys.readouterr()
+    assert (stop.value.code, out, err.count("\n")) == (2, "", 1), err
+    assert re.search(match, err), err
+
+
+def pictures(count: int, seed: int = 0, size: int = 12) -> np.ndarray:
+    """Smooth noise, uint8 [N, size, size, 3]."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (count, 4, 4, 3)).astype(np.uint8)
+    return np.stack([np.asarray(Image.fromarray(c).resize((size, size), Image.Resampling.BICUBIC)) for c in coarse])
+
+
+def save_folder(folder: Path, images: np.ndarray) -> Path:
+    folder.mkdir()
+    for index, image in enumerate(images):
+        Image.fromarray(image).save(folder / f"{index:06d}.png")
+    return folder
+
+
+def toy(name: str = "Inception", weights: str = "toy") -> Extractor:
+    """Features that are linear in the pixels' means, under whatever name: as quick as nothing."""
+    generator = torch.Generator().manual_seed(0)
+    to_features, to_spatial, to_logits = (torch.randn(48, d, generator=generator) for d in (6, 5, 4))
+
+    def run(images: torch.Tensor) -> Extracted:
+        small = torch.nn.functional.adaptive_avg_pool2d(images.permute(0, 3, 1, 2).float() / 255, 4).flatten(1)
+        return Extracted(small @ to_features, small @ to_spatial, small @ to_logits)
+
+    return Extractor(name=name, weights=weights, dim=6, spatial_dim=5, classes=4, run=run)
+
+
+ALL = choose_metrics(["fid", "sfid", "is", "kid", "precision", "recall", "density", "coverage"], True)
+
+# Sets of images
+
+
+def test_a_file_and_a_folder_of_the_same_images_are_the_same_set(tmp_path: Path) -> None:
+    images = pictures(7)
+    np.savez(tmp_path / "stored.npz", arr_0=images, arr_1=np.arange(7) % 3)
+    np.savez_compressed(tmp_path / "compressed.npz", arr_0=images)
+    folder = save_folder(tmp_path / "folder", images)
+    hashes: set[str] = set()
+    for place in (tmp_path / "stored.npz", tmp_path / "compressed.npz", folder):
+        found = open_set(str(place))
+        assert (found.count, found.size) == (7, (12, 12))
+        for ranks in (1, 3, 9):
+            shares = [list(found.read(rank, ranks)) for rank in range(ranks)]
+            flat = [entry for share in shares for entry in share]
+            assert [index for index, _ in flat] == list(range(7))
+            np.testing.assert_array_equal(np.stack([pixels for _, pixels in flat]), images)
+        hashes.add(collect(found, toy(), ["fid"], Place(batch_size=3)).content)
+    assert len(hashes) == 1
+    images[3, 0, 0, 0] ^= 1
+    np.savez(tmp_path / "other.npz", arr_0=images)
+    assert collect(open_set(str(tmp_path / "other.npz")), toy(), ["fid"], Place()).content not in hashes
+
+
+def test_labels_and_metadata_lie_beside_the_samples(tmp_path: Path) -> None:
+    np.savez(tmp_path / "s.npz", arr_0=pictures(3), arr_1=np.array([2, 0, 1]))
+    (tmp_path / "s.json").write_text(json.dumps({"settings": {"cfg_scale": 2.0}, "labels": [9, 9, 9]}))
+    folder = save_folder(tmp_path / "f", pictures(3))
+    (folder / "metadata.json").write_text(json.dumps({"settings": {"cfg_scale": 2.0}, "labels": [2, 0, 1]}))
+    for place in (tmp_path / "s.npz", folder):
+        found = open_files(str(place))
+        assert found.metadata == {"settings": {"cfg_scale": 2.0}}
+        assert found.labels is not None
+        assert found.labels.tolist() == [2, 0, 1]
+
+
+def test_a_source_gives_its_centre_crops() -> None:
+    found = open_set("photos:test")
+    assert found.size == (32, 32)
+    first = next(iter(found.read(0, 1)))[1]
+    shares = [dict(found.read(rank, 2)) for rank in range(2)]
+    assert found.count == len(shares[0]) + len(shares[1])
+    np.testing.assert_array_equal(shares[0][0], first)
+    assert open_set("photos:test", size=16).size == (16, 16)
+
+
+def test_broken_images_of_a_source_are_left_out(tmp_path: Path) -> None:
+    folder = save_folder(tmp_path / "a", pictures(5))
+    (folder / "000002.png").write_bytes(b"nothing")
+    found = open_set(f"folder:{tmp_path}", size=12)
+    assert [index for index, _ in found.read(0, 1)] == [0, 1, 3, 4]
+    assert collect(found, toy(), ["fid"], Place(batch_size=2)).count == 4
+
+
+# One pass
+
+
+def test_batch_sizes_change_no_digit_of_any_number(tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", arr_0=pictures(40))
+    np.savez(tmp_path / "b.npz", arr_0=pictures(30, 1))
+    results: list[dict[str, float]] = []
+    for batch_size in (1, 7, 64):
+        place = Place(batch_size=batch_size)
+        reference = open_reference(str(tmp_path / "a.npz"), toy(), ALL, place)
+        results.append(evaluate(open_files(str(tmp_path / "b.npz")), reference, toy(), ALL, place)["metrics"])
+    assert list(results[0]) == ["FID", "sFID", "IS", "KID", "KID std", "precision", "recall", "density", "coverage"]
+    for other in results[1:]:
+        assert other == pytest.approx(results[0], rel=1e-5, abs=1e-6)
+
+
+def test_the_numbers_are_those_of_the_metrics_on_the_features(tmp_path: Path) -> None:
+    extractor = toy()
+    np.savez(tmp_path / "a.npz", arr_0=pictures(40))
+    np.savez(tmp_path / "b.npz", arr_0=pictures(30, 1))
+    real, drawn = (extractor.run(torch.from_numpy(pictures(n, s))) for n, s in ((40, 0), (30, 1)))
+    reference = open_reference(str(tmp_path / "a.npz"), extractor, ALL, Place())
+    found = evaluate(open_files(str(tmp_path / "b.npz")), reference, extractor, ALL, Place(), shuffle_seed=3)["metrics"]
+    assert drawn.logits is not None
+    for name, x, y in (("FID", real.features, drawn.features), ("sFID", real.spatial, drawn.spatial)):
+        assert x is not None
+        assert y is not None
+        statistics = (*mean_and_covariance(x.numpy()), *mean_and_covariance(y.numpy()))
+        assert found[name] == pytest.approx(frechet_distance(*statistics), rel=1e-4)
+    assert found["IS"] == pytest.approx(inception_score(drawn.logits.softmax(1)), rel=1e-5)  # one split has no order
+    assert (found["precision"], found["recall"]) == precision_recall(real.features, drawn.features)
+
+
+def test_the_order_of_the_splits_is_shuffled_by_the_seed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(collect_module, "InceptionScore", partial(InceptionScore, split_size=10))
+    extractor = toy()
+    np.savez(tmp_path / "b.npz", arr_0=pictures(30, 1))
+    samples = open_files(str(tmp_path / "b.npz"))
+    probs = extractor.run(torch.from_numpy(pictures(30, 1))).logits
+    assert probs is not None
+    order = np.random.default_rng(5).permutation(30)
+    shuffled = np.empty((30, 4))
+    shuffled[order] = probs.double().softmax(1).numpy()
+    found = collect(samples, extractor, ["is"], Place(batch_size=4), order=order).score
+    assert found is not None
+    assert found.result() == pytest.approx(inception_score(shuffled, 10), rel=1e-6)
+    assert found.result() != pytest.approx(inception_score(probs.softmax(1), 10), rel=1e-6)
+
+
+def test_samples_sorted_by_class_are_noticed() -> None:
+    def labelled(labels: np.ndarray | None) -> ImageSet:
+        return ImageSet(name="", count=6000, size=(1, 1), read=lambda rank, world: iter(()), labels=labels)
+
+    assert is_class_sorted(labelled(np.sort(np.arange(6000) % 10)))
+    assert not is_class_sorted(labelled(np.arange(6000) % 10))
+    assert not is_class_sorted(labelled(np.arange(6000)))  # indices of captions
+    assert not is_class_sorted(labelled(np.sort(np.arange(4000) % 10)))  # one split
+    assert not is_class_sorted(labelled(None))
+
+
+# The reference
+
+
+@pytest.fixture
+def small_keep(monkeypatch: pytest.MonkeyPatch) -> int:
+    monkeypatch.setattr(references, "KEEP", 12)
+    return 12
+
+
+def test_a_reference_made_once_gives_the_numbers_of_its_images(tmp_path: Path, small_keep: int) -> None:
+    np.savez(tmp_path / "a.npz", arr_0=pictures(40))
+    np.savez(tmp_path / "b.npz", arr_0=pictures(30, 1))
+    made = tmp_path / "made.npz"
+    meta = write_reference(str(tmp_path / "a.npz"), made, toy(), Place(batch_size=3), seed=4)
+    with np.load(made, allow_pickle=False) as arrays:
+        assert sorted(arrays) == ["arr_0", "features", "mu", "mu_s", "sigma", "sigma_s", "st_ar"]
+        assert arrays["arr_0"].shape == (small_keep, 12, 12, 3)
+        rows = [np.flatnonzero((pictures(40) == image).all((1, 2, 3))) for image in arrays["arr_0"]]
+        assert np.all(np.diff(np.concatenate(rows)) > 0)  # in the order of the images, none twice
+        expected = toy().run(torch.from_numpy(arrays["arr_0"])).features
+        np.testing.assert_allclose(arrays["features"], expected, rtol=1e-5, atol=1e-6)
+    assert (meta["images"], meta["size"], meta["extractor"]["name"]) == (40, [12, 12], "Inception")
+    results: list[dict[str, object]] = []
+    for reference in (tmp_path / "a.npz", made):
+        opened = open_reference(str(reference), toy(), ALL, Place(), seed=4)
+        results.append(evaluate(open_files(str(tmp_path / "b.npz")), opened, toy(), ALL, Place()))
+    assert results[0]["metrics"] == pytest.approx(results[1]["metrics"], rel=1e-6)
+    for key in ("sha256", "statistics", "neighbours", "size"):
+        assert results[0]["reference"][key] == results[1]["reference"][key], key
+    again = tmp_path / "again.npz"
+    write_reference(str(tmp_path / "a.npz"), again, toy(), Place(batch_size=64), seed=4)
+    with np.load(made) as one, np.load(again) as two:
+        for name in ("mu", "sigma", "arr_0"):
+            np.testing.assert_allclose(one[name], two[name], rtol=1e-5, atol=1e-6)
+
+
+def test_which_images_are_kept_is_the_seeds_choice_and_even(tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", arr_0=pictures(30))
+    found = [
+        collect(open_files(str(tmp_path / "a.npz")), toy(), ["kid"], Place(batch_size=b), keep=10, seed=s).features
+        for s, b in ((0, 4), (0, 30), (1, 30))
+    ]
+    torch.testing.assert_close(found[0], found[1])
+    assert not torch.equal(found[1], found[2])
+
+
+def test_adms_batches_statistics_are_used_and_their_images_serve_neighbours_only(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    mu, mu_s = rng.normal(size=6), rng.normal(size=5)
+    sigma, sigma_s = np.cov(rng.normal(size=(6, 50))), np.cov(rng.normal(size=(5, 50)))
+    path = tmp_path / "virtual.npz"
+    np.savez(path, arr_0=pictures(20), mu=mu.astype(np.float32), sigma=sigma, mu_s=mu_s, sigma_s=sigma_s)
+    reference = open_reference(str(path), toy(), ALL, Place())
+    assert reference.statistics == "mu and sigma in the file"
+    np.testing.assert_allclose(reference.gaussian.mean, mu, rtol=1e-6)
+    assert reference.spatial is not None
+    np.testing.assert_array_equal(reference.spatial.covariance, sigma_s)
+    assert len(reference.features) == 20
+    assert open_reference(str(path), toy(), ["fid"], Place()).features.shape == (0, 6)
+    other = open_reference(str(path), toy("EfficientNet-Lite0"), ["fd"], Place())  # their statistics are of Inception
+    assert other.statistics == "20 images"
+
+
+# Names
+
+
+def test_other_networks_numbers_never_carry_fids_name() -> None:
+    other = toy("EfficientNet-Lite0")
+    assert [other.label(m) for m in ("fd", "precision", "kid")] == [
+        "FD-EfficientNet-Lite0",
+        "precision (EfficientNet-Lite0)",
+        "KD-EfficientNet-Lite0",
+    ]
+    assert choose_metrics([], True) == ["fid", "sfid", "is", "precision", "recall"]
+    assert choose_metrics([], False) == ["fd", "precision", "recall"]
+    assert choose_metrics(["recall", "fd", "fid", "fid"], True) == ["fid", "recall"]
+    for metric in ("fid", "sfid", "is"):
+        with pytest.raises(UserError, match=f"--metrics {metric} is of Inception's features alone"):
+            choose_metrics([metric, "fd"], False)
+
+
+def test_the_line_for_a_paper_names_all_that_identifies_the_numbers(tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", arr_0=pictures(40))
+    settings = {"cfg_scale": 1.75, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "seed": 7}
+    weights = {"sha256": "abcdef0123456789", "ema": True}
+    metadata = {"settings": settings, "weights": weights, "label_mode": "balanced"}
+    (tmp_path / "a.json").write_text(json.dumps(metadata))
+    reference = open_reference(str(tmp_path / "a.npz"), toy(), ["fid"], Place())
+    result = evaluate(open_files(str(tmp_path / "a.npz")), reference, toy(weights="0123456789"), ["fid"], Place())
+    line = one_line(result)
+    content = reference.content[:8]
+    for part in (
+        "FID 0.000 (40 samples " + content, "guidance 1.75, temperature 1.0", "seed 7", "balanced labels",
+        "EMA weights abcdef01", f"a.npz {content}, 40 images", "Inception 01234567", f"torch {torch.__version__}",
+    ):  # fmt: skip
+        assert part in line, part
+    assert result["samples"]["metadata"] == metadata
+    assert result["notes"] == ["Frechet distances of 40 samples are biased upwards and compare with none of 50,000"]
+
+
+# Resizing
+
+
+def test_bicubic_resizing_is_pillows_but_for_a_level() -> None:
+    for size in (36, 224, 300):
+        images = pictures(2, size=size)
+        found = resize_bicubic(torch.from_numpy(images), 224).permute(0, 2, 3, 1).numpy()
+        expected = [np.asarray(Image.fromarray(image).resize((224, 224), Image.Resampling.BICUBIC)) for image in images]
+        assert np.abs(found - np.stack(expected)).max() <= 1
+
+
+def test_llamagens_resize_is_torchs_plain_bicubic_on_values_from_minus_one_to_one() -> None:
+    images = torch.from_numpy(pictures(2, size=24))
+    values = images.permute(0, 3, 1, 2).float() / 127.5 - 1
+    resized = torch.nn.functional.interpolate(values, (16, 16), mode="bicubic")
+    expected = (127.5 * resized + 128).clamp(0, 255).permute(0, 2, 3, 1).to(torch.uint8)
+    difference = (resize_as_llamagen(images, 16).int() - expected.int()).abs()
+    assert difference.max() <= 1
+    assert (difference > 0).float().mean() < 0.01  # rounding of halves
+
+
+def test_samples_of_another_size_need_an_explicit_resize(tmp_path: Path) -> None:
+    np.savez(tmp_path / "large.npz", arr_0=pictures(20, size=24))
+    np.savez(tmp_path / "small.npz", arr_0=pictures(20, size=12))
+    samples = open_files(str(tmp_path / "large.npz"))
+    reference = open_reference(str(tmp_path / "small.npz"), toy(), ["fid"], Place())
+    with pytest.raises(UserError, match=r"samples have 24x24 pixels, the reference 12x12.*--resize 12"):
+        evaluate(samples, reference, toy(), ["fid"], Place())
+    with pytest.raises(UserError, match=r"24x24 \(resized to 16\) pixels"):
+        check_sizes(samples, (12, 12), 16)
+    result = evaluate(samples, reference, toy(), ["fid"], Place(), resize=12)
+    small = resize_as_llamagen(torch.from_numpy(pictures(20, size=24)), 12)
+    statistics = mean_and_covariance(toy().run(small).features.numpy())
+    expected = frechet_distance(*reference.gaussian, *statistics)
+    assert result["metrics"]["FID"] == pytest.approx(expected, rel=1e-4, abs=1e-6)
+    assert "resized to 12 px" in one_line(result)
+
+
+# By command
+
+
+@pytest.fixture(scope="module")
+def line(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """40 patches of photographs as samples, and a reference of 50 others."""
+    folder = tmp_path_factory.mktemp("evaluation")
+    images = np.stack([pixels for _, pixels in open_set("photos:test").read(0, 1)])
+    np.savez(folder / "samples.npz", arr_0=images[:40])
+    save_folder(folder / "others", images[100:150])
+    st_ar("reference", folder / "others", "--out", folder / "reference.npz", *OFFLINE)
+    return folder
+
+
+def test_a_reference_by_command_says_what_it_is(line: Path, capsys: Capture) -> None:
+    meta = read_meta(line / "reference.npz")
+    assert (meta["images"], meta["size"], meta["extractor"]["name"]) == (50, [32, 32], "EfficientNet-Lite0")
+    out = line / "reference.npz"
+    fails(capsys, "exists already", "reference", line / "others", "--out", out, *OFFLINE)
+    fails(capsys, "written to a .npz file", "reference", line / "others", "--out", line / "x.pt", *OFFLINE)
+
+
+def test_evaluate_prints_a_table_a_line_and_json(line: Path, capsys: Capture) -> None:
+    command = ["evaluate", line / "samples.npz", "--reference", line / "reference.npz", *OFFLINE]
+    st_ar(*command, "--json", line / "result.json", "--metrics", "fd", "precision", "recall", "kid", "coverage")
+    out, err = capsys.readouterr()
+    result = json.loads((line / "result.json").read_text())
+    labels = ["FD-EfficientNet-Lite0", "KD-EfficientNet-Lite0", "KD-EfficientNet-Lite0 std"]
+    labels += [f"{name} (EfficientNet-Lite0)" for name in ("precision", "recall", "coverage")]
+    assert list(result["metrics"]) == labels
+    assert all(np.isfinite(value) for value in result["metrics"].values())
+    assert not re.search(r"\bFID\b", out)
+    assert one_line(result) in out
+    assert "biased upwards" in err
+    st_ar(*command, "--json", "-", "--batch-size", "7")
+    again = json.loads(capsys.readouterr().out)
+    for label, value in again["metrics"].items():
+        assert value == pytest.approx(result["metrics"][label], rel=1e-4, abs=1e-5)
+
+
+def test_samples_that_are_the_reference_are_at_no_distance(line: Path, capsys: Capture) -> None:
+    st_ar("evaluate", line / "others", "--reference", line / "reference.npz", *OFFLINE, "--json", "-")
+    found = json.loads(capsys.readouterr().out)
+    distance, precision, recall = found["metrics"].values()
+    assert 0 <= distance < 1e-3
+    assert (precision, recall) == (1, 1)
+    assert found["samples"]["sha256"] == found["reference"]["sha256"]
+
+
+def test_mistakes_are_one_line_with_a_remedy(line: Path, capsys: Capture, tmp_path: Path) -> None:
+    def against(name: str, match: str, *more: str | Path, reference: Path | str = line / "reference.npz") -> None:
+        fails(capsys, match, "evaluate", tmp_path / name, "--reference", reference, *OFFLINE, *more)
+
+    good = pictures(6, size=32)
+    np.savez(tmp_path / "good.npz", arr_0=good)
+    against("none.npz", r"none.npz does not exist: give a .npz file with arr_0")
+    against("good.npz", "nowhere does not exist: .*image source such as", reference="nowhere")
+    against("good.npz", "unknown image source|has no split 'tset'", reference="photos:tset")
+    np.savez(tmp_path / "float.npz", arr_0=good / 255)
+    against("float.npz", r"arr_0 must be images uint8 \[N, H, W, 3\], not float64 \[6, 32, 32, 3\]")
+    np.savez(tmp_path / "first.npz", arr_0=good.transpose(0, 3, 1, 2).copy())
+    against("first.npz", r"not uint8 \[6, 3, 32, 32\]")
+    np.savez(tmp_path / "named.npz", images=good)
+    against("named.npz", "holds no array .*arr_0")
+    np.savez(tmp_path / "pickled.npz", arr_0=np.array([{}], dtype=object))
+    against("pickled.npz", r"arr_0 must be images uint8 \[N, H, W, 3\], not object")
+    (tmp_path / "text.npz").write_text("hello")
+    against("text.npz", "damaged or no .npz file")
+    np.savez(tmp_path / "flipped.npz", arr_0=good)
+    flip_byte(tmp_path / "flipped.npz", 5000)
+    against("flipped.npz", "flipped.npz is damaged .*CRC.*copy or make it again")
+    whole = (tmp_path / "good.npz").read_bytes()
+    (tmp_path / "cut.npz").write_bytes(whole[:9000])
+    against("cut.npz", "cut.npz is damaged")
+    np.savez(tmp_path / "one.npz", arr_0=good[:1])
+    against("one.npz", "1 image cannot have a covariance: give at least 2", "--metrics", "fd")
+    np.savez(tmp_path / "three.npz", arr_0=good[:3])
+    against("three.npz", "3 images are too few for neighbours: k = 3 needs at least 4")
+    (tmp_path / "empty").mkdir()
+    against("empty", "holds no PNGs")
+    mixed = save_folder(tmp_path / "mixed", good)
+    Image.fromarray(pictures(1)[0]).save(mixed / "000003.png")
+    against("mixed", "000003.png has 12 x 12 pixels, 000000.png 32 x 32")
+    (mixed / "000003.png").write_bytes(b"")
+    against("mixed", r"000003.png cannot be used \(empty\)")
+    against("good.npz", "--size is 16: leave --size out", "--size", "16")
+    against("good.npz", "--metrics is is of Inception's features alone", "--metrics", "is")
+    against("good.npz", "--inception names Inception's weights, and --extractor is efficientnet", "--inception", "x")
+    against("good.npz", "--batch-size must be at least 1", "--batch-size", "0")
+    against("good.npz", "seeds must be 0 or more", "--seed", "-1")
+    against("good.npz", "--resize must be at least 1", "--resize", "0")
+
+
+def test_damaged_references_are_refused(line: Path, tmp_path: Path) -> None:
+    extractor = load_extractor("efficientnet", torch.device("cpu"))
+    with np.load(line / "reference.npz") as arrays:
+        good = dict(arrays)
+    path = tmp_path / "r.npz"
+
+    def opened(**changed: object) -> None:
+        np.savez(path, **(good | changed))
+        open_reference(str(path), extractor, ["fd"], Place())
+
+    opened()
+    for match, changed in (
+        ("mu or sigma holds NaN", {"mu": np.full(1280, np.nan)}),
+        (r"have the shapes \[3\] and \[1280, 1280\], not \[1280\]", {"mu": np.zeros(3)}),
+        ("its description is no JSON of ours", {"st_ar": np.array("hello")}),
+        ("its description is no JSON of ours", {"st_ar": np.array("[]")}),
+        ("has format 2; this st-ar reads 1", {"st_ar": np.array(str(good["st_ar"]).replace(": 1,", ": 2,", 1))}),
+    ):
+        with pytest.raises(UserError, match=match):
+            opened(**changed)
+    opened()
+    with pytest.raises(UserError, match=r"was made with EfficientNet-Lite0 .*and this is Inception"):
+        open_reference(str(path), toy(), ["fid"], Place())
+    flip_byte(path, path.stat().st_size // 2)
+    with refused(tmp_path, "r.npz is damaged"):
+        for metrics in (["fd"], ["fd", "precision"]):
+            open_reference(str(path), extractor, metrics, Place())
+        open_set(str(path)).read(0, 1)
+        list(open_set(str(path)).read(0, 1))
+
+
+def test_features_that_are_not_finite_stop_the_work(tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", arr_0=pictures(10))
+    broken = Extractor(
+        name="x", weights="", dim=2, run=lambda images: Extracted(torch.full((len(images), 2), torch.nan))
+    )
+    with pytest.raises(UserError, match="features hold NaN or infinity"):
+        collect(open_files(str(tmp_path / "a.npz")), broken, ["fd"], Place())
+
+
+def test_features_are_computed_in_float32_to_the_full_whatever_is_set() -> None:
+    backends = (torch.backends.cudnn.conv, torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    seen: list[list[str]] = []
+
+    def run(images: torch.Tensor) -> Extracted:
+        seen.append([backend.fp32_precision for backend in backends])
+        return Extracted(images.flatten(1).float() @ torch.ones(3, 2))
+
+    before = [backend.fp32_precision for backend in backends]
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    try:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found = Extractor(name="x", weights="", dim=2, run=run).extract(torch.ones(1, 1, 1, 3, dtype=torch.uint8))
+        assert found.features.dtype == torch.float32
+        assert seen == [["ieee"] * 3]
+        assert torch.backends.cuda.matmul.fp32_precision == "tf32"
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before[1]
+    assert [backend.fp32_precision for backend in backends] == before
+
+
+def test_an_images_digest_tells_sizes_apart() -> None:
+    flat = np.zeros((2, 8, 3), np.uint8)
+    assert image_digest(flat) != image_digest(flat.reshape(4, 4, 3))
+
+
+# DINOv2, which cannot be run here: how it is asked for
+
+
+def test_dinov2_without_its_package_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(UserError, match=r"pip install 'st-ar\[dinov2\]'"):
+        load_extractor("dinov2", torch.device("cpu"))
+
+
+def test_dinov2s_class_token_is_taken_of_normalised_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[object] = []
+
+    class Network(torch.nn.Linear):
+        config = types.SimpleNamespace(hidden_size=3)
+
+        def forward(self, pixel_values: torch.Tensor) -> object:
+            assert list(pixel_values.shape[1:]) == [3, 224, 224]
+            first = pixel_values.mean((2, 3))
+            return types.SimpleNamespace(last_hidden_state=torch.stack([first, first * 0], 1))
+
+    class Library:
+        class Dinov2Model:
+            @staticmethod
+            def from_pretrained(name: str, **settings: object) -> Network:
+                asked.extend([name, settings])
+                if len(asked) > 2:
+                    raise OSError("no network\nand more")
+                return Network(2, 2)
+
+    monkeypatch.setitem(sys.modules, "transformers", Library)
+    extractor = load_extractor("dinov2", torch.device("cpu"))
+    assert asked == [extractors.DINOV2, {"use_safetensors": True}]
+    assert (extractor.name, extractor.dim, len(extractor.weights)) == ("DINOv2", 3, 64)
+    found = extractor.run(torch.full((2, 8, 8, 3), 255, dtype=torch.uint8)).features
+    expected = (1 - torch.tensor([0.485, 0.456, 0.406])) / torch.tensor([0.229, 0.224, 0.225])
+    torch.testing.assert_close(found, expected.expand(2, 3))
+    with pytest.raises(UserError, match=r"facebook/dinov2-large cannot be had \(no network\): download it"):
+        load_extractor("dinov2", torch.device("cpu"))
+
+
+# Several ranks
+
+
+def two_ranks(*arguments: str | Path) -> list[str]:
+    """The command on two ranks, as torchrun would start them; what each printed."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-m", "st_ar", *map(str, arguments)],
+            env=os.environ | common | {"RANK": rank, "LOCAL_RANK": rank},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in "01"
+    ]
+    try:
+        printed = [process.communicate(timeout=120) for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    assert [process.returncode for process in started] == [0, 0], [err for _, err in printed]
+    return [out for out, _ in printed]
+
+
+def test_two_ranks_find_what_one_finds(line: Path, tmp_path: Path) -> None:
+    command = ["evaluate", line / "samples.npz", "--reference", line / "others", *OFFLINE, "--batch-size", "16"]
+    command += ["--metrics", "fd", "precision", "recall", "kid", "--json"]
+    st_ar(*command, tmp_path / "one.json")
+    first, second = two_ranks(*command, tmp_path / "two.json")
+    one, two = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two"))
+    assert one_line(two) in first
+    assert second == ""
+    assert two["metrics"] == pytest.approx(one["metrics"], rel=1e-4, abs=1e-5)
+    for part in ("samples", "reference"):
+        assert one[part] == two[part]

@@ -1,0 +1,135 @@
+"""The sweep: every setting sampled and evaluated once, what is there reused, the best one named."""
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from st_ar.cli import main
+from st_ar.errors import UserError
+from st_ar.evaluation import sweep as sweep_module
+from st_ar.evaluation.collect import Place
+from st_ar.evaluation.image_sets import open_files
+from st_ar.evaluation.references import Reference, open_reference
+from st_ar.evaluation.sweep import SweptModel, settings_of, sweep
+from st_ar.sampling import Sampler, sample_to
+from tests.disk import contents, refused
+from tests.evaluation.test_generation import pictures, toy
+from tests.small_line import SmallLine, make_line
+
+GRID = settings_of([1.0, 2.0], [1.0], [0, 2], seed=3)
+
+
+@pytest.fixture(scope="module")
+def line(tmp_path_factory: pytest.TempPathFactory) -> SmallLine:
+    folder = tmp_path_factory.mktemp("line")
+    np.savez(folder / "reference.npz", arr_0=pictures(20, size=6))
+    return make_line(folder)
+
+
+@pytest.fixture(scope="module")
+def reference(line: SmallLine) -> Reference:
+    return open_reference(str(line.model.parent / "reference.npz"), toy(), ["fid"], Place())
+
+
+def sampler(line: SmallLine, out: Path, **changed: int) -> SweptModel:
+    return SweptModel(line.model, line.tokenizer, out / "samples", **({"num": 8, "seed": 3, "batch_size": 5} | changed))
+
+
+def test_every_setting_is_measured_and_the_least_distance_comes_first(
+    line: SmallLine, reference: Reference, tmp_path: Path
+) -> None:
+    out = tmp_path / "sweep"
+    rows = sweep(sampler(line, out), GRID, reference, toy(), ["fid", "is"], out, Place())
+    assert sorted((r["cfg_scale"], r["top_k"]) for r in rows) == [(1.0, 0), (1.0, 2), (2.0, 0), (2.0, 2)]
+    distances = [row["metrics"]["FID"] for row in rows]
+    assert distances == sorted(distances)
+    assert len(set(distances)) == 4
+    for row in rows:
+        samples = open_files(row["samples"])
+        assert samples.count == 8
+        assert samples.metadata["settings"]["cfg_scale"] == row["cfg_scale"]
+        assert json.loads((out / "results" / row["result"]).read_text())["metrics"] == row["metrics"]
+    table = list(csv.reader((out / "sweep.csv").read_text().splitlines()))
+    assert table[0] == ["cfg_scale", "temperature", "top_k", "FID", "IS"]
+    assert [float(cells[3]) for cells in table[1:]] == distances
+    assert json.loads((out / "sweep.json").read_text())["settings"] == rows
+    for name in ("distance.svg", "is.svg"):
+        svg = (out / name).read_text()
+        assert svg.startswith("<svg")
+        assert "top-k 2" in svg
+        assert "all codes" in svg
+
+
+def test_a_killed_sweep_goes_on_and_a_finished_one_does_nothing(
+    line: SmallLine, reference: Reference, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[float] = []
+
+    def killed_at_the_third(path: Path, drawing: Sampler, *arguments: object, **settings: object) -> None:
+        drawn.append(drawing.settings.cfg_scale)
+        if len(drawn) == 3:
+            raise KeyboardInterrupt
+        sample_to(path, drawing, *arguments, **settings)
+
+    whole, out = tmp_path / "whole", tmp_path / "sweep"
+    expected = sweep(sampler(line, whole), GRID, reference, toy(), ["fid"], whole, Place())
+    monkeypatch.setattr(sweep_module, "sample_to", killed_at_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        sweep(sampler(line, out), GRID, reference, toy(), ["fid"], out, Place())
+    found = sweep(sampler(line, out), GRID, reference, toy(), ["fid"], out, Place())
+    assert len(drawn) == 3 + 2
+    assert [row["metrics"] for row in found] == [row["metrics"] for row in expected]
+    before = contents(out)
+    sweep(sampler(line, out), GRID, reference, toy(), ["fid"], out, Place())
+    assert len(drawn) == 5
+    assert contents(out) == before
+
+
+def test_other_numbers_seeds_or_references_are_not_mixed_up(
+    line: SmallLine, reference: Reference, tmp_path: Path
+) -> None:
+    keys = {sampler(line, tmp_path, **c).key(GRID[0]) for c in ({}, {"num": 9}, {"seed": 4}, {"ema": True})}
+    assert len(keys) == 4
+    assert sampler(line, tmp_path).key(GRID[0]) == sampler(line, tmp_path / "elsewhere").key(GRID[0])
+    out = tmp_path / "sweep"
+    one = sweep(sampler(line, out), GRID[:1], reference, toy(), ["fid"], out, Place())
+    np.savez(tmp_path / "other.npz", arr_0=pictures(20, 9, size=6))
+    other = open_reference(str(tmp_path / "other.npz"), toy(), ["fid"], Place())
+    two = sweep(sampler(line, out), GRID[:1], other, toy(), ["fid"], out, Place())
+    assert one[0]["samples"] == two[0]["samples"]
+    assert one[0]["metrics"] != two[0]["metrics"]
+
+
+def test_what_cannot_be_swept_is_refused(line: SmallLine, reference: Reference, tmp_path: Path) -> None:
+    for match, given in (
+        (r"--cfg-scales must name each value once, and at least one: not \[1.0, 1.0\]", ([1.0, 1.0], [1.0], [0])),
+        ("--temperatures must name", ([1.0], [], [0])),
+    ):
+        with pytest.raises(UserError, match=match):
+            settings_of(*given)
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "thesis.txt").write_text("x")
+    with refused(tmp_path, "holds something else than a sweep"):
+        sweep(sampler(line, tmp_path / "taken"), GRID, reference, toy(), ["fid"], tmp_path / "taken", Place())
+
+
+def test_the_sweep_by_command(
+    line: SmallLine, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    np.savez(tmp_path / "r.npz", arr_0=pictures(8, size=6))
+    command = ["sweep", "--model", line.model, "--tokenizer", line.tokenizer, "--reference", tmp_path / "r.npz"]
+    command += ["--cfg-scales", "1", "1.5", "--num", "6", "--out", tmp_path / "out", "--extractor", "efficientnet"]
+    command = [str(argument) for argument in [*command, "--device", "cpu"]]
+    main(command)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["guidance", "temperature", "top-k", "FD-EfficientNet-Lite0"]
+    assert lines[-1].startswith(f"best by FD-EfficientNet-Lite0 of 6 samples: --cfg-scale {lines[1].split()[0]} ")
+    assert not (tmp_path / "out" / "is.svg").exists()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(SystemExit):
+        main(command)
+    assert "st-ar sweep runs in one process, not in 2" in capsys.readouterr().err
