@@ -31,7 +31,7 @@ class Decoder:
         self.model = packed(model, len(labels))
         self.position = 0
         self.next_input = model.cls_embedding(labels)  # (B, N, D)
-        # CPUs attend several times as fast in float32 as in bfloat16 (benchmarks/sampling.py)
+        # PyTorch's attention on CPUs is slower in bfloat16 than in float32
         device = labels.device
         dtype = torch.float32 if device.type == "cpu" else self.next_input.dtype
         self.length = config.condition_length - 1 + config.sequence_length

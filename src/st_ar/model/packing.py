@@ -1,4 +1,4 @@
-"""Matrices laid out for a CPU's products with few rows, as decoding has them: several times as fast (benchmarks/sampling.py).
+"""Matrices laid out for a CPU's products with few rows, as decoding has them.
 
 PyTorch's linear layer lays its weight out anew in every call; oneDNN's own operators, which torch.compile uses too, take one that
 was laid out before.
