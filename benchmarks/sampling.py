@@ -7,6 +7,7 @@ the two that they can compute in; each is measured in both. The dtypes and round
 """
 
 import argparse
+import importlib
 import sys
 import warnings
 from collections.abc import Callable
@@ -27,13 +28,11 @@ DTYPES = (torch.float32, torch.bfloat16)
 def theirs(path: Path, model: Transformer) -> tuple[Any, Callable[..., torch.Tensor]]:
     """LlamaGen's transformer with the model's weights, and its `generate`."""
     sys.path.insert(0, str(path))
-    from autoregressive.models.generate import generate as their_generate  # type: ignore[import-not-found]
-    from autoregressive.models.gpt import ModelArgs  # type: ignore[import-not-found]
-    from autoregressive.models.gpt import Transformer as Theirs
-
+    gpt = importlib.import_module("autoregressive.models.gpt")
+    their_generate = importlib.import_module("autoregressive.models.generate").generate
     c = model.config
-    args = ModelArgs(dim=c.dim, n_layer=c.n_layers, n_head=c.n_heads, vocab_size=c.vocab_size, block_size=c.grid**2)
-    twin = Theirs(args)
+    args = gpt.ModelArgs(dim=c.dim, n_layer=c.n_layers, n_head=c.n_heads, vocab_size=c.vocab_size, block_size=c.grid**2)
+    twin = gpt.Transformer(args)
     twin.load_state_dict(model.state_dict(), strict=False)
     return twin.eval(), their_generate
 
