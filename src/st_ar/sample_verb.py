@@ -38,7 +38,7 @@ class Sample:
     """Take the classes or captions in turn, or draw them at random."""
     settings: Annotated[SampleSettings, tyro.conf.arg(name="")] = field(default_factory=SampleSettings)
     batch_size: int = 256
-    """Images drawn at once, and written at once; the images are the same whatever it is."""
+    """Images drawn at once, and written at once; the images depend on it by rounding alone."""
     ema: bool = False
     """Draw from the averaged weights instead of the live ones."""
     grid: int | None = None

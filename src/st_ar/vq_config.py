@@ -4,7 +4,7 @@ Nothing here imports torch, so that `st-ar train-tokenizer --help` is quick.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from st_ar.config import OptimConfig, require, require_choices
@@ -211,8 +211,6 @@ def vq_cifar10() -> VQTrainConfig:
 
 def vq_cifar10_16x16() -> VQTrainConfig:
     """CIFAR-10, 32 px to 16 x 16 tokens."""
-    from dataclasses import replace
-
     small = vq_cifar10()
     return replace(small, model=replace(small.model, channels=64, multipliers=(1, 2)))
 

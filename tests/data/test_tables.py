@@ -1,6 +1,5 @@
 """Parquet files and data sets of the hub (from a folder in its layout: no network)."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +17,6 @@ from st_ar.errors import UserError
 from tests.data.pictures import encoded, noise
 from tests.disk import refused
 
-CIFAR = Path(os.environ.get("CIFAR10", Path(__file__).parents[3] / "shared" / "data" / "cifar10"))
 NAMES = ["ant", "bee", "cow"]
 
 
@@ -188,12 +186,3 @@ def test_without_the_library_its_extra_is_named(spec: str, monkeypatch: pytest.M
 def test_the_library_is_not_imported_before_it_is_needed() -> None:
     code = "import sys; import st_ar.data.tokenize, st_ar.verbs; assert 'datasets' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
-
-
-@pytest.mark.skipif(not CIFAR.is_dir(), reason="needs CIFAR-10")
-def test_cifar_10_is_what_it_is_known_to_be() -> None:
-    source = open_images(f"parquet:{CIFAR}/test.parquet")
-    assert (source.count, source.class_names[0], len(source.class_names)) == (10_000, "airplane", 10)
-    labels = [example.label for example in source.examples(0)]
-    assert np.bincount(labels).tolist() == [1000] * 10
-    assert next(source.examples(9_999)).read().size == (32, 32)

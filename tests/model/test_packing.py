@@ -33,13 +33,12 @@ def test_a_packed_model_is_the_model(config: ModelConfig, count: int) -> None:
         assert (logits(packed(model, rows), config, count) - expected).norm() <= 1e-6 * expected.norm()
 
 
-@pytest.mark.skipif(not HAS_BF16, reason="this processor has no bfloat16 products")
 @pytest.mark.parametrize("config", [ODD, MEDIUM], ids=["odd", "medium"])
 def test_a_packed_bfloat16_model_is_as_near_as_the_model(config: ModelConfig) -> None:
     exact = logits(random_model(config), config, 3)
     model = random_model(config).bfloat16()
     twin = packed(model, 3)
-    assert twin is not model
+    assert (twin is not model) == HAS_BF16  # without such products there is nothing to gain
     error, usual = ((logits(m, config, 3) - exact).norm() / exact.norm() for m in (twin, model))
     assert error < max(1.5 * usual, 0.02)
 

@@ -91,6 +91,7 @@ def reading(path: Path) -> Generator[None]:
         yield
     except KeyError as error:
         raise UserError(f"{path} holds no array {error}: give a .npz file with arr_0 (uint8 [N, H, W, 3])") from error
+    # In turn: no archive, a damaged stream, cut short, unreadable, a damaged .npy header, an unknown compression
     except (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError, NotImplementedError) as error:
         if isinstance(error, UserError):
             raise
