@@ -9,7 +9,6 @@ from typing import Annotated, Literal
 
 import tyro
 
-from st_ar.errors import UserError
 from st_ar.sample_config import SampleSettings
 
 
@@ -53,22 +52,12 @@ class Sample:
 
         from st_ar.data.ranks import Ranks
         from st_ar.data.text import open_text
-        from st_ar.hardware import choose_device, local_device
-        from st_ar.model.weights import open_model
-        from st_ar.sampling import Sampler, choose_conditions, sample_to
-        from st_ar.tokenizer import load_tokenizer
-        from st_ar.tokenizer.vq import VQTokenizer
+        from st_ar.sampling import Sampler, choose_conditions, open_model_and_tokenizer, sample_to
 
         ranks = Ranks.from_environment()
-        device = local_device(choose_device(self.device))
-        half = self.dtype == "bfloat16" or (self.dtype == "auto" and device.type == "cuda")
-        model, info = open_model(self.model, ema=self.ema, grid=self.grid)
-        tokenizer = load_tokenizer(self.tokenizer)
-        if info.tokenizer and tokenizer.fingerprint != info.tokenizer:
-            raise UserError(
-                f"{self.model} speaks the codes of tokenizer {info.tokenizer[:12]}, {self.tokenizer} is {tokenizer.fingerprint[:12]}: "
-                "give the tokenizer that made the model's token store"
-            )
+        model, info, tokenizer = open_model_and_tokenizer(
+            self.model, self.tokenizer, device=self.device, dtype=self.dtype, ema=self.ema, grid=self.grid
+        )
         text = open_text(self.text, info.config, info.encoder)
         labels = choose_conditions(
             info.config,
@@ -79,9 +68,6 @@ class Sample:
             labels=self.labels,
             per_class=self.per_class,
         )
-        model = model.to(device, torch.bfloat16 if half else torch.float32)
-        if isinstance(tokenizer, VQTokenizer):
-            tokenizer = tokenizer.to(device, torch.float32)
         sampler = Sampler(model, tokenizer, self.settings, text)
         sample_to(self.out, sampler, labels, info, label_mode=self.label_mode, batch_size=self.batch_size, ranks=ranks)
         if ranks.rank == 0:

@@ -13,11 +13,13 @@ from torch import Tensor
 from st_ar.config import ModelConfig
 from st_ar.data.ranks import Ranks
 from st_ar.data.text import TextStore
+from st_ar.data.tokenize import place_tokenizer
 from st_ar.errors import UserError
 from st_ar.files import sha256
+from st_ar.hardware import choose_device, local_device
 from st_ar.model.generate import generate
 from st_ar.model.transformer import Transformer
-from st_ar.model.weights import ModelInfo
+from st_ar.model.weights import ModelInfo, open_model
 from st_ar.progress import Pace, Progress, progress
 from st_ar.randomness import Purpose, torch_seed
 from st_ar.sample_config import SampleSettings
@@ -54,6 +56,32 @@ def sample_images(
             pictures.append(sampler.pictures(sampler.tokens(numbers, labels)))
             bar.advance(len(numbers))
     return np.concatenate(pictures)
+
+
+def open_model_and_tokenizer(
+    model: Path,
+    tokenizer: Path,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    ema: bool = False,
+    grid: int | None = None,
+) -> tuple[Transformer, ModelInfo, Tokenizer]:
+    """Load both and put them where they compute; `dtype` auto is bfloat16 on a GPU and float32 on a CPU.
+
+    Raises:
+        UserError: either is missing or damaged, they do not belong together, or there is no such device.
+    """
+    place = local_device(choose_device(device))
+    half = dtype == "bfloat16" or (dtype == "auto" and place.type == "cuda")
+    network, info = open_model(model, ema=ema, grid=grid)
+    painter = place_tokenizer(tokenizer, device, "float32")
+    if info.tokenizer and painter.fingerprint != info.tokenizer:
+        raise UserError(
+            f"{model} speaks the codes of tokenizer {info.tokenizer[:12]}, {tokenizer} is {painter.fingerprint[:12]}: "
+            "give the tokenizer that made the model's token store"
+        )
+    return network.to(place, torch.bfloat16 if half else torch.float32), info, painter
 
 
 class Sampler:

@@ -56,8 +56,6 @@ class Sweep:
     """Type of weights and activations; auto takes bfloat16 on a GPU and float32 on a CPU."""
 
     def run(self) -> None:
-        import torch
-
         from st_ar.evaluation.collect import Place
         from st_ar.evaluation.extractors import load_extractor
         from st_ar.evaluation.generation import choose_metrics, format_number
@@ -72,7 +70,6 @@ class Sweep:
         metrics = choose_metrics([*(self.metrics or default), "fd"], is_inception)
         grid = settings_of(self.cfg_scales, self.temperatures, self.top_ks, seed=self.seed)
         device = choose_device(self.device)
-        half = self.dtype == "bfloat16" or (self.dtype == "auto" and device.type == "cuda")
         place = Place(device=device, batch_size=self.batch_size)
         sampler = SweptModel(
             self.model,
@@ -83,8 +80,8 @@ class Sweep:
             seed=self.seed,
             batch_size=self.batch_size,
             ema=self.ema,
-            device=device,
-            dtype=torch.bfloat16 if half else torch.float32,
+            device=self.device,
+            dtype=self.dtype,
         )
         extractor = load_extractor(self.extractor, device, inception=self.inception)
         reference = open_reference(self.reference, extractor, metrics, place, size=self.size, seed=self.seed)

@@ -10,8 +10,6 @@ from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
 from st_ar.data.ranks import Ranks
 from st_ar.errors import UserError
 from st_ar.evaluation.collect import Place
@@ -22,10 +20,8 @@ from st_ar.evaluation.names import Metric
 from st_ar.evaluation.references import Reference
 from st_ar.figures import line_chart
 from st_ar.files import is_taken, read_json, sha256, write_json, written_aside
-from st_ar.model.weights import open_model
 from st_ar.sample_config import SampleSettings
-from st_ar.sampling import Sampler, choose_conditions, sample_to
-from st_ar.tokenizer import load_tokenizer
+from st_ar.sampling import Sampler, choose_conditions, open_model_and_tokenizer, sample_to
 
 FILES = ("sweep.json", "sweep.csv", "distance.svg", "is.svg")
 SWEPT = ("cfg_scale", "temperature", "top_k")
@@ -61,21 +57,16 @@ class SweptModel:
         seed: int = 0,
         batch_size: int = 256,
         ema: bool = False,
-        device: torch.device | None = None,
-        dtype: torch.dtype = torch.float32,
+        device: str = "auto",
+        dtype: str = "auto",
     ) -> None:
-        device = device or torch.device("cpu")
-        self.model, self.info = open_model(model, ema=ema)
+        self.model, self.info, self.tokenizer = open_model_and_tokenizer(
+            model, tokenizer, device=device, dtype=dtype, ema=ema
+        )
         self.info.config.require_classes("st-ar sweep")
-        self.tokenizer, self.folder = load_tokenizer(tokenizer), folder
-        if self.info.tokenizer and self.tokenizer.fingerprint != self.info.tokenizer:
-            raise UserError(
-                f"{model} speaks the codes of tokenizer {self.info.tokenizer[:12]}, {tokenizer} is {self.tokenizer.fingerprint[:12]}: "
-                "give the tokenizer that made the model's token store"
-            )
+        self.folder = folder
         self.label_mode, self.batch_size = label_mode, batch_size
         self.labels = choose_conditions(self.info.config, None, num, seed, mode=label_mode)
-        self.model = self.model.to(device, dtype)
         self.what = {
             "weights": sha256(self.info.source),
             "ema": ema,
@@ -83,7 +74,7 @@ class SweptModel:
             "num": num,
             "label_mode": label_mode,
             "seed": seed,
-            "dtype": str(dtype),
+            "dtype": str(self.model.output.weight.dtype),
         }
 
     def key(self, settings: SampleSettings) -> str:
