@@ -173,6 +173,17 @@ def test_two_ranks_at_once_write_the_same_files(disturbed: Path, straight: Path,
         assert everything[name] == there
 
 
+def test_a_rank_shows_that_it_lives_at_every_token(
+    line: SmallLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    beats: list[Path] = []
+    monkeypatch.setattr(Ranks, "beat", lambda _, folder: beats.append(folder))
+    draw(line.model, tmp_path / "samples")
+    tokens = open_model(line.model)[0].config.sequence_length
+    assert len(beats) >= 4 * tokens  # of 4 parts
+    assert set(beats) == {tmp_path / "samples"}
+
+
 @BOTH
 def test_ranks_one_after_another_write_the_same_files(
     line: SmallLine, straight: Path, tmp_path: Path, out: str

@@ -116,7 +116,7 @@ def test_the_default_guidance_is_used() -> None:
     with torch.device("meta"):
         model = Transformer(config)
     sampler = Sampler(model, random_tokenizer(), SampleSettings())
-    assert sampler.settings.cfg_scale == sampler.how["cfg_scale"] == 2.0
+    assert sampler.settings.cfg_scale == 2.0
     toy = sample_images(random_model(), random_tokenizer(), [0, 1])
     np.testing.assert_array_equal(
         toy, sample_images(random_model(), random_tokenizer(), [0, 1], SampleSettings(cfg_scale=1.0))
@@ -165,6 +165,28 @@ def test_images_are_the_same_in_batches_of_any_size(batch_size: int) -> None:
     model, tokenizer = random_model(), random_tokenizer()
     images = sample_images(model, tokenizer, LABELS, SETTINGS)
     np.testing.assert_array_equal(sample_images(model, tokenizer, LABELS, SETTINGS, batch_size=batch_size), images)
+
+
+@pytest.mark.parametrize("count", [1, 5, 9, 23])
+def test_images_are_told_token_by_token(count: int) -> None:
+    told: list[int] = []
+    sampler = Sampler(random_model(), random_tokenizer(), SETTINGS)
+    sampler.tokens(range(count), [0] * count, told.append)
+    assert len(told) == TINY.sequence_length
+    assert np.cumsum(told).tolist() == [count * drawn // 9 for drawn in range(1, 10)]
+
+
+def test_pictures_are_painted_a_few_at_a_time() -> None:
+    sampler, some = Sampler(random_model(), random_tokenizer(), SETTINGS), list[int]()
+    tokens = torch.arange(40 * 9).view(40, 9) % 11
+    pictures = sampler.pictures(tokens, lambda: some.append(1))
+    assert len(some) == 3
+    assert np.abs(pictures.astype(int) - painted(tokens).astype(int)).max() <= 1
+
+
+def test_compiling_is_for_a_gpu() -> None:
+    with pytest.raises(UserError, match="--compile is for sampling on a GPU"):
+        Sampler(random_model(), random_tokenizer(), SETTINGS, compiled=True)
 
 
 def test_an_image_depends_on_its_own_number_and_label_alone() -> None:

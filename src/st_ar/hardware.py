@@ -3,7 +3,8 @@
 import contextlib
 import os
 import platform
-from collections.abc import Generator
+from collections.abc import Callable, Generator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -33,9 +34,16 @@ def local_device(device: torch.device) -> torch.device:
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     """auto, float32 or bfloat16 -> the type of matrix products; auto takes bfloat16 where the hardware has it."""
     if name == "auto":
-        fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else _cpu_has_bfloat16()
         return torch.bfloat16 if fast else torch.float32
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+
+
+def _cpu_has_bfloat16() -> bool:
+    """Whether it multiplies in bfloat16 itself; oneDNN also imitates that on others, slowly."""
+    if platform.machine() in ("x86_64", "AMD64"):
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 @contextlib.contextmanager
@@ -52,6 +60,50 @@ def full_precision() -> Generator[None]:
     finally:
         for backend, precision in zip(backends, before, strict=True):
             backend.fp32_precision = precision
+
+
+class Beside:
+    """Runs pieces of work in order, beside what its user does next: on a GPU in a thread and a stream of its own.
+
+    A CPU has nothing to spare: there the work is done at once.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.thread = ThreadPoolExecutor(1)
+        self.last: Future[None] | None = None
+
+    def run(self, work: Callable[[], None]) -> None:
+        """Begin the work when the one before it is done, and the GPU with what it was given to do so far.
+
+        Raises what the work before it has raised.
+        """
+        if self.stream is None:
+            work()
+            return
+        given = torch.cuda.Event()
+        given.record(torch.cuda.current_stream(self.stream.device))
+        self.wait()
+        self.last = self.thread.submit(self._run, work, self.stream, given)
+
+    @staticmethod
+    def _run(work: Callable[[], None], stream: torch.cuda.Stream, given: torch.cuda.Event) -> None:
+        with torch.cuda.stream(stream):
+            stream.wait_event(given)
+            work()
+
+    def wait(self) -> None:
+        """Return when all is done; raises what it has raised."""
+        if self.last is not None:
+            self.last.result()
+
+    def __enter__(self) -> "Beside":
+        return self
+
+    def __exit__(self, kind: object, *rest: object) -> None:
+        self.thread.shutdown()
+        if kind is None:
+            self.wait()
 
 
 def describe() -> dict[str, Any]:

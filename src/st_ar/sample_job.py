@@ -96,9 +96,13 @@ class SampleJob:
         """Of a part (.npz), or of an image (PNGs; a part's last is written last)."""
         return self.folder / (f"part-{number:06d}.npy" if self.packs else f"{number:06d}.png")
 
+    def beat(self) -> None:
+        """Show the other ranks that this one is at work; not after its last part, when rank 0 clears the folder."""
+        self.ranks.beat(self.folder)
+
     def write(self, part: int, pictures: np.ndarray) -> None:
         """Write a part's pictures."""
-        self.ranks.beat(self.folder)  # not afterwards: once the last part is there, rank 0 clears the folder
+        self.beat()
         if self.packs:
             save_array(self._path(part), pictures)
             return

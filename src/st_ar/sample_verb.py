@@ -45,7 +45,9 @@ class Sample:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Type of weights and activations; auto takes bfloat16 on a GPU and float32 on a CPU."""
+    """Type of the model's weights and activations; auto takes bfloat16 where the hardware has it."""
+    compile: bool = False
+    """Compile the decoding step with torch.compile, on a GPU: for thousands of images."""
 
     def run(self) -> None:
         import torch
@@ -68,7 +70,7 @@ class Sample:
             labels=self.labels,
             per_class=self.per_class,
         )
-        sampler = Sampler(model, tokenizer, self.settings, text)
+        sampler = Sampler(model, tokenizer, self.settings, text, compiled=self.compile)
         sample_to(self.out, sampler, labels, info, label_mode=self.label_mode, batch_size=self.batch_size, ranks=ranks)
         if ranks.rank == 0:
             size = tokenizer.decode(torch.zeros(1, info.config.grid, info.config.grid, dtype=torch.int64)).shape[-1]

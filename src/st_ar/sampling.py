@@ -1,8 +1,8 @@
 """Sampling: classes or captions -> tokens -> pictures, in memory or as files that say how they were made."""
 
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -16,15 +16,17 @@ from st_ar.data.text import TextStore
 from st_ar.data.tokenize import place_tokenizer
 from st_ar.errors import UserError
 from st_ar.files import sha256
-from st_ar.hardware import choose_device, local_device
-from st_ar.model.generate import generate
+from st_ar.hardware import Beside, choose_device, choose_dtype, local_device
+from st_ar.model.generate import TokenSampler
 from st_ar.model.transformer import Transformer
 from st_ar.model.weights import ModelInfo, open_model
-from st_ar.progress import Pace, Progress, progress
+from st_ar.progress import Pace, progress
 from st_ar.randomness import Purpose, torch_seed
 from st_ar.sample_config import SampleSettings
 from st_ar.sample_job import SampleJob
 from st_ar.tokenizer import Tokenizer, to_uint8
+
+PICTURES_AT_ONCE = 16
 
 
 def sample_images(
@@ -53,8 +55,7 @@ def sample_images(
         pictures: list[np.ndarray] = []
         for start in range(0, len(labels), batch_size):
             numbers = range(start, min(start + batch_size, len(labels)))
-            pictures.append(sampler.pictures(sampler.tokens(numbers, labels)))
-            bar.advance(len(numbers))
+            pictures.append(sampler.pictures(sampler.tokens(numbers, labels, bar.advance)))
     return np.concatenate(pictures)
 
 
@@ -67,13 +68,12 @@ def open_model_and_tokenizer(
     ema: bool = False,
     grid: int | None = None,
 ) -> tuple[Transformer, ModelInfo, Tokenizer]:
-    """Load both and put them where they compute; `dtype` auto is bfloat16 on a GPU and float32 on a CPU.
+    """Load both and put them where they compute; `dtype`, of the model alone, as for `choose_dtype`.
 
     Raises:
         UserError: either is missing or damaged, they do not belong together, or there is no such device.
     """
     place = local_device(choose_device(device))
-    half = dtype == "bfloat16" or (dtype == "auto" and place.type == "cuda")
     network, info = open_model(model, ema=ema, grid=grid)
     painter = place_tokenizer(tokenizer, device, "float32")
     if info.tokenizer and painter.fingerprint != info.tokenizer:
@@ -81,14 +81,20 @@ def open_model_and_tokenizer(
             f"{model} speaks the codes of tokenizer {info.tokenizer[:12]}, {tokenizer} is {painter.fingerprint[:12]}: "
             "give the tokenizer that made the model's token store"
         )
-    return network.to(place, torch.bfloat16 if half else torch.float32), info, painter
+    return network.to(place, choose_dtype(dtype, place)), info, painter
 
 
 class Sampler:
-    """A model, its tokenizer and how to draw from them."""
+    """A model, its tokenizer and how to draw from them; `compiled` as for `Decoder`."""
 
     def __init__(
-        self, model: Transformer, tokenizer: Tokenizer, settings: SampleSettings, text: TextStore | None = None
+        self,
+        model: Transformer,
+        tokenizer: Tokenizer,
+        settings: SampleSettings,
+        text: TextStore | None = None,
+        *,
+        compiled: bool = False,
     ) -> None:
         config = model.config
         if tokenizer.vocab_size != config.vocab_size:
@@ -100,8 +106,11 @@ class Sampler:
                 f"the model is drawn for {config.condition_name}: captions are for text models, which need them"
             )
         self.model, self.tokenizer, self.settings, self.text = model, tokenizer, settings.resolved(config), text
-        self.how = {name: value for name, value in asdict(self.settings).items() if name != "seed"}
+        self.device, self.compiled = model.output.weight.device, compiled
+        if compiled and self.device.type != "cuda":
+            raise UserError("--compile is for sampling on a GPU: on a CPU the matrices laid out beforehand are faster")
         self.seed = torch_seed(settings.seed, Purpose.SAMPLING)
+        self.drawer: tuple[int, TokenSampler] | None = None
 
     def check(self, labels: Sequence[int], batch_size: int) -> None:
         """Refuse what could not be drawn, before anything is."""
@@ -118,15 +127,34 @@ class Sampler:
         self.model.cls_embedding.check(conditions)
         return conditions
 
-    def tokens(self, numbers: Sequence[int], labels: Sequence[int]) -> Tensor:
-        """Tokens int64 [n, T] of the images with these numbers, of a job whose labels are given."""
-        conditions = self._conditions([labels[number] for number in numbers]).to(self.model.output.weight.device)
-        return generate(self.model, conditions, seed=self.seed, images=numbers, **self.how)
+    def tokens(
+        self, numbers: Sequence[int], labels: Sequence[int], advance: Callable[[int], None] | None = None
+    ) -> Tensor:
+        """Tokens int64 [n, T] of the images with these numbers, of a job whose labels are given.
 
-    def pictures(self, tokens: Tensor) -> np.ndarray:
-        """Tokens [n, T] -> uint8 [n, H, W, 3]."""
+        advance: called after each token with how many images more that makes.
+        """
+        count, length = len(numbers), self.model.config.sequence_length
+        conditions = self._conditions([labels[number] for number in numbers]).to(self.device)
+        if self.drawer is None or self.drawer[0] != count:
+            self.drawer = None  # its memory makes room for the next
+            self.drawer = count, TokenSampler(self.model, count, self.settings, compiled=self.compiled)
+
+        def on_token(drawn: int) -> None:
+            if advance:
+                advance(count * drawn // length - count * (drawn - 1) // length)
+
+        return self.drawer[1].draw(conditions, np.array(numbers), self.seed, on_token=on_token)
+
+    def pictures(self, tokens: Tensor, on_some: Callable[[], None] | None = None) -> np.ndarray:
+        """Tokens [n, T] -> uint8 [n, H, W, 3]; a few at a time, since a VQ network needs much memory for each."""
         grid = self.model.config.grid
-        return to_uint8(self.tokenizer.decode(tokens.unflatten(1, (grid, grid)).cpu())).numpy()
+        pictures: list[np.ndarray] = []
+        for some in tokens.unflatten(1, (grid, grid)).cpu().split(PICTURES_AT_ONCE):
+            pictures.append(to_uint8(self.tokenizer.decode(some)).numpy())
+            if on_some:
+                on_some()
+        return np.concatenate(pictures)
 
 
 def sample_to(
@@ -164,25 +192,22 @@ def sample_to(
     mine = range(ranks.rank, job.parts, ranks.world)
     left = [part for part in mine if not job.is_finished(part)]
     total, todo = (sum(len(job.numbers(part)) for part in parts) for parts in (mine, left))
-    overlap = sampler.model.output.weight.device.type == "cuda"  # a CPU has nothing to overlap with
-    with progress("sample", total, unit="images", done=total - todo) as bar, ThreadPoolExecutor(1) as painter:
-        painted, pace = None, Pace("images")
+    pace = Pace("images")
+    with progress("sample", total, unit="images", done=total - todo) as bar, Beside(sampler.device) as beside:
+
+        def advance(images: int) -> None:
+            job.beat()
+            pace.advance(bar, images)
+
         for part in left:
-            tokens = sampler.tokens(job.numbers(part), labels)
-            if painted is not None:
-                painted.result()
-            painted = painter.submit(_paint, job, sampler, part, tokens, bar, pace)
-            if not overlap:
-                painted.result()
-        if painted is not None:
-            painted.result()
+            tokens = sampler.tokens(job.numbers(part), labels, advance)
+            beside.run(partial(_paint, job, sampler, part, tokens))
     if ranks.rank == 0:
         job.finish(labels)
 
 
-def _paint(job: SampleJob, sampler: Sampler, part: int, tokens: Tensor, bar: Progress, pace: Pace) -> None:
-    job.write(part, sampler.pictures(tokens))
-    pace.advance(bar, len(tokens))
+def _paint(job: SampleJob, sampler: Sampler, part: int, tokens: Tensor) -> None:
+    job.write(part, sampler.pictures(tokens, job.beat))
 
 
 def choose_labels(

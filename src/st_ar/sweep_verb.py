@@ -53,7 +53,7 @@ class Sweep:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Type of weights and activations; auto takes bfloat16 on a GPU and float32 on a CPU."""
+    """Type of the model's weights and activations; auto takes bfloat16 where the hardware has it."""
 
     def run(self) -> None:
         from st_ar.evaluation.collect import Place

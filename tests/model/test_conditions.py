@@ -16,7 +16,8 @@ from st_ar.config import ModelConfig
 from st_ar.errors import UserError
 from st_ar.evaluation.attention import attention_maps, attention_statistics
 from st_ar.model.conditions import TextEmbedding
-from st_ar.model.generate import Decoder, generate
+from st_ar.model.decode import Decoder
+from st_ar.model.generate import generate
 from st_ar.model.transformer import Transformer, rope_table
 from st_ar.selfguided.masking import random_key_mask, show_own_position
 from tests.toys import FIXTURES, NO_DROPOUT, TINY, TINY_TEXT, random_captions, random_model, random_sequences
@@ -220,20 +221,17 @@ def test_the_null_condition_is_drawn_as_llamagens_and_not_trained() -> None:
 # Sampling
 
 
-def test_the_decoder_gives_the_logits_of_the_forward_pass() -> None:
+@pytest.mark.parametrize("bucket", [1, 4, 32])
+def test_the_decoder_gives_the_logits_of_the_forward_pass(bucket: int) -> None:
     model, tokens = random_model(TINY_TEXT), random_sequences(TINY_TEXT, 4)[0]
     captions = random_captions(TINY_TEXT, [1, 3, N, 0])
     with torch.no_grad():
         expected = model(tokens[:, :-1], captions).logits
-        decoder = Decoder(model, captions)
-        for position in range(T):
-            if position == 4:
-                decoder.keep(2)
-            here = decoder.logits()
-            torch.testing.assert_close(here, expected[: len(here), position], rtol=1e-4, atol=1e-5)
-            decoder.append(tokens[: len(here), position])
-        with pytest.raises(UserError, match="all 9 tokens of the image are there"):
-            decoder.logits()
+        decoder = Decoder(model, 4, bucket=bucket)
+        torch.testing.assert_close(decoder.begin(captions), expected[:, 0], rtol=1e-4, atol=1e-5)
+        for position in range(T - 1):
+            here = decoder.read(tokens[: 2 if position > 4 else 4, position], decoder.seek(position))
+            torch.testing.assert_close(here, expected[: len(here), position + 1], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("scale", [1.0, 2.5])

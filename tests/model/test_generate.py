@@ -1,5 +1,6 @@
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -7,13 +8,14 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from st_ar.config import ModelConfig
 from st_ar.errors import UserError
-from st_ar.model.generate import Decoder, choose, filter_logits, generate, guidance_scale, uniforms
+from st_ar.model.generate import TokenSampler, choose, filter_logits, generate, guidance_scale, uniforms
 from st_ar.model.transformer import Transformer
 from st_ar.sample_config import SampleSettings
-from tests.toys import NO_DROPOUT, TINY, random_model, random_sequences, recorded, recorded_model
+from tests.toys import NO_DROPOUT, TINY, random_model, recorded, recorded_model
 
 LABELS = torch.tensor([0, 1, 3])
 
@@ -391,52 +393,68 @@ def test_guidance_of_the_null_class_changes_nothing() -> None:
     assert torch.equal(generate(model, labels, cfg_scale=5.0, greedy=True), generate(model, labels, greedy=True))
 
 
-# Cache
+# Batches of one size, one after the other
 
 
-@pytest.mark.parametrize("recorded_weights", [True, False])
-def test_cached_logits_are_those_of_the_whole_forward(recorded_weights: bool) -> None:
-    model = recorded_model() if recorded_weights else random_model()
-    tokens, labels = random_sequences(model.config, 3)
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_a_sampler_draws_batch_after_batch_in_the_same_memory(scale: float) -> None:
+    model, settings = random_model(), SampleSettings(cfg_scale=scale, top_k=7)
+    sampler = TokenSampler(model, 3, settings)
+    places = addresses(sampler)
+    for labels, numbers in ((LABELS, [0, 1, 2]), (LABELS.flip(0), [3, 4, 5]), (LABELS, [0, 1, 2])):
+        drawn = sampler.draw(labels, np.array(numbers), 6)
+        assert torch.equal(drawn, generate(model, labels, cfg_scale=scale, top_k=7, seed=6, images=numbers))
+    assert addresses(sampler) == places  # as a recorded CUDA graph needs it
+
+
+def addresses(sampler: TokenSampler) -> list[int]:
+    held = (sampler.tokens, sampler.noise, sampler.scales, sampler.position)
+    decoder = sampler.decoder
+    return [tensor.data_ptr() for tensor in (*held, decoder.cache, decoder.mask, decoder.place)]
+
+
+def test_a_result_outlives_the_next_batch() -> None:
+    sampler = TokenSampler(random_model(), 3, SampleSettings())
+    first = sampler.draw(LABELS, np.arange(3), 0)
+    kept = first.clone()
+    assert not torch.equal(sampler.draw(LABELS, np.arange(3), 1), kept)
+    assert torch.equal(first, kept)
+
+
+def test_a_step_can_be_repeated_as_recording_it_does() -> None:
+    sampler = TokenSampler(random_model(), 3, SampleSettings(cfg_scale=2.0))
+    sampler.draw(LABELS, np.arange(3), 0)
+    tokens, cache = sampler.tokens.clone(), sampler.decoder.cache.clone()
     with torch.no_grad():
-        whole = model(tokens[:, :-1], labels).logits
-        decoder = Decoder(model, labels)
-        tolerance = 1e-5 * whole.abs().max().item()  # float32 rounding grows with the terms that a logit sums
-        for position in range(model.config.sequence_length):
-            torch.testing.assert_close(decoder.logits(), whole[:, position], rtol=1e-5, atol=tolerance)
-            decoder.append(tokens[:, position])
+        sampler._advance(True, 9)
+    assert torch.equal(sampler.tokens, tokens)
+    assert torch.equal(sampler.decoder.cache, cache)
 
 
-def test_reading_the_logits_twice_gives_the_same() -> None:
-    tokens, labels = random_sequences(TINY, 2)
-    with torch.no_grad():
-        decoder = Decoder(random_model(), labels)
-        decoder.append(tokens[:, 0])
-        assert torch.equal(decoder.logits(), decoder.logits())
+def test_after_the_first_token_nothing_waits_for_the_device() -> None:
+    class Waits(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        ) -> Any:
+            self.count += "_local_scalar_dense" in str(func) or "nonzero" in str(func)
+            return func(*args, **(kwargs or {}))
+
+    waited: list[int] = []
+    sampler = TokenSampler(random_model(), 3, SampleSettings(cfg_scale=2.0, top_k=7, top_p=0.9, cfg_interval=3))
+    with Waits() as waits:
+        sampler.draw(LABELS, np.arange(3), 0, on_token=lambda _: waited.append(waits.count))
+    assert waited[0] > 0  # the labels' range, and whether the first logits are finite
+    assert set(waited) == {waited[0]}
 
 
-def test_the_kept_sequences_continue_as_before() -> None:
-    model = random_model()
-    tokens, labels = random_sequences(TINY, 4)
-    with torch.no_grad():
-        whole = model(tokens[:, :-1], labels).logits
-        decoder = Decoder(model, labels)
-        for position in range(4):
-            decoder.logits()
-            decoder.append(tokens[:, position])
-        decoder.keep(2)
-        torch.testing.assert_close(decoder.logits(), whole[:2, 4], rtol=1e-5, atol=1e-5)
-
-
-def test_nothing_comes_after_the_last_token() -> None:
-    tokens, labels = random_sequences(TINY, 1)
-    with torch.no_grad():
-        decoder = Decoder(random_model(), labels)
-        for position in range(TINY.sequence_length):
-            decoder.logits()
-            decoder.append(tokens[:, position])
-        with pytest.raises(UserError, match=r"all 9 tokens .*nothing comes after"):
-            decoder.logits()
+def test_each_token_is_told_and_can_be_seen() -> None:
+    sampler = TokenSampler(random_model(), 3, SampleSettings())
+    seen: list[Tensor] = []
+    drawn = sampler.draw(LABELS, np.arange(3), 0, on_token=lambda count: seen.append(sampler.tokens[:, :count].clone()))
+    assert [part.shape[1] for part in seen] == list(range(1, 10))
+    assert all(torch.equal(part, drawn[:, : part.shape[1]]) for part in seen)
 
 
 # Requests

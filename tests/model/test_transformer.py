@@ -212,6 +212,12 @@ def test_rotation_turns_interleaved_pairs() -> None:
             torch.testing.assert_close(turned[:, position, :, 2 * pair + 1], first * sin + second * cos)
 
 
+def test_compiled_rotation_is_the_same() -> None:
+    rope = rope_table(3, 8, 10000.0)
+    x = torch.randn(2, 10, 3, 8, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(torch.compile(rotate, backend="aot_eager", fullgraph=True)(x, rope), rotate(x, rope))
+
+
 def test_rotation_keeps_the_type_but_computes_in_float32() -> None:
     rope = rope_table(3, 8, 10000.0)
     x = torch.randn(2, 10, 3, 8, generator=torch.Generator().manual_seed(0)).bfloat16()

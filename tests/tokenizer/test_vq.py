@@ -60,6 +60,13 @@ def test_reconstruction_equals_the_recorded_one(theirs: VQTokenizer) -> None:
     assert (quantised - io["quant"]).abs().max() < 1e-6
 
 
+def test_compiled_halves_give_the_recorded_codes_and_reconstruction(theirs: VQTokenizer) -> None:
+    io = recorded("io/")
+    compiled = theirs.to(torch.device("cpu"), torch.float32, compiled=True)
+    assert torch.equal(compiled.encode(io["image"]), io["codes"])
+    assert (compiled.decode(io["codes"]) - io["reconstruction"]).abs().max() < 1e-4
+
+
 def test_bfloat16_gives_nearly_the_same_codes(theirs: VQTokenizer) -> None:
     io = recorded("io/")
     half = theirs.to(torch.device("cpu"), torch.bfloat16)

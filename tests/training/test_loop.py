@@ -208,6 +208,16 @@ def test_plain_and_self_guided_training_see_the_same_batches(
         assert torch.equal(labels, same_labels)
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch.compile's own
+def test_compiled_blocks_train_alike(tokens: Path, tmp_path: Path) -> None:
+    still = replace(GUIDED_RUN, model=replace(GUIDED_RUN.model, **NO_DROPOUT), steps=3)  # dropout draws differ
+    plain, compiled = (
+        log_of(train(replace(still, compile=compiles), tokens, tmp_path / str(compiles))) for compiles in (False, True)
+    )
+    for expected, found in zip(plain, compiled, strict=True):
+        assert found == pytest.approx(expected, rel=1e-4)
+
+
 # Label dropout
 
 

@@ -5,68 +5,18 @@ The rule is LlamaGen's: guided logits, then temperature, then top-k, then top-p.
 
 import math
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from st_ar.errors import UserError
-from st_ar.model.packing import packed
-from st_ar.model.transformer import Transformer, attention_bias
+from st_ar.model.decode import Decoder
+from st_ar.model.transformer import Transformer
 from st_ar.sample_config import SampleSettings
-
-
-class Decoder:
-    """The transformer one token at a time: keys and values of the positions read so far are kept.
-
-    labels: as for `Transformer.forward`, whose logits this gives without ever running it. All positions of the condition
-    are read at once.
-    """
-
-    def __init__(self, model: Transformer, labels: Tensor) -> None:
-        config = model.config
-        self.model = packed(model, len(labels))
-        self.position = 0
-        self.next_input = model.cls_embedding(labels)  # (B, N, D)
-        # PyTorch's attention on CPUs is slower in bfloat16 than in float32
-        device = labels.device
-        dtype = torch.float32 if device.type == "cpu" else self.next_input.dtype
-        self.length = config.condition_length - 1 + config.sequence_length
-        shape = (config.n_layers, 2, len(labels), config.n_heads, self.length, config.head_dim)
-        self.cache = torch.empty(shape, dtype=dtype, device=device)
-        key_mask = model.cls_embedding.key_mask(labels, None, self.length)
-        self.bias = None if key_mask is None else attention_bias(key_mask, self.length, dtype, device)
-
-    def logits(self) -> Tensor:
-        """Logits [B, V] of the next token."""
-        start, end = self.position, self.position + self.next_input.shape[1]
-        if end > self.length:
-            total = self.model.config.sequence_length
-            raise UserError(f"all {total} tokens of the image are there: nothing comes after them")
-        x, rope = self.next_input, self.model.rope[start:end]
-        bias = None if self.bias is None else self.bias[:, :, start:end, :end]
-        for block, (keys, values) in zip(self.model.blocks(), self.cache, strict=True):
-            q, k, v = block.attention.project(block.attention_norm(x), rope)
-            keys[:, :, start:end], values[:, :, start:end] = k, v
-            heads = F.scaled_dot_product_attention(
-                q.to(keys.dtype), keys[:, :, :end], values[:, :, :end], attn_mask=bias
-            )
-            x = x + block.attention.merge(heads.to(x.dtype))
-            x = x + block.feed_forward(block.ffn_norm(x))
-        return self.model.head(x[:, -1])
-
-    def append(self, tokens: Tensor) -> None:
-        """Read the chosen tokens [B]."""
-        self.position += self.next_input.shape[1]
-        self.next_input = self.model.tok_embeddings(tokens)[:, None]
-
-    def keep(self, count: int) -> None:
-        """Forget all but the first `count` sequences."""
-        self.next_input, self.cache = self.next_input[:count], self.cache[:, :, :count]
-        self.bias = None if self.bias is None else self.bias[:count]
 
 
 def filter_logits(logits: Tensor, *, top_k: int = 0, top_p: float = 1.0) -> Tensor:
@@ -107,7 +57,117 @@ def choose(logits: Tensor, uniform: Tensor) -> Tensor:
     return torch.searchsorted(mass, place, right=True)[:, 0]
 
 
-@torch.no_grad()
+class TokenSampler:
+    """Draws the tokens of many batches of one size: memory and, on a GPU, CUDA graphs are made once.
+
+    Args:
+        model: in evaluation mode, in any floating type.
+        batch: images of a batch.
+        settings: how to draw; their seed is not used.
+        greedy: take the likeliest token instead of drawing.
+        compiled: see `Decoder`.
+    """
+
+    def __init__(
+        self, model: Transformer, batch: int, settings: SampleSettings, *, greedy: bool = False, compiled: bool = False
+    ) -> None:
+        assert not model.training, "call model.eval() first: dropout is for training"
+        config, device = model.config, model.output.weight.device
+        self.model, self.settings, self.greedy = model, settings.resolved(config), greedy
+        assert self.settings.cfg_scale is not None
+        self.is_guided = self.settings.cfg_scale > 1
+        total = config.sequence_length
+        self.decoder = Decoder(model, 2 * batch if self.is_guided else batch, compiled=compiled)
+        self.tokens = torch.zeros(batch, total, dtype=torch.int64, device=device)
+        self.noise = torch.zeros(batch, total, device=device)
+        scales = [guidance_scale(self.settings, position, total) for position in range(total)]
+        self.scales = torch.tensor(scales, device=device)
+        self.position = torch.zeros(1, dtype=torch.int64, device=device)  # of the token to be drawn
+        self.graphs: dict[tuple[bool, int], torch.cuda.CUDAGraph] = {}
+
+    @torch.no_grad()
+    def draw(
+        self,
+        labels: Tensor,
+        images: np.ndarray,
+        seed: int,
+        *,
+        num_tokens: int | None = None,
+        on_token: Callable[[int], None] | None = None,
+    ) -> Tensor:
+        """Tokens int64 [batch, num_tokens] for conditions on the model's device; all tokens if None.
+
+        Args:
+            images: the images' numbers, whole [batch].
+            on_token: called with how many tokens each image has, after every one; `tokens` holds them.
+
+        Raises:
+            UserError: a label, the seed or num_tokens out of range, or a model whose logits are not finite.
+        """
+        count = self.model.config.sequence_length if num_tokens is None else num_tokens
+        _check_request(self.model, labels, images, seed, count)
+        assert len(labels) == len(self.tokens)
+        if not self.greedy:
+            self.noise.copy_(uniforms(seed, images, self.noise.shape[1]))
+        null = [self.model.cls_embedding.null(labels)] if self.is_guided else []
+        logits = self.decoder.begin(torch.cat([labels, *null]))
+        if not logits.isfinite().all():  # once, since the host waits
+            raise UserError("the model's logits are not finite: its training has diverged, or it needs float32")
+        self.position.zero_()
+        self._choose(logits, self.is_guided)
+        interval = self.settings.cfg_interval
+        for position in range(1, count):
+            if on_token:
+                on_token(position)
+            guided = self.is_guided and not (interval > -1 and position > interval + 1)
+            self.position.fill_(position)
+            length = self.decoder.seek(position - 1)
+            if labels.device.type == "cuda":
+                self._replay(guided, length)
+            else:
+                self._advance(guided, length)
+        if on_token:
+            on_token(count)
+        return self.tokens[:, :count].clone()
+
+    def _advance(self, guided: bool, length: int) -> None:
+        """Read the last token and draw the next; nothing waits for the device."""
+        last = self.tokens.index_select(1, self.position - 1)[:, 0]
+        self._choose(self.decoder.read(last.repeat(2) if guided else last, length), guided)
+
+    def _choose(self, logits: Tensor, guided: bool) -> None:
+        logits = logits.float()
+        if guided:
+            conditional, null = logits.chunk(2)
+            logits = null + self.scales.index_select(0, self.position) * (conditional - null)
+        if self.greedy:
+            chosen = logits.argmax(dim=-1)
+        else:
+            how = self.settings
+            logits = filter_logits(logits / how.temperature, top_k=how.top_k, top_p=how.top_p)
+            chosen = choose(logits, self.noise.index_select(1, self.position)[:, 0])
+        self.tokens.index_copy_(1, self.position, chosen[:, None])
+
+    def _replay(self, guided: bool, length: int) -> None:
+        """`_advance` as a CUDA graph, recorded when its kind of step first comes."""
+        key = guided, length
+        if key in self.graphs:
+            self.graphs[key].replay()
+            return
+        stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+        # The fused kernels that take a mask; cuDNN's is left out, as in training
+        with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                self._advance(guided, length)  # this step, and what is prepared at a first call
+            torch.cuda.current_stream().wait_stream(stream)
+            pool = next(iter(self.graphs.values())).pool() if self.graphs else None
+            # Another thread may be decoding pictures meanwhile
+            with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+                self._advance(guided, length)
+        self.graphs[key] = graph
+
+
 def generate(
     model: Transformer,
     labels: Tensor,
@@ -147,7 +207,7 @@ def generate(
     Raises:
         UserError: a label, a setting or num_tokens out of range, or a model whose logits are not finite.
     """
-    guidance = SampleSettings(
+    settings = SampleSettings(
         cfg_scale=cfg_scale,
         cfg_interval=cfg_interval,
         cfg_schedule=cfg_schedule,
@@ -155,32 +215,11 @@ def generate(
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
-    ).resolved(model.config)
-    total = model.config.sequence_length if num_tokens is None else num_tokens
-    seed = secrets.randbits(63) if seed is None else seed
+    )
     numbers = np.arange(len(labels)) if images is None else np.asarray(images)
-    _check_request(model, labels, numbers, seed, total)
-    batch, guided = len(labels), cfg_scale > 1
-    noise = None if greedy else uniforms(seed, numbers, total).to(labels.device)
-    decoder = Decoder(model, torch.cat([labels, model.cls_embedding.null(labels)]) if guided else labels)
-    tokens = torch.empty(batch, total, dtype=torch.int64, device=labels.device)
-    for position in range(total):
-        if guided and cfg_interval > -1 and position > cfg_interval + 1:
-            guided = False
-            decoder.keep(batch)
-        logits = decoder.logits().float()
-        if position == 0 and not logits.isfinite().all():  # once, since the host waits
-            raise UserError("the model's logits are not finite: its training has diverged, or it needs float32")
-        if guided:
-            conditional, null = logits.chunk(2)
-            logits = null + guidance_scale(guidance, position, model.config.sequence_length) * (conditional - null)
-        if noise is None:
-            tokens[:, position] = logits.argmax(dim=-1)
-        else:
-            logits = filter_logits(logits / temperature, top_k=top_k, top_p=top_p)
-            tokens[:, position] = choose(logits, noise[:, position])
-        decoder.append(tokens[:, position].repeat(2) if guided else tokens[:, position])
-    return tokens
+    seed = secrets.randbits(63) if seed is None else seed
+    sampler = TokenSampler(model, len(labels), settings, greedy=greedy)
+    return sampler.draw(labels, numbers, seed, num_tokens=num_tokens)
 
 
 def guidance_scale(guidance: SampleSettings, position: int, total: int) -> float:
@@ -200,7 +239,6 @@ def guidance_scale(guidance: SampleSettings, position: int, total: int) -> float
 
 def _check_request(model: Transformer, labels: Tensor, numbers: np.ndarray, seed: int, total: int) -> None:
     config = model.config
-    assert not model.training, "call model.eval() first: dropout is for training"
     model.cls_embedding.check(labels)
     if not 1 <= total <= config.sequence_length:
         raise UserError(

@@ -45,9 +45,13 @@ def rope_table(grid: int, head_dim: int, base: float, condition_length: int = 1)
 
 def rotate(x: Tensor, rope: Tensor) -> Tensor:
     """Turn the interleaved pairs of x [B, T, H, head_dim] by rope [T, head_dim / 2, 2], in float32."""
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
-    turned = pairs * torch.view_as_complex(rope)[:, None, :]
-    return torch.view_as_real(turned).flatten(-2).to(x.dtype)
+    pairs = x.float().unflatten(-1, (-1, 2))
+    if torch.compiler.is_compiling():  # which fuses real numbers only
+        (a, b), (cosine, sine) = pairs.unbind(-1), rope[:, None, :].unbind(-1)
+        turned = torch.stack([a * cosine - b * sine, a * sine + b * cosine], dim=-1)
+    else:
+        turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(rope)[:, None, :])
+    return turned.flatten(-2).to(x.dtype)
 
 
 def attention_bias(key_mask: Tensor | None, length: int, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -1,0 +1,48 @@
+"""What the hardware is asked for, and work beside other work."""
+
+import pytest
+import torch
+
+from st_ar.errors import UserError
+from st_ar.hardware import Beside, choose_device, choose_dtype
+
+CPU = torch.device("cpu")
+
+
+def cpu_with(monkeypatch: pytest.MonkeyPatch, machine: str, **has: bool) -> torch.dtype:
+    monkeypatch.setattr("platform.machine", lambda: machine)
+    monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: has.get("avx512", False))
+    monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda: has.get("amx", False))
+    monkeypatch.setattr("torch.ops.mkldnn._is_mkldnn_bf16_supported", lambda: has.get("onednn", False))
+    return choose_dtype("auto", CPU)
+
+
+def test_auto_takes_bfloat16_where_the_cpu_multiplies_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert cpu_with(monkeypatch, "x86_64", avx512=True) == torch.bfloat16
+    assert cpu_with(monkeypatch, "x86_64", amx=True) == torch.bfloat16
+    assert cpu_with(monkeypatch, "x86_64", onednn=True) == torch.float32  # imitated
+    assert cpu_with(monkeypatch, "aarch64", onednn=True) == torch.bfloat16
+    assert cpu_with(monkeypatch, "aarch64") == torch.float32
+
+
+def test_a_type_that_is_asked_for_is_taken() -> None:
+    assert choose_dtype("float32", CPU) == torch.float32
+    assert choose_dtype("bfloat16", CPU) == torch.bfloat16
+
+
+def test_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(UserError, match="--device cuda: torch sees no GPU here"):
+        choose_device("cuda")
+    assert choose_device("auto") == CPU
+
+
+def test_work_beside_other_work_is_done_at_once_on_a_cpu() -> None:
+    done: list[int] = []
+    with Beside(CPU) as beside:
+        beside.run(lambda: done.append(1))
+        assert done == [1]
+        with pytest.raises(ZeroDivisionError):
+            beside.run(lambda: done.append(1 // 0))
+        beside.run(lambda: done.append(2))
+    assert done == [1, 2]
