@@ -1,28 +1,41 @@
-"""Images/s of `generate` with guidance, beside LlamaGen's own `generate` from a checkout that you provide, in one run.
+"""Images/s of sampling with guidance, beside LlamaGen's own `generate` from a checkout that you provide, in one run.
 
     python benchmarks/sampling.py --llamagen PATH
 
-Both get the same random weights of the size of B or L, guidance 2, temperature 1, no top-k (top-k 0 in both), and their best type of
-the two that they can compute in; each is measured in both. The dtypes and rounds take turns.
+Both get the same random weights of the size of B or L, guidance 2, temperature 1, all tokens to draw from, and each its best of
+float32 and bfloat16. Dtypes and rounds take turns. Ours is a `TokenSampler`, as `st-ar sample` holds one for all its batches; what it
+takes to make one and to draw the first batch is told apart.
 """
 
 import argparse
 import importlib
 import sys
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
-from common import ratio, save, summarise, time_in_turn
+from common import ratio, save, summarise, synchronise, time_in_turn
+from st_ar.config import ModelConfig
 from st_ar.hardware import choose_device
-from st_ar.model.generate import generate
+from st_ar.model.generate import TokenSampler
 from st_ar.model.transformer import Transformer
 from st_ar.presets import get_preset
+from st_ar.sample_config import SampleSettings
 
 DTYPES = (torch.float32, torch.bfloat16)
+
+
+def random_model(config: ModelConfig) -> Transformer:
+    """Weights that give every token a chance."""
+    torch.manual_seed(0)
+    model = Transformer(config).eval()
+    torch.nn.init.normal_(model.output.weight, std=0.02)
+    return model
 
 
 def theirs(path: Path, model: Transformer) -> tuple[Any, Callable[..., torch.Tensor]]:
@@ -37,23 +50,49 @@ def theirs(path: Path, model: Transformer) -> tuple[Any, Callable[..., torch.Ten
     return twin.eval(), their_generate
 
 
+def bytes_per_image(config: ModelConfig, batch: int, *, width: int = 2) -> float:
+    """The least that decoding with guidance must read: in each step the matrices once, and the filled part of the cache."""
+    matrices = config.n_layers * (4 * config.dim**2 + 3 * config.dim * config.hidden_dim)
+    matrices += config.dim * config.vocab_size
+    length = config.sequence_length
+    cache = 2 * (length + 1) / 2 * config.n_layers * 2 * config.dim  # of an image and its null sequence, on average
+    return length * width * (matrices / batch + cache)
+
+
 def measure(
-    preset: str, batch: int, rounds: int, device: torch.device, llamagen: Path | None, tokens: int | None
+    preset: str,
+    batch: int,
+    rounds: int,
+    device: torch.device,
+    *,
+    llamagen: Path | None = None,
+    tokens: int | None = None,
+    dtypes: tuple[torch.dtype, ...] = DTYPES,
+    compiled: bool = False,
 ) -> dict[str, Any]:
     """Seconds and images/s of each implementation and type, and LlamaGen's best over our best."""
-    torch.manual_seed(0)
     config = get_preset(f"llamagen-{preset}").model
-    model = Transformer(config).eval()
-    torch.nn.init.normal_(model.output.weight, std=0.02)
-    labels = torch.arange(batch, device=device)
+    model, labels, numbers = random_model(config), torch.arange(batch, device=device), np.arange(batch)
     count = tokens or config.sequence_length
     actions: dict[str, Callable[[], object]] = {}
-    for dtype in DTYPES:
-        name = str(dtype).removeprefix("torch.")
+    first: dict[str, float] = {}
+
+    def add_ours(name: str, dtype: torch.dtype, compiled: bool) -> None:
         ours = Transformer(config).eval()
         ours.load_state_dict(model.state_dict())
         ours = ours.to(device, dtype)
-        actions[f"ours, {name}"] = lambda m=ours: generate(m, labels, cfg_scale=2.0, seed=0, num_tokens=count)
+        begun = time.perf_counter()
+        sampler = TokenSampler(ours, batch, SampleSettings(cfg_scale=2.0), compiled=compiled)
+        sampler.draw(labels, numbers, 0, num_tokens=count)
+        synchronise(device)
+        first[name] = time.perf_counter() - begun
+        actions[name] = lambda: sampler.draw(labels, numbers, 0, num_tokens=count)
+
+    for dtype in dtypes:
+        name = str(dtype).removeprefix("torch.")
+        add_ours(f"ours, {name}", dtype, False)
+        if compiled:
+            add_ours(f"ours, {name}, compiled", dtype, True)
         if llamagen is not None:
             twin, their_generate = theirs(llamagen, model)
             twin = twin.to(device, dtype)
@@ -65,6 +104,8 @@ def measure(
         name: {"seconds": summarise(taken), "images_per_second": batch / summarise(taken)["median"]}
         for name, taken in times.items()
     }
+    for name, seconds in first.items():
+        found[name]["made and drawn first in"] = seconds
     best = {
         who: min((name for name in found if name.startswith(who)), key=lambda name: found[name]["seconds"]["median"])
         for who in ("ours", "LlamaGen")
@@ -82,22 +123,32 @@ def main() -> None:
     """Measure, print, save."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--llamagen", type=Path, help="a checkout of LlamaGen; without it ours is measured alone")
-    parser.add_argument("--presets", nargs="+", default=["b"], choices=["b", "l", "xl"])
-    parser.add_argument("--batches", nargs="+", type=int, default=[1, 8])
+    parser.add_argument("--cases", nargs="+", default=["b:1", "b:8", "b:32", "l:1", "l:8"], metavar="PRESET:BATCH")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--tokens", type=int, help="tokens of an image; by default all 256")
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
+    parser.add_argument("--compiled", action="store_true", help="measure compiled steps too")
     parser.add_argument("--name", default="sampling-cpu")
     given = parser.parse_args()
     warnings.filterwarnings("ignore", category=FutureWarning)  # LlamaGen's
     device = choose_device("auto")
     results: dict[str, Any] = {}
-    for preset in given.presets:
-        for batch in given.batches:
-            key = f"{preset}, batch {batch}"
-            results[key] = measure(preset, batch, given.rounds, device, given.llamagen, given.tokens)
-            for name, r in results[key].items():
-                text = f"{r['images_per_second']:.3f} images/s" if "seconds" in r else f"{r['median']:.2f}"
-                print(f"{key:14}{name:54}{text}", flush=True)
+    for case in given.cases:
+        preset, batch = case.split(":")
+        key = f"{preset}, batch {batch}"
+        results[key] = measure(
+            preset,
+            int(batch),
+            given.rounds,
+            device,
+            llamagen=given.llamagen,
+            tokens=given.tokens,
+            dtypes=tuple(dtype for dtype in DTYPES if str(dtype).removeprefix("torch.") in given.dtypes),
+            compiled=given.compiled,
+        )
+        for name, r in results[key].items():
+            text = f"{r['images_per_second']:.3f} images/s" if "seconds" in r else f"{r['median']:.2f}"
+            print(f"{key:14}{name:54}{text}", flush=True)
     save(given.name, results)
 
 

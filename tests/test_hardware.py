@@ -1,10 +1,12 @@
 """What the hardware is asked for, and work beside other work."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from st_ar.errors import UserError
-from st_ar.hardware import Beside, choose_device, choose_dtype
+from st_ar.hardware import Beside, choose_device, choose_dtype, require_compiler
 
 CPU = torch.device("cpu")
 
@@ -35,6 +37,19 @@ def test_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(UserError, match="--device cuda: torch sees no GPU here"):
         choose_device("cuda")
     assert choose_device("auto") == CPU
+
+
+def test_compiling_without_a_compiler_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    require_compiler(CPU)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(UserError, match=r"--compile needs a compiler, g\+\+ or clang\+\+: install one"):
+        require_compiler(CPU)
+    with pytest.raises(UserError, match="needs a compiler, gcc or clang or cc"):
+        require_compiler(torch.device("cuda"))
+    (tmp_path / "mine").touch(mode=0o755)
+    monkeypatch.setenv("CXX", "mine")
+    require_compiler(CPU)
 
 
 def test_work_beside_other_work_is_done_at_once_on_a_cpu() -> None:

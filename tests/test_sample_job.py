@@ -110,6 +110,7 @@ def test_samples_say_how_they_were_made(line: SmallLine, tmp_path: Path, out: st
         "batch_size": BATCH,
         "weights": {"file": weights.name, "sha256": sha256(weights), "ema": ema, "step": 7},
         "dtype": "float32",
+        "compiled": False,
         "tokenizer": random_tokenizer().fingerprint,
         "settings": settings,
         "label_mode": "balanced",

@@ -184,9 +184,11 @@ def test_pictures_are_painted_a_few_at_a_time() -> None:
     assert np.abs(pictures.astype(int) - painted(tokens).astype(int)).max() <= 1
 
 
-def test_compiling_is_for_a_gpu() -> None:
-    with pytest.raises(UserError, match="--compile is for sampling on a GPU"):
-        Sampler(random_model(), random_tokenizer(), SETTINGS, compiled=True)
+def test_compiled_steps_draw_the_same_images() -> None:
+    model, tokenizer = random_model(), random_tokenizer()
+    sampler = Sampler(model, tokenizer, SETTINGS, compiled=True)
+    drawn = sampler.pictures(sampler.tokens(range(8), LABELS))
+    np.testing.assert_array_equal(drawn, sample_images(model, tokenizer, LABELS, SETTINGS))
 
 
 def test_an_image_depends_on_its_own_number_and_label_alone() -> None:

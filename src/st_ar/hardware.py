@@ -3,6 +3,7 @@
 import contextlib
 import os
 import platform
+import shutil
 from collections.abc import Callable, Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -44,6 +45,20 @@ def _cpu_has_bfloat16() -> bool:
     if platform.machine() in ("x86_64", "AMD64"):
         return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def require_compiler(device: torch.device) -> None:
+    """Refuse torch.compile where it would not find a compiler: of C++ for a CPU, of C for what starts a GPU's kernels.
+
+    Raises:
+        UserError: there is none.
+    """
+    names = ("g++", "clang++") if device.type == "cpu" else ("gcc", "clang", "cc")
+    given = os.environ.get("CXX" if device.type == "cpu" else "CC")
+    if not any(shutil.which(name) for name in ([given] if given else names)):
+        raise UserError(
+            f"--compile needs a compiler, {given or ' or '.join(names)}: install one, or leave --compile out"
+        )
 
 
 @contextlib.contextmanager

@@ -47,7 +47,7 @@ class Sample:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of the model's weights and activations; auto takes bfloat16 where the hardware has it."""
     compile: bool = False
-    """Compile the decoding step with torch.compile, on a GPU: for thousands of images."""
+    """Compile the transformer's blocks with torch.compile: faster after some seconds (needs a C++ compiler on a CPU)."""
 
     def run(self) -> None:
         import torch

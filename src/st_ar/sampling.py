@@ -16,7 +16,7 @@ from st_ar.data.text import TextStore
 from st_ar.data.tokenize import place_tokenizer
 from st_ar.errors import UserError
 from st_ar.files import sha256
-from st_ar.hardware import Beside, choose_device, choose_dtype, local_device
+from st_ar.hardware import Beside, choose_device, choose_dtype, local_device, require_compiler
 from st_ar.model.generate import TokenSampler
 from st_ar.model.transformer import Transformer
 from st_ar.model.weights import ModelInfo, open_model
@@ -107,8 +107,8 @@ class Sampler:
             )
         self.model, self.tokenizer, self.settings, self.text = model, tokenizer, settings.resolved(config), text
         self.device, self.compiled = model.output.weight.device, compiled
-        if compiled and self.device.type != "cuda":
-            raise UserError("--compile is for sampling on a GPU: on a CPU the matrices laid out beforehand are faster")
+        if compiled:
+            require_compiler(self.device)
         self.seed = torch_seed(settings.seed, Purpose.SAMPLING)
         self.drawer: tuple[int, TokenSampler] | None = None
 
@@ -179,6 +179,7 @@ def sample_to(
     record = {
         "weights": {"file": info.source.name, "sha256": sha256(info.source), "ema": info.ema, "step": info.step},
         "dtype": str(sampler.model.output.weight.dtype).removeprefix("torch."),
+        "compiled": sampler.compiled,
         "tokenizer": sampler.tokenizer.fingerprint,
         "settings": asdict(sampler.settings),
         "label_mode": label_mode,

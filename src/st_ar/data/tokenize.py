@@ -16,7 +16,7 @@ from st_ar.data.pool import Decoder, open_decoder
 from st_ar.data.ranks import Ranks
 from st_ar.data.store import TokenStore
 from st_ar.errors import UserError
-from st_ar.hardware import choose_device, local_device
+from st_ar.hardware import choose_device, local_device, require_compiler
 from st_ar.progress import Pace, Progress, progress
 from st_ar.tokenizer import Tokenizer, load_tokenizer, to_pixels
 from st_ar.tokenizer.vq import VQTokenizer
@@ -118,6 +118,8 @@ def place_tokenizer(path: Path, device: str, dtype: str, compiled: bool = False)
     tokenizer = load_tokenizer(path)
     if isinstance(tokenizer, VQTokenizer):
         chosen = local_device(choose_device(device))
+        if compiled:
+            require_compiler(chosen)
         kind = torch.bfloat16 if dtype == "bfloat16" else torch.float32
         tokenizer = tokenizer.to(chosen, kind, compiled=compiled)
     return tokenizer

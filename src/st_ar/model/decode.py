@@ -22,26 +22,23 @@ class Decoder:
         rows: sequences at most, for which the memory is allocated; fewer may be read.
         bucket: the part of the cache that attention reads grows by so many positions, each length being a CUDA graph of its own;
             by default 32 on a GPU and 1 on a CPU.
-        compiled: by torch.compile: slow at the start, and fused steps from then on.
+        compiled: compile the blocks with torch.compile: some seconds at the start, and fewer passes over the memory from then on.
     """
 
     def __init__(self, model: Transformer, rows: int, *, bucket: int | None = None, compiled: bool = False) -> None:
         config, weight = model.config, model.output.weight
         device, on_cpu = weight.device, weight.device.type == "cpu"
-        self.model = model if compiled else packed(model, rows)
+        self.model = packed(model, rows)
         self.condition_length, self.sequence_length = config.condition_length, config.sequence_length
         self.bucket = bucket or (1 if on_cpu else 32)
-        # PyTorch's attention on CPUs is slower in bfloat16 than in float32
-        dtype = torch.float32 if on_cpu else weight.dtype
+        # PyTorch's own attention on CPUs is slower in bfloat16 than in float32
+        dtype = torch.float32 if on_cpu and not compiled else weight.dtype
         length = self._in_buckets(self.condition_length - 1 + self.sequence_length)
         shape = (config.n_layers, 2, rows, config.n_heads, length, config.head_dim)
         self.cache = torch.zeros(shape, dtype=dtype, device=device)  # what is hidden is read all the same: no NaN
         self.mask = torch.full((rows, 1, 1, length), float("-inf"), dtype=dtype, device=device)
         self.place = torch.zeros(1, dtype=torch.int64, device=device)  # of the position to be read
-        attend = _attend_once if compiled else F.scaled_dot_product_attention
-        self.project = torch.compile(_project) if compiled else _project
-        self.attend: Callable[..., Tensor] = torch.compile(attend) if compiled else attend
-        self.finish = torch.compile(_finish) if compiled else _finish
+        self.step = torch.compile(_step) if compiled else _step
 
     def begin(self, labels: Tensor) -> Tensor:
         """Logits [B, V] of the first token, given the conditions (labels as for `Transformer.forward`); forgets all else."""
@@ -54,7 +51,7 @@ class Decoder:
             key_mask = key_mask[:, :count, :count]
         bias = attention_bias(key_mask, count, self.mask.dtype, self.mask.device)
         places = torch.arange(count, device=self.mask.device)
-        return self._read(embedding(labels), places, bias, F.scaled_dot_product_attention)
+        return self._read(_step, embedding(labels), places, bias)
 
     def seek(self, position: int) -> int:
         """Stand at the image's token of this number, the next to be read; returns how much of the cache to read then."""
@@ -67,36 +64,37 @@ class Decoder:
     def read(self, tokens: Tensor, length: int) -> Tensor:
         """Logits [B, V] of the next token, having read these [B] where `seek` stands, and `length` positions of the cache."""
         self.mask.index_fill_(3, self.place, 0)
-        x = self.model.tok_embeddings(tokens)[:, None]
-        return self._read(x, self.place, self.mask[: len(tokens), :, :, :length], self.attend)
+        bias = self.mask[: len(tokens), :, :, :length]
+        torch._dynamo.maybe_mark_dynamic(bias, 3)  # one compilation serves every length
+        return self._read(self.step, self.model.tok_embeddings(tokens)[:, None], self.place, bias)
 
-    def _read(self, x: Tensor, places: Tensor, bias: Tensor, attend: Callable[..., Tensor]) -> Tensor:
-        rope, length = self.model.rope.index_select(0, places), bias.shape[-1]
+    def _read(self, step: Callable[..., Tensor], x: Tensor, places: Tensor, bias: Tensor) -> Tensor:
+        rope = self.model.rope.index_select(0, places)
         for block, (keys, values) in zip(self.model.blocks(), self.cache[:, :, : len(x)], strict=True):
-            q, k, v = self.project(block, x, rope)
-            keys.index_copy_(2, places, k.to(keys.dtype))
-            values.index_copy_(2, places, v.to(keys.dtype))
-            heads = attend(q.to(keys.dtype), keys[:, :, :length], values[:, :, :length], bias)
-            x = self.finish(block, x, heads.to(x.dtype))
+            x = step(block, x, rope, keys, values, places, bias)
         return self.model.head(x[:, -1])
 
     def _in_buckets(self, length: int) -> int:
         return -(-length // self.bucket) * self.bucket
 
 
-def _project(block: Block, x: Tensor, rope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return block.attention.project(block.attention_norm(x), rope)
+def _step(block: Block, x: Tensor, rope: Tensor, keys: Tensor, values: Tensor, places: Tensor, bias: Tensor) -> Tensor:
+    """A block's output for x [B, n, D] at these places [n], whose keys and values it adds to those it has [B, H, .., head_dim].
 
-
-def _finish(block: Block, x: Tensor, heads: Tensor) -> Tensor:
-    x = x + block.attention.merge(heads)
+    bias: [B, 1, n, t], for the first t of them.
+    """
+    q, k, v = block.attention.project(block.attention_norm(x), rope)
+    keys.index_copy_(2, places, k.to(keys.dtype))
+    values.index_copy_(2, places, v.to(keys.dtype))
+    length = bias.shape[-1]
+    heads = _attend(q.to(keys.dtype), keys[:, :, :length], values[:, :, :length], bias)
+    x = x + block.attention.merge(heads.to(x.dtype))
     return x + block.feed_forward(block.ffn_norm(x))
 
 
-def _attend_once(q: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> Tensor:
-    """Attention of one query, as sums: compiled, they read the cache once, where a fused kernel is made for many queries.
-
-    q: [B, H, 1, head_dim], keys and values: [B, H, t, head_dim], bias: [B, 1, 1, t].
-    """
+def _attend(q: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> Tensor:
+    if not torch.compiler.is_compiling():
+        return F.scaled_dot_product_attention(q, keys, values, attn_mask=bias)
+    # For the one query of a step: sums, which read the cache once, where a fused kernel is made for many queries
     scores = (q.float() * keys).sum(-1) * q.shape[-1] ** -0.5 + bias[:, :, 0]  # (B, H, t)
     return (scores.softmax(dim=-1)[..., None] * values).sum(-2, keepdim=True)

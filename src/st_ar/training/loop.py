@@ -14,7 +14,7 @@ from st_ar.data.text import open_text
 from st_ar.data.views import Views
 from st_ar.errors import Interrupted
 from st_ar.files import write_json
-from st_ar.hardware import choose_device, choose_dtype
+from st_ar.hardware import choose_device, choose_dtype, require_compiler
 from st_ar.model.transformer import Transformer
 from st_ar.model.weights import exported_step, save_export
 from st_ar.progress import progress
@@ -58,6 +58,8 @@ def train(
     store.verify()
     device = choose_device(config.device)
     dtype = choose_dtype(config.dtype, device)
+    if config.compile:
+        require_compiler(device)
     total = config.total_steps(len(store))
     conditions = None if captions is None else partial(captions.features, text_tokens=config.model.text_tokens)
     views = Views(store, batch_size=config.batch_size, views=config.views, seed=config.seed, conditions=conditions)
