@@ -7,26 +7,31 @@ st-ar. Each slice saves its figures as soon as it has them, under the device's n
 
     check        recorded outputs and CPU results agree on the GPU, in float32 and bfloat16
     training     AR and ST-AR step time, tokens/s, model FLOP/s, peak memory: B, L, XL in bfloat16, compiled blocks
-    sampling     images/s of `generate` with guidance: B, L
+    sampling     images/s with guidance: B, L, XL, eager and compiled, beside LlamaGen's with --llamagen, and a profile
     tokenizing   images/s of VQ-16's encoder against the plain reading of the architecture
     quickstart   the photographs, trained and compared on the GPU
 """
 
 import argparse
 import json
+import statistics
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
-from common import RESULTS, save, synchronise
+from common import RESULTS, save, synchronise, time_in_turn
+from sampling import bytes_per_image, random_model
+from sampling import measure as measure_sampling
 from st_ar.config import ModelConfig
 from st_ar.hardware import choose_device
-from st_ar.model.generate import generate
+from st_ar.model.generate import TokenSampler, generate
 from st_ar.model.transformer import Transformer
 from st_ar.presets import get_preset
+from st_ar.sample_config import SampleSettings
 from st_ar.vq_config import VQ_16, VQConfig
 from tokenizing import measure_encoding, random_tokenizer
 from training import measure
@@ -52,9 +57,14 @@ def check(device: torch.device, small: bool) -> dict[str, Any]:
                     logits = model(tokens.to(device), labels.to(device), key_mask=moved).logits
                 error = (logits.float().cpu() - expected).norm() / expected.norm()
                 found[f"{name}, {str(dtype).removeprefix('torch.')}"] = error.item()
-    greedy = generate(model.to(device), labels.to(device), cfg_scale=2.0, greedy=True).cpu()
-    same = greedy == generate(model.cpu(), labels, cfg_scale=2.0, greedy=True)
-    found["greedy tokens equal"] = same.float().mean().item()
+    greedy = generate(model.cpu(), labels, cfg_scale=2.0, greedy=True)
+    for name, compiled in (("greedy tokens equal", False), ("greedy tokens equal, compiled", True)):
+        sampler = TokenSampler(
+            model.to(device), len(labels), SampleSettings(cfg_scale=2.0), greedy=True, compiled=compiled
+        )
+        for again in ("", ", second batch"):  # the second replays what the first has recorded
+            drawn = sampler.draw(labels.to(device), np.arange(len(labels)), 0).cpu()
+            found[name + again] = (drawn == greedy).float().mean().item()
     return found
 
 
@@ -66,23 +76,55 @@ def training(device: torch.device, small: bool) -> dict[str, Any]:
     return {preset: measure(preset, count, 20, device, torch.bfloat16, True) for preset, count in sizes.items()}
 
 
-def sampling(device: torch.device, small: bool) -> dict[str, Any]:
-    """Images/s with guidance 2, bfloat16 weights."""
-    found: dict[str, Any] = {}
-    for preset, batches in (("photos", (8,)),) if small else (("b", (1, 8, 32, 256)), ("l", (1, 8, 256))):
+def bandwidth(device: torch.device, small: bool) -> float:
+    """Bytes/s of a large copy, read and written."""
+    source = torch.randn(2**16 if small else 2**30, device=device)
+    target = torch.empty_like(source)
+    times = time_in_turn({"copy": lambda: target.copy_(source)}, rounds=10, warmup=3, device=device)["copy"]
+    return 2 * source.nbytes / statistics.median(times)
+
+
+def sampling(device: torch.device, small: bool, llamagen: Path | None) -> dict[str, Any]:
+    """Images/s with guidance 2 in bfloat16, eager attention and compiled, beside LlamaGen's if its checkout is given; each as a share
+    of what the memory's bandwidth allows; and what a batch's time goes to.
+    """
+    speed = bandwidth(device, small)
+    found: dict[str, Any] = {"bytes per second of a copy": speed}
+    cases = {"b": (1, 8, 32, 256), "l": (1, 8, 256), "xl": (256,)}
+    for preset, batches in {"photos": (8,)}.items() if small else cases.items():
         config = get_preset(f"llamagen-{preset}").model
-        model = Transformer(config).to(device, torch.bfloat16).eval()
-        torch.nn.init.normal_(model.output.weight, std=0.02)
         for batch in batches:
-            labels = torch.randint(config.num_classes, (batch,), device=device)
-            generate(model, labels, cfg_scale=2.0, seed=0, num_tokens=8)
-            synchronise(device)
-            begun = time.perf_counter()
-            generate(model, labels, cfg_scale=2.0, seed=0)
-            synchronise(device)
-            seconds = time.perf_counter() - begun
-            found[f"{preset}, batch {batch}"] = {"seconds": seconds, "images_per_second": batch / seconds}
+            case = measure_sampling(
+                preset, batch, 3, device, llamagen=llamagen, dtypes=(torch.bfloat16,), compiled=not small
+            )
+            bound = speed / bytes_per_image(config, batch)
+            for result in case.values():
+                if "images_per_second" in result:
+                    result["share of the bound"] = result["images_per_second"] / bound
+            found[f"{preset}, batch {batch}"] = {"images/s that the bandwidth allows": bound, **case}
+    found["profile"] = profile(device, "photos" if small else "b", 8 if small else 256, compiled=not small)
     return found
+
+
+def profile(device: torch.device, preset: str, batch: int, *, compiled: bool) -> list[dict[str, Any]]:
+    """The kernels that a batch's time goes to, most first."""
+    model = random_model(get_preset(f"llamagen-{preset}").model).to(device, torch.bfloat16)
+    sampler = TokenSampler(model, batch, SampleSettings(cfg_scale=2.0), compiled=compiled)
+    labels, numbers = torch.arange(batch, device=device) % model.config.num_classes, np.arange(batch)
+    sampler.draw(labels, numbers, 0)
+    with torch.profiler.profile() as profiler:
+        sampler.draw(labels, numbers, 0)
+        synchronise(device)
+    on_gpu = device.type == "cuda"
+    rows = [
+        {
+            "kernel": event.key[:120],
+            "ms": (event.self_device_time_total if on_gpu else event.self_cpu_time_total) / 1e3,
+            "calls": event.count,
+        }
+        for event in profiler.key_averages()
+    ]
+    return sorted(rows, key=lambda row: -row["ms"])[:20]
 
 
 def photographs(_device: torch.device, small: bool) -> dict[str, Any]:
@@ -123,6 +165,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("slices", nargs="+", choices=list(SLICES))
     parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--llamagen", type=Path, help="a checkout of LlamaGen, to sample with beside ours")
     parser.add_argument(
         "--small", action="store_true", help="tiny sizes on whatever is here, to see that the script works"
     )
@@ -133,7 +176,8 @@ def main() -> None:
     name = "small" if given.small else torch.cuda.get_device_name().lower().replace(" ", "-")
     for part in given.slices:
         begun = time.perf_counter()
-        results = SLICES[part](device, given.small)
+        extra = {"llamagen": given.llamagen} if part == "sampling" else {}
+        results = SLICES[part](device, given.small, **extra)
         print(json.dumps(results, indent=1)[:3000])
         save(f"{name}-{part}", results, given.out)
         print(f"{part}: {time.perf_counter() - begun:.0f} s")

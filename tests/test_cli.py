@@ -18,11 +18,12 @@ from safetensors.torch import load_file
 
 from st_ar import __version__
 from st_ar.cli import Train, main
-from st_ar.config import ModelConfig, OptimConfig, SelfGuidedConfig, TrainConfig
+from st_ar.config import ModelConfig, SelfGuidedConfig, TrainConfig
 from st_ar.data.store import TokenStore
 from st_ar.evaluation.probe import ProbeConfig, probe
 from st_ar.model.weights import load_model
 from st_ar.presets import PRESETS
+from st_ar.run_config import OptimConfig
 from st_ar.sample_config import SampleSettings
 from st_ar.sampling import sample_images
 from st_ar.tokenizer import load_tokenizer

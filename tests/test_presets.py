@@ -3,11 +3,12 @@ from typing import Any
 import pytest
 import torch
 
-from st_ar.config import PLAIN, SelfGuidedConfig, TrainConfig, differences, to_dict
+from st_ar.config import PLAIN, SelfGuidedConfig, TrainConfig
 from st_ar.errors import UserError
 from st_ar.model.transformer import Transformer
 from st_ar.presets import PRESETS, get_preset
 from st_ar.selfguided.objective import SelfGuided
+from st_ar.settings import differences, to_dict
 
 # Tables 3 to 6 of the paper: ST-AR-B for 50 epochs, and what each row changes.
 ABLATIONS: dict[str, dict[str, tuple[Any, Any]]] = {

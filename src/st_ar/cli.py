@@ -14,8 +14,9 @@ from st_ar.config import TrainConfig
 from st_ar.data_verbs import TrainKMeans, TrainVQ, vq_command
 from st_ar.errors import Interrupted, UserError
 from st_ar.presets import PRESETS, get_preset, unknown_preset
+from st_ar.run_config import RunConfig
 from st_ar.verbs import VERBS
-from st_ar.vq_config import VQ_PRESETS, VQTrainConfig
+from st_ar.vq_config import VQ_PRESETS
 
 HELP = """\
 usage: st-ar VERB [options]        st-ar VERB --help explains each
@@ -108,10 +109,10 @@ def _choose_preset(
     return None
 
 
-Budgeted = TypeVar("Budgeted", TrainConfig, VQTrainConfig)
+Run = TypeVar("Run", bound=RunConfig)
 
 
-def _with_budget(default: Budgeted, options: Sequence[str]) -> Budgeted:
+def _with_budget(default: Run, options: Sequence[str]) -> Run:
     """The preset, but for its length if the options give another in --steps or --epochs."""
     given = {flag: any(a.split("=")[0] == f"--{flag}" for a in options) for flag in ("steps", "epochs")}
     if given["steps"] == given["epochs"]:

@@ -1,31 +1,13 @@
-"""Every setting of a training run: a tree of frozen dataclasses whose field docstrings are the command line's help.
+"""Every setting of a transformer and of its training: a tree of frozen dataclasses whose field docstrings are the command line's help.
 
 Validation happens on construction and names the flags. Nothing here imports torch, so that `st-ar --help` is quick.
 """
 
-import dataclasses
-import json
-from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from dataclasses import dataclass
+from typing import Literal
 
-from st_ar.errors import UserError
-
-C = TypeVar("C")
-
-
-def require(condition: bool, message: str) -> None:
-    """A UserError unless the condition holds."""
-    if not condition:
-        raise UserError(message)
-
-
-def require_choices(config: Any, prefix: str) -> None:
-    """Fields with a fixed set of words must hold one of them."""
-    for name, hint in get_type_hints(type(config)).items():
-        value = getattr(config, name)
-        if get_origin(hint) is Literal and value not in get_args(hint):
-            flag = prefix + name.replace("_", "-")
-            raise UserError(f"{flag} must be one of {', '.join(get_args(hint))}, not {value!r}")
+from st_ar.run_config import RunConfig
+from st_ar.settings import require, require_choices
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -218,48 +200,11 @@ PLAIN = SelfGuidedConfig(mask_ratio=0.0, alpha=0.0, beta=0.0)
 
 
 @dataclass(frozen=True, kw_only=True)
-class OptimConfig:
-    """AdamW as LlamaGen sets it, and the learning-rate schedule."""
-
-    lr: float = 1e-4
-    """Peak learning rate."""
-    betas: tuple[float, float] = (0.9, 0.95)
-    """AdamW's betas."""
-    weight_decay: float = 0.05
-    """Weight decay on parameters with two or more dimensions; the others have none."""
-    grad_clip: float = 1.0
-    """Largest norm of the gradient; 0 turns clipping off."""
-    schedule: Literal["constant", "cosine", "trapezoid"] = "constant"
-    """After the warm-up: constant, a cosine to lr * final_lr, or constant with a linear fall to it over the last decay_fraction."""
-    warmup_steps: int = 0
-    """Optimizer steps over which the rate rises linearly from 0."""
-    decay_fraction: float = 0.2
-    """Share of the run over which the trapezoid falls."""
-    final_lr: float = 0.0
-    """Last learning rate, as a share of the peak."""
-
-    def __post_init__(self) -> None:
-        require_choices(self, "--optim.")
-        require(self.lr > 0, f"--optim.lr must be above 0, not {self.lr}")
-        require(all(0 <= b < 1 for b in self.betas), f"--optim.betas must lie in [0, 1), not {self.betas}")
-        require(self.weight_decay >= 0, f"--optim.weight-decay must be 0 or more, not {self.weight_decay}")
-        require(self.grad_clip >= 0, f"--optim.grad-clip must be 0 (off) or more, not {self.grad_clip}")
-        require(self.warmup_steps >= 0, f"--optim.warmup-steps must be 0 or more, not {self.warmup_steps}")
-        require(0 < self.decay_fraction <= 1, f"--optim.decay-fraction must lie in (0, 1], not {self.decay_fraction}")
-        require(0 <= self.final_lr <= 1, f"--optim.final-lr must lie in [0, 1], not {self.final_lr}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """A training run."""
+class TrainConfig(RunConfig):
+    """Training of a transformer."""
 
     model: ModelConfig
     selfguided: SelfGuidedConfig = PLAIN
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    steps: int | None = None
-    """Optimizer steps to train for (instead of --epochs)."""
-    epochs: float | None = None
-    """Passes over the store's images to train for (instead of --steps)."""
     batch_size: int = 256
     """Images per optimizer step, over all micro-batches; each gives --views sequences."""
     views: int = 1
@@ -270,34 +215,17 @@ class TrainConfig:
     """Share of the images whose class or caption is replaced by the null condition (classifier-free guidance)."""
     seed: int = 0
     """Seed of initialisation, data order, crops, masks, positions and dropout."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Matrix products in bfloat16 (weights stay float32); auto uses it where the hardware has it."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to train; auto takes a GPU if there is one."""
     compile: bool = False
     """Compile the transformer's blocks with torch.compile (needs a C++ compiler on a CPU)."""
-    log_every: int = 10
-    """Optimizer steps between lines of log.jsonl."""
-    checkpoint_every: int = 1000
-    """Optimizer steps between checkpoints; one is also written at the end and on interruption."""
-    keep: int = 2
-    """Newest checkpoints to keep."""
 
     def __post_init__(self) -> None:
-        require_choices(self, "--")
-        require(self.steps is None or self.epochs is None, "give --steps or --epochs, not both")
-        require(self.steps is not None or self.epochs is not None, "give --steps or --epochs: how long to train")
-        require(self.steps is None or self.steps >= 1, f"--steps must be at least 1, not {self.steps}")
-        require(self.epochs is None or self.epochs > 0, f"--epochs must be above 0, not {self.epochs}")
-        for name in ("batch_size", "views", "accumulate", "log_every", "checkpoint_every", "keep"):
-            value = getattr(self, name)
-            require(value >= 1, f"--{name.replace('_', '-')} must be at least 1, not {value}")
+        super().__post_init__()
+        self.require_positive("views", "accumulate")
         require(
             self.batch_size % self.accumulate == 0,
             f"--batch-size {self.batch_size} is not a multiple of --accumulate {self.accumulate}",
         )
         require(0 <= self.class_dropout < 1, f"--class-dropout must lie in [0, 1), not {self.class_dropout}")
-        require(self.seed >= 0, f"--seed must be 0 or more, not {self.seed}")
         guided, depth = self.selfguided, self.model.n_layers
         require(
             guided.contrast_layer is None or 1 <= guided.contrast_layer <= depth,
@@ -316,49 +244,3 @@ class TrainConfig:
             not (guided.contrast and smallest < 2),
             f"the contrastive losses need negatives: {smallest} image leaves none; give a larger --batch-size or --selfguided.beta 0",
         )
-
-    def total_steps(self, images: int) -> int:
-        """Optimizer steps of the whole run on a store of `images` images."""
-        if self.steps is not None:
-            return self.steps
-        assert self.epochs is not None
-        return max(1, round(self.epochs * images / self.batch_size))
-
-
-def to_dict(config: Any) -> dict[str, Any]:
-    """A config as plain JSON values."""
-    return json.loads(json.dumps(dataclasses.asdict(config)))
-
-
-def from_dict(cls: type[C], values: Any, where: str) -> C:
-    """Build a config from what `to_dict` gave; `where` names the file in the error for unknown or missing fields."""
-    assert dataclasses.is_dataclass(cls)
-    if not isinstance(values, dict):
-        raise UserError(f"{where}: the settings of {cls.__name__} are no JSON object: the file is damaged")
-    types = get_type_hints(cls)
-    if unknown := set(values) - {f.name for f in dataclasses.fields(cls)}:
-        raise UserError(f"{where}: unknown settings {sorted(unknown)}; was it written by a newer version of st-ar?")
-    built = {
-        key: from_dict(types[key], value, where)
-        if dataclasses.is_dataclass(types[key])
-        else tuple(value)
-        if isinstance(value, list)
-        else value
-        for key, value in values.items()
-    }
-    try:
-        return cls(**built)
-    except TypeError as error:
-        raise UserError(f"{where}: {error}") from error
-
-
-def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:
-    """Settings that differ between two configs given as dicts: dotted name -> (old, new)."""
-    found: dict[str, tuple[Any, Any]] = {}
-    for key in sorted(old.keys() | new.keys()):
-        a, b = old.get(key), new.get(key)
-        if isinstance(a, dict) and isinstance(b, dict):
-            found |= differences(a, b, f"{prefix}{key}.")
-        elif a != b:
-            found[prefix + key] = (a, b)
-    return found

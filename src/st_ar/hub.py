@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from st_ar.config import ModelConfig, from_dict
+from st_ar.config import ModelConfig
 from st_ar.errors import UserError
 from st_ar.files import read_json
 from st_ar.model.weights import find_weights, open_model
+from st_ar.settings import from_dict
 
 FILES = ("config.json", "model.safetensors", "ema.safetensors")
 

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from st_ar.config import TrainConfig, to_dict
+from st_ar.config import TrainConfig
 from st_ar.data.crops import Crops
 from st_ar.data.images import ImageSource, open_images
 from st_ar.data.store import META, TokenStore
@@ -32,6 +32,7 @@ from st_ar.presets import get_preset
 from st_ar.quickstart_report import METHODS, Measured, Shown, token_budget, write_page
 from st_ar.sample_config import SampleSettings
 from st_ar.sampling import sample_images
+from st_ar.settings import to_dict
 from st_ar.tokenizer import CONFIG as TOKENIZER_CONFIG
 from st_ar.tokenizer import Tokenizer, load_tokenizer
 from st_ar.tokenizer.kmeans import train_kmeans

@@ -3,7 +3,8 @@
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from st_ar.config import ModelConfig, require, require_choices
+from st_ar.config import ModelConfig
+from st_ar.settings import require, require_choices
 
 PUBLISHED_SCALES = {(768, 12): 2.0, (1024, 24): 2.0, (1280, 36): 1.75, (1536, 48): 1.75, (3200, 24): 1.65}
 """(dim, layers) -> the guidance scale that LlamaGen published with its class model of that size (B to 3B; at 384 px)."""

@@ -5,9 +5,9 @@ Nothing here imports torch, so that `st-ar train-tokenizer --help` is quick.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Literal
 
-from st_ar.config import OptimConfig, require, require_choices
+from st_ar.run_config import OptimConfig, RunConfig
+from st_ar.settings import require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +92,7 @@ class AdversaryConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class VQTrainConfig:
+class VQTrainConfig(RunConfig):
     """Training of a VQ-GAN tokenizer."""
 
     model: VQConfig = VQ_16
@@ -105,10 +105,6 @@ class VQTrainConfig:
     """Images are resized to this multiple of `size` on the short side, then cut at a random place."""
     mirror: bool = True
     """Whether half of the images are mirrored; images of a source whose mirror images mean something else never are."""
-    steps: int | None = None
-    """Optimizer steps to train for (instead of --epochs)."""
-    epochs: float | None = None
-    """Passes over the images to train for (instead of --steps)."""
     batch_size: int = 128
     """Images per optimizer step, over all ranks."""
     l1_weight: float = 1.0
@@ -127,31 +123,16 @@ class VQTrainConfig:
     """Decay of the averaged weights, which become the tokenizer; it starts with (1 + t) / (10 + t)."""
     seed: int = 0
     """Seed of initialisation, data order, crops and revived codes."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Convolutions in bfloat16 (weights stay float32); auto uses it where the hardware has it."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to train; auto takes a GPU if there is one."""
     log_every: int = 20
     """Optimizer steps between lines of log.jsonl."""
     evaluate_every: int = 1000
     """Optimizer steps between evaluations (PSNR, SSIM, use of the codebook), each with a picture; one is also made at the end."""
     evaluate_images: int = 512
     """Images of an evaluation."""
-    checkpoint_every: int = 1000
-    """Optimizer steps between checkpoints; one is also written at the end and on interruption."""
-    keep: int = 2
-    """Newest checkpoints to keep."""
 
     def __post_init__(self) -> None:
-        require_choices(self, "--")
-        require(self.steps is None or self.epochs is None, "give --steps or --epochs, not both")
-        require(self.steps is not None or self.epochs is not None, "give --steps or --epochs: how long to train")
-        require(self.steps is None or self.steps >= 1, f"--steps must be at least 1, not {self.steps}")
-        require(self.epochs is None or self.epochs > 0, f"--epochs must be above 0, not {self.epochs}")
-        counts = ("size", "batch_size", "log_every", "evaluate_every", "evaluate_images", "checkpoint_every", "keep")
-        for name in counts:
-            value = getattr(self, name)
-            require(value >= 1, f"--{name.replace('_', '-')} must be at least 1, not {value}")
+        super().__post_init__()
+        self.require_positive("size", "evaluate_every", "evaluate_images")
         for name in ("l1_weight", "l2_weight", "perceptual_weight", "codebook_weight", "commitment"):
             value = getattr(self, name)
             require(0 <= value < float("inf"), f"--{name.replace('_', '-')} must be 0 or more, not {value}")
@@ -162,7 +143,6 @@ class VQTrainConfig:
         require(1 <= self.crop_range <= 2, f"--crop-range must lie in [1, 2], not {self.crop_range}")
         require(self.revive_after >= 0, f"--revive-after must be 0 (never) or more, not {self.revive_after}")
         require(0 <= self.ema_decay < 1, f"--ema-decay must lie in [0, 1), not {self.ema_decay}")
-        require(self.seed >= 0, f"--seed must be 0 or more, not {self.seed}")
         require(
             self.size % self.model.patch == 0,
             f"--size {self.size} is no whole number of {self.model.patch}-pixel codes: "
@@ -174,13 +154,6 @@ class VQTrainConfig:
             self.adversary.start >= (self.steps or 1 << 62) or smallest >= 3,
             f"--adversary.layers {self.adversary.layers} leaves {smallest} of {self.size} pixels: give fewer",
         )
-
-    def total_steps(self, images: int) -> int:
-        """Optimizer steps of the whole run on a source of `images` images."""
-        if self.steps is not None:
-            return self.steps
-        assert self.epochs is not None
-        return max(1, round(self.epochs * images / self.batch_size))
 
 
 def vq_16() -> VQTrainConfig:

@@ -13,10 +13,10 @@ import torch
 from st_ar import load_model
 from st_ar.model.convert import convert
 from st_ar.model.transformer import Transformer
-from st_ar.model.weights import HEADS, infer_config, open_model, save_export
+from st_ar.model.weights import HEADS, infer_config, open_model, save_export, save_llamagen
 from st_ar.presets import get_preset
 from tests.disk import contents, refused
-from tests.toys import NO_DROPOUT, TINY, TINY_TEXT, random_captions, random_model, random_sequences
+from tests.toys import FIXTURES, NO_DROPOUT, TINY, TINY_TEXT, random_captions, random_model, random_sequences
 
 INFO = {"step": 7, "preset": "toy", "class_names": ["a", "b", "c"], "tokenizer": "abc"}
 
@@ -156,6 +156,22 @@ def test_there_and_back_again(tmp_path: Path, base: dict[str, torch.Tensor]) -> 
     back = torch.load(tmp_path / "back.pt", weights_only=True)["model"]
     assert back.keys() == base.keys()
     assert all(torch.equal(back[key], value) for key, value in base.items())
+
+
+@pytest.mark.parametrize("layout", ["B c2i", "L c2i", "XL c2i", "XXL c2i", "3B c2i", "XL t2i"])
+def test_exported_files_have_the_names_and_shapes_that_llamagen_reads(tmp_path: Path, layout: str) -> None:
+    preset = f"llamagen-{layout.lower().removesuffix(' c2i').replace(' ', '-')}"
+    with torch.device("meta"):
+        shapes = {key: value.shape for key, value in Transformer(get_preset(preset).model).state_dict().items()}
+    save_llamagen(tmp_path / "ours.pt", {key: torch.empty(shape, device="meta") for key, shape in shapes.items()})
+    saved = torch.load(tmp_path / "ours.pt", weights_only=True)
+    theirs = json.loads((FIXTURES / "llamagen_layouts.json").read_text())[f"GPT-{layout} 256"]
+    assert saved.keys() == {"model"}
+    assert {key: list(value.shape) for key, value in saved["model"].items()} == theirs
+    # What their vLLM loader joins; it looks for nothing else by name and ignores what it lacks
+    for layer in range(get_preset(preset).model.n_layers):
+        joined = [saved["model"][f"layers.{layer}.feed_forward.{name}.weight"].shape for name in ("w1", "w3")]
+        assert joined[0] == joined[1]
 
 
 def test_averaged_weights_are_exported_by_asking(tmp_path: Path) -> None:

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 import numpy as np
 from PIL import Image
 
-from st_ar.config import OptimConfig
 from st_ar.data.images import Example, ImageSource
+from st_ar.run_config import OptimConfig
 from st_ar.vq_config import AdversaryConfig, VQConfig, VQTrainConfig
 
 TOY_GAN = VQTrainConfig(

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from st_ar.cli import main
-from st_ar.config import ModelConfig, OptimConfig, TrainConfig
+from st_ar.config import ModelConfig, TrainConfig
 from st_ar.data.store import TokenStore
 from st_ar.data.text import TextStore, write_text
 from st_ar.data.views import Views
@@ -25,6 +25,7 @@ from st_ar.model.generate import generate
 from st_ar.model.transformer import Transformer
 from st_ar.model.weights import open_model
 from st_ar.randomness import Purpose, torch_seed
+from st_ar.run_config import OptimConfig
 from st_ar.sample_config import SampleSettings
 from st_ar.sampling import choose_conditions, sample_images
 from st_ar.selfguided.losses import next_token_loss

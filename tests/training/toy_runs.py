@@ -2,7 +2,8 @@
 
 from dataclasses import replace
 
-from st_ar.config import ModelConfig, OptimConfig, SelfGuidedConfig, TrainConfig
+from st_ar.config import ModelConfig, SelfGuidedConfig, TrainConfig
+from st_ar.run_config import OptimConfig
 
 # LlamaGen's dropouts and class dropout are on: they are ModelConfig's and TrainConfig's defaults.
 PLAIN_RUN = TrainConfig(

@@ -5,6 +5,7 @@ it as a CUDA graph. B: sequences, H: heads, V: codebook entries, N: positions of
 """
 
 from collections.abc import Callable
+from types import FunctionType
 
 import torch
 import torch.nn.functional as F
@@ -34,12 +35,14 @@ class Decoder:
         # PyTorch's own attention on CPUs is slower in bfloat16 than in float32
         dtype = torch.float32 if on_cpu and not compiled else weight.dtype
         length = self._in_buckets(self.condition_length - 1 + self.sequence_length)
+        length += compiled  # never read: of the whole cache torch.compile would make another case than of its parts
         shape = (config.n_layers, 2, rows, config.n_heads, length, config.head_dim)
         self.cache = torch.zeros(shape, dtype=dtype, device=device)  # what is hidden is read all the same: no NaN
         self.mask = torch.full((rows, 1, 1, length), float("-inf"), dtype=dtype, device=device)
         self.place = torch.zeros(1, dtype=torch.int64, device=device)  # of the position to be read
-        self.step = torch.compile(_step) if compiled else _step
+        self.step = torch.compile(_copy(_step)) if compiled else _step
 
+    @torch.no_grad()
     def begin(self, labels: Tensor) -> Tensor:
         """Logits [B, V] of the first token, given the conditions (labels as for `Transformer.forward`); forgets all else."""
         count, embedding = self.condition_length, self.model.cls_embedding
@@ -61,6 +64,7 @@ class Decoder:
         self.place.fill_(place)
         return self._in_buckets(place + 1)
 
+    @torch.no_grad()
     def read(self, tokens: Tensor, length: int) -> Tensor:
         """Logits [B, V] of the next token, having read these [B] where `seek` stands, and `length` positions of the cache."""
         self.mask.index_fill_(3, self.place, 0)
@@ -76,6 +80,12 @@ class Decoder:
 
     def _in_buckets(self, length: int) -> int:
         return -(-length // self.bucket) * self.bucket
+
+
+def _copy(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The function with a code object of its own: by that torch.compile counts and keeps its compilations, not by decoder."""
+    assert isinstance(function, FunctionType)
+    return FunctionType(function.__code__.replace(), function.__globals__)
 
 
 def _step(block: Block, x: Tensor, rope: Tensor, keys: Tensor, values: Tensor, places: Tensor, bias: Tensor) -> Tensor:

@@ -10,10 +10,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from st_ar.config import ModelConfig, from_dict, to_dict
+from st_ar.config import ModelConfig
 from st_ar.errors import UserError
 from st_ar.files import read_json, write_json, written_aside
 from st_ar.model.transformer import Transformer
+from st_ar.settings import from_dict, to_dict
 from st_ar.torch_files import read_tensors
 
 FORMAT_VERSION = 1

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import nn
 
-from st_ar.config import OptimConfig
+from st_ar.run_config import OptimConfig
 
 
 def adamw(module: nn.Module, config: OptimConfig) -> torch.optim.AdamW:

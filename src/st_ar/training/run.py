@@ -7,15 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from st_ar.config import TrainConfig, differences, from_dict, to_dict
 from st_ar.errors import UserError
 from st_ar.files import is_taken, read_json, write_json
 from st_ar.hardware import describe
+from st_ar.run_config import RunConfig
+from st_ar.settings import differences, from_dict, to_dict
 from st_ar.training.checkpoint import list_checkpoints
 from st_ar.training.optim import learning_rate
-from st_ar.vq_config import VQTrainConfig
-
-RunConfig = TrainConfig | VQTrainConfig
 
 FORMAT_VERSION = 1
 MAY_CHANGE = (
