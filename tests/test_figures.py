@@ -2,9 +2,11 @@
 
 import base64
 import io
+import json
 import re
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from st_ar.figures import COLOURS, attention_figure, line_chart, strip
+from tests.disk import refused
 
 SVG = "{http://www.w3.org/2000/svg}"
 XLINK = "{http://www.w3.org/1999/xlink}"
@@ -20,7 +23,7 @@ XLINK = "{http://www.w3.org/1999/xlink}"
 
 def chart(name: str = "loss", **series: list[float]) -> str:
     curves = {label: (list(range(len(ys))), ys) for label, ys in (series or {"AR": [3.0, 2.0, 1.5]}).items()}
-    return line_chart(curves, name=name, x="optimizer step", y="loss (nats)")
+    return line_chart(curves, name=name, x="optimizer step", y="loss (nats)").svg()
 
 
 def random_maps(images: int, grid: int, seed: int = 0) -> np.ndarray:
@@ -31,7 +34,7 @@ def random_maps(images: int, grid: int, seed: int = 0) -> np.ndarray:
 def maps_drawn(images: int = 2, steps: tuple[int, ...] = (2, 5, 8)) -> str:
     pictures = np.random.default_rng(0).integers(0, 256, (images, 6, 6, 3)).astype(np.uint8)
     maps = {"AR": random_maps(images, 3), "ST-AR": random_maps(images, 3, 1)}
-    return attention_figure(pictures, maps, grid=3, steps=steps, name="attention at layer 2")
+    return attention_figure(pictures, maps, grid=3, steps=steps, name="attention at layer 2").svg()
 
 
 def words(svg: str) -> list[str]:
@@ -64,7 +67,7 @@ def test_a_chart_has_a_curve_for_each_series_and_its_labels() -> None:
 
 
 def test_ticks_are_where_they_were_asked_for() -> None:
-    svg = line_chart({"AR": ([8, 64], [0.1, 0.9])}, name="probe", x="tokens", y="accuracy", x_ticks=[8, 32, 64])
+    svg = line_chart({"AR": ([8, 64], [0.1, 0.9])}, name="probe", x="tokens", y="accuracy", x_ticks=[8, 32, 64]).svg()
     assert [word for word in words(svg) if word.isdigit()][:3] == ["8", "32", "64"]
 
 
@@ -95,11 +98,37 @@ def test_figures_of_different_names_share_no_reference_and_one_name_draws_one_fi
     assert chart("first") == first
 
 
+@pytest.mark.parametrize("suffix", [".svg", ".png"])
+def test_a_saved_figure_stands_for_itself_with_its_numbers_beside_it(tmp_path: Path, suffix: str) -> None:
+    drawing = line_chart({"AR": ([1, 2], [3.5, 2.5])}, name="loss", x="step", y="loss (nats)")
+    drawing.save(tmp_path / f"loss{suffix}")
+    assert json.loads((tmp_path / "loss.json").read_text()) == {
+        "x": "step",
+        "y": "loss (nats)",
+        "series": {"AR": {"x": [1, 2], "y": [3.5, 2.5]}},
+    }
+    if suffix == ".svg":
+        svg = (tmp_path / "loss.svg").read_text()
+        style = next(ElementTree.fromstring(svg).iter(f"{SVG}style")).text or ""
+        assert "prefers-color-scheme:dark" in style
+        assert svg.count("<svg") == 1
+    else:
+        picture = np.asarray(Image.open(tmp_path / "loss.png").convert("RGB"))
+        assert (picture[0] == 255).all()  # on white
+        assert picture.min() < 40
+        assert picture.shape[1] > 1000
+
+
+def test_another_kind_of_figure_is_refused(tmp_path: Path) -> None:
+    with refused(tmp_path, r"drawn as \.svg or \.png, not as \.pdf"):
+        line_chart({"AR": ([1, 2], [3, 4])}, name="loss", x="step", y="loss").save(tmp_path / "loss.pdf")
+
+
 def test_attention_is_drawn_over_what_is_read_and_the_future_is_blank() -> None:
     pictures = np.full((1, 6, 6, 3), 100, np.uint8)
     weights = np.zeros((1, 9, 9))
     weights[0, 5, :6] = [0.1, 0.0, 0.0, 0.9, 0.0, 0.0]  # after 5 tokens: all eyes on token 2
-    svg = attention_figure(pictures, {"AR": weights}, grid=3, steps=[5], name="one")
+    svg = attention_figure(pictures, {"AR": weights}, grid=3, steps=[5], name="one").svg()
     found = [element.get(f"{XLINK}href", "") for element in ElementTree.fromstring(svg).iter(f"{SVG}image")]
     assert len(found) == 2
     drawn = [Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2]))).convert("RGBA") for uri in found]

@@ -72,7 +72,7 @@ SECTIONS = [
     Section(
         title="Pictures",
         parts=[
-            Chart(svg=line_chart({"AR": ([1, 2], [3, 4])}, name="curve", x="step", y="loss"), caption="A curve."),
+            Chart(svg=line_chart({"AR": ([1, 2], [3, 4])}, name="curve", x="step", y="loss").svg(), caption="A curve."),
             Gallery(columns=["real", "drawn"], rows=[("ant", [png_uri(noise(0)), png_uri(noise(1))])], caption="Ants."),
         ],
     ),

@@ -1,16 +1,20 @@
 """Every figure of the project in one style: colour-blind safe, and readable on light and on dark pages.
 
-Figures are SVG text to be put into a page: what is not a data colour takes the page's text colour.
+In a page's SVG what is not a data colour takes the page's text colour. A file of SVG takes one from the reader's light or dark mode;
+a PNG is on white.
 """
 
 import io
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from xml.sax.saxutils import quoteattr
 
 import numpy as np
 
 from st_ar.errors import UserError
+from st_ar.files import write_json, written_aside
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -18,7 +22,10 @@ if TYPE_CHECKING:
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 """Okabe and Ito's palette, in the order of use: telling apart needs no red-green vision."""
 MARKERS = ("o", "s", "^", "D", "v", "P")
-_INK = "#010203"  # stands for the page's text colour until the SVG is written
+_INK = "#010203"  # stands for the page's text colour until the SVG is written; on the white of a PNG it stays
+_OWN_COLOURS = (
+    "svg{color:#1b1f24;background:#fff}@media(prefers-color-scheme:dark){svg{color:#e6e9ee;background:#14171b}}"
+)
 
 
 def _style(name: str) -> dict[str, Any]:
@@ -52,12 +59,42 @@ def _require_matplotlib() -> Any:
     return matplotlib
 
 
-def _svg(figure: "Figure", label: str) -> str:
-    file = io.StringIO()
-    figure.savefig(file, format="svg", bbox_inches="tight", metadata={"Date": None, "Creator": None})
-    text = file.getvalue()
-    text = text[text.index("<svg") :].replace(_INK, "currentColor")
-    return text.replace("<svg ", f'<svg role="img" aria-label={quoteattr(label)} ', 1)
+@dataclass(frozen=True, kw_only=True)
+class Drawing:
+    """A figure, what it is called, and the numbers that it shows."""
+
+    figure: "Figure"
+    name: str
+    """What it shows, for those who cannot see it."""
+    data: Any
+    """The numbers, as plain JSON values."""
+
+    def svg(self) -> str:
+        """For a page to take in."""
+        file = io.StringIO()
+        with _require_matplotlib().rc_context(_style(self.name)):
+            self.figure.savefig(file, format="svg", bbox_inches="tight", metadata={"Date": None, "Creator": None})
+        text = file.getvalue()
+        text = text[text.index("<svg") :].replace(_INK, "currentColor")
+        return text.replace("<svg ", f'<svg role="img" aria-label={quoteattr(self.name)} ', 1)
+
+    def save(self, path: Path) -> None:
+        """Write FILE.svg or FILE.png, and the numbers beside it as FILE.json.
+
+        Raises:
+            UserError: another kind of file, or it cannot be written.
+        """
+        if path.suffix not in (".svg", ".png"):
+            raise UserError(
+                f"{path}: figures are drawn as .svg or .png, not as {path.suffix or 'a file without ending'}"
+            )
+        with written_aside(path) as aside:
+            if path.suffix == ".svg":
+                head, body = self.svg().split(">", 1)
+                aside.write_text(f"{head}><style>{_OWN_COLOURS}</style>{body}")
+            else:
+                self.figure.savefig(aside, format="png", bbox_inches="tight", dpi=200, facecolor="white")
+        write_json(path.with_suffix(".json"), self.data)
 
 
 def line_chart(
@@ -69,8 +106,8 @@ def line_chart(
     markers: bool = True,
     x_ticks: Sequence[float] | None = None,
     log_x: bool = False,
-) -> str:
-    """Lines over a common axis, as SVG.
+) -> Drawing:
+    """Lines over a common axis.
 
     Args:
         series: label -> (x values, y values).
@@ -95,13 +132,14 @@ def line_chart(
         if x_ticks is not None:
             axes.set_xticks(list(x_ticks))
         axes.legend()
-        return _svg(figure, name)
+    lines = {label: {"x": list(map(float, xs)), "y": list(map(float, ys))} for label, (xs, ys) in series.items()}
+    return Drawing(figure=figure, name=name, data={"x": x, "y": y, "series": lines})
 
 
 def attention_figure(
     images: np.ndarray, maps: Mapping[str, np.ndarray], *, grid: int, steps: Sequence[int], name: str
-) -> str:
-    """What each model looks at, over the images: a row for each image and model, a column for each step, as SVG.
+) -> Drawing:
+    """What each model looks at, over the images: a row for each image and model, a column for each step.
 
     The newest token is framed, the past is heat over the grey picture (scaled to each map's largest weight on a token),
     the future is blank.
@@ -148,7 +186,11 @@ def attention_figure(
                 frame = (left * side - 0.5, top * side - 0.5)
                 axes.add_patch(Rectangle(frame, side, side, fill=False, edgecolor="#00D0FF", linewidth=1.6))
         figure.subplots_adjust(wspace=0.06, hspace=0.08)
-        return _svg(figure, name)
+    shown = {
+        model: [[weights[step, : step + 1].round(6).tolist() for step in steps] for weights in maps[model]]
+        for model in maps
+    }
+    return Drawing(figure=figure, name=name, data={"tokens read": list(steps), "weights by image and step": shown})
 
 
 def strip(images: np.ndarray, columns: int) -> np.ndarray:

@@ -150,7 +150,7 @@ def _probe_section(measured: Mapping[str, Measured], images: str) -> Section:
         for method, result in measured.items()
     }
     some = next(iter(measured.values())).probe
-    svg = line_chart(
+    drawing = line_chart(
         curves, name=f"probe accuracy by step on {images}", x="tokens read", y="probe accuracy (%)", x_ticks=some.steps
     )
     apart = " from parts of the photographs never trained on" if images == "photos" else ""
@@ -161,14 +161,17 @@ def _probe_section(measured: Mapping[str, Measured], images: str) -> Section:
     rows = [[method, *(_points(share) for share in result.probe.top1)] for method, result in measured.items()]
     return Section(
         title="What the models understand as they read",
-        parts=[Chart(svg=svg, caption=caption), Table(columns=["tokens read", *map(str, some.steps)], rows=rows)],
+        parts=[
+            Chart(svg=drawing.svg(), caption=caption),
+            Table(columns=["tokens read", *map(str, some.steps)], rows=rows),
+        ],
     )
 
 
 def _training_section(out: Path) -> Section:
     logs = {method: read_log(out / prefix / "log.jsonl") for method, prefix in METHODS.items()}
     curves = {method: ([e["step"] for e in log], [e["loss_ar"] for e in log]) for method, log in logs.items()}
-    svg = line_chart(
+    drawing = line_chart(
         curves, name="training loss", x="optimizer step", y="next-token loss (nats per token)", markers=False
     )
     last = logs["ST-AR"][-1]
@@ -177,7 +180,7 @@ def _training_section(out: Path) -> Section:
         f"so compare the validation losses above instead. At the end ST-AR's other terms are: MIM {last['loss_mim']:.3f}, "
         f"inter-step {last['loss_step']:.3f}, inter-view {last['loss_view']:.3f}."
     )
-    return Section(title="Training", parts=[Chart(svg=svg, caption=caption)])
+    return Section(title="Training", parts=[Chart(svg=drawing.svg(), caption=caption)])
 
 
 def _attention_section(shown: Shown, measured: Mapping[str, Measured], test_store: TokenStore) -> Section:
@@ -193,7 +196,7 @@ def _attention_section(shown: Shown, measured: Mapping[str, Measured], test_stor
         for method, model in shown.models.items()
     }
     steps = attention_steps(config.sequence_length)
-    svg = attention_figure(real[chosen], maps, grid=config.grid, steps=steps, name=f"attention at layer {layer}")
+    drawing = attention_figure(real[chosen], maps, grid=config.grid, steps=steps, name=f"attention at layer {layer}")
     caption = (
         f"Where layer {layer} of each model looks after so many tokens, all heads averaged. Framed: the newest token. "
         "Brighter: more weight. Blank: not read yet."
@@ -214,7 +217,7 @@ def _attention_section(shown: Shown, measured: Mapping[str, Measured], test_stor
         rows=rows,
         caption="Averages over heads, steps and 256 test images.",
     )
-    return Section(title="What the models look at", parts=[Chart(svg=svg, caption=caption), table])
+    return Section(title="What the models look at", parts=[Chart(svg=drawing.svg(), caption=caption), table])
 
 
 def _first_of_classes(labels: np.ndarray, count: int) -> np.ndarray:

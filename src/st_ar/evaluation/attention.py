@@ -14,7 +14,7 @@ from torch import Tensor
 from st_ar.data.store import TokenStore
 from st_ar.errors import UserError
 from st_ar.figures import attention_figure
-from st_ar.files import write_json, written_aside
+from st_ar.files import write_json
 from st_ar.model.transformer import Transformer, attention_bias, attention_weights
 from st_ar.model.weights import open_model
 from st_ar.tokenizer import load_tokenizer, to_uint8
@@ -131,12 +131,11 @@ def draw_attention(
     pictures = to_uint8(tokenizer.decode(codes[: len(images)].unflatten(1, (grid, grid)))).numpy()
     steps = attention_steps(info.config.sequence_length)
     name = f"attention at layer {drawn}"
-    svg = attention_figure(pictures, {"": maps.mean(1).numpy()}, grid=grid, steps=steps, name=name)
+    drawing = attention_figure(pictures, {"": maps.mean(1).numpy()}, grid=grid, steps=steps, name=name)
     statistics: dict[int, AttentionStatistics] = {}
     for number in range(1, info.config.n_layers + 1):
         weights = attention_maps(model, codes[len(images) :, :-1], labels[len(images) :], layers=[number])[number]
         statistics[number] = attention_statistics(weights, grid)
-    with written_aside(out) as aside:
-        aside.write_text(svg)
+    drawing.save(out)
     write_json(out.with_suffix(".json"), {str(number): asdict(value) for number, value in statistics.items()})
     return statistics

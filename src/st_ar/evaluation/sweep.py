@@ -23,7 +23,7 @@ from st_ar.files import is_taken, read_json, sha256, write_json, written_aside
 from st_ar.sample_config import SampleSettings
 from st_ar.sampling import Sampler, choose_conditions, open_model_and_tokenizer, sample_to
 
-FILES = ("sweep.json", "sweep.csv", "distance.svg", "is.svg")
+FILES = ("sweep.json", "sweep.csv", "distance.svg", "is.svg", "distance.json", "is.json")
 SWEPT = ("cfg_scale", "temperature", "top_k")
 
 
@@ -103,7 +103,7 @@ def sweep(
 ) -> list[dict[str, Any]]:
     """Sample and evaluate every setting; what an earlier call finished is read, not done again.
 
-    Writes `out`/sweep.json, sweep.csv, distance.svg and, if IS is among the metrics, is.svg.
+    Writes `out`/sweep.json, sweep.csv, distance.svg and, if IS is among the metrics, is.svg, with their numbers as JSON.
 
     Returns:
         A row for each setting (cfg_scale, temperature, top_k, metrics, samples), the least distance first.
@@ -142,11 +142,9 @@ def _write(out: Path, rows: list[dict[str, Any]], distance: str, reference: Refe
         aside.write_text(text.getvalue())
     for label, file in ((distance, FILES[2]), ("IS", FILES[3])):
         if label in labels:
-            svg = line_chart(
+            line_chart(
                 _lines(rows, label), name=f"{label} over guidance", x="classifier-free guidance scale", y=label
-            )
-            with written_aside(out / file) as aside:
-                aside.write_text(svg)
+            ).save(out / file)
 
 
 def _lines(rows: Sequence[dict[str, Any]], label: str) -> dict[str, tuple[list[float], list[float]]]:
