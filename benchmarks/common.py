@@ -12,16 +12,10 @@ from typing import Any
 import torch
 
 from st_ar.config import ModelConfig
+from st_ar.cost import flops_per_token
 from st_ar.hardware import describe
 
 RESULTS = Path(__file__).parent / "results"
-
-
-def flops_per_token(config: ModelConfig) -> tuple[float, float]:
-    """Forward FLOPs per token of the blocks and of the vocabulary projection (two a multiply-add, causal attention)."""
-    per_block = 4 * config.dim**2 + 3 * config.dim * config.hidden_dim
-    attention = 2 * config.sequence_length * config.dim  # two products over half the keys, on average
-    return config.n_layers * (2 * per_block + attention), 2 * config.dim * config.vocab_size
 
 
 def flop_limit(config: ModelConfig) -> float:

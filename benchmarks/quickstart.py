@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from common import save
+from st_ar.comparison import Spread
 
 
 def run(images: str, seed: int) -> dict[str, Any]:
@@ -77,11 +78,7 @@ def main() -> None:
             ("frechet_regions", lambda m: m["frechet_regions"]),
         ):
             values = [pick(r[method]) for r in runs.values()]
-            summary[f"{method} {name}"] = {
-                "mean": statistics.mean(values),
-                "spread": statistics.stdev(values) if len(values) > 1 else None,
-                "values": values,
-            }
+            summary[f"{method} {name}"] = Spread(tuple(values)).describe()
             print(f"{method:6} {name:18} " + " ".join(f"{value:.4f}" for value in values))
     save(f"quickstart-{given.images}", {"runs": runs, "summary": summary})
 

@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 
-from common import flop_limit, flops_per_token, ratio, save, summarise, time_in_turn
+from common import flop_limit, ratio, save, summarise, time_in_turn
 from st_ar.config import PLAIN, TrainConfig
+from st_ar.cost import flops_per_token
 from st_ar.hardware import choose_device, choose_dtype
 from st_ar.model.transformer import Transformer
 from st_ar.presets import get_preset

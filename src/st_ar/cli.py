@@ -38,6 +38,8 @@ Train LlamaGen-style image generators with and without self-guidance (ST-AR), an
   reconstruct        how faithful a tokenizer is: rFID, PSNR, SSIM, use of the codebook
   probe              what a model's features say about an image, token by token
   attention          what a model looks at
+  invariance         how a tokenizer's tokens change with a shift of the image
+  reproduce          the paper's tables and figures, at full size or small
   convert            to and from the weight files of LlamaGen's scripts, models and VQ tokenizers
 
 exit status: 0 done, 2 a mistake that the message explains, 130 or 143 interrupted and saved
@@ -128,6 +130,25 @@ def _train_command(default: TrainConfig) -> type[Train]:
     return WithPreset
 
 
+def run_command(arguments: Sequence[str]) -> None:
+    """A command line, the verb first.
+
+    Raises:
+        UserError, Interrupted: as the verb does.
+    """
+    verb, *rest = arguments
+    if verb == "train":
+        train_verb(rest)
+    elif verb == "train-tokenizer":
+        train_tokenizer_verb(rest)
+    elif verb in VERBS:
+        tyro.cli(VERBS[verb], prog=f"st-ar {verb}", args=rest).run()
+    else:
+        raise UserError(
+            f"unknown verb {verb!r}: give one of {', '.join(['train', 'train-tokenizer', *VERBS])}; st-ar --help explains them"
+        )
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of `st-ar` and `python -m st_ar`."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
@@ -136,16 +157,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(HELP, end="")
         elif arguments[0] == "--version":
             print(__version__)
-        elif arguments[0] == "train":
-            train_verb(arguments[1:])
-        elif arguments[0] == "train-tokenizer":
-            train_tokenizer_verb(arguments[1:])
-        elif arguments[0] in VERBS:
-            tyro.cli(VERBS[arguments[0]], prog=f"st-ar {arguments[0]}", args=arguments[1:]).run()
         else:
-            raise UserError(
-                f"unknown verb {arguments[0]!r}: give one of {', '.join(['train', 'train-tokenizer', *VERBS])}; st-ar --help explains them"
-            )
+            run_command(arguments)
     except UserError as error:
         print(f"st-ar: {error}", file=sys.stderr)
         sys.exit(2)

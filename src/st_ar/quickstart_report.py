@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from st_ar.comparison import Column, Spread, table_columns
 from st_ar.config import TrainConfig
 from st_ar.data.store import TokenStore
 from st_ar.evaluation import features
@@ -93,6 +94,18 @@ def _points(share: float) -> str:
     return f"{100 * share:.1f} %"
 
 
+def _spreads(result: Measured) -> dict[str, Spread]:
+    numbers = {
+        "last": result.probe.top1[-1],
+        "best": max(result.probe.top1),
+        "loss": result.validation_loss,
+        "ema": result.validation_loss_ema,
+        "frechet": result.frechet,
+        "seconds": result.seconds_per_step,
+    }
+    return {key: Spread((value,)) for key, value in numbers.items()}
+
+
 def _results(measured: Mapping[str, Measured], summary: dict[str, Any]) -> Section:
     ar, guided = measured["AR"], measured["ST-AR"]
     gain = 100 * (guided.probe.top1[-1] - ar.probe.top1[-1])
@@ -115,14 +128,15 @@ def _results(measured: Mapping[str, Measured], summary: dict[str, Any]) -> Secti
     if abs(guided.frechet / ar.frechet - 1) < SEED_NOISE:
         draws += " So small a difference is within what another seed changes."
     cost = f"Cost: a step of ST-AR takes {summary['step_time_ratio']:.2f} times as long as one of AR, at equal tokens."
-    rows = [
-        ["Probe accuracy, last step (higher is better)", _points(ar.probe.top1[-1]), _points(guided.probe.top1[-1])],
-        ["Probe accuracy, best step", _points(max(ar.probe.top1)), _points(max(guided.probe.top1))],
-        ["Validation loss, nats per token (lower)", f"{ar.validation_loss:.3f}", f"{guided.validation_loss:.3f}"],
-        ["Validation loss, averaged weights", f"{ar.validation_loss_ema:.3f}", f"{guided.validation_loss_ema:.3f}"],
-        [f"{features.NAME} of samples (lower)", f"{ar.frechet:.4f}", f"{guided.frechet:.4f}"],
-        ["Seconds per training step", f"{ar.seconds_per_step:.3f}", f"{guided.seconds_per_step:.3f}"],
+    columns = [
+        Column(key="last", label="Probe accuracy, last step, % (higher is better)", digits=1, factor=100),
+        Column(key="best", label="Probe accuracy, best step, %", digits=1, factor=100),
+        Column(key="loss", label="Validation loss, nats per token (lower)", digits=3),
+        Column(key="ema", label="Validation loss, averaged weights", digits=3),
+        Column(key="frechet", label=f"{features.NAME} of samples (lower)", digits=4),
+        Column(key="seconds", label="Seconds per training step", digits=3),
     ]
+    rows = table_columns(columns, {method: _spreads(result) for method, result in measured.items()})
     caption = (
         f"One run of each with seed {summary['seed']}, live weights unless said otherwise. {features.NAME}: "
         f"{features.DESCRIPTION}, {summary['samples']:,} samples without guidance against the test images; "

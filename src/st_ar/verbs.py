@@ -13,6 +13,7 @@ import tyro
 from st_ar.data_verbs import ImportTokens, Tokenize
 from st_ar.evaluation_verbs import Evaluate, MakeReference, Reconstruct
 from st_ar.printing import print_table
+from st_ar.reproduce_verb import Reproduce
 from st_ar.sample_verb import Sample
 from st_ar.sweep_verb import Sweep
 
@@ -183,5 +184,6 @@ VERBS: dict[str, Any] = {
     "reconstruct": Reconstruct,
     "probe": Probe,
     "attention": Attention,
+    "reproduce": Reproduce,
     "convert": Convert,
 }

@@ -1,0 +1,29 @@
+"""What training costs in floating-point operations and bytes, by formula."""
+
+from st_ar.config import ModelConfig, TrainConfig
+
+
+def flops_per_token(config: ModelConfig) -> tuple[float, float]:
+    """Forward FLOPs per token of the blocks and of the vocabulary projection (two a multiply-add, causal attention)."""
+    per_block = 4 * config.dim**2 + 3 * config.dim * config.hidden_dim
+    attention = 2 * config.sequence_length * config.dim  # two products over half the keys, on average
+    return config.n_layers * (2 * per_block + attention), 2 * config.dim * config.vocab_size
+
+
+def training_flops(config: TrainConfig, images: int) -> float:
+    """Of a whole run on a store of `images` images: three passes of everything, and the teacher's over the blocks."""
+    body, head = flops_per_token(config.model)
+    tokens = config.total_steps(images) * config.batch_size * config.views * config.model.sequence_length
+    return tokens * (3 * (body + head) + (body if config.selfguided.needs_teacher else 0))
+
+
+def parameters(config: ModelConfig) -> int:
+    """Weights of a transformer."""
+    block = 4 * config.dim**2 + 3 * config.dim * config.hidden_dim + 2 * config.dim
+    classes = (config.num_classes + 1) * config.dim
+    return config.n_layers * block + 2 * config.vocab_size * config.dim + classes + config.dim
+
+
+def run_bytes(config: TrainConfig) -> int:
+    """Disk that a class model's run takes at most: checkpoints (weights, average, AdamW's two moments) and export, float32."""
+    return parameters(config.model) * 4 * (4 * (config.keep + 1) + 2)

@@ -1,0 +1,142 @@
+"""What came out, beside the paper's numbers: on the terminal, as a page, and as JSON and CSV."""
+
+import csv
+import io
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from st_ar.comparison import Column, Spread, difference, is_noise, table_rows
+from st_ar.figures import line_chart
+from st_ar.files import read_json, write_json, written_aside
+from st_ar.hardware import describe
+from st_ar.printing import print_table
+from st_ar.report import Chart, Section, Table, write_report
+from st_ar.reproduce.paper import EXPERIMENTS, Name
+from st_ar.reproduce.plan import Files, Plan
+from st_ar.training.log import read_log
+
+PAPER = {
+    "fid": Column(key="fid", label="paper: FID", digits=2),
+    "sfid": Column(key="sfid", label="paper: sFID", digits=2),
+    "is": Column(key="is", label="paper: IS", digits=2),
+    "precision": Column(key="precision", label="paper: precision", digits=2),
+    "recall": Column(key="recall", label="paper: recall", digits=2),
+    "probe": Column(key="probe", label="paper: probe, %", digits=2),
+}
+DIGITS = {"probe": 1, "precision": 3, "recall": 3, "loss": 3, "seconds": 3}
+
+
+def measurements(files: Files) -> dict[str, Spread]:
+    """A row's numbers: what `evaluate` calls them, probe accuracy at the last step in per cent, seconds of a training step."""
+    found: dict[str, list[float]] = {}
+    for path in files.evaluations:
+        for name, value in read_json(path, "an evaluation")["metrics"].items():
+            found.setdefault(name, []).append(value)
+    for path in files.probes:
+        found.setdefault("probe, last step (%)", []).append(100 * probe_curve(path)[1][-1])
+    for run in files.runs:
+        found.setdefault("seconds a step", []).append(seconds_per_step(run))
+    return {name: Spread(tuple(values)) for name, values in found.items()}
+
+
+def probe_curve(path: Path) -> tuple[list[float], list[float]]:
+    """Tokens read, and the share of right guesses after each."""
+    result = read_json(path, "a probe")
+    return [float(step) for step in result["steps"]], result["top1"]
+
+
+def seconds_per_step(run: Path) -> float:
+    """The median over the run's log."""
+    config = read_json(run / "config.json", "a run")["config"]
+    model = config["model"]
+    tokens = config["batch_size"] * config["views"] * model["grid"] ** 2
+    return tokens / statistics.median(entry["tokens_per_second"] for entry in read_log(run / "log.jsonl"))
+
+
+def show(name: Name, plan: Plan) -> None:
+    """Print the table, and write NAME.html, .json and .csv into the plan's folder."""
+    experiment = EXPERIMENTS[name]
+    ours = {label: measurements(files) for label, files in plan.files.items()}
+    papers = {row.label: {key: Spread((value,)) for key, value in row.paper.items()} for row in experiment.rows}
+    keys = list(dict.fromkeys(key for found in ours.values() for key in found))
+    known = [PAPER[key] for key in PAPER if any(key in paper for paper in papers.values())]
+    columns = [*known, *(Column(key=key, label=key, digits=_digits(key)) for key in keys)]
+    rows = table_rows(columns, {label: {**papers[label], **ours[label]} for label in ours})
+    header = ["", *(column.label for column in columns)]
+    print(f"\n{experiment.title}\n")
+    print_table(header, rows)
+    notes = _notes(plan, ours)
+    print("\n" + "\n".join(notes))
+    parts: list[Table | Chart] = [Table(columns=header, rows=rows, caption="")]
+    out = plan.work / f"{name}.html"
+    if any(files.probes for files in plan.files.values()):
+        parts.append(
+            Chart(svg=_probe_chart(plan, out.with_name(f"{name}-probe.svg")), caption="Probe accuracy by tokens read.")
+        )
+    record = {
+        "scale": plan.scale.guided,
+        "paper": {row.label: dict(row.paper) for row in experiment.rows},
+        "measured": {label: {key: spread.describe() for key, spread in found.items()} for label, found in ours.items()},
+        "commands": [list(stage.command) for stage in plan.stages],
+        "environment": describe(),
+    }
+    write_json(out.with_suffix(".json"), record)
+    _write_csv(out.with_suffix(".csv"), header, rows)
+    sections = [
+        Section(title="Measured, beside the paper", paragraphs=notes, parts=parts),
+        Section(title="Commands", commands=[f"st-ar {' '.join(stage.command)}" for stage in plan.stages]),
+    ]
+    lead = "The paper's numbers are of ImageNet at 256 pixels; ours are of the data and the sizes that the commands below name."
+    write_report(out, title=experiment.title, lead=lead, sections=sections)
+    for path in [out, *plan.figures]:
+        print(path)
+
+
+def _digits(key: str) -> int:
+    return next((digits for start, digits in DIGITS.items() if key.startswith(start)), 2)
+
+
+def _notes(plan: Plan, ours: Mapping[str, Mapping[str, Spread]]) -> list[str]:
+    """What the table does not say by itself: seeds, budgets, and which differences are noise."""
+    seeds = len(next(iter(plan.files.values())).runs)
+    notes = [
+        f"{seeds} seeds: mean ± standard deviation." if seeds > 1 else "One seed: differences have no error bars.",
+        "Rows train for equal optimizer steps of equal batches; with two views a step reads twice the tokens.",
+    ]
+    labels = list(ours)
+    base = labels[0]
+    for label in labels[1:]:
+        for key in ours[label]:
+            if key != "seconds a step" and key in ours[base]:
+                paired = difference(ours[label][key], ours[base][key])
+                if is_noise(paired):
+                    notes.append(f"{label}, {key}: the difference from {base} is within the seeds' spread.")
+    return notes
+
+
+def _probe_chart(plan: Plan, path: Path) -> str:
+    curves: dict[str, tuple[Sequence[float], Sequence[float]]] = {}
+    for label, files in plan.files.items():
+        read = [probe_curve(probe) for probe in files.probes]
+        if read:
+            mean = [100 * statistics.fmean(values) for values in zip(*(top1 for _, top1 in read), strict=True)]
+            curves[label] = read[0][0], mean
+    drawing = line_chart(
+        curves,
+        name="probe accuracy by tokens read",
+        x="tokens read",
+        y="accuracy (%)",
+        x_ticks=next(iter(curves.values()))[0],
+    )
+    drawing.save(path)
+    return drawing.svg()
+
+
+def _write_csv(path: Path, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerows([header, *rows])
+    with written_aside(path) as aside:
+        aside.write_text(text.getvalue())

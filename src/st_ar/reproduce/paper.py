@@ -1,0 +1,168 @@
+"""What the paper compares in each table and figure, with its numbers (arXiv 2509.15185; class-conditional ImageNet, 256 px)."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Size = Literal["B", "L", "XL"]
+Name = Literal["table1", "table2", "table3", "table4", "table5", "table6", "fig1", "fig2", "fig4", "fig5"]
+
+DEPTH = 12
+"""Layers of B, which the contrast layers of Table 5 count."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What is trained: a size, a length, and of self-guidance what differs from the paper's defaults."""
+
+    size: Size = "B"
+    epochs: int = 50
+    guided: bool = True
+    views: int | None = None
+    """Views of each image, if not the method's (1 for AR, 2 for ST-AR)."""
+    contrast: float | None = None
+    """Depth of the contrast layer as a share of the layers, if not the preset's."""
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    """Settings of self-guidance (SelfGuidedConfig) that differ from the preset's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """A row of a table or a curve of a figure."""
+
+    label: str
+    recipe: Recipe
+    paper: Mapping[str, float] = field(default_factory=dict)
+    """The paper's numbers by column; none for a row that is ours."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """A table or a figure of the paper."""
+
+    title: str
+    rows: tuple[Row, ...]
+    metrics: tuple[str, ...] = ()
+    """Columns: fid, sfid, is, precision, recall, probe."""
+    guidance: bool = False
+    """Whether samples are guided, each size by its published scale."""
+    figure: Literal["", "understanding", "attention", "probe"] = ""
+
+
+ADM = ("fid", "sfid", "is", "precision", "recall")
+AR_ONCE = Recipe(guided=False, views=1)
+CONTROL = Row(label="AR on the same two views (control)", recipe=Recipe(guided=False, views=2))
+
+
+def _adm(*values: float) -> dict[str, float]:
+    return dict(zip(ADM, values, strict=True))
+
+
+_TABLE_1: dict[tuple[Size, int, bool], dict[str, float]] = {
+    ("B", 50, False): _adm(31.35, 8.75, 39.58, 0.57, 0.61),
+    ("B", 50, True): _adm(26.58, 7.70, 49.91, 0.60, 0.62),
+    ("B", 300, False): _adm(26.26, 9.22, 48.07, 0.59, 0.62),
+    ("B", 300, True): _adm(18.44, 6.71, 66.18, 0.64, 0.62),
+    ("L", 50, False): _adm(21.81, 8.77, 59.18, 0.62, 0.64),
+    ("L", 50, True): _adm(12.59, 6.79, 91.19, 0.65, 0.64),
+    ("L", 300, False): _adm(13.45, 8.32, 82.29, 0.66, 0.64),
+    ("L", 300, True): _adm(9.38, 6.64, 112.71, 0.70, 0.65),
+    ("XL", 50, False): _adm(19.42, 8.91, 66.20, 0.61, 0.67),
+    ("XL", 50, True): _adm(9.81, 6.94, 109.77, 0.71, 0.63),
+    ("XL", 300, True): _adm(6.20, 6.47, 147.47, 0.73, 0.65),
+}
+_TABLE_2: dict[tuple[Size, int, bool], float] = {
+    ("B", 300, False): 5.46,
+    ("B", 300, True): 4.09,
+    ("L", 300, False): 3.81,
+    ("L", 300, True): 2.98,
+    ("XL", 50, False): 3.39,
+    ("XL", 50, True): 2.72,
+    ("XL", 300, True): 2.37,
+}
+
+
+def _row(size: Size, epochs: int, guided: bool, paper: Mapping[str, float]) -> Row:
+    name = f"{'ST-AR' if guided else 'LlamaGen'}-{size}, {epochs} epochs"
+    return Row(
+        label=name, recipe=Recipe(size=size, epochs=epochs, guided=guided, views=None if guided else 1), paper=paper
+    )
+
+
+def _ablated(label: str, paper: Mapping[str, float], contrast: float | None = None, **changes: Any) -> Row:
+    return Row(label=label, recipe=Recipe(contrast=contrast, changes=changes), paper=paper)
+
+
+EXPERIMENTS: dict[Name, Experiment] = {
+    "table1": Experiment(
+        title="Table 1: without guidance",
+        rows=tuple(_row(*key, paper) for key, paper in _TABLE_1.items()),
+        metrics=ADM,
+    ),
+    "table2": Experiment(
+        title="Table 2: with classifier-free guidance",
+        rows=tuple(_row(*key, {"fid": fid}) for key, fid in _TABLE_2.items()),
+        metrics=ADM,
+        guidance=True,
+    ),
+    "table3": Experiment(
+        title="Table 3: the losses",
+        rows=(
+            Row(label="AR", recipe=AR_ONCE, paper={"fid": 31.35, "probe": 18.68}),
+            CONTROL,
+            _ablated("+ MIM", {"fid": 30.58, "probe": 22.71}, beta=0.0),
+            _ablated("+ MIM + step", {"fid": 28.02, "probe": 27.73}, view_loss=False),
+            _ablated("+ MIM + view", {"fid": 27.78, "probe": 38.31}, step_loss=False),
+            _ablated("+ MIM + step + view (ST-AR)", {"fid": 26.58, "probe": 45.27}),
+        ),
+        metrics=("fid", "probe"),
+    ),
+    "table4": Experiment(
+        title="Table 4: the mask ratio r",
+        rows=tuple(
+            _ablated(f"r = {ratio}", {"fid": fid}, **({} if ratio == 0.25 else {"mask_ratio": ratio}))
+            for ratio, fid in ((0.15, 28.62), (0.25, 26.58), (0.35, 26.36), (0.45, 27.50))
+        ),
+        metrics=("fid", "probe"),
+    ),
+    "table5": Experiment(
+        title="Table 5: the depth of the contrast",
+        rows=tuple(
+            _ablated(f"layer {layer} of {DEPTH}", {"fid": fid}, contrast=None if layer == 6 else layer / DEPTH)
+            for layer, fid in ((3, 27.34), (6, 26.58), (9, 28.76), (12, 29.45))
+        ),
+        metrics=("fid", "probe"),
+    ),
+    "table6": Experiment(
+        title="Table 6: the positions K",
+        rows=tuple(
+            _ablated(f"K = {count}", {"fid": fid}, **({} if count == 4 else {"positions": count}))
+            for count, fid in ((2, 27.50), (4, 26.58), (8, 26.54), (16, 25.78))
+        ),
+        metrics=("fid", "probe"),
+    ),
+    "fig1": Experiment(
+        title="Figure 1: what plain autoregressive training learns",
+        rows=(Row(label="AR", recipe=AR_ONCE),),
+        figure="understanding",
+    ),
+    "fig2": Experiment(
+        title="Figure 2: attention of plain autoregressive training, by layer and step",
+        rows=(Row(label="AR", recipe=AR_ONCE),),
+        figure="attention",
+    ),
+    "fig4": Experiment(
+        title="Figure 4: linear probing over the steps",
+        rows=(
+            Row(label="AR", recipe=AR_ONCE, paper={"probe": 18.68}),
+            CONTROL,
+            Row(label="ST-AR", recipe=Recipe(), paper={"probe": 45.27}),
+        ),
+        figure="probe",
+    ),
+    "fig5": Experiment(
+        title="Figure 5: attention with self-guided training",
+        rows=(Row(label="AR", recipe=AR_ONCE), Row(label="ST-AR", recipe=Recipe())),
+        figure="attention",
+    ),
+}

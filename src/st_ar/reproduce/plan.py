@@ -1,0 +1,173 @@
+"""The commands that a table or figure needs, in order, and what they cost. Each is a command that anyone could give by hand."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from st_ar.cost import run_bytes, training_flops
+from st_ar.errors import UserError
+from st_ar.reproduce.paper import Experiment, Recipe
+from st_ar.reproduce.scales import Scale, options
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """What the models are trained and measured on."""
+
+    images: str
+    test_images: str
+    tokenizer: Path | None = None
+    """One that is there; None to train the scale's."""
+    reference: str | None = None
+    """For evaluation; None to compute it from the test images."""
+    classes: int | None = None
+    """How many, if they are not the preset's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """A command and what it leaves."""
+
+    name: str
+    command: tuple[str, ...]
+    """The verb and its options."""
+    makes: Path
+    """File or folder."""
+    flops: float = 0.0
+    """Of training, which takes the most of the time."""
+    disk: float = 0.0
+    """Bytes that are known beforehand."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Files:
+    """Where a row's numbers come from: one of each for each seed."""
+
+    runs: list[Path] = field(default_factory=list)
+    evaluations: list[Path] = field(default_factory=list)
+    probes: list[Path] = field(default_factory=list)
+
+
+class Plan:
+    """The stages of an experiment in order; those that two rows or two experiments share are the same, in the same place.
+
+    Args:
+        work: folder of everything that is made.
+        seeds: of the runs; every row has one for each.
+        steps: optimizer steps of 50 epochs at the small scales, if not the preset's.
+
+    Raises:
+        UserError: seeds that say nothing, or a scale that needs a tokenizer and was given none.
+    """
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        scale: Scale,
+        data: Data,
+        work: Path,
+        *,
+        seeds: Sequence[int] = (0,),
+        steps: int | None = None,
+    ) -> None:
+        if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0:
+            raise UserError(f"--seeds must be different numbers of 0 or more, at least one, not {list(seeds)}")
+        self.experiment, self.scale, self.data, self.work = experiment, scale, data, work
+        self._stages: dict[Path, Stage] = {}
+        self.tokenizer = data.tokenizer or self._train_tokenizer()
+        self.tokens = self._tokenize("training", data.images, scale.cut)
+        self.test_tokens = self._tokenize("test", data.test_images, (*scale.cut[:2], "--crops", "center"))
+        self.files = {row.label: Files() for row in experiment.rows}
+        for row in experiment.rows:
+            for seed in seeds:
+                run = self._train(row.recipe, seed, steps)
+                files = self.files[row.label]
+                files.runs.append(run)
+                if "fid" in experiment.metrics:
+                    files.evaluations.append(self._evaluate(run, seed))
+                if "probe" in experiment.metrics or experiment.figure in ("probe", "understanding"):
+                    files.probes.append(self._probe(run))
+        self.figures: list[Path] = []
+        if experiment.figure in ("attention", "understanding"):
+            self.figures.append(self._attention())
+        if experiment.figure == "understanding":
+            self.figures.append(self._invariance())
+
+    @property
+    def stages(self) -> list[Stage]:
+        """All of them, in order."""
+        return list(self._stages.values())
+
+    def _add(self, name: str, makes: Path, *command: str, flops: float = 0.0, disk: float = 0.0) -> Path:
+        self._stages.setdefault(makes, Stage(name=name, command=command, makes=makes, flops=flops, disk=disk))
+        return makes
+
+    def _train_tokenizer(self) -> Path:
+        if self.scale.tokenizer is None:
+            raise UserError("this scale takes a tokenizer that is there: give --tokenizer (LlamaGen's vq_ds16_c2i.pt)")
+        out = self.work / "tokenizer"
+        images = ("--images", self.data.images)
+        return self._add("tokenizer", out, "train-tokenizer", *self.scale.tokenizer, *images, "--out", str(out))
+
+    def _tokenize(self, kind: str, images: str, cut: Sequence[str]) -> Path:
+        out = self.work / f"tokens-{kind}"
+        what = ("--images", images, "--tokenizer", str(self.tokenizer), *cut, "--out", str(out))
+        views = 1 if kind == "test" else 10
+        disk = 0 if self.scale.image_count is None or kind == "test" else self.scale.image_count * views * 512
+        return self._add(f"tokens of the {kind} images", out, "tokenize", *what, disk=disk)
+
+    def _train(self, recipe: Recipe, seed: int, steps: int | None) -> Path:
+        preset, config = self.scale.config(recipe, seed, steps=steps, classes=self.data.classes)
+        run = self.work / "runs" / f"{run_name(recipe)}-seed{seed}"
+        known = config.steps is not None or self.scale.image_count is not None
+        return self._add(
+            f"train {run.name}",
+            run,
+            *("train", preset, "--tokens", str(self.tokens), "--out", str(run), *options(preset, config)),
+            flops=training_flops(config, self.scale.image_count or 0) if known else 0.0,
+            disk=run_bytes(config),
+        )
+
+    def _evaluate(self, run: Path, seed: int) -> Path:
+        scale, guided = self.scale, self.experiment.guidance
+        extractor = ("--extractor", scale.extractor)
+        reference = self.data.reference
+        if reference is None:
+            made = self.work / f"reference-{scale.extractor}.npz"
+            reference = str(
+                self._add("reference", made, "reference", self.data.test_images, *extractor, "--out", str(made))
+            )
+        samples = run.with_name(f"{run.name}-{'guided' if guided else 'unguided'}.npz")
+        how = ("--model", str(run), "--tokenizer", str(self.tokenizer), *scale.samples, "--seed", str(seed))
+        guidance = () if guided else ("--cfg-scale", "1")
+        disk = scale.sample_count * scale.side**2 * 3
+        self._add(f"sample {run.name}", samples, "sample", *how, *guidance, "--out", str(samples), disk=disk)
+        out = samples.with_suffix(".evaluation.json")
+        how = (str(samples), "--reference", reference, *extractor, "--json", str(out))
+        return self._add(f"evaluate {run.name}", out, "evaluate", *how)
+
+    def _probe(self, run: Path) -> Path:
+        out = run.with_name(f"{run.name}-probe.json")
+        stores = ("--tokens", str(self.tokens), "--test-tokens", str(self.test_tokens))
+        what = ("--model", str(run), *stores, *self.scale.probe_crops, "--out", str(out))
+        return self._add(f"probe {run.name}", out, "probe", *what)
+
+    def _attention(self) -> Path:
+        out = self.work / f"attention-{'-'.join(files.runs[0].name for files in self.files.values())}"
+        models = ("--model", *(str(files.runs[0]) for files in self.files.values()))
+        what = (*models, "--tokens", str(self.test_tokens), "--tokenizer", str(self.tokenizer), "--out", str(out))
+        return self._add("attention", out, "attention", *what)
+
+    def _invariance(self) -> Path:
+        out = self.work / "invariance"
+        what = ("--images", self.data.test_images, "--tokenizer", str(self.tokenizer), "--out", str(out))
+        return self._add("invariance", out, "invariance", *what)
+
+
+def run_name(recipe: Recipe) -> str:
+    """A folder's name that tells a recipe from all others."""
+    parts = ["st-ar" if recipe.guided else "ar", recipe.size.lower(), f"{recipe.epochs}-epochs"]
+    parts += [] if recipe.views is None else [f"{recipe.views}-views"]
+    parts += [] if recipe.contrast is None else [f"depth-{recipe.contrast:g}"]
+    parts += [f"{name.replace('_', '-')}-{str(value).lower()}" for name, value in sorted(recipe.changes.items())]
+    return "-".join(parts)

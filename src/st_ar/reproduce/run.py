@@ -1,0 +1,80 @@
+"""Giving a plan's commands one after the other; what is done stays done, and what was stopped goes on."""
+
+import shlex
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from st_ar.errors import UserError
+from st_ar.files import read_json, write_json
+from st_ar.reproduce.plan import Stage
+
+CONTINUED = ("train", "train-tokenizer", "tokenize", "sample")
+"""Verbs that continue what they began; of the others half of a folder is thrown away."""
+
+
+def run_stages(stages: Sequence[Stage], work: Path, call: Callable[[list[str]], None]) -> None:
+    """Give each command that is not done yet.
+
+    done/NAME.json in `work` holds a command once it was begun, and its seconds once it was done.
+
+    Args:
+        call: runs a command line, the verb first.
+
+    Raises:
+        UserError: what the commands raise; or something in `work` was made by another command.
+    """
+    for number, stage in enumerate(stages, start=1):
+        mark = work / "done" / f"{stage.makes.name}.json"
+        command = list(stage.command)
+        begun = read_json(mark, "a stage") if mark.exists() else None
+        if begun is not None and begun.get("command") != command:
+            raise UserError(
+                f"{stage.makes} was made by another command, `st-ar {shlex.join(begun.get('command', []))}`, not by "
+                f"`st-ar {shlex.join(command)}`: choose another --out, or remove it and {mark}"
+            )
+        if begun is not None and begun.get("seconds") is not None:
+            if not stage.makes.exists():
+                raise UserError(
+                    f"{stage.makes} is gone, but {mark} says that it was made: remove that to make it again"
+                )
+            continue
+        print(f"\n[{number}/{len(stages)}] {stage.name}\nst-ar {shlex.join(command)}", flush=True)
+        if begun is None and stage.makes.exists():
+            raise UserError(f"{stage.makes} exists already and was not made here: choose another --out, or remove it")
+        write_json(mark, {"command": command, "seconds": None})
+        started = time.perf_counter()
+        if not _is_whole(stage):
+            call(_continued(stage))
+        write_json(mark, {"command": command, "seconds": time.perf_counter() - started})
+
+
+def _continued(stage: Stage) -> list[str]:
+    """The command, with --resume where a run is to be continued."""
+    verb, path = stage.command[0], stage.makes
+    is_run = verb == "train" or (verb == "train-tokenizer" and stage.command[1] != "kmeans")
+    if is_run:
+        return [*stage.command, *(["--resume"] if (path / "config.json").exists() else [])]
+    if path.is_dir() and (verb not in CONTINUED or verb == "train-tokenizer"):
+        shutil.rmtree(path)
+    return list(stage.command)
+
+
+def _is_whole(stage: Stage) -> bool:
+    """Whether a command that was stopped had in fact done everything: it writes what is looked for here last."""
+    verb, path = stage.command[0], stage.makes
+    if verb in ("evaluate", "probe", "reference"):
+        return path.exists()
+    last = {
+        "tokenize": path / "meta.json",
+        "sample": path.with_suffix(".json"),
+        "attention": path / "attention.html",
+        "invariance": path / "invariance.json",
+    }
+    return verb in last and last[verb].exists()
+
+
+def seconds_of(path: Path, work: Path) -> float:
+    """What making it took."""
+    return float(read_json(work / "done" / f"{path.name}.json", "a stage")["seconds"])

@@ -1,0 +1,79 @@
+"""The verb that makes the paper's tables and figures: its options are the fields, and its help their docstrings.
+
+What it needs is imported when it runs, so that help is quick.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from st_ar.errors import UserError
+from st_ar.reproduce.paper import EXPERIMENTS, Name
+from st_ar.reproduce.scales import SCALES, ScaleName
+
+
+@dataclass(kw_only=True)
+class Reproduce:
+    """Make a table or a figure of the paper: train what is missing, measure it, and show it beside the paper's numbers.
+
+    Each step is a command that is printed before it is given. The same command again continues what a stopped one began, and other
+    tables with the same --out share its runs.
+    """
+
+    what: tyro.conf.Positional[Name]
+    """Which table or figure."""
+    out: Path
+    """Folder of everything that is made."""
+    scale: ScaleName = "tiny"
+    """tiny: 0.9M parameters on the embedded photographs, minutes a run on two cores. small: 5.6M on --data of 32 pixels, hours.
+    imagenet: the paper's models and lengths."""
+    data: str | None = None
+    """Image source of the training images (folder:PATH, parquet:GLOB, hub:NAME:SPLIT); tiny has the photographs."""
+    test_data: str | None = None
+    """Image source of the test images, which samples are measured against too, if there is no --reference."""
+    tokenizer: Path | None = None
+    """One that is there, instead of training the scale's; imagenet needs one (LlamaGen's vq_ds16_c2i.pt)."""
+    reference: str | None = None
+    """What samples are measured against; ADM's VIRTUAL_imagenet256_labeled.npz for the paper's numbers."""
+    seeds: tuple[int, ...] = (0,)
+    """Seeds; every row is trained with each, and the table shows mean and standard deviation."""
+    steps: int | None = None
+    """Optimizer steps that stand for 50 epochs (six times as many for 300), if not the small scales' own."""
+    dry_run: bool = False
+    """Print the commands, what they would cost here, and the disk they need; make nothing."""
+
+    def run(self) -> None:
+        from st_ar.cli import run_command
+        from st_ar.reproduce.estimate import print_plan
+        from st_ar.reproduce.page import show
+        from st_ar.reproduce.plan import Data, Plan
+        from st_ar.reproduce.run import run_stages
+
+        scale, experiment = SCALES[self.scale], EXPERIMENTS[self.what]
+        images, test_images = self.data or scale.images, self.test_data or scale.test_images
+        if images is None or test_images is None or (self.data is None) != (self.test_data is None):
+            raise UserError(
+                f"--scale {self.scale} needs --data and --test-data, both: sources of the training and of the test images"
+            )
+        if self.steps is not None and (self.steps < 1 or self.scale == "imagenet"):
+            raise UserError("--steps must be at least 1, and is for the small scales: imagenet has the paper's lengths")
+        data = Data(
+            images=images,
+            test_images=test_images,
+            tokenizer=self.tokenizer,
+            reference=self.reference,
+            classes=None if self.data is None or self.scale == "imagenet" else _classes(images),
+        )
+        plan = Plan(experiment, scale, data, self.out, seeds=self.seeds, steps=self.steps)
+        if self.dry_run:
+            print_plan(plan, self.out)
+            return
+        run_stages(plan.stages, self.out, run_command)
+        show(self.what, plan)
+
+
+def _classes(images: str) -> int:
+    from st_ar.data.images import open_images
+
+    return len(open_images(images).class_names)

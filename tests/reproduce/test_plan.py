@@ -1,0 +1,160 @@
+"""The paper's rows as settings and commands."""
+
+from pathlib import Path
+
+import pytest
+import tyro
+
+from st_ar.config import TrainConfig
+from st_ar.cost import parameters, training_flops
+from st_ar.errors import UserError
+from st_ar.presets import PRESETS, get_preset
+from st_ar.reproduce.paper import EXPERIMENTS, Recipe
+from st_ar.reproduce.plan import Data, Plan, run_name
+from st_ar.reproduce.scales import SCALES, Scale, options
+
+PHOTOS = Data(images="photos:train", test_images="photos:test")
+WORK = Path("work")
+
+
+def config_of(name: str, row: str, scale: str = "imagenet") -> TrainConfig:
+    recipe = next(found.recipe for found in EXPERIMENTS[name].rows if found.label == row)
+    return SCALES[scale].config(recipe, 0)[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "preset"),
+    [
+        ("table3", "AR", "llamagen-b-50"),
+        ("table3", "+ MIM", "st-ar-b-50-mim"),
+        ("table3", "+ MIM + step", "st-ar-b-50-mim-step"),
+        ("table3", "+ MIM + view", "st-ar-b-50-mim-view"),
+        ("table3", "+ MIM + step + view (ST-AR)", "st-ar-b-50"),
+        ("table4", "r = 0.15", "st-ar-b-50-r15"),
+        ("table4", "r = 0.25", "st-ar-b-50"),
+        ("table4", "r = 0.35", "st-ar-b-50-r35"),
+        ("table4", "r = 0.45", "st-ar-b-50-r45"),
+        ("table5", "layer 3 of 12", "st-ar-b-50-layer3"),
+        ("table5", "layer 6 of 12", "st-ar-b-50"),
+        ("table5", "layer 9 of 12", "st-ar-b-50-layer9"),
+        ("table5", "layer 12 of 12", "st-ar-b-50-layer12"),
+        ("table6", "K = 2", "st-ar-b-50-k2"),
+        ("table6", "K = 4", "st-ar-b-50"),
+        ("table6", "K = 8", "st-ar-b-50-k8"),
+        ("table6", "K = 16", "st-ar-b-50-k16"),
+        ("table1", "LlamaGen-XL, 50 epochs", None),
+        ("table1", "ST-AR-L, 300 epochs", "st-ar-l"),
+        ("table2", "LlamaGen-L, 300 epochs", "llamagen-l"),
+    ],
+)
+def test_a_row_at_full_size_is_its_preset(name: str, row: str, preset: str | None) -> None:
+    if preset is None:
+        assert config_of(name, row).epochs == 50
+        assert config_of(name, row).model == get_preset("llamagen-xl").model
+    else:
+        assert config_of(name, row) == get_preset(preset)
+
+
+def test_the_control_reads_the_same_views_without_guidance() -> None:
+    control, guided = config_of("table3", "AR on the same two views (control)"), config_of("table4", "r = 0.25")
+    assert (control.views, guided.views) == (2, 2)
+    assert not control.selfguided.needs_teacher
+    assert control.total_steps(1000) == guided.total_steps(1000)
+
+
+@pytest.mark.parametrize("scale", list(SCALES))
+@pytest.mark.parametrize("name", list(EXPERIMENTS))
+def test_the_options_say_the_settings(name: str, scale: str) -> None:
+    for row in EXPERIMENTS[name].rows:
+        preset, config = SCALES[scale].config(row.recipe, 3)
+        given = tyro.cli(TrainConfig, args=options(preset, config), default=_budgeted(preset, config))
+        assert given == config
+
+
+def _budgeted(preset: str, config: TrainConfig) -> TrainConfig:
+    from dataclasses import replace
+
+    return replace(PRESETS[preset](), steps=config.steps, epochs=config.epochs)
+
+
+def test_small_scales_count_epochs_in_steps_and_layers_by_depth() -> None:
+    scale = SCALES["tiny"]
+    assert scale.config(Recipe(), 0)[1].steps == 200
+    assert scale.config(Recipe(epochs=300), 0)[1].steps == 1200
+    assert scale.config(Recipe(epochs=300), 0, steps=10)[1].steps == 60
+    layers = [config_of("table5", f"layer {n} of 12", "tiny").selfguided.layer(4) for n in (3, 6, 9, 12)]
+    assert layers == [1, 2, 3, 4]
+    assert scale.config(Recipe(), 0, classes=7)[1].model.num_classes == 7
+
+
+def test_runs_that_tables_share_are_the_same_in_the_same_place() -> None:
+    scale = SCALES["tiny"]
+    plans = {name: Plan(EXPERIMENTS[name], scale, PHOTOS, WORK) for name in ("table3", "table4", "table6", "fig4")}
+    commands: dict[Path, tuple[str, ...]] = {}
+    for plan in plans.values():
+        for stage in plan.stages:
+            assert commands.setdefault(stage.makes, stage.command) == stage.command
+    st_ar = [
+        plans[name].files[row].runs for name, row in (("table4", "r = 0.25"), ("table6", "K = 4"), ("fig4", "ST-AR"))
+    ]
+    assert st_ar[0] == st_ar[1] == st_ar[2] == [WORK / "runs" / "st-ar-b-50-epochs-seed0"]
+
+
+@pytest.mark.parametrize("name", list(EXPERIMENTS))
+def test_each_command_comes_after_what_it_reads(name: str) -> None:
+    made: set[str] = set()
+    stages = Plan(EXPERIMENTS[name], SCALES["tiny"], PHOTOS, WORK, seeds=(0, 1)).stages
+    everything = {str(stage.makes) for stage in stages}
+    for stage in stages:
+        read = (set(stage.command) & everything) - {str(stage.makes)}
+        assert read <= made, stage.name
+        assert str(stage.makes) in stage.command
+        made.add(str(stage.makes))
+    assert len({stage.makes.name for stage in stages}) == len(stages)  # by which they are marked as done
+
+
+def test_recipes_have_names_of_their_own() -> None:
+    recipes = [row.recipe for experiment in EXPERIMENTS.values() for row in experiment.rows]
+    names = {run_name(recipe) for recipe in recipes}
+    assert len(names) == len({str(recipe) for recipe in recipes})
+
+
+def test_each_seed_has_a_run() -> None:
+    plan = Plan(EXPERIMENTS["table3"], SCALES["tiny"], PHOTOS, WORK, seeds=(0, 4))
+    files = plan.files["AR"]
+    assert [run.name for run in files.runs] == ["ar-b-50-epochs-1-views-seed0", "ar-b-50-epochs-1-views-seed4"]
+    assert len(files.evaluations) == len(files.probes) == 2
+    train = next(stage for stage in plan.stages if stage.makes == files.runs[1])
+    assert train.command[train.command.index("--seed") + 1] == "4"
+
+
+@pytest.mark.parametrize("seeds", [(), (1, 1), (-1,)])
+def test_seeds_that_say_nothing_are_refused(seeds: tuple[int, ...]) -> None:
+    with pytest.raises(UserError, match="--seeds must be different numbers of 0 or more"):
+        Plan(EXPERIMENTS["table3"], SCALES["tiny"], PHOTOS, WORK, seeds=seeds)
+
+
+def test_full_size_needs_a_tokenizer() -> None:
+    with pytest.raises(UserError, match="give --tokenizer"):
+        Plan(EXPERIMENTS["table3"], SCALES["imagenet"], PHOTOS, WORK)
+
+
+@pytest.mark.parametrize(
+    ("size", "millions"), [("b", 110.9), ("l", 342.9), ("xl", 774.7), ("xxl", 1411.0), ("3b", 3096.7)]
+)
+def test_parameters_are_counted_by_formula(size: str, millions: float) -> None:
+    assert parameters(get_preset(f"llamagen-{size}").model) / 1e6 == pytest.approx(millions, abs=0.05)
+
+
+def test_training_costs_three_passes_and_the_teachers() -> None:
+    """The paper's models, MFLOP per token of body and head: B 174.6 / 25.2, XL 1486.4 / 41.9; ST-AR over AR 1.291 and 1.324."""
+    for size, body, head, ratio in (("b", 174.6e6, 25.2e6, 1.291), ("xl", 1486.4e6, 41.9e6, 1.324)):
+        plain, guided = get_preset(f"llamagen-{size}"), get_preset(f"st-ar-{size}")
+        tokens = plain.total_steps(10_000) * 256 * 256
+        assert training_flops(plain, 10_000) == pytest.approx(3 * (body + head) * tokens, rel=1e-3)
+        assert training_flops(guided, 10_000) / training_flops(plain, 10_000) / 2 == pytest.approx(ratio, abs=1e-3)
+
+
+def test_scales_name_presets_and_extractors_that_exist() -> None:
+    scales: list[Scale] = list(SCALES.values())
+    assert {scale.plain for scale in scales} | {scale.guided for scale in scales} <= PRESETS.keys()
