@@ -170,7 +170,7 @@ def attention_figure(
 
     rows = [(image, model) for image in range(len(images)) for model in maps]
     with matplotlib.rc_context(_style(name) | {"axes.grid": False}):
-        figure = Figure(figsize=(1.35 * (len(steps) + 1), 1.4 * len(rows)))
+        figure = Figure(figsize=(1.7 * (len(steps) + 1), 1.75 * len(rows)))
         cells = figure.subplots(len(rows), len(steps) + 1, squeeze=False)
         size = images.shape[1]
         side = size / grid
@@ -180,8 +180,10 @@ def attention_figure(
             for axes in cells[row]:
                 axes.set_xticks([])
                 axes.set_yticks([])
-                for spine in axes.spines.values():
-                    spine.set_visible(False)
+                for (
+                    spine
+                ) in axes.spines.values():  # the picture's outline, so that a dark past stands out from the blank
+                    spine.set(visible=True, linewidth=0.5, alpha=0.4)
                 axes.set_xlim(-0.5, size - 0.5)
                 axes.set_ylim(size - 0.5, -0.5)
             cells[row, 0].imshow(picture)

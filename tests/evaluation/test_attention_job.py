@@ -214,7 +214,7 @@ def test_masked_keys_have_no_weight_in_the_maps_and_the_averages(
             assert weights.sum() == pytest.approx(1, abs=1e-5)
     html = (tmp_path / "maps" / "attention.html").read_text()
     own = "" if own_position else ", but not from its own query"
-    assert f"50% of each image&#39;s keys are masked at random{own} (seed 2)." in html
+    assert f"50 % of each image&#39;s token keys are masked at random{own} (seed 2)." in html
     assert json.loads((tmp_path / "maps" / "statistics.json").read_text())["masks"] == asdict(masks)
 
 

@@ -18,7 +18,7 @@ from st_ar.report import Chart, Section, Table, write_report
 
 AXES = (
     "weight on the class",
-    "weight on the 3 x 3 around the newest token",
+    "weight on the 3 x 3 around",
     "mean distance (tokens)",
     "entropy (nats)",
 )
@@ -54,7 +54,7 @@ class Looked:
         if self.masks.ratio == 0:
             return ""
         own = "" if self.masks.own_position else ", but not from its own query"
-        return f" {self.masks.ratio:.0%} of each image's keys are masked at random{own} (seed {self.masks.seed})."
+        return f" {100 * self.masks.ratio:g} % of each image's token keys are masked at random{own} (seed {self.masks.seed})."
 
 
 def table_of(
