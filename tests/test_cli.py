@@ -344,25 +344,30 @@ def test_the_probe_prints_and_keeps_what_the_library_measures(line: Line, tmp_pa
 
 
 def test_attention_draws_the_maps_and_prints_the_statistics_it_keeps(line: Line, tmp_path: Path) -> None:
-    out = tmp_path / "maps.svg"
-    files = ["--model", line.run, "--tokens", line.test, "--tokenizer", line.tokenizer, "--out", out]
-    line.do("attention", "attention", *files, "--images", "4", "--average", "6", "--ema")
-    assert out.read_text().startswith("<svg")
-    saved = json.loads(out.with_suffix(".json").read_text())
+    out = tmp_path / "maps"
+    files = ["--tokens", line.test, "--tokenizer", line.tokenizer, "--out", out, "--device", "cpu"]
+    models = ["--model", line.run, line.run / "export" / "ema.safetensors", "--names", "live", "EMA"]
+    chosen = ["--layers", "1", "2", "--heads", "mean", "2", "--steps", "9", "40", "--images", "4", "--average", "6"]
+    masks = ["--mask-ratio", "0.25", "--seed", "3", "--no-mask-own-position"]
+    line.do("attention", "attention", *models, *files, *chosen, *masks)
+    maps = [f"layer-{layer}-{head}.png" for layer in (1, 2) for head in ("head-2", "mean")]
+    assert sorted(path.name for path in out.glob("layer-*.png")) == maps
+    assert json.loads((out / "layer-1-mean.json").read_text())["tokens read"] == [9, 40]
+    saved = json.loads((out / "statistics.json").read_text())
+    assert saved["masks"] == {"ratio": 0.25, "seed": 3, "own_position": False}
+    assert saved["images"] == 6
     header, *rows, empty, last = line.printed["attention"].splitlines()
-    assert re.split("  +", header) == ["layer", "on the class", "on the 3 x 3", "distance (tokens)", "entropy (nats)"]
-    assert [row.split() for row in rows] == [
-        [
-            layer,
-            f"{a['class_weight']:.3f}",
-            f"{a['neighbour_weight']:.3f}",
-            f"{a['distance']:.2f}",
-            f"{a['entropy']:.2f}",
-        ]
-        for layer, a in saved.items()
-    ]
-    assert list(saved) == ["1", "2"]
-    assert (empty, last) == ("", f"maps: {out}")
+    columns = ["layer, model", "on the class", "on the 3 x 3", "distance (tokens)", "entropy (nats)"]
+    assert re.split("  +", header) == columns
+    expected: list[list[str]] = []
+    for layer in ("1", "2"):
+        for name in ("live", "EMA"):
+            mean, std = (saved["models"][name]["layers"][layer]["over_heads"][which] for which in ("mean", "std"))
+            cells = [f"{mean[key]:.3f} ± {std[key]:.3f}" for key in ("class_weight", "neighbour_weight")]
+            cells += [f"{mean[key]:.2f} ± {std[key]:.2f}" for key in ("distance", "entropy")]
+            expected.append([f"{layer}, {name}", *cells])
+    assert [re.split("  +", row) for row in rows] == expected
+    assert (empty, last) == ("", f"the page: {out / 'attention.html'}")
 
 
 @pytest.mark.parametrize(
@@ -509,13 +514,18 @@ class TestMistakes:
     @pytest.mark.parametrize(
         ("option", "match"),
         [
-            (["--layer", "3"], "no layer 3: this network has layers 1 to 2"),
-            (["--images", "500"], "--images 500 is out of range: .* has images 0 to 499"),
+            (["--layers", "3"], "no layer 3: run has layers 1 to 2"),
+            (["--heads", "3"], "no head 3: run has heads 1 to 2"),
+            (["--steps", "64"], "no step 64: maps can be drawn after reading 1 to 63"),
+            (["--images", "500"], "no image 500: .* has images 0 to 499"),
+            (["--mask-ratio", "1"], "--mask-ratio must lie in"),
+            (["--seed", "1"], "--seed and --no-mask-own-position are about masked keys: give --mask-ratio too"),
+            (["--no-mask-own-position"], "--seed and --no-mask-own-position are about masked keys"),
         ],
     )
     def test_attention_to_what_is_not_there(self, capsys: Capture, line: Line, option: list[str], match: str) -> None:
         files = ["--model", line.run, "--tokens", line.test, "--tokenizer", line.tokenizer]
-        refused(capsys, match, "attention", *files, "--out", line.folder / "new.svg", *option)
+        refused(capsys, match, "attention", *files, "--out", line.folder / "new", *option)
 
 
 def test_a_mistake_in_the_files_is_one_line_in_the_shell_too(line: Line) -> None:

@@ -71,6 +71,16 @@ def test_ticks_are_where_they_were_asked_for() -> None:
     assert [word for word in words(svg) if word.isdigit()][:3] == ["8", "32", "64"]
 
 
+def test_a_spread_is_a_band_around_its_line_and_among_the_numbers() -> None:
+    series = {"AR": ([1, 2], [3.0, 4.0]), "ST-AR": ([1, 2], [1.0, 2.0])}
+    drawing = line_chart(series, name="entropy", x="layer", y="nats", spread={"ST-AR": [0.5, 0.25]})
+    (band,) = drawing.figure.axes[0].collections
+    corners = {(x, y) for x, y in band.get_paths()[0].vertices.tolist()}
+    assert corners == {(1, 0.5), (1, 1.5), (2, 1.75), (2, 2.25)}
+    assert drawing.data["series"]["ST-AR"]["spread"] == [0.5, 0.25]
+    assert "spread" not in drawing.data["series"]["AR"]
+
+
 def test_a_missing_value_leaves_a_gap() -> None:
     whole, gap = chart(AR=[3.0, 2.0, 1.5, 1.0, 0.5]), chart(AR=[3.0, 2.0, float("nan"), 1.0, 0.5])
     assert "nan" not in gap.lower()
@@ -143,6 +153,16 @@ def test_attention_is_drawn_over_what_is_read_and_the_future_is_blank() -> None:
     brightness = [int(middle[:3].astype(int).sum()) for middle in middles[:5]]
     assert brightness.index(max(brightness)) == 2
     assert len({brightness[index] for index in (0, 1, 3, 4)}) == 1
+
+
+def test_masked_tokens_have_no_heat() -> None:
+    pictures = np.full((1, 6, 6, 3), 100, np.uint8)
+    masked = np.zeros((1, 9, 9), bool)
+    masked[0, 5, 2] = True  # token 1
+    masked[0, 4, 3] = True  # of another query
+    drawing = attention_figure(pictures, {"AR": random_maps(1, 3)}, grid=3, steps=[5], name="one", masked=masked)
+    heat = np.ma.filled(drawing.figure.axes[1].images[1].get_array(), np.nan).ravel()
+    assert np.isnan(heat).tolist() == [False, True, False, False, False, True, True, True, True]
 
 
 def test_rows_are_images_and_models_and_columns_are_steps() -> None:

@@ -51,7 +51,8 @@ def _style(name: str) -> dict[str, Any]:
     }
 
 
-def _require_matplotlib() -> Any:
+def require_matplotlib() -> Any:
+    """The module; UserError where it is not installed."""
     try:
         import matplotlib
     except ModuleNotFoundError as error:
@@ -72,7 +73,7 @@ class Drawing:
     def svg(self) -> str:
         """For a page to take in."""
         file = io.StringIO()
-        with _require_matplotlib().rc_context(_style(self.name)):
+        with require_matplotlib().rc_context(_style(self.name)):
             self.figure.savefig(file, format="svg", bbox_inches="tight", metadata={"Date": None, "Creator": None})
         text = file.getvalue()
         text = text[text.index("<svg") :].replace(_INK, "currentColor")
@@ -106,6 +107,7 @@ def line_chart(
     markers: bool = True,
     x_ticks: Sequence[float] | None = None,
     log_x: bool = False,
+    spread: Mapping[str, Sequence[float]] | None = None,
 ) -> Drawing:
     """Lines over a common axis.
 
@@ -115,8 +117,9 @@ def line_chart(
         x, y: axis labels with units.
         markers: whether to mark the points.
         x_ticks: where to put ticks.
+        spread: label -> half the height of a band around the line.
     """
-    matplotlib = _require_matplotlib()
+    matplotlib = require_matplotlib()
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context(_style(name)):
@@ -125,6 +128,9 @@ def line_chart(
         for index, (label, (xs, ys)) in enumerate(series.items()):
             marker = MARKERS[index % len(MARKERS)] if markers else None
             axes.plot(xs, ys, label=label, color=COLOURS[index % len(COLOURS)], marker=marker, markersize=6)
+            if spread and label in spread:
+                low, high = (np.add(ys, np.multiply(sign, spread[label])) for sign in (-1, 1))
+                axes.fill_between(xs, low, high, color=COLOURS[index % len(COLOURS)], alpha=0.15, linewidth=0)
         axes.set_xlabel(x)
         axes.set_ylabel(y)
         if log_x:
@@ -133,11 +139,19 @@ def line_chart(
             axes.set_xticks(list(x_ticks))
         axes.legend()
     lines = {label: {"x": list(map(float, xs)), "y": list(map(float, ys))} for label, (xs, ys) in series.items()}
+    for label, heights in (spread or {}).items():
+        lines[label]["spread"] = list(map(float, heights))
     return Drawing(figure=figure, name=name, data={"x": x, "y": y, "series": lines})
 
 
 def attention_figure(
-    images: np.ndarray, maps: Mapping[str, np.ndarray], *, grid: int, steps: Sequence[int], name: str
+    images: np.ndarray,
+    maps: Mapping[str, np.ndarray],
+    *,
+    grid: int,
+    steps: Sequence[int],
+    name: str,
+    masked: np.ndarray | None = None,
 ) -> Drawing:
     """What each model looks at, over the images: a row for each image and model, a column for each step.
 
@@ -148,14 +162,15 @@ def attention_figure(
         images: uint8 [N, S, S, 3].
         maps: model -> weights [N, T, T] of one layer, averaged over heads, rows are queries and key 0 is the class.
         steps: numbers of tokens read, in 1..T-1.
+        masked: bool [N, T, T], True where a query may not look: those tokens have no heat.
     """
-    matplotlib = _require_matplotlib()
+    matplotlib = require_matplotlib()
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
 
     rows = [(image, model) for image in range(len(images)) for model in maps]
     with matplotlib.rc_context(_style(name) | {"axes.grid": False}):
-        figure = Figure(figsize=(1.35 * (len(steps) + 1), 1.4 * len(rows)))
+        figure = Figure(figsize=(1.7 * (len(steps) + 1), 1.75 * len(rows)))
         cells = figure.subplots(len(rows), len(steps) + 1, squeeze=False)
         size = images.shape[1]
         side = size / grid
@@ -165,8 +180,10 @@ def attention_figure(
             for axes in cells[row]:
                 axes.set_xticks([])
                 axes.set_yticks([])
-                for spine in axes.spines.values():
-                    spine.set_visible(False)
+                for (
+                    spine
+                ) in axes.spines.values():  # the picture's outline, so that a dark past stands out from the blank
+                    spine.set(visible=True, linewidth=0.5, alpha=0.4)
                 axes.set_xlim(-0.5, size - 0.5)
                 axes.set_ylim(size - 0.5, -0.5)
             cells[row, 0].imshow(picture)
@@ -178,6 +195,8 @@ def attention_figure(
                 weights = maps[model][index, step, 1 : step + 1]
                 heat = np.full(grid**2, np.nan)
                 heat[:step] = weights / max(float(weights.max()), 1e-12)
+                if masked is not None:
+                    heat[:step][masked[index, step, 1 : step + 1]] = np.nan
                 read = np.repeat(np.repeat((np.arange(grid**2) < step).reshape(grid, grid), side, 0), side, 1)
                 axes.imshow(np.dstack([grey, np.where(read, 255, 0).astype(np.uint8)]))
                 extent = (-0.5, size - 0.5, size - 0.5, -0.5)

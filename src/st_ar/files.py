@@ -1,10 +1,12 @@
 """Files that are there whole or not at all: written under another name, flushed to the disk, then renamed."""
 
 import contextlib
+import csv
 import hashlib
+import io
 import json
 import os
-from collections.abc import Collection, Generator
+from collections.abc import Collection, Generator, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,16 @@ def write_json(path: Path, value: Any) -> None:
     """Write a JSON file, whole or not at all."""
     with written_aside(path) as aside:
         aside.write_text(json.dumps(value, indent=2) + "\n")
+
+
+def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Write a CSV file, whole or not at all; None is an empty cell."""
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(header)
+    table.writerows(rows)
+    with written_aside(path) as aside:
+        aside.write_text(text.getvalue())
 
 
 def read_json(path: Path, what: str) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import tyro
 
+from st_ar.attention_verb import Attention
 from st_ar.data_verbs import ImportTokens, Tokenize
 from st_ar.evaluation_verbs import Evaluate, MakeReference, Reconstruct
 from st_ar.printing import print_table
@@ -110,48 +111,6 @@ class Probe:
         print(f"layer {result.layer}, {result.train_images:,} training and {result.test_images:,} test images")
         rows = [(str(step), f"{100 * share:.1f}") for step, share in zip(result.steps, result.top1, strict=True)]
         print_table(("step", "accuracy (%)"), rows)
-
-
-@dataclass(kw_only=True)
-class Attention:
-    """Attention maps over images of a store, as an SVG, and their statistics by layer as a table."""
-
-    model: Path
-    """A run, an export folder, a .safetensors file, or a .pt file of LlamaGen's."""
-    tokens: Path
-    """Token store with the images to read."""
-    tokenizer: Path
-    """The tokenizer that made the store."""
-    out: Path
-    """SVG file for the maps; the statistics go beside it as JSON."""
-    layer: int | None = None
-    """Layer to draw, counted from 1; half the depth by default."""
-    images: tuple[int, ...] = (0, 1, 2)
-    """Which of the store's images to draw."""
-    average: int = 256
-    """Images to average the statistics over."""
-    ema: bool = False
-    """Look at the averaged weights instead of the live ones."""
-
-    def run(self) -> None:
-        from st_ar.evaluation.attention import draw_attention
-
-        statistics = draw_attention(
-            self.model,
-            self.tokens,
-            self.tokenizer,
-            self.out,
-            layer=self.layer,
-            images=self.images,
-            average=self.average,
-            ema=self.ema,
-        )
-        rows = [
-            (str(layer), f"{a.class_weight:.3f}", f"{a.neighbour_weight:.3f}", f"{a.distance:.2f}", f"{a.entropy:.2f}")
-            for layer, a in statistics.items()
-        ]
-        print_table(("layer", "on the class", "on the 3 x 3", "distance (tokens)", "entropy (nats)"), rows)
-        print(f"\nmaps: {self.out}")
 
 
 @dataclass(kw_only=True)

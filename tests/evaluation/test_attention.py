@@ -1,26 +1,37 @@
 """Attention maps are what the model computes with, and their statistics are what a naive loop counts."""
 
 import cmath
-import json
 import math
-import xml.etree.ElementTree as ElementTree
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from st_ar.config import SelfGuidedConfig
 from st_ar.data.store import TokenStore
 from st_ar.errors import UserError
-from st_ar.evaluation.attention import attention_maps, attention_statistics, attention_steps, draw_attention
+from st_ar.evaluation import attention
+from st_ar.evaluation.attention import (
+    STATISTICS,
+    AttentionStatistics,
+    ImageMasks,
+    attention_maps,
+    attention_statistics,
+    attention_steps,
+    average_statistics,
+    first_crops,
+    head_statistics,
+)
+from st_ar.model.transformer import attention_bias
 from st_ar.model.weights import load_model
-from tests.disk import contents, refused
-from tests.small_line import SmallLine, make_line, random_tokenizer
+from st_ar.selfguided.objective import draw
+from tests.small_line import SmallLine, make_line
 from tests.toys import TINY, random_model, random_sequences
 
 
@@ -60,6 +71,27 @@ def test_each_layers_output_is_reproduced_from_its_map(make_mask: Any) -> None:
         x = x + block.attention.merge(maps[number] @ v)
         x = x + block.feed_forward(block.ffn_norm(x))
         torch.testing.assert_close(x, states[number], rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+@MASKS
+def test_weights_times_values_are_what_the_fused_kernel_gives_the_model(make_mask: Any) -> None:
+    model, (tokens, labels) = random_model(), random_sequences(TINY, 2)
+    read, mask = tokens[:, :-1], make_mask()
+    fused: list[Tensor] = []
+    for block in model.blocks():
+        block.attention.register_forward_hook(lambda _module, _inputs, output: fused.append(output))
+    states = model.states(read, labels, layers=range(5), key_mask=mask)
+    bias = attention_bias(mask, 9, torch.float32, torch.device("cpu"))
+    for number, weights in attention_maps(model, read, labels, layers=[1, 2, 3, 4], key_mask=mask).items():
+        block = model.blocks()[number - 1]
+        q, k, v = block.attention.project(block.attention_norm(states[number - 1]), model.rope[:9])
+        heads = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        torch.testing.assert_close(weights @ v, heads, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(block.attention.merge(weights @ v), fused[number - 1], rtol=1e-5, atol=1e-5)
+        if mask is None:
+            causal = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            torch.testing.assert_close(weights @ v, causal, rtol=1e-5, atol=1e-5)
 
 
 @torch.no_grad()
@@ -164,8 +196,9 @@ def naive_statistics(weights: np.ndarray, grid: int) -> tuple[float, float, floa
                     near += weight if max(abs(row - at_row), abs(column - at_column)) <= 1 else 0.0
                     far += weight * math.hypot(row - at_row, column - at_column)
                 to_class = float(head[query, 0])
-                rows.append((to_class, near, far / (1 - to_class), entropy))
-    means = np.mean(rows, axis=0)
+                to_tokens = float(head[query, 1:].sum())
+                rows.append((to_class, near, far / to_tokens if to_tokens else math.nan, entropy))
+    means = np.nanmean(rows, axis=0)
     return means[0], means[1], means[2], means[3]
 
 
@@ -179,11 +212,36 @@ def test_statistics_are_those_of_a_naive_loop(grid: int, images: int, heads: int
     assert (found.class_weight, found.neighbour_weight, found.distance, found.entropy) == pytest.approx(expected)
 
 
+@torch.no_grad()
+def test_statistics_of_every_image_and_head_are_those_of_it_alone() -> None:
+    tokens, labels = random_sequences(TINY, 3)
+    weights = attention_maps(random_model(), tokens[:, :-1], labels, layers=[2])[2]
+    found = head_statistics(weights, 3)
+    assert found.shape == (3, 2, len(STATISTICS))
+    for image in range(3):
+        for head in range(2):
+            expected = naive_statistics(weights[image : image + 1, head : head + 1].numpy(), 3)
+            assert found[image, head].tolist() == pytest.approx(expected)
+    together = [getattr(attention_statistics(weights, 3), name) for name in STATISTICS]
+    assert found.mean((0, 1)).tolist() == pytest.approx(together)
+
+
 def test_a_model_that_looks_at_the_class_alone() -> None:
     weights = torch.zeros(1, 2, 9, 9)
     weights[..., 0] = 1
-    found = attention_statistics(weights, 3)
-    assert (found.class_weight, found.neighbour_weight, found.entropy) == (1, 0, 0)
+    assert asdict(attention_statistics(weights, 3)) == {
+        "class_weight": 1,
+        "neighbour_weight": 0,
+        "distance": 0,
+        "entropy": 0,
+    }
+
+
+def test_a_step_that_sees_no_token_has_no_distance() -> None:
+    weights = torch.zeros(1, 1, 4, 4)
+    weights[0, 0, :, 0] = 1
+    weights[0, 0, 3, :3] = torch.tensor([0.5, 0.25, 0.25])  # from token 2 (below 0) to 0 and 1 (across)
+    assert attention_statistics(weights, 2).distance == pytest.approx((1 + math.sqrt(2)) / 2)
 
 
 def test_a_model_that_looks_at_the_newest_token_alone() -> None:
@@ -206,7 +264,7 @@ def test_pictures_show_fifths_of_an_image_and_its_end() -> None:
     assert attention_steps(256) == [51, 102, 154, 205, 255]
 
 
-# The job
+# Averages over a store
 
 
 @pytest.fixture(scope="module")
@@ -214,58 +272,99 @@ def line(tmp_path_factory: pytest.TempPathFactory) -> SmallLine:
     return make_line(tmp_path_factory.mktemp("line"))
 
 
-def draw(line: SmallLine, out: Path, **changes: Any) -> Any:
-    return draw_attention(line.model, line.tokens, line.tokenizer, out, **changes)
+def values(statistics: AttentionStatistics | None) -> list[float]:
+    return [getattr(statistics, name) for name in STATISTICS]
 
 
-def test_it_writes_a_picture_and_the_statistics_of_every_layer(line: SmallLine, tmp_path: Path) -> None:
-    found = draw(line, tmp_path / "maps.svg", layer=3, images=[5, 1], average=4)
-    assert set(contents(tmp_path)) == {"maps.svg", "maps.json"}
-    root = ElementTree.fromstring((tmp_path / "maps.svg").read_text())
-    assert root.get("aria-label") == "attention at layer 3"
-    images = root.iter("{http://www.w3.org/2000/svg}image")
-    assert sum(1 for _ in images) == 2 * (1 + 5)  # each image, and what is looked at after each of five steps
+@pytest.mark.parametrize("at_once", [1, 3 * 2 * 81, 10**6], ids=["one by one", "three by three", "all together"])
+@pytest.mark.parametrize("masks", [ImageMasks(), ImageMasks(ratio=0.5, seed=3)], ids=["no mask", "masks"])
+def test_means_and_spreads_are_those_of_a_loop_over_images_whatever_the_batch(
+    line: SmallLine, monkeypatch: pytest.MonkeyPatch, at_once: int, masks: ImageMasks
+) -> None:
+    monkeypatch.setattr(attention, "WEIGHTS_AT_ONCE", at_once)
+    model, store, images = load_model(line.model), TokenStore(line.tokens), [0, 2, 3, 5, 7]
+    found = average_statistics(model, store, images, masks=masks)
+    assert list(found) == [1, 2, 3, 4]
+    for layer, statistics in found.items():
+        by_head = np.empty((len(images), 2, len(STATISTICS)))
+        for row, image in enumerate(images):
+            tokens, labels = first_crops(store, [image])
+            mask = masks.draw([image], 9)
+            weights = attention_maps(model, tokens[:, :-1], labels, layers=[layer], key_mask=mask)[layer].numpy()
+            for head in range(2):
+                by_head[row, head] = naive_statistics(weights[:, head : head + 1], 3)
+        close = {"rel": 1e-4, "abs": 1e-6}
+        assert values(statistics.over_heads.mean) == pytest.approx(by_head.mean((0, 1)), **close)
+        assert values(statistics.over_heads.std) == pytest.approx(by_head.mean(1).std(0, ddof=1), **close)
+        for head, averaged in enumerate(statistics.by_head):
+            assert values(averaged.mean) == pytest.approx(by_head[:, head].mean(0), **close)
+            assert values(averaged.std) == pytest.approx(by_head[:, head].std(0, ddof=1), **close)
+
+
+def test_a_model_without_preferences_looks_everywhere_alike(line: SmallLine) -> None:
+    """All queries and keys 0: after q tokens, each of the q + 1 keys has the weight 1 / (q + 1)."""
+    model, store = load_model(line.model), TokenStore(line.tokens)
+    with torch.no_grad():
+        for block in model.blocks():
+            block.attention.wqkv.weight[: 2 * TINY.dim] = 0
+    for statistics in average_statistics(model, store, range(4)).values():
+        mean, std = statistics.over_heads.mean, statistics.over_heads.std
+        assert mean.class_weight == pytest.approx(sum(1 / (q + 1) for q in range(1, 9)) / 8)
+        assert mean.entropy == pytest.approx(sum(math.log(q + 1) for q in range(1, 9)) / 8)
+        assert values(std) == pytest.approx([0, 0, 0, 0], abs=1e-6)
+
+
+def test_a_single_image_has_no_spread(line: SmallLine) -> None:
+    found = average_statistics(load_model(line.model), TokenStore(line.tokens), [4])
+    assert all(s.over_heads.std is None and s.by_head[0].std is None for s in found.values())
+
+
+def test_first_crops_are_the_stores(line: SmallLine) -> None:
     store = TokenStore(line.tokens)
-    codes = torch.from_numpy(store.codes(np.arange(4), np.zeros((4, 1), int))[:, 0].astype(np.int64))
-    maps = attention_maps(
-        load_model(line.model), codes[:, :-1], torch.from_numpy(store.labels[:4]), layers=[1, 2, 3, 4]
-    )
-    assert found == {layer: attention_statistics(weights, 3) for layer, weights in maps.items()}
-    saved = json.loads((tmp_path / "maps.json").read_text())
-    assert saved == {str(layer): asdict(value) for layer, value in found.items()}
+    tokens, labels = first_crops(store, [5, 1])
+    assert tokens.dtype == torch.int64
+    assert tokens.tolist() == [store.codes(np.array([i]), np.array([[0]]))[0, 0].tolist() for i in (5, 1)]
+    assert labels.tolist() == [store.labels[5], store.labels[1]]
 
 
-def test_it_can_look_at_the_averaged_weights(line: SmallLine, tmp_path: Path) -> None:
-    live, ema = (draw(line, tmp_path / f"{ema}.svg", images=[0], average=2, ema=ema) for ema in (False, True))
-    assert live != ema
-    assert (tmp_path / "False.svg").read_text() != (tmp_path / "True.svg").read_text()
+# Masks
+
+
+@given(st.floats(0.01, 0.99), st.integers(0, 5), st.lists(st.integers(0, 10**6), min_size=1, max_size=4))
+def test_an_images_mask_is_trainings_of_a_step_with_its_number(ratio: float, seed: int, images: list[int]) -> None:
+    config = SelfGuidedConfig(mask_ratio=ratio)
+    found = ImageMasks(ratio=ratio, seed=seed).draw(images, 9)
+    assert found is not None
+    assert found.sum(1).tolist() == [round(ratio * 8)] * len(images)
+    for mask, image in zip(found, images, strict=True):
+        expected = draw(config, TINY, images=1, views=1, seed=seed, step=image).key_mask
+        assert expected is not None
+        assert torch.equal(mask, expected[0, 0])
+
+
+def test_masks_can_leave_a_tokens_own_query_out_as_training_can() -> None:
+    config = SelfGuidedConfig(mask_ratio=0.5, mask_own_position=False)
+    found = ImageMasks(ratio=0.5, seed=1, own_position=False).draw([7], 9)
+    expected = draw(config, TINY, images=1, views=1, seed=1, step=7).key_mask
+    assert found is not None
+    assert expected is not None
+    assert torch.equal(found, expected[0])
+    assert not found.diagonal(dim1=1, dim2=2).any()
+
+
+def test_no_ratio_is_no_mask() -> None:
+    assert ImageMasks().draw([0, 1], 9) is None
 
 
 @pytest.mark.parametrize(
-    ("changes", "match"),
+    ("settings", "match"),
     [
-        ({"images": [0, 8]}, "--images 8 is out of range: .* has images 0 to 7"),
-        ({"images": [-1]}, "--images -1 is out of range"),
-        ({"images": []}, "at least one image"),
-        ({"average": 0}, "at least one image"),
-        ({"layer": 0}, "no layer 0: this network has layers 1 to 4"),
-        ({"layer": 5}, "no layer 5: this network has layers 1 to 4"),
+        ({"ratio": -0.1}, r"--mask-ratio must lie in \[0, 1\), not -0.1"),
+        ({"ratio": 1.0}, r"--mask-ratio must lie in \[0, 1\), not 1.0"),
+        ({"ratio": math.nan}, r"--mask-ratio must lie in \[0, 1\), not nan"),
+        ({"ratio": 0.5, "seed": -1}, "--seed must be 0 or more, not -1"),
     ],
 )
-def test_what_is_out_of_range_is_refused_and_nothing_written(
-    line: SmallLine, tmp_path: Path, changes: dict[str, Any], match: str
-) -> None:
-    with refused(tmp_path, match):
-        draw(line, tmp_path / "maps.svg", **changes)
-
-
-def test_pictures_are_svg_or_refused(line: SmallLine, tmp_path: Path) -> None:
-    with refused(tmp_path, "drawn as SVG; give a name that ends in .svg"):
-        draw(line, tmp_path / "maps.png")
-
-
-def test_another_tokenizer_is_refused(line: SmallLine, tmp_path: Path) -> None:
-    other = random_tokenizer(seed=1)
-    other.save(tmp_path / "other")
-    with refused(tmp_path, f"was made by tokenizer .*, .*other is {other.fingerprint[:12]}"):
-        draw_attention(line.model, line.tokens, tmp_path / "other", tmp_path / "maps.svg")
+def test_masks_out_of_range_are_refused(settings: dict[str, Any], match: str) -> None:
+    with pytest.raises(UserError, match=match):
+        ImageMasks(**settings)

@@ -18,7 +18,7 @@ from st_ar.data.store import TokenStore
 from st_ar.data.text import TextStore, write_text
 from st_ar.data.views import Views
 from st_ar.errors import UserError
-from st_ar.evaluation.attention import draw_attention
+from st_ar.evaluation.attention_job import report_attention
 from st_ar.evaluation.likelihood import validation_loss
 from st_ar.evaluation.probe import extract_features
 from st_ar.model.generate import generate
@@ -364,4 +364,4 @@ def test_what_needs_captions_says_so(learned: Path, tokens: Path, tmp_path: Path
     ):
         validation_loss(model, TokenStore(tokens))
     with pytest.raises(UserError, match="st-ar attention needs each image's condition"):
-        draw_attention(learned, tokens, tmp_path, tmp_path / "maps.svg")
+        report_attention([learned], tokens, tmp_path, tmp_path / "maps")

@@ -3,9 +3,8 @@
 Fused attention returns no weights, so they are computed again from each layer's input, with the model's own projections.
 """
 
-from collections.abc import Collection, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
@@ -13,18 +12,27 @@ from torch import Tensor
 
 from st_ar.data.store import TokenStore
 from st_ar.errors import UserError
-from st_ar.figures import attention_figure
-from st_ar.files import write_json
 from st_ar.model.transformer import Transformer, attention_bias, attention_weights
-from st_ar.model.weights import open_model
-from st_ar.tokenizer import load_tokenizer, to_uint8
+from st_ar.progress import progress
+from st_ar.randomness import Purpose, torch_generator
+from st_ar.selfguided.masking import random_key_mask, show_own_position
+
+WEIGHTS_AT_ONCE = 2**23
+"""Weights of one layer that are in memory together: 8 images of 256 tokens and 16 heads, 32 MiB."""
 
 
-@torch.no_grad()
 def attention_maps(
     model: Transformer, tokens: Tensor, labels: Tensor, *, layers: Collection[int], key_mask: Tensor | None = None
 ) -> dict[int, Tensor]:
-    """Softmax(Q K^T / sqrt(head_dim) + M) of the chosen layers: float32 [B, H, T, N - 1 + T], queries before keys.
+    """The maps of `weights_by_layer`, all at once."""
+    return dict(weights_by_layer(model, tokens, labels, layers=layers, key_mask=key_mask))
+
+
+@torch.no_grad()
+def weights_by_layer(
+    model: Transformer, tokens: Tensor, labels: Tensor, *, layers: Collection[int], key_mask: Tensor | None = None
+) -> Iterator[tuple[int, Tensor]]:
+    """Softmax(Q K^T / sqrt(head_dim) + M) of the chosen layers, one after the other: float32 [B, H, T, N - 1 + T].
 
     Row q is the step that has read the condition and q tokens and predicts token q. The first N keys are the condition (one
     is the class); their logits are always 0 (the rotary table turns the keys to zeros), so their weight says how little the
@@ -34,108 +42,171 @@ def attention_maps(
         tokens: int64 [B, T-1]; labels, key_mask: as for Transformer.forward.
         layers: counted from 1.
     """
-    depth = model.config.n_layers
-    if wrong := [layer for layer in layers if not 1 <= layer <= depth]:
-        raise UserError(f"no layer {wrong[0]}: this network has layers 1 to {depth}")
-    inputs = model.states(tokens, labels, layers={layer - 1 for layer in layers}, key_mask=key_mask)
+    require_between("layer", layers, 1, model.config.n_layers, "this network has layers")
+    states = model.states(tokens, labels, layers={layer - 1 for layer in layers}, key_mask=key_mask)
     first = model.config.condition_length - 1
     length = first + 1 + tokens.shape[1]
     bias = attention_bias(model.cls_embedding.key_mask(labels, key_mask, length), length, torch.float32, tokens.device)
-    maps: dict[int, Tensor] = {}
     for layer in layers:
         block = model.blocks()[layer - 1]
-        q, k, _ = block.attention.project(block.attention_norm(inputs[layer - 1]), model.rope[:length])
-        maps[layer] = attention_weights(q.float(), k.float(), bias)[:, :, first:]
-    return maps
+        q, k, _ = block.attention.project(block.attention_norm(states[layer - 1]), model.rope[:length])
+        yield layer, attention_weights(q.float(), k.float(), bias)[:, :, first:]
+
+
+def require_between(what: str, values: Collection[int], least: int, most: int, there: str) -> None:
+    """A UserError that names the first value out of range; `there` says what has `least` to `most`."""
+    if wrong := [value for value in values if not least <= value <= most]:
+        raise UserError(f"no {what} {wrong[0]}: {there} {least} to {most}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionStatistics:
-    """Averages over heads, images and steps that have read at least one token."""
+    """Averages over steps that have read at least one token, and over what the function that gives them says."""
 
     class_weight: float
     """Weight on the class, or on all of the caption."""
     neighbour_weight: float
     """Weight on the 3 x 3 tokens around the newest token, itself included, as far as they are read."""
     distance: float
-    """Mean distance in tokens from the newest token to what is looked at, the condition left out."""
+    """Mean distance in tokens from the newest token to what is looked at, the condition left out; over the steps that look at
+    any token (with masked keys, an early one may see none), and 0 if none does."""
     entropy: float
     """Entropy in nats of the weights over all keys."""
 
 
-def attention_statistics(weights: Tensor, grid: int) -> AttentionStatistics:
-    """Statistics of one layer's maps [B, H, T, N - 1 + T]."""
+STATISTICS = tuple(field.name for field in fields(AttentionStatistics))
+
+
+def _statistics_of(values: Tensor) -> AttentionStatistics:
+    return AttentionStatistics(**dict(zip(STATISTICS, values.tolist(), strict=True)))
+
+
+def head_statistics(weights: Tensor, grid: int) -> Tensor:
+    """Statistics of one layer's maps [B, H, T, N - 1 + T], of each image and head: float64 [B, H, 4], in STATISTICS' order."""
     length = weights.shape[-2]
     condition = weights.shape[-1] - length + 1  # keys of it, N
-    places = torch.arange(length - 1)
+    places = torch.arange(length - 1, device=weights.device)
     rows, columns = places // grid, places % grid
     down, across = (rows[:, None] - rows).abs(), (columns[:, None] - columns).abs()  # (T-1, T-1): newest token, key
     near = (down <= 1) & (across <= 1)
-    distance = (down.square() + across.square()).float().sqrt()
+    distance = (down.square() + across.square()).double().sqrt()
     steps = weights[:, :, 1:].double()  # query q >= 1: the newest token is q - 1
     to_tokens = steps[..., condition:]
-    return AttentionStatistics(
-        class_weight=steps[..., :condition].sum(-1).mean().item(),
-        neighbour_weight=(to_tokens * near).sum(-1).mean().item(),
-        distance=((to_tokens * distance).sum(-1) / to_tokens.sum(-1).clamp_min(1e-12)).mean().item(),
-        entropy=torch.special.entr(steps).sum(-1).mean().item(),
+    far = ((to_tokens * distance).sum(-1) / to_tokens.sum(-1)).nanmean(-1)  # 0 / 0: a step that sees no token
+    return torch.stack(
+        [
+            steps[..., :condition].sum(-1).mean(-1),
+            (to_tokens * near).sum(-1).mean(-1),
+            far.nan_to_num(),
+            torch.special.entr(steps).sum(-1).mean(-1),
+        ],
+        dim=-1,
     )
+
+
+def attention_statistics(weights: Tensor, grid: int) -> AttentionStatistics:
+    """Statistics of one layer's maps [B, H, T, N - 1 + T], averaged over images and heads."""
+    return _statistics_of(head_statistics(weights, grid).mean((0, 1)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Averaged:
+    """Statistics over images."""
+
+    mean: AttentionStatistics
+    std: AttentionStatistics | None
+    """Standard deviation from image to image (with n - 1); None of a single image."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerStatistics:
+    """What one layer looks at."""
+
+    over_heads: Averaged
+    """Of each image's mean over heads."""
+    by_head: list[Averaged]
+    """Of each head."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageMasks:
+    """Training's random key masks (Eq. 3), one for each image of a store: a pure function of (seed, image)."""
+
+    ratio: float = 0.0
+    """Share of the image-token keys that are masked; 0 for no mask."""
+    seed: int = 0
+    own_position: bool = True
+    """Whether a masked token is also hidden from its own query."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.ratio < 1:
+            raise UserError(f"--mask-ratio must lie in [0, 1), not {self.ratio}")
+        if self.seed < 0:
+            raise UserError(f"--seed must be 0 or more, not {self.seed}")
+
+    def draw(self, images: Sequence[int], length: int) -> Tensor | None:
+        """True where attention may not look: bool [n, T], or [n, T, T] where each query sees its own token; None for no mask."""
+        if self.ratio == 0:
+            return None
+        generators = [torch_generator(self.seed, Purpose.KEY_MASK, image) for image in images]
+        mask = torch.cat([random_key_mask(1, length, self.ratio, generator) for generator in generators])
+        return mask if self.own_position else show_own_position(mask)
+
+
+NO_MASKS = ImageMasks()
+
+
+def first_crops(store: TokenStore, images: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Tokens int64 [n, T] and labels [n] of the first crops of a store's images."""
+    codes = store.codes(np.array(images), np.zeros((len(images), 1), int))[:, 0]
+    return torch.from_numpy(codes.astype(np.int64)), torch.from_numpy(store.labels[list(images)])
+
+
+def store_maps(
+    model: Transformer,
+    store: TokenStore,
+    images: Sequence[int],
+    *,
+    layers: Collection[int],
+    masks: ImageMasks = NO_MASKS,
+) -> Iterator[tuple[int, Tensor]]:
+    """The maps of `weights_by_layer` over a store's images, computed where the model lies."""
+    tokens, labels = first_crops(store, images)
+    device = model.output.weight.device
+    mask = masks.draw(images, tokens.shape[1])
+    key_mask = None if mask is None else mask.to(device)
+    yield from weights_by_layer(model, tokens[:, :-1].to(device), labels.to(device), layers=layers, key_mask=key_mask)
+
+
+def average_statistics(
+    model: Transformer, store: TokenStore, images: Sequence[int], *, masks: ImageMasks = NO_MASKS, name: str = "model"
+) -> dict[int, LayerStatistics]:
+    """Statistics of every layer over a store's images, batch by batch, so that memory does not grow with their number.
+
+    name: what progress calls the model.
+    """
+    config = model.config
+    batch = max(1, WEIGHTS_AT_ONCE // (config.n_heads * (config.sequence_length + config.condition_length - 1) ** 2))
+    layers = range(1, config.n_layers + 1)
+    found: dict[int, list[Tensor]] = {layer: [] for layer in layers}
+    with progress(f"read {name}", len(images), unit="images") as bar:
+        for start in range(0, len(images), batch):
+            some = images[start : start + batch]
+            for layer, weights in store_maps(model, store, some, layers=layers, masks=masks):
+                found[layer].append(head_statistics(weights, config.grid).cpu())
+            bar.advance(len(some))
+    return {layer: _over_images(torch.cat(parts)) for layer, parts in found.items()}
+
+
+def _over_images(values: Tensor) -> LayerStatistics:
+    """Statistics of every image and head [n, H, 4] -> of the layer."""
+
+    def averaged(some: Tensor) -> Averaged:
+        return Averaged(mean=_statistics_of(some.mean(0)), std=_statistics_of(some.std(0)) if len(some) > 1 else None)
+
+    return LayerStatistics(over_heads=averaged(values.mean(1)), by_head=[averaged(head) for head in values.unbind(1)])
 
 
 def attention_steps(length: int) -> list[int]:
     """The numbers of tokens read that pictures show: a fifth of the image, two, three, four, and all but the last token."""
     return sorted({max(1, round(length * share)) for share in (0.2, 0.4, 0.6, 0.8)} | {length - 1})
-
-
-def draw_attention(
-    model_path: Path,
-    tokens: Path,
-    tokenizer_path: Path,
-    out: Path,
-    *,
-    layer: int | None = None,
-    images: Sequence[int] = (0, 1, 2),
-    average: int = 256,
-    ema: bool = False,
-) -> dict[int, AttentionStatistics]:
-    """Draw the maps of one layer over chosen images of a store (first crop) into an SVG, and average statistics by layer.
-
-    Args:
-        images: indices of the images to draw.
-        average: how many of the store's first images the statistics are averaged over; they are written beside the SVG as
-            JSON and returned by layer.
-
-    Raises:
-        UserError: files that do not belong together, a text model, or a layer or image out of range.
-    """
-    if out.suffix != ".svg":
-        raise UserError(f"--out {out}: the maps are drawn as SVG; give a name that ends in .svg")
-    model, info = open_model(model_path, ema=ema)
-    info.config.require_classes("st-ar attention")
-    store, tokenizer = TokenStore(tokens), load_tokenizer(tokenizer_path)
-    store.check_model(info.config, info.tokenizer)
-    if tokenizer.fingerprint != store.meta.tokenizer:
-        raise UserError(
-            f"{tokens} was made by tokenizer {store.meta.tokenizer[:12]}, {tokenizer_path} is {tokenizer.fingerprint[:12]}"
-        )
-    if wrong := [image for image in images if not 0 <= image < len(store)]:
-        raise UserError(f"--images {wrong[0]} is out of range: {tokens} has images 0 to {len(store) - 1}")
-    if not images or average < 1:
-        raise UserError("--images and --average must each ask for at least one image")
-    drawn = max(1, info.config.n_layers // 2) if layer is None else layer
-    chosen = np.array([*images, *range(min(average, len(store)))])
-    codes = torch.from_numpy(store.codes(chosen, np.zeros((len(chosen), 1), int))[:, 0].astype(np.int64))
-    labels = torch.from_numpy(store.labels[chosen])
-    maps = attention_maps(model, codes[: len(images), :-1], labels[: len(images)], layers=[drawn])[drawn]
-    grid = info.config.grid
-    pictures = to_uint8(tokenizer.decode(codes[: len(images)].unflatten(1, (grid, grid)))).numpy()
-    steps = attention_steps(info.config.sequence_length)
-    name = f"attention at layer {drawn}"
-    drawing = attention_figure(pictures, {"": maps.mean(1).numpy()}, grid=grid, steps=steps, name=name)
-    statistics: dict[int, AttentionStatistics] = {}
-    for number in range(1, info.config.n_layers + 1):
-        weights = attention_maps(model, codes[len(images) :, :-1], labels[len(images) :], layers=[number])[number]
-        statistics[number] = attention_statistics(weights, grid)
-    drawing.save(out)
-    write_json(out.with_suffix(".json"), {str(number): asdict(value) for number, value in statistics.items()})
-    return statistics

@@ -1,8 +1,6 @@
 """Samples and their distance over guidance scales, temperatures and top-k, and the setting with the least distance."""
 
-import csv
 import hashlib
-import io
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -19,7 +17,7 @@ from st_ar.evaluation.image_sets import open_set
 from st_ar.evaluation.names import Metric
 from st_ar.evaluation.references import Reference
 from st_ar.figures import line_chart
-from st_ar.files import is_taken, read_json, sha256, write_json, written_aside
+from st_ar.files import is_taken, read_json, sha256, write_csv, write_json
 from st_ar.sample_config import SampleSettings
 from st_ar.sampling import Sampler, choose_conditions, open_model_and_tokenizer, sample_to
 
@@ -134,12 +132,8 @@ def _write(out: Path, rows: list[dict[str, Any]], distance: str, reference: Refe
     described = {"name": reference.name, "sha256": reference.content, "statistics": reference.statistics}
     write_json(out / FILES[0], {"reference": described, "samples": sampler.what, "settings": rows})
     labels = list(rows[0]["metrics"])
-    text = io.StringIO()
-    table = csv.writer(text, lineterminator="\n")
-    table.writerow([*SWEPT, *labels])
-    table.writerows([*(row[name] for name in SWEPT), *(row["metrics"][label] for label in labels)] for row in rows)
-    with written_aside(out / FILES[1]) as aside:
-        aside.write_text(text.getvalue())
+    cells = ([*(row[name] for name in SWEPT), *(row["metrics"][label] for label in labels)] for row in rows)
+    write_csv(out / FILES[1], [*SWEPT, *labels], cells)
     for label, file in ((distance, FILES[2]), ("IS", FILES[3])):
         if label in labels:
             line_chart(

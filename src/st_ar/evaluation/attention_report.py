@@ -1,0 +1,228 @@
+"""What `st-ar attention` leaves: statistics as JSON and CSV, maps and curves as figures, and a page of them all."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+from st_ar.data.store import TokenStore
+from st_ar.evaluation.attention import STATISTICS, Averaged, ImageMasks, LayerStatistics, store_maps
+from st_ar.figures import Drawing, attention_figure, line_chart
+from st_ar.files import sha256, write_csv, write_json
+from st_ar.model.transformer import Transformer
+from st_ar.model.weights import ModelInfo
+from st_ar.progress import progress
+from st_ar.report import Chart, Section, Table, write_report
+
+AXES = (
+    "weight on the class",
+    "weight on the 3 x 3 around",
+    "mean distance (tokens)",
+    "entropy (nats)",
+)
+COLUMNS = ("on the class", "on the 3 x 3", "distance (tokens)", "entropy (nats)")
+DIGITS = (3, 3, 2, 2)
+WORDS = (
+    "On the class: weight on the class position, whose key says nothing, so that this is how little the others stood out. On the "
+    "3 x 3: weight on the tokens around the newest one, itself included. Distance: from the newest token to what is looked at, "
+    "the class left out. Entropy: of the weights over all keys."
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Looked:
+    """Models, what they read, and what they looked at."""
+
+    models: Mapping[str, Transformer]
+    infos: Mapping[str, ModelInfo]
+    store: TokenStore
+    statistics: dict[str, dict[int, LayerStatistics]]
+    averaged: int
+    """Images that the statistics are averaged over."""
+    masks: ImageMasks
+
+    @property
+    def title(self) -> str:
+        """What the page is about."""
+        return f"What {' and '.join(self.models)} look{'s' if len(self.models) == 1 else ''} at"
+
+    @property
+    def masking(self) -> str:
+        """A sentence on the key mask, or nothing."""
+        if self.masks.ratio == 0:
+            return ""
+        own = "" if self.masks.own_position else ", but not from its own query"
+        return f" {100 * self.masks.ratio:g} % of each image's token keys are masked at random{own} (seed {self.masks.seed})."
+
+
+def table_of(
+    statistics: Mapping[str, Mapping[int, LayerStatistics]],
+) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Header and rows: the layers in order, in each the models side by side; mean ± standard deviation from image to image."""
+    several = len(statistics) > 1
+    depth = max(max(layers) for layers in statistics.values())
+    rows = [
+        (f"{layer}, {name}" if several else str(layer), *_cells(layers[layer].over_heads))
+        for layer in range(1, depth + 1)
+        for name, layers in statistics.items()
+        if layer in layers
+    ]
+    return ("layer, model" if several else "layer", *COLUMNS), rows
+
+
+def _cells(averaged: Averaged) -> list[str]:
+    cells: list[str] = []
+    for name, digits in zip(STATISTICS, DIGITS, strict=True):
+        spread = f" ± {getattr(averaged.std, name):.{digits}f}" if averaged.std else ""
+        cells.append(f"{getattr(averaged.mean, name):.{digits}f}{spread}")
+    return cells
+
+
+def write_statistics(out: Path, looked: Looked) -> None:
+    """Write statistics.json, with what was read by which weights, and statistics.csv, a line for each layer and head."""
+    models = {
+        name: {
+            "weights": {
+                "file": str(info.source),
+                "sha256": sha256(info.source),
+                "ema": info.ema,
+                "step": info.step,
+            },
+            "layers": {str(layer): asdict(found) for layer, found in looked.statistics[name].items()},
+        }
+        for name, info in looked.infos.items()
+    }
+    read = {"tokens": looked.store.describe(), "images": looked.averaged, "masks": asdict(looked.masks)}
+    write_json(out / "statistics.json", {**read, "models": models})
+    header = ["model", "layer", "head", *(column for name in STATISTICS for column in (name, f"{name}_std"))]
+    rows = [
+        [model, layer, head, *_numbers(averaged)]
+        for model, layers in looked.statistics.items()
+        for layer, found in layers.items()
+        for head, averaged in [("mean", found.over_heads), *enumerate(found.by_head, start=1)]
+    ]
+    write_csv(out / "statistics.csv", header, rows)
+
+
+def _numbers(averaged: Averaged) -> list[float | None]:
+    """Each mean and its standard deviation, None where there is none."""
+    return [
+        getattr(values, name) if values else None for name in STATISTICS for values in (averaged.mean, averaged.std)
+    ]
+
+
+def write_maps(
+    out: Path,
+    looked: Looked,
+    pictures: np.ndarray,
+    *,
+    images: Sequence[int],
+    layers: Sequence[int],
+    heads: Sequence[str],
+    steps: Sequence[int],
+) -> list[Section]:
+    """Draw every layer and head over the pictures of the images; returns a section of the page for each layer."""
+    store, grid = looked.store, looked.store.meta.grid
+    masked = _masked(looked.masks.draw(images, grid**2))
+    names = ", ".join(f"{image} ({store.meta.class_names[store.labels[image]]})" for image in images)
+    caption = (
+        f"Images {names} of the store, after so many tokens. Framed: the newest token. Brighter: more weight, on each map's own "
+        f"scale. Blank: not read yet.{' Grey: masked.' if masked is not None else ''}"
+    )
+    sections: list[Section] = []
+    maps = [store_maps(model, store, images, layers=layers, masks=looked.masks) for model in looked.models.values()]
+    with progress("draw", len(layers) * len(heads), unit="figures") as bar:
+        for of_models in zip(*maps, strict=True):  # layer by layer
+            layer = of_models[0][0]
+            charts: list[Chart] = []
+            for head in heads:
+                weights = {
+                    name: _of_head(weights, head) for name, (_, weights) in zip(looked.models, of_models, strict=True)
+                }
+                which = "all heads averaged" if head == "mean" else f"head {head}"
+                name = f"attention at layer {layer}, {which}"
+                drawing = attention_figure(pictures, weights, grid=grid, steps=steps, name=name, masked=masked)
+                file = f"layer-{layer}-{'mean' if head == 'mean' else f'head-{head}'}"
+                charts.append(Chart(svg=_save(out, file, drawing), caption=f"{which.capitalize()}. {caption}"))
+                bar.advance(1)
+            sections.append(Section(title=f"Layer {layer}", parts=charts))
+    return sections
+
+
+def _of_head(weights: Tensor, head: str) -> np.ndarray:
+    return (weights.mean(1) if head == "mean" else weights[:, int(head) - 1]).cpu().numpy()
+
+
+def _masked(mask: Tensor | None) -> np.ndarray | None:
+    """A key mask [N, T] or [N, T, T] as bool [N, T, T]."""
+    if mask is None:
+        return None
+    return (mask if mask.dim() == 3 else mask[:, None].expand(-1, mask.shape[1], -1)).numpy()
+
+
+def write_curves(out: Path, looked: Looked) -> list[Chart]:
+    """Draw each statistic over the layers, a line for each model and a band of one standard deviation."""
+    depth = max(max(layers) for layers in looked.statistics.values())
+    ticks = range(1, depth + 1, -(-depth // 12))
+    charts: list[Chart] = []
+    for statistic, axis in zip(STATISTICS, AXES, strict=True):
+        lines: dict[str, tuple[list[float], list[float]]] = {}
+        spread: dict[str, list[float]] = {}
+        for model, layers in looked.statistics.items():
+            averaged = [found.over_heads for found in layers.values()]
+            lines[model] = ([float(layer) for layer in layers], [getattr(each.mean, statistic) for each in averaged])
+            if looked.averaged > 1:
+                spread[model] = [getattr(each.std, statistic) for each in averaged]
+        name = f"{axis.partition(' (')[0]} over layers"
+        drawing = line_chart(lines, name=name, x="layer", y=axis, x_ticks=ticks, spread=spread)
+        charts.append(Chart(svg=_save(out, statistic.replace("_", "-"), drawing)))
+    return charts
+
+
+def _save(out: Path, name: str, drawing: Drawing) -> str:
+    """Write NAME.svg, NAME.png and NAME.json; returns the figure for the page."""
+    for suffix in (".svg", ".png"):
+        drawing.save(out / f"{name}{suffix}")
+    return drawing.svg()
+
+
+def write_page(out: Path, looked: Looked, maps: Sequence[Section], curves: Sequence[Chart]) -> None:
+    """Write attention.html."""
+    images = "one image" if looked.averaged == 1 else f"{looked.averaged:,} images"
+    spread = "" if looked.averaged == 1 else " ± is the standard deviation from image to image."
+    header, rows = table_of(looked.statistics)
+    table = Table(
+        columns=header, rows=rows, caption=f"Averages over heads, steps and {images}.{spread}{looked.masking} {WORDS}"
+    )
+    sections = [
+        *maps,
+        Section(title="The numbers", parts=[table]),
+        Section(
+            title="Over the layers",
+            paragraphs=[] if looked.averaged == 1 else ["The bands are one standard deviation from image to image."],
+            parts=curves,
+        ),
+        Section(title="What was read", paragraphs=_sources(looked)),
+    ]
+    lead = f"Where attention goes while images of {looked.store.meta.source} are read token by token.{looked.masking}"
+    write_report(out / "attention.html", title=looked.title, lead=lead, sections=sections)
+
+
+def _sources(looked: Looked) -> list[str]:
+    meta = looked.store.meta
+    store = (
+        f"Images: {looked.averaged:,} of the {len(looked.store):,} of {looked.store.folder}, evenly spaced; the first crop "
+        f"({meta.crops[0]}) of each, {meta.grid} x {meta.grid} tokens."
+    )
+    weights = [
+        f"{name}: {'averaged' if info.ema else 'live'} weights of step {info.step:,}, {info.config.n_layers} layers of "
+        f"{info.config.n_heads} heads, {info.source}."
+        for name, info in looked.infos.items()
+    ]
+    return [
+        store,
+        *weights,
+        "Every number is in statistics.json and statistics.csv, by head too; each figure's is beside it as JSON.",
+    ]
