@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from st_ar.figures import COLOURS, attention_figure, line_chart, strip
+from st_ar.figures import COLOURS, TwoViews, attention_figure, line_chart, strip, views_figure
 from tests.disk import refused
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -163,3 +163,18 @@ def test_a_strip_lays_images_out_in_rows_and_leaves_the_rest_white(count: int, c
         top, left = place // columns * size, place % columns * size
         cell = picture[top : top + size, left : left + size]
         np.testing.assert_array_equal(cell, images[place] if place < count else np.full_like(cell, 255))
+
+
+def test_two_views_are_shown_with_what_differs_between_them() -> None:
+    pictures = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 3)).astype(np.uint8)
+    differ = np.zeros((2, 3, 4, 4))
+    differ[:, 1, :, :2] = 1
+    differ[0, 2, 0], differ[1, 2, -1] = np.nan, np.nan
+    differ[:, 2, 1, 1] = 1
+    views = TwoViews(first=pictures, second=pictures[::-1], differ=differ)
+    drawing = views_figure({"a": views, "b": views}, name="two views")
+    found = words(drawing.svg())
+    assert [word for word in found if "equal" in word] == ["100 % equal", "50 % equal", "92 % equal"] * 2
+    assert [word for word in found if "view" in word] == ["a: view A", "a: view B", "b: view A", "b: view B"]
+    assert sum(1 for _ in ElementTree.fromstring(drawing.svg()).iter(f"{SVG}image")) == 2 * 2 * 2 * 3
+    assert drawing.data == {"share of equal tokens by image": {name: [1.0, 0.5, 11 / 12] for name in "ab"}}

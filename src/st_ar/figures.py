@@ -7,6 +7,7 @@ a PNG is on white.
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from xml.sax.saxutils import quoteattr
@@ -191,6 +192,62 @@ def attention_figure(
         for model in maps
     }
     return Drawing(figure=figure, name=name, data={"tokens read": list(steps), "weights by image and step": shown})
+
+
+@dataclass(frozen=True, kw_only=True)
+class TwoViews:
+    """Two views of some images, and what became of their tokens."""
+
+    first: np.ndarray
+    second: np.ndarray
+    """uint8 [k, S, S, 3]."""
+    differ: np.ndarray
+    """For each view and token 1 where it differs from its counterpart, 0 where it is equal, nan where it has none: [2, k, g, g]."""
+
+
+def views_figure(shown: Mapping[str, TwoViews], *, name: str) -> Drawing:
+    """Two views of each image side by side with their tokens' grid: a row for each image, two columns for each tokenizer.
+
+    Tokens that differ are tinted and struck through, those without counterpart are veiled; below stands the share of equal ones.
+    """
+    matplotlib = _require_matplotlib()
+    from matplotlib.collections import LineCollection
+    from matplotlib.colors import to_rgba
+    from matplotlib.figure import Figure
+
+    rows = max(len(views.first) for views in shown.values())
+    equal: dict[str, list[float]] = {}
+    with matplotlib.rc_context(_style(name) | {"axes.grid": False}):
+        figure = Figure(figsize=(4.2 * len(shown), 2.25 * rows))
+        cells = figure.subplots(rows, 2 * len(shown), squeeze=False)
+        for column, (label, views) in enumerate(shown.items()):
+            size, grid = views.first.shape[1], views.differ.shape[-1]
+            side = size / grid
+            equal[label] = [1 - float(np.nanmean(each)) for each in views.differ[0]]
+            for row, (view, pictures) in product(range(rows), enumerate((views.first, views.second))):
+                axes = cells[row, 2 * column + view]
+                axes.imshow(pictures[row], extent=(0, size, size, 0))
+                states = views.differ[view, row]
+                tint = np.zeros((grid, grid, 4))
+                tint[states == 1] = to_rgba(COLOURS[1], 0.35)
+                tint[np.isnan(states)] = (1, 1, 1, 0.75)
+                axes.imshow(tint, extent=(0, size, size, 0), interpolation="nearest")
+                lines = [((0, at), (size, at)) for at in np.arange(grid + 1) * side]
+                lines += [((at, 0), (at, size)) for at in np.arange(grid + 1) * side]
+                axes.add_collection(LineCollection(lines, colors="white", linewidths=0.5, alpha=0.6))
+                corners = [(left * side, top * side) for top, left in np.argwhere(states == 1)]
+                strokes = [((x, y + side), (x + side, y)) for x, y in corners]
+                axes.add_collection(LineCollection(strokes, colors=COLOURS[1], linewidths=1))
+                axes.set(xticks=[], yticks=[], xlim=(0, size), ylim=(size, 0))
+                axes.spines[:].set_visible(False)
+                if row == 0:
+                    axes.set_title(
+                        f"{label}: view {'AB'[view]}" if len(shown) > 1 else f"view {'AB'[view]}", fontsize=10
+                    )
+            for row, share in enumerate(equal[label]):
+                cells[row, 2 * column + 1].set_xlabel(f"{100 * share:.0f} % equal", fontsize=9)
+        figure.subplots_adjust(wspace=0.06, hspace=0.16)
+    return Drawing(figure=figure, name=name, data={"share of equal tokens by image": equal})
 
 
 def strip(images: np.ndarray, columns: int) -> np.ndarray:
