@@ -58,6 +58,9 @@ class Invariance:
         about = result["images"]
         if about["skipped"]:
             print(f"st-ar: {about['skipped']} images that cannot be decoded were left out", file=sys.stderr)
+        if about["enlarged"]:
+            side = result["settings"]["side"]
+            print(f"st-ar: {about['enlarged']} images were smaller than {side} pixels and enlarged", file=sys.stderr)
         print(
             f"\n{about['count']:,} images of {about['name']} ({about['sha256'][:8]}), mean ± standard error over them"
         )

@@ -45,7 +45,7 @@ def choose_shifts(patches: Sequence[int]) -> list[int]:
 def measure_invariance(
     tokenizers: Mapping[str, Tokenizer], images: str, out: Path, settings: InvarianceSettings
 ) -> tuple[dict[str, Any], dict[str, Agreement]]:
-    """Measure, and write `out`/invariance.json (last), .csv, curve.* and views.*.
+    """Measure, and write `out`/invariance.csv and .json, then the figures curve.* and views.*.
 
     Args:
         tokenizers: by the names that they have in table and figures.
@@ -96,6 +96,7 @@ def measure_invariance(
         "environment": describe(),
     }
     _write_table(out / TABLE, result)
+    write_json(out / FILE, result)
     drawings = {CURVE: _curve(found)}
     if kept:
         drawings[VIEWS] = views_figure(
@@ -105,7 +106,6 @@ def measure_invariance(
     for file, drawing in drawings.items():
         for ending in (".svg", ".png"):
             drawing.save(out / f"{file}{ending}")
-    write_json(out / FILE, result)
     return result, found
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator
+from itertools import islice
 
 import numpy as np
 from PIL import Image
@@ -58,12 +59,11 @@ class Pictures:
     def examples(self) -> Iterator[Example]:
         """The images that were chosen, in their order."""
         if not self.drawn or self.source.count is None:
-            for example, _ in zip(self.source.examples(0), range(self.count), strict=False):
-                yield example
+            yield from islice(self.source.examples(0), self.count)
             return
         rng = numpy_generator(self.seed, Purpose.EVALUATION)
         for index in np.sort(rng.choice(self.source.count, self.count, replace=False)):
-            yield next(iter(self.source.examples(int(index))))
+            yield next(self.source.examples(int(index)))
 
     def batches(self, side: int, batch_size: int) -> Iterator[np.ndarray]:
         """Batches uint8 [b, side, side, 3]; images that cannot be decoded are counted and left out."""
