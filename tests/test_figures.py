@@ -172,9 +172,9 @@ def test_two_views_are_shown_with_what_differs_between_them() -> None:
     differ[0, 2, 0], differ[1, 2, -1] = np.nan, np.nan
     differ[:, 2, 1, 1] = 1
     views = TwoViews(first=pictures, second=pictures[::-1], differ=differ)
-    drawing = views_figure({"a": views, "b": views}, name="two views")
+    drawing = views_figure({"a": views, "b": views}, titles=("view A", "view B"), name="two views")
     found = words(drawing.svg())
-    assert [word for word in found if "equal" in word] == ["100 % equal", "50 % equal", "92 % equal"] * 2
-    assert [word for word in found if "view" in word] == ["a: view A", "a: view B", "b: view A", "b: view B"]
+    assert [word for word in found if "equal" in word] == [f"{share} % equal" for share in (100, 100, 50, 50, 92, 92)]
+    assert [word for word in found if "view" in word] == ["view A", "view B"] * 2
     assert sum(1 for _ in ElementTree.fromstring(drawing.svg()).iter(f"{SVG}image")) == 2 * 2 * 2 * 3
-    assert drawing.data == {"share of equal tokens by image": {name: [1.0, 0.5, 11 / 12] for name in "ab"}}
+    assert drawing.data["share of equal tokens by image"]["b"] == pytest.approx([1, 0.5, 11 / 12])

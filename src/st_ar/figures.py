@@ -205,17 +205,21 @@ class TwoViews:
     """For each view and token 1 where it differs from its counterpart, 0 where it is equal, nan where it has none: [2, k, g, g]."""
 
 
-def views_figure(shown: Mapping[str, TwoViews], *, name: str) -> Drawing:
+def views_figure(shown: Mapping[str, TwoViews], *, titles: tuple[str, str], name: str) -> Drawing:
     """Two views of each image side by side with their tokens' grid: a row for each image, two columns for each tokenizer.
 
     Tokens that differ are tinted and struck through, those without counterpart are veiled; below stands the share of equal ones.
+
+    Args:
+        shown: by the tokenizer's name, all of the same images.
+        titles: what the two views are called.
     """
     matplotlib = _require_matplotlib()
     from matplotlib.collections import LineCollection
     from matplotlib.colors import to_rgba
     from matplotlib.figure import Figure
 
-    rows = max(len(views.first) for views in shown.values())
+    rows = len(next(iter(shown.values())).first)
     equal: dict[str, list[float]] = {}
     with matplotlib.rc_context(_style(name) | {"axes.grid": False}):
         figure = Figure(figsize=(4.2 * len(shown), 2.25 * rows))
@@ -226,12 +230,12 @@ def views_figure(shown: Mapping[str, TwoViews], *, name: str) -> Drawing:
             equal[label] = [1 - float(np.nanmean(each)) for each in views.differ[0]]
             for row, (view, pictures) in product(range(rows), enumerate((views.first, views.second))):
                 axes = cells[row, 2 * column + view]
-                axes.imshow(pictures[row], extent=(0, size, size, 0))
+                axes.imshow(pictures[row], extent=(0, size, size, 0), interpolation="none")
                 states = views.differ[view, row]
                 tint = np.zeros((grid, grid, 4))
                 tint[states == 1] = to_rgba(COLOURS[1], 0.35)
                 tint[np.isnan(states)] = (1, 1, 1, 0.75)
-                axes.imshow(tint, extent=(0, size, size, 0), interpolation="nearest")
+                axes.imshow(tint, extent=(0, size, size, 0), interpolation="none")
                 lines = [((0, at), (size, at)) for at in np.arange(grid + 1) * side]
                 lines += [((at, 0), (at, size)) for at in np.arange(grid + 1) * side]
                 axes.add_collection(LineCollection(lines, colors="white", linewidths=0.5, alpha=0.6))
@@ -241,9 +245,7 @@ def views_figure(shown: Mapping[str, TwoViews], *, name: str) -> Drawing:
                 axes.set(xticks=[], yticks=[], xlim=(0, size), ylim=(size, 0))
                 axes.spines[:].set_visible(False)
                 if row == 0:
-                    axes.set_title(
-                        f"{label}: view {'AB'[view]}" if len(shown) > 1 else f"view {'AB'[view]}", fontsize=10
-                    )
+                    axes.set_title(f"{label}\n{titles[view]}" if len(shown) > 1 else titles[view], fontsize=10)
             for row, share in enumerate(equal[label]):
                 cells[row, 2 * column + 1].set_xlabel(f"{100 * share:.0f} % equal", fontsize=9)
         figure.subplots_adjust(wspace=0.06, hspace=0.16)

@@ -101,6 +101,7 @@ def measure_invariance(
     if kept:
         drawings[VIEWS] = views_figure(
             {name: two_views(tokenizer, np.stack(kept), shown, geometry) for name, tokenizer in tokenizers.items()},
+            titles=("view A", f"view B: {shown_shift} px right and down"),
             name=f"two views of an image, {shown_shift} pixels apart each way",
         )
     for file, drawing in drawings.items():
