@@ -153,7 +153,10 @@ def test_a_mirrored_view_is_compared_with_the_mirrored_grid() -> None:
     codebook = torch.zeros(2, 48).view(2, 3, 4, 4)
     codebook[0, :, :, :2] = codebook[1, :, :, 2:] = 0.5
     sided = KMeansTokenizer(codebook.flatten(1), 4)  # which half of a patch is brighter
-    assert (measured(sided, noise(4, 16), flip, geometry) == 0).all()
+    left = np.random.default_rng(0).integers(0, 2, (4, 4, 4, 1), dtype=np.uint8)
+    bright = np.concatenate([left, 1 - left], axis=3).reshape(4, 4, 8).repeat(4, axis=1).repeat(2, axis=2)
+    pictures = noise(4, 16) // 4 + 128 * bright[..., None]
+    assert (measured(sided, pictures, flip, geometry) == 0).all()
 
 
 def test_a_resized_view_shows_the_same_place_larger_or_smaller() -> None:

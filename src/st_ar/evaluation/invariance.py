@@ -87,7 +87,7 @@ class Change:
             return np.stack([np.asarray(i.resize((size, size), Image.Resampling.BICUBIC, box=box)) for i in images])
         top, left = (origin + pixels for pixels in self.offset)
         cut = pictures[:, top : top + size, left : left + size]
-        return np.ascontiguousarray(cut[:, :, ::-1] if self.kind == "flip" else cut)
+        return (cut[:, :, ::-1] if self.kind == "flip" else cut).copy()
 
     def pairs(self, grid: int, patch: int) -> tuple[Pairs, Pairs]:
         """Which tokens are compared, along the rows' axis and along the columns'.
