@@ -165,6 +165,15 @@ def test_a_strip_lays_images_out_in_rows_and_leaves_the_rest_white(count: int, c
         np.testing.assert_array_equal(cell, images[place] if place < count else np.full_like(cell, 255))
 
 
+@pytest.mark.parametrize("above", [False, True])
+def test_a_legend_can_stand_above_the_lines(above: bool) -> None:
+    figure = line_chart({"AR": ([0, 1], [0, 1])}, name="n", x="x", y="y", legend_above=above).figure
+    (axes,) = figure.axes
+    legend = axes.get_legend()
+    assert legend is not None
+    assert (legend.get_window_extent().y0 >= axes.get_window_extent().y1) == above
+
+
 def test_two_views_are_shown_with_what_differs_between_them() -> None:
     pictures = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 3)).astype(np.uint8)
     differ = np.zeros((2, 3, 4, 4))

@@ -107,6 +107,7 @@ def line_chart(
     markers: bool = True,
     x_ticks: Sequence[float] | None = None,
     log_x: bool = False,
+    legend_above: bool = False,
 ) -> Drawing:
     """Lines over a common axis.
 
@@ -116,6 +117,7 @@ def line_chart(
         x, y: axis labels with units.
         markers: whether to mark the points.
         x_ticks: where to put ticks.
+        legend_above: put the legend over the axes, where lines leave it no room inside.
     """
     matplotlib = _require_matplotlib()
     from matplotlib.figure import Figure
@@ -132,7 +134,10 @@ def line_chart(
             axes.set_xscale("log")
         if x_ticks is not None:
             axes.set_xticks(list(x_ticks))
-        axes.legend()
+        if legend_above:
+            axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
+        else:
+            axes.legend()
     lines = {label: {"x": list(map(float, xs)), "y": list(map(float, ys))} for label, (xs, ys) in series.items()}
     return Drawing(figure=figure, name=name, data={"x": x, "y": y, "series": lines})
 
@@ -208,7 +213,7 @@ class TwoViews:
 def views_figure(shown: Mapping[str, TwoViews], *, titles: tuple[str, str], name: str) -> Drawing:
     """Two views of each image side by side with their tokens' grid: a row for each image, two columns for each tokenizer.
 
-    Tokens that differ are tinted and struck through, those without counterpart are veiled; below stands the share of equal ones.
+    Tokens that differ are crossed out, those without counterpart are veiled; below stands the share of equal ones.
 
     Args:
         shown: by the tokenizer's name, all of the same images.
@@ -216,7 +221,6 @@ def views_figure(shown: Mapping[str, TwoViews], *, titles: tuple[str, str], name
     """
     matplotlib = _require_matplotlib()
     from matplotlib.collections import LineCollection
-    from matplotlib.colors import to_rgba
     from matplotlib.figure import Figure
 
     rows = len(next(iter(shown.values())).first)
@@ -232,16 +236,19 @@ def views_figure(shown: Mapping[str, TwoViews], *, titles: tuple[str, str], name
                 axes = cells[row, 2 * column + view]
                 axes.imshow(pictures[row], extent=(0, size, size, 0), interpolation="none")
                 states = views.differ[view, row]
-                tint = np.zeros((grid, grid, 4))
-                tint[states == 1] = to_rgba(COLOURS[1], 0.35)
-                tint[np.isnan(states)] = (1, 1, 1, 0.75)
-                axes.imshow(tint, extent=(0, size, size, 0), interpolation="none")
+                veil = np.zeros((grid, grid, 4))
+                veil[np.isnan(states)] = (1, 1, 1, 0.75)
+                axes.imshow(veil, extent=(0, size, size, 0), interpolation="none")
                 lines = [((0, at), (size, at)) for at in np.arange(grid + 1) * side]
                 lines += [((at, 0), (at, size)) for at in np.arange(grid + 1) * side]
                 axes.add_collection(LineCollection(lines, colors="white", linewidths=0.5, alpha=0.6))
-                corners = [(left * side, top * side) for top, left in np.argwhere(states == 1)]
-                strokes = [((x, y + side), (x + side, y)) for x, y in corners]
-                axes.add_collection(LineCollection(strokes, colors=COLOURS[1], linewidths=1))
+                centres = (np.argwhere(states == 1) + 0.5) * side
+                reach = side / 5
+                crosses = [
+                    ((x - reach, y + k * reach), (x + reach, y - k * reach)) for y, x in centres for k in (1, -1)
+                ]
+                for colour, width in (("white", 2.4), (COLOURS[1], 1.2)):  # seen on any picture
+                    axes.add_collection(LineCollection(crosses, colors=colour, linewidths=width))
                 axes.set(xticks=[], yticks=[], xlim=(0, size), ylim=(size, 0))
                 axes.spines[:].set_visible(False)
                 if row == 0:

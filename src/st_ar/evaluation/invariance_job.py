@@ -101,7 +101,7 @@ def measure_invariance(
     if kept:
         drawings[VIEWS] = views_figure(
             {name: two_views(tokenizer, np.stack(kept), shown, geometry) for name, tokenizer in tokenizers.items()},
-            titles=("view A", f"view B: {shown_shift} px right and down"),
+            titles=("view A", f"view B (+{shown_shift}, +{shown_shift} px)"),
             name=f"two views of an image, {shown_shift} pixels apart each way",
         )
     for file, drawing in drawings.items():
@@ -182,7 +182,9 @@ def _curve(found: Mapping[str, Agreement]) -> Drawing:
             lines[f"different images ({chance})"] = (shifts, [100 * agreement.chance] * len(shifts))
     whole = max(agreement.patch for agreement in found.values())
     ticks = list(range(0, int(shifts[-1]) + 1, max(1, whole // 2)))
-    return line_chart(lines, name="token invariance", x="shift (pixels)", y="equal tokens (%)", x_ticks=ticks)
+    return line_chart(
+        lines, name="token invariance", x="shift (pixels)", y="equal tokens (%)", x_ticks=ticks, legend_above=True
+    )
 
 
 def two_views(tokenizer: Tokenizer, pictures: np.ndarray, change: Change, geometry: Geometry) -> TwoViews:
