@@ -226,7 +226,8 @@ def views_figure(shown: Mapping[str, TwoViews], *, titles: tuple[str, str], name
     rows = len(next(iter(shown.values())).first)
     equal: dict[str, list[float]] = {}
     with matplotlib.rc_context(_style(name) | {"axes.grid": False}):
-        figure = Figure(figsize=(4.2 * len(shown), 2.25 * rows))
+        inches = max(2.1, 0.2 * max(views.differ.shape[-1] for views in shown.values()))  # of a view
+        figure = Figure(figsize=(2 * inches * len(shown), (inches + 0.15) * rows))
         cells = figure.subplots(rows, 2 * len(shown), squeeze=False)
         for column, (label, views) in enumerate(shown.items()):
             size, grid = views.first.shape[1], views.differ.shape[-1]
