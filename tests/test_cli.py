@@ -21,6 +21,7 @@ from st_ar.cli import Train, main
 from st_ar.config import ModelConfig, SelfGuidedConfig, TrainConfig
 from st_ar.data.store import TokenStore
 from st_ar.evaluation.probe import ProbeConfig, probe
+from st_ar.invariance_config import InvarianceSettings
 from st_ar.model.weights import load_model
 from st_ar.presets import PRESETS
 from st_ar.run_config import OptimConfig
@@ -71,7 +72,7 @@ def flags(cls: type, prefix: str = "") -> list[str]:
     for field in dataclasses.fields(cls):
         hint = get_type_hints(cls)[field.name]
         name = field.name.replace("_", "-")
-        if hint is SampleSettings:
+        if hint in (SampleSettings, InvarianceSettings):
             found += flags(hint, prefix)
         else:
             found += flags(hint, f"{prefix}{name}.") if hint in nested else [f"--{prefix}{name}"]

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from st_ar.figures import COLOURS, attention_figure, line_chart, strip
+from st_ar.figures import COLOURS, TwoViews, attention_figure, line_chart, strip, views_figure
 from tests.disk import refused
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -183,3 +183,27 @@ def test_a_strip_lays_images_out_in_rows_and_leaves_the_rest_white(count: int, c
         top, left = place // columns * size, place % columns * size
         cell = picture[top : top + size, left : left + size]
         np.testing.assert_array_equal(cell, images[place] if place < count else np.full_like(cell, 255))
+
+
+@pytest.mark.parametrize("above", [False, True])
+def test_a_legend_can_stand_above_the_lines(above: bool) -> None:
+    figure = line_chart({"AR": ([0, 1], [0, 1])}, name="n", x="x", y="y", legend_above=above).figure
+    (axes,) = figure.axes
+    legend = axes.get_legend()
+    assert legend is not None
+    assert (legend.get_window_extent().y0 >= axes.get_window_extent().y1) == above
+
+
+def test_two_views_are_shown_with_what_differs_between_them() -> None:
+    pictures = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 3)).astype(np.uint8)
+    differ = np.zeros((2, 3, 4, 4))
+    differ[:, 1, :, :2] = 1
+    differ[0, 2, 0], differ[1, 2, -1] = np.nan, np.nan
+    differ[:, 2, 1, 1] = 1
+    views = TwoViews(first=pictures, second=pictures[::-1], differ=differ)
+    drawing = views_figure({"a": views, "b": views}, titles=("view A", "view B"), name="two views")
+    found = words(drawing.svg())
+    assert [word for word in found if "equal" in word] == [f"{share} % equal" for share in (100, 100, 50, 50, 92, 92)]
+    assert [word for word in found if "view" in word] == ["view A", "view B"] * 2
+    assert sum(1 for _ in ElementTree.fromstring(drawing.svg()).iter(f"{SVG}image")) == 2 * 2 * 2 * 3
+    assert drawing.data["share of equal tokens by image"]["b"] == pytest.approx([1, 0.5, 11 / 12])

@@ -36,9 +36,9 @@ Train LlamaGen-style image generators with and without self-guidance (ST-AR), an
   evaluate           samples against a reference: FID, sFID, IS, precision, recall, and others
   sweep              samples and their distance over guidance scales, with the best setting
   reconstruct        how faithful a tokenizer is: rFID, PSNR, SSIM, use of the codebook
+  invariance         how many tokens stay when the view of an image shifts a little
   probe              what a model's features say about an image, token by token
   attention          what a model looks at
-  invariance         how a tokenizer's tokens change with a shift of the image
   reproduce          the paper's tables and figures, at full size or small
   convert            to and from the weight files of LlamaGen's scripts, models and VQ tokenizers
 

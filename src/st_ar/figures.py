@@ -7,6 +7,7 @@ a PNG is on white.
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from xml.sax.saxutils import quoteattr
@@ -108,6 +109,7 @@ def line_chart(
     x_ticks: Sequence[float] | None = None,
     log_x: bool = False,
     spread: Mapping[str, Sequence[float]] | None = None,
+    legend_above: bool = False,
 ) -> Drawing:
     """Lines over a common axis.
 
@@ -118,6 +120,7 @@ def line_chart(
         markers: whether to mark the points.
         x_ticks: where to put ticks.
         spread: label -> half the height of a band around the line.
+        legend_above: put the legend over the axes, where lines leave it no room inside.
     """
     matplotlib = require_matplotlib()
     from matplotlib.figure import Figure
@@ -137,7 +140,10 @@ def line_chart(
             axes.set_xscale("log")
         if x_ticks is not None:
             axes.set_xticks(list(x_ticks))
-        axes.legend()
+        if legend_above:
+            axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
+        else:
+            axes.legend()
     lines = {label: {"x": list(map(float, xs)), "y": list(map(float, ys))} for label, (xs, ys) in series.items()}
     for label, heights in (spread or {}).items():
         lines[label]["spread"] = list(map(float, heights))
@@ -210,6 +216,67 @@ def attention_figure(
         for model in maps
     }
     return Drawing(figure=figure, name=name, data={"tokens read": list(steps), "weights by image and step": shown})
+
+
+@dataclass(frozen=True, kw_only=True)
+class TwoViews:
+    """Two views of some images, and what became of their tokens."""
+
+    first: np.ndarray
+    second: np.ndarray
+    """uint8 [k, S, S, 3]."""
+    differ: np.ndarray
+    """For each view and token 1 where it differs from its counterpart, 0 where it is equal, nan where it has none: [2, k, g, g]."""
+
+
+def views_figure(shown: Mapping[str, TwoViews], *, titles: tuple[str, str], name: str) -> Drawing:
+    """Two views of each image side by side with their tokens' grid: a row for each image, two columns for each tokenizer.
+
+    Tokens that differ are crossed out, those without counterpart are veiled; below stands the share of equal ones.
+
+    Args:
+        shown: by the tokenizer's name, all of the same images.
+        titles: what the two views are called.
+    """
+    matplotlib = require_matplotlib()
+    from matplotlib.collections import LineCollection
+    from matplotlib.figure import Figure
+
+    rows = len(next(iter(shown.values())).first)
+    equal: dict[str, list[float]] = {}
+    with matplotlib.rc_context(_style(name) | {"axes.grid": False}):
+        inches = max(2.1, 0.2 * max(views.differ.shape[-1] for views in shown.values()))  # of a view
+        figure = Figure(figsize=(2 * inches * len(shown), (inches + 0.15) * rows))
+        cells = figure.subplots(rows, 2 * len(shown), squeeze=False)
+        for column, (label, views) in enumerate(shown.items()):
+            size, grid = views.first.shape[1], views.differ.shape[-1]
+            side = size / grid
+            equal[label] = [1 - float(np.nanmean(each)) for each in views.differ[0]]
+            for row, (view, pictures) in product(range(rows), enumerate((views.first, views.second))):
+                axes = cells[row, 2 * column + view]
+                axes.imshow(pictures[row], extent=(0, size, size, 0), interpolation="none")
+                states = views.differ[view, row]
+                veil = np.zeros((grid, grid, 4))
+                veil[np.isnan(states)] = (1, 1, 1, 0.75)
+                axes.imshow(veil, extent=(0, size, size, 0), interpolation="none")
+                lines = [((0, at), (size, at)) for at in np.arange(grid + 1) * side]
+                lines += [((at, 0), (at, size)) for at in np.arange(grid + 1) * side]
+                axes.add_collection(LineCollection(lines, colors="white", linewidths=0.5, alpha=0.6))
+                centres = (np.argwhere(states == 1) + 0.5) * side
+                reach = side / 5
+                crosses = [
+                    ((x - reach, y + k * reach), (x + reach, y - k * reach)) for y, x in centres for k in (1, -1)
+                ]
+                for colour, width in (("white", 2.4), (COLOURS[1], 1.2)):  # seen on any picture
+                    axes.add_collection(LineCollection(crosses, colors=colour, linewidths=width))
+                axes.set(xticks=[], yticks=[], xlim=(0, size), ylim=(size, 0))
+                axes.spines[:].set_visible(False)
+                if row == 0:
+                    axes.set_title(f"{label}\n{titles[view]}" if len(shown) > 1 else titles[view], fontsize=10)
+            for row, share in enumerate(equal[label]):
+                cells[row, 2 * column + 1].set_xlabel(f"{100 * share:.0f} % equal", fontsize=9)
+        figure.subplots_adjust(wspace=0.06, hspace=0.16)
+    return Drawing(figure=figure, name=name, data={"share of equal tokens by image": equal})
 
 
 def strip(images: np.ndarray, columns: int) -> np.ndarray:

@@ -13,6 +13,7 @@ import tyro
 from st_ar.attention_verb import Attention
 from st_ar.data_verbs import ImportTokens, Tokenize
 from st_ar.evaluation_verbs import Evaluate, MakeReference, Reconstruct
+from st_ar.invariance_verb import Invariance
 from st_ar.printing import print_table
 from st_ar.reproduce_verb import Reproduce
 from st_ar.sample_verb import Sample
@@ -141,6 +142,7 @@ VERBS: dict[str, Any] = {
     "evaluate": Evaluate,
     "sweep": Sweep,
     "reconstruct": Reconstruct,
+    "invariance": Invariance,
     "probe": Probe,
     "attention": Attention,
     "reproduce": Reproduce,

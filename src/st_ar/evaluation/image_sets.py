@@ -55,7 +55,7 @@ def open_set(spec: str, *, size: int | None = None) -> ImageSet:
     Raises:
         UserError: nothing there, damaged, not images, or of another size.
     """
-    if not Path(spec).expanduser().exists() and _SOURCE.match(spec):
+    if is_source(spec):
         return of_source(open_images(spec), size)
     found = open_files(spec, ", or an image source such as folder:PATH or photos:test")
     if size is not None and found.size != (size, size):
@@ -63,6 +63,11 @@ def open_set(spec: str, *, size: int | None = None) -> ImageSet:
             f"{spec} has images of {found.size[0]} x {found.size[1]} pixels, --size is {size}: leave --size out"
         )
     return found
+
+
+def is_source(spec: str) -> bool:
+    """Whether this names an image source, and no file or folder."""
+    return not Path(spec).expanduser().exists() and _SOURCE.match(spec) is not None
 
 
 def open_files(spec: str, others: str = "") -> ImageSet:
