@@ -111,7 +111,8 @@ class Probe:
                 weights=subject.sha256,
             )
             probed += [Probed(subject=subject, result=result) for result in results]
-            notes += [f"{subject.name}, layer {result.layer}: {note}" for result in results for note in result.notes]
+            found = dict.fromkeys(note for result in results for note in result.notes)
+            notes += [f"{subject.name}: {note}" for note in found]
             notes.append(f"{subject.name}: {describe_cache(cache)}")
         first = probed[0].result
         print(f"{NAMES[self.method]}, {first.train_images:,} training and {first.test_images:,} test images")

@@ -207,3 +207,10 @@ def test_features_on_disk_train_the_same_classifiers(tmp_path: Path) -> None:
     mapped = np.load(tmp_path / "features.npy", mmap_mode="r")
     classify = fit_classifiers([mapped], labels, 3, SHORT)[0]
     assert torch.equal(classify(features), fit(features, labels, SHORT)(features))
+
+
+@pytest.mark.parametrize(("epochs", "said"), [(2, True), (3, True), (4, False)])
+def test_an_end_within_the_warm_up_is_said(epochs: int, said: bool) -> None:
+    config = ProbeConfig(epochs=epochs, warmup_epochs=3)
+    note = f"{epochs} epochs end within the 3 of the warm-up: these classifiers are far from trained"
+    assert fit(*separable(20, 0), config).notes() == ((note,) if said else ())

@@ -102,7 +102,7 @@ class Classifiers:
 
     def __init__(self, weights: Tensor, config: ProbeConfig, *, mean_over_steps: bool) -> None:
         self.count, self.num_classes, self.dim = weights.shape
-        self.weights, self.mean_over_steps = weights.clone(), mean_over_steps
+        self.config, self.weights, self.mean_over_steps = config, weights.clone(), mean_over_steps
         self.biases = weights.new_zeros(self.count, self.num_classes)
         self.norm = nn.BatchNorm1d(self.count * self.dim, affine=False, eps=1e-6).to(weights.device)
         self.optimizer = Lars(self.weights, self.biases, momentum=config.momentum, trust=config.trust)
@@ -119,6 +119,13 @@ class Classifiers:
         error = (logits.softmax(-1) - F.one_hot(labels.to(x.device), self.num_classes)) / len(labels)
         gradients = (error.transpose(1, 2) @ x, error.sum(1))  # of the mean cross-entropy
         self.optimizer.step(gradients, lr)
+
+    def notes(self) -> tuple[str, ...]:
+        """What a reader of the numbers should know."""
+        epochs, warmup = self.config.epochs, self.config.warmup_epochs
+        if epochs > warmup:
+            return ()
+        return (f"{epochs} epochs end within the {warmup} of the warm-up: these classifiers are far from trained",)
 
     def __call__(self, features: Tensor) -> Tensor:
         """Logits [n, S, C] of features [n, S, D]; what an image's are does not depend on the others."""

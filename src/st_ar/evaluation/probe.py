@@ -16,7 +16,7 @@ from st_ar.data.store import TokenStore
 from st_ar.errors import UserError
 from st_ar.evaluation.feature_cache import FeatureCache
 from st_ar.evaluation.hidden import Features, Reading, describe_features, extract_features, uniform_steps
-from st_ar.evaluation.lars import ProbeConfig, fit_classifiers, read_rows
+from st_ar.evaluation.lars import Classifiers, ProbeConfig, fit_classifiers, read_rows
 from st_ar.evaluation.shallow import Method, ShallowClassifiers, require_sklearn
 from st_ar.model.transformer import Transformer
 
@@ -194,7 +194,7 @@ def fit_and_test(
     mean, name = method.mean_over_steps, method.name
     arrays = list(train.layers.values())
     if name == "mae":
-        fitted: Sequence[Callable[[Tensor], Tensor]] = fit_classifiers(
+        fitted: Sequence[Classifiers | ShallowClassifiers] = fit_classifiers(
             arrays, train.labels, num_classes, method.config, mean_over_steps=mean, device=device
         )
     else:
@@ -217,7 +217,7 @@ def fit_and_test(
                 train_images=len(train.labels),
                 test_images=len(test.labels),
                 method=name,
-                notes=classify.notes() if isinstance(classify, ShallowClassifiers) else (),
+                notes=classify.notes(),
             )
         )
     return results

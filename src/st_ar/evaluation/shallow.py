@@ -4,6 +4,7 @@ Their accuracies rank features in seconds. They are other numbers than the MAE p
 """
 
 import warnings
+from importlib import import_module
 from typing import Any, Literal
 
 import numpy as np
@@ -28,7 +29,7 @@ MAX_ITERATIONS = 1000
 def require_sklearn() -> None:
     """Refuse ridge and logistic regression where scikit-learn is not installed."""
     try:
-        import sklearn  # noqa: F401
+        import_module("sklearn")
     except ModuleNotFoundError as error:
         raise UserError(
             f"--method ridge and logistic are scikit-learn's ({error}): pip install 'st-ar[quickstart]', or give --method mae"
