@@ -20,7 +20,8 @@ from st_ar import __version__
 from st_ar.cli import Train, main
 from st_ar.config import ModelConfig, SelfGuidedConfig, TrainConfig
 from st_ar.data.store import TokenStore
-from st_ar.evaluation.probe import ProbeConfig, probe
+from st_ar.evaluation.lars import ProbeConfig
+from st_ar.evaluation.probe import probe
 from st_ar.invariance_config import InvarianceSettings
 from st_ar.model.weights import load_model
 from st_ar.presets import PRESETS
@@ -325,7 +326,7 @@ def test_the_probe_prints_and_keeps_what_the_library_measures(line: Line, tmp_pa
     out = tmp_path / "probe.json"
     stores = ["--tokens", line.train, "--test-tokens", line.test]
     settings = ["--epochs", "2", "--base-lr", "1", "--steps", "1", "64", "--train-crops", "4", "--seed", "3"]
-    line.do("probe", "probe", "--model", line.run, *stores, *settings, "--layer", "2", "--out", out)
+    line.do("probe", "probe", "--model", line.run, *stores, *settings, "--layers", "2", "--out", out)
     expected = probe(
         load_model(line.run),
         TokenStore(line.train),
@@ -335,12 +336,16 @@ def test_the_probe_prints_and_keeps_what_the_library_measures(line: Line, tmp_pa
         train_crops=[4],
         config=ProbeConfig(epochs=2, base_lr=1.0, seed=3),
     )
-    assert json.loads(out.read_text()) == dataclasses.asdict(expected)
-    first, header, *rows = line.printed["probe"].splitlines()
-    assert first == "layer 2, 1,297 training and 500 test images"
-    assert re.split("  +", header) == ["step", "accuracy (%)"]
+    assert expected.top5 is not None
+    (kept,) = json.loads(out.read_text())["results"]
+    assert (kept["layer"], kept["steps"], kept["train_images"], kept["test_images"]) == (2, [1, 64], 1297, 500)
+    assert (kept["top1"], kept["top5"]) == (expected.top1, expected.top5)
+    first, header, *rows = line.printed["probe"].splitlines()[:4]
+    assert first == "linear probe after MAE, 1,297 training and 500 test images"
+    assert header.split()[-3:] == ["layer", "1", "64"]
     assert [row.split() for row in rows] == [
-        [str(step), f"{100 * share:.1f}"] for step, share in zip(expected.steps, expected.top1, strict=True)
+        ["run", "2", label, *(f"{100 * share:.1f}" for share in shares)]
+        for label, shares in (("top-1", expected.top1), ("top-5", expected.top5))
     ]
 
 
@@ -498,8 +503,8 @@ class TestMistakes:
     @pytest.mark.parametrize(
         ("option", "match"),
         [
-            (["--layer", "3"], "no layer 3: this network has layers 1 to 2"),
-            (["--layer", "0"], "no layer 0: this network has layers 1 to 2"),
+            (["--layers", "3"], "no layer 3: this network has layers 1 to 2"),
+            (["--layers", "1", "0"], "no layer 0: this network has layers 1 to 2"),
             (["--steps", "65"], "no step 65: this model's images have steps 1 to 64"),
             (["--train-crops", "5"], "no crop 5 in .*train: it has 5 of each image"),
             (["--train-crops"], "--train-crops"),

@@ -61,6 +61,17 @@ def require_matplotlib() -> Any:
     return matplotlib
 
 
+def require_drawable(path: Path) -> None:
+    """Refuse a figure that could not be drawn, before the work whose result it shows.
+
+    Raises:
+        UserError: neither FILE.svg nor FILE.png, or no matplotlib.
+    """
+    if path.suffix not in (".svg", ".png"):
+        raise UserError(f"{path}: figures are drawn as .svg or .png, not as {path.suffix or 'a file without ending'}")
+    require_matplotlib()
+
+
 @dataclass(frozen=True, kw_only=True)
 class Drawing:
     """A figure, what it is called, and the numbers that it shows."""
@@ -86,10 +97,7 @@ class Drawing:
         Raises:
             UserError: another kind of file, or it cannot be written.
         """
-        if path.suffix not in (".svg", ".png"):
-            raise UserError(
-                f"{path}: figures are drawn as .svg or .png, not as {path.suffix or 'a file without ending'}"
-            )
+        require_drawable(path)
         with written_aside(path) as aside:
             if path.suffix == ".svg":
                 head, body = self.svg().split(">", 1)

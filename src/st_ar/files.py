@@ -87,9 +87,24 @@ def is_taken(path: Path, besides: Collection[str] = ()) -> bool:
     return any(not (name.startswith(".") and name.endswith(".partial")) for name in names)
 
 
-def require_absent(path: Path, what: str, besides: Collection[str] = ()) -> None:
-    """Refuse to write over something that is there; `besides` may be, left by a killed job."""
+def require_absent(path: Path, what: str, besides: Collection[str] = (), *, flag: str = "--out") -> None:
+    """Refuse to write over something that is there; `besides` may be, left by a killed job. `flag` named the path."""
     if is_taken(path, besides):
         raise UserError(
-            f"{path} exists already and is not empty: {what} is never written over; choose another --out or remove it"
+            f"{path} exists already and is not empty: {what} is never written over; choose another {flag} or remove it"
         )
+
+
+def require_place(path: Path) -> None:
+    """Refuse a path below a file or in a folder that may not be written to, before the work whose result it is for."""
+    parent = next(folder for folder in path.absolute().parents if folder.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        reason = "may not be written to" if parent.is_dir() else "is no folder"
+        raise UserError(f"cannot write {path}: {parent} {reason}; choose another place")
+
+
+def cache_folder() -> Path:
+    """Where downloads and features are kept: $ST_AR_CACHE, or st-ar below $XDG_CACHE_HOME or ~/.cache."""
+    if own := os.environ.get("ST_AR_CACHE"):
+        return Path(own).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "st-ar"

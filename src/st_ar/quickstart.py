@@ -21,9 +21,11 @@ from st_ar.data.tokenize import tokenize
 from st_ar.errors import UserError
 from st_ar.evaluation import features
 from st_ar.evaluation.attention import attention_maps, attention_statistics
+from st_ar.evaluation.hidden import batches
+from st_ar.evaluation.lars import ProbeConfig
 from st_ar.evaluation.likelihood import validation_loss
 from st_ar.evaluation.metrics import frechet_distance, mean_and_covariance
-from st_ar.evaluation.probe import ProbeConfig, batches, probe
+from st_ar.evaluation.probe import probe
 from st_ar.files import is_taken, read_json, write_json
 from st_ar.hardware import describe
 from st_ar.model.transformer import Transformer

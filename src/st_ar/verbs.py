@@ -15,6 +15,7 @@ from st_ar.data_verbs import ImportTokens, Tokenize
 from st_ar.evaluation_verbs import Evaluate, MakeReference, Reconstruct
 from st_ar.invariance_verb import Invariance
 from st_ar.printing import print_table
+from st_ar.probe_verb import Probe
 from st_ar.reproduce_verb import Reproduce
 from st_ar.sample_verb import Sample
 from st_ar.sweep_verb import Sweep
@@ -51,67 +52,6 @@ class Quickstart:
         ]
         print_table(("", "AR", "ST-AR"), rows)
         print(f"\n{summary['seconds_of_this_call']:.0f} s; the report is {report}")
-
-
-@dataclass(kw_only=True)
-class Probe:
-    """Linear probes after MAE: how well a frozen model's features tell the class after each number of tokens read.
-
-    The network is given the null class, so no label leaks. Prints the accuracies; --out keeps them as JSON.
-    """
-
-    model: Path
-    """A run, an export folder, a .safetensors file, or a .pt file of LlamaGen's."""
-    tokens: Path
-    """Token store to train the probes on."""
-    test_tokens: Path
-    """Token store to test them on (its first crop)."""
-    layer: int | None = None
-    """Layer to probe, counted from 1; half the depth by default."""
-    steps: tuple[int, ...] = ()
-    """Numbers of positions read, 1..T; 8 uniformly spaced ones by default."""
-    train_crops: tuple[int, ...] | None = None
-    """Which of the stored crops to train on; all by default. 4 is the centre of a ten-crop store, which is ten times as quick."""
-    epochs: int = 90
-    """Passes over the training features."""
-    base_lr: float = 0.1
-    """Learning rate for a batch of 256; it scales with the batch."""
-    min_lr: float = 1.0
-    """The peak rate is not scaled below this, so that probes on small data sets converge; 0 for MAE's rule to the letter."""
-    ema: bool = False
-    """Probe the averaged weights instead of the live ones."""
-    seed: int = 0
-    """Seed of the probes' initialisation and order."""
-    out: Path | None = None
-    """JSON file for the result."""
-
-    def run(self) -> None:
-        from dataclasses import asdict
-
-        from st_ar.data.store import TokenStore
-        from st_ar.evaluation.probe import ProbeConfig, probe
-        from st_ar.files import write_json
-        from st_ar.model.weights import open_model
-
-        model, info = open_model(self.model, ema=self.ema)
-        store, test_store = TokenStore(self.tokens), TokenStore(self.test_tokens)
-        for each in (store, test_store):
-            each.check_model(info.config, info.tokenizer)
-        config = ProbeConfig(epochs=self.epochs, base_lr=self.base_lr, min_lr=self.min_lr, seed=self.seed)
-        result = probe(
-            model,
-            store,
-            test_store,
-            layer=self.layer,
-            steps=self.steps or None,
-            train_crops=self.train_crops,
-            config=config,
-        )
-        if self.out:
-            write_json(self.out, asdict(result))
-        print(f"layer {result.layer}, {result.train_images:,} training and {result.test_images:,} test images")
-        rows = [(str(step), f"{100 * share:.1f}") for step, share in zip(result.steps, result.top1, strict=True)]
-        print_table(("step", "accuracy (%)"), rows)
 
 
 @dataclass(kw_only=True)

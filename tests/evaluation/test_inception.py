@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from st_ar.errors import UserError
 from st_ar.evaluation import inception_weights
 from st_ar.evaluation.inception import BlockA, BlockC, BlockE, Inception, average_pool, resize_bilinear
-from st_ar.evaluation.inception_weights import FILES, cache_folder, find_weights, load_inception
+from st_ar.evaluation.inception_weights import FILES, find_weights, load_inception
+from st_ar.files import cache_folder
 from tests.disk import contents, refused
 
 # The resize

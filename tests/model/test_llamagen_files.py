@@ -86,12 +86,12 @@ def test_a_file_of_llamagens_for_captions_loads_and_goes_back(tmp_path: Path, mo
     assert all(torch.equal(back[key], value) for key, value in theirs.items())
 
 
-def test_an_export_keeps_the_captions_encoder(tmp_path: Path) -> None:
+def test_an_export_keeps_the_captions_encoder_and_how_many_went_without(tmp_path: Path) -> None:
     model = random_model(TINY_TEXT)
-    save_export(tmp_path / "export", model, model, INFO | {"encoder": "t5"})
+    save_export(tmp_path / "export", model, model, INFO | {"encoder": "t5", "class_dropout": 0.25})
     convert(tmp_path / "export", tmp_path / "copy", to="st-ar")
     again, info = open_model(tmp_path / "copy")
-    assert (info.encoder, info.config) == ("t5", TINY_TEXT)
+    assert (info.encoder, info.class_dropout, info.config) == ("t5", 0.25, TINY_TEXT)
     assert all(torch.equal(value, model.state_dict()[key]) for key, value in again.state_dict().items())
 
 

@@ -300,6 +300,7 @@ def test_a_run_can_be_loaded_as_a_model_and_says_what_it_is(straight: Path) -> N
     model, info = open_model(straight)
     assert info.step == 12
     assert info.class_names == ["class-0", "class-1", "class-2"]
+    assert info.class_dropout == GUIDED_RUN.class_dropout
     assert info.tokenizer == FINGERPRINT
     assert info.config == GUIDED_RUN.model
     assert_same_weights(model.state_dict(), load_file(straight / "export" / "model.safetensors"))

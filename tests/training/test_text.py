@@ -19,8 +19,8 @@ from st_ar.data.text import TextStore, write_text
 from st_ar.data.views import Views
 from st_ar.errors import UserError
 from st_ar.evaluation.attention_job import report_attention
+from st_ar.evaluation.hidden import Reading, extract_features
 from st_ar.evaluation.likelihood import validation_loss
-from st_ar.evaluation.probe import extract_features
 from st_ar.model.generate import generate
 from st_ar.model.transformer import Transformer
 from st_ar.model.weights import open_model
@@ -350,7 +350,8 @@ def test_samples_need_the_models_own_kind_of_condition(text: Path) -> None:
 
 def test_probes_read_a_text_model_without_a_caption(learned: Path, tokens: Path) -> None:
     model, codes = open_model(learned)[0], all_codes(tokens)
-    features, _ = extract_features(model, TokenStore(tokens), layer=1, steps=[1, 9])
+    found = extract_features(model, TokenStore(tokens), Reading(layers=[1], steps=[1, 9]))
+    features = torch.from_numpy(found.layers[1])
     with torch.no_grad():
         hidden = model(codes[:, :-1], model.null_condition(IMAGES), hidden=[1]).hidden[1]
     torch.testing.assert_close(features, hidden[:, [0, 8]])

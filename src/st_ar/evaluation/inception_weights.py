@@ -1,7 +1,6 @@
 """Where Inception's weights come from: a path, a cache folder, or the public conversion, checked against its SHA-256."""
 
 import hashlib
-import os
 import sys
 import urllib.error
 import urllib.request
@@ -13,7 +12,7 @@ import torch
 
 from st_ar.errors import UserError
 from st_ar.evaluation.inception import Inception
-from st_ar.files import sha256, written_aside
+from st_ar.files import cache_folder, sha256, written_aside
 from st_ar.progress import progress
 from st_ar.torch_files import read_tensors
 
@@ -22,13 +21,6 @@ FILES = ("pt_inception-2015-12-05-6726825d.pth", "weights-inception-2015-12-05-6
 URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{FILES[0]}"
 SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 """Of that file, whose name carries the first 8 digits: with other weights a distance is no FID."""
-
-
-def cache_folder() -> Path:
-    """Where downloads are kept: $ST_AR_CACHE, or st-ar below $XDG_CACHE_HOME or ~/.cache."""
-    if own := os.environ.get("ST_AR_CACHE"):
-        return Path(own).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "st-ar"
 
 
 def find_weights(path: Path | None = None, *, url: str = URL) -> Path:

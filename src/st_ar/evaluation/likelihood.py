@@ -3,7 +3,7 @@
 import torch
 
 from st_ar.data.store import TokenStore
-from st_ar.evaluation.probe import batches
+from st_ar.evaluation.hidden import batches
 from st_ar.model.transformer import Transformer
 from st_ar.selfguided.losses import next_token_loss
 

@@ -1,60 +1,28 @@
 """Linear probing after MAE (arXiv 2111.06377): what the hidden state at each step says about the image's class.
 
-The network is frozen and given the null condition, so no label leaks. At step t the probe reads the state that has seen
-the condition and t - 1 image tokens (input position t - 1). One linear classifier a step, all trained together.
+The network is frozen and given the null condition, so no label leaks. Three parts, each of use alone: features (hidden.py,
+kept by feature_cache.py), classifiers (lars.py; shallow.py has quicker ones), and here their accuracies.
 """
 
-import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
+from st_ar.config import ModelConfig
 from st_ar.data.store import TokenStore
 from st_ar.errors import UserError
+from st_ar.evaluation.feature_cache import FeatureCache
+from st_ar.evaluation.hidden import Features, Reading, describe_features, extract_features, uniform_steps
+from st_ar.evaluation.lars import Classifiers, ProbeConfig, fit_classifiers, read_rows
+from st_ar.evaluation.shallow import Method, ShallowClassifiers, require_sklearn
 from st_ar.model.transformer import Transformer
-from st_ar.progress import progress
-from st_ar.randomness import Purpose, torch_generator
 
-
-@dataclass(frozen=True, kw_only=True)
-class ProbeConfig:
-    """The protocol's settings; the defaults are MAE's."""
-
-    epochs: int = 90
-    """Passes over the training features."""
-    warmup_epochs: int = 10
-    """Passes over which the learning rate rises linearly; then it falls to 0 by a cosine."""
-    batch_size: int = 16384
-    """Features per step; small data sets scale it down so that an epoch has at least 32 steps."""
-    base_lr: float = 0.1
-    """Learning rate for a batch of 256; it scales with the batch."""
-    min_lr: float = 1.0
-    """The peak rate is not scaled below this: LARS's steps are a share of the weights' norm, and with the small rate of a small
-    batch it stops far from convergence after 90 epochs of a few thousand images. 0 scales all the way, MAE's rule to the letter."""
-    momentum: float = 0.9
-    """LARS's momentum."""
-    trust: float = 1e-3
-    """LARS's trust coefficient."""
-    seed: int = 0
-    """Seed of initialisation and order."""
-
-    def __post_init__(self) -> None:
-        for name, least in (("epochs", 1), ("warmup_epochs", 0), ("batch_size", 2), ("seed", 0)):
-            value = getattr(self, name)
-            if value < least:
-                raise UserError(f"--{name.replace('_', '-')} must be {least} or more, not {value}")
-        if not 0 <= self.min_lr < math.inf:
-            raise UserError(f"--min-lr must be 0 or more, not {self.min_lr}")
-        for name in ("base_lr", "trust"):
-            value = getattr(self, name)
-            if not 0 < value < math.inf:
-                raise UserError(f"--{name.replace('_', '-')} must be above 0, not {value}")
-        if not 0 <= self.momentum < 1:
-            raise UserError(f"--momentum must lie in [0, 1), not {self.momentum}")
+ROWS = 16384
+"""Images that are classified at once."""
+TOP = 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,130 +36,191 @@ class ProbeResult:
     """Share of the test images whose class is guessed right, for each step."""
     train_images: int
     test_images: int
+    top5: list[float] | None = None
+    """Share whose class is among the five likeliest; None if there are no more than five classes."""
+    mean_top1: float | None = None
+    """top1 of the probe on the mean over the steps, if there is one."""
+    mean_top5: float | None = None
+    method: Method = "mae"
+    notes: tuple[str, ...] = ()
+    """What a reader of the numbers should know."""
 
 
-def uniform_steps(length: int, count: int = 8) -> list[int]:
-    """`count` uniformly spaced steps, the last being `length`: 32, 64, .. 256 of 256."""
-    if not 1 <= count <= length:
-        raise UserError(f"{count} steps asked for; an image of this model has {length}: give 1 to that many")
-    return [round(length * (i + 1) / count) for i in range(count)]
+@dataclass(frozen=True, kw_only=True)
+class ProbeMethod:
+    """Which classifiers, and how they are trained."""
+
+    name: Method = "mae"
+    config: ProbeConfig = field(default_factory=ProbeConfig)
+    """Of mae."""
+    penalty: float = 1.0
+    """Of the others: ridge regression's alpha, logistic regression's 1 / C, on standardised features."""
+    mean_over_steps: bool = False
+    """Whether one more classifier a layer reads the mean over the steps."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.penalty < float("inf"):
+            raise UserError(f"--penalty must be above 0, not {self.penalty}")
+
+    def require_library(self) -> None:
+        """Refuse a method whose library is missing."""
+        if self.name != "mae":
+            require_sklearn()
 
 
-def batches(store: TokenStore, crops: Sequence[int], batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Tokens int64 [n, T] and labels [n]: the chosen crops of all images, crop by crop."""
-    for crop in crops:
-        for start in range(0, len(store), batch_size):
-            images = np.arange(start, min(start + batch_size, len(store)))
-            codes = store.codes(images, np.full((len(images), 1), crop))[:, 0]
-            yield torch.from_numpy(codes.astype(np.int64)), torch.from_numpy(store.labels[images])
-
-
-@torch.no_grad()
-def extract_features(
-    model: Transformer,
-    store: TokenStore,
-    *,
-    layer: int,
-    steps: Sequence[int],
-    crops: Sequence[int] = (0,),
-    batch_size: int = 256,
-) -> tuple[Tensor, Tensor]:
-    """Hidden states of a layer at the steps, null condition: float32 [n, steps, D], and labels [n].
+def require_classes(train_store: TokenStore, test_store: TokenStore) -> None:
+    """Refuse stores that no probe can be trained on and tested with.
 
     Raises:
-        UserError: a store that is not the model's, or a layer or step out of range.
+        UserError: images without labels, or classes that are not the same in both.
     """
-    store.check_model(model.config)
-    length = model.config.sequence_length
-    if wrong := [step for step in steps if not 1 <= step <= length]:
-        raise UserError(f"no step {wrong[0]}: this model's images have steps 1 to {length}")
-    if not steps or not crops:
-        raise UserError("give at least one of --steps and of --train-crops: there is nothing to probe otherwise")
-    if wrong := [crop for crop in crops if not 0 <= crop < len(store.meta.crops)]:
-        raise UserError(f"no crop {wrong[0]} in {store.folder}: it has {len(store.meta.crops)} of each image")
-    assert not model.training
-    positions = torch.tensor(steps) - 1
-    features: list[Tensor] = []
-    labels: list[Tensor] = []
-    total = len(store) * len(crops)
-    with progress(f"read layer {layer}", total, unit="images") as bar:
-        for tokens, classes in batches(store, crops, batch_size):
-            null = model.null_condition(len(tokens))
-            hidden = model.features(tokens[:, :-1], null, layers={layer})[layer]
-            features.append(hidden[:, positions].float())
-            labels.append(classes)
-            bar.advance(len(tokens))
-    return torch.cat(features), torch.cat(labels)
+    names = train_store.meta.class_names
+    for store in (train_store, test_store):
+        if len(store.meta.class_names) < 2:
+            raise UserError(
+                f"{store.folder} has {len(store.meta.class_names)} class: its images have no labels, and there is nothing for a "
+                "probe to tell; tokenize images with classes"
+            )
+    if len(names) != len(test_store.meta.class_names) or not same_names(names, test_store.meta.class_names):
+        raise UserError(
+            f"{train_store.folder} and {test_store.folder} have other classes ({len(names)} and "
+            f"{len(test_store.meta.class_names)}, {_difference(names, test_store.meta.class_names)}): give stores of one data set"
+        )
+    if len(np.unique(train_store.labels)) < 2:
+        raise UserError(f"all images of {train_store.folder} are of one class: there is nothing for a probe to tell")
 
 
-class Lars:
-    """LARS (arXiv 1708.03888) as in MAE's probe: momentum, trust ratio, 1-d parameters exempt, no weight decay.
+def same_names(ours: Sequence[str], theirs: Sequence[str]) -> bool:
+    """Whether two lists of class names agree; numbers alone are no names, and agree with all."""
+    numbers = [str(index) for index in range(len(ours))]
+    return list(ours) == list(theirs) or numbers in (list(ours), list(theirs))
 
-    The first dimension of every parameter counts the independent classifiers: each has its own trust ratio.
+
+def _difference(ours: Sequence[str], theirs: Sequence[str]) -> str:
+    for index, (a, b) in enumerate(zip(ours, theirs, strict=False)):
+        if a != b:
+            return f"class {index} is {a!r} and {b!r}"
+    return "the first of which have the same names"
+
+
+def accuracies(
+    classify: Callable[[Tensor], Tensor], features: np.ndarray, labels: Tensor, ks: Sequence[int]
+) -> dict[int, list[float]]:
+    """For each k the share of the images [n, S, D] whose class is among the k likeliest, by classifier."""
+    right: dict[int, Tensor | int] = dict.fromkeys(ks, 0)
+    for rows in torch.arange(len(features)).split(ROWS):
+        logits, truth = classify(read_rows(features, rows)).cpu(), labels[rows][:, None, None]
+        for k in ks:
+            likeliest = logits.argmax(-1, keepdim=True) if k == 1 else logits.topk(k).indices
+            right[k] = right[k] + (likeliest == truth).any(-1).sum(0)
+    return {k: (torch.as_tensor(found).float() / len(features)).tolist() for k, found in right.items()}
+
+
+def choose_reading(
+    config: ModelConfig,
+    train_store: TokenStore,
+    test_store: TokenStore,
+    *,
+    layers: Sequence[int] | None = None,
+    steps: Sequence[int] | None = None,
+    train_crops: Sequence[int] | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[Reading, tuple[Sequence[int], Sequence[int]]]:
+    """What a probe reads, and the crops of either store; arguments and errors as for `probe_layers`."""
+    reading = Reading(
+        layers=[max(1, config.n_layers // 2)] if layers is None else layers,
+        steps=uniform_steps(config.sequence_length) if steps is None else steps,
+        dtype=dtype,
+    )
+    crops = range(len(train_store.meta.crops)) if train_crops is None else train_crops
+    reading.check(config, train_store, crops)
+    reading.check(config, test_store, (0,))
+    require_classes(train_store, test_store)
+    return reading, (crops, (0,))
+
+
+def probe_layers(
+    model: Transformer,
+    train_store: TokenStore,
+    test_store: TokenStore,
+    *,
+    layers: Sequence[int] | None = None,
+    steps: Sequence[int] | None = None,
+    train_crops: Sequence[int] | None = None,
+    method: ProbeMethod | None = None,
+    dtype: torch.dtype = torch.float32,
+    cache: FeatureCache | None = None,
+    weights: str = "",
+) -> list[ProbeResult]:
+    """Probe accuracies of each layer: classifiers trained on the stored crops, tested on the test store's first crop.
+
+    Each store is read once for all layers, and all of a method's classifiers see each feature once an epoch. They run where
+    the model is.
+
+    Args:
+        layers: counted from 1; half the depth if None.
+        steps: in 1..T; 8 uniformly spaced ones if None.
+        train_crops: which of the training store's crops to read; all if None.
+        method: MAE's protocol if None.
+        dtype: type of the network's matrix products.
+        cache: where features are kept and looked for; None keeps them in memory. weights: SHA-256 of the model's file, its key.
+
+    Raises:
+        UserError: a store that is not the model's or has other classes, a layer, step or crop out of range, no room for the
+            cache, or a method whose library is missing.
     """
-
-    def __init__(self, weights: Tensor, biases: Tensor, *, momentum: float, trust: float) -> None:
-        self.weights, self.biases, self.momentum, self.trust = weights, biases, momentum, trust
-        self.velocity = [torch.zeros_like(weights), torch.zeros_like(biases)]
-
-    @torch.no_grad()
-    def step(self, gradients: Sequence[Tensor], lr: float) -> None:
-        """One step with the gradients of weights [S, C, D] and biases [S, C]."""
-        grad, bias_grad = gradients
-        norm, grad_norm = (x.flatten(1).norm(dim=1)[:, None, None] for x in (self.weights, grad))
-        ratio = torch.where((norm > 0) & (grad_norm > 0), self.trust * norm / grad_norm, 1.0)
-        for parameter, velocity, update in (
-            (self.weights, self.velocity[0], grad * ratio),
-            (self.biases, self.velocity[1], bias_grad),
-        ):
-            velocity.mul_(self.momentum).add_(update)
-            parameter.sub_(velocity, alpha=lr)
-
-
-def probe_rate(config: ProbeConfig, epoch: float, batch_size: int) -> float:
-    """The learning rate at a fractional epoch: linear warm-up, then half a cosine to 0."""
-    peak = max(config.base_lr * batch_size / 256, config.min_lr)
-    if epoch < config.warmup_epochs:
-        return peak * epoch / config.warmup_epochs
-    done = (epoch - config.warmup_epochs) / max(1e-9, config.epochs - config.warmup_epochs)
-    return peak * (1 + math.cos(math.pi * done)) / 2
+    method = method or ProbeMethod()
+    method.require_library()
+    stores = train_store, test_store
+    reading, crops = choose_reading(
+        model.config, *stores, layers=layers, steps=steps, train_crops=train_crops, dtype=dtype
+    )
+    if cache is not None:
+        wanted = [describe_features(model.config, weights, *pair, reading) for pair in zip(stores, crops, strict=True)]
+        cache.reserve(entry for entries in wanted for entry in entries.values())
+    train, test = (
+        extract_features(model, store, reading, crops=some, cache=cache, weights=weights)
+        for store, some in zip(stores, crops, strict=True)
+    )
+    return fit_and_test(
+        train, test, list(reading.steps), len(train_store.meta.class_names), method, model.output.weight.device
+    )
 
 
-def fit_classifiers(
-    features: Tensor, labels: Tensor, num_classes: int, config: ProbeConfig
-) -> Callable[[Tensor], Tensor]:
-    """Train one classifier a step on features [N, S, D]; returns a function from features to logits [n, S, C].
-
-    Each is BatchNorm1d(affine=False, eps=1e-6) and a linear layer.
-    """
-    count, steps, dim = features.shape
-    generator = torch_generator(config.seed, Purpose.PROBE)
-    if count < 2:
-        raise UserError(f"{count} training images are too few for a probe: its batch norm needs at least 2")
-    batch_size = min(config.batch_size, max(2, count // 32))
-    norm = nn.BatchNorm1d(steps * dim, affine=False, eps=1e-6)
-    weights = nn.init.trunc_normal_(torch.empty(steps, num_classes, dim), std=0.01, generator=generator)
-    biases = torch.zeros(steps, num_classes)
-    optimizer = Lars(weights, biases, momentum=config.momentum, trust=config.trust)
-    per_epoch = count // batch_size
-    with progress("train probes", config.epochs, unit="epochs") as bar:
-        for epoch in range(config.epochs):
-            order = torch.randperm(count, generator=generator)
-            for index in range(per_epoch):
-                chosen = order[index * batch_size : (index + 1) * batch_size]
-                x = norm(features[chosen].flatten(1)).unflatten(1, (steps, dim)).transpose(0, 1)  # (S, b, D)
-                logits = torch.baddbmm(biases[:, None], x, weights.transpose(1, 2))  # (S, b, C)
-                error = (logits.softmax(-1) - F.one_hot(labels[chosen], num_classes)) / len(chosen)
-                gradients = (error.transpose(1, 2) @ x, error.sum(1))  # of the mean cross-entropy
-                optimizer.step(gradients, probe_rate(config, epoch + index / per_epoch, batch_size))
-            bar.advance(1)
-    norm.eval()
-
-    def classify(new: Tensor) -> Tensor:
-        x = norm(new.flatten(1)).unflatten(1, (steps, dim)).transpose(0, 1)
-        return torch.baddbmm(biases[:, None], x, weights.transpose(1, 2)).transpose(0, 1)
-
-    return classify
+def fit_and_test(
+    train: Features, test: Features, steps: list[int], num_classes: int, method: ProbeMethod, device: torch.device
+) -> list[ProbeResult]:
+    """Train a method's classifiers on some features and test them on others of the same layers and steps."""
+    mean, name = method.mean_over_steps, method.name
+    arrays = list(train.layers.values())
+    if name == "mae":
+        fitted: Sequence[Classifiers | ShallowClassifiers] = fit_classifiers(
+            arrays, train.labels, num_classes, method.config, mean_over_steps=mean, device=device
+        )
+    else:
+        fitted = [
+            ShallowClassifiers(array, train.labels, num_classes, name, method.penalty, mean_over_steps=mean)
+            for array in arrays
+        ]
+    results: list[ProbeResult] = []
+    for layer, classify in zip(train.layers, fitted, strict=True):
+        found = accuracies(classify, test.layers[layer], test.labels, [1, TOP] if num_classes > TOP else [1])
+        top5 = found.get(TOP)
+        results.append(
+            ProbeResult(
+                layer=layer,
+                steps=steps,
+                top1=found[1][: len(steps)],
+                top5=top5[: len(steps)] if top5 else None,
+                mean_top1=found[1][-1] if mean else None,
+                mean_top5=top5[-1] if mean and top5 else None,
+                train_images=len(train.labels),
+                test_images=len(test.labels),
+                method=name,
+                notes=classify.notes(),
+            )
+        )
+    return results
 
 
 def probe(
@@ -204,30 +233,8 @@ def probe(
     train_crops: Sequence[int] | None = None,
     config: ProbeConfig | None = None,
 ) -> ProbeResult:
-    """Probe accuracy by step: classifiers trained on the stored crops, tested on the test store's first crop.
-
-    Args:
-        layer: counted from 1; half the depth if None.
-        steps: in 1..T; 8 uniformly spaced ones if None.
-        train_crops: which of the training store's crops to read; all if None.
-
-    Raises:
-        UserError: a store that is not the model's or has other classes, a layer or step out of range.
-    """
-    config = config or ProbeConfig()
-    layer = max(1, model.config.n_layers // 2) if layer is None else layer
-    steps = list(steps) if steps is not None else uniform_steps(model.config.sequence_length)
-    before = [parameter.clone() for parameter in model.parameters()]
-    crops = range(len(train_store.meta.crops)) if train_crops is None else train_crops
-    features, labels = extract_features(model, train_store, layer=layer, steps=steps, crops=crops)
-    test_features, test_labels = extract_features(model, test_store, layer=layer, steps=steps)
-    classify = fit_classifiers(features, labels, len(train_store.meta.class_names), config)
-    right = classify(test_features).argmax(-1) == test_labels[:, None]  # (n, S)
-    assert all(map(torch.equal, before, model.parameters())), "probing changed the network"
-    return ProbeResult(
-        layer=layer,
-        steps=steps,
-        top1=right.float().mean(0).tolist(),
-        train_images=len(features),
-        test_images=len(test_labels),
-    )
+    """MAE's probe of one layer with its features in memory; arguments and errors as for `probe_layers`."""
+    layers, method = None if layer is None else [layer], ProbeMethod(config=config or ProbeConfig())
+    return probe_layers(
+        model, train_store, test_store, layers=layers, steps=steps, train_crops=train_crops, method=method
+    )[0]

@@ -33,6 +33,8 @@ class ModelInfo:
     """Fingerprint of the tokenizer whose codes the model speaks."""
     encoder: str
     """Of a text model: the encoder whose features it was trained on, as far as it is known."""
+    class_dropout: float | None
+    """Share of the images that it was trained on without their condition; None if the files do not say."""
     source: Path
     """The file that was read."""
     ema: bool
@@ -126,6 +128,7 @@ def open_model(path: Path | str, *, ema: bool = False, grid: int | None = None) 
         class_names=saved.get("class_names", []),
         tokenizer=saved.get("tokenizer", ""),
         encoder=saved.get("encoder", ""),
+        class_dropout=saved.get("class_dropout"),
         source=file,
         ema=file.name == EMA,
     )

@@ -43,7 +43,7 @@ def measurements(files: Files) -> dict[str, Spread]:
 
 def probe_curve(path: Path) -> tuple[list[float], list[float]]:
     """Tokens read, and the share of right guesses after each."""
-    result = read_json(path, "a probe")
+    result = read_json(path, "a probe")["results"][0]
     return [float(step) for step in result["steps"]], result["top1"]
 
 

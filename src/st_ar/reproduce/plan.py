@@ -149,7 +149,8 @@ class Plan:
     def _probe(self, run: Path) -> Path:
         out = run.with_name(f"{run.name}-probe.json")
         stores = ("--tokens", str(self.tokens), "--test-tokens", str(self.test_tokens))
-        what = ("--model", str(run), *stores, *self.scale.probe_crops, "--out", str(out))
+        cache = ("--cache", str(self.work / "cache"))
+        what = ("--model", str(run), *stores, *self.scale.probe_crops, *cache, "--out", str(out))
         return self._add(f"probe {run.name}", out, "probe", *what)
 
     def _attention(self) -> Path:

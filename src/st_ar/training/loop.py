@@ -85,7 +85,8 @@ def train(
     def export(step: int) -> None:
         info = {"preset": preset, "class_names": store.meta.class_names, "tokenizer": store.meta.tokenizer}
         encoder = {} if captions is None else {"encoder": captions.encoder}
-        save_export(out / "export", model, teacher.model, {"step": step, **info, **encoder})
+        known = {"step": step, **info, "class_dropout": config.class_dropout, **encoder}
+        save_export(out / "export", model, teacher.model, known)
 
     if start and exported_step(out / "export") != start:  # the run was killed between its checkpoint and its export
         export(start)

@@ -1,0 +1,214 @@
+"""Features on disk, one entry for each layer: computed once, read memory-mapped, and never more of them than a limit.
+
+An entry is a folder that has its name only when it is whole (docs/formats.md). Its name is a hash of all that its features
+depend on, so that an entry is never stale.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+from collections.abc import Generator, Iterable, Sequence
+from io import FileIO
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from st_ar.errors import UserError
+from st_ar.files import write_json
+
+FORMAT_VERSION = 1
+FEATURES, ENTRY, LOCK = "features.npy", "entry.json", "lock"
+HEADER = 128
+"""Bytes of a .npy file before its numbers."""
+GB = 10**9
+
+Entry = dict[str, Any]
+"""What an entry says of itself, and its key: plain JSON values, among them the features' shape [n, ..]."""
+
+
+class FeatureCache:
+    """A folder of features.
+
+    Args:
+        folder: made when it is needed; what else lies in it is left alone.
+        limit: bytes that all entries together may take; the ones not used for longest make room.
+        stored: type of the numbers on disk. float16 takes half the room and keeps 11 bits of each.
+    """
+
+    def __init__(self, folder: Path, limit: float, stored: Literal["float32", "float16"] = "float32") -> None:
+        if not limit > 0:
+            raise UserError(f"--cache-limit must be above 0 GB, not {limit / GB:g}")
+        self.folder, self.limit, self.stored = folder, limit, stored
+        self.wanted: dict[str, int] = {}
+        self.reused = self.written = 0
+        """Entries found and entries made so far."""
+
+    def name(self, entry: Entry) -> str:
+        """The folder of an entry: the first 32 digits of the SHA-256 of its description."""
+        text = json.dumps(self._described(entry), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+    def _described(self, entry: Entry) -> Entry:
+        return {"format_version": FORMAT_VERSION, **entry, "stored": self.stored}
+
+    def _size(self, entry: Entry) -> int:
+        return HEADER + math.prod(entry["shape"]) * np.dtype(self.stored).itemsize
+
+    def reserve(self, entries: Iterable[Entry]) -> None:
+        """Make room for these entries beside those reserved before, by removing others, the longest unused first.
+
+        Raises:
+            UserError: together they are larger than the limit, or what is missing of them than the disk has room for.
+        """
+        self.wanted |= {self.name(entry): self._size(entry) for entry in entries}
+        total = sum(self.wanted.values())
+        less = "; fewer --layers, --steps or --train-crops need less" + (
+            "" if self.stored == "float16" else ", --cache-dtype float16 half as much"
+        )
+        if total > self.limit:
+            raise UserError(
+                f"the features take {_gigabytes(total)}, more than --cache-limit {self.limit / GB:g} GB: raise it{less}"
+            )
+        with self._writing():
+            self.folder.mkdir(parents=True, exist_ok=True)
+        self._clear_partial()
+        there = self._entries()
+        missing = sum(size for name, size in self.wanted.items() if name not in there)
+        taken = sum(there.values()) + missing
+        for name in [name for name in there if name not in self.wanted]:
+            if taken <= self.limit and missing <= shutil.disk_usage(self.folder).free:
+                break
+            shutil.rmtree(self.folder / name, ignore_errors=True)
+            taken -= there[name]
+        if missing > (free := shutil.disk_usage(self.folder).free):
+            raise UserError(
+                f"the features take {_gigabytes(missing)} more, and the disk of {self.folder} has {_gigabytes(free)} left: "
+                f"free some space, or give a --cache on another disk{less}"
+            )
+
+    def _entries(self) -> dict[str, int]:
+        """Whole entries and their bytes, the longest unused first."""
+        found: list[tuple[int, str, int]] = []
+        for place in self.folder.iterdir():
+            if re.fullmatch(r"[0-9a-f]{32}", place.name):
+                with contextlib.suppress(OSError):  # another process may remove it
+                    size = (place / FEATURES).stat().st_size
+                    found.append(((place / ENTRY).stat().st_mtime_ns, place.name, size))
+        return {name: size for _, name, size in sorted(found)}
+
+    def _clear_partial(self) -> None:
+        """Remove what killed calls left; a living one holds the lock in its folder."""
+        for place in self.folder.glob(".*.partial"):
+            with contextlib.suppress(OSError), open(place / LOCK, "rb") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(place, ignore_errors=True)
+
+    def find(self, entry: Entry) -> np.ndarray | None:
+        """The features of an entry, memory-mapped, or None if they are not there (or damaged: then they are removed)."""
+        array = self._load(entry)
+        self.reused += array is not None
+        return array
+
+    def _load(self, entry: Entry) -> np.ndarray | None:
+        place = self.folder / self.name(entry)
+        if not place.is_dir():
+            return None
+        try:
+            array = np.load(place / FEATURES, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError, EOFError):
+            array = None
+        if array is not None and list(array.shape) == entry["shape"] and array.dtype == np.dtype(self.stored):
+            with contextlib.suppress(OSError):  # a cache of somebody else's
+                os.utime(place / ENTRY)
+            return array
+        shutil.rmtree(place, ignore_errors=True)
+        return None
+
+    def open(self, entry: Entry) -> np.ndarray:
+        """The features of an entry that was just written."""
+        array = self._load(entry)
+        if array is None:
+            raise UserError(
+                f"features vanished from {self.folder} or cannot be read back: does another call share it with a lower --cache-limit?"
+            )
+        return array
+
+    @contextlib.contextmanager
+    def writing(self, entries: Sequence[Entry]) -> Generator[list["FeatureFile"]]:
+        """Files for the features [n, ..] of new entries, to be written row by row; kept only if all goes well.
+
+        Raises:
+            UserError: the disk is full or refuses, or a number is too large for the type on disk.
+        """
+        asides: list[Path] = []
+        with contextlib.ExitStack() as stack:
+            stack.callback(lambda: [shutil.rmtree(aside, ignore_errors=True) for aside in asides])
+            files: list[FeatureFile] = []
+            with self._writing():
+                for entry in entries:
+                    aside = self.folder / f".{self.name(entry)}.{os.getpid()}.partial"
+                    asides.append(aside)
+                    aside.mkdir(parents=True, exist_ok=True)
+                    fcntl.flock(stack.enter_context(open(aside / LOCK, "wb")), fcntl.LOCK_EX)
+                    file = stack.enter_context(open(aside / FEATURES, "wb", buffering=0))
+                    files.append(FeatureFile(self, file, entry["shape"]))
+            yield files
+            for entry, aside, file in zip(entries, asides, files, strict=True):
+                with self._writing():
+                    file.finish()
+                    write_json(aside / ENTRY, self._described(entry))
+                    place = self.folder / self.name(entry)
+                    if not place.exists():  # another process may have been quicker
+                        os.replace(aside, place)
+                        (place / LOCK).unlink()
+                self.written += 1
+
+    @contextlib.contextmanager
+    def _writing(self) -> Generator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(
+                f"cannot keep features in {self.folder} ({error.strerror or error}): nothing unfinished stays there; free some space, "
+                "or give another --cache"
+            ) from error
+
+
+class FeatureFile:
+    """A .npy file that grows row by row. Plain writes and no memory map: that a disk is full is then an error, not a signal."""
+
+    def __init__(self, cache: FeatureCache, file: FileIO, shape: list[int]) -> None:
+        self.cache, self.file, self.shape, self.rows = cache, file, shape, 0
+        header = {"descr": np.dtype(cache.stored).str, "fortran_order": False, "shape": tuple(shape)}
+        np.lib.format.write_array_header_1_0(file, header)
+
+    def write(self, rows: np.ndarray) -> None:
+        """The next rows [n, ..], float32."""
+        with np.errstate(over="ignore"):
+            stored = np.ascontiguousarray(rows, np.dtype(self.cache.stored))
+        if not np.isfinite(stored).all():
+            if np.isfinite(rows).all():
+                raise UserError(
+                    f"features reach {np.abs(rows).max():.3g}, too large for --cache-dtype float16: give float32"
+                )
+            raise UserError("the features hold NaN or infinity: the model is broken, or its --dtype too small for it")
+        left = stored.reshape(-1).view(np.uint8).data
+        with self.cache._writing():
+            while left:
+                left = left[self.file.write(left) :]
+        self.rows += len(rows)
+
+    def finish(self) -> None:
+        """Make sure that all is on the disk."""
+        assert self.rows == self.shape[0], f"{self.rows} of {self.shape[0]} rows were written"
+        os.fsync(self.file.fileno())
+
+
+def _gigabytes(size: float) -> str:
+    return f"{size / GB:.3g} GB"

@@ -1,0 +1,275 @@
+"""The cache of features: what comes back is what went in, nothing unfinished is taken, and it stays within its limit."""
+
+import os
+import shutil
+import subprocess
+import sys
+from collections import namedtuple
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from st_ar.data.store import TokenStore
+from st_ar.errors import UserError
+from st_ar.evaluation import feature_cache, hidden
+from st_ar.evaluation.feature_cache import ENTRY, FEATURES, Entry, FeatureCache
+from st_ar.evaluation.hidden import Features, Reading, describe_features, extract_features
+from st_ar.model.transformer import Transformer
+from tests.data.random_store import random_store, write_store
+from tests.disk import contents, full_disk
+from tests.toys import random_model
+
+READING = Reading(layers=[2, 4], steps=[3, 9])
+SIZE = 128 + 18 * 2 * 16 * 4
+"""Bytes of an entry: 9 images x 2 crops, 2 steps, 16 features."""
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> TokenStore:
+    return TokenStore(random_store(tmp_path / "tokens", images=9, crops=3, grid=3, vocab_size=11)[0])
+
+
+@pytest.fixture
+def model() -> Transformer:
+    return random_model()
+
+
+def entries(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def extract(model: Transformer, store: TokenStore, cache: FeatureCache | None, reading: Reading = READING) -> Features:
+    return extract_features(model, store, reading, crops=[0, 2], cache=cache, weights="abc")
+
+
+def describe(model: Transformer, store: TokenStore, weights: str = "abc", reading: Reading = READING) -> list[Entry]:
+    return list(describe_features(model.config, weights, store, [0, 2], reading).values())
+
+
+def test_features_from_the_cache_are_those_extracted_and_lie_in_files(
+    tmp_path: Path, model: Transformer, store: TokenStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = extract(model, store, None)
+    caches = [FeatureCache(tmp_path / "cache", 1e6) for _ in range(2)]
+    found = [extract(model, store, caches[0])]
+    monkeypatch.setattr(hidden, "hidden_states", None)  # the second call does without the network
+    found.append(extract(model, store, caches[1]))
+    assert [(cache.reused, cache.written) for cache in caches] == [(0, 2), (2, 0)]
+    for features in found:
+        assert features.labels.tolist() == expected.labels.tolist()
+        assert list(features.layers) == [2, 4]
+        for layer, array in features.layers.items():
+            assert isinstance(array, np.memmap)
+            assert not array.flags.writeable
+            np.testing.assert_array_equal(array, expected.layers[layer])
+    assert (
+        sum((tmp_path / "cache" / name / FEATURES).stat().st_size for name in entries(tmp_path / "cache")) == 2 * SIZE
+    )
+
+
+def test_all_missing_layers_are_read_in_one_forward_and_the_others_not_again(
+    tmp_path: Path, model: Transformer, store: TokenStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[list[int]] = []
+    features = model.features
+
+    def counted(*arguments: Any, **named: Any) -> Any:
+        asked.append(list(named["layers"]))
+        return features(*arguments, **named)
+
+    monkeypatch.setattr(model, "features", counted)
+    extract(model, store, FeatureCache(tmp_path / "cache", 1e6), Reading(layers=[2], steps=[3, 9]))
+    cache = FeatureCache(tmp_path / "cache", 1e6)
+    found = extract(model, store, cache, Reading(layers=[1, 2, 3], steps=[3, 9]))
+    assert asked == [[2], [2], [1, 3], [1, 3]]  # two crops each
+    assert (cache.reused, cache.written) == (1, 2)
+    assert list(found.layers) == [1, 2, 3]
+
+
+def test_what_features_depend_on_is_their_key(tmp_path: Path, model: Transformer, store: TokenStore) -> None:
+    cache = FeatureCache(tmp_path / "cache", 1e6)
+    codes = store.codes(np.arange(9), np.tile(np.arange(3), (9, 1)))
+    changed = TokenStore(write_store(tmp_path / "other", (codes + 1) % 11, store.labels, vocab_size=11, num_classes=3))
+    copied = TokenStore(shutil.copytree(store.folder, tmp_path / "copy"))
+    name = cache.name(describe(model, store)[0])
+    assert cache.name(describe(model, copied)[0]) == name
+    half = FeatureCache(tmp_path / "cache", 1e6, "float16")
+    other = Reading(layers=[2], steps=[9, 3])
+    names = {
+        name,
+        cache.name(describe(model, store)[1]),
+        cache.name(describe(model, store, "abd")[0]),
+        cache.name(describe(model, changed)[0]),
+        cache.name(describe(model, store, reading=other)[0]),
+        cache.name(describe_features(model.config, "abc", store, [0], READING)[2]),
+        half.name(describe(model, store)[0]),
+    }
+    assert len(names) == 7
+
+
+def test_float16_takes_half_the_room_and_rounds(tmp_path: Path, model: Transformer, store: TokenStore) -> None:
+    exact = extract(model, store, None).layers[2]
+    found = extract(model, store, FeatureCache(tmp_path / "cache", 2 * SIZE, "float16")).layers[2]
+    assert found.dtype == np.float16
+    np.testing.assert_array_equal(found, exact.astype(np.float16))
+
+
+@pytest.mark.parametrize(
+    ("scale", "match"), [(1e6, "too large for --cache-dtype float16: give float32"), (np.inf, "hold NaN or infinity")]
+)
+def test_numbers_that_float16_cannot_hold_are_refused(
+    tmp_path: Path, model: Transformer, store: TokenStore, scale: float, match: str
+) -> None:
+    cache = FeatureCache(tmp_path / "cache", 1e6, "float16")
+    with pytest.raises(UserError, match=match), cache.writing(describe(model, store)[:1]) as (file,):
+        file.write(np.full((18, 2, 16), scale, np.float32))
+    assert contents(tmp_path / "cache") == {}
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
+def test_a_call_that_is_stopped_in_the_middle_leaves_nothing(
+    tmp_path: Path,
+    model: Transformer,
+    store: TokenStore,
+    monkeypatch: pytest.MonkeyPatch,
+    error: type[BaseException],
+) -> None:
+    states = hidden.hidden_states
+
+    def stopped(*arguments: Any) -> Iterator[dict[int, np.ndarray]]:
+        yield next(states(*arguments))
+        raise error
+
+    monkeypatch.setattr(hidden, "hidden_states", stopped)
+    with pytest.raises(error):
+        extract(model, store, FeatureCache(tmp_path / "cache", 1e6))
+    assert entries(tmp_path / "cache") == []
+
+
+def test_what_a_killed_call_left_is_not_taken_and_cleared_away(
+    tmp_path: Path, model: Transformer, store: TokenStore
+) -> None:
+    script = f"""
+import os
+from pathlib import Path
+import numpy as np
+from st_ar.evaluation.feature_cache import FeatureCache
+cache = FeatureCache(Path({str(tmp_path / "cache")!r}), 1e6)
+with cache.writing({describe(model, store)!r}) as files:
+    for file in files:
+        file.write(np.zeros((17, 2, 16), np.float32))
+    os._exit(9)
+"""
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 9
+    left = entries(tmp_path / "cache")
+    assert len(left) == 2
+    assert all(name.endswith(".partial") for name in left)
+    cache = FeatureCache(tmp_path / "cache", 1e6)
+    found = extract(model, store, cache)
+    assert (cache.reused, cache.written) == (0, 2)
+    np.testing.assert_array_equal(found.layers[2], extract(model, store, None).layers[2])
+    assert not any(name.endswith(".partial") for name in entries(tmp_path / "cache"))
+
+
+def test_what_a_living_call_is_writing_is_left_alone(tmp_path: Path, model: Transformer, store: TokenStore) -> None:
+    first, second = describe(model, store)
+    cache = FeatureCache(tmp_path / "cache", 1e6)
+    with cache.writing([first]) as (file,):
+        FeatureCache(tmp_path / "cache", 1e6).reserve([second])
+        file.write(np.ones((18, 2, 16), np.float32))
+    assert np.all(cache.open(first) == 1)
+
+
+@pytest.mark.parametrize("damage", ["cut", "gone", "other shape", "other type", "no array"])
+def test_a_damaged_entry_is_made_again(tmp_path: Path, model: Transformer, store: TokenStore, damage: str) -> None:
+    extract(model, store, FeatureCache(tmp_path / "cache", 1e6))
+    cache = FeatureCache(tmp_path / "cache", 1e6)
+    file = tmp_path / "cache" / cache.name(describe(model, store)[0]) / FEATURES
+    if damage == "cut":
+        os.truncate(file, SIZE - 1)
+    elif damage == "gone":
+        file.unlink()
+    elif damage == "no array":
+        file.write_bytes(b"")
+    else:
+        np.save(
+            file, np.zeros((18, 2, 16 + (damage == "other shape")), np.float32 if "shape" in damage else np.float64)
+        )
+    found = extract(model, store, cache)
+    assert (cache.reused, cache.written) == (1, 1)
+    np.testing.assert_array_equal(found.layers[2], extract(model, store, None).layers[2])
+
+
+def test_the_longest_unused_make_room(tmp_path: Path, model: Transformer, store: TokenStore) -> None:
+    folder, limit = tmp_path / "cache", 3 * SIZE
+    (folder / "mine").mkdir(parents=True)
+    (folder / "mine" / "notes.txt").write_text("no entry")
+    readings = [Reading(layers=[layer], steps=[3, 9]) for layer in (1, 2, 3, 4)]
+    names: list[str] = []
+    for age, reading in zip((30, 10, 20), readings, strict=False):
+        extract(model, store, FeatureCache(folder, limit), reading)
+        names.append(FeatureCache(folder, limit).name(describe(model, store, reading=reading)[0]))
+        os.utime(folder / names[-1] / ENTRY, (1e9 - age, 1e9 - age))
+    assert entries(folder) == sorted(["mine", *names])
+    extract(model, store, FeatureCache(folder, limit), readings[0])  # the oldest is used again
+    extract(model, store, FeatureCache(folder, limit), readings[3])
+    newest = FeatureCache(folder, limit).name(describe(model, store, reading=readings[3])[0])
+    assert entries(folder) == sorted(["mine", names[0], names[1], newest])  # layer 3 was used longest ago
+    assert (folder / "mine" / "notes.txt").read_text() == "no entry"
+
+
+def test_what_one_call_needs_is_not_removed_for_the_rest_of_it(
+    tmp_path: Path, model: Transformer, store: TokenStore
+) -> None:
+    cache = FeatureCache(tmp_path / "cache", 2 * SIZE)
+    cache.reserve(describe(model, store))
+    found = [extract(model, store, cache, Reading(layers=[layer], steps=[3, 9])) for layer in (2, 4)]
+    assert len(entries(tmp_path / "cache")) == 2
+    assert len(found) == 2
+    with pytest.raises(UserError, match="more than --cache-limit"):
+        extract(model, store, cache, Reading(layers=[1], steps=[3, 9]))
+
+
+@pytest.mark.parametrize("limit", [0, -1e9, float("nan")])
+def test_a_limit_of_nothing_is_refused(tmp_path: Path, limit: float) -> None:
+    with pytest.raises(UserError, match="--cache-limit must be above 0 GB"):
+        FeatureCache(tmp_path, limit)
+
+
+def test_features_that_exceed_the_limit_are_refused_before_anything_is_removed(
+    tmp_path: Path, model: Transformer, store: TokenStore
+) -> None:
+    extract(model, store, FeatureCache(tmp_path / "cache", 1e6), Reading(layers=[1], steps=[3, 9]))
+    before = contents(tmp_path / "cache")
+    match = r"take 4.86e-06 GB, more than --cache-limit 4.8e-06 GB: raise it; fewer --layers.*float16 half as much"
+    with pytest.raises(UserError, match=match):
+        extract(model, store, FeatureCache(tmp_path / "cache", 4800))
+    assert contents(tmp_path / "cache") == before
+
+
+def test_a_disk_that_is_too_small_makes_others_go_and_then_is_refused(
+    tmp_path: Path, model: Transformer, store: TokenStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    extract(model, store, FeatureCache(tmp_path / "cache", 1e6), Reading(layers=[1], steps=[3, 9]))
+    usage = namedtuple("usage", ["free"])
+    monkeypatch.setattr(feature_cache.shutil, "disk_usage", lambda _: usage(2 * SIZE - 1))
+    with pytest.raises(UserError, match=r"take 4.86e-06 GB more, and the disk of .*cache has 4.86e-06 GB left: free"):
+        extract(model, store, FeatureCache(tmp_path / "cache", 1e6))
+    assert entries(tmp_path / "cache") == []
+
+
+def test_a_disk_that_fills_up_is_an_error_that_leaves_nothing_unfinished(
+    tmp_path: Path, model: Transformer, store: TokenStore
+) -> None:
+    with full_disk(SIZE - 1), pytest.raises(UserError, match=r"cannot keep features in .*cache .*free some space"):
+        extract(model, store, FeatureCache(tmp_path / "cache", 1e6))
+    assert entries(tmp_path / "cache") == []
+
+
+def test_a_cache_below_a_file_is_refused(tmp_path: Path, model: Transformer, store: TokenStore) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"cannot keep features in .*another --cache"):
+        extract(model, store, FeatureCache(tmp_path / "file" / "cache", 1e6))

@@ -1,0 +1,216 @@
+"""MAE's optimizer and schedule against their formulas, and classifiers that are what autograd would make of them."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from st_ar.errors import UserError
+from st_ar.evaluation.lars import Classifiers, Lars, ProbeConfig, fit_classifiers, probe_rate, read_rows
+from st_ar.randomness import Purpose, torch_generator
+
+SHORT = ProbeConfig(epochs=3, warmup_epochs=1, base_lr=1.0)
+BRISK = ProbeConfig(epochs=12, warmup_epochs=1, base_lr=10.0, trust=0.1)
+"""Converges on a hundred images, which MAE's rates do not."""
+
+
+# The optimizer
+
+
+def maes_lars(
+    parameters: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    velocities: list[Tensor],
+    *,
+    lr: float,
+    momentum: float,
+    trust: float,
+) -> None:
+    """One step of MAE's util/lars.py with weight decay 0, parameter by parameter."""
+    for index, (parameter, gradient) in enumerate(zip(parameters, gradients, strict=True)):
+        update = gradient
+        if parameter.dim() > 1:
+            norm, grad_norm = parameter.norm().item(), gradient.norm().item()
+            update = gradient * (trust * norm / grad_norm if norm > 0 and grad_norm > 0 else 1.0)
+        velocities[index] = momentum * velocities[index] + update
+        parameter -= lr * velocities[index]
+
+
+def test_lars_treats_each_classifier_as_maes_treats_a_network_of_its_own() -> None:
+    generator = torch.Generator().manual_seed(0)
+    weights, biases = (torch.randn(*shape, generator=generator) for shape in ((4, 3, 5), (4, 3)))
+    weights[1] = 0  # no norm: no trust ratio
+    weights[2] *= 100  # a ratio of one would show in all of them
+    own = [[weights[i].clone(), biases[i].clone()] for i in range(4)]
+    velocities = [[torch.zeros(3, 5), torch.zeros(3)] for _ in range(4)]
+    optimizer = Lars(weights, biases, momentum=0.9, trust=0.01)
+    for lr in (0.5, 0.5, 0.2, 0.1, 0.0):
+        gradients = [torch.randn(*shape, generator=generator) for shape in ((4, 3, 5), (4, 3))]
+        gradients[0][3] = 0  # no gradient: no trust ratio either
+        optimizer.step(gradients, lr)
+        for i in range(4):
+            maes_lars(own[i], [g[i] for g in gradients], velocities[i], lr=lr, momentum=0.9, trust=0.01)
+            torch.testing.assert_close(weights[i], own[i][0])
+            torch.testing.assert_close(biases[i], own[i][1])
+
+
+def test_biases_are_exempt_from_the_trust_ratio() -> None:
+    weights, biases = torch.full((1, 1, 1), 2.0), torch.full((1, 1), 2.0)
+    Lars(weights, biases, momentum=0.9, trust=1e-3).step([torch.full((1, 1, 1), 4.0), torch.full((1, 1), 4.0)], 1.0)
+    assert weights.item() == pytest.approx(2 - 1e-3 * 2)  # trust * norm / grad_norm * gradient = trust * norm
+    assert biases.item() == -2
+
+
+@given(st.floats(0, 90), st.integers(1, 20000))
+def test_the_rate_is_maes_schedule(epoch: float, batch_size: int) -> None:
+    peak = 0.1 * batch_size / 256
+    after_warm_up = peak * 0.5 * (1.0 + math.cos(math.pi * (epoch - 10) / (90 - 10)))
+    expected = peak * epoch / 10 if epoch < 10 else after_warm_up
+    assert probe_rate(ProbeConfig(min_lr=0), epoch, batch_size) == pytest.approx(expected, abs=1e-12)
+
+
+def test_the_rate_begins_at_0_peaks_after_the_warm_up_and_ends_at_0() -> None:
+    config = ProbeConfig(epochs=20, warmup_epochs=4, base_lr=0.3, min_lr=0.6)
+    assert probe_rate(config, 0, 512) == 0
+    assert probe_rate(config, 4, 512) == pytest.approx(0.6)
+    assert probe_rate(config, 12, 512) == pytest.approx(0.3)
+    assert probe_rate(config, 20, 512) == pytest.approx(0, abs=1e-12)
+
+
+def test_the_peak_of_a_small_batch_is_not_scaled_below_the_least_rate() -> None:
+    assert probe_rate(ProbeConfig(), 10, 256) == 1.0  # 0.1 by the linear rule
+    assert probe_rate(ProbeConfig(), 5, 256) == pytest.approx(0.5)
+    assert probe_rate(ProbeConfig(), 10, 16384) == pytest.approx(6.4)
+
+
+# Classifiers
+
+
+def separable(count: int, seed: int, *, noise: float = 0.3) -> tuple[Tensor, Tensor]:
+    """Features [count, 2, 6] of 3 classes: the classes lie apart in step 0; step 1 is noise alone. Not centred on 0."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(3, (count,), generator=generator)
+    features = 5 + noise * torch.randn(count, 2, 6, generator=generator)
+    features[:, 0, :3] += 2 * F.one_hot(labels, 3)
+    return features, labels
+
+
+def fit(features: Tensor, labels: Tensor, config: ProbeConfig, *, mean_over_steps: bool = False) -> Classifiers:
+    return fit_classifiers([features.numpy()], labels, 3, config, mean_over_steps=mean_over_steps)[0]
+
+
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_training_is_autograds_through_batch_norm_and_a_linear_layer(epochs: int) -> None:
+    features, labels = separable(165, 0, noise=1.0)  # batches of 5, and 33 of them
+    config = ProbeConfig(epochs=epochs, warmup_epochs=0, base_lr=10.0, min_lr=0, trust=0.1, seed=3)
+    classify = fit(features, labels, config)
+
+    generator = torch_generator(3, Purpose.PROBE)
+    weights = nn.init.trunc_normal_(torch.empty(2, 3, 6), std=0.01, generator=generator)
+    norms = [nn.BatchNorm1d(6, affine=False, eps=1e-6) for _ in range(2)]
+    parameters = [[weights[i].clone(), torch.zeros(3)] for i in range(2)]
+    velocities = [[torch.zeros(3, 6), torch.zeros(3)] for _ in range(2)]
+    for epoch in range(epochs):
+        order = torch.randperm(165, generator=generator)
+        for index in range(33):
+            chosen = order[5 * index : 5 * index + 5]
+            lr = 10.0 * 5 / 256 * 0.5 * (1 + math.cos(math.pi * (epoch + index / 33) / epochs))
+            for i in range(2):
+                leaves = [p.clone().requires_grad_() for p in parameters[i]]
+                loss = F.cross_entropy(F.linear(norms[i](features[chosen, i]), *leaves), labels[chosen])
+                gradients = torch.autograd.grad(loss, leaves)
+                maes_lars(parameters[i], gradients, velocities[i], lr=lr, momentum=0.9, trust=0.1)
+    new, _ = separable(20, 1)
+    with torch.no_grad():
+        expected = [F.linear(norms[i].eval()(new[:, i]), *parameters[i]) for i in range(2)]
+    assert (parameters[0][0] - weights[0]).norm() > weights[0].norm()  # far from where it began
+    torch.testing.assert_close(classify(new), torch.stack(expected, dim=1), rtol=1e-3, atol=1e-4)
+
+
+def test_separable_classes_are_told_apart_and_noise_stays_at_chance() -> None:
+    features, labels = separable(640, 0)
+    classify = fit(features, labels, BRISK)
+    new, truth = separable(1500, 1)
+    accuracy = (classify(new).argmax(-1) == truth[:, None]).float().mean(0)
+    assert accuracy[0] >= 0.99
+    assert accuracy[1] == pytest.approx(1 / 3, abs=0.05)  # 4 standard deviations
+
+
+def test_a_features_class_does_not_depend_on_what_it_is_classified_with() -> None:
+    classify = fit(*separable(128, 0), SHORT)
+    new, _ = separable(6, 1)
+    together = classify(new)
+    for index in range(6):
+        torch.testing.assert_close(classify(new[index : index + 1])[0], together[index])
+
+
+@pytest.mark.parametrize("count", [3, 20, 63])
+def test_a_handful_of_features_is_enough(count: int) -> None:
+    features, labels = separable(count, 0)
+    logits = fit(features, labels, SHORT)(features)
+    assert logits.shape == (count, 2, 3)
+    assert torch.isfinite(logits).all()
+
+
+def test_one_image_is_too_few() -> None:
+    with pytest.raises(UserError, match="1 training images are too few for a probe"):
+        fit(*separable(1, 0), SHORT)
+
+
+def test_a_sweep_of_layers_in_one_pass_gives_each_what_it_gets_alone() -> None:
+    (first, labels), (second, _) = separable(96, 0), separable(96, 5)
+    together = fit_classifiers([first.numpy(), second.numpy()], labels, 3, SHORT)
+    for features, classify in zip((first, second), together, strict=True):
+        assert torch.equal(classify(features), fit(features, labels, SHORT)(features))
+
+
+def test_the_mean_is_one_more_step_and_leaves_the_others_as_they_are() -> None:
+    features, labels = separable(96, 0)
+    classify = fit(features, labels, SHORT, mean_over_steps=True)
+    logits = classify(features)
+    assert logits.shape == (96, 3, 3)
+    torch.testing.assert_close(logits[:, :2], fit(features, labels, SHORT)(features))
+    own = torch_generator(0, Purpose.PROBE, 1)
+    weights = nn.init.trunc_normal_(torch.empty(1, 3, 6), std=0.01, generator=own)
+    alone, generator = Classifiers(weights, SHORT, mean_over_steps=False), torch_generator(0, Purpose.PROBE)
+    nn.init.trunc_normal_(torch.empty(2, 3, 6), std=0.01, generator=generator)
+    for epoch in range(3):
+        order = torch.randperm(96, generator=generator)
+        for index in range(32):
+            chosen = order[3 * index : 3 * index + 3]
+            rate = probe_rate(SHORT, epoch + index / 32, 3)
+            alone.step(features[chosen].mean(1, keepdim=True), labels[chosen], rate)
+    torch.testing.assert_close(logits[:, 2], alone(features.mean(1, keepdim=True))[:, 0])
+
+
+@pytest.mark.parametrize("stored", [np.float32, np.float16])
+def test_rows_are_read_in_any_order_from_memory_and_from_disk(tmp_path: Path, stored: type[np.generic]) -> None:
+    array = np.random.default_rng(0).normal(size=(20, 2, 3)).astype(stored)
+    np.save(tmp_path / "features.npy", array)
+    rows = torch.tensor([7, 0, 19, 7, 3])
+    for features in (array, np.load(tmp_path / "features.npy", mmap_mode="r")):
+        found = read_rows(features, rows)
+        assert found.dtype == torch.float32
+        np.testing.assert_array_equal(found.numpy(), array[[7, 0, 19, 7, 3]].astype(np.float32))
+
+
+def test_features_on_disk_train_the_same_classifiers(tmp_path: Path) -> None:
+    features, labels = separable(96, 0)
+    np.save(tmp_path / "features.npy", features.numpy())
+    mapped = np.load(tmp_path / "features.npy", mmap_mode="r")
+    classify = fit_classifiers([mapped], labels, 3, SHORT)[0]
+    assert torch.equal(classify(features), fit(features, labels, SHORT)(features))
+
+
+@pytest.mark.parametrize(("epochs", "said"), [(2, True), (3, True), (4, False)])
+def test_an_end_within_the_warm_up_is_said(epochs: int, said: bool) -> None:
+    config = ProbeConfig(epochs=epochs, warmup_epochs=3)
+    note = f"{epochs} epochs end within the 3 of the warm-up: these classifiers are far from trained"
+    assert fit(*separable(20, 0), config).notes() == ((note,) if said else ())
