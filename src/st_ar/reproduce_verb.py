@@ -63,7 +63,7 @@ class Reproduce:
             test_images=test_images,
             tokenizer=self.tokenizer,
             reference=self.reference,
-            classes=None if self.data is None or self.scale == "imagenet" else _classes(images),
+            fit={} if self.scale == "imagenet" else _fit(self.data, self.tokenizer, scale.side),
         )
         plan = Plan(experiment, scale, data, self.out, seeds=self.seeds, steps=self.steps)
         if self.dry_run:
@@ -73,7 +73,15 @@ class Reproduce:
         show(self.what, plan)
 
 
-def _classes(images: str) -> int:
+def _fit(images: str | None, tokenizer: Path | None, side: int) -> dict[str, int]:
+    """What the user's own images and tokenizer ask of the model."""
     from st_ar.data.images import open_images
+    from st_ar.tokenizer import load_tokenizer
 
-    return len(open_images(images).class_names)
+    fit: dict[str, int] = {}
+    if images is not None:
+        fit["num_classes"] = len(open_images(images).class_names)
+    if tokenizer is not None:
+        given = load_tokenizer(tokenizer)
+        fit |= {"vocab_size": given.vocab_size, "grid": given.grid(side)}
+    return fit

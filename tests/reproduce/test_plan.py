@@ -84,7 +84,8 @@ def test_small_scales_count_epochs_in_steps_and_layers_by_depth() -> None:
     assert scale.config(Recipe(epochs=300), 0, steps=10)[1].steps == 60
     layers = [config_of("table5", f"layer {n} of 12", "tiny").selfguided.layer(4) for n in (3, 6, 9, 12)]
     assert layers == [1, 2, 3, 4]
-    assert scale.config(Recipe(), 0, classes=7)[1].model.num_classes == 7
+    model = scale.config(Recipe(), 0, fit={"num_classes": 7, "vocab_size": 99})[1].model
+    assert (model.num_classes, model.vocab_size, model.dim) == (7, 99, 128)
 
 
 def test_runs_that_tables_share_are_the_same_in_the_same_place() -> None:

@@ -1,6 +1,6 @@
 """The commands that a table or figure needs, in order, and what they cost. Each is a command that anyone could give by hand."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,8 +20,8 @@ class Data:
     """One that is there; None to train the scale's."""
     reference: str | None = None
     """For evaluation; None to compute it from the test images."""
-    classes: int | None = None
-    """How many, if they are not the preset's."""
+    fit: Mapping[str, int] = field(default_factory=dict)
+    """Settings of the model that they ask for, if not the preset's: num_classes, vocab_size, grid."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +117,7 @@ class Plan:
         return self._add(f"tokens of the {kind} images", out, "tokenize", *what, disk=disk)
 
     def _train(self, recipe: Recipe, seed: int, steps: int | None) -> Path:
-        preset, config = self.scale.config(recipe, seed, steps=steps, classes=self.data.classes)
+        preset, config = self.scale.config(recipe, seed, steps=steps, fit=self.data.fit)
         run = self.work / "runs" / f"{run_name(recipe)}-seed{seed}"
         known = config.steps is not None or self.scale.image_count is not None
         return self._add(

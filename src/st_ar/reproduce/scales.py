@@ -41,20 +41,19 @@ class Scale:
     """Pixels of an image's side."""
 
     def config(
-        self, recipe: Recipe, seed: int, *, steps: int | None = None, classes: int | None = None
+        self, recipe: Recipe, seed: int, *, steps: int | None = None, fit: Mapping[str, int] | None = None
     ) -> tuple[str, TrainConfig]:
         """A recipe's preset and settings.
 
         Args:
             steps: optimizer steps of 50 epochs, if not the preset's; 300 epochs get six times as many.
-            classes: of the data set, if not the preset's.
+            fit: settings of the model that the data or the tokenizer ask for (num_classes, vocab_size, grid).
         """
         name = self.guided if recipe.guided else self.plain
         if not self.shapes:
             name = name.removesuffix("-b") + f"-{recipe.size.lower()}"
         config = replace(get_preset(name), seed=seed)
-        model = replace(config.model, **self.shapes.get(recipe.size, {}))
-        model = model if classes is None else replace(model, num_classes=classes)
+        model = replace(config.model, **self.shapes.get(recipe.size, {}), **(fit or {}))
         if config.steps is not None:
             config = replace(config, steps=(steps or config.steps) * recipe.epochs // 50)
         else:

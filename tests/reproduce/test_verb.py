@@ -1,0 +1,114 @@
+"""`st-ar reproduce` from end to end on a small folder of images, and what it refuses."""
+
+import csv
+import json
+import statistics
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from st_ar.cli import run_command
+from st_ar.errors import UserError
+from tests.disk import contents
+
+Capture = pytest.CaptureFixture[str]
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three classes of 30 pictures, told apart by their colour."""
+    folder = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    for number, name in enumerate(("blue", "green", "red")):
+        (folder / name).mkdir()
+        for index in range(30):
+            pixels = rng.integers(0, 200, (36, 36, 3))
+            pixels[..., 2 - number] += 55
+            Image.fromarray(pixels.astype(np.uint8)).save(folder / name / f"{index}.png")
+    return folder
+
+
+def options(images: Path, out: Path) -> list[str]:
+    source = f"folder:{images}"
+    return ["--data", source, "--test-data", source, "--tokenizer", str(out.parent / "tokenizer"), "--out", str(out)]
+
+
+def test_a_figure_is_made_beside_the_papers_numbers_and_made_once(
+    images: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    out = tmp_path / "work"
+    kmeans = ["--images", f"folder:{images}", "--size", "32", "--out", str(tmp_path / "tokenizer")]
+    run_command(["train-tokenizer", "kmeans", *kmeans])
+    wanted = ["fig4", "--scale", "small", "--steps", "2", "--seeds", "0", "1", *options(images, out)]
+    run_command(["reproduce", *wanted])
+    said = capsys.readouterr().out
+    rows = list(csv.reader((out / "fig4.csv").read_text().splitlines()))
+    labels = [row[0] for row in rows[1:]]
+    assert labels == ["AR", "AR on the same two views (control)", "ST-AR"]
+    assert rows[0][:3] == ["", "paper: probe, %", "probe, last step (%)"]
+    assert [row[1] for row in rows[1:]] == ["18.68", "-", "45.27"]
+    found = json.loads((out / "fig4.json").read_text())
+    for label, run in zip(
+        labels, ("ar-b-50-epochs-1-views", "ar-b-50-epochs-2-views", "st-ar-b-50-epochs"), strict=True
+    ):
+        probes = [json.loads((out / "runs" / f"{run}-seed{seed}-probe.json").read_text()) for seed in (0, 1)]
+        last = [100 * probe["results"][0]["top1"][-1] for probe in probes]
+        measured = found["measured"][label]["probe, last step (%)"]
+        assert measured["values"] == pytest.approx(last)
+        assert measured["deviation"] == pytest.approx(statistics.stdev(last))
+        assert f"{statistics.mean(last):.1f} ± {statistics.stdev(last):.1f}" in said
+    assert "2 seeds: mean ± standard deviation" in said
+    assert said.count("\nst-ar train ") == 6
+    assert "<svg" in (out / "fig4.html").read_text()
+    assert json.loads((out / "fig4-probe.json").read_text())["series"].keys() == set(labels)
+    before = contents(out)
+    run_command(["reproduce", *wanted])
+    assert "st-ar train" not in capsys.readouterr().out
+    assert contents(out).keys() == before.keys()
+    with pytest.raises(UserError, match="was made by another command"):
+        run_command(["reproduce", *wanted, "--steps", "3"])
+
+
+def test_a_dry_run_makes_nothing_and_says_what_it_would_cost(tmp_path: Path, capsys: Capture) -> None:
+    run_command(["reproduce", "table3", "--out", str(tmp_path / "work"), "--dry-run"])
+    said = capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
+    assert said.count("st-ar train ") == 6
+    assert said.count("st-ar evaluate ") == 6
+    assert "28 commands" in said
+    assert "device-hours" in said
+    assert "GB are free" in said
+
+
+def test_full_size_is_planned(tmp_path: Path, capsys: Capture) -> None:
+    source = ["--data", "folder:train", "--test-data", "folder:val", "--tokenizer", "vq_ds16_c2i.pt"]
+    reference = ["--reference", "VIRTUAL_imagenet256_labeled.npz"]
+    where = ["--out", str(tmp_path / "work"), "--dry-run"]
+    run_command(["reproduce", "table3", "--scale", "imagenet", *source, *reference, *where])
+    said = capsys.readouterr().out
+    assert "st-ar train st-ar-b --tokens" in said
+    assert "--per-class 50" in said
+    assert "--extractor inception" in said
+    assert "st-ar reference" not in said
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--scale", "small"], "--scale small needs --data and --test-data, both"),
+        (["--data", "photos:train"], "--scale tiny needs --data and --test-data, both"),
+        (["--steps", "0"], "--steps must be at least 1"),
+        (["--seeds", "1", "1"], "--seeds must be different numbers"),
+        (
+            ["--scale", "imagenet", "--steps", "5", "--data", "photos", "--test-data", "photos"],
+            "imagenet has the paper's lengths",
+        ),
+        (["--scale", "imagenet", "--data", "photos", "--test-data", "photos"], "give --tokenizer"),
+    ],
+)
+def test_what_cannot_be_planned_is_refused(tmp_path: Path, given: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        run_command(["reproduce", "table3", "--out", str(tmp_path / "work"), *given])
+    assert not list(tmp_path.iterdir())
