@@ -28,12 +28,16 @@ PAPER = {
 DIGITS = {"probe": 1, "precision": 3, "recall": 3, "loss": 3, "seconds": 3}
 
 
-def measurements(files: Files) -> dict[str, Spread]:
-    """A row's numbers: what `evaluate` calls them, probe accuracy at the last step in per cent, seconds of a training step."""
+def measurements(files: Files, metrics: Sequence[str]) -> dict[str, Spread]:
+    """A row's numbers: what `evaluate` calls them, probe accuracy at the last step in per cent, seconds of a training step.
+
+    metrics: those of the paper's table; of an evaluation, the distance and those among them.
+    """
     found: dict[str, list[float]] = {}
     for path in files.evaluations:
         for name, value in read_json(path, "an evaluation")["metrics"].items():
-            found.setdefault(name, []).append(value)
+            if name.startswith("F") or name.split(" ")[0].lower() in metrics:  # FID, FD-..
+                found.setdefault(name, []).append(value)
     for path in files.probes:
         found.setdefault("probe, last step (%)", []).append(100 * probe_curve(path)[1][-1])
     for run in files.runs:
@@ -58,7 +62,7 @@ def seconds_per_step(run: Path) -> float:
 def show(name: Name, plan: Plan) -> None:
     """Print the table, and write NAME.html, .json and .csv into the plan's folder."""
     experiment = EXPERIMENTS[name]
-    ours = {label: measurements(files) for label, files in plan.files.items()}
+    ours = {label: measurements(files, experiment.metrics) for label, files in plan.files.items()}
     papers = {row.label: {key: Spread((value,)) for key, value in row.paper.items()} for row in experiment.rows}
     keys = list(dict.fromkeys(key for found in ours.values() for key in found))
     known = [PAPER[key] for key in PAPER if any(key in paper for paper in papers.values())]
@@ -129,6 +133,7 @@ def _probe_chart(plan: Plan, path: Path) -> str:
         x="tokens read",
         y="accuracy (%)",
         x_ticks=next(iter(curves.values()))[0],
+        legend_above=len(curves) > 3,
     )
     drawing.save(path)
     return drawing.svg()
