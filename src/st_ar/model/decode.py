@@ -69,7 +69,8 @@ class Decoder:
         """Logits [B, V] of the next token, having read these [B] where `seek` stands, and `length` positions of the cache."""
         self.mask.index_fill_(3, self.place, 0)
         bias = self.mask[: len(tokens), :, :, :length]
-        torch._dynamo.maybe_mark_dynamic(bias, 3)  # one compilation serves every length
+        if self.step is not _step:
+            torch._dynamo.maybe_mark_dynamic(bias, 3)  # one compilation serves every length
         return self._read(self.step, self.model.tok_embeddings(tokens)[:, None], self.place, bias)
 
     def _read(self, step: Callable[..., Tensor], x: Tensor, places: Tensor, bias: Tensor) -> Tensor:

@@ -151,21 +151,26 @@ class TokenSampler:
     def _replay(self, guided: bool, length: int) -> None:
         """`_advance` as a CUDA graph, recorded when its kind of step first comes."""
         key = guided, length
-        if key in self.graphs:
-            self.graphs[key].replay()
-            return
+        with torch.cuda.device(self.tokens.device):
+            if key in self.graphs:
+                self.graphs[key].replay()
+            else:
+                self.graphs[key] = self._record(guided, length)
+
+    def _record(self, guided: bool, length: int) -> torch.cuda.CUDAGraph:
+        """Do the step, and record it as it is done a second time, which changes nothing."""
         stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
-        # The fused kernels that take a mask; cuDNN's is left out, as in training
+        # The fused kernel that takes a mask; cuDNN's is left out, as in training
         with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
-                self._advance(guided, length)  # this step, and what is prepared at a first call
+                self._advance(guided, length)
             torch.cuda.current_stream().wait_stream(stream)
             pool = next(iter(self.graphs.values())).pool() if self.graphs else None
             # Another thread may be decoding pictures meanwhile
             with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
                 self._advance(guided, length)
-        self.graphs[key] = graph
+        return graph
 
 
 def generate(
