@@ -148,7 +148,7 @@ for _positions in (2, 8, 16):
 
 @preset
 def llamagen_photos() -> TrainConfig:
-    """0.9M parameters on the embedded photographs, plain, on two views of each image (the augmentation-only control)."""
+    """1.1M parameters on the embedded photographs, plain, on two views of each image (the augmentation-only control)."""
     return TrainConfig(
         model=ModelConfig(
             dim=128,

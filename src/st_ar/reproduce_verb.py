@@ -26,7 +26,7 @@ class Reproduce:
     out: Path
     """Folder of everything that is made."""
     scale: ScaleName = "tiny"
-    """tiny: 0.9M parameters on the embedded photographs, minutes a run on two cores. small: 5.6M on --data of 32 pixels, hours.
+    """tiny: 1.1M parameters on the embedded photographs, minutes a run on two cores. small: 5.6M on --data of 32 pixels, hours.
     imagenet: the paper's models and lengths."""
     data: str | None = None
     """Image source of the training images (folder:PATH, parquet:GLOB, hub:NAME:SPLIT); tiny has the photographs."""
