@@ -7,12 +7,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from PIL import Image
+
 from st_ar.comparison import Column, Spread, difference, is_noise, table_rows
 from st_ar.figures import line_chart
 from st_ar.files import read_json, write_json, written_aside
 from st_ar.hardware import describe
 from st_ar.printing import print_table
-from st_ar.report import Chart, Section, Table, write_report
+from st_ar.report import Chart, Gallery, Section, Table, png_uri, write_report
 from st_ar.reproduce.paper import EXPERIMENTS, Name
 from st_ar.reproduce.plan import Files, Plan
 from st_ar.training.log import read_log
@@ -25,6 +28,8 @@ PAPER = {
     "recall": Column(key="recall", label="paper: recall", digits=2),
     "probe": Column(key="probe", label="paper: probe, %", digits=2),
 }
+SHOWN = ("layer-*-mean.png", "curve.png", "views.png")
+"""Of what `attention` and `invariance` draw, what belongs on the page."""
 DIGITS = {"probe": 1, "precision": 3, "recall": 3, "loss": 3, "seconds": 3}
 
 
@@ -72,13 +77,15 @@ def show(name: Name, plan: Plan) -> None:
     print(f"\n{experiment.title}\n")
     print_table(header, rows)
     notes = _notes(plan, ours)
+    pictures = [picture for folder in plan.figures for pattern in SHOWN for picture in sorted(folder.glob(pattern))]
     print("\n" + "\n".join(notes))
-    parts: list[Table | Chart] = [Table(columns=header, rows=rows, caption="")]
+    parts: list[Table | Chart | Gallery] = [Table(columns=header, rows=rows, caption="")]
     out = plan.work / f"{name}.html"
     if any(files.probes for files in plan.files.values()):
         parts.append(
             Chart(svg=_probe_chart(plan, out.with_name(f"{name}-probe.svg")), caption="Probe accuracy by tokens read.")
         )
+    parts += [_picture(picture) for picture in pictures]
     record = {
         "scale": plan.scale.guided,
         "paper": {row.label: dict(row.paper) for row in experiment.rows},
@@ -96,6 +103,13 @@ def show(name: Name, plan: Plan) -> None:
     write_report(out, title=experiment.title, lead=lead, sections=sections)
     for path in [out, *plan.figures]:
         print(path)
+
+
+def _picture(path: Path) -> Gallery:
+    """A figure that one of the commands has drawn."""
+    with Image.open(path) as picture:
+        uri = png_uri(np.asarray(picture.convert("RGB")))
+    return Gallery(columns=[""], rows=[("", [uri])], caption=f"{path.parent.name}/{path.name}")
 
 
 def _digits(key: str) -> int:

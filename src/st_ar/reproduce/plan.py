@@ -155,7 +155,7 @@ class Plan:
 
     def _attention(self) -> Path:
         out = self.work / f"attention-{'-'.join(files.runs[0].name for files in self.files.values())}"
-        models = ("--model", *(str(files.runs[0]) for files in self.files.values()))
+        models = ("--model", *(str(files.runs[0]) for files in self.files.values()), "--names", *self.files)
         what = (*models, "--tokens", str(self.test_tokens), "--tokenizer", str(self.tokenizer), "--out", str(out))
         return self._add("attention", out, "attention", *what)
 
