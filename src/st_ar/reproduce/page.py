@@ -1,18 +1,16 @@
 """What came out, beside the paper's numbers: on the terminal, as a page, and as JSON and CSV."""
 
-import csv
-import io
+import shlex
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from st_ar.comparison import Column, Spread, difference, is_noise, table_rows
 from st_ar.figures import line_chart
-from st_ar.files import read_json, write_json, written_aside
+from st_ar.files import read_json, write_csv, write_json
 from st_ar.hardware import describe
 from st_ar.printing import print_table
 from st_ar.report import Chart, Gallery, Section, Table, png_uri, write_report
@@ -87,17 +85,17 @@ def show(name: Name, plan: Plan) -> None:
         )
     parts += [_picture(picture) for picture in pictures]
     record = {
-        "scale": plan.scale.guided,
+        "preset": plan.scale.guided,
         "paper": {row.label: dict(row.paper) for row in experiment.rows},
         "measured": {label: {key: spread.describe() for key, spread in found.items()} for label, found in ours.items()},
         "commands": [list(stage.command) for stage in plan.stages],
         "environment": describe(),
     }
     write_json(out.with_suffix(".json"), record)
-    _write_csv(out.with_suffix(".csv"), header, rows)
+    write_csv(out.with_suffix(".csv"), header, rows)
     sections = [
         Section(title="Measured, beside the paper", paragraphs=notes, parts=parts),
-        Section(title="Commands", commands=[f"st-ar {' '.join(stage.command)}" for stage in plan.stages]),
+        Section(title="Commands", commands=[f"st-ar {shlex.join(stage.command)}" for stage in plan.stages]),
     ]
     lead = "The paper's numbers are of ImageNet at 256 pixels; ours are of the data and the sizes that the commands below name."
     write_report(out, title=experiment.title, lead=lead, sections=sections)
@@ -151,11 +149,3 @@ def _probe_chart(plan: Plan, path: Path) -> str:
     )
     drawing.save(path)
     return drawing.svg()
-
-
-def _write_csv(path: Path, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    text = io.StringIO()
-    table = csv.writer(text, lineterminator="\n")
-    table.writerows([header, *rows])
-    with written_aside(path) as aside:
-        aside.write_text(text.getvalue())

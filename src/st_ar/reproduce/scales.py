@@ -37,6 +37,7 @@ class Scale:
     image_count: int | None = None
     """Training images, where the length of a run follows from them."""
     sample_count: int = 1024
+    """How many images that makes, for the disk's sake."""
     side: int = 32
     """Pixels of an image's side."""
 
