@@ -1,7 +1,5 @@
 """A measurement of token invariance from images on disk to a folder with its numbers, its curve and pictures of two views."""
 
-import csv
-import io
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -24,7 +22,7 @@ from st_ar.evaluation.invariance import (
 )
 from st_ar.evaluation.pictures import Pictures, open_pictures
 from st_ar.figures import Drawing, TwoViews, line_chart, views_figure
-from st_ar.files import require_absent, write_json, written_aside
+from st_ar.files import require_absent, write_csv, write_json
 from st_ar.hardware import describe
 from st_ar.invariance_config import InvarianceSettings
 from st_ar.progress import progress
@@ -154,17 +152,14 @@ def _describe(name: str, tokenizer: Tokenizer, agreement: Agreement) -> dict[str
 
 def _write_table(path: Path, result: dict[str, Any]) -> None:
     """A row for each tokenizer and change, and one for its chance level."""
-    text = io.StringIO()
-    table = csv.writer(text, lineterminator="\n")
-    table.writerow(["tokenizer", "change", "direction", "amount", "agreement", "standard_error", "images"])
-    count = result["images"]["count"]
+    header = ["tokenizer", "change", "direction", "amount", "agreement", "standard_error", "images"]
+    count, rows = result["images"]["count"], list[list[object]]()
     for each in result["tokenizers"]:
         for row in each["changes"]:
             numbers = (row[key] for key in ("kind", "direction", "amount", "agreement", "standard_error"))
-            table.writerow([each["name"], *numbers, count])
-        table.writerow([each["name"], "chance", "", "", each["chance"], "", count])
-    with written_aside(path) as aside:
-        aside.write_text(text.getvalue())
+            rows.append([each["name"], *numbers, count])
+        rows.append([each["name"], "chance", "", "", each["chance"], "", count])
+    write_csv(path, header, rows)
 
 
 def _curve(found: Mapping[str, Agreement]) -> Drawing:
