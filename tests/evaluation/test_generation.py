@@ -1,10 +1,7 @@
 """`st-ar reference` and `st-ar evaluate`, end to end with the extractor that needs no download, and mistakes in one line."""
 
 import json
-import os
 import re
-import socket
-import subprocess
 import sys
 import types
 from functools import partial
@@ -27,6 +24,7 @@ from st_ar.evaluation.metrics import frechet_distance, inception_score, mean_and
 from st_ar.evaluation.references import open_reference, read_meta, write_reference
 from st_ar.evaluation.statistics import InceptionScore
 from tests.disk import flip_byte, refused
+from tests.ranks import checked_torchrun
 
 Capture = pytest.CaptureFixture[str]
 OFFLINE = ["--extractor", "efficientnet", "--device", "cpu"]
@@ -525,36 +523,11 @@ def test_dinov2s_class_token_is_taken_of_normalised_images(monkeypatch: pytest.M
 # Several ranks
 
 
-def two_ranks(*arguments: str | Path) -> list[str]:
-    """The command on two ranks, as torchrun would start them; what each printed."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-m", "st_ar", *map(str, arguments)],
-            env=os.environ | common | {"RANK": rank, "LOCAL_RANK": rank},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in "01"
-    ]
-    try:
-        printed = [process.communicate(timeout=120) for process in started]
-    finally:
-        for process in started:
-            process.kill()
-    assert [process.returncode for process in started] == [0, 0], [err for _, err in printed]
-    return [out for out, _ in printed]
-
-
 def test_two_ranks_find_what_one_finds(line: Path, tmp_path: Path) -> None:
     command = ["evaluate", line / "samples.npz", "--reference", line / "others", *OFFLINE, "--batch-size", "16"]
     command += ["--metrics", "fd", "precision", "recall", "kid", "--json"]
     st_ar(*command, tmp_path / "one.json")
-    first, second = two_ranks(*command, tmp_path / "two.json")
+    first, second = checked_torchrun(2, "-m", "st_ar", *command, tmp_path / "two.json", logs=tmp_path / "logs")
     one, two = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two"))
     assert one_line(two) in first
     assert second == ""

@@ -6,7 +6,6 @@ import math
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -35,6 +34,8 @@ from st_ar.training.checkpoint import list_checkpoints
 from st_ar.vq_config import VQTrainConfig
 from tests.data.pictures import encoded
 from tests.disk import contents, full_disk, refused
+from tests.ranks import checked_torchrun
+from tests.tokenizer import ranked
 from tests.tokenizer.toy_gan import TOY_GAN, colours
 
 ROOT = Path(__file__).parents[2]
@@ -637,46 +638,15 @@ def test_weights_that_explode_later_leave_a_checkpoint_to_go_on_from(
 # Several ranks
 
 
-def train_ranked(out: Path) -> None:
-    """With an AdamW that does not enlarge gradients which are nothing but rounding errors, as those of biases before norms."""
-
-    def calm(network: nn.Module, config: Any) -> torch.optim.AdamW:
-        return torch.optim.AdamW(network.parameters(), lr=config.lr, betas=config.betas, eps=1e-2)
-
-    torch.set_num_threads(1)
-    config = replace(TOY_GAN, model=replace(TOY_GAN.model, codebook_size=48))  # so many that some will be idle
-    config = replace(config, steps=8, evaluate_every=8, adversary=replace(config.adversary, start=3))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "adamw", calm)
-        train_tokenizer(config, colours(), out)
-
-
 def test_two_ranks_train_as_one_and_only_the_first_writes(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    code = "import sys; from tests.tokenizer.test_train import *; train_ranked(Path(sys.argv[1]))"
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", code, str(tmp_path / f"rank-{rank}")],
-            cwd=ROOT,
-            env=os.environ
-            | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-            | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    train_ranked(tmp_path / "alone")
-    errors = [process.communicate(timeout=120)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], errors
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["alone", "rank-0"]
-    joined, alone = (load_file(tmp_path / name / "vq.safetensors") for name in ("rank-0", "alone"))
+    ranked.train(tmp_path / "alone")
+    checked_torchrun(2, "-m", "tests.tokenizer.ranked", tmp_path / "joined", logs=tmp_path / "logs")
+    assert sorted(path.name for path in (tmp_path / "joined").iterdir()) == ["rank-0"]
+    joined, alone = (load_file(tmp_path / name / "vq.safetensors") for name in ("joined/rank-0", "alone"))
     for name, value in alone.items():
         torch.testing.assert_close(joined[name], value, rtol=0, atol=1e-5, msg=name)
     log = trained(tmp_path / "alone")
-    for found, expected in zip(trained(tmp_path / "rank-0"), log, strict=True):
+    for found, expected in zip(trained(tmp_path / "joined" / "rank-0"), log, strict=True):
         assert found == pytest.approx(expected, rel=1e-3, abs=1e-5)
     in_use = {entry["step"]: entry["codes_in_use"] for entry in log}
     assert in_use[5] < in_use[6] == 1  # codes were revived at step 6
