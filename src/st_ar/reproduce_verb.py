@@ -3,13 +3,14 @@
 What it needs is imported when it runs, so that help is quick.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import tyro
 
 from st_ar.errors import UserError
-from st_ar.reproduce.paper import EXPERIMENTS, Name
+from st_ar.reproduce.paper import EXPERIMENTS, Name, Row
 from st_ar.reproduce.scales import SCALES, ScaleName
 
 
@@ -22,7 +23,7 @@ class Reproduce:
     """
 
     what: tyro.conf.Positional[Name]
-    """Which table or figure."""
+    """Which table or figure; questions: what the paper leaves open, one setting changed at a time."""
     out: Path
     """Folder of everything that is made."""
     scale: ScaleName = "tiny"
@@ -65,12 +66,19 @@ class Reproduce:
             reference=self.reference,
             fit={} if self.scale == "imagenet" else _fit(self.data, self.tokenizer, scale.side),
         )
-        plan = Plan(experiment, scale, data, self.out, seeds=self.seeds, steps=self.steps)
+
+        def plan(rows: Sequence[Row]) -> Plan:
+            wanted = replace(experiment, rows=tuple(rows))
+            return Plan(wanted, scale, data, self.out, seeds=self.seeds, steps=self.steps)
+
         if self.dry_run:
-            print_plan(plan, self.out)
+            print_plan(plan(experiment.rows), self.out)
             return
-        run_stages(plan.stages, self.out, run_command)
-        show(self.what, plan)
+        # How long the rows of equal time are is known when the others have been trained.
+        run_stages(plan([row for row in experiment.rows if not row.recipe.equal_time]).stages, self.out, run_command)
+        whole = plan(experiment.rows)
+        run_stages(whole.stages, self.out, run_command)
+        show(self.what, whole)
 
 
 def _fit(images: str | None, tokenizer: Path | None, side: int) -> dict[str, int]:

@@ -8,10 +8,12 @@ import tyro
 from st_ar.config import TrainConfig
 from st_ar.cost import parameters, training_flops
 from st_ar.errors import UserError
+from st_ar.files import write_json
 from st_ar.presets import PRESETS, get_preset
-from st_ar.reproduce.paper import EXPERIMENTS, Recipe
+from st_ar.reproduce.paper import CONTROL, EXPERIMENTS, Recipe
 from st_ar.reproduce.plan import Data, Plan, run_name
 from st_ar.reproduce.scales import SCALES, Scale, options
+from st_ar.training.log import append_log
 
 PHOTOS = Data(images="photos:train", test_images="photos:test")
 WORK = Path("work")
@@ -127,6 +129,32 @@ def test_each_seed_has_a_run() -> None:
     assert len(files.evaluations) == len(files.probes) == 2
     train = next(stage for stage in plan.stages if stage.makes == files.runs[1])
     assert train.command[train.command.index("--seed") + 1] == "4"
+
+
+def test_equal_time_is_as_many_steps_as_self_guided_training_takes(tmp_path: Path) -> None:
+    def steps_of_equal_time() -> int:
+        plan = Plan(EXPERIMENTS["table3"], SCALES["tiny"], PHOTOS, tmp_path, seeds=(3,))
+        stage = next(stage for stage in plan.stages if stage.name.startswith("train ") and "equal-time" in stage.name)
+        return int(stage.command[stage.command.index("--steps") + 1])
+
+    def trained(name: str, views: int, pace: list[float], *, done: bool = True) -> None:
+        run = tmp_path / "runs" / f"{name}-seed3"
+        run.mkdir(parents=True)
+        write_json(run / "config.json", {"config": {"batch_size": 64, "views": views, "model": {"grid": 8}}})
+        for index, speed in enumerate(pace, start=1):
+            append_log(run / "log.jsonl", {"step": 200 * index // len(pace), "tokens_per_second": speed})
+        (tmp_path / "done").mkdir(exist_ok=True)
+        write_json(tmp_path / "done" / f"{run.name}.json", {"command": ["train"], "seconds": 9.0 if done else None})
+
+    guided, control = (SCALES["tiny"].config(recipe, 0)[1] for recipe in (Recipe(), CONTROL.recipe))
+    by_flops = round(200 * training_flops(guided, 1) / training_flops(control, 1))
+    assert 260 < by_flops < 270
+    assert steps_of_equal_time() == by_flops
+    trained("ar-b-50-epochs-2-views", 2, [1.0, 3000.0, 3100.0])
+    trained("st-ar-b-50-epochs", 2, [2000.0], done=False)
+    assert steps_of_equal_time() == by_flops  # one of the two is still under way
+    write_json(tmp_path / "done" / "st-ar-b-50-epochs-seed3.json", {"command": ["train"], "seconds": 9.0})
+    assert steps_of_equal_time() == 300
 
 
 @pytest.mark.parametrize("seeds", [(), (1, 1), (-1,)])

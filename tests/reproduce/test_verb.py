@@ -11,6 +11,7 @@ from PIL import Image
 
 from st_ar.cli import run_command
 from st_ar.errors import UserError
+from st_ar.training.log import read_log
 from tests.disk import contents
 
 Capture = pytest.CaptureFixture[str]
@@ -46,21 +47,31 @@ def test_a_figure_is_made_beside_the_papers_numbers_and_made_once(
     said = capsys.readouterr().out
     rows = list(csv.reader((out / "fig4.csv").read_text().splitlines()))
     labels = [row[0] for row in rows[1:]]
-    assert labels == ["AR", "AR on the same two views (control)", "ST-AR"]
-    assert rows[0][:3] == ["", "paper: probe, %", "probe, last step (%)"]
-    assert [row[1] for row in rows[1:]] == ["18.68", "-", "45.27"]
+    assert labels == ["AR", "AR on the same two views (control)", "control, for the time of ST-AR", "ST-AR"]
+    assert rows[0] == ["", "paper: probe, %", "probe, last step (%)", "tokens read (M)", "training (min)"]
+    assert [row[1] for row in rows[1:]] == ["18.68", "-", "-", "45.27"]
     found = json.loads((out / "fig4.json").read_text())
-    for label, run in zip(
-        labels, ("ar-b-50-epochs-1-views", "ar-b-50-epochs-2-views", "st-ar-b-50-epochs"), strict=True
-    ):
+    names = [
+        "ar-b-50-epochs-1-views",
+        "ar-b-50-epochs-2-views",
+        "ar-b-50-epochs-2-views-equal-time",
+        "st-ar-b-50-epochs",
+    ]
+    for label, run in zip(labels, names, strict=True):
         probes = [json.loads((out / "runs" / f"{run}-seed{seed}-probe.json").read_text()) for seed in (0, 1)]
         last = [100 * probe["results"][0]["top1"][-1] for probe in probes]
         measured = found["measured"][label]["probe, last step (%)"]
         assert measured["values"] == pytest.approx(last)
         assert measured["deviation"] == pytest.approx(statistics.stdev(last))
+        logs = [read_log(out / "runs" / f"{run}-seed{seed}" / "log.jsonl") for seed in (0, 1)]
+        views = 1 if "1-views" in run else 2
+        tokens = [log[-1]["step"] * 64 * views * 64 for log in logs]
+        assert found["measured"][label]["tokens read (M)"]["values"] == pytest.approx([count / 1e6 for count in tokens])
+        minutes = [count / log[-1]["tokens_per_second"] / 60 for count, log in zip(tokens, logs, strict=True)]
+        assert found["measured"][label]["training (min)"]["values"] == pytest.approx(minutes)
         assert f"{statistics.mean(last):.1f} ± {statistics.stdev(last):.1f}" in said
     assert "2 seeds: mean ± standard deviation" in said
-    assert said.count("\nst-ar train ") == 6
+    assert said.count("\nst-ar train ") == 8
     assert "<svg" in (out / "fig4.html").read_text()
     assert json.loads((out / "fig4-probe.json").read_text())["series"].keys() == set(labels)
     before = contents(out)
@@ -75,9 +86,9 @@ def test_a_dry_run_makes_nothing_and_says_what_it_would_cost(tmp_path: Path, cap
     run_command(["reproduce", "table3", "--out", str(tmp_path / "work"), "--dry-run"])
     said = capsys.readouterr().out
     assert not list(tmp_path.iterdir())
-    assert said.count("st-ar train ") == 6
-    assert said.count("st-ar evaluate ") == 6
-    assert "28 commands" in said
+    assert said.count("st-ar train ") == 7
+    assert said.count("st-ar evaluate ") == 7
+    assert "32 commands" in said
     assert "device-hours" in said
     assert "GB are free" in said
 

@@ -10,13 +10,13 @@ from PIL import Image
 
 from st_ar.comparison import Column, Spread, difference, is_noise, table_rows
 from st_ar.figures import line_chart
-from st_ar.files import read_json, write_csv, write_json
+from st_ar.files import write_csv, write_json
 from st_ar.hardware import describe
 from st_ar.printing import print_table
 from st_ar.report import Chart, Gallery, Section, Table, png_uri, write_report
-from st_ar.reproduce.paper import EXPERIMENTS, Name
-from st_ar.reproduce.plan import Files, Plan
-from st_ar.training.log import read_log
+from st_ar.reproduce.measured import TIME, TOKENS, measurements, probe_curve
+from st_ar.reproduce.paper import CONTROL, EXPERIMENTS, Name
+from st_ar.reproduce.plan import Plan
 
 PAPER = {
     "fid": Column(key="fid", label="paper: FID", digits=2),
@@ -28,38 +28,7 @@ PAPER = {
 }
 SHOWN = ("layer-*-mean.png", "curve.png", "views.png")
 """Of what `attention` and `invariance` draw, what belongs on the page."""
-DIGITS = {"probe": 1, "precision": 3, "recall": 3, "loss": 3, "seconds": 3}
-
-
-def measurements(files: Files, metrics: Sequence[str]) -> dict[str, Spread]:
-    """A row's numbers: what `evaluate` calls them, probe accuracy at the last step in per cent, seconds of a training step.
-
-    metrics: those of the paper's table; of an evaluation, the distance and those among them.
-    """
-    found: dict[str, list[float]] = {}
-    for path in files.evaluations:
-        for name, value in read_json(path, "an evaluation")["metrics"].items():
-            if name.startswith("F") or name.split(" ")[0].lower() in metrics:  # FID, FD-..
-                found.setdefault(name, []).append(value)
-    for path in files.probes:
-        found.setdefault("probe, last step (%)", []).append(100 * probe_curve(path)[1][-1])
-    for run in files.runs:
-        found.setdefault("seconds a step", []).append(seconds_per_step(run))
-    return {name: Spread(tuple(values)) for name, values in found.items()}
-
-
-def probe_curve(path: Path) -> tuple[list[float], list[float]]:
-    """Tokens read, and the share of right guesses after each."""
-    result = read_json(path, "a probe")["results"][0]
-    return [float(step) for step in result["steps"]], result["top1"]
-
-
-def seconds_per_step(run: Path) -> float:
-    """The median over the run's log."""
-    config = read_json(run / "config.json", "a run")["config"]
-    model = config["model"]
-    tokens = config["batch_size"] * config["views"] * model["grid"] ** 2
-    return tokens / statistics.median(entry["tokens_per_second"] for entry in read_log(run / "log.jsonl"))
+DIGITS = {"probe": 1, "precision": 3, "recall": 3, TOKENS: 2, TIME: 2}
 
 
 def show(name: Name, plan: Plan) -> None:
@@ -119,13 +88,13 @@ def _notes(plan: Plan, ours: Mapping[str, Mapping[str, Spread]]) -> list[str]:
     seeds = len(next(iter(plan.files.values())).runs)
     notes = [
         f"{seeds} seeds: mean ± standard deviation." if seeds > 1 else "One seed: differences have no error bars.",
-        "Rows train for equal optimizer steps of equal batches; with two views a step reads twice the tokens.",
+        "Rows train for equal optimizer steps of equal batches, if they don't say otherwise; with two views a step reads twice the tokens.",
     ]
     labels = list(ours)
-    base = labels[0]
-    for label in labels[1:]:
+    base = CONTROL.label if CONTROL.label in ours else labels[0]
+    for label in labels:
         for key in ours[label]:
-            if key != "seconds a step" and key in ours[base]:
+            if label != base and key not in (TOKENS, TIME) and key in ours[base]:
                 paired = difference(ours[label][key], ours[base][key])
                 if is_noise(paired):
                     notes.append(f"{label}, {key}: the difference from {base} is within the seeds' spread.")

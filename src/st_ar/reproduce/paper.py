@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 Size = Literal["B", "L", "XL"]
-Name = Literal["table1", "table2", "table3", "table4", "table5", "table6", "fig1", "fig2", "fig4", "fig5"]
+Name = Literal["table1", "table2", "table3", "table4", "table5", "table6", "fig1", "fig2", "fig4", "fig5", "questions"]
 
 DEPTH = 12
 """Layers of B, which the contrast layers of Table 5 count."""
@@ -24,6 +24,10 @@ class Recipe:
     """Depth of the contrast layer as a share of the layers, if not the preset's."""
     changes: Mapping[str, Any] = field(default_factory=dict)
     """Settings of self-guidance (SelfGuidedConfig) that differ from the preset's."""
+    accumulate: int = 1
+    """Micro-batches of a step."""
+    equal_time: bool = False
+    """Whether to train for as long as ST-AR of this size and length takes, instead of for as many steps."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +56,7 @@ class Experiment:
 ADM = ("fid", "sfid", "is", "precision", "recall")
 AR_ONCE = Recipe(guided=False, views=1)
 CONTROL = Row(label="AR on the same two views (control)", recipe=Recipe(guided=False, views=2))
+EQUAL_TIME = Row(label="control, for the time of ST-AR", recipe=Recipe(guided=False, views=2, equal_time=True))
 
 
 def _adm(*values: float) -> dict[str, float]:
@@ -110,6 +115,7 @@ EXPERIMENTS: dict[Name, Experiment] = {
         rows=(
             Row(label="AR", recipe=AR_ONCE, paper={"fid": 31.35, "probe": 18.68}),
             CONTROL,
+            EQUAL_TIME,
             _ablated("+ MIM", {"fid": 30.58, "probe": 22.71}, beta=0.0),
             _ablated("+ MIM + step", {"fid": 28.02, "probe": 27.73}, view_loss=False),
             _ablated("+ MIM + view", {"fid": 27.78, "probe": 38.31}, step_loss=False),
@@ -156,6 +162,7 @@ EXPERIMENTS: dict[Name, Experiment] = {
         rows=(
             Row(label="AR", recipe=AR_ONCE, paper={"probe": 18.68}),
             CONTROL,
+            EQUAL_TIME,
             Row(label="ST-AR", recipe=Recipe(), paper={"probe": 45.27}),
         ),
         figure="probe",
@@ -164,5 +171,22 @@ EXPERIMENTS: dict[Name, Experiment] = {
         title="Figure 5: attention with self-guided training",
         rows=(Row(label="AR", recipe=AR_ONCE), Row(label="ST-AR", recipe=Recipe())),
         figure="attention",
+    ),
+    "questions": Experiment(
+        title="What the paper leaves open",
+        rows=(
+            Row(label="ST-AR, our defaults", recipe=Recipe()),
+            CONTROL,
+            _ablated("sum over pairs, as printed", {}, reduction="sum"),
+            _ablated("temperature 0.1", {}, temperature=0.1),
+            _ablated("temperature 0.5", {}, temperature=0.5),
+            Row(label="local negatives, 4 micro-batches", recipe=Recipe(changes={"negatives": "local"}, accumulate=4)),
+            _ablated("projector of 2 layers", {}, projector_depth=2),
+            _ablated("projector 1024 wide", {}, projector_hidden=1024),
+            _ablated("own position visible", {}, mask_own_position=False),
+            _ablated("MIM after the final norm", {}, mim_features="after_norm"),
+            _ablated("EMA without warm-up", {}, ema_warmup=False),
+        ),
+        metrics=("fid", "probe"),
     ),
 }

@@ -1,12 +1,14 @@
 """The commands that a table or figure needs, in order, and what they cost. Each is a command that anyone could give by hand."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from st_ar.cost import run_bytes, training_flops
 from st_ar.errors import UserError
+from st_ar.reproduce.measured import Files, budgets
 from st_ar.reproduce.paper import Experiment, Recipe
+from st_ar.reproduce.run import Stage, is_done
 from st_ar.reproduce.scales import Scale, options
 
 
@@ -22,30 +24,6 @@ class Data:
     """For evaluation; None to compute it from the test images."""
     fit: Mapping[str, int] = field(default_factory=dict)
     """Settings of the model that they ask for, if not the preset's: num_classes, vocab_size, grid."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Stage:
-    """A command and what it leaves."""
-
-    name: str
-    command: tuple[str, ...]
-    """The verb and its options."""
-    makes: Path
-    """File or folder."""
-    flops: float = 0.0
-    """Of training, which takes the most of the time."""
-    disk: float = 0.0
-    """Bytes that are known beforehand."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Files:
-    """Where a row's numbers come from: one of each for each seed."""
-
-    runs: list[Path] = field(default_factory=list)
-    evaluations: list[Path] = field(default_factory=list)
-    probes: list[Path] = field(default_factory=list)
 
 
 class Plan:
@@ -117,8 +95,9 @@ class Plan:
         return self._add(f"tokens of the {kind} images", out, "tokenize", *what, disk=disk)
 
     def _train(self, recipe: Recipe, seed: int, steps: int | None) -> Path:
-        preset, config = self.scale.config(recipe, seed, steps=steps, fit=self.data.fit)
-        run = self.work / "runs" / f"{run_name(recipe)}-seed{seed}"
+        stretch = self._stretch(recipe, seed) if recipe.equal_time else 1.0
+        preset, config = self.scale.config(recipe, seed, steps=steps, stretch=stretch, fit=self.data.fit)
+        run = self._run(recipe, seed)
         known = config.steps is not None or self.scale.image_count is not None
         return self._add(
             f"train {run.name}",
@@ -127,6 +106,20 @@ class Plan:
             flops=training_flops(config, self.scale.image_count or 0) if known else 0.0,
             disk=run_bytes(config),
         )
+
+    def _run(self, recipe: Recipe, seed: int) -> Path:
+        return self.work / "runs" / f"{run_name(recipe)}-seed{seed}"
+
+    def _stretch(self, recipe: Recipe, seed: int) -> float:
+        """How many steps of `recipe` take as long as one of ST-AR: as both have run here, or by their FLOPs before that."""
+        guided = Recipe(size=recipe.size, epochs=recipe.epochs)
+        plain = replace(recipe, equal_time=False)
+        runs = [self._run(each, seed) for each in (guided, plain)]
+        if all(is_done(run, self.work) for run in runs):
+            return budgets(runs[0])[1] / budgets(runs[1])[1]
+        configs = [self.scale.config(each, seed, fit=self.data.fit)[1] for each in (guided, plain)]
+        count = self.scale.image_count or 1
+        return training_flops(configs[0], count) / training_flops(configs[1], count)
 
     def _evaluate(self, run: Path, seed: int) -> Path:
         scale, guided = self.scale, self.experiment.guidance
@@ -171,4 +164,6 @@ def run_name(recipe: Recipe) -> str:
     parts += [] if recipe.views is None else [f"{recipe.views}-views"]
     parts += [] if recipe.contrast is None else [f"depth-{recipe.contrast:g}"]
     parts += [f"{name.replace('_', '-')}-{str(value).lower()}" for name, value in sorted(recipe.changes.items())]
+    parts += [] if recipe.accumulate == 1 else [f"{recipe.accumulate}-micro-batches"]
+    parts += ["equal-time"] if recipe.equal_time else []
     return "-".join(parts)

@@ -4,14 +4,29 @@ import shlex
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from st_ar.errors import UserError
 from st_ar.files import read_json, write_json
-from st_ar.reproduce.plan import Stage
 
 CONTINUED = ("train", "train-tokenizer", "tokenize", "sample")
 """Verbs that continue what they began; of the others half of a folder is thrown away."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """A command and what it leaves."""
+
+    name: str
+    command: tuple[str, ...]
+    """The verb and its options."""
+    makes: Path
+    """File or folder."""
+    flops: float = 0.0
+    """Of training, which takes the most of the time."""
+    disk: float = 0.0
+    """Bytes that are known beforehand."""
 
 
 def run_stages(stages: Sequence[Stage], work: Path, call: Callable[[list[str]], None]) -> None:
@@ -26,7 +41,7 @@ def run_stages(stages: Sequence[Stage], work: Path, call: Callable[[list[str]], 
         UserError: what the commands raise; or something in `work` was made by another command.
     """
     for number, stage in enumerate(stages, start=1):
-        mark = work / "done" / f"{stage.makes.name}.json"
+        mark = _mark(stage.makes, work)
         command = list(stage.command)
         begun = read_json(mark, "a stage") if mark.exists() else None
         if begun is not None and begun.get("command") != command:
@@ -75,6 +90,11 @@ def _is_whole(stage: Stage) -> bool:
     return verb in last and last[verb].exists()
 
 
-def seconds_of(path: Path, work: Path) -> float:
-    """What making it took."""
-    return float(read_json(work / "done" / f"{path.name}.json", "a stage")["seconds"])
+def is_done(path: Path, work: Path) -> bool:
+    """Whether a command has made this, from its beginning to its end."""
+    mark = _mark(path, work)
+    return mark.exists() and read_json(mark, "a stage").get("seconds") is not None
+
+
+def _mark(path: Path, work: Path) -> Path:
+    return work / "done" / f"{path.name}.json"

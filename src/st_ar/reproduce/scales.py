@@ -42,12 +42,19 @@ class Scale:
     """Pixels of an image's side."""
 
     def config(
-        self, recipe: Recipe, seed: int, *, steps: int | None = None, fit: Mapping[str, int] | None = None
+        self,
+        recipe: Recipe,
+        seed: int,
+        *,
+        steps: int | None = None,
+        stretch: float = 1.0,
+        fit: Mapping[str, int] | None = None,
     ) -> tuple[str, TrainConfig]:
         """A recipe's preset and settings.
 
         Args:
             steps: optimizer steps of 50 epochs, if not the preset's; 300 epochs get six times as many.
+            stretch: how many times as long the run is.
             fit: settings of the model that the data or the tokenizer ask for (num_classes, vocab_size, grid).
         """
         name = self.guided if recipe.guided else self.plain
@@ -56,13 +63,14 @@ class Scale:
         config = replace(get_preset(name), seed=seed)
         model = replace(config.model, **self.shapes.get(recipe.size, {}), **(fit or {}))
         if config.steps is not None:
-            config = replace(config, steps=(steps or config.steps) * recipe.epochs // 50)
+            config = replace(config, steps=round((steps or config.steps) * recipe.epochs / 50 * stretch))
         else:
-            config = replace(config, epochs=recipe.epochs)
+            config = replace(config, epochs=recipe.epochs * stretch)
         guided = replace(config.selfguided, **recipe.changes)
         if recipe.contrast is not None:
             guided = replace(guided, contrast_layer=max(1, round(recipe.contrast * model.n_layers)))
-        return name, replace(config, model=model, selfguided=guided, views=recipe.views or config.views)
+        run = {"views": recipe.views or config.views, "accumulate": recipe.accumulate}
+        return name, replace(config, model=model, selfguided=guided, **run)
 
 
 SCALES: dict[ScaleName, Scale] = {
