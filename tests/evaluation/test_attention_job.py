@@ -17,6 +17,8 @@ from PIL import Image
 from st_ar.data.crops import Crops
 from st_ar.data.store import TokenStore
 from st_ar.data.tokenize import tokenize
+from st_ar.errors import UserError
+from st_ar.evaluation import attention_job
 from st_ar.evaluation.attention import STATISTICS, ImageMasks, LayerStatistics, average_statistics, store_maps
 from st_ar.evaluation.attention_job import Chosen, report_attention
 from st_ar.evaluation.attention_report import table_of
@@ -273,6 +275,31 @@ def test_a_folder_or_file_that_exists_is_not_written_over(line: SmallLine, tmp_p
             tmp_path, f"{name} exists already and is not empty: a folder of attention maps is never written over"
         ):
             look(line, tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("stopped_by", "raised"),
+    [
+        (KeyboardInterrupt("stop"), pytest.raises(KeyboardInterrupt, match="stop")),
+        (OSError(28, "No space left on device"), pytest.raises(UserError, match=r"device; nothing there was changed")),
+    ],
+)
+def test_what_was_stopped_half_way_leaves_nothing_and_is_done_anew(
+    line: SmallLine, tmp_path: Path, stopped_by: BaseException, raised: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / ".maps.partial").mkdir()  # of one that was killed
+    (tmp_path / ".maps.partial" / "left.png").write_text("")
+
+    def stop(*_: object) -> None:
+        raise stopped_by
+
+    with monkeypatch.context() as patch, raised:
+        patch.setattr(attention_job, "write_page", stop)
+        look(line, tmp_path / "maps", images=(0,), steps=(3,))
+    assert list(tmp_path.iterdir()) == []
+    look(line, tmp_path / "maps", images=(0,), steps=(3,))
+    assert (tmp_path / "maps" / "attention.html").exists()
+    assert not (tmp_path / "maps" / "left.png").exists()
 
 
 def test_a_store_of_another_tokenizer_than_the_models_is_refused(line: SmallLine, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from st_ar.evaluation.attention import (
 )
 from st_ar.evaluation.attention_report import Looked, write_curves, write_maps, write_page, write_statistics
 from st_ar.figures import require_matplotlib
-from st_ar.files import require_absent
+from st_ar.files import folder_aside, require_absent
 from st_ar.hardware import choose_device
 from st_ar.model.transformer import Transformer
 from st_ar.model.weights import EMA, LIVE, ModelInfo, open_model
@@ -130,13 +130,14 @@ def report_attention(
         averaged=chosen.average,
         masks=chosen.masks,
     )
-    write_statistics(out, looked)
     codes = first_crops(store, chosen.images)[0].unflatten(1, (store.meta.grid, store.meta.grid))
     pictures = to_uint8(painter.decode(codes)).numpy()
-    maps = write_maps(
-        out, looked, pictures, images=chosen.images, layers=chosen.layers, heads=chosen.heads, steps=chosen.steps
-    )
-    write_page(out, looked, maps, write_curves(out, looked))
+    with folder_aside(out) as folder:
+        write_statistics(folder, looked)
+        maps = write_maps(
+            folder, looked, pictures, images=chosen.images, layers=chosen.layers, heads=chosen.heads, steps=chosen.steps
+        )
+        write_page(folder, looked, maps, write_curves(folder, looked))
     return looked.statistics
 
 

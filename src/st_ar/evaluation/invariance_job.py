@@ -22,7 +22,7 @@ from st_ar.evaluation.invariance import (
 )
 from st_ar.evaluation.pictures import Pictures, open_pictures
 from st_ar.figures import Drawing, TwoViews, line_chart, views_figure
-from st_ar.files import require_absent, write_csv, write_json
+from st_ar.files import folder_aside, require_absent, write_csv, write_json
 from st_ar.hardware import describe
 from st_ar.invariance_config import InvarianceSettings
 from st_ar.progress import progress
@@ -93,8 +93,6 @@ def measure_invariance(
         "tokenizers": [_describe(name, tokenizers[name], agreement) for name, agreement in found.items()],
         "environment": describe(),
     }
-    _write_table(out / TABLE, result)
-    write_json(out / FILE, result)
     drawings = {CURVE: _curve(found)}
     if kept:
         drawings[VIEWS] = views_figure(
@@ -102,9 +100,12 @@ def measure_invariance(
             titles=("view A", f"view B (+{shown_shift}, +{shown_shift} px)"),
             name=f"two views of an image, {shown_shift} pixels apart each way",
         )
-    for file, drawing in drawings.items():
-        for ending in (".svg", ".png"):
-            drawing.save(out / f"{file}{ending}")
+    with folder_aside(out) as folder:
+        _write_table(folder / TABLE, result)
+        write_json(folder / FILE, result)
+        for file, drawing in drawings.items():
+            for ending in (".svg", ".png"):
+                drawing.save(folder / f"{file}{ending}")
     return result, found
 
 
