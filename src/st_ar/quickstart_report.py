@@ -15,9 +15,10 @@ from st_ar.data.store import TokenStore
 from st_ar.evaluation import features
 from st_ar.evaluation.attention import AttentionStatistics, attention_maps, attention_steps
 from st_ar.evaluation.probe import ProbeResult
-from st_ar.figures import attention_figure, line_chart, strip
+from st_ar.figures import line_chart, strip
 from st_ar.model.transformer import Transformer
 from st_ar.report import Chart, Gallery, Section, Table, png_uri, write_report
+from st_ar.token_figures import attention_figure
 from st_ar.training.log import read_log
 
 SEED_NOISE = 0.2

@@ -9,12 +9,13 @@ from torch import Tensor
 
 from st_ar.data.store import TokenStore
 from st_ar.evaluation.attention import STATISTICS, Averaged, ImageMasks, LayerStatistics, store_maps
-from st_ar.figures import Drawing, attention_figure, line_chart
+from st_ar.figures import Drawing, line_chart
 from st_ar.files import sha256, write_csv, write_json
 from st_ar.model.transformer import Transformer
 from st_ar.model.weights import ModelInfo
 from st_ar.progress import progress
 from st_ar.report import Chart, Section, Table, write_report
+from st_ar.token_figures import attention_figure
 
 AXES = (
     "weight on the class",

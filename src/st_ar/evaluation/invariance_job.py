@@ -21,11 +21,12 @@ from st_ar.evaluation.invariance import (
     whole_tokens,
 )
 from st_ar.evaluation.pictures import Pictures, open_pictures
-from st_ar.figures import Drawing, TwoViews, line_chart, views_figure
+from st_ar.figures import Drawing, line_chart
 from st_ar.files import folder_aside, require_absent, write_csv, write_json
 from st_ar.hardware import describe
 from st_ar.invariance_config import InvarianceSettings
 from st_ar.progress import progress
+from st_ar.token_figures import TwoViews, views_figure
 from st_ar.tokenizer import Tokenizer, to_pixels
 from st_ar.tokenizer.vq import VQTokenizer
 
