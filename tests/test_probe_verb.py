@@ -12,7 +12,7 @@ import torch
 
 from st_ar.cli import main
 from st_ar.data.store import TokenStore
-from st_ar.evaluation import probe_report
+from st_ar.evaluation import subjects
 from st_ar.evaluation.lars import ProbeConfig
 from st_ar.evaluation.probe import ProbeMethod, probe_layers
 from st_ar.files import sha256
@@ -214,7 +214,7 @@ def test_a_model_that_changes_while_it_waits_is_refused(
     line: SmallLine, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sums = iter(["one", "another"])
-    monkeypatch.setattr(probe_report, "sha256", lambda _: next(sums))
+    monkeypatch.setattr(subjects, "sha256", lambda _: next(sums))
     refused(capsys, tmp_path, "has changed since this call began", command(line, *SHORT))
 
 

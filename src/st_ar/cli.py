@@ -37,6 +37,7 @@ Train LlamaGen-style image generators with and without self-guidance (ST-AR), an
   sweep              samples and their distance over guidance scales, with the best setting
   reconstruct        how faithful a tokenizer is: rFID, PSNR, SSIM, use of the codebook
   invariance         how many tokens stay when the view of an image shifts a little
+  likelihood         how well a model predicts images that it has not seen
   probe              what a model's features say about an image, token by token
   attention          what a model looks at
   reproduce          the paper's tables and figures, at full size or small

@@ -75,12 +75,12 @@ class Probe:
             Probed,
             accuracy_figure,
             accuracy_table,
+            choose_subjects_reading,
             describe_cache,
             describe_probes,
-            find_subjects,
-            open_subject,
         )
         from st_ar.evaluation.shallow import NAMES
+        from st_ar.evaluation.subjects import find_subjects
         from st_ar.files import cache_folder, write_json
         from st_ar.hardware import choose_device, choose_dtype
 
@@ -94,13 +94,15 @@ class Probe:
         dtype = choose_dtype("float32" if (self.dtype, device.type) == ("auto", "cpu") else self.dtype, device)
         stores = TokenStore(self.tokens), TokenStore(self.test_tokens)
         subjects = find_subjects(self.model, self.names, self.weights)
-        readings = [s.choose_reading(*stores, self.layers, self.steps, self.train_crops, dtype) for s in subjects]
+        readings = [
+            choose_subjects_reading(s, *stores, self.layers, self.steps, self.train_crops, dtype) for s in subjects
+        ]
         probed: list[Probed] = []
         notes: list[str] = []
         for subject, reading in zip(subjects, readings, strict=True):
             cache = FeatureCache(self.cache or cache_folder() / "features", self.cache_limit * GB, self.cache_dtype)
             results = probe_layers(
-                open_subject(subject).to(device),
+                subject.open().to(device),
                 *stores,
                 layers=reading.layers,
                 steps=reading.steps,

@@ -14,6 +14,7 @@ from st_ar.attention_verb import Attention
 from st_ar.data_verbs import ImportTokens, Tokenize
 from st_ar.evaluation_verbs import Evaluate, MakeReference, Reconstruct
 from st_ar.invariance_verb import Invariance
+from st_ar.likelihood_verb import Likelihood
 from st_ar.printing import print_table
 from st_ar.probe_verb import Probe
 from st_ar.reproduce_verb import Reproduce
@@ -83,6 +84,7 @@ VERBS: dict[str, Any] = {
     "sweep": Sweep,
     "reconstruct": Reconstruct,
     "invariance": Invariance,
+    "likelihood": Likelihood,
     "probe": Probe,
     "attention": Attention,
     "reproduce": Reproduce,

@@ -10,6 +10,7 @@ from st_ar.cost import parameters, training_flops
 from st_ar.errors import UserError
 from st_ar.files import write_json
 from st_ar.presets import PRESETS, get_preset
+from st_ar.reproduce.measured import Files, measurements
 from st_ar.reproduce.paper import CONTROL, EXPERIMENTS, Recipe
 from st_ar.reproduce.plan import Data, Plan, run_name
 from st_ar.reproduce.scales import SCALES, Scale, options
@@ -155,6 +156,26 @@ def test_equal_time_is_as_many_steps_as_self_guided_training_takes(tmp_path: Pat
     assert steps_of_equal_time() == by_flops  # one of the two is still under way
     write_json(tmp_path / "done" / "st-ar-b-50-epochs-seed3.json", {"command": ["train"], "seconds": 9.0})
     assert steps_of_equal_time() == 300
+
+
+def test_a_rows_numbers_are_read_from_what_its_commands_left(tmp_path: Path) -> None:
+    files = Files()
+    for seed, (loss, top1) in enumerate([(2.5, 0.7), (2.25, 0.8)]):
+        for name, content, kept in (
+            ("likelihood", {"results": [{"loss": loss}]}, files.likelihoods),
+            ("probe", {"results": [{"steps": [8, 16], "top1": [0.1, top1]}]}, files.probes),
+            ("evaluation", {"metrics": {"FD-toy": 2 + seed, "precision": 0.5, "recall": 0.1}}, files.evaluations),
+        ):
+            path = tmp_path / f"{name}{seed}.json"
+            write_json(path, content)
+            kept.append(path)
+    found = {name: spread.values for name, spread in measurements(files, ("fid", "precision")).items()}
+    assert found == {
+        "FD-toy": (2, 3),
+        "precision": (0.5, 0.5),
+        "probe, last step (%)": pytest.approx((70, 80)),
+        "validation loss": (2.5, 2.25),
+    }
 
 
 @pytest.mark.parametrize("seeds", [(), (1, 1), (-1,)])

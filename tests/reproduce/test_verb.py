@@ -88,7 +88,7 @@ def test_a_dry_run_makes_nothing_and_says_what_it_would_cost(tmp_path: Path, cap
     assert not list(tmp_path.iterdir())
     assert said.count("st-ar train ") == 7
     assert said.count("st-ar evaluate ") == 7
-    assert "32 commands" in said
+    assert "39 commands" in said
     assert "device-hours" in said
     assert "GB are free" in said
 

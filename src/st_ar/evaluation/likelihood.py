@@ -20,8 +20,9 @@ def validation_loss(model: Transformer, store: TokenStore, *, batch_size: int = 
     model.config.require_classes("the validation loss")
     store.check_model(model.config)
     crop = len(store.meta.crops) - 1
-    total = 0.0
+    total, device = 0.0, next(model.parameters()).device
     for tokens, labels in batches(store, [crop], batch_size):
+        tokens, labels = tokens.to(device), labels.to(device)
         logits = model(tokens[:, :-1], labels).logits
         total += next_token_loss(logits, tokens).item() * len(tokens)
     return total / len(store)

@@ -1,8 +1,7 @@
-"""Probes of several models beside one another: which weights they are of, and their table, JSON and figure."""
+"""Probes of several models beside one another: what is read of each, and their table, JSON and figure."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -11,109 +10,48 @@ from st_ar.data.store import TokenStore
 from st_ar.errors import UserError
 from st_ar.evaluation.feature_cache import FeatureCache
 from st_ar.evaluation.hidden import Reading
-from st_ar.evaluation.probe import ProbeMethod, ProbeResult, choose_reading, same_names
+from st_ar.evaluation.probe import ProbeMethod, ProbeResult, choose_reading
 from st_ar.evaluation.shallow import NAMES
+from st_ar.evaluation.subjects import Subject
 from st_ar.figures import COLOURS, Drawing, line_chart
-from st_ar.files import sha256
 from st_ar.hardware import describe
-from st_ar.model.transformer import Transformer
-from st_ar.model.weights import ModelInfo, open_model
 
 FORMAT_VERSION = 1
-Layers = Sequence[int] | Literal["all"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Subject:
-    """Weights to be probed."""
-
-    name: str
-    info: ModelInfo
-    sha256: str
-    """Of the file of weights."""
-
-    def layers(self, chosen: Layers) -> Sequence[int] | None:
-        """The layers asked for; None for none, which stands for half the depth."""
-        if isinstance(chosen, str):
-            return range(1, self.info.config.n_layers + 1)
-        return chosen or None
-
-    def choose_reading(
-        self,
-        train_store: TokenStore,
-        test_store: TokenStore,
-        layers: Layers,
-        steps: Sequence[int],
-        train_crops: Sequence[int] | None,
-        dtype: torch.dtype,
-    ) -> Reading:
-        """What is read of it.
-
-        Raises:
-            UserError: as `choose_reading`; stores of another tokenizer or with other names of classes than the model's; or a model
-                that has never been trained without its condition, whose null condition means nothing.
-        """
-        reading, _ = choose_reading(
-            self.info.config,
-            train_store,
-            test_store,
-            layers=self.layers(layers),
-            steps=steps or None,
-            train_crops=train_crops,
-            dtype=dtype,
-        )
-        for store in (train_store, test_store):
-            store.check_model(self.info.config, self.info.tokenizer)
-            names = self.info.class_names
-            if self.info.config.condition == "class" and names and not same_names(names, store.meta.class_names):
-                raise UserError(
-                    f"{store.folder} names its classes otherwise than {self.info.source}: give the store that the model was made for"
-                )
-        if self.info.class_dropout == 0:
-            raise UserError(
-                f"{self.info.source} was trained with --class-dropout 0 and knows no null class, which probes give it so that no "
-                "label leaks: train with --class-dropout above 0"
-            )
-        return reading
-
-
-def find_subjects(
-    models: Sequence[Path], names: Sequence[str], weights: Literal["live", "ema", "both"]
-) -> list[Subject]:
-    """The weights of some models, read once to be sure that they can be.
+def choose_subjects_reading(
+    subject: Subject,
+    train_store: TokenStore,
+    test_store: TokenStore,
+    layers: Sequence[int] | Literal["all"],
+    steps: Sequence[int],
+    train_crops: Sequence[int] | None,
+    dtype: torch.dtype,
+) -> Reading:
+    """What is read of a model; no layers or steps stand for those that `choose_reading` takes by default.
 
     Raises:
-        UserError: none, one twice, not one name each, or as `open_model`.
+        UserError: as `choose_reading` and `Subject.check_store`; or a model that has never been trained without its condition,
+            whose null condition means nothing.
     """
-    if not models:
-        raise UserError("give at least one --model")
-    if names and len(names) != len(models):
-        raise UserError(f"{len(names)} --names for {len(models)} models: give one each, or none")
-    last = [path.resolve().name for path in models]
-    called = names or [short if last.count(short) == 1 else str(path) for short, path in zip(last, models, strict=True)]
-    found: list[Subject] = []
-    for path, name in zip(models, called, strict=True):
-        for ema in {"live": [False], "ema": [True], "both": [False, True]}[weights]:
-            info = open_model(path, ema=ema)[1]
-            label = f"{name} (EMA)" if info.ema else name
-            if any(label == subject.name for subject in found):
-                raise UserError(f"two models are called {label}: give different --names, and each model once")
-            found.append(Subject(name=label, info=info, sha256=sha256(info.source)))
-    return found
-
-
-def open_subject(subject: Subject) -> Transformer:
-    """The network, float32 on the CPU.
-
-    Raises:
-        UserError: its file is another by now, as a run's is after a checkpoint.
-    """
-    model, _ = open_model(subject.info.source)
-    if sha256(subject.info.source) != subject.sha256:
+    chosen = range(1, subject.info.config.n_layers + 1) if isinstance(layers, str) else layers
+    reading, _ = choose_reading(
+        subject.info.config,
+        train_store,
+        test_store,
+        layers=chosen or None,
+        steps=steps or None,
+        train_crops=train_crops,
+        dtype=dtype,
+    )
+    for store in (train_store, test_store):
+        subject.check_store(store)
+    if subject.info.class_dropout == 0:
         raise UserError(
-            f"{subject.info.source} has changed since this call began: its run goes on; probe a copy, or wait for its end"
+            f"{subject.info.source} was trained with --class-dropout 0 and knows no null class, which probes give it so that no "
+            "label leaks: train with --class-dropout above 0"
         )
-    return model
+    return reading
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,12 +139,7 @@ def describe_probes(
         "results": [
             {
                 "model": each.subject.name,
-                "weights": {
-                    "file": str(each.subject.info.source),
-                    "sha256": each.subject.sha256,
-                    "ema": each.subject.info.ema,
-                    "step": each.subject.info.step,
-                },
+                "weights": each.subject.describe(),
                 **{key: value for key, value in asdict(each.result).items() if key != "method"},
             }
             for each in probed

@@ -20,10 +20,11 @@ class Files:
     runs: list[Path] = field(default_factory=list)
     evaluations: list[Path] = field(default_factory=list)
     probes: list[Path] = field(default_factory=list)
+    likelihoods: list[Path] = field(default_factory=list)
 
 
 def measurements(files: Files, metrics: Sequence[str]) -> dict[str, Spread]:
-    """A row's numbers: what `evaluate` calls them, probe accuracy at the last step in per cent, and both budgets.
+    """A row's numbers: what `evaluate` calls them, probe accuracy at the last step in per cent, validation loss, both budgets.
 
     metrics: those of the paper's table; of an evaluation, the distance and those among them.
     """
@@ -34,6 +35,8 @@ def measurements(files: Files, metrics: Sequence[str]) -> dict[str, Spread]:
                 found.setdefault(name, []).append(value)
     for path in files.probes:
         found.setdefault("probe, last step (%)", []).append(100 * probe_curve(path)[1][-1])
+    for path in files.likelihoods:
+        found.setdefault("validation loss", []).append(read_json(path, "a likelihood")["results"][0]["loss"])
     for run in files.runs:
         tokens, seconds = budgets(run)
         found.setdefault(TOKENS, []).append(tokens / 1e6)

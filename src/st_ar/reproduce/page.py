@@ -28,7 +28,7 @@ PAPER = {
 }
 SHOWN = ("layer-*-mean.png", "curve.png", "views.png")
 """Of what `attention` and `invariance` draw, what belongs on the page."""
-DIGITS = {"probe": 1, "precision": 3, "recall": 3, TOKENS: 2, TIME: 2}
+DIGITS = {"probe": 1, "precision": 3, "recall": 3, "validation": 3, TOKENS: 2, TIME: 2}
 
 
 def show(name: Name, plan: Plan) -> None:

@@ -187,6 +187,6 @@ EXPERIMENTS: dict[Name, Experiment] = {
             _ablated("MIM after the final norm", {}, mim_features="after_norm"),
             _ablated("EMA without warm-up", {}, ema_warmup=False),
         ),
-        metrics=("fid", "probe"),
+        metrics=("probe",),
     ),
 }

@@ -65,6 +65,8 @@ class Plan:
                     files.evaluations.append(self._evaluate(run, seed))
                 if "probe" in experiment.metrics or experiment.figure in ("probe", "understanding"):
                     files.probes.append(self._probe(run))
+                if experiment.metrics:
+                    files.likelihoods.append(self._likelihood(run))
         self.figures: list[Path] = []
         if experiment.figure in ("attention", "understanding"):
             self.figures.append(self._attention())
@@ -145,6 +147,11 @@ class Plan:
         cache = ("--cache", str(self.work / "cache"))
         what = ("--model", str(run), *stores, *self.scale.probe_crops, *cache, "--out", str(out))
         return self._add(f"probe {run.name}", out, "probe", *what)
+
+    def _likelihood(self, run: Path) -> Path:
+        out = run.with_name(f"{run.name}-likelihood.json")
+        what = ("--model", str(run), "--tokens", str(self.test_tokens), "--out", str(out))
+        return self._add(f"likelihood {run.name}", out, "likelihood", *what)
 
     def _attention(self) -> Path:
         out = self.work / f"attention-{'-'.join(files.runs[0].name for files in self.files.values())}"

@@ -79,7 +79,7 @@ def _continued(stage: Stage) -> list[str]:
 def _is_whole(stage: Stage) -> bool:
     """Whether a command that was stopped had in fact done everything: it writes what is looked for here last."""
     verb, path = stage.command[0], stage.makes
-    if verb in ("evaluate", "probe", "reference"):
+    if verb in ("evaluate", "probe", "likelihood", "reference"):
         return path.exists()
     last = {
         "tokenize": path / "meta.json",

@@ -1,0 +1,75 @@
+"""The weights that a measurement is of: one model or several, live, averaged, or both."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from st_ar.data.store import TokenStore
+from st_ar.errors import UserError
+from st_ar.evaluation.probe import same_names
+from st_ar.files import sha256
+from st_ar.model.transformer import Transformer
+from st_ar.model.weights import ModelInfo, open_model
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """Weights to be measured."""
+
+    name: str
+    info: ModelInfo
+    sha256: str
+    """Of the file of weights."""
+
+    def check_store(self, store: TokenStore) -> None:
+        """UserError if the store is of another tokenizer than the model's, or names its classes otherwise."""
+        store.check_model(self.info.config, self.info.tokenizer)
+        names = self.info.class_names
+        if self.info.config.condition == "class" and names and not same_names(names, store.meta.class_names):
+            raise UserError(
+                f"{store.folder} names its classes otherwise than {self.info.source}: give the store that the model was made for"
+            )
+
+    def open(self) -> Transformer:
+        """The network, float32 on the CPU.
+
+        Raises:
+            UserError: its file is another by now, as a run's is after a checkpoint.
+        """
+        model, _ = open_model(self.info.source)
+        if sha256(self.info.source) != self.sha256:
+            raise UserError(
+                f"{self.info.source} has changed since this call began: its run goes on; take a copy, or wait for its end"
+            )
+        return model
+
+    def describe(self) -> dict[str, Any]:
+        """Which weights, as plain JSON values."""
+        info = self.info
+        return {"file": str(info.source), "sha256": self.sha256, "ema": info.ema, "step": info.step}
+
+
+def find_subjects(
+    models: Sequence[Path], names: Sequence[str], weights: Literal["live", "ema", "both"]
+) -> list[Subject]:
+    """The weights of some models, read once to be sure that they can be.
+
+    Raises:
+        UserError: none, one twice, not one name each, or as `open_model`.
+    """
+    if not models:
+        raise UserError("give at least one --model")
+    if names and len(names) != len(models):
+        raise UserError(f"{len(names)} --names for {len(models)} models: give one each, or none")
+    last = [path.resolve().name for path in models]
+    called = names or [short if last.count(short) == 1 else str(path) for short, path in zip(last, models, strict=True)]
+    found: list[Subject] = []
+    for path, name in zip(models, called, strict=True):
+        for ema in {"live": [False], "ema": [True], "both": [False, True]}[weights]:
+            info = open_model(path, ema=ema)[1]
+            label = f"{name} (EMA)" if info.ema else name
+            if any(label == subject.name for subject in found):
+                raise UserError(f"two models are called {label}: give different --names, and each model once")
+            found.append(Subject(name=label, info=info, sha256=sha256(info.source)))
+    return found

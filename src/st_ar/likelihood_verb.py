@@ -1,0 +1,60 @@
+"""The verb that asks how well a model predicts: its options are the fields, and its help their docstrings.
+
+What it needs is imported when it runs, so that help is quick.
+"""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from st_ar.printing import print_table
+
+FORMAT_VERSION = 1
+
+
+@dataclass(kw_only=True)
+class Likelihood:
+    """The validation loss: how well models predict the tokens of images that they have not seen, given their classes.
+
+    The mean next-token loss in nats per token over the centre crop of each image (mirrored, in a ten-crop store), in float32, and
+    its exponential, the perplexity: among so many equally likely tokens a guess would be as hard. Only models of one tokenizer compare.
+    """
+
+    model: tuple[Path, ...]
+    """One or several of: a run, an export folder, a .safetensors file, a .pt file of LlamaGen's."""
+    tokens: Path
+    """Token store of the images."""
+    names: tuple[str, ...] = ()
+    """What to call the models, one name each; by default their paths' last parts."""
+    weights: Literal["live", "ema", "both"] = "live"
+    """The live weights, the averaged ones, or both."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute."""
+    out: Path | None = None
+    """JSON file for the results, with all that identifies them."""
+
+    def run(self) -> None:
+        from st_ar.data.store import TokenStore
+        from st_ar.evaluation.likelihood import validation_loss
+        from st_ar.evaluation.subjects import find_subjects
+        from st_ar.files import require_absent, require_place, write_json
+        from st_ar.hardware import choose_device, describe
+
+        if self.out:
+            require_absent(self.out, "a result")
+            require_place(self.out)
+        device, store = choose_device(self.device), TokenStore(self.tokens)
+        subjects = find_subjects(self.model, self.names, self.weights)
+        for subject in subjects:
+            subject.check_store(store)
+        losses = {s.name: validation_loss(s.open().to(device), store) for s in subjects}
+        header = ("", "loss (nats per token)", "perplexity")
+        print_table(header, [(name, f"{loss:.4f}", f"{math.exp(loss):.2f}") for name, loss in losses.items()])
+        print(
+            f"\n{len(store):,} images; an even guess among {store.meta.vocab_size:,} tokens: {math.log(store.meta.vocab_size):.4f}"
+        )
+        if self.out:
+            results = [{"model": s.name, "weights": s.describe(), "loss": losses[s.name]} for s in subjects]
+            record = {"format_version": FORMAT_VERSION, "store": store.describe(), "results": results}
+            write_json(self.out, record | {"environment": describe()})

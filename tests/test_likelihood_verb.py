@@ -1,0 +1,59 @@
+"""`st-ar likelihood`: the validation loss of several weights in one call, and mistakes that cost nothing."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from st_ar.cli import run_command
+from st_ar.data.store import TokenStore
+from st_ar.evaluation.likelihood import validation_loss
+from st_ar.files import sha256
+from st_ar.model.weights import load_model
+from tests.data.random_store import random_store
+from tests.disk import refused
+from tests.small_line import SmallLine, make_line
+
+Capture = pytest.CaptureFixture[str]
+
+
+@pytest.fixture
+def line(tmp_path: Path) -> SmallLine:
+    return make_line(tmp_path)
+
+
+def command(line: SmallLine, *options: object) -> list[str]:
+    return ["likelihood", *map(str, ("--tokens", line.tokens, "--model", line.model, "--device", "cpu", *options))]
+
+
+def test_both_weights_with_their_losses(line: SmallLine, tmp_path: Path, capsys: Capture) -> None:
+    run_command(command(line, "--weights", "both", "--names", "one", "--out", tmp_path / "losses.json"))
+    said = capsys.readouterr().out
+    record = json.loads((tmp_path / "losses.json").read_text())
+    store = TokenStore(line.tokens)
+    for result, name, ema in zip(record["results"], ("one", "one (EMA)"), (False, True), strict=True):
+        loss = validation_loss(load_model(line.model, ema=ema), store)
+        assert result["model"] == name
+        assert result["loss"] == pytest.approx(loss, rel=1e-6)
+        file = line.model / ("ema.safetensors" if ema else "model.safetensors")
+        assert result["weights"] == {"file": str(file), "sha256": sha256(file), "ema": ema, "step": 7}
+        assert f"{loss:.4f}" in said
+        assert f"{math.exp(loss):.2f}" in said
+    assert record["results"][0]["loss"] != record["results"][1]["loss"]
+    assert record["store"] == store.describe()
+    assert f"{len(store)} images; an even guess among 11 tokens: {math.log(11):.4f}" in said
+
+
+def test_stores_of_others_and_taken_places_are_refused(line: SmallLine, tmp_path: Path) -> None:
+    other, _, _ = random_store(tmp_path / "other", images=2, grid=3, vocab_size=12)
+    with refused(tmp_path, "12 tokens in the codebook, the model 11"):
+        run_command(command(line, "--tokens", other))
+    named, _, _ = random_store(tmp_path / "named", images=2, grid=3, vocab_size=11, num_classes=3)
+    with refused(tmp_path, "was made by tokenizer"):
+        run_command(command(line, "--tokens", named))
+    (tmp_path / "taken.json").write_text("{}")
+    with refused(tmp_path, "taken.json exists already"):
+        run_command(command(line, "--out", tmp_path / "taken.json"))
+    with refused(tmp_path, "2 --names for 1 models"):
+        run_command(command(line, "--names", "a", "b"))
