@@ -28,6 +28,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from st_ar.errors import UserError
+from st_ar.training.group import from_first
 
 METADATA, FILESYSTEM = "torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem"
 ALLOWED = {
@@ -132,7 +133,7 @@ class Checkpoints:
         """Load the newest checkpoint into modules and optimizer; returns its step, 0 if there is none yet."""
         for partial in self.folder.glob(".step_*.partial"):
             shutil.rmtree(partial, ignore_errors=True)  # another rank may be at it too
-        found = list_checkpoints(self.folder)
+        found = from_first(lambda: list_checkpoints(self.folder))
         if not found:
             return 0
         step, path = found[-1]
