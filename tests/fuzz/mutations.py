@@ -4,7 +4,6 @@ import io
 import json
 import random
 import re
-import shutil
 import struct
 import zipfile
 import zlib
@@ -54,7 +53,12 @@ Change = Callable[[Path, random.Random], str | None]
 
 
 def _kinds(path: Path) -> dict[str, Change]:
-    return RAW | {kind: change for pattern, kinds in FORMATS.items() if re.search(pattern, path.name) for kind, change in kinds.items()}
+    return RAW | {
+        kind: change
+        for pattern, kinds in FORMATS.items()
+        if re.search(pattern, path.name)
+        for kind, change in kinds.items()
+    }
 
 
 # Of any file
@@ -138,15 +142,35 @@ def _strange(value: Any, rng: random.Random) -> Any:
         nested = [nested]
     strange = [None, True, False, 0, 1, -1, 2, 0.5, -0.5, 10**6, 10**30, 2**63, -(2**63), 1e308, -1e308, 1e-308]
     strange += [float("nan"), float("inf"), float("-inf"), "", "x", "\u0000", "\u202e\u00e9\U0001f980", "\ud800", LONG]
-    strange += ["../../etc/passwd", "/dev/zero", "1", "NaN", [], {}, [[]], {"": None}, nested, str(value), {"value": value}]
+    strange += [
+        "../../etc/passwd",
+        "/dev/zero",
+        "1",
+        "NaN",
+        [],
+        {},
+        [[]],
+        {"": None},
+        nested,
+        str(value),
+        {"value": value},
+    ]
     if isinstance(value, bool):
         strange += [not value]
     elif isinstance(value, int | float):
-        strange += [value + 1, value - 1, -value, value * 2, value * 10, float(value), value // 2 if value == value else 0]
+        strange += [
+            value + 1,
+            value - 1,
+            -value,
+            value * 2,
+            value * 10,
+            float(value),
+            value // 2 if value == value else 0,
+        ]
     elif isinstance(value, str):
         strange += [value.upper(), value.title(), value + " ", value[:-1], value[::-1]]
     elif isinstance(value, list):
-        strange += [value[:-1], value * 2, value[::-1], value + [None], dict(enumerate(value))]
+        strange += [value[:-1], value * 2, value[::-1], [*value, None], dict(enumerate(value))]
     elif isinstance(value, dict):
         strange += [list(value), list(value.values())]
     return rng.choice(strange)
@@ -241,11 +265,13 @@ def _changed_array(data: bytes, rng: random.Random) -> tuple[bytes, str]:
         fields["fortran_order"] = rng.choice((not fortran, 1, None, "no"))
     elif name == "shape":
         huge = (10**12, *shape[1:])
-        shapes = [huge, (*shape, 10**12), (), (-1,), shape[::-1], shape + (1,), (2**63,), (10**30,), None, "7", (0,)]
+        shapes = [huge, (*shape, 10**12), (), (-1,), shape[::-1], (*shape, 1), (2**63,), (10**30,), None, "7", (0,)]
         fields["shape"] = rng.choice([*shapes, tuple(-n for n in shape), (True,), (2**32, 2**32), (1.5,), list(shape)])
     text = repr(fields)
     if name == "text":
-        text = rng.choice((text[:-1], text + "}", "{" * 200, "(" * 5000, "1+" * 3000 + "1", "L" + text, "'''", "\x00", "", "9" * 9000))
+        text = rng.choice(
+            (text[:-1], text + "}", "{" * 200, "(" * 5000, "1+" * 3000 + "1", "L" + text, "'''", "\x00", "", "9" * 9000)
+        )
     if name == "version":
         version = rng.choice(((2, 0), (3, 0), (9, 9), (0, 0)))
     width = "<H" if version == (1, 0) else "<I"

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from st_ar.errors import UserError
 from st_ar.progress import progress
 from st_ar.randomness import Purpose, torch_generator
+from st_ar.settings import require_types
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +41,7 @@ class ProbeConfig:
     """Seed of initialisation and order."""
 
     def __post_init__(self) -> None:
+        require_types(self, "--")
         for name, least in (("epochs", 1), ("warmup_epochs", 0), ("batch_size", 2), ("seed", 0)):
             value = getattr(self, name)
             if value < least:

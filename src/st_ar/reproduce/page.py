@@ -4,11 +4,13 @@ import shlex
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from st_ar.comparison import Column, Spread, difference, is_noise, table_rows
+from st_ar.errors import UserError
 from st_ar.figures import line_chart
 from st_ar.files import read_json, write_csv, write_json
 from st_ar.hardware import describe
@@ -16,7 +18,8 @@ from st_ar.printing import print_table
 from st_ar.report import Chart, Gallery, Section, Table, png_uri, write_report
 from st_ar.reproduce.paper import EXPERIMENTS, Name
 from st_ar.reproduce.plan import Files, Plan
-from st_ar.training.log import read_log
+from st_ar.settings import fits
+from st_ar.training.run import seconds_per_step
 
 PAPER = {
     "fid": Column(key="fid", label="paper: FID", digits=2),
@@ -38,7 +41,10 @@ def measurements(files: Files, metrics: Sequence[str]) -> dict[str, Spread]:
     """
     found: dict[str, list[float]] = {}
     for path in files.evaluations:
-        for name, value in read_json(path, "an evaluation")["metrics"].items():
+        numbers = read_json(path, "an evaluation").get("metrics")
+        if not fits(numbers, dict[str, float]):
+            raise UserError(f"{path} has no metrics that are numbers: remove it, and the evaluation is made again")
+        for name, value in numbers.items():
             if name.startswith("F") or name.split(" ")[0].lower() in metrics:  # FID, FD-..
                 found.setdefault(name, []).append(value)
     for path in files.probes:
@@ -50,16 +56,12 @@ def measurements(files: Files, metrics: Sequence[str]) -> dict[str, Spread]:
 
 def probe_curve(path: Path) -> tuple[list[float], list[float]]:
     """Tokens read, and the share of right guesses after each."""
-    result = read_json(path, "a probe")["results"][0]
-    return [float(step) for step in result["steps"]], result["top1"]
-
-
-def seconds_per_step(run: Path) -> float:
-    """The median over the run's log."""
-    config = read_json(run / "config.json", "a run")["config"]
-    model = config["model"]
-    tokens = config["batch_size"] * config["views"] * model["grid"] ** 2
-    return tokens / statistics.median(entry["tokens_per_second"] for entry in read_log(run / "log.jsonl"))
+    results = read_json(path, "a probe").get("results")
+    result = results[0] if fits(results, list[dict[str, Any]]) and results else {}
+    steps, shares = result.get("steps"), result.get("top1")
+    if not fits(steps, list[float]) or not fits(shares, list[float]) or not 0 < len(steps) == len(shares):
+        raise UserError(f"{path} has no shares of right guesses by step: remove it, and the probe is made again")
+    return list(map(float, steps)), list(map(float, shares))
 
 
 def show(name: Name, plan: Plan) -> None:

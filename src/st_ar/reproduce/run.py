@@ -5,10 +5,12 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from st_ar.errors import UserError
 from st_ar.files import read_json, write_json
 from st_ar.reproduce.plan import Stage
+from st_ar.settings import fits
 
 CONTINUED = ("train", "train-tokenizer", "tokenize", "sample")
 """Verbs that continue what they began; of the others half of a folder is thrown away."""
@@ -28,10 +30,10 @@ def run_stages(stages: Sequence[Stage], work: Path, call: Callable[[list[str]], 
     for number, stage in enumerate(stages, start=1):
         mark = work / "done" / f"{stage.makes.name}.json"
         command = list(stage.command)
-        begun = read_json(mark, "a stage") if mark.exists() else None
-        if begun is not None and begun.get("command") != command:
+        begun = read_mark(mark) if mark.exists() else None
+        if begun is not None and begun["command"] != command:
             raise UserError(
-                f"{stage.makes} was made by another command, `st-ar {shlex.join(begun.get('command', []))}`, not by "
+                f"{stage.makes} was made by another command, `st-ar {shlex.join(begun['command'])}`, not by "
                 f"`st-ar {shlex.join(command)}`: choose another --out, or remove it and {mark}"
             )
         if begun is not None and begun.get("seconds") is not None:
@@ -48,6 +50,21 @@ def run_stages(stages: Sequence[Stage], work: Path, call: Callable[[list[str]], 
         if not _is_whole(stage):
             call(_continued(stage))
         write_json(mark, {"command": command, "seconds": time.perf_counter() - started})
+
+
+def read_mark(path: Path) -> dict[str, Any]:
+    """The command and its seconds, None if it was stopped.
+
+    Raises:
+        UserError: no mark of `run_stages`.
+    """
+    mark = read_json(path, "a stage")
+    seconds = mark.get("seconds")
+    if not fits(mark.get("command"), list[str]) or not (seconds is None or fits(seconds, float)):
+        raise UserError(
+            f"{path} is damaged: it does not say what was done; remove it, and what it stands for, to do that again"
+        )
+    return mark
 
 
 def _continued(stage: Stage) -> list[str]:
@@ -77,4 +94,4 @@ def _is_whole(stage: Stage) -> bool:
 
 def seconds_of(path: Path, work: Path) -> float:
     """What making it took."""
-    return float(read_json(work / "done" / f"{path.name}.json", "a stage")["seconds"])
+    return read_mark(work / "done" / f"{path.name}.json").get("seconds") or 0.0

@@ -55,6 +55,7 @@ def train(
     captions = open_text(text, config.model)
     if captions is not None:
         captions.check_tokens(store)
+        captions.verify()
     store.verify()
     device = choose_device(config.device)
     dtype = choose_dtype(config.dtype, device)
