@@ -95,6 +95,8 @@ class Probe:
         stores = TokenStore(self.tokens), TokenStore(self.test_tokens)
         subjects = find_subjects(self.model, self.names, self.weights)
         readings = [s.choose_reading(*stores, self.layers, self.steps, self.train_crops, dtype) for s in subjects]
+        for store in stores:
+            store.verify()
         probed: list[Probed] = []
         notes: list[str] = []
         for subject, reading in zip(subjects, readings, strict=True):

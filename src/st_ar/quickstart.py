@@ -130,7 +130,9 @@ def _tokenizer(folder: Path, source: ImageSource) -> Tokenizer:
 
 def _store(folder: Path, source: ImageSource, tokenizer: Tokenizer, kind: Literal["ten", "center"]) -> TokenStore:
     if (folder / META).exists():
-        return TokenStore(folder)
+        store = TokenStore(folder)
+        store.verify()
+        return store
     crops = Crops(kind=kind, size=source.size, range=source.crop_range, mirror=source.mirror)
     return tokenize(source, tokenizer, crops, folder)
 
