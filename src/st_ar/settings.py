@@ -45,7 +45,7 @@ def fits(value: Any, hint: type[C]) -> TypeGuard[C]:
     """Whether a value is of a type of config fields. A whole number will do for a float; true and false are no numbers."""
     kind: Any = get_origin(hint)
     parts = get_args(hint)
-    if hint is Any:
+    if hint is Any:  # pyright: ignore[reportUnnecessaryComparison] -- a type to typing alone
         return True
     if kind is Literal:
         return isinstance(value, str) and value in parts

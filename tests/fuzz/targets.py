@@ -1,8 +1,9 @@
 """What is damaged: each artefact of the line, how it is made, and what a user would read from it."""
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -15,8 +16,9 @@ from PIL import Image
 
 from st_ar.config import ModelConfig, TrainConfig
 from st_ar.data.crops import Crops
-from st_ar.data.images import open_images
+from st_ar.data.images import Example, ImageSource, open_images
 from st_ar.data.llamagen import import_tokens
+from st_ar.data.ranks import Ranks
 from st_ar.data.store import TokenStore
 from st_ar.data.text import TextStore, write_text
 from st_ar.data.tokenize import tokenize
@@ -35,6 +37,7 @@ from st_ar.model.weights import HEADS, open_model, save_export
 from st_ar.reproduce.page import measurements, probe_curve
 from st_ar.reproduce.plan import Files
 from st_ar.run_config import OptimConfig
+from st_ar.sample_job import SampleJob
 from st_ar.settings import to_dict
 from st_ar.tokenizer import load_tokenizer
 from st_ar.tokenizer.vq import VQTokenizer
@@ -42,12 +45,14 @@ from st_ar.training.loop import train
 from tests.data.random_store import random_store
 from tests.evaluation.test_generation import pictures, toy
 from tests.fuzz.mutations import Damage
-from tests.small_line import make_line, random_tokenizer
+from tests.small_line import make_line, random_source, random_tokenizer
 from tests.tokenizer.test_vq import SMALL, random_tensors
 from tests.toys import TINY, random_model, random_sequences
 
 CHECKPOINTS_ARE_SEALED = False
 """Whether checkpoints carry checksums; without them another number in a tensor cannot be told from the right one."""
+JOBS_ARE_SEALED = False
+"""Whether the parts of jobs that were killed carry checksums; they get theirs when the job is done."""
 
 
 @dataclass(frozen=True)
@@ -112,6 +117,33 @@ def _make_llamagen_tokens(folder: Path) -> None:
 def _read_llamagen_tokens(folder: Path) -> str:
     store = import_tokens(folder / "codes", folder / "labels", folder / "out", vocab_size=11, max_skipped=0)
     return digest(store.codes(np.arange(len(store)), np.tile([0, 1], (len(store), 1))), store.labels)
+
+
+CENTRE = Crops(kind="center", size=6, range=1.0)
+
+
+def _make_unfinished_store(folder: Path) -> None:
+    """As a job leaves it that was killed in its last shard; of eight images one could not be used."""
+    source = random_source()
+
+    def examples(start: int, stop: int = 5) -> Iterator[Example]:
+        for index, example in zip(range(start, 8), source.examples(start), strict=False):
+            if index == stop:
+                raise KeyboardInterrupt
+            yield example if index != 1 else Example(b"no image", 1, "broken")
+
+    with contextlib.suppress(KeyboardInterrupt):
+        _tokenize(replace(source, examples=examples), folder / "store")
+
+
+def _tokenize(source: ImageSource, out: Path) -> TokenStore:
+    return tokenize(source, random_tokenizer(), CENTRE, out, images_per_shard=2, max_skipped=0.5)
+
+
+def _read_unfinished_store(folder: Path) -> str:
+    store = _tokenize(random_source(), folder / "store")
+    store.verify()
+    return digest(store.codes(np.arange(len(store)), np.zeros((len(store), 1), int)), store.labels)
 
 
 # Models and tokenizers
@@ -239,6 +271,30 @@ def _read_samples(folder: Path) -> tuple[str, dict[str, float]]:
     return result["samples"]["sha256"], result["metrics"]
 
 
+class _Drawn(SampleJob):
+    """A job of eight pictures in parts of three."""
+
+    def __init__(self, out: Path) -> None:
+        super().__init__(out, 8, {"settings": {"seed": 0}, "labels": [0] * 8}, 3, Ranks())
+
+    def draw(self, parts: int) -> None:
+        for part in range(parts):
+            if not self.is_finished(part):
+                self.write(part, pictures(8)[self.numbers(part).start : self.numbers(part).stop])
+
+
+def _make_unfinished_samples(folder: Path) -> None:
+    _Drawn(folder / "samples.npz").draw(2)
+
+
+def _read_unfinished_samples(folder: Path) -> str:
+    job = _Drawn(folder / "samples.npz")
+    job.draw(3)
+    job.finish([0] * 8)
+    samples = open_set(str(folder / "samples.npz"))
+    return digest(*(pixels for _, pixels in samples.read(0, 1)))
+
+
 def _make_png_samples(folder: Path) -> None:
     (folder / "samples").mkdir()
     for index, image in enumerate(pictures(4)):
@@ -324,13 +380,14 @@ def _read_results(folder: Path) -> Any:
     steps, top1 = probe_curve(folder / "probe.json")
     assert len(steps) == len(top1)
     for value in [*steps, *top1, *(value for spread in found.values() for value in spread.values)]:
-        assert isinstance(value, float), value
+        assert isinstance(value, int | float), value
     return {name: spread.text(2) for name, spread in found.items()}
 
 
 TARGETS = {
     "store": Target(_make_store, _read_store),
     "text": Target(_make_text, _read_text, lambda damage: damage.kind == "swap"),
+    "unfinished-store": Target(_make_unfinished_store, _read_unfinished_store, lambda damage: not JOBS_ARE_SEALED),
     "llamagen-tokens": Target(_make_llamagen_tokens, _read_llamagen_tokens, lambda damage: True),
     "export": Target(_make_export, _read_export),
     "llamagen": Target(_make_llamagen, _read_llamagen, lambda damage: damage.is_consistent),
@@ -339,6 +396,9 @@ TARGETS = {
     "run": Target(_make_run, _read_run, _is_legal_run),
     "pictures": Target(_make_pictures, _read_pictures, _is_legal_picture),
     "samples": Target(_make_samples, _read_samples, lambda damage: damage.is_consistent),
+    "unfinished-samples": Target(
+        _make_unfinished_samples, _read_unfinished_samples, lambda damage: not JOBS_ARE_SEALED
+    ),
     "png-samples": Target(_make_png_samples, _read_png_samples, _is_legal_picture),
     "reference": Target(_make_reference, _read_reference, lambda damage: damage.is_consistent),
     "cache": Target(_make_cache, _read_cache),

@@ -27,7 +27,22 @@ CONFIGS: list[Any] = [
     *(vq_cifar10(), SampleSettings(), InvarianceSettings(), ProbeConfig()),
 ]
 NUMBERS = [0, 1, 2, 3, 7, -1, 64, 1000, 2**31, 2**63, 2**64, 10**30, -(10**30), 0.5, -0.5, 1e-308, 1e308, 2.0]
-ODD = [float("nan"), float("inf"), float("-inf"), None, True, False, "", "x", "constant", "1", "\ud800", "y" * 9999, [], {}]
+ODD = [
+    float("nan"),
+    float("inf"),
+    float("-inf"),
+    None,
+    True,
+    False,
+    "",
+    "x",
+    "constant",
+    "1",
+    "\ud800",
+    "y" * 9999,
+    [],
+    {},
+]
 strange = st.sampled_from([*NUMBERS, *ODD, (), (1,), (1, 1), (0.5, 0.5), (-1,), (1,) * 500, ("a",), [1, 2], {"a": 1}])
 
 
@@ -43,8 +58,10 @@ def test_a_config_works_or_names_its_flag(data: st.DataObject, config: Any) -> N
                 assert from_dict(type(found), to_dict(found), "again") == found
             except UserError as error:
                 said = str(error)
-                flags = {f"-{name.replace('_', '-')}" for name in changes} | {name.replace("_", " ") for name in changes}
-                assert any(flag in said for flag in flags) or "--" in said or "damaged" in said, said
+                flags = {f"-{name.replace('_', '-')}" for name in changes} | {
+                    name.replace("_", " ") for name in changes
+                }
+                assert any(flag in said for flag in flags) or "--" in said or "settings" in said, said
 
 
 def _from_json(config: Any, **changes: Any) -> Any:
@@ -70,7 +87,24 @@ def use(config: Any) -> None:
 
 # The command line
 
-VALUES = ("-1", "0", "nan", "inf", "-inf", "1e308", "1e-308", "9" * 30, "9" * 5000, "999999999999", "x", "", "0.5", "é", "1,2", "None")
+VALUES = (
+    "-1",
+    "0",
+    "nan",
+    "inf",
+    "-inf",
+    "1e308",
+    "1e-308",
+    "9" * 30,
+    "9" * 5000,
+    "999999999999",
+    "x",
+    "",
+    "0.5",
+    "é",
+    "1,2",
+    "None",
+)
 
 
 @pytest.fixture(scope="module")
@@ -84,12 +118,35 @@ def commands(line: SmallLine) -> dict[str, tuple[list[str], list[str]]]:
     paired = [*model, "--tokenizer", str(line.tokenizer)]
     probed = [*model, "--tokens", str(line.tokens), "--test-tokens", str(line.tokens)]
     tokens = ["--tokens", str(line.tokens), "--device", "cpu", "--model.vocab-size", "11", "--model.grid", "3"]
-    drawing = ["num", "labels", "cfg-scale", "temperature", "top-k", "top-p", "seed", "batch-size", "cfg-interval", "dtype"]
-    training = ["model.dim", "model.n-layers", "model.n-heads", "batch-size", "optim.lr", "optim.betas", "seed", "views"]
+    drawing = [
+        "num",
+        "labels",
+        "cfg-scale",
+        "temperature",
+        "top-k",
+        "top-p",
+        "seed",
+        "batch-size",
+        "cfg-interval",
+        "dtype",
+    ]
+    training = [
+        "model.dim",
+        "model.n-layers",
+        "model.n-heads",
+        "batch-size",
+        "optim.lr",
+        "optim.betas",
+        "seed",
+        "views",
+    ]
     return {
         "sample": ([*paired, "--num", "2"], drawing),
         "probe": (probed, ["layers", "steps", "train-crops", "epochs", "base-lr", "seed", "cache-limit", "penalty"]),
-        "train llamagen-b": (tokens, [*training, "model.drop-path", "class-dropout", "steps", "epochs", "model.rope-base"]),
+        "train llamagen-b": (
+            tokens,
+            [*training, "model.drop-path", "class-dropout", "steps", "epochs", "model.rope-base"],
+        ),
         "train-tokenizer kmeans": (["--images", "digits"], ["vocab-size", "patch", "size", "seed"]),
         "invariance": (["--images", "digits", "--tokenizers", str(line.tokenizer)], ["num", "size", "shifts", "seed"]),
     }
@@ -103,10 +160,14 @@ def test_a_strange_option_ends_in_one_line_or_in_work(
     monkeypatch.setattr("st_ar.training.loop.train", lambda *_, **__: None)  # what is refused there, other tests show
     for number, (option, value) in enumerate((option, value) for option in options for value in VALUES):
         out = ["--out", str(tmp_path / f"out-{number}")]
-        try:
-            with bounded():
-                main([*verb.split(), *fixed, *out, f"--{option}={value}"])
-        except SystemExit as stop:
-            said = capsys.readouterr().err
-            assert stop.code == 2, (option, value, said)
-            assert "Traceback" not in said
+        assert _status([*verb.split(), *fixed, *out, f"--{option}={value}"]) in (0, 2), (option, value)
+        assert "Traceback" not in capsys.readouterr().err
+
+
+def _status(arguments: list[str]) -> object:
+    try:
+        with bounded():
+            main(arguments)
+    except SystemExit as stop:
+        return stop.code
+    return 0
