@@ -139,8 +139,8 @@ MISTAKES: list[tuple[type, dict[str, Any], str]] = [
     (VQConfig, {"codebook_size": 65537}, "--model.codebook-size 65537 does not fit .*: at most 65536"),
     (AdversaryConfig, {"start": -1}, "--adversary.start must be 0 or more, not -1"),
     (AdversaryConfig, {"weight": -0.1}, "--adversary.weight must be 0 or more, not -0.1"),
-    (AdversaryConfig, {"weight": float("inf")}, "--adversary.weight must be 0 or more, not inf"),
-    (AdversaryConfig, {"weight": float("nan")}, "--adversary.weight must be 0 or more, not nan"),
+    (AdversaryConfig, {"weight": float("inf")}, "--adversary.weight must be a finite number, not inf"),
+    (AdversaryConfig, {"weight": float("nan")}, "--adversary.weight must be a finite number, not nan"),
     (AdversaryConfig, {"channels": 0}, "--adversary.channels must be at least 1, not 0"),
     (AdversaryConfig, {"layers": 0}, "--adversary.layers must be at least 1, not 0"),
     (AdversaryConfig, {"channels": 24}, "--adversary.channels 24 gives a layer 48 channels: .* 32"),
@@ -155,13 +155,13 @@ MISTAKES: list[tuple[type, dict[str, Any], str]] = [
         )
     ),
     *(
-        (VQTrainConfig, {name: value}, f"--{name.replace('_', '-')} must be 0 or more, not {value}")
+        (VQTrainConfig, {name: value}, f"--{name.replace('_', '-')} must be {words}, not {value}")
         for name in ("l1_weight", "l2_weight", "perceptual_weight", "codebook_weight", "commitment")
-        for value in (-1.0, float("nan"), float("inf"))
+        for value, words in ((-1.0, "0 or more"), (float("nan"), "a finite number"), (float("inf"), "a finite number"))
     ),
     (VQTrainConfig, {"l1_weight": 0, "l2_weight": 0}, "--l1-weight, --l2-weight or --perceptual-weight"),
     (VQTrainConfig, {"crop_range": 0.9}, r"--crop-range must lie in \[1, 2\], not 0.9"),
-    (VQTrainConfig, {"crop_range": float("nan")}, r"--crop-range must lie in \[1, 2\], not nan"),
+    (VQTrainConfig, {"crop_range": float("nan")}, "--crop-range must be a finite number, not nan"),
     (VQTrainConfig, {"revive_after": -1}, r"--revive-after must be 0 \(never\) or more, not -1"),
     (VQTrainConfig, {"ema_decay": 1.0}, r"--ema-decay must lie in \[0, 1\), not 1.0"),
     (VQTrainConfig, {"seed": -1}, "--seed must be 0 or more, not -1"),

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from st_ar.run_config import RunConfig
-from st_ar.settings import require, require_choices
+from st_ar.settings import require, require_most, require_types
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,10 +46,14 @@ class ModelConfig:
     """Epsilon of the RMS norms."""
 
     def __post_init__(self) -> None:
-        require_choices(self, "--model.")
+        require_types(self, "--model.")
         for name in ("dim", "n_layers", "n_heads", "vocab_size", "grid", "num_classes", "text_tokens", "text_dim"):
             value = getattr(self, name)
             require(value >= 1, f"--model.{name.replace('_', '-')} must be at least 1, not {value}")
+        require_most(
+            self, "--model.", dim=1 << 16, n_layers=1 << 10, vocab_size=1 << 20, grid=1 << 10, num_classes=1 << 20
+        )
+        require_most(self, "--model.", text_tokens=1 << 16, text_dim=1 << 16)
         if self.condition == "class":
             for name in ("text_tokens", "text_dim"):
                 flag = f"--model.{name.replace('_', '-')}"
@@ -157,7 +161,7 @@ class SelfGuidedConfig:
     """Start with the decay min(ema_decay, (1 + t) / (10 + t)) at optimizer step t, so that short runs get a useful teacher."""
 
     def __post_init__(self) -> None:
-        require_choices(self, "--selfguided.")
+        require_types(self, "--selfguided.")
         require(0 <= self.mask_ratio < 1, f"--selfguided.mask-ratio must lie in [0, 1), not {self.mask_ratio}")
         for name in ("alpha", "beta"):
             value = getattr(self, name)
@@ -178,6 +182,7 @@ class SelfGuidedConfig:
         require(
             self.projector_hidden >= 1, f"--selfguided.projector-hidden must be at least 1, not {self.projector_hidden}"
         )
+        require_most(self, "--selfguided.", projector_depth=1 << 6, projector_hidden=1 << 16)
         require(0 <= self.ema_decay < 1, f"--selfguided.ema-decay must lie in [0, 1), not {self.ema_decay}")
 
     @property
@@ -238,6 +243,7 @@ class TrainConfig(RunConfig):
             self.shard_size is None or self.shard_size >= 2,
             f"--shard-size must be at least 2, not {self.shard_size}; for a copy on each rank give --parallel ddp",
         )
+        require_most(self, "--", views=1 << 10)
         require(
             self.batch_size % self.accumulate == 0,
             f"--batch-size {self.batch_size} is not a multiple of --accumulate {self.accumulate}",

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError
 
-from st_ar.errors import UserError
+from st_ar.errors import UserError, cause
 
 
 @contextlib.contextmanager
@@ -67,17 +67,55 @@ def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]
         aside.write_text(text.getvalue())
 
 
+def parse_json(text: str) -> Any:
+    """A JSON value.
+
+    Raises:
+        ValueError: no JSON, a name that stands twice in an object, text that is no Unicode, or nested or long without end.
+    """
+    try:
+        value = json.loads(text, object_pairs_hook=_without_repeats)
+        json.dumps(value, ensure_ascii=False).encode()  # no lone surrogates, which could not be printed or written
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+    return value
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(found := dict(pairs)) < len(pairs):
+        raise ValueError("a name stands twice in an object")
+    return found
+
+
 def read_json(path: Path, what: str) -> dict[str, Any]:
     """Read a JSON object; `what` says in the error what the file should have been."""
     try:
-        value = json.loads(path.read_text())
+        value = parse_json(path.read_text())
     except FileNotFoundError:
         raise UserError(f"{path} is missing: {path.parent} is not {what}") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"{path} is unreadable ({error}): {path.parent} is not {what}, or it is damaged") from error
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{path} is unreadable ({cause(error)}): {path.parent} is not {what}, or it is damaged: copy or make it again"
+        ) from error
     if not isinstance(value, dict):
         raise UserError(f"{path} holds no JSON object: {path.parent} is not {what}, or it is damaged")
     return value
+
+
+def open_array(path: Path) -> np.ndarray:
+    """A .npy file's array, memory-mapped: a header that promises more than the file holds takes no memory.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: no .npy file, damaged, cut short, or of Python objects.
+    """
+    try:
+        with np.errstate(over="raise"):  # of a shape's product
+            return np.load(path, mmap_mode="r", allow_pickle=False)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # NumPy evaluates the header: damaged ones raise nearly everything
+        raise ValueError(cause(error)) from error
 
 
 def sha256(path: Path) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 from st_ar.config import ModelConfig
 from st_ar.errors import UserError
 from st_ar.files import read_json
-from st_ar.model.weights import find_weights, open_model
+from st_ar.model.weights import find_weights, open_model, read_card
 from st_ar.settings import from_dict
 
 FILES = ("config.json", "model.safetensors", "ema.safetensors")
@@ -92,11 +92,15 @@ def push_to_hub(
 
 def model_card(folder: Path, name: str, *, metrics: Mapping[str, float], licence: str) -> str:
     """The card of an export folder: what the model is, its recipe (from the run above it), data, metrics, licence."""
-    export = read_json(folder / "config.json", "an export folder")
+    export = read_card(folder / "config.json")
     run = folder.parent / "config.json"
     recipe = read_json(run, "a run") if run.exists() else {}
-    model, config = from_dict(ModelConfig, export["model"], str(folder / "config.json")), recipe.get("config", {})
-    tokens = recipe.get("tokens", {})
+    model = from_dict(ModelConfig, export["model"], str(folder / "config.json"))
+    config, tokens = (recipe.get(part, {}) for part in ("config", "tokens"))
+    if not isinstance(config, dict) or not isinstance(tokens, dict):
+        raise UserError(
+            f"{run} is damaged: its config or its tokens are no objects; copy it again, or move the export away from it"
+        )
     preset = export.get("preset") or "none"
     shape = f"{model.n_layers} layers, {model.n_heads} heads, width {model.dim}"
     captions = [f"- captions: {export.get('encoder') or 'encoder not recorded'}"] if model.condition == "text" else []

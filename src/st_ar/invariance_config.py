@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from st_ar.settings import require
+from st_ar.settings import require, require_types
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +27,7 @@ class InvarianceSettings:
     """Images encoded at once."""
 
     def __post_init__(self) -> None:
+        require_types(self, "--")
         require(self.num >= 2, f"--num must be at least 2, not {self.num}: agreement is a mean over images")
         require(self.size is None or self.size >= 1, f"--size must be at least 1 pixel, not {self.size}")
         require(self.shown >= 0, f"--shown must be 0 or more, not {self.shown}")

@@ -97,6 +97,8 @@ class Probe:
         readings = [
             choose_subjects_reading(s, *stores, self.layers, self.steps, self.train_crops, dtype) for s in subjects
         ]
+        for store in stores:
+            store.verify()
         probed: list[Probed] = []
         notes: list[str] = []
         for subject, reading in zip(subjects, readings, strict=True):

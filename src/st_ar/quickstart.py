@@ -4,7 +4,6 @@ Every stage leaves the artefact that the matching command would leave, so the ot
 stopped quickstart goes on where it was.
 """
 
-import statistics
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -38,8 +37,8 @@ from st_ar.settings import to_dict
 from st_ar.tokenizer import CONFIG as TOKENIZER_CONFIG
 from st_ar.tokenizer import Tokenizer, load_tokenizer
 from st_ar.tokenizer.kmeans import train_kmeans
-from st_ar.training.log import read_log
 from st_ar.training.loop import train
+from st_ar.training.run import seconds_per_step
 
 Images = Literal["photos", "digits"]
 PROBE = ProbeConfig()
@@ -131,7 +130,9 @@ def _tokenizer(folder: Path, source: ImageSource) -> Tokenizer:
 
 def _store(folder: Path, source: ImageSource, tokenizer: Tokenizer, kind: Literal["ten", "center"]) -> TokenStore:
     if (folder / META).exists():
-        return TokenStore(folder)
+        store = TokenStore(folder)
+        store.verify()
+        return store
     crops = Crops(kind=kind, size=source.size, range=source.crop_range, mirror=source.mirror)
     return tokenize(source, tokenizer, crops, folder)
 
@@ -161,14 +162,11 @@ def _measure(
     tokens, labels = next(batches(test_store, [0], 256))
     layers = range(1, model.config.n_layers + 1)
     maps = attention_maps(model, tokens[:, :-1], labels, layers=layers)
-    config = read_json(run / "config.json", "a run")["config"]
-    per_step = config["batch_size"] * config["views"] * model.config.sequence_length
-    speeds = [entry["tokens_per_second"] for entry in read_log(run / "log.jsonl")]
     return Measured(
         validation_loss=validation_loss(model, test_store),
         validation_loss_ema=validation_loss(load_model(run, ema=True), test_store),
         probe=probe(model, store, test_store, train_crops=[CENTRE], config=PROBE),
         frechet=_frechet(samples, real),
         attention={layer: attention_statistics(maps[layer], model.config.grid) for layer in layers},
-        seconds_per_step=per_step / statistics.median(speeds),
+        seconds_per_step=seconds_per_step(run),
     )

@@ -6,7 +6,7 @@ Nothing here imports torch, so that `st-ar --help` is quick.
 from dataclasses import dataclass, field
 from typing import Literal
 
-from st_ar.settings import require, require_choices
+from st_ar.settings import require, require_most, require_types
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +31,7 @@ class OptimConfig:
     """Last learning rate, as a share of the peak."""
 
     def __post_init__(self) -> None:
-        require_choices(self, "--optim.")
+        require_types(self, "--optim.")
         require(self.lr > 0, f"--optim.lr must be above 0, not {self.lr}")
         require(all(0 <= b < 1 for b in self.betas), f"--optim.betas must lie in [0, 1), not {self.betas}")
         require(self.weight_decay >= 0, f"--optim.weight-decay must be 0 or more, not {self.weight_decay}")
@@ -67,12 +67,13 @@ class RunConfig:
     """Newest checkpoints to keep."""
 
     def __post_init__(self) -> None:
-        require_choices(self, "--")
+        require_types(self, "--")
         require(self.steps is None or self.epochs is None, "give --steps or --epochs, not both")
         require(self.steps is not None or self.epochs is not None, "give --steps or --epochs: how long to train")
         require(self.steps is None or self.steps >= 1, f"--steps must be at least 1, not {self.steps}")
         require(self.epochs is None or self.epochs > 0, f"--epochs must be above 0, not {self.epochs}")
         self.require_positive("batch_size", "log_every", "checkpoint_every", "keep")
+        require_most(self, "--", batch_size=1 << 20)
         require(self.seed >= 0, f"--seed must be 0 or more, not {self.seed}")
 
     def require_positive(self, *names: str) -> None:

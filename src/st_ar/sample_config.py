@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from st_ar.config import ModelConfig
-from st_ar.settings import require, require_choices
+from st_ar.settings import require, require_types
 
 PUBLISHED_SCALES = {(768, 12): 2.0, (1024, 24): 2.0, (1280, 36): 1.75, (1536, 48): 1.75, (3200, 24): 1.65}
 """(dim, layers) -> the guidance scale that LlamaGen published with its class model of that size (B to 3B; at 384 px)."""
@@ -33,7 +33,7 @@ class SampleSettings:
     """Seed of the choice of classes or captions, and of the draws."""
 
     def __post_init__(self) -> None:
-        require_choices(self, "--")
+        require_types(self, "--")
         require(
             self.cfg_scale is None or 1 <= self.cfg_scale < float("inf"),
             f"--cfg-scale: the guidance scale must be at least 1 (none), not {self.cfg_scale}",

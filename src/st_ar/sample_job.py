@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from st_ar.data.decode import BrokenImageError, read_image
 from st_ar.data.ranks import Ranks
-from st_ar.errors import UserError
+from st_ar.errors import UserError, cause
 from st_ar.figures import strip
-from st_ar.files import read_json, require_absent, save_array, write_json, written_aside
+from st_ar.files import open_array, read_json, require_absent, save_array, write_json, written_aside
 from st_ar.hardware import describe
 
 JOB, METADATA = "job.json", "metadata.json"
@@ -137,16 +138,40 @@ class SampleJob:
 
     def _first(self, count: int) -> np.ndarray:
         if not self.packs:
-            return np.stack([np.asarray(Image.open(self._path(number))) for number in range(count)])
+            return np.stack([self._picture(number) for number in range(count)])
         parts = range(-(-count // self.batch_size))
-        return np.concatenate([np.load(self._path(part), mmap_mode="r") for part in parts])[:count]
+        return np.concatenate([self._part(part) for part in parts])[:count]
+
+    def _picture(self, number: int) -> np.ndarray:
+        try:
+            return np.asarray(read_image(self._path(number)))
+        except BrokenImageError as error:
+            raise self._damaged(number, error) from error
+
+    def _part(self, part: int) -> np.ndarray:
+        """A part's pictures, memory-mapped."""
+        try:
+            pictures = open_array(self._path(part))
+            if pictures.dtype != np.uint8 or pictures.ndim != 4 or len(pictures) != len(self.numbers(part)):
+                raise ValueError(f"it holds {pictures.dtype} {list(pictures.shape)}")
+        except (OSError, ValueError) as error:
+            raise self._damaged(part, error) from error
+        return pictures
+
+    def _damaged(self, number: int, error: Exception) -> UserError:
+        path = self._path(number)
+        return UserError(
+            f"{path} is damaged ({cause(error)}): remove it and give the same command to have it drawn again"
+        )
 
     def _pack(self, path: Path, labels: Sequence[int]) -> None:
         """ADM's layout, arr_0 pictures and arr_1 labels, one part in memory at a time."""
         with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
             with archive.open("arr_0.npy", "w", force_zip64=True) as file:
                 for part in range(self.parts):
-                    pictures = np.load(self._path(part), mmap_mode="r")
+                    pictures = self._part(part)
+                    if pictures.shape[1:] != self._part(0).shape[1:]:
+                        raise self._damaged(part, ValueError(f"its pictures are {list(pictures.shape[1:])}"))
                     if part == 0:
                         header = np.lib.format.header_data_from_array_1_0(pictures)
                         header["shape"] = (self.count, *pictures.shape[1:])

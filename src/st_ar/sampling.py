@@ -27,6 +27,8 @@ from st_ar.sample_job import SampleJob
 from st_ar.tokenizer import Tokenizer, to_uint8
 
 PICTURES_AT_ONCE = 16
+MOST = 10_000_000
+"""Images of a job: more are a mistake."""
 
 
 def sample_images(
@@ -118,6 +120,8 @@ class Sampler:
             raise UserError("no labels were given: each image needs one")
         if batch_size < 1:
             raise UserError(f"--batch-size must be at least 1, not {batch_size}")
+        if batch_size > MOST:
+            raise UserError(f"--batch-size must be at most {MOST}, not {batch_size}")
         self._conditions([min(labels), max(labels)])
 
     def _conditions(self, labels: Sequence[int]) -> Tensor:
@@ -221,6 +225,8 @@ def choose_labels(
     """
     if num < 1:
         raise UserError(f"--num must be at least 1, not {num}")
+    if num > MOST:
+        raise UserError(f"--num must be at most {MOST}, not {num}")
     if wrong := [label for label in only if not 0 <= label < num_classes]:
         raise UserError(f"--labels {wrong[0]} is out of range: the model knows classes 0 to {num_classes - 1}")
     classes = np.array(only or range(num_classes))

@@ -5,7 +5,10 @@ Nothing here imports torch, so that `st-ar --help` is quick.
 
 import dataclasses
 import json
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+import sys
+from numbers import Integral, Real
+from types import UnionType
+from typing import Any, Literal, TypeGuard, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from st_ar.errors import UserError
 
@@ -18,13 +21,58 @@ def require(condition: bool, message: str) -> None:
         raise UserError(message)
 
 
-def require_choices(config: Any, prefix: str) -> None:
-    """Fields with a fixed set of words must hold one of them."""
+def require_types(config: Any, prefix: str) -> None:
+    """Every field must hold what its type says; numbers are finite. `prefix` begins the flags: `--model.`, say."""
     for name, hint in get_type_hints(type(config)).items():
         value = getattr(config, name)
-        if get_origin(hint) is Literal and value not in get_args(hint):
-            flag = prefix + name.replace("_", "-")
-            raise UserError(f"{flag} must be one of {', '.join(get_args(hint))}, not {value!r}")
+        if not fits(value, hint):
+            raise UserError(f"{prefix}{name.replace('_', '-')} must be {_in_words(hint)}, not {value!r}")
+
+
+def require_most(config: Any, prefix: str, **most: int) -> None:
+    """Sizes that no machine has are mistakes, or damaged files that would ask for all of its memory."""
+    for name, limit in most.items():
+        value = getattr(config, name)
+        require(value <= limit, f"{prefix}{name.replace('_', '-')} must be at most {limit}, not {value}")
+
+
+LARGEST = 1 << 64
+"""Whole numbers are smaller."""
+WORDS = {int: "a whole number", float: "a finite number", bool: "true or false", str: "text", type(None): "nothing"}
+
+
+def fits(value: Any, hint: type[C]) -> TypeGuard[C]:
+    """Whether a value is of a type of config fields. A whole number will do for a float; true and false are no numbers."""
+    kind: Any = get_origin(hint)
+    parts = get_args(hint)
+    if hint is Any:  # pyright: ignore[reportUnnecessaryComparison] -- a type to typing alone
+        return True
+    if kind is Literal:
+        return isinstance(value, str) and value in parts
+    if kind in (Union, UnionType):
+        return any(fits(value, part) for part in parts)
+    if kind is dict:
+        return isinstance(value, dict) and all(fits(k, parts[0]) and fits(v, parts[1]) for k, v in value.items())
+    if kind in (list, tuple):
+        repeated = kind is list or parts[-1] is Ellipsis
+        expected = parts[:1] * len(value) if repeated and isinstance(value, kind) else parts
+        return isinstance(value, kind) and len(value) == len(expected) and all(map(fits, value, expected))
+    if isinstance(value, bool):
+        return hint is bool
+    if hint is int:
+        return isinstance(value, Integral) and abs(int(value)) < LARGEST
+    if hint is float:
+        return isinstance(value, Integral | Real) and abs(value) <= sys.float_info.max  # pyright: ignore[reportOperatorIssue]
+    return isinstance(value, hint)
+
+
+def _in_words(hint: Any) -> str:
+    kind, parts = get_origin(hint), get_args(hint)
+    if kind is Literal:
+        return f"one of {', '.join(parts)}"
+    if kind in (Union, UnionType):
+        return " or ".join(map(_in_words, parts))
+    return WORDS.get(hint) or str(getattr(hint, "__name__", hint) if kind is None else hint)
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -40,18 +88,17 @@ def from_dict(cls: type[C], values: Any, where: str) -> C:
     types = get_type_hints(cls)
     if unknown := set(values) - {f.name for f in dataclasses.fields(cls)}:
         raise UserError(f"{where}: unknown settings {sorted(unknown)}; was it written by a newer version of st-ar?")
-    built = {
-        key: from_dict(types[key], value, where)
-        if dataclasses.is_dataclass(types[key])
-        else tuple(value)
-        if isinstance(value, list)
-        else value
-        for key, value in values.items()
-    }
+    built = {key: _from_json(types[key], value, where) for key, value in values.items()}
     try:
         return cls(**built)
-    except TypeError as error:
-        raise UserError(f"{where}: {error}") from error
+    except (TypeError, UserError) as error:  # a setting that is missing, or that makes no sense
+        raise UserError(f"{where}: {error}; the file is damaged, or was changed by hand") from error
+
+
+def _from_json(hint: Any, value: Any, where: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        return from_dict(cast(type[Any], hint), value, where)
+    return tuple(value) if get_origin(hint) is tuple and isinstance(value, list) else value
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:

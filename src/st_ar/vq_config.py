@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from st_ar.run_config import OptimConfig, RunConfig
-from st_ar.settings import require
+from st_ar.settings import require, require_most, require_types
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,12 +28,20 @@ class VQConfig:
     """Residual blocks of a level in the encoder; the decoder has one more."""
 
     def __post_init__(self) -> None:
+        require_types(self, "--model.")
         for name in ("channels", "z_channels", "codebook_size", "codebook_dim", "residual_blocks"):
             value = getattr(self, name)
             require(value >= 1, f"--model.{name.replace('_', '-')} must be at least 1, not {value}")
         require(
             bool(self.multipliers) and min(self.multipliers) >= 1,
             f"--model.multipliers must be numbers of at least 1, not {self.multipliers}",
+        )
+        require_most(
+            self, "--model.", channels=1 << 12, z_channels=1 << 12, codebook_dim=1 << 12, residual_blocks=1 << 6
+        )
+        require(
+            len(self.multipliers) <= 10 and max(self.multipliers) <= 64,
+            f"--model.multipliers must be at most 10 numbers of at most 64, not {self.multipliers}",
         )
         for multiplier in self.multipliers:
             width = self.channels * multiplier
@@ -73,11 +81,13 @@ class AdversaryConfig:
     """Halvings of the resolution: a verdict sees 9 * 2^layers - 2 pixels a side (70 for 3, 34 for 2)."""
 
     def __post_init__(self) -> None:
+        require_types(self, "--adversary.")
         require(self.start >= 0, f"--adversary.start must be 0 or more, not {self.start}")
         require(0 <= self.weight < float("inf"), f"--adversary.weight must be 0 or more, not {self.weight}")
         for name in ("channels", "layers"):
             value = getattr(self, name)
             require(value >= 1, f"--adversary.{name} must be at least 1, not {value}")
+        require_most(self, "--adversary.", channels=1 << 12, layers=10)
         for width in self.widths[1:]:
             require(
                 width % min(32, width) == 0,
@@ -140,6 +150,7 @@ class VQTrainConfig(RunConfig):
             self.l1_weight + self.l2_weight + self.perceptual_weight > 0,
             "nothing asks for a likeness: give --l1-weight, --l2-weight or --perceptual-weight",
         )
+        require_most(self, "--", size=1 << 12)
         require(1 <= self.crop_range <= 2, f"--crop-range must lie in [1, 2], not {self.crop_range}")
         require(self.revive_after >= 0, f"--revive-after must be 0 (never) or more, not {self.revive_after}")
         require(0 <= self.ema_decay < 1, f"--ema-decay must lie in [0, 1), not {self.ema_decay}")

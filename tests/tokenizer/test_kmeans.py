@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from st_ar import load_tokenizer
@@ -108,6 +108,12 @@ def edit(saved: Path, **changes: object) -> None:
 
 def test_a_flipped_byte_of_the_codebook_is_found(saved: Path) -> None:
     flip_byte(saved / "codebook.safetensors")
+    with refused(saved, "codebook.safetensors is damaged: its content does not match its checksum"):
+        load_tokenizer(saved)
+
+
+def test_another_codebook_is_found(saved: Path) -> None:
+    save_file({"codebook": load_file(saved / "codebook.safetensors")["codebook"] / 2}, saved / "codebook.safetensors")
     with refused(saved, "is damaged: its codebook does not match its fingerprint; train the tokenizer again"):
         load_tokenizer(saved)
 
@@ -116,13 +122,13 @@ def test_a_flipped_byte_of_the_codebook_is_found(saved: Path) -> None:
 def test_a_truncated_codebook_is_refused(saved: Path, left: int) -> None:
     file = saved / "codebook.safetensors"
     file.write_bytes(file.read_bytes()[:left])
-    with refused(saved, "codebook.safetensors is missing or damaged .*train the tokenizer again"):
+    with refused(saved, "codebook.safetensors is damaged or incomplete .*copy it again"):
         load_tokenizer(saved)
 
 
 def test_a_missing_codebook_is_refused(saved: Path) -> None:
     (saved / "codebook.safetensors").unlink()
-    with refused(saved, "codebook.safetensors is missing or damaged"):
+    with refused(saved, "codebook.safetensors does not exist or is no file: copy it again"):
         load_tokenizer(saved)
 
 
@@ -131,7 +137,7 @@ def test_a_missing_codebook_is_refused(saved: Path) -> None:
 )
 def test_a_codebook_of_another_shape_or_name_is_refused(saved: Path, tensors: dict[str, Tensor]) -> None:
     save_file(tensors, saved / "codebook.safetensors")
-    with refused(saved, "codebook.safetensors is missing or damaged"):
+    with refused(saved, "is damaged .*its codebook and its tokenizer.json do not fit; train the tokenizer again"):
         load_tokenizer(saved)
 
 

@@ -8,6 +8,8 @@ from PIL import Image
 
 from st_ar.errors import UserError
 
+LARGEST = 4096
+"""Pixels of a crop's side; whole images are no larger than decode.py's limit either."""
 PLACES = ("top-left", "top-right", "bottom-left", "bottom-right", "center")
 
 
@@ -54,6 +56,8 @@ class Crops:
     def __post_init__(self) -> None:
         if self.size < 1:
             raise UserError(f"--size must be at least 1 pixel, not {self.size}")
+        if self.size > LARGEST:
+            raise UserError(f"--size must be at most {LARGEST} pixels, not {self.size}")
         if not 1 <= self.range <= 2:
             raise UserError(f"--crop-range must lie in [1, 2], not {self.range}")
 

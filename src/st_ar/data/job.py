@@ -9,8 +9,8 @@ import numpy as np
 
 from st_ar.data.ranks import Ranks
 from st_ar.data.store import JOB, META, SKIPPED, StoreMeta, TokenStore, shard_names
-from st_ar.errors import UserError
-from st_ar.files import is_taken, read_json, save_array, sha256, write_json, written_aside
+from st_ar.errors import UserError, cause
+from st_ar.files import is_taken, open_array, parse_json, read_json, save_array, sha256, write_json, written_aside
 
 
 @dataclass(frozen=True, order=True)
@@ -159,7 +159,7 @@ class StoreJob:
         classes = len(names)
         for index in range(shards):
             codes, labels = shard_names(index, self.shards)
-            values = np.load(self.out / labels, allow_pickle=False)
+            values = self._labels(index)
             if not names and len(values):
                 classes = max(classes, int(values.max()) + 1)
             sums = {"codes_sha256": sha256(self.out / codes), "labels_sha256": sha256(self.out / labels)}
@@ -197,8 +197,31 @@ class StoreJob:
 
     def _skipped(self) -> list[Skipped]:
         """The unusable images of all finished shards, this rank's and the others'."""
-        lines = [line for path in self.out.glob("skipped-*.jsonl") for line in path.read_text().splitlines()]
-        return [Skipped(**json.loads(line)) for line in lines]
+        try:
+            lines = [line for path in self.out.glob("skipped-*.jsonl") for line in _lines_of(path)]
+            return [Skipped(**parse_json(line)) for line in lines]
+        except (OSError, ValueError, TypeError) as error:
+            raise UserError(
+                f"{self.out} has a damaged list of skipped images ({cause(error)}): remove the skipped-*.jsonl file that it is "
+                "in with the labels-*.npy of its number, and give the same command"
+            ) from error
+
+    def _labels(self, index: int) -> np.ndarray:
+        """The labels of a finished shard, if its codes belong to them."""
+        codes, labels = (self.out / name for name in shard_names(index, self.shards))
+        try:
+            values, length = open_array(labels), len(open_array(codes))
+            if values.shape != (length,) or values.dtype != np.int32:
+                raise ValueError(f"{values.dtype} {list(values.shape)} for the codes of {length} images")
+        except (OSError, ValueError, TypeError) as error:
+            raise UserError(
+                f"{labels} or its codes are damaged ({cause(error)}): remove it and give the same command to have its shard made again"
+            ) from error
+        return values
+
+
+def _lines_of(path: Path) -> list[str]:
+    return path.read_bytes().decode(errors="replace").splitlines()
 
 
 def _write_lines(path: Path, skipped: list[Skipped]) -> None:

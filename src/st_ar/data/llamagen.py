@@ -14,7 +14,8 @@ from st_ar.data.crops import Crops
 from st_ar.data.images import MAX_CLASSES
 from st_ar.data.job import Skipped, StoreJob
 from st_ar.data.store import TokenStore
-from st_ar.errors import UserError
+from st_ar.errors import UserError, cause
+from st_ar.files import open_array
 from st_ar.progress import progress
 
 READERS = 8
@@ -169,9 +170,9 @@ def _read_all(
 
 def _load(path: Path) -> np.ndarray:
     try:
-        return np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise UnreadableError(f"{path}: {' '.join(str(error).split())}") from error
+        return np.array(open_array(path))
+    except (OSError, ValueError) as error:
+        raise UnreadableError(f"{path}: {cause(error)}") from error
 
 
 def _numbers(folder: Path) -> list[int]:

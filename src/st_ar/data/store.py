@@ -8,9 +8,11 @@ import numpy as np
 
 from st_ar.config import ModelConfig
 from st_ar.errors import UserError
-from st_ar.files import read_json, sha256, write_json
+from st_ar.files import open_array, read_json, sha256, write_json
+from st_ar.settings import from_dict, require_types
 
 FORMAT_VERSION = 1
+SHARD_KEYS = ("images", "codes", "labels", "codes_sha256", "labels_sha256")
 META, JOB, SKIPPED = "meta.json", "job.json", "skipped.jsonl"
 
 
@@ -39,6 +41,9 @@ class StoreMeta:
     """Images of the source that could not be used; skipped.jsonl lists them."""
     format_version: int = FORMAT_VERSION
 
+    def __post_init__(self) -> None:
+        require_types(self, "")
+
     def write(self, folder: Path) -> None:
         """Write meta.json: from then on the folder is a complete store."""
         write_json(folder / META, asdict(self))
@@ -66,11 +71,12 @@ class TokenStore:
                 f"{self.folder / META} has format version {saved.get('format_version')}; this st-ar reads {FORMAT_VERSION}"
             )
         try:
-            self.meta = StoreMeta(**saved)
-            self._codes = [self._map(shard, "codes") for shard in self.meta.shards]
-            labels = [self._map(shard, "labels") for shard in self.meta.shards]
-        except (TypeError, KeyError) as error:
+            self.meta = from_dict(StoreMeta, saved, META)
+        except UserError as error:
             raise UserError(f"{self.folder / META} is damaged ({error}); tokenize again") from error
+        self._check_shards()
+        self._codes = [self._map(shard, "codes") for shard in self.meta.shards]
+        labels = [self._map(shard, "labels") for shard in self.meta.shards]
         self.labels = np.concatenate(labels).astype(np.int64) if labels else np.zeros(0, np.int64)
         if len(self.labels) != self.meta.images or self.meta.images < 1:
             raise UserError(
@@ -84,6 +90,20 @@ class TokenStore:
             )
         self._starts = np.cumsum([0] + [len(codes) for codes in self._codes])
 
+    def _check_shards(self) -> None:
+        """The entries of the shards must be whole, and name the files that are theirs by their order."""
+        shards = self.meta.shards
+        for index, shard in enumerate(shards):
+            names = [shard_names(index, number) for number in (len(shards), None)]
+            types = {key: int if key == "images" else str for key in SHARD_KEYS}
+            if {key: type(value) for key, value in shard.items()} != types or (
+                shard["codes"],
+                shard["labels"],
+            ) not in names:
+                raise UserError(
+                    f"{self.folder / META} is damaged (its entry of shard {index} is not of that shard); tokenize again"
+                )
+
     def _map(self, shard: dict[str, str | int], what: str) -> np.ndarray:
         path = self.folder / str(shard[what])
         tokens = self.meta.grid**2
@@ -92,10 +112,10 @@ class TokenStore:
             "labels": ((shard["images"],), np.int32),
         }[what]
         try:
-            array = np.load(path, mmap_mode="r", allow_pickle=False)
+            array = open_array(path)
         except FileNotFoundError:
             raise UserError(f"{path} is missing from the token store; tokenize again into a new folder") from None
-        except (ValueError, OSError, EOFError) as error:
+        except ValueError as error:
             raise UserError(f"{path} is truncated or damaged ({error}); tokenize again into a new folder") from error
         if array.shape != shape or array.dtype != dtype:
             raise UserError(
@@ -135,7 +155,7 @@ class TokenStore:
         }
 
     def verify(self) -> None:
-        """Compare every shard with its checksum; names the one that differs."""
+        """Compare every shard with its checksum, and its codes with the size of the codebook; names the one that differs."""
         for shard in self.meta.shards:
             for what in ("codes", "labels"):
                 path = self.folder / str(shard[what])
@@ -143,6 +163,11 @@ class TokenStore:
                     raise UserError(
                         f"{path} is damaged: its content does not match the checksum in meta.json; tokenize again"
                     )
+        highest = max(int(codes.max()) for codes in self._codes if codes.size)
+        if highest >= self.meta.vocab_size:
+            raise UserError(
+                f"{self.folder} has codes up to {highest}, its meta.json says that there are {self.meta.vocab_size}; tokenize again"
+            )
 
     def check_model(self, config: ModelConfig, tokenizer: str | None = None) -> None:
         """Refuse a model whose codebook, grid, classes (of a class model) or (if given) tokenizer are not the store's."""

@@ -3,19 +3,19 @@
 import hashlib
 from collections.abc import Iterable
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from st_ar.config import ModelConfig
 from st_ar.data.store import TokenStore
 from st_ar.errors import UserError
-from st_ar.files import require_absent, sha256, written_aside
+from st_ar.files import require_absent, sha256
+from st_ar.torch_files import ROWS, in_pieces, opened_safetensors, require_digest, save_tensors
 
 DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 """Types that features may have, and safetensors' names of them."""
@@ -44,8 +44,7 @@ def write_text(path: Path | str, captions: Iterable[np.ndarray | Tensor], *, enc
     if not rows:
         raise UserError(f"{path}: no captions were given")
     tensors = {"features": torch.cat(rows), "lengths": torch.tensor([len(row) for row in rows])}
-    with written_aside(path) as aside:
-        save_file(tensors, aside, metadata={"encoder": encoder})
+    save_tensors(path, tensors, encoder=encoder)
 
 
 def _check_caption(rows: Tensor, first: Tensor, index: int) -> None:
@@ -125,6 +124,16 @@ class TextStore:
         """SHA-256 of the files' checksums; reads all of them, once."""
         return hashlib.sha256(" ".join(sha256(file) for file in self.files).encode()).hexdigest()
 
+    def verify(self) -> None:
+        """Compare every file with the checksum that `write_text` gave it; names the one that differs. Reads all of them."""
+        for path in self.files:
+            with opened_safetensors(path) as (file, said):
+                features = file.get_slice("features")
+                rows = (
+                    (("features", features[start : start + ROWS])) for start in range(0, features.get_shape()[0], ROWS)
+                )
+                require_digest(path, said, chain(rows, in_pieces({"lengths": file.get_tensor("lengths")})))
+
     def describe(self) -> dict[str, object]:
         """What a run records of the captions that it was trained on."""
         return {"encoder": self.encoder, "fingerprint": self.fingerprint}
@@ -143,17 +152,14 @@ class TextStore:
 
 def _open(file: Path) -> tuple[Any, np.ndarray, str]:
     """A file's features (read by slices), lengths and encoder."""
-    try:
-        opened = safe_open(file, framework="pt")
+    with opened_safetensors(file) as (opened, said):
         keys = set(opened.keys())
         if keys != {"features", "lengths"}:
             raise UserError(
                 f"{file} holds {', '.join(sorted(keys)) or 'nothing'}: a text store has features and lengths"
             )
         features, lengths = opened.get_slice("features"), opened.get_tensor("lengths")
-        encoder = (opened.metadata() or {}).get("encoder", "")
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{file} is no .safetensors file, or damaged ({error}): write it again") from error
+        encoder = said.get("encoder") or (opened.metadata() or {}).get("encoder", "")
     shape, dtype = features.get_shape(), features.get_dtype()
     if len(shape) != 2 or dtype not in DTYPES.values():
         raise UserError(f"{file}: features are {dtype} {shape}, not [rows, dim] in one of {', '.join(DTYPES.values())}")

@@ -184,4 +184,5 @@ def _open_images(
             f"{tokens} was made by tokenizer {store.meta.tokenizer[:12]}, {tokenizer} is {painter.fingerprint[:12]}: "
             "give the tokenizer that made the store"
         )
+    store.verify()
     return store, painter

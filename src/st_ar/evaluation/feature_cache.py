@@ -13,14 +13,14 @@ import os
 import re
 import shutil
 from collections.abc import Generator, Iterable, Sequence
-from io import FileIO
+from io import BytesIO, FileIO
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from st_ar.errors import UserError
-from st_ar.files import write_json
+from st_ar.files import open_array, read_json, sha256, write_json
 
 FORMAT_VERSION = 1
 FEATURES, ENTRY, LOCK = "features.npy", "entry.json", "lock"
@@ -111,19 +111,22 @@ class FeatureCache:
 
     def find(self, entry: Entry) -> np.ndarray | None:
         """The features of an entry, memory-mapped, or None if they are not there (or damaged: then they are removed)."""
-        array = self._load(entry)
+        array = self._load(entry, verify=True)
         self.reused += array is not None
         return array
 
-    def _load(self, entry: Entry) -> np.ndarray | None:
+    def _load(self, entry: Entry, *, verify: bool) -> np.ndarray | None:
         place = self.folder / self.name(entry)
         if not place.is_dir():
             return None
         try:
-            array = np.load(place / FEATURES, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError, EOFError):
-            array = None
-        if array is not None and list(array.shape) == entry["shape"] and array.dtype == np.dtype(self.stored):
+            array = open_array(place / FEATURES)
+            whole = not verify or read_json(place / ENTRY, "an entry of the cache").get("sha256") == sha256(
+                place / FEATURES
+            )
+        except (OSError, ValueError):
+            array, whole = None, False
+        if array is not None and whole and list(array.shape) == entry["shape"] and array.dtype == np.dtype(self.stored):
             with contextlib.suppress(OSError):  # a cache of somebody else's
                 os.utime(place / ENTRY)
             return array
@@ -132,7 +135,7 @@ class FeatureCache:
 
     def open(self, entry: Entry) -> np.ndarray:
         """The features of an entry that was just written."""
-        array = self._load(entry)
+        array = self._load(entry, verify=False)
         if array is None:
             raise UserError(
                 f"features vanished from {self.folder} or cannot be read back: does another call share it with a lower --cache-limit?"
@@ -162,7 +165,7 @@ class FeatureCache:
             for entry, aside, file in zip(entries, asides, files, strict=True):
                 with self._writing():
                     file.finish()
-                    write_json(aside / ENTRY, self._described(entry))
+                    write_json(aside / ENTRY, {**self._described(entry), "sha256": file.digest.hexdigest()})
                     place = self.folder / self.name(entry)
                     if not place.exists():  # another process may have been quicker
                         os.replace(aside, place)
@@ -186,7 +189,10 @@ class FeatureFile:
     def __init__(self, cache: FeatureCache, file: FileIO, shape: list[int]) -> None:
         self.cache, self.file, self.shape, self.rows = cache, file, shape, 0
         header = {"descr": np.dtype(cache.stored).str, "fortran_order": False, "shape": tuple(shape)}
-        np.lib.format.write_array_header_1_0(file, header)
+        start = BytesIO()
+        np.lib.format.write_array_header_1_0(start, header)
+        self.digest = hashlib.sha256()
+        self._write(start.getbuffer())
 
     def write(self, rows: np.ndarray) -> None:
         """The next rows [n, ..], float32."""
@@ -198,11 +204,14 @@ class FeatureFile:
                     f"features reach {np.abs(rows).max():.3g}, too large for --cache-dtype float16: give float32"
                 )
             raise UserError("the features hold NaN or infinity: the model is broken, or its --dtype too small for it")
-        left = stored.reshape(-1).view(np.uint8).data
+        self._write(stored.reshape(-1).view(np.uint8).data)
+        self.rows += len(rows)
+
+    def _write(self, left: memoryview) -> None:
+        self.digest.update(left)
         with self.cache._writing():
             while left:
                 left = left[self.file.write(left) :]
-        self.rows += len(rows)
 
     def finish(self) -> None:
         """Make sure that all is on the disk."""

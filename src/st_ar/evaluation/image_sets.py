@@ -1,9 +1,9 @@
 """Sets of images to be measured, read one after another: .npz files in ADM's layout, folders of PNGs, image sources."""
 
 import contextlib
+import math
 import re
 import zipfile
-import zlib
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
 from itertools import count as numbers
@@ -15,10 +15,11 @@ import numpy as np
 
 from st_ar.data.crops import Crops
 from st_ar.data.decode import BrokenImageError, read_image
-from st_ar.data.images import Example, ImageSource, open_images
+from st_ar.data.images import MAX_CLASSES, Example, ImageSource, open_images
 from st_ar.data.pool import default_workers, open_decoder
-from st_ar.errors import UserError
+from st_ar.errors import UserError, cause
 from st_ar.files import read_json
+from st_ar.settings import fits
 
 CHUNK = 64
 """Images that are read at once."""
@@ -96,12 +97,10 @@ def reading(path: Path) -> Generator[None]:
         yield
     except KeyError as error:
         raise UserError(f"{path} holds no array {error}: give a .npz file with arr_0 (uint8 [N, H, W, 3])") from error
-    # In turn: no archive, a damaged stream, cut short, unreadable, a damaged .npy header, an unknown compression
-    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError, NotImplementedError) as error:
-        if isinstance(error, UserError):
-            raise
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise UserError(f"{path} is damaged or no .npz file ({reason}): copy or make it again") from error
+    except UserError:
+        raise
+    except Exception as error:  # what unpacks archives, and NumPy's reader of headers, raise nearly everything
+        raise UserError(f"{path} is damaged or no .npz file ({cause(error)}): copy or make it again") from error
 
 
 def array_names(path: Path) -> set[str]:
@@ -111,9 +110,19 @@ def array_names(path: Path) -> set[str]:
 
 
 def read_array(path: Path, name: str) -> np.ndarray:
-    """An array of a .npz file, whole; never a pickled one."""
-    with reading(path), np.load(path, allow_pickle=False) as archive:
-        return archive[name]
+    """An array of a .npz file, whole; never a pickled one, and no more than the file holds."""
+    with reading(path), zipfile.ZipFile(path) as archive, _member(archive, name) as file:
+        shape, fortran, dtype = _header(file)
+        data = bytearray(file.read())
+        if dtype.hasobject or min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize != len(data):
+            raise ValueError(f"{name} holds {len(data)} bytes, not {dtype} {list(shape)}")
+        return np.ndarray(shape, dtype, data, order="F" if fortran else "C")
+
+
+def _member(archive: zipfile.ZipFile, name: str) -> IO[bytes]:
+    if f"{name}.npy" not in archive.namelist():
+        raise KeyError(name)
+    return archive.open(f"{name}.npy")
 
 
 def _header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
@@ -125,11 +134,17 @@ def _header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
 
 
 def _open_archive(path: Path) -> ImageSet:
-    with reading(path), zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as file:
+    with reading(path), zipfile.ZipFile(path) as archive, _member(archive, "arr_0") as file:
         shape, fortran, dtype = _header(file)
+        there = archive.getinfo("arr_0.npy").file_size - file.tell()
     if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or fortran or min(shape) == 0:
         order = ", columns first" if fortran else ""
         raise UserError(f"{path}: arr_0 must be images uint8 [N, H, W, 3], not {dtype} {list(shape)}{order}")
+    if math.prod(shape) > there:
+        whole = there // math.prod(shape[1:])
+        raise UserError(
+            f"{path} is cut short: arr_0 ends before image {whole + 1} of {shape[0]}; copy or make it again"
+        )
 
     def read(rank: int, world: int) -> Images:
         mine = slice_of(shape[0], rank, world)
@@ -198,8 +213,8 @@ def _metadata(path: Path, count: int) -> tuple[dict[str, Any], np.ndarray | None
         return {}, None
     found = read_json(path, "a set of samples' metadata")
     labels, _ = found.pop("labels", None), found.pop("captions", None)
-    fits = isinstance(labels, list) and len(labels) == count and all(isinstance(label, int) for label in labels)
-    return found, np.array(labels) if fits else None
+    known = fits(labels, list[int]) and len(labels) == count and 0 <= min(labels) <= max(labels) < MAX_CLASSES
+    return found, np.array(labels) if known else None
 
 
 def of_source(source: ImageSource, size: int | None = None) -> ImageSet:

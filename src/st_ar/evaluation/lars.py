@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from st_ar.errors import UserError
 from st_ar.progress import progress
 from st_ar.randomness import Purpose, torch_generator
+from st_ar.settings import require_most, require_types
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,10 +41,12 @@ class ProbeConfig:
     """Seed of initialisation and order."""
 
     def __post_init__(self) -> None:
+        require_types(self, "--")
         for name, least in (("epochs", 1), ("warmup_epochs", 0), ("batch_size", 2), ("seed", 0)):
             value = getattr(self, name)
             if value < least:
                 raise UserError(f"--{name.replace('_', '-')} must be {least} or more, not {value}")
+        require_most(self, "--", epochs=1 << 16, batch_size=1 << 24)
         if not 0 <= self.min_lr < math.inf:
             raise UserError(f"--min-lr must be 0 or more, not {self.min_lr}")
         for name in ("base_lr", "trust"):

@@ -15,12 +15,22 @@ from st_ar.evaluation.collect import NEIGHBOURS, Collected, Place, collect
 from st_ar.evaluation.extractors import Extractor
 from st_ar.evaluation.image_sets import ImageSet, array_names, open_set, read_array
 from st_ar.evaluation.statistics import Gaussian
-from st_ar.files import require_absent, sha256, written_aside
+from st_ar.files import parse_json, require_absent, sha256, written_aside
 from st_ar.hardware import describe
+from st_ar.settings import fits
 
 FORMAT_VERSION = 1
 META = "st_ar"
 """The array that marks a file of ours: JSON as text."""
+DESCRIBED: dict[str, Any] = {
+    "format_version": int,
+    "extractor": dict[str, str],
+    "size": list[int],
+    "content": str,
+    "images": int,
+    "source": str,
+}
+"""What it has to say."""
 KEEP = 10_000
 """Images of the reference that precision, recall, density, coverage and KID read, as in ADM's batches."""
 
@@ -118,7 +128,7 @@ def _read_ours(path: Path, extractor: Extractor, metrics: Collection[str], size:
     height, width = meta["size"]
     if size is not None and (height, width) != (size, size):
         raise UserError(f"{path} is of images of {height} x {width} pixels, --size is {size}: leave --size out")
-    features = torch.from_numpy(read_array(path, "features")) if NEIGHBOURS.intersection(metrics) else None
+    features = _features(path, extractor.dim) if NEIGHBOURS.intersection(metrics) else None
     return Reference(
         name=f"{path} ({meta['source']})",
         content=meta["content"],
@@ -130,14 +140,25 @@ def _read_ours(path: Path, extractor: Extractor, metrics: Collection[str], size:
     )
 
 
+def _features(path: Path, dim: int) -> Tensor:
+    found = read_array(path, "features")
+    if found.dtype != np.float32 or found.ndim != 2 or found.shape[1] != dim:
+        raise UserError(
+            f"{path}: features are {found.dtype} {list(found.shape)}, not float32 [n, {dim}]: make it again"
+        )
+    return torch.from_numpy(found)
+
+
 def read_meta(path: Path) -> dict[str, Any]:
     """What a file of `st-ar reference` says of itself."""
     try:
-        meta = json.loads(str(read_array(path, META)))
-        complete = {"format_version", "extractor", "size", "content", "images", "source"} <= meta.keys()
-    except (json.JSONDecodeError, AttributeError):
+        meta = parse_json(str(read_array(path, META)))
+        complete = fits(meta, dict) and all(fits(meta.get(name), kind) for name, kind in DESCRIBED.items())
+    except ValueError as error:
+        if isinstance(error, UserError):
+            raise
         meta, complete = {}, False
-    if not complete:
+    if not complete or len(meta["size"]) != 2 or not {"name", "sha256"} <= meta["extractor"].keys():
         raise UserError(f"{path} is damaged: its description is no JSON of ours; make it again by `st-ar reference`")
     if meta["format_version"] != FORMAT_VERSION:
         raise UserError(f"{path} has format {meta['format_version']}; this st-ar reads {FORMAT_VERSION}")

@@ -20,6 +20,7 @@ from st_ar.figures import line_chart
 from st_ar.files import is_taken, read_json, sha256, write_csv, write_json
 from st_ar.sample_config import SampleSettings
 from st_ar.sampling import Sampler, choose_conditions, open_model_and_tokenizer, sample_to
+from st_ar.settings import fits
 
 FILES = ("sweep.json", "sweep.csv", "distance.svg", "is.svg", "distance.json", "is.json")
 SWEPT = ("cfg_scale", "temperature", "top_k")
@@ -112,6 +113,7 @@ def sweep(
     if is_taken(out, besides=("samples", "results", *FILES)):
         raise UserError(f"{out} holds something else than a sweep: choose another --out")
     rows: list[dict[str, Any]] = []
+    distance = extractor.label("fd")
     for settings in grid:
         samples = open_set(str(sampler.draw(settings)))
         check_sizes(samples, reference.size, resize)
@@ -119,10 +121,16 @@ def sweep(
         kept = out / "results" / f"{sampler.key(settings)}-{key_of(compared)}.json"
         if not kept.exists():
             write_json(kept, evaluate(samples, reference, extractor, metrics, place, resize=resize))
-        result = read_json(kept, "a sweep's results")
+        numbers = read_json(kept, "a sweep's results").get("metrics")
+        if (
+            not fits(numbers, dict[str, float])
+            or numbers.keys() != (rows[0]["metrics"] if rows else {**numbers, distance: 0}).keys()
+        ):
+            raise UserError(
+                f"{kept} is damaged: it has no metrics of this sweep; remove it to have them measured again"
+            )
         chosen = {name: getattr(settings, name) for name in SWEPT}
-        rows.append(chosen | {"metrics": result["metrics"], "samples": samples.name, "result": kept.name})
-    distance = extractor.label("fd")
+        rows.append(chosen | {"metrics": numbers, "samples": samples.name, "result": kept.name})
     rows.sort(key=lambda row: row["metrics"][distance])
     _write(out, rows, distance, reference, sampler)
     return rows

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -15,11 +14,20 @@ from st_ar.config import ModelConfig
 from st_ar.errors import UserError
 from st_ar.files import read_json, write_json, written_aside
 from st_ar.model.transformer import Transformer
-from st_ar.settings import from_dict, to_dict
-from st_ar.torch_files import read_tensors
+from st_ar.settings import differences, fits, from_dict, to_dict
+from st_ar.torch_files import read_safetensors, read_tensors, save_tensors
 
 FORMAT_VERSION = 1
 LIVE, EMA = "model.safetensors", "ema.safetensors"
+CARD: dict[str, Any] = {
+    "step": int,
+    "class_names": list[str],
+    "tokenizer": str,
+    "encoder": str,
+    "class_dropout": float | None,
+    "preset": str,
+}
+"""What config.json may say beside the model's settings."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,24 +62,25 @@ def save_export(
 
 def save_weights(folder: Path, models: dict[str, Transformer], info: dict[str, Any], *, writes: bool = True) -> None:
     """Write models of one architecture, by file name, and the config.json that describes them."""
+    config = to_dict(next(iter(models.values())).config)
     for name, model in models.items():
         tensors: dict[str, Tensor] = {}
         for key, value in model.state_dict().items():
             whole = value.full_tensor() if isinstance(value, DTensor) else value  # one at a time: memory
             if writes:
-                tensors[key] = whole.detach().cpu().contiguous()
+                tensors[key] = whole.detach().cpu()
         if writes:
-            with written_aside(folder / name) as aside:
-                save_file(tensors, aside, metadata={"format": "pt"})
+            save_tensors(folder / name, tensors, file=name, model=config)
     if writes:
-        config = next(iter(models.values())).config
-        write_json(folder / "config.json", {"format_version": FORMAT_VERSION, "model": to_dict(config), **info})
+        write_json(folder / "config.json", {"format_version": FORMAT_VERSION, "model": config, **info})
 
 
 def exported_step(folder: Path) -> int | None:
-    """The step of the weights in export/, None if there are none."""
-    file = folder / "config.json"
-    return read_json(file, "an export folder").get("step") if file.exists() else None
+    """The step of the weights in export/, None if there are none or they do not say."""
+    try:
+        return read_card(folder / "config.json").get("step")
+    except UserError:
+        return None
 
 
 def find_weights(path: Path, ema: bool) -> Path:
@@ -116,10 +125,11 @@ def open_model(path: Path | str, *, ema: bool = False, grid: int | None = None) 
     file = find_weights(Path(path), ema)
     card = file.parent / "config.json"
     own = file.suffix == ".safetensors" and card.exists()
-    saved = _read_card(card) if own else {}
-    tensors = read_tensors(file)
+    saved = read_card(card) if own else {}
+    tensors, said = read_weights(file)
     tensors.pop("freqs_cis", None)  # in LlamaGen's older files; computed here
     config = from_dict(ModelConfig, saved["model"], str(card)) if own else infer_config(tensors, file)
+    _check_said(said, config if own else None, file)
     if grid is not None:
         config = replace(config, grid=grid)
     with torch.device("meta"):
@@ -147,10 +157,38 @@ def open_model(path: Path | str, *, ema: bool = False, grid: int | None = None) 
     return model.eval(), info
 
 
-def _read_card(card: Path) -> dict[str, Any]:
+def read_weights(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """A file's weights, and what it says of them if it is one of `save_weights`."""
+    return read_safetensors(file) if file.suffix == ".safetensors" else (read_tensors(file), {})
+
+
+def _check_said(said: dict[str, Any], config: ModelConfig | None, file: Path) -> None:
+    """Refuse weights under each other's names, and a config.json of another model: much of it no shape of a weight tells."""
+    name = said.get("file")
+    if name in (LIVE, EMA) and file.name in (LIVE, EMA) and name != file.name:
+        raise UserError(
+            f"{file} holds what was written as {name}: give it that name back, or export it again from its run"
+        )
+    if config is None or "model" not in said:
+        return
+    written = from_dict(ModelConfig, said["model"], str(file))
+    if wrong := differences(to_dict(written), to_dict(config)):
+        listed = "; ".join(f"{key} is {now}, of the weights {old}" for key, (old, now) in wrong.items())
+        raise UserError(
+            f"{file.parent / 'config.json'} is not of these weights: {listed}; copy both again, or export them again"
+        )
+
+
+def read_card(card: Path) -> dict[str, Any]:
+    """What the config.json of an export folder says; UserError: missing, damaged or of another format."""
     saved = read_json(card, "an export folder")
     if saved.get("format_version") != FORMAT_VERSION or "model" not in saved:
         raise UserError(f"{card} has format {saved.get('format_version')}; this st-ar reads {FORMAT_VERSION}")
+    for name, kind in CARD.items():
+        if name in saved and not fits(saved[name], kind):
+            raise UserError(
+                f"{card} is damaged: {name} is {saved[name]!r}; copy it again, or export it again from its run"
+            )
     return saved
 
 

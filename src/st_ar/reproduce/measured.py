@@ -1,13 +1,16 @@
 """What the commands have found, read from the files that they left."""
 
-import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from st_ar.comparison import Spread
+from st_ar.errors import UserError
 from st_ar.files import read_json
+from st_ar.settings import fits
 from st_ar.training.log import read_log
+from st_ar.training.run import seconds_per_step, trained_config
 
 TOKENS, TIME = "tokens read (M)", "training (min)"
 """The two budgets."""
@@ -30,13 +33,16 @@ def measurements(files: Files, metrics: Sequence[str]) -> dict[str, Spread]:
     """
     found: dict[str, list[float]] = {}
     for path in files.evaluations:
-        for name, value in read_json(path, "an evaluation")["metrics"].items():
+        numbers = read_json(path, "an evaluation").get("metrics")
+        if not fits(numbers, dict[str, float]):
+            raise UserError(f"{path} has no metrics that are numbers: remove it, and the evaluation is made again")
+        for name, value in numbers.items():
             if name.startswith("F") or name.split(" ")[0].lower() in metrics:  # FID, FD-..
                 found.setdefault(name, []).append(value)
     for path in files.probes:
         found.setdefault("probe, last step (%)", []).append(100 * probe_curve(path)[1][-1])
     for path in files.likelihoods:
-        found.setdefault("validation loss", []).append(read_json(path, "a likelihood")["results"][0]["loss"])
+        found.setdefault("validation loss", []).append(likelihood(path))
     for run in files.runs:
         tokens, seconds = budgets(run)
         found.setdefault(TOKENS, []).append(tokens / 1e6)
@@ -46,13 +52,28 @@ def measurements(files: Files, metrics: Sequence[str]) -> dict[str, Spread]:
 
 def probe_curve(path: Path) -> tuple[list[float], list[float]]:
     """Tokens read, and the share of right guesses after each."""
-    result = read_json(path, "a probe")["results"][0]
-    return [float(step) for step in result["steps"]], result["top1"]
+    result = _first_result(path, "a probe")
+    steps, shares = result.get("steps"), result.get("top1")
+    if not fits(steps, list[float]) or not fits(shares, list[float]) or not 0 < len(steps) == len(shares):
+        raise UserError(f"{path} has no shares of right guesses by step: remove it, and the probe is made again")
+    return list(map(float, steps)), list(map(float, shares))
+
+
+def likelihood(path: Path) -> float:
+    """The validation loss."""
+    loss = _first_result(path, "a likelihood").get("loss")
+    if not fits(loss, float):
+        raise UserError(f"{path} has no loss: remove it, and it is measured again")
+    return float(loss)
+
+
+def _first_result(path: Path, what: str) -> dict[str, Any]:
+    results = read_json(path, what).get("results")
+    return results[0] if fits(results, list[dict[str, Any]]) and results else {}
 
 
 def budgets(run: Path) -> tuple[float, float]:
     """Tokens that a run has read, and the seconds that it took for them, by the median of its pace."""
-    config = read_json(run / "config.json", "a run")["config"]
-    log = read_log(run / "log.jsonl")
-    tokens = log[-1]["step"] * config["batch_size"] * config["views"] * config["model"]["grid"] ** 2
-    return tokens, tokens / statistics.median(entry["tokens_per_second"] for entry in log)
+    config, seconds = trained_config(run), seconds_per_step(run)
+    steps = read_log(run / "log.jsonl")[-1]["step"]
+    return steps * config.batch_size * config.views * config.model.sequence_length, steps * seconds

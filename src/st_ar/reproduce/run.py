@@ -6,9 +6,11 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from st_ar.errors import UserError
 from st_ar.files import read_json, write_json
+from st_ar.settings import fits
 
 CONTINUED = ("train", "train-tokenizer", "tokenize", "sample")
 """Verbs that continue what they began; of the others half of a folder is thrown away."""
@@ -43,10 +45,10 @@ def run_stages(stages: Sequence[Stage], work: Path, call: Callable[[list[str]], 
     for number, stage in enumerate(stages, start=1):
         mark = _mark(stage.makes, work)
         command = list(stage.command)
-        begun = read_json(mark, "a stage") if mark.exists() else None
-        if begun is not None and begun.get("command") != command:
+        begun = read_mark(mark) if mark.exists() else None
+        if begun is not None and begun["command"] != command:
             raise UserError(
-                f"{stage.makes} was made by another command, `st-ar {shlex.join(begun.get('command', []))}`, not by "
+                f"{stage.makes} was made by another command, `st-ar {shlex.join(begun['command'])}`, not by "
                 f"`st-ar {shlex.join(command)}`: choose another --out, or remove it and {mark}"
             )
         if begun is not None and begun.get("seconds") is not None:
@@ -63,6 +65,21 @@ def run_stages(stages: Sequence[Stage], work: Path, call: Callable[[list[str]], 
         if not _is_whole(stage):
             call(_continued(stage))
         write_json(mark, {"command": command, "seconds": time.perf_counter() - started})
+
+
+def read_mark(path: Path) -> dict[str, Any]:
+    """The command and its seconds, None if it was stopped.
+
+    Raises:
+        UserError: no mark of `run_stages`.
+    """
+    mark = read_json(path, "a stage")
+    seconds = mark.get("seconds")
+    if not fits(mark.get("command"), list[str]) or not (seconds is None or fits(seconds, float)):
+        raise UserError(
+            f"{path} is damaged: it does not say what was done; remove it, and what it stands for, to do that again"
+        )
+    return mark
 
 
 def _continued(stage: Stage) -> list[str]:
@@ -93,7 +110,7 @@ def _is_whole(stage: Stage) -> bool:
 def is_done(path: Path, work: Path) -> bool:
     """Whether a command has made this, from its beginning to its end."""
     mark = _mark(path, work)
-    return mark.exists() and read_json(mark, "a stage").get("seconds") is not None
+    return mark.exists() and read_mark(mark).get("seconds") is not None
 
 
 def _mark(path: Path, work: Path) -> Path:

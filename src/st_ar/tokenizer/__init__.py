@@ -56,7 +56,7 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
         raise UserError(f"{place} is no tokenizer: no such folder or file; `st-ar train-tokenizer` makes one")
     kinds = {KMeansTokenizer.kind: KMeansTokenizer, VQTokenizer.kind: VQTokenizer}
     kind = read_json(place / CONFIG, "a tokenizer").get("kind")
-    if kind not in kinds:
+    if not isinstance(kind, str) or kind not in kinds:
         raise UserError(f"{place / CONFIG} is of kind {kind!r}; this st-ar knows {' and '.join(map(repr, kinds))}")
     return kinds[kind].load(place)
 

@@ -8,16 +8,15 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from st_ar.data.crops import Crops, center_crop
 from st_ar.data.decode import BrokenImageError
 from st_ar.data.images import ImageSource
-from st_ar.errors import UserError
-from st_ar.files import read_json, require_absent, write_json, written_aside
+from st_ar.errors import UserError, cause
+from st_ar.files import read_json, require_absent, write_json
 from st_ar.progress import progress
+from st_ar.torch_files import read_tensors, save_tensors
 
 FORMAT_VERSION = 1
 CONFIG, CODEBOOK = "tokenizer.json", "codebook.safetensors"
@@ -69,8 +68,7 @@ class KMeansTokenizer:
     def save(self, folder: Path) -> None:
         """Write the tokenizer's folder; tokenizer.json, written last, marks it complete."""
         require_absent(folder, "a tokenizer", besides=[CODEBOOK])
-        with written_aside(folder / CODEBOOK) as aside:
-            save_file({"codebook": self.codebook}, aside)
+        save_tensors(folder / CODEBOOK, {"codebook": self.codebook})
         config = {
             "kind": self.kind,
             "patch": self.patch,
@@ -88,10 +86,10 @@ class KMeansTokenizer:
                 f"{folder / CONFIG} has format {config.get('format_version')}; this st-ar reads {FORMAT_VERSION}"
             )
         try:
-            tokenizer = cls(load_file(folder / CODEBOOK)["codebook"], config["patch"])
-        except (SafetensorError, OSError, KeyError, TypeError, AssertionError) as error:
+            tokenizer = cls(read_tensors(folder / CODEBOOK)["codebook"], config["patch"])
+        except (KeyError, TypeError, AssertionError) as error:
             raise UserError(
-                f"{folder / CODEBOOK} is missing or damaged ({error}); train the tokenizer again"
+                f"{folder} is damaged ({cause(error)}): its codebook and its {CONFIG} do not fit; train the tokenizer again"
             ) from error
         if tokenizer.fingerprint != config.get("fingerprint"):
             raise UserError(
@@ -125,8 +123,8 @@ def train_kmeans(
         raise UserError(f"--patch must lie between 1 and the {size} pixels of a crop, not {patch}")
     if not 1 <= vocab_size <= 1 << 16:
         raise UserError(f"--vocab-size must lie between 1 and 65536, the store's 16 bits, not {vocab_size}")
-    if seed < 0:
-        raise UserError(f"--seed must be 0 or more, not {seed}")
+    if not 0 <= seed < 1 << 32:  # scikit-learn's range
+        raise UserError(f"--seed must be 0 or more, and at most {(1 << 32) - 1}, not {seed}")
     try:
         from sklearn.cluster import MiniBatchKMeans
     except ModuleNotFoundError as error:

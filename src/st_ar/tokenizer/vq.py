@@ -11,13 +11,12 @@ from typing import ClassVar, TypeVar
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import Tensor
 
 from st_ar.errors import UserError
-from st_ar.files import read_json, require_absent, write_json, written_aside
+from st_ar.files import read_json, require_absent, write_json
 from st_ar.tokenizer.vq_network import Painter, Reader
-from st_ar.torch_files import read_tensors
+from st_ar.torch_files import read_tensors, save_tensors
 from st_ar.vq_config import VQConfig
 
 FORMAT_VERSION = 1
@@ -127,10 +126,7 @@ class VQTokenizer:
     def write(self, folder: Path, **info: int | str) -> None:
         """Write the tokenizer's files over those that are there; without tokenizer.json they are no tokenizer yet."""
         (folder / CONFIG).unlink(missing_ok=True)
-        with written_aside(folder / WEIGHTS) as aside:
-            save_file(
-                {name: tensor.contiguous() for name, tensor in self.tensors.items()}, aside, metadata={"format": "pt"}
-            )
+        save_tensors(folder / WEIGHTS, self.tensors)
         config = {
             "format_version": FORMAT_VERSION,
             "kind": self.kind,

@@ -4,20 +4,36 @@ import json
 from pathlib import Path
 from typing import Any
 
-from st_ar.errors import UserError
-from st_ar.files import written_aside
+from st_ar.errors import UserError, cause
+from st_ar.files import parse_json, written_aside
+from st_ar.settings import fits
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The logged steps; a last line cut short by a killed run is left out."""
+    """The logged steps; a last line cut short by a killed run is left out.
+
+    Raises:
+        UserError: another line is damaged, or the file cannot be read.
+    """
     entries: list[dict[str, Any]] = []
     if not path.exists():
         return entries
-    for line in path.read_text().splitlines():
+    try:
+        lines = path.read_bytes().decode(errors="replace").splitlines()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {cause(error)}; remove it to go on without what was logged") from error
+    for number, line in enumerate(lines, start=1):
         try:
-            entries.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+            entry = parse_json(line)
+            if not isinstance(entry, dict) or not fits(entry.get("step"), int):
+                raise ValueError("no object with a step")
+        except ValueError as error:
+            if number == len(lines):
+                break
+            raise UserError(
+                f"{path} is damaged: line {number} is no logged step ({cause(error)}); mend or remove that line"
+            ) from error
+        entries.append(entry)
     return entries
 
 

@@ -87,6 +87,8 @@ def _train(
 
     def begin() -> dict[str, Any]:
         store.verify()
+        if captions is not None:
+            captions.verify()
         data = {"tokens": store.describe()} | ({} if captions is None else {"text": captions.describe()})
         record = describe_run(config, data, dtype, preset)
         claim(out, record, config, len(store), resume=resume)

@@ -1,5 +1,6 @@
 """The run folder: whose it is, and whether it may be continued."""
 
+import statistics
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -7,13 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from st_ar.config import TrainConfig
 from st_ar.data.ranks import Ranks
 from st_ar.errors import UserError
 from st_ar.files import is_taken, read_json, write_json
 from st_ar.hardware import describe
 from st_ar.run_config import RunConfig
-from st_ar.settings import differences, from_dict, to_dict
+from st_ar.settings import differences, fits, from_dict, to_dict
 from st_ar.training.checkpoint import list_checkpoints
+from st_ar.training.log import read_log
 from st_ar.training.optim import learning_rate
 
 FORMAT_VERSION = 1
@@ -69,7 +72,8 @@ def claim(out: Path, record: dict[str, Any], config: RunConfig, images: int, *, 
         if name not in MAY_CHANGE
     }
     for part in ("tokens", "text", "images"):
-        changed |= differences(begun.get(part) or {}, record.get(part) or {}, f"{part}.")
+        there = begun.get(part) if isinstance(begun.get(part), dict) else {}
+        changed |= differences(there or {}, record.get(part) or {}, f"{part}.")
     if begun.get("dtype") != record["dtype"]:
         changed["dtype"] = (begun.get("dtype"), record["dtype"])
     if changed:
@@ -95,6 +99,29 @@ def _check_length(out: Path, before: int, config: RunConfig, images: int, step: 
             f"{out} was begun with other settings: steps was {before}, now {now}, and with --optim.schedule {config.optim.schedule} "
             f"the {step} steps already taken would have had other learning rates. Give the old length to resume it, or choose another --out"
         )
+
+
+def trained_config(run: Path) -> TrainConfig:
+    """A run's settings.
+
+    Raises:
+        UserError: no run.
+    """
+    path = run / "config.json"
+    return from_dict(TrainConfig, read_json(path, "a run").get("config"), str(path))
+
+
+def seconds_per_step(run: Path) -> float:
+    """The median over a run's log.
+
+    Raises:
+        UserError: no run, or one that logged no speed.
+    """
+    trained = trained_config(run)
+    speeds: list[Any] = [entry.get("tokens_per_second") for entry in read_log(run / "log.jsonl")]
+    if not speeds or not fits(speeds, list[float]) or min(speeds) <= 0:
+        raise UserError(f"{run / 'log.jsonl'} does not say how fast every step was: train again, or copy it again")
+    return trained.batch_size * trained.views * trained.model.sequence_length / statistics.median(speeds)
 
 
 def require_finite(terms: Mapping[str, Tensor], step: int, out: Path) -> None:
