@@ -51,8 +51,8 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], **said: Any) -> None
     """Write a .safetensors file, whole or not at all, with `said` (plain JSON values) and a checksum in its metadata."""
     kept = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     said |= {DIGEST: digest(said, in_pieces(kept))}
-    with written_aside(path) as aside:
-        save_file(kept, aside, metadata={"format": "pt", OURS: json.dumps(said, sort_keys=True)})
+    with written_aside(path) as aside:  # one entry of metadata: several would be written in random order
+        save_file(kept, aside, metadata={OURS: json.dumps(said, sort_keys=True)})
 
 
 @contextlib.contextmanager

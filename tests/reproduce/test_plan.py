@@ -1,5 +1,6 @@
 """The paper's rows as settings and commands."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from st_ar.reproduce.measured import Files, measurements
 from st_ar.reproduce.paper import CONTROL, EXPERIMENTS, Recipe
 from st_ar.reproduce.plan import Data, Plan, run_name
 from st_ar.reproduce.scales import SCALES, Scale, options
+from st_ar.settings import to_dict
 from st_ar.training.log import append_log
 
 PHOTOS = Data(images="photos:train", test_images="photos:test")
@@ -75,8 +77,6 @@ def test_the_options_say_the_settings(name: str, scale: str) -> None:
 
 
 def _budgeted(preset: str, config: TrainConfig) -> TrainConfig:
-    from dataclasses import replace
-
     return replace(PRESETS[preset](), steps=config.steps, epochs=config.epochs)
 
 
@@ -141,7 +141,7 @@ def test_equal_time_is_as_many_steps_as_self_guided_training_takes(tmp_path: Pat
     def trained(name: str, views: int, pace: list[float], *, done: bool = True) -> None:
         run = tmp_path / "runs" / f"{name}-seed3"
         run.mkdir(parents=True)
-        write_json(run / "config.json", {"config": {"batch_size": 64, "views": views, "model": {"grid": 8}}})
+        write_json(run / "config.json", {"config": to_dict(replace(get_preset("llamagen-photos"), views=views))})
         for index, speed in enumerate(pace, start=1):
             append_log(run / "log.jsonl", {"step": 200 * index // len(pace), "tokens_per_second": speed})
         (tmp_path / "done").mkdir(exist_ok=True)
