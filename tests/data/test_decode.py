@@ -1,5 +1,7 @@
 """Reading images: every kind becomes upright 8-bit RGB, or says why it cannot."""
 
+import contextlib
+import io
 import warnings
 from pathlib import Path
 
@@ -130,3 +132,20 @@ def test_a_file_too_large_is_not_read(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(decode, "MAX_BYTES", 100)
     with pytest.raises(BrokenImageError, match="bytes are more than the limit of 100"):
         read_image(tmp_path / "a.png")
+
+
+def test_a_png_whose_pixels_are_damaged_is_refused_even_where_pillow_shows_others() -> None:
+    smooth = noise(4, 4).resize((12, 12), Image.Resampling.BICUBIC)
+    whole = encoded(smooth, "PNG")
+    start = whole.index(b"IDAT") + 4
+    stop = start + int.from_bytes(whole[start - 8 : start - 4])
+    np.testing.assert_array_equal(pixels(whole), np.asarray(smooth))
+    others = 0
+    for place in range(start, stop - 4):
+        damaged = bytearray(whole)
+        damaged[place : place + 4] = bytes(byte ^ 0x55 for byte in damaged[place : place + 4])
+        with contextlib.suppress(Exception):
+            others += not np.array_equal(np.asarray(Image.open(io.BytesIO(bytes(damaged)))), np.asarray(smooth))
+        with pytest.raises(BrokenImageError):
+            read_image(bytes(damaged))
+    assert others  # or our own comparison of checksums could go

@@ -220,3 +220,25 @@ def test_a_model_of_another_tokenizer_is_refused_with_both_fingerprints(folder: 
         folder, "was made by tokenizer 0123456789ab, .* codes of fedcba987654: tokenize the images with the model's"
     ):
         store.check_model(SUITABLE, FINGERPRINT[::-1])
+
+
+def test_the_entries_of_two_shards_may_not_change_places(folder: Path) -> None:
+    meta = json.loads((folder / "meta.json").read_text())
+    edit_meta(folder, shards=meta["shards"][::-1])
+    with refused(folder, r"meta\.json is damaged \(its entry of shard 0 is not of that shard\); tokenize again"):
+        TokenStore(folder)
+
+
+@pytest.mark.parametrize("key", ["codes_sha256", "labels_sha256"])
+def test_a_missing_checksum_is_refused(folder: Path, key: str) -> None:
+    meta = json.loads((folder / "meta.json").read_text())
+    del meta["shards"][2][key]
+    edit_meta(folder, shards=meta["shards"])
+    with refused(folder, r"meta\.json is damaged \(its entry of shard 2"):
+        TokenStore(folder)
+
+
+def test_codes_beyond_the_codebook_are_found(folder: Path) -> None:
+    edit_meta(folder, vocab_size=7)
+    with refused(folder, r"has codes up to 15, its meta\.json says that there are 7; tokenize again"):
+        TokenStore(folder).verify()

@@ -215,3 +215,22 @@ def test_there_is_a_caption_for_each_image(tmp_path: Path) -> None:
     for count in (2, 4):
         with pytest.raises(UserError, match=f"has {count} captions, .*tokens 3 images: caption i must be image i's"):
             TextStore(tmp_path / f"{count}.safetensors").check_tokens(store)
+
+
+def test_verifying_finds_a_flipped_bit(tmp_path: Path) -> None:
+    for number in range(2):
+        write_text(tmp_path / f"{number}.safetensors", random_rows([4, 5000]), encoder="a")
+    text = TextStore(tmp_path)
+    text.verify()
+    assert text.encoder == "a"
+    flip_byte(tmp_path / "1.safetensors")
+    with refused(tmp_path, r"1\.safetensors is damaged: its content does not match its checksum"):
+        TextStore(tmp_path).verify()
+
+
+def test_a_file_of_another_program_has_its_encoder_and_no_checksum(tmp_path: Path) -> None:
+    tensors = {"features": torch.ones(3, 2), "lengths": torch.tensor([1, 2])}
+    save_file(tensors, tmp_path / "x.safetensors", metadata={"encoder": "theirs"})
+    text = TextStore(tmp_path)
+    text.verify()
+    assert (text.encoder, text.dim, len(text)) == ("theirs", 2, 2)

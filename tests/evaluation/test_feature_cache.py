@@ -19,7 +19,7 @@ from st_ar.evaluation.feature_cache import ENTRY, FEATURES, Entry, FeatureCache
 from st_ar.evaluation.hidden import Features, Reading, describe_features, extract_features
 from st_ar.model.transformer import Transformer
 from tests.data.random_store import random_store, write_store
-from tests.disk import contents, full_disk
+from tests.disk import contents, flip_byte, full_disk
 from tests.toys import random_model
 
 READING = Reading(layers=[2, 4], steps=[3, 9])
@@ -273,3 +273,17 @@ def test_a_cache_below_a_file_is_refused(tmp_path: Path, model: Transformer, sto
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"cannot keep features in .*another --cache"):
         extract(model, store, FeatureCache(tmp_path / "file" / "cache", 1e6))
+
+
+def test_a_flipped_bit_is_found_and_the_entry_made_again(tmp_path: Path, model: Transformer, store: TokenStore) -> None:
+    cache = FeatureCache(tmp_path / "cache", 1e6)
+    expected = np.array(extract(model, store, cache).layers[4])
+    name = cache.name(describe(model, store)[1])
+    flip_byte(tmp_path / "cache" / name / FEATURES, -5)
+    again = FeatureCache(tmp_path / "cache", 1e6)
+    found = extract(model, store, again)
+    assert (again.reused, again.written) == (1, 1)
+    np.testing.assert_array_equal(found.layers[4], expected)
+    flip_byte(tmp_path / "cache" / name / ENTRY, 5)
+    extract(model, store, third := FeatureCache(tmp_path / "cache", 1e6))
+    assert (third.reused, third.written) == (1, 1)

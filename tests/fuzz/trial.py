@@ -85,9 +85,6 @@ def attempt(name: str, seed: int, scratch: Path) -> str:
             error.add_note(f"after {done}")
         raise
     assert not list(folder.rglob(SPRUNG)), f"code was run: {done}"
-    if found is REFUSED:
-        return "refused"
-    if found == wanted:
-        return "harmless"
-    assert TARGETS[name].is_legal(done), f"silently other work after {done}"
-    return "legal"
+    assert found in (REFUSED, wanted) or TARGETS[name].is_legal(done), f"silently other work after {done}"
+    shutil.rmtree(folder)
+    return "refused" if found is REFUSED else "harmless" if found == wanted else "legal"

@@ -9,8 +9,8 @@ from safetensors.torch import load_file, save_file
 
 from st_ar import load_model
 from st_ar.model.transformer import Transformer
-from st_ar.model.weights import open_model, save_export
-from tests.disk import contents, full_disk, refused
+from st_ar.model.weights import exported_step, open_model, save_export
+from tests.disk import contents, flip_byte, full_disk, refused
 from tests.toys import TINY, random_model, random_sequences
 
 INFO = {"step": 7, "preset": "st-ar-toy", "class_names": ["cat", "dog", "owl"], "tokenizer": "abc123"}
@@ -212,3 +212,51 @@ def test_the_file_holds_llamagens_names_and_nothing_else(export: Path) -> None:
     names += ["cls_embedding.embedding_table.weight", "tok_embeddings.weight", "norm.weight", "output.weight"]
     for file in ("model.safetensors", "ema.safetensors"):
         assert sorted(load_file(export / file)) == sorted(names)
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"), [("n_heads", 1), ("rope_base", 20000.0), ("norm_eps", 1e-3), ("grid", 4)]
+)
+def test_a_config_that_no_weights_shape_contradicts_is_refused_by_what_the_weights_say(
+    export: Path, setting: str, value: float
+) -> None:
+    edit(export, model=model_settings(export) | {setting: value})
+    with refused(export, rf"config\.json is not of these weights: {setting} is {value}, of the weights"):
+        load_model(export)
+
+
+def test_live_and_averaged_weights_under_each_others_names_are_refused(export: Path) -> None:
+    live, averaged = export / "model.safetensors", export / "ema.safetensors"
+    live.rename(export / "x")
+    averaged.rename(live)
+    (export / "x").rename(averaged)
+    with refused(export, r"model\.safetensors holds what was written as ema\.safetensors: give it that name back"):
+        load_model(export)
+    assert_same(load_model(averaged.rename(export / "mine.safetensors")), LIVE)
+
+
+def test_a_flipped_bit_in_the_weights_is_found(export: Path) -> None:
+    flip_byte(export / "model.safetensors", -100)
+    with refused(export, r"model\.safetensors is damaged: its content does not match its checksum; .*export it again"):
+        load_model(export)
+    assert_same(load_model(export, ema=True), AVERAGED)
+
+
+def test_a_network_deeper_than_any_is_refused_before_it_is_built(export: Path) -> None:
+    save_file(load_file(export / "model.safetensors"), export / "model.safetensors")  # that says nothing of itself
+    edit(export, model=model_settings(export) | {"n_layers": 10**9})
+    with refused(export, r"config\.json: --model\.n-layers must be at most 1024, not 1000000000"):
+        load_model(export)
+
+
+@pytest.mark.parametrize("changes", [{"class_names": "cat"}, {"step": "7"}, {"class_dropout": [0.1]}, {"tokenizer": 3}])
+def test_a_card_whose_values_make_no_sense_is_refused(export: Path, changes: dict[str, object]) -> None:
+    edit(export, **changes)
+    with refused(export, rf"config\.json is damaged: {next(iter(changes))} is"):
+        load_model(export)
+
+
+def test_a_run_whose_exports_card_is_damaged_counts_as_not_exported(export: Path) -> None:
+    assert exported_step(export) == 7
+    (export / "config.json").write_text("{")
+    assert exported_step(export) is None

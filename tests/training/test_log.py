@@ -71,3 +71,22 @@ def test_a_full_disk_is_said_with_the_remedy(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot write"), full_disk(10):
         rewind_log(log, 2)
     assert read_log(log) == entries(range(1, 4))
+
+
+@pytest.mark.parametrize(
+    "line", ["{", "[]", "3", '{"loss": 1}', '{"step": "2"}', '{"step": 1, "step": 2}', "\x00\udcff"]
+)
+def test_a_damaged_line_in_the_middle_is_named_and_nothing_after_it_is_lost(tmp_path: Path, line: str) -> None:
+    log = written(tmp_path, range(1, 4))
+    lines = log.read_text().splitlines()
+    lines[1] = line
+    log.write_text("\n".join(lines) + "\n", errors="surrogateescape")
+    for read in (read_log, lambda path: rewind_log(path, 3)):
+        with refused(tmp_path, r"log\.jsonl is damaged: line 2 is no logged step .*mend or remove that line"):
+            read(log)
+
+
+def test_a_folder_in_the_logs_place_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "log.jsonl").mkdir()
+    with refused(tmp_path, r"cannot read .*log\.jsonl"):
+        read_log(tmp_path / "log.jsonl")

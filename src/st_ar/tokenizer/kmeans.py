@@ -123,8 +123,10 @@ def train_kmeans(
         raise UserError(f"--patch must lie between 1 and the {size} pixels of a crop, not {patch}")
     if not 1 <= vocab_size <= 1 << 16:
         raise UserError(f"--vocab-size must lie between 1 and 65536, the store's 16 bits, not {vocab_size}")
-    if not 0 <= seed < 1 << 32:  # scikit-learn's range
-        raise UserError(f"--seed must be 0 or more, and at most {(1 << 32) - 1}, not {seed}")
+    if seed < 0:
+        raise UserError(f"--seed must be 0 or more, not {seed}")
+    if seed >= 1 << 32:
+        raise UserError(f"--seed must be at most {(1 << 32) - 1}, scikit-learn's largest, not {seed}")
     try:
         from sklearn.cluster import MiniBatchKMeans
     except ModuleNotFoundError as error:
