@@ -28,9 +28,11 @@ from st_ar.selfguided.teacher import Teacher
 from st_ar.training import loop
 from st_ar.training.log import append_log
 from st_ar.training.loop import backward, drop_labels, train
+from st_ar.training.manifest import list_checkpoints
 from st_ar.training.stopping import stop_on_signal
 from tests.data.random_store import FINGERPRINT, random_store
 from tests.disk import contents, flip_byte, full_disk, refused
+from tests.killing import survivors
 from tests.toys import NO_DROPOUT, random_model
 from tests.training.toy_runs import GUIDED_RUN, PLAIN_RUN
 
@@ -331,12 +333,11 @@ def signalled(tokens: Path, out: Path, name: str, instant: str, step: int) -> su
 @pytest.mark.parametrize(
     ("instant", "step", "left"),
     [
-        ("log", 7, ["step_00000004"]),
         ("checkpoint", 8, [".step_00000008.partial", "step_00000004"]),
         ("export", 12, ["step_00000008", "step_00000012"]),
     ],
 )
-def test_a_run_killed_at_any_instant_ends_as_if_it_had_never_stopped(
+def test_a_run_killed_while_it_is_saved_ends_as_if_it_had_never_stopped(
     tokens: Path, straight: Path, tmp_path: Path, instant: str, step: int, left: list[str]
 ) -> None:
     out = tmp_path / "run"
@@ -346,6 +347,15 @@ def test_a_run_killed_at_any_instant_ends_as_if_it_had_never_stopped(
     train(GUIDED_RUN, tokens, out, resume=True, preset="toy")
     assert_same_result(out, straight)
     assert sorted(path.name for path in (out / "checkpoints").iterdir()) == ["step_00000008", "step_00000012"]
+
+
+def test_a_run_killed_twenty_times_ends_as_if_it_had_never_stopped(tmp_path: Path) -> None:
+    random_store(tmp_path / "tokens", images=20, crops=4, shards=2)
+    straight, *runs = survivors("training", tmp_path, kills=20)
+    for run in runs:
+        assert_same_result(run, straight)
+        assert [step for step, _ in list_checkpoints(run / "checkpoints")] == [8, 16, 22, 24]
+        assert sorted(path.name for path in run.rglob(".*")) == [".metadata"] * 4  # and nothing half written
 
 
 @pytest.mark.parametrize(("name", "instant"), [("SIGTERM", "backward"), ("SIGINT", "log")])
@@ -519,17 +529,16 @@ def test_a_run_of_another_format_is_not_continued(tokens: Path, run: Path) -> No
         train(GUIDED_RUN, tokens, run, resume=True, preset="toy")
 
 
-def test_a_damaged_checkpoint_is_refused_by_name(tokens: Path, run: Path) -> None:
-    file = run / "checkpoints" / "step_00000012" / "__0_0.distcp"
-    file.write_bytes(file.read_bytes()[:5000])
-    with refused(run, "step_00000012 is damaged .*remove it to resume from the one before"):
-        train(GUIDED_RUN, tokens, run, resume=True, preset="toy")
-
-
-def test_after_removing_a_damaged_checkpoint_the_end_is_the_same(tokens: Path, run: Path, straight: Path) -> None:
-    shutil.rmtree(run / "checkpoints" / "step_00000012")
+def test_a_damaged_checkpoint_is_named_and_the_end_is_the_same(
+    tokens: Path, run: Path, straight: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flip_byte(run / "checkpoints" / "step_00000012" / "tensors" / "__0_0.distcp", 5000)
     train(GUIDED_RUN, tokens, run, resume=True, preset="toy")
+    assert "step_00000012 is damaged (tensors/__0_0.distcp does not have its checksum)" in capsys.readouterr().err
     assert_same_result(run, straight)
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == [
+        *("step_00000008", "step_00000012", "step_00000012.damaged")
+    ]
 
 
 UNSUITABLE: dict[str, tuple[TrainConfig, str]] = {

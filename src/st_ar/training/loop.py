@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
@@ -16,12 +17,12 @@ from st_ar.errors import Interrupted
 from st_ar.files import write_json
 from st_ar.hardware import choose_device, choose_dtype, require_compiler
 from st_ar.model.transformer import Transformer
-from st_ar.model.weights import exported_step, save_export
+from st_ar.model.weights import EMA, LIVE, exported_step, save_weights
 from st_ar.progress import progress
 from st_ar.randomness import Purpose, torch_generator, torch_seed
 from st_ar.selfguided.objective import Draws, Losses, SelfGuided, draw
 from st_ar.selfguided.teacher import Teacher
-from st_ar.training.checkpoint import Checkpoints
+from st_ar.training.checkpoint import Checkpoints, State
 from st_ar.training.log import append_log, rewind_log
 from st_ar.training.optim import adamw, learning_rate
 from st_ar.training.run import claim, describe_run, require_finite
@@ -72,28 +73,29 @@ def train(
     teacher = Teacher(model, config.selfguided)
     student = SelfGuided(model, config.selfguided).to(device).train()
     optimizer = adamw(student, config.optim)
-    checkpoints = Checkpoints(
-        out / "checkpoints", {"student": student, "ema": teacher.model}, student, optimizer, config.keep
-    )
-    start = checkpoints.restore()
+    state = State({"student": student, "ema": teacher.model}, student, optimizer)
+    checkpoints = Checkpoints(out / "checkpoints", keep=config.keep, keep_every=config.keep_every)
+    start = checkpoints.newest()
+    checkpoints.restore(start, state)
     write_json(out / "config.json", record)
     rewind_log(out / "log.jsonl", start)
     if config.compile:
         for block in [*model.layers, *teacher.model.layers]:
             block.compile()
 
-    def export(step: int) -> None:
+    def export(step: int, tensors: Mapping[str, Tensor]) -> None:
+        live, averaged = under("student.model.", tensors), under("ema.", tensors)
         info = {"preset": preset, "class_names": store.meta.class_names, "tokenizer": store.meta.tokenizer}
         encoder = {} if captions is None else {"encoder": captions.encoder}
         known = {"step": step, **info, "class_dropout": config.class_dropout, **encoder}
-        save_export(out / "export", model, teacher.model, known)
+        save_weights(out / "export", {LIVE: live, EMA: averaged}, config.model, known)
 
     if start and exported_step(out / "export") != start:  # the run was killed between its checkpoint and its export
-        export(start)
+        export(start, state.tensors())
 
     tokens_per_step = config.batch_size * config.views * config.model.sequence_length
     clock, clock_step = time.perf_counter(), start
-    with progress(out.name, total, unit="steps", done=start) as bar, stop_on_signal() as stop:
+    with progress(out.name, total, unit="steps", done=start) as bar, stop_on_signal() as stop, checkpoints:
         for step in range(start + 1, total + 1):
             batch, labels = views.batch(step - 1)
             labels = labels.to(device)
@@ -113,30 +115,36 @@ def train(
             optimizer.zero_grad()
             decay = teacher.update(model, step)
 
+            checkpoints.check()
             log = step % config.log_every == 0 or step == total
             if log or device.type == "cpu":  # reading a loss makes the host wait for a GPU
-                require_finite({"loss": losses.total, "gradient norm": norm}, step, out)
+                require_finite({"loss": losses.total, "gradient norm": norm}, step, checkpoints)
             if log:
                 now = time.perf_counter()
                 speed = tokens_per_step * (step - clock_step) / (now - clock)
                 clock, clock_step = now, step
                 terms = {name if name == "total" else f"loss_{name}": x.item() for name, x in losses._asdict().items()}
-                state = {"lr": rate, "grad_norm": norm.item(), "ema_decay": decay, "tokens_per_second": speed}
-                append_log(out / "log.jsonl", {"step": step, "loss": terms.pop("total"), **terms, **state})
+                rates = {"lr": rate, "grad_norm": norm.item(), "ema_decay": decay, "tokens_per_second": speed}
+                append_log(out / "log.jsonl", {"step": step, "loss": terms.pop("total"), **terms, **rates})
                 shown = " ".join(f"{name.removeprefix('loss_')} {value:.2f}" for name, value in terms.items() if value)
                 bar.note(f"{shown}, {speed / 1000:.1f}k tokens/s")
             stopping = stop[0] if stop else 0
             if step % config.checkpoint_every == 0 or step == total or stopping:
-                require_finite({"loss": losses.total, "gradient norm": norm}, step, out)
-                checkpoints.save(step)
-                export(step)
+                require_finite({"loss": losses.total, "gradient norm": norm}, step, checkpoints)
+                checkpoints.save(step, state, then=partial(export, step))
             bar.advance(1)
             if stopping:
+                checkpoints.wait()
                 raise Interrupted(
                     f"stopped at step {step} of {total}; the run is saved: the same command with --resume continues it",
                     stopping,
                 )
     return out
+
+
+def under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors whose names begin with `prefix`, without it."""
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 def drop_labels(labels: Tensor, null: Tensor | int, share: float, *, seed: int, step: int) -> Tensor:

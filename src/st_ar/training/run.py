@@ -12,12 +12,13 @@ from st_ar.files import is_taken, read_json, write_json
 from st_ar.hardware import describe
 from st_ar.run_config import RunConfig
 from st_ar.settings import differences, from_dict, to_dict
-from st_ar.training.checkpoint import list_checkpoints
+from st_ar.training.checkpoint import Checkpoints
+from st_ar.training.manifest import list_checkpoints
 from st_ar.training.optim import learning_rate
 
 FORMAT_VERSION = 1
 MAY_CHANGE = (
-    *("steps", "epochs", "log_every", "checkpoint_every", "keep", "device", "compile"),
+    *("steps", "epochs", "log_every", "checkpoint_every", "keep", "keep_every", "device", "compile"),
     *("evaluate_every", "evaluate_images"),
 )
 """Settings that a resumed run may change: none of them alters a step already taken (of the length, `claim` makes sure)."""
@@ -96,15 +97,16 @@ def _check_length(out: Path, before: int, config: RunConfig, images: int, step: 
         )
 
 
-def require_finite(terms: Mapping[str, Tensor], step: int, out: Path) -> None:
-    """Stop before a broken state is saved.
+def require_finite(terms: Mapping[str, Tensor], step: int, checkpoints: Checkpoints) -> None:
+    """Stop before a broken state is saved; what is being written is finished first.
 
     Raises:
         UserError: one of the losses or gradient norms is not finite.
     """
     wrong = [f"{name} is {value.item()}" for name, value in terms.items() if not torch.isfinite(value)]
     if wrong:
-        done = list_checkpoints(out / "checkpoints")
+        checkpoints.wait()
+        done = list_checkpoints(checkpoints.folder)
         good = f"the last good checkpoint is {done[-1][1]}" if done else "there is no checkpoint yet"
         raise UserError(
             f"the loss or its gradient is not finite at step {step} ({', '.join(wrong)}): {good}; lower --optim.lr, or "
