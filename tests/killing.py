@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch._dynamo  # noqa: F401 (an optimizer imports it, which takes longer than a life)
+import torch._dynamo  # which an optimizer imports: that takes longer than a life
 
 ROOT = Path(__file__).parents[1]
 Job = Callable[[Path], object]

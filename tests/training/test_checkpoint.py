@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from st_ar.errors import UserError
 from st_ar.training import checkpoint, manifest
 from st_ar.training.checkpoint import Checkpoints, State
-from st_ar.training.manifest import find_damage, list_checkpoints, read_record, write_manifest
+from st_ar.training.manifest import describe_files, find_damage, list_checkpoints, read_record, write_manifest
 from st_ar.training.tensor_files import write_tensors
 from tests.disk import contents, flip_byte, full_disk, refused
 
@@ -200,7 +200,7 @@ class HeldDisk:
         self.begun, self.released, self.broken = threading.Event(), threading.Event(), False
         patch.setattr(checkpoint, "write_tensors", self._write)
 
-    def _write(self, folder: Path, tensors: dict[str, Tensor]) -> None:
+    def _write(self, folder: Path, tensors: dict[str, Tensor], group: None) -> None:
         self.begun.set()
         assert self.released.wait(60)
         if self.broken:
@@ -468,7 +468,7 @@ def test_a_checkpoint_of_another_network_is_refused(folder: Path) -> None:
 def sealed(path: Path) -> Path:
     """Give an altered checkpoint a manifest that fits it, as whoever altered it could."""
     (path / "manifest.json").unlink()
-    write_manifest(path, {"step": 5})
+    write_manifest(path, describe_files(path), {"step": 5})
     return path
 
 

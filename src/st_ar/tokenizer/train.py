@@ -22,9 +22,9 @@ from st_ar.tokenizer import to_pixels
 from st_ar.tokenizer.vq import CONFIG, VQTokenizer
 from st_ar.tokenizer.vqgan import VQGAN, Discriminator, hinge_loss, revive
 from st_ar.training.checkpoint import Checkpoints, State
+from st_ar.training.group import everyone, from_first, mean, process_group, shared, total
 from st_ar.training.log import append_log, rewind_log
 from st_ar.training.optim import adamw, learning_rate
-from st_ar.training.parallel import everyone, mean, process_group, shared, total
 from st_ar.training.run import claim, describe_run, require_finite
 from st_ar.training.stopping import stop_on_signal
 from st_ar.vq_config import VQTrainConfig
@@ -207,8 +207,7 @@ def train_tokenizer(
         measured_on = test_images or images
         examples = evaluation_images(measured_on, config.size, config.evaluate_images) if writes else None
         checkpoints = Checkpoints(out / "checkpoints", keep=config.keep, keep_every=config.keep_every)
-        start = checkpoints.newest() if writes else 0  # damaged ones are put aside by one rank
-        start = int(everyone(torch.tensor([start], device=device))[0])
+        start = from_first(checkpoints.newest)
         checkpoints.restore(start, training.state(start))
         if writes:
             write_json(out / "config.json", record)

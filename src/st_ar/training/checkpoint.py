@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict import (
@@ -24,12 +25,14 @@ from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.tensor import DTensor
 
 from st_ar.errors import UserError
-from st_ar.training.manifest import TENSORS, list_checkpoints, newest_whole, write_manifest
+from st_ar.training.manifest import TENSORS, Files, describe_files, list_checkpoints, newest_whole, write_manifest
 from st_ar.training.tensor_files import READ_ERRORS, WRITE_ERRORS, read_tensors, reason, write_tensors
 
 OPTIONS = StateDictOptions(flatten_optimizer_state_dict=True)
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -76,10 +79,12 @@ class Checkpoints:
         folder: RUN/checkpoints.
         keep: how many of the newest to keep.
         keep_every: also keep those whose step is a multiple of this; 0 for none.
+        group: ranks that save together, each a part, by collectives of their own; by default the rank that calls, alone.
     """
 
-    def __init__(self, folder: Path, *, keep: int, keep_every: int = 0) -> None:
-        self.folder, self.keep, self.keep_every = folder, keep, keep_every
+    def __init__(self, folder: Path, *, keep: int, keep_every: int = 0, group: dist.ProcessGroup | None = None) -> None:
+        self.folder, self.keep, self.keep_every, self._group = folder, keep, keep_every, group
+        self._rank = 0 if group is None else dist.get_rank(group)
         self._stager = DefaultStager(StagingOptions(torch.cuda.is_available(), False, False, False))
         self._writing: Future[None] | None = None
 
@@ -113,19 +118,24 @@ class Checkpoints:
 
         Args:
             record: what else to write into the manifest.
-            then: called in the background with the copied tensors once the checkpoint is whole.
+            then: called in the background of the first rank, once the checkpoint is whole, with a copy of the modules'
+                tensors; those that ranks share are put together.
 
         Raises:
-            UserError: the write before failed, such as on a full disk.
+            UserError: the write before failed, such as on a full disk; on all ranks if it did so on one.
         """
         self.wait()
-        staged = self._stager.stage(state.tensors())
+        tensors = state.tensors()
+        staged = self._stager.stage(tensors)
         assert isinstance(staged, dict)
-        self._writing = _in_background(partial(self._write, step, staged, record or {}, then))
+        weights = staged | whole_weights(tensors, keep=self._rank == 0) if then else {}
+        self._writing = _in_background(
+            partial(self._write, step, staged, record or {}, partial(then, weights) if then else None)
+        )
 
     def check(self) -> None:
-        """Raise the error of a write that has failed; costs nothing."""
-        if self._writing is not None and self._writing.done():
+        """Raise the error of a write that has failed; costs nothing. Several ranks find it together, when they next save."""
+        if self._group is None and self._writing is not None and self._writing.done():
             self.wait()
 
     def wait(self) -> None:
@@ -154,36 +164,83 @@ class Checkpoints:
             ) from error
 
     def _write(
-        self,
-        step: int,
-        tensors: dict[str, Tensor],
-        record: Mapping[str, Any],
-        then: Callable[[Mapping[str, Tensor]], None] | None,
+        self, step: int, tensors: dict[str, Tensor], record: Mapping[str, Any], then: Callable[[], None] | None
     ) -> None:
         final = self._path(step)
         aside = final.with_name(f".{final.name}.partial")
-        try:
-            shutil.rmtree(aside, ignore_errors=True)
-            write_tensors(aside / TENSORS, tensors)
-            write_manifest(aside, {"step": step, **record})
+
+        def write_part() -> Files:
+            write_tensors(aside / TENSORS, tensors, self._group)
+            return describe_files(aside, self._rank)
+
+        def finish() -> None:
+            write_manifest(
+                aside, {name: file for part in parts for name, file in part.items()}, {"step": step, **record}
+            )
             if final.exists():
                 shutil.rmtree(final)
             os.replace(aside, final)
-        except (*WRITE_ERRORS, UserError) as error:
-            shutil.rmtree(aside, ignore_errors=True)
+
+        try:
+            self._together(partial(shutil.rmtree, aside, ignore_errors=True), first_alone=True)
+            parts = self._together(write_part)
+            self._together(finish, first_alone=True)
+        except UserError as error:
+            if self._rank == 0:
+                shutil.rmtree(aside, ignore_errors=True)
             newest = list_checkpoints(self.folder)
             left = f"{newest[-1][1]} is intact" if newest else "there is no earlier one"
             raise UserError(
-                f"cannot write the checkpoint of step {step} ({reason(error)}); {left}; free some space and continue with --resume"
+                f"cannot write the checkpoint of step {step} ({error}); {left}; free some space and continue with --resume"
             ) from error
-        for old, path in list_checkpoints(self.folder)[: -self.keep]:
-            if not self.keep_every or old % self.keep_every:
-                _remove(path)
+        self._together(self._remove_old, first_alone=True)
         if then is not None:
-            then(tensors)
+            self._together(then, first_alone=True)
+
+    def _together(self, action: Callable[[], Result], *, first_alone: bool = False) -> list[Result]:
+        """What an action makes on each rank, or on the first alone, when all have done it.
+
+        Raises:
+            UserError: on every rank, if a file cannot be written on one.
+        """
+        made: list[Any] = []
+        try:
+            if self._rank == 0 or not first_alone:
+                made = [action()]
+        except UserError as error:
+            made = [error]
+        except WRITE_ERRORS as error:
+            made = [UserError(reason(error))]
+        if self._group is not None:
+            everyones: list[list[Any]] = [[] for _ in range(dist.get_world_size(self._group))]
+            dist.all_gather_object(everyones, made, self._group)
+            made = [one for each in everyones for one in each]
+        for one in made:
+            if isinstance(one, UserError):
+                raise one
+        return made
+
+    def _remove_old(self) -> None:
+        for step, path in list_checkpoints(self.folder)[: -self.keep]:
+            if not self.keep_every or step % self.keep_every:
+                _remove(path)
 
     def _path(self, step: int) -> Path:
         return self.folder / f"step_{step:08d}"
+
+
+def whole_weights(tensors: Mapping[str, Tensor], *, keep: bool) -> dict[str, Tensor]:
+    """Of a state's tensors the modules' that are split among ranks, put together, on the CPU of the rank that is to keep them.
+
+    All ranks must call this.
+    """
+    found: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        if isinstance(tensor, DTensor) and not name.startswith("optimizer."):
+            whole = tensor.full_tensor()  # one after another, to save a GPU's memory
+            if keep:
+                found[name] = whole.to("cpu", copy=True)
+    return found
 
 
 def _remove(path: Path) -> None:

@@ -20,14 +20,20 @@ FORMAT_VERSION = 2
 MANIFEST, TENSORS = "manifest.json", "tensors"
 
 
-def write_manifest(folder: Path, record: Mapping[str, Any]) -> None:
-    """Add to a folder the manifest of what is in it, with what else is to be recorded."""
-    files = {
-        str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": sha256(path)}
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
-    content = {"format_version": FORMAT_VERSION, **record, "files": files}
+Files = dict[str, dict[str, int | str]]
+"""Name within the checkpoint -> bytes and sha256."""
+
+
+def describe_files(folder: Path, rank: int = 0) -> Files:
+    """The files in a checkpoint's folder that a rank has written."""
+    patterns = [f"{TENSORS}/__{rank}_*", *([f"{TENSORS}/.metadata"] if rank == 0 else [])]
+    paths = sorted(path for pattern in patterns for path in folder.glob(pattern))
+    return {str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in paths}
+
+
+def write_manifest(folder: Path, files: Files, record: Mapping[str, Any]) -> None:
+    """Write a checkpoint's manifest: all its files, and what else is to be recorded."""
+    content = {"format_version": FORMAT_VERSION, **record, "files": dict(sorted(files.items()))}
     write_json(folder / MANIFEST, content | {"sha256": _digest(content)})
 
 

@@ -11,6 +11,7 @@ from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader, FileSystemWriter
@@ -62,9 +63,13 @@ class _TensorsOnly(DefaultLoadPlanner):
         raise pickle.UnpicklingError(f"{read_item.dest_index.fqn} is no tensor")
 
 
-def write_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
-    """Write the tensors into a new folder, flushed to the disk; one of WRITE_ERRORS if that fails."""
-    dcp.save(tensors, storage_writer=FileSystemWriter(folder), no_dist=True)
+def write_tensors(folder: Path, tensors: dict[str, Tensor], group: dist.ProcessGroup | None = None) -> None:
+    """Write the tensors into a new folder, flushed to the disk; one of WRITE_ERRORS if that fails.
+
+    The ranks of a group write together, each the shards it has and a share of what all have: rank r files `__r_*`, and
+    rank 0 the index.
+    """
+    dcp.save(tensors, storage_writer=FileSystemWriter(folder), process_group=group, no_dist=group is None)
 
 
 def read_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
