@@ -14,7 +14,8 @@ KILLED_GAN = replace(TOY_GAN, checkpoint_every=2)
 
 def training(folder: Path) -> None:
     resume = (folder / "config.json").exists()
-    train(KILLED_RUN, folder.parent / "tokens", folder, resume=resume, preset="toy")
+    stores = folder.parent
+    train(KILLED_RUN, stores / "tokens", folder, validation=stores / "validation", resume=resume, preset="toy")
 
 
 def tokenizer_training(folder: Path) -> None:

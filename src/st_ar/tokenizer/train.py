@@ -24,6 +24,7 @@ from st_ar.tokenizer.vqgan import VQGAN, Discriminator, hinge_loss, revive
 from st_ar.training.checkpoint import Checkpoints, State
 from st_ar.training.group import everyone, from_first, mean, process_group, shared, total
 from st_ar.training.log import append_log, rewind_log
+from st_ar.training.memory import enough_memory
 from st_ar.training.optim import adamw, learning_rate
 from st_ar.training.run import claim, describe_run, require_finite
 from st_ar.training.stopping import stop_on_signal
@@ -184,7 +185,7 @@ def train_tokenizer(
             that is not finite.
         Interrupted: SIGINT or SIGTERM came; a checkpoint of the last finished step was written.
     """
-    with process_group(config.device) as (ranks, device):
+    with process_group(config.device) as (ranks, device), enough_memory(config, ranks.world):
         writes = ranks.rank == 0
         if config.batch_size % ranks.world:
             raise UserError(f"--batch-size {config.batch_size} is no multiple of the {ranks.world} ranks")

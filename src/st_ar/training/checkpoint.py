@@ -28,7 +28,15 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.tensor import DTensor
 
 from st_ar.errors import UserError
-from st_ar.training.manifest import TENSORS, Files, describe_files, list_checkpoints, newest_whole, write_manifest
+from st_ar.training.manifest import (
+    TENSORS,
+    Files,
+    describe_files,
+    list_checkpoints,
+    newest_whole,
+    read_record,
+    write_manifest,
+)
 from st_ar.training.tensor_files import READ_ERRORS, WRITE_ERRORS, read_tensors, reason, write_tensors
 
 OPTIONS = StateDictOptions(flatten_optimizer_state_dict=True)
@@ -79,11 +87,21 @@ class Checkpoints:
         folder: RUN/checkpoints.
         keep: how many of the newest to keep.
         keep_every: also keep those whose step is a multiple of this; 0 for none.
+        keep_least: also keep the one of which the least number is recorded under this name; empty for none.
         group: ranks that save together, each a part, by collectives of their own; by default the rank that calls, alone.
     """
 
-    def __init__(self, folder: Path, *, keep: int, keep_every: int = 0, group: dist.ProcessGroup | None = None) -> None:
-        self.folder, self.keep, self.keep_every, self._group = folder, keep, keep_every, group
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        keep: int,
+        keep_every: int = 0,
+        keep_least: str = "",
+        group: dist.ProcessGroup | None = None,
+    ) -> None:
+        self.folder, self.keep, self.keep_every, self.keep_least = folder, keep, keep_every, keep_least
+        self._group = group
         self._rank = 0 if group is None else dist.get_rank(group)
         self._stager = DefaultStager(StagingOptions(torch.cuda.is_available(), False, False, False))
         self._writing: Future[None] | None = None
@@ -149,6 +167,11 @@ class Checkpoints:
         for partial_ in self.folder.glob(".step_*.partial"):
             shutil.rmtree(partial_, ignore_errors=True)  # another rank may be at it too
         return newest_whole(self.folder)
+
+    def recorded(self, step: int, *names: str) -> dict[str, Any]:
+        """What was recorded under these names, as far as it was, with the whole checkpoint of `step`; 0 has none."""
+        record = read_record(self._path(step)) if step else {}
+        return {name: record[name] for name in names if name in record}
 
     def restore(self, step: int, state: State) -> None:
         """Load the checkpoint of `step` into the state; step 0 leaves it as it is."""
@@ -221,8 +244,16 @@ class Checkpoints:
         return made
 
     def _remove_old(self) -> None:
-        for step, path in list_checkpoints(self.folder)[: -self.keep]:
-            if not self.keep_every or step % self.keep_every:
+        found = list_checkpoints(self.folder)
+        kept = {step for step, _ in found[-self.keep :]}
+        if self.keep_every:
+            kept |= {step for step, _ in found if step % self.keep_every == 0}
+        records = {step: self.recorded(step, self.keep_least) for step, _ in found} if self.keep_least else {}
+        numbers = {step: record[self.keep_least] for step, record in records.items() if record}
+        if numbers:
+            kept.add(min(numbers, key=numbers.__getitem__))
+        for step, path in found:
+            if step not in kept:
                 _remove(path)
 
     def _path(self, step: int) -> Path:
