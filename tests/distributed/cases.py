@@ -5,13 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from st_ar.config import SelfGuidedConfig, TrainConfig
+from st_ar.hardware import choose_dtype
 from st_ar.selfguided.objective import Losses, SelfGuided, draw
 from st_ar.selfguided.teacher import Teacher
 from st_ar.training.loop import backward
-from st_ar.training.parallel import spread
+from st_ar.training.parallel import choose_parallel, spread
 from tests.toys import NO_DROPOUT, random_model
 from tests.training.toy_runs import GUIDED_RUN
 
@@ -34,6 +35,7 @@ CASES: dict[int, dict[str, TrainConfig]] = {
         "ddp-plain": replace(PLAIN, **DDP),
         "fsdp": replace(GUIDED, **FSDP),
         "fsdp-accumulate": replace(OTHER, **FSDP, accumulate=4, activation_checkpointing="selective"),
+        "fsdp-bfloat16": replace(GUIDED, **FSDP, dtype="bfloat16"),
         "fsdp-plain": replace(PLAIN, **FSDP, activation_checkpointing="full"),
     },
     4: {
@@ -46,6 +48,18 @@ CASES: dict[int, dict[str, TrainConfig]] = {
     },
 }
 """Ranks -> name -> what they train."""
+COMPILED = {
+    f"{parallel}-{again}": replace(GUIDED, parallel=parallel, activation_checkpointing=again, compile=True)
+    for parallel in ("ddp", "fsdp")
+    for again in ("none", "selective", "full")
+}
+"""Of two ranks."""
+RELAY = {
+    2: replace(GUIDED, **DDP, steps=2),
+    1: replace(GUIDED, steps=4),
+    4: replace(GUIDED, **FSDP, steps=6),
+}
+"""One run that goes on with other ranks, in this order; one rank ends it after step 8."""
 
 
 def alone(config: TrainConfig, world: int) -> TrainConfig:
@@ -61,23 +75,22 @@ class CalmAdamW(torch.optim.AdamW):
         super().__init__(*args, **kwargs, eps=1e-3)
 
 
-def first_gradients(
-    config: TrainConfig, world: int, rank: int, parallel: str
-) -> tuple[dict[str, Tensor], Losses, nn.Module]:
-    """This rank's gradients, or shards of them, on a batch of random tokens with weights far from zero."""
+def first_gradients(config: TrainConfig, world: int, rank: int) -> tuple[dict[str, Tensor], Losses]:
+    """This rank's gradients, or shards of them, on a batch of random tokens with weights far from zero; and its losses."""
     torch.manual_seed(3)
     teacher = Teacher(random_model(config.model, seed=1), config.selfguided)
     student = SelfGuided(random_model(config.model, seed=0), config.selfguided).train()
-    called = spread(student, teacher, config, parallel, torch.device("cpu"), torch.float32)
+    cpu = torch.device("cpu")
+    dtype = choose_dtype(config.dtype, cpu)
+    called = spread(student, teacher, config, choose_parallel(config, world), cpu, dtype)
     generator = torch.Generator().manual_seed(5)
     tokens = torch.randint(16, (config.batch_size, 2, 16), generator=generator)
     labels = torch.randint(4, (config.batch_size,), generator=generator)
     each = config.batch_size // world
     mine = slice(rank * each, (rank + 1) * each)
     draws = draw(config.selfguided, config.model, images=config.batch_size, views=2, seed=0, step=1, mine=mine)
-    losses = backward(called, teacher, tokens[mine], labels[mine], draws, config.accumulate, torch.float32)
-    found = {name: p.grad for name, p in student.named_parameters() if p.grad is not None}
-    return found, losses, called
+    losses = backward(called, teacher, tokens[mine], labels[mine], draws, config.accumulate, dtype)
+    return {name: p.grad for name, p in student.named_parameters() if p.grad is not None}, losses
 
 
 def place(out: Path, world: int, name: str) -> Path:

@@ -1,36 +1,115 @@
-"""A rank that trains every case: python -m tests.distributed.worker TOKENS OUT, under torchrun."""
+"""A rank of everything that test_training looks at: python -m tests.distributed.worker {TOKENS,compiled} OUT, under torchrun.
+
+One start for all, since starting takes longer than training. The last line that a rank prints is a JSON object.
+"""
 
 import json
+import math
 import os
+import signal
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 
+from st_ar.config import TrainConfig
+from st_ar.errors import Interrupted, UserError
+from st_ar.model import weights
 from st_ar.training import loop, optim
 from st_ar.training.group import process_group
-from tests.distributed.cases import CASES, CalmAdamW, first_gradients, place
+from tests.distributed.cases import CASES, COMPILED, FSDP, GUIDED, RELAY, CalmAdamW, first_gradients, place
+
+
+def counted(patch: pytest.MonkeyPatch) -> dict[str, int]:
+    """How often this rank writes each kind of file of a run."""
+    counts: dict[str, int] = {}
+    for module, name in ((loop, "append_log"), (loop, "rewind_log"), (loop, "write_json"), (weights, "save_file")):
+        written: Callable[..., Any] = getattr(module, name)
+
+        def writing(*args: Any, name: str = name, written: Callable[..., Any] = written, **kwargs: Any) -> None:
+            counts[name] = counts.get(name, 0) + 1
+            written(*args, **kwargs)
+
+        patch.setattr(module, name, writing)
+    return counts
+
+
+def stopped_and_resumed(tokens: Path, out: Path, rank: int) -> str:
+    """The last rank gets SIGTERM in step 2 of a run, which is then resumed; what was said of the stop."""
+    backward, passes = loop.backward, 0
+
+    def signalled(*args: Any) -> Any:
+        nonlocal passes
+        passes += 1
+        if passes == 2 and rank == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return backward(*args)
+
+    config = replace(GUIDED, **FSDP)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "backward", signalled)
+        with pytest.raises(Interrupted) as stop:
+            loop.train(config, tokens, out, preset="toy")
+    loop.train(config, tokens, out, resume=True, preset="toy")
+    return str(stop.value)
+
+
+def broken(tokens: Path, out: Path, rank: int) -> str:
+    """The loss of the last rank alone is infinite in step 1; what this rank says of it."""
+    forward = loop.SelfGuided.forward
+
+    def exploding(*args: Any) -> Any:
+        losses = forward(*args)
+        return losses._replace(total=losses.total * math.inf) if rank == 1 else losses
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop.SelfGuided, "forward", exploding)
+        with pytest.raises(UserError) as error:
+            loop.train(GUIDED, tokens, out, preset="toy")
+    return str(error.value)
+
+
+def save_gradients(config: TrainConfig, world: int, rank: int, path: Path) -> None:
+    """Those of all ranks, and the losses that this one has found."""
+    gradients, losses = first_gradients(config, world, rank)
+    whole = {key: g.full_tensor() if isinstance(g, DTensor) else g for key, g in gradients.items()}
+    if rank == 0:
+        save_file({key: g.contiguous() for key, g in whole.items()}, path.with_suffix(".safetensors"))
+        path.with_suffix(".json").write_text(json.dumps([loss.item() for loss in losses]))
+
+
+def compiled(out: Path) -> None:
+    with process_group("cpu", 60):
+        for name, config in COMPILED.items():
+            save_gradients(config, 2, int(os.environ["RANK"]), out / f"2-{name}")
 
 
 def main(tokens: Path, out: Path) -> None:
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     optim.torch.optim.AdamW = CalmAdamW
-    with process_group("cpu", 60):
+    found: dict[str, Any] = {}
+    with pytest.MonkeyPatch.context() as patch, process_group("cpu", 60):
+        found["writes"] = counted(patch)
         for name, config in CASES[world].items():
-            parallel = "ddp" if config.parallel == "auto" else config.parallel
-            gradients, losses, _ = first_gradients(config, world, rank, parallel)
-            whole = {key: g.full_tensor() if isinstance(g, DTensor) else g for key, g in gradients.items()}
-            if rank == 0:
-                save_file(
-                    {key: value.contiguous() for key, value in whole.items()}, out / f"{world}-{name}.safetensors"
-                )
-                (out / f"{world}-{name}.json").write_text(json.dumps([loss.item() for loss in losses]))
+            save_gradients(config, world, rank, out / f"{world}-{name}")
             loop.train(config, tokens, place(out, world, name), preset="toy")
-            print(name, torch.initial_seed())
+        found["seed"] = torch.initial_seed()
+        loop.train(RELAY[world], tokens, out / "relay", resume=world == 4, preset="toy")
+        if world == 2:
+            found["stopped"] = stopped_and_resumed(tokens, out / "stopped", rank)
+            found["broken"] = broken(tokens, out / "broken", rank)
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    if sys.argv[1] == "compiled":
+        compiled(Path(sys.argv[2]))
+    else:
+        main(Path(sys.argv[1]), Path(sys.argv[2]))
