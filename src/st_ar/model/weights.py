@@ -2,13 +2,13 @@
 LlamaGen's own files.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from st_ar.config import ModelConfig
 from st_ar.errors import UserError
@@ -50,29 +50,19 @@ class ModelInfo:
     """Whether these are the averaged weights."""
 
 
-def save_export(
-    folder: Path, model: Transformer, ema: Transformer, info: dict[str, Any], *, writes: bool = True
+def save_export(folder: Path, model: Transformer, ema: Transformer, info: dict[str, Any]) -> None:
+    """Write export/: live and averaged weights in float32, and config.json. Each file is replaced whole."""
+    save_weights(folder, {LIVE: model.state_dict(), EMA: ema.state_dict()}, model.config, info)
+
+
+def save_weights(
+    folder: Path, weights: Mapping[str, Mapping[str, Tensor]], config: ModelConfig, info: dict[str, Any]
 ) -> None:
-    """Write export/: live and averaged weights in float32, and config.json. Each file is replaced whole.
-
-    Weights that are split among ranks are gathered: all of them call this, and the one that `writes` does so.
-    """
-    save_weights(folder, {LIVE: model, EMA: ema}, info, writes=writes)
-
-
-def save_weights(folder: Path, models: dict[str, Transformer], info: dict[str, Any], *, writes: bool = True) -> None:
-    """Write models of one architecture, by file name, and the config.json that describes them."""
-    config = to_dict(next(iter(models.values())).config)
-    for name, model in models.items():
-        tensors: dict[str, Tensor] = {}
-        for key, value in model.state_dict().items():
-            whole = value.full_tensor() if isinstance(value, DTensor) else value  # one at a time: memory
-            if writes:
-                tensors[key] = whole.detach().cpu()
-        if writes:
-            save_tensors(folder / name, tensors, file=name, model=config)
-    if writes:
-        write_json(folder / "config.json", {"format_version": FORMAT_VERSION, "model": config, **info})
+    """Write weights of one architecture, by file name, and the config.json that describes them."""
+    described = to_dict(config)
+    for name, tensors in weights.items():
+        save_tensors(folder / name, tensors, file=name, model=described)
+    write_json(folder / "config.json", {"format_version": FORMAT_VERSION, "model": described, **info})
 
 
 def exported_step(folder: Path) -> int | None:
