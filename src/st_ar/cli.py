@@ -17,6 +17,7 @@ from st_ar.presets import PRESETS, get_preset, unknown_preset
 from st_ar.run_config import RunConfig
 from st_ar.verbs import VERBS
 from st_ar.vq_config import VQ_PRESETS
+from st_ar.watch_config import WatchConfig
 
 HELP = """\
 usage: st-ar VERB [options]        st-ar VERB --help explains each
@@ -58,6 +59,7 @@ class Train:
     """Folder of the run."""
     resume: bool = False
     """Continue the run in --out from its newest checkpoint; give the settings it was begun with."""
+    watching: Annotated[WatchConfig, tyro.conf.arg(name="")] = field(default_factory=WatchConfig)
     config: Annotated[TrainConfig, tyro.conf.arg(name="")]
 
 
@@ -74,7 +76,15 @@ def train_verb(arguments: Sequence[str]) -> None:
     )
     from st_ar.training.loop import train
 
-    train(command.config, command.tokens, command.out, text=command.text, resume=command.resume, preset=name)
+    train(
+        command.config,
+        command.tokens,
+        command.out,
+        text=command.text,
+        watching=command.watching,
+        resume=command.resume,
+        preset=name,
+    )
     print(f"{command.out}: trained; weights in {command.out / 'export'}")
 
 

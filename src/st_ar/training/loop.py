@@ -26,6 +26,8 @@ from st_ar.training.log import append_log, rewind_log
 from st_ar.training.optim import adamw, learning_rate
 from st_ar.training.run import claim, describe_run, require_finite
 from st_ar.training.stopping import stop_on_signal
+from st_ar.training.watch import Watch
+from st_ar.watch_config import WatchConfig
 
 
 def train(
@@ -34,6 +36,7 @@ def train(
     out: Path,
     *,
     text: Path | None = None,
+    watching: WatchConfig | None = None,
     resume: bool = False,
     preset: str = "",
 ) -> Path:
@@ -44,6 +47,7 @@ def train(
 
     Args:
         text: the captions of the token store's images, for a text model and no other.
+        watching: what is shown of the run; it has no part in the weights. TensorBoard's curves alone if None.
 
     Raises:
         UserError: a store, captions or their absence that do not suit the model, a run already there, a resume with other
@@ -65,6 +69,7 @@ def train(
     views = Views(store, batch_size=config.batch_size, views=config.views, seed=config.seed, conditions=conditions)
     data = {"tokens": store.describe()} | ({} if captions is None else {"text": captions.describe()})
     record = describe_run(config, data, dtype, preset)
+    watch = Watch(watching or WatchConfig(), config, out, store, captions, device, dtype)
     claim(out, record, config, len(store), resume=resume)
 
     torch.manual_seed(torch_seed(config.seed, Purpose.INITIALISATION))
@@ -93,8 +98,13 @@ def train(
 
     tokens_per_step = config.batch_size * config.views * config.model.sequence_length
     clock, clock_step = time.perf_counter(), start
-    with progress(out.name, total, unit="steps", done=start) as bar, stop_on_signal() as stop:
+    with (
+        progress(out.name, total, unit="steps", done=start) as bar,
+        watch.follow(student, record, start),
+        stop_on_signal() as stop,
+    ):
         for step in range(start + 1, total + 1):
+            log = watch.begin(step, total)
             batch, labels = views.batch(step - 1)
             labels = labels.to(device)
             null = model.cls_embedding.null(labels)
@@ -113,18 +123,17 @@ def train(
             optimizer.zero_grad()
             decay = teacher.update(model, step)
 
-            log = step % config.log_every == 0 or step == total
             if log or device.type == "cpu":  # reading a loss makes the host wait for a GPU
                 require_finite({"loss": losses.total, "gradient norm": norm}, step, out)
             if log:
-                now = time.perf_counter()
-                speed = tokens_per_step * (step - clock_step) / (now - clock)
-                clock, clock_step = now, step
+                speed = tokens_per_step * (step - clock_step) / (time.perf_counter() - clock)
                 terms = {name if name == "total" else f"loss_{name}": x.item() for name, x in losses._asdict().items()}
                 state = {"lr": rate, "grad_norm": norm.item(), "ema_decay": decay, "tokens_per_second": speed}
-                append_log(out / "log.jsonl", {"step": step, "loss": terms.pop("total"), **terms, **state})
+                entry = {"step": step, "loss": terms.pop("total"), **terms, **state}
+                append_log(out / "log.jsonl", watch.look(step, entry))
                 shown = " ".join(f"{name.removeprefix('loss_')} {value:.2f}" for name, value in terms.items() if value)
                 bar.note(f"{shown}, {speed / 1000:.1f}k tokens/s")
+                clock, clock_step = time.perf_counter(), step
             stopping = stop[0] if stop else 0
             if step % config.checkpoint_every == 0 or step == total or stopping:
                 require_finite({"loss": losses.total, "gradient norm": norm}, step, out)
