@@ -53,26 +53,24 @@ PEAK_BFLOAT16 = {
     "H100": 989e12,
     "H200 NVL": 835e12,
     "H200": 989e12,
-    "H800": 989e12,
     "B200": 2250e12,
     "A100": 312e12,
-    "A800": 312e12,
     "A40": 149.7e12,
     "A10": 125e12,
     "L40S": 362e12,
     "L4": 121e12,
-    "RTX 4090": 165.2e12,
-    "RTX 3090": 71e12,
 }
-"""Part of a GPU's name -> dense bfloat16 FLOP/s with float32 sums, as NVIDIA's data sheets give it; the first that fits counts."""
+"""Words of a GPU's name -> its dense bfloat16 FLOP/s by NVIDIA's data sheets; the first that fits counts."""
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
-    """The FLOP/s that a GPU could reach in bfloat16; None for other types, CPUs and GPUs that are not listed."""
+    """The FLOP/s that a GPU could reach in bfloat16; None for other types, CPUs, GPUs that are not listed and parts of one."""
     if device.type != "cuda" or dtype != torch.bfloat16:
         return None
-    words = f" {torch.cuda.get_device_name(device).replace('-', ' ')} "
-    return next((peak for name, peak in PEAK_BFLOAT16.items() if f" {name} " in words), None)
+    name = f" {torch.cuda.get_device_name(device).replace('-', ' ')} "
+    if " MIG " in name:
+        return None
+    return next((peak for words, peak in PEAK_BFLOAT16.items() if f" {words} " in name), None)
 
 
 def require_compiler(device: torch.device) -> None:

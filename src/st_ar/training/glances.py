@@ -23,6 +23,7 @@ from st_ar.model.transformer import Transformer
 from st_ar.randomness import Purpose, numpy_generator
 from st_ar.sample_config import SampleSettings
 from st_ar.sampling import Sampler
+from st_ar.tokenizer import load_tokenizer
 
 IMAGES = 16
 """Samples, unless their labels are given."""
@@ -64,22 +65,23 @@ class Samples:
         training: TrainConfig,
         device: torch.device,
     ) -> None:
-        self.tokenizer = place_tokenizer(tokenizer, device.type, "float32")
-        store.check_model(training.model, self.tokenizer.fingerprint if store.meta.tokenizer else None)
-        if self.tokenizer.vocab_size != store.meta.vocab_size:
+        codes = load_tokenizer(tokenizer)
+        store.check_model(training.model, codes.fingerprint if store.meta.tokenizer else None)
+        if codes.vocab_size != store.meta.vocab_size:
             raise UserError(
-                f"--sample-tokenizer {tokenizer} has {self.tokenizer.vocab_size} codes, the token store {store.meta.vocab_size}: "
-                "give the store's own"
+                f"--sample-tokenizer {tokenizer} has {codes.vocab_size} codes, {store.folder} has {store.meta.vocab_size}: "
+                "give the tokenizer that made the store"
             )
         known = training.model.num_classes if captions is None else len(captions)
         if wrong := [label for label in labels if not 0 <= label < known]:
             raise UserError(f"--sample-labels {wrong[0]} is out of range: give 0 to {known - 1}")
-        self.captions, self.settings = captions, settings
+        self.tokenizer, self.captions, self.settings, self.device = tokenizer, captions, settings, device
         self.labels = labels or spread_labels(known, IMAGES)
 
     def draw(self, network: Transformer, path: Path) -> np.ndarray:
         """Write the grid as a PNG; returns it, uint8 [H, W, 3]."""
-        sampler = Sampler(network, self.tokenizer, self.settings, self.captions)
+        tokenizer = place_tokenizer(self.tokenizer, self.device.type, "float32")  # no memory is held between two grids
+        sampler = Sampler(network, tokenizer, self.settings, self.captions)
         starts = range(0, len(self.labels), AT_ONCE)
         numbers = [range(start, min(start + AT_ONCE, len(self.labels))) for start in starts]
         pictures = [sampler.pictures(sampler.tokens(some, self.labels)) for some in numbers]
