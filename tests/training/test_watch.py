@@ -42,10 +42,8 @@ NOTHING = WatchConfig(track=("none",))
 RUN = replace(GUIDED_RUN, log_every=3)
 
 
-@pytest.fixture(scope="module")
-def line(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def make_line(folder: Path) -> Path:
     """A tokenizer, and a training and a test store of its codes."""
-    folder = tmp_path_factory.mktemp("line")
     tokenizer = random_tokenizer(vocab_size=16)
     tokenizer.save(folder / "tokenizer")
     for name, images, seed in (("tokens", 20, 0), ("test", 30, 1)):
@@ -53,6 +51,11 @@ def line(tmp_path_factory: pytest.TempPathFactory) -> Path:
         meta = json.loads((folder / name / "meta.json").read_text())
         (folder / name / "meta.json").write_text(json.dumps(meta | {"tokenizer": tokenizer.fingerprint}))
     return folder
+
+
+@pytest.fixture(scope="module")
+def line(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_line(tmp_path_factory.mktemp("line"))
 
 
 def everything(line: Path, **changes: Any) -> WatchConfig:

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 from torch import Tensor
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.tensor import DTensor
 
 from st_ar.config import TrainConfig
 from st_ar.data.store import TokenStore
@@ -33,19 +33,22 @@ AT_ONCE = 64
 """Images in the network at once."""
 
 
+@torch.no_grad()
 def whole_copy(model: Transformer, device: torch.device, dtype: torch.dtype) -> Transformer | None:
     """A copy of the weights in evaluation mode, on rank 0; every rank has to call it, for weights may lie in parts on all.
 
     Nothing of the model in training is touched, and no random number of its own is drawn.
     """
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    weights = get_model_state_dict(model, options=options)
-    if dist.is_initialized() and dist.get_rank() > 0:
-        return None
-    with torch.random.fork_rng(devices=[]):
-        copy = Transformer(model.config)
-    copy.load_state_dict(weights)
-    return copy.to(device, dtype).eval()
+    copy = None
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        with torch.random.fork_rng(devices=[]):
+            copy = Transformer(model.config).to(device, dtype).eval()
+    places = {} if copy is None else copy.state_dict()
+    for name, value in model.state_dict().items():
+        whole = value.full_tensor() if isinstance(value, DTensor) else value  # one at a time: memory
+        if name in places:
+            places[name].copy_(whole)
+    return copy
 
 
 class Samples:
