@@ -158,6 +158,7 @@ OUT_OF_RANGE: list[tuple[type, dict[str, Any], str]] = [
     (TrainConfig, {"class_dropout": 1.0}, "class_dropout"),
     (TrainConfig, {"class_dropout": -0.1}, "class_dropout"),
     (TrainConfig, {"seed": -1}, "seed"),
+    (TrainConfig, {"rank_timeout": 0}, "rank_timeout"),
 ]
 
 # Settings that do not go together: the message must name each of their flags.
@@ -178,6 +179,9 @@ DO_NOT_GO_TOGETHER: list[tuple[type, dict[str, Any], str]] = [
     (SelfGuidedConfig, {"positions": 1}, "step_loss"),
     (TrainConfig, {"batch_size": 10, "accumulate": 3}, "batch_size"),
     (TrainConfig, {"batch_size": 10, "accumulate": 3}, "accumulate"),
+    (TrainConfig, {"shard_size": 2}, "shard_size"),
+    (TrainConfig, {"shard_size": 2, "parallel": "ddp"}, "parallel"),
+    (TrainConfig, {"shard_size": 1, "parallel": "fsdp"}, "shard_size"),
     (TrainConfig, {"views": 1, "selfguided": SelfGuidedConfig()}, "views"),
     (TrainConfig, {"views": 1, "selfguided": SelfGuidedConfig()}, "--selfguided.view-loss"),
     (TrainConfig, {"views": 2, "batch_size": 1, "selfguided": SelfGuidedConfig()}, "batch_size"),
@@ -213,6 +217,7 @@ def numeric_fields(*kinds: object) -> list[tuple[type, str]]:
 def test_every_numeric_setting_has_a_value_that_is_refused() -> None:
     tried = {(cls, name) for cls, changes, _ in OUT_OF_RANGE for name in changes}
     tried.add((SelfGuidedConfig, "contrast_layer"))  # below: it depends on the model
+    tried.add((TrainConfig, "shard_size"))  # it depends on --parallel
     assert set(numeric_fields(int, float, int | None, float | None)) <= tried
 
 

@@ -85,7 +85,8 @@ def train_verb(arguments: Sequence[str]) -> None:
         resume=command.resume,
         preset=name,
     )
-    print(f"{command.out}: trained; weights in {command.out / 'export'}")
+    if os.environ.get("RANK", "0") == "0":
+        print(f"{command.out}: trained; weights in {command.out / 'export'}")
 
 
 def train_tokenizer_verb(arguments: Sequence[str]) -> None:
@@ -162,6 +163,7 @@ def run_command(arguments: Sequence[str]) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of `st-ar` and `python -m st_ar`."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    rank = os.environ.get("RANK", "0") if os.environ.get("WORLD_SIZE", "1") != "1" else ""
     try:
         if not arguments or arguments[0] in ("-h", "--help"):
             print(HELP, end="")
@@ -170,10 +172,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         else:
             run_command(arguments)
     except UserError as error:
-        print(f"st-ar: {error}", file=sys.stderr)
+        print(f"st-ar{rank and ', rank '}{rank}: {error}", file=sys.stderr)
         sys.exit(2)
     except Interrupted as stopped:
-        print(f"st-ar: {stopped}", file=sys.stderr)
+        if rank in ("", "0"):  # all ranks stop together
+            print(f"st-ar: {stopped}", file=sys.stderr)
         sys.exit(128 + stopped.signum)
     except KeyboardInterrupt:
         print("st-ar: interrupted", file=sys.stderr)

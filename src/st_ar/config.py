@@ -217,10 +217,27 @@ class TrainConfig(RunConfig):
     """Seed of initialisation, data order, crops, masks, positions and dropout."""
     compile: bool = False
     """Compile the transformer's blocks with torch.compile (needs a C++ compiler on a CPU)."""
+    parallel: Literal["auto", "none", "ddp", "fsdp"] = "auto"
+    """How torchrun's ranks hold the weights: a copy on each (ddp), or split among them (fsdp); auto is ddp on several, none on one."""
+    shard_size: int | None = None
+    """Ranks that fsdp splits one copy of the weights among, all if not given; with fewer, each group of so many has a copy."""
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    """What blocks compute again in the backward pass, to save memory: nothing, all but matrix products, or everything."""
+    rank_timeout: float = 600
+    """Seconds that a rank waits for the others before it gives the run up."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require_positive("views", "accumulate")
+        require(self.rank_timeout > 0, f"--rank-timeout must be above 0, not {self.rank_timeout}")
+        require(
+            self.shard_size is None or self.parallel == "fsdp",
+            f"--shard-size {self.shard_size} is for --parallel fsdp: give both, or leave it out",
+        )
+        require(
+            self.shard_size is None or self.shard_size >= 2,
+            f"--shard-size must be at least 2, not {self.shard_size}; for a copy on each rank give --parallel ddp",
+        )
         require(
             self.batch_size % self.accumulate == 0,
             f"--batch-size {self.batch_size} is not a multiple of --accumulate {self.accumulate}",

@@ -56,7 +56,7 @@ class Evaluate:
         from st_ar.evaluation.generation import choose_metrics, evaluate, format_number, one_line
         from st_ar.evaluation.image_sets import open_files
         from st_ar.evaluation.references import open_reference
-        from st_ar.training.parallel import in_turn, process_group
+        from st_ar.training.group import in_turn, process_group
 
         metrics = choose_metrics(self.metrics, self.extractor == "inception")
         check_seeds(self.seed, self.shuffle_seed)
@@ -113,7 +113,7 @@ class MakeReference:
         from st_ar.evaluation.collect import Place
         from st_ar.evaluation.extractors import load_extractor
         from st_ar.evaluation.references import write_reference
-        from st_ar.training.parallel import in_turn, process_group
+        from st_ar.training.group import in_turn, process_group
 
         check_seeds(self.seed)
         check_side("--size", self.size)
@@ -161,7 +161,7 @@ class Reconstruct:
         from st_ar.evaluation.extractors import load_extractor
         from st_ar.evaluation.image_sets import open_set
         from st_ar.evaluation.tokenizer_quality import measure_tokenizer
-        from st_ar.training.parallel import in_turn, process_group
+        from st_ar.training.group import in_turn, process_group
 
         check_side("--size", self.size)
         if self.out and self.out.suffix.lower() != ".png":

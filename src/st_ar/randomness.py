@@ -1,7 +1,7 @@
 """Every random draw of a run is a pure function of (seed, purpose, step): nothing to save, nothing to rewind.
 
 A resumed run, another number of ranks or another micro-batch size therefore sees the same data, crops, masks,
-positions and dropped labels.
+positions and dropped labels. (Dropout inside the network is drawn where it is needed: by rank and micro-batch.)
 """
 
 from enum import IntEnum
@@ -31,9 +31,10 @@ def numpy_generator(seed: int, purpose: Purpose, step: int = 0) -> np.random.Gen
     return np.random.default_rng([seed, purpose, step])
 
 
-def torch_seed(seed: int, purpose: Purpose, step: int = 0) -> int:
-    """A seed for torch.manual_seed, for one purpose at one step."""
-    return int(np.random.SeedSequence([seed, purpose, step]).generate_state(1, np.uint64)[0] >> 1)
+def torch_seed(seed: int, purpose: Purpose, step: int = 0, rank: int = 0) -> int:
+    """A seed for torch.manual_seed, for one purpose at one step; another on each rank for what is drawn on each."""
+    entropy = [seed, purpose, step, rank] if rank else [seed, purpose, step]
+    return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> 1)
 
 
 def torch_generator(seed: int, purpose: Purpose, step: int = 0) -> torch.Generator:

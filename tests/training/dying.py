@@ -34,9 +34,9 @@ def arm(number: int, instant: str, step: int) -> None:
         at("log", entry["step"] == step)
         append_log(path, entry)
 
-    def armed_save_export(folder: Path, model: Any, ema: Any, info: dict[str, Any]) -> None:
+    def armed_save_export(folder: Path, model: Any, ema: Any, info: dict[str, Any], **rest: Any) -> None:
         at("export", info["step"] == step)
-        save_export(folder, model, ema, info)
+        save_export(folder, model, ema, info, **rest)
 
     def armed_rename(source: Any, target: Any) -> None:
         at("checkpoint", Path(target).name == f"step_{step:08d}")

@@ -75,8 +75,7 @@ class Pixels:
         self.source, self.images, self.size, self.seed = source, count, size, seed
         self.side = int(size * crop_range + 1e-6)
         self.mirror, self.batch_size = mirror and source.mirror, batch_size
-        share = batch_size // ranks.world
-        self.mine = slice(ranks.rank * share, (ranks.rank + 1) * share)
+        self.mine = ranks.share(batch_size)
         fitting = memory // (self.side**2 * 3)
         self.spans = 0 if count <= fitting else max(1, fitting // SPAN)
         """Spans of a window; 0 if one window holds the whole source."""

@@ -36,6 +36,11 @@ class Ranks:
             raise UserError(f"RANK {rank} must lie in [0, WORLD_SIZE {world}): unset both, or start by torchrun")
         return cls(rank=rank, world=world)
 
+    def share(self, count: int) -> slice:
+        """Which of `count` things, a multiple of the ranks, are this one's."""
+        each = count // self.world
+        return slice(self.rank * each, (self.rank + 1) * each)
+
     def beat(self, folder: Path) -> None:
         """Show the others that this one is alive; call it often."""
         now = time.monotonic()

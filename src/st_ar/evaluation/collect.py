@@ -20,7 +20,7 @@ from st_ar.evaluation.image_sets import ImageSet
 from st_ar.evaluation.statistics import FeatureStatistics, InceptionScore
 from st_ar.progress import progress
 from st_ar.randomness import Purpose
-from st_ar.training.parallel import joined
+from st_ar.training.group import joined
 
 NEIGHBOURS = frozenset({"precision", "recall", "density", "coverage", "kid"})
 """Metrics that need features, not only their statistics."""

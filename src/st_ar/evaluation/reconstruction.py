@@ -16,7 +16,7 @@ from st_ar.errors import UserError
 from st_ar.figures import strip
 from st_ar.files import written_aside
 from st_ar.tokenizer import Tokenizer, to_pixels, to_uint8
-from st_ar.training.parallel import total
+from st_ar.training.group import total
 
 
 def psnr(a: Tensor, b: Tensor) -> Tensor:

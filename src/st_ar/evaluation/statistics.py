@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from st_ar.errors import UserError
-from st_ar.training.parallel import total
+from st_ar.training.group import total
 
 BLOCK = 1024
 """Rows that are merged at once."""

@@ -20,7 +20,7 @@ from st_ar.evaluation.statistics import FeatureStatistics
 from st_ar.hardware import describe
 from st_ar.progress import progress
 from st_ar.tokenizer import Tokenizer, to_pixels, to_uint8
-from st_ar.training.parallel import joined
+from st_ar.training.group import joined
 
 SHOWN = 32
 """Images in the picture."""

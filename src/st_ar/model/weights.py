@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from st_ar.config import ModelConfig
 from st_ar.errors import UserError
@@ -41,19 +42,30 @@ class ModelInfo:
     """Whether these are the averaged weights."""
 
 
-def save_export(folder: Path, model: Transformer, ema: Transformer, info: dict[str, Any]) -> None:
-    """Write export/: live and averaged weights in float32, and config.json. Each file is replaced whole."""
-    save_weights(folder, {LIVE: model, EMA: ema}, info)
+def save_export(
+    folder: Path, model: Transformer, ema: Transformer, info: dict[str, Any], *, writes: bool = True
+) -> None:
+    """Write export/: live and averaged weights in float32, and config.json. Each file is replaced whole.
+
+    Weights that are split among ranks are gathered: all of them call this, and the one that `writes` does so.
+    """
+    save_weights(folder, {LIVE: model, EMA: ema}, info, writes=writes)
 
 
-def save_weights(folder: Path, models: dict[str, Transformer], info: dict[str, Any]) -> None:
+def save_weights(folder: Path, models: dict[str, Transformer], info: dict[str, Any], *, writes: bool = True) -> None:
     """Write models of one architecture, by file name, and the config.json that describes them."""
     for name, model in models.items():
-        tensors = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
-        with written_aside(folder / name) as aside:
-            save_file(tensors, aside, metadata={"format": "pt"})
-    config = next(iter(models.values())).config
-    write_json(folder / "config.json", {"format_version": FORMAT_VERSION, "model": to_dict(config), **info})
+        tensors: dict[str, Tensor] = {}
+        for key, value in model.state_dict().items():
+            whole = value.full_tensor() if isinstance(value, DTensor) else value  # one at a time: memory
+            if writes:
+                tensors[key] = whole.detach().cpu().contiguous()
+        if writes:
+            with written_aside(folder / name) as aside:
+                save_file(tensors, aside, metadata={"format": "pt"})
+    if writes:
+        config = next(iter(models.values())).config
+        write_json(folder / "config.json", {"format_version": FORMAT_VERSION, "model": to_dict(config), **info})
 
 
 def exported_step(folder: Path) -> int | None:

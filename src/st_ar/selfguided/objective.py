@@ -132,14 +132,23 @@ def _sequences(tokens: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return tokens.flatten(0, 1)[:, :-1], labels.repeat_interleave(tokens.shape[1], dim=0)
 
 
-def draw(config: SelfGuidedConfig, model: ModelConfig, *, images: int, views: int, seed: int, step: int) -> Draws:
-    """The choices of step `step`, for its whole batch: a pure function of (seed, step)."""
+def draw(
+    config: SelfGuidedConfig,
+    model: ModelConfig,
+    *,
+    images: int,
+    views: int,
+    seed: int,
+    step: int,
+    mine: slice = slice(None),
+) -> Draws:
+    """The choices of step `step` for its whole batch, a pure function of (seed, step); of them the part of the images `mine`."""
     length = model.sequence_length
     positions = random_positions(length, config.positions, torch_generator(seed, Purpose.POSITIONS, step))
     if config.mask_ratio == 0:
         return Draws(None, positions)
     generator = torch_generator(seed, Purpose.KEY_MASK, step)
-    key_mask = random_key_mask(images * views, length, config.mask_ratio, generator)
+    key_mask = random_key_mask(images * views, length, config.mask_ratio, generator).unflatten(0, (images, views))[mine]
     if not config.mask_own_position:
-        key_mask = show_own_position(key_mask)
-    return Draws(key_mask.unflatten(0, (images, views)), positions)
+        key_mask = show_own_position(key_mask.flatten(0, 1)).unflatten(0, key_mask.shape[:2])
+    return Draws(key_mask, positions)

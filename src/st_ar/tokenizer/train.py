@@ -22,9 +22,9 @@ from st_ar.tokenizer import to_pixels
 from st_ar.tokenizer.vq import CONFIG, VQTokenizer
 from st_ar.tokenizer.vqgan import VQGAN, Discriminator, hinge_loss, revive
 from st_ar.training.checkpoint import Checkpoints, list_checkpoints
+from st_ar.training.group import everyone, mean, process_group, shared, total
 from st_ar.training.log import append_log, rewind_log
 from st_ar.training.optim import adamw, learning_rate
-from st_ar.training.parallel import everyone, mean, process_group, shared, total
 from st_ar.training.run import claim, describe_run, require_finite
 from st_ar.training.stopping import stop_on_signal
 from st_ar.vq_config import VQTrainConfig

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader, FileSystemWriter
@@ -27,6 +28,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from st_ar.errors import UserError
+from st_ar.training.group import from_first
 
 METADATA, FILESYSTEM = "torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem"
 ALLOWED = {
@@ -83,6 +85,7 @@ class Checkpoints:
         student: the trained module.
         optimizer: the student's, or several that share its parameters.
         keep: how many to keep.
+        together: whether all ranks save, each a part, and restore; otherwise the one that calls is on its own.
     """
 
     def __init__(
@@ -92,17 +95,26 @@ class Checkpoints:
         student: nn.Module,
         optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
         keep: int,
+        *,
+        together: bool = False,
     ) -> None:
         self.folder, self.modules, self.student, self.optimizer, self.keep = folder, modules, student, optimizer, keep
+        self.together = together and dist.is_initialized()
+        self.first = not self.together or dist.get_rank() == 0
 
     def save(self, step: int) -> Path:
         """Write step_N; it has its name only when it is whole."""
         final = self.folder / f"step_{step:08d}"
         aside = self.folder / f".{final.name}.partial"
         try:
-            shutil.rmtree(aside, ignore_errors=True)
+            if self.first:
+                shutil.rmtree(aside, ignore_errors=True)
+            self._meet()
             with _quietly():
-                dcp.save(self._tensors(self._optimizer_state()), storage_writer=FileSystemWriter(aside), no_dist=True)
+                tensors = self._tensors(self._optimizer_state())
+                dcp.save(tensors, storage_writer=FileSystemWriter(aside), no_dist=not self.together)
+            if not self.first:
+                return final
             if final.exists():
                 shutil.rmtree(final)
             os.replace(aside, final)
@@ -121,7 +133,7 @@ class Checkpoints:
         """Load the newest checkpoint into modules and optimizer; returns its step, 0 if there is none yet."""
         for partial in self.folder.glob(".step_*.partial"):
             shutil.rmtree(partial, ignore_errors=True)  # another rank may be at it too
-        found = list_checkpoints(self.folder)
+        found = from_first(lambda: list_checkpoints(self.folder))
         if not found:
             return 0
         step, path = found[-1]
@@ -137,6 +149,11 @@ class Checkpoints:
             ) from error
         set_optimizer_state_dict(self.student, self.optimizer, optimizer_state, options=OPTIONS)
         return step
+
+    def _meet(self) -> None:
+        """Wait for the other ranks' hosts, not for GPUs."""
+        if self.together:
+            dist.all_reduce(torch.zeros(1))
 
     def _optimizer_state(self) -> dict[str, Any]:
         return get_optimizer_state_dict(self.student, self.optimizer, options=OPTIONS)

@@ -1,20 +1,21 @@
 """The training loop, top to bottom: plain autoregressive and self-guided training are the same loop."""
 
-import math
 import time
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from st_ar.config import TrainConfig
+from st_ar.data.ranks import Ranks
 from st_ar.data.store import TokenStore
 from st_ar.data.text import open_text
 from st_ar.data.views import Views
 from st_ar.errors import Interrupted
 from st_ar.files import write_json
-from st_ar.hardware import choose_device, choose_dtype, require_compiler
+from st_ar.hardware import choose_dtype, moved, require_compiler
 from st_ar.model.transformer import Transformer
 from st_ar.model.weights import exported_step, save_export
 from st_ar.progress import progress
@@ -22,8 +23,10 @@ from st_ar.randomness import Purpose, torch_generator, torch_seed
 from st_ar.selfguided.objective import Draws, Losses, SelfGuided, draw
 from st_ar.selfguided.teacher import Teacher
 from st_ar.training.checkpoint import Checkpoints
+from st_ar.training.group import everyone, from_first, largest, mean, place, process_group
 from st_ar.training.log import append_log, rewind_log
-from st_ar.training.optim import adamw, learning_rate
+from st_ar.training.optim import adamw, clip_gradients, learning_rate
+from st_ar.training.parallel import choose_parallel, gradient_sync, spread, unshared
 from st_ar.training.run import claim, describe_run, require_finite
 from st_ar.training.stopping import stop_on_signal
 from st_ar.training.watch import Watch
@@ -43,7 +46,8 @@ def train(
     """Train on the token store `tokens` and keep everything in the run folder `out`; returns `out`.
 
     Sets torch's global seed. The run is a function of the config and the stores: stopped at any instant and resumed, it
-    ends with the same weights, bit for bit on a CPU.
+    ends with the same weights, bit for bit on a CPU. Under torchrun all ranks call this and share each batch; without
+    dropout the result is that of one, but for rounding (with dropout inside the network, each rank draws its own).
 
     Args:
         text: the captions of the token store's images, for a text model and no other.
@@ -51,71 +55,94 @@ def train(
 
     Raises:
         UserError: a store, captions or their absence that do not suit the model, a run already there, a resume with other
-            settings or captions, a full disk, or a loss that is not finite.
-        Interrupted: SIGINT or SIGTERM came; a checkpoint of the last finished step was written.
+            settings or captions, a full disk, a loss that is not finite, ranks that do not suit the settings or are lost.
+        Interrupted: SIGINT or SIGTERM came to this rank or another; a checkpoint of the last finished step was written.
     """
+    with process_group(config.device, config.rank_timeout) as (ranks, device):
+        return _train(config, tokens, out, ranks, device, text=text, watching=watching, resume=resume, preset=preset)
+
+
+def _train(
+    config: TrainConfig,
+    tokens: Path,
+    out: Path,
+    ranks: Ranks,
+    device: torch.device,
+    *,
+    text: Path | None,
+    watching: WatchConfig | None,
+    resume: bool,
+    preset: str,
+) -> Path:
+    parallel = choose_parallel(config, ranks.world)
+    first = ranks.rank == 0
     store = TokenStore(tokens)
     store.check_model(config.model)
     captions = open_text(text, config.model)
     if captions is not None:
         captions.check_tokens(store)
-    store.verify()
-    device = choose_device(config.device)
     dtype = choose_dtype(config.dtype, device)
     if config.compile:
         require_compiler(device)
     total = config.total_steps(len(store))
     conditions = None if captions is None else partial(captions.features, text_tokens=config.model.text_tokens)
-    views = Views(store, batch_size=config.batch_size, views=config.views, seed=config.seed, conditions=conditions)
-    data = {"tokens": store.describe()} | ({} if captions is None else {"text": captions.describe()})
-    record = describe_run(config, data, dtype, preset)
+    views = Views(
+        store, batch_size=config.batch_size, views=config.views, seed=config.seed, conditions=conditions, ranks=ranks
+    )
+
+    def begin() -> dict[str, Any]:
+        store.verify()
+        data = {"tokens": store.describe()} | ({} if captions is None else {"text": captions.describe()})
+        record = describe_run(config, data, dtype, preset)
+        claim(out, record, config, len(store), resume=resume)
+        return record
+
     watch = Watch(watching or WatchConfig(), config, out, store, captions, device, dtype)
-    claim(out, record, config, len(store), resume=resume)
+    record = from_first(begin)
 
     torch.manual_seed(torch_seed(config.seed, Purpose.INITIALISATION))
-    model = Transformer(config.model).to(device)
+    model = Transformer(config.model)
     teacher = Teacher(model, config.selfguided)
-    student = SelfGuided(model, config.selfguided).to(device).train()
+    student = SelfGuided(model, config.selfguided).train()
+    called = spread(student, teacher, config, parallel, device, dtype)
     optimizer = adamw(student, config.optim)
-    checkpoints = Checkpoints(
-        out / "checkpoints", {"student": student, "ema": teacher.model}, student, optimizer, config.keep
-    )
+    modules: dict[str, nn.Module] = {"student": student, "ema": teacher.model}
+    checkpoints = Checkpoints(out / "checkpoints", modules, student, optimizer, config.keep, together=True)
     start = checkpoints.restore()
-    write_json(out / "config.json", record)
-    rewind_log(out / "log.jsonl", start)
-    if config.compile:
-        for block in [*model.layers, *teacher.model.layers]:
-            block.compile()
+    if first:
+        write_json(out / "config.json", record)
+        rewind_log(out / "log.jsonl", start)
 
     def export(step: int) -> None:
         info = {"preset": preset, "class_names": store.meta.class_names, "tokenizer": store.meta.tokenizer}
         encoder = {} if captions is None else {"encoder": captions.encoder}
         known = {"step": step, **info, "class_dropout": config.class_dropout, **encoder}
-        save_export(out / "export", model, teacher.model, known)
+        save_export(out / "export", model, teacher.model, known, writes=first)
 
-    if start and exported_step(out / "export") != start:  # the run was killed between its checkpoint and its export
+    unexported = first and start > 0 and exported_step(out / "export") != start
+    if largest(unexported):  # the run was killed between its checkpoint and its export
         export(start)
 
     tokens_per_step = config.batch_size * config.views * config.model.sequence_length
     clock, clock_step = time.perf_counter(), start
+    mine = ranks.share(config.batch_size)
     with (
-        progress(out.name, total, unit="steps", done=start) as bar,
+        progress(out.name, total, unit="steps", done=start, shown=first) as bar,
         watch.follow(student, record, start),
         stop_on_signal() as stop,
     ):
         for step in range(start + 1, total + 1):
             log = watch.begin(step, total)
             batch, labels = views.batch(step - 1)
-            labels = labels.to(device)
+            batch, labels = moved(batch, device), moved(labels, device)
             null = model.cls_embedding.null(labels)
-            labels = drop_labels(labels, null, config.class_dropout, seed=config.seed, step=step)
-            draws = draw(
-                config.selfguided, config.model, images=len(batch), views=config.views, seed=config.seed, step=step
-            )
-            torch.manual_seed(torch_seed(config.seed, Purpose.DROPOUT, step))
+            labels = drop_labels(labels, null, config.class_dropout, seed=config.seed, step=step, ranks=ranks)
+            choices = {"images": config.batch_size, "views": config.views, "seed": config.seed, "step": step}
+            draws = draw(config.selfguided, config.model, **choices, mine=mine)
+            torch.manual_seed(torch_seed(config.seed, Purpose.DROPOUT, step, ranks.rank))
 
-            losses = backward(student, teacher, batch.to(device), labels, draws, config.accumulate, dtype)
-            norm = torch.nn.utils.clip_grad_norm_(student.parameters(), config.optim.grad_clip or math.inf)
+            losses = backward(called, teacher, batch, labels, draws, config.accumulate, dtype)
+            norm = clip_gradients(student.parameters(), config.optim.grad_clip)
             rate = learning_rate(config.optim, step, total)
             for group in optimizer.param_groups:
                 group["lr"] = rate
@@ -130,11 +157,13 @@ def train(
                 terms = {name if name == "total" else f"loss_{name}": x.item() for name, x in losses._asdict().items()}
                 state = {"lr": rate, "grad_norm": norm.item(), "ema_decay": decay, "tokens_per_second": speed}
                 entry = {"step": step, "loss": terms.pop("total"), **terms, **state}
-                append_log(out / "log.jsonl", watch.look(step, entry))
+                entry = watch.look(step, entry)
+                if first:
+                    append_log(out / "log.jsonl", entry)
                 shown = " ".join(f"{name.removeprefix('loss_')} {value:.2f}" for name, value in terms.items() if value)
                 bar.note(f"{shown}, {speed / 1000:.1f}k tokens/s")
                 clock, clock_step = time.perf_counter(), step
-            stopping = stop[0] if stop else 0
+            stopping = largest(stop[0] if stop else 0)  # all ranks stop together
             if step % config.checkpoint_every == 0 or step == total or stopping:
                 require_finite({"loss": losses.total, "gradient norm": norm}, step, out)
                 checkpoints.save(step)
@@ -148,36 +177,51 @@ def train(
     return out
 
 
-def drop_labels(labels: Tensor, null: Tensor | int, share: float, *, seed: int, step: int) -> Tensor:
-    """Replace a share of the labels [B, ..] by the null condition, which has their shape or is one class; drawn per image."""
-    dropped = torch.rand(len(labels), generator=torch_generator(seed, Purpose.LABEL_DROPOUT, step)) < share
-    return torch.where(dropped.to(labels.device).view(-1, *[1] * (labels.dim() - 1)), null, labels)
+def drop_labels(
+    labels: Tensor, null: Tensor | int, share: float, *, seed: int, step: int, ranks: Ranks | None = None
+) -> Tensor:
+    """Replace a share of the labels [B, ..] by the null condition, which has their shape or is one class.
+
+    Drawn per image for the batch of all ranks, of which these are this one's.
+    """
+    ranks = ranks or Ranks()
+    drawn = torch.rand(len(labels) * ranks.world, generator=torch_generator(seed, Purpose.LABEL_DROPOUT, step)) < share
+    dropped = moved(drawn[ranks.share(len(drawn))], labels.device)
+    return torch.where(dropped.view(-1, *[1] * (labels.dim() - 1)), null, labels)
 
 
 def backward(
-    student: SelfGuided, teacher: Teacher, tokens: Tensor, labels: Tensor, draws: Draws, pieces: int, dtype: torch.dtype
+    student: nn.Module, teacher: Teacher, tokens: Tensor, labels: Tensor, draws: Draws, pieces: int, dtype: torch.dtype
 ) -> Losses:
     """Add the gradients of the batch, tokens [B, M, T] and labels [B, ..], in `pieces` micro-batches; returns its losses.
 
     The teacher goes first over the whole batch, so that each micro-batch has all its images as negatives and the
-    gradients are those of the large batch.
+    gradients are those of the large batch. On several ranks each gives its part of the batch; gradients and losses are
+    averaged over them, and the negatives are all ranks'.
+
+    Args:
+        student: a SelfGuided, or what `spread` has made of it.
     """
+    bare = unshared(student)
     device, size = tokens.device, len(tokens) // pieces
     starts = range(0, len(tokens), size)
-    positions = draws.positions.to(device)
-    key_mask = None if draws.key_mask is None else draws.key_mask.to(device)
+    positions = moved(draws.positions, device)
+    key_mask = None if draws.key_mask is None else moved(draws.key_mask, device)
     autocast = torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
     with autocast:
-        targets = [student.teach(teacher, tokens[i : i + size], labels[i : i + size], positions) for i in starts]
+        targets = [bare.teach(teacher, tokens[i : i + size], labels[i : i + size], positions) for i in starts]
     mids = [target.mid for target in targets if target.mid is not None]
-    whole = torch.cat(mids) if mids else None
+    whole, first = None, 0
+    if mids and bare.config.negatives == "global":
+        whole, first = everyone(torch.cat(mids)), place() * len(tokens)
     sums: list[Tensor] = []
     for start, target in zip(starts, targets, strict=True):
         here = slice(start, start + size)
-        candidates, offset = (whole, start) if student.config.negatives == "global" else (target.mid, 0)
+        candidates, offset = (target.mid, 0) if whole is None else (whole, first + start)
         piece = Draws(None if key_mask is None else key_mask[here], positions)
-        with autocast:
-            losses = student(tokens[here], labels[here], piece, target, candidates, offset)
-        (losses.total / pieces).backward()
+        with gradient_sync(student, last=start == starts[-1]):
+            with autocast:
+                losses = student(tokens[here], labels[here], piece, target, candidates, offset)
+            (losses.total / pieces).backward()
         sums.append(torch.stack([term.detach() for term in losses]))
-    return Losses(*(torch.stack(sums).sum(0) / pieces))
+    return Losses(*mean(torch.stack(sums).sum(0) / pieces))

@@ -1,9 +1,11 @@
 """AdamW as LlamaGen sets it, and the learning rate of each step."""
 
 import math
+from collections.abc import Iterable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from st_ar.run_config import OptimConfig
 
@@ -16,6 +18,16 @@ def adamw(module: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
+
+
+def clip_gradients(parameters: Iterable[Tensor], largest: float) -> Tensor:
+    """Scale the gradients down to a norm of `largest` if they exceed it, 0 for never; returns their norm, of all ranks' shards."""
+    parameters = list(parameters)
+    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    if isinstance(norm, DTensor):
+        norm = norm.full_tensor()
+    nn.utils.clip_grads_with_norm_(parameters, largest or math.inf, norm)
+    return norm
 
 
 def learning_rate(config: OptimConfig, step: int, total: int) -> float:

@@ -1,99 +1,137 @@
-"""Training on several ranks under torchrun: who is there, and what they share."""
+"""Training on several ranks under torchrun: how they share a network's training."""
 
 import contextlib
-import os
-import warnings
-from collections.abc import Callable, Generator
-from typing import TypeVar
+from collections.abc import Generator
+from functools import partial
+from typing import Any, cast
 
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from st_ar.data.ranks import Ranks
+from st_ar.config import TrainConfig
 from st_ar.errors import UserError
-from st_ar.hardware import choose_device
+from st_ar.model.transformer import Transformer
+from st_ar.selfguided.objective import SelfGuided
+from st_ar.selfguided.teacher import Teacher
+from st_ar.training.group import shared
 
-Made = TypeVar("Made")
+aten = torch.ops.aten
+KEPT = [
+    aten.mm.default,
+    aten.addmm.default,
+    aten._scaled_dot_product_flash_attention.default,
+    aten._scaled_dot_product_efficient_attention.default,
+    aten._scaled_dot_product_cudnn_attention.default,
+    aten._scaled_dot_product_flash_attention_for_cpu.default,
+]
+"""What selective activation checkpointing keeps: products of matrices and fused attention, but no T x T matrix."""
+
+
+def choose_parallel(config: TrainConfig, world: int) -> str:
+    """none, ddp or fsdp for so many ranks.
+
+    Raises:
+        UserError: settings that do not suit the number of ranks.
+    """
+    if world == 1:
+        if config.parallel in ("ddp", "fsdp"):
+            raise UserError(
+                f"--parallel {config.parallel} shares the work among several ranks and there is one: start them by "
+                "torchrun --nproc-per-node N -m st_ar train .., or leave it out"
+            )
+        return "none"
+    if config.parallel == "none":
+        raise UserError(
+            f"--parallel none is for one process and torchrun has started {world}: give --parallel ddp or fsdp, or start "
+            "without torchrun"
+        )
+    if config.batch_size % (world * config.accumulate):
+        raise UserError(
+            f"--batch-size {config.batch_size} is no multiple of the {world} ranks times --accumulate {config.accumulate}"
+        )
+    guided = config.selfguided
+    if guided.contrast and guided.negatives == "local" and config.batch_size == world * config.accumulate:
+        raise UserError(
+            "with --selfguided.negatives local each micro-batch of each rank needs 2 images or more: give a larger "
+            f"--batch-size than {config.batch_size}, or --selfguided.negatives global"
+        )
+    if config.shard_size is not None and world % config.shard_size:
+        raise UserError(f"--shard-size {config.shard_size} does not divide the {world} ranks")
+    return "ddp" if config.parallel == "auto" else config.parallel
+
+
+def spread(
+    student: SelfGuided, teacher: Teacher, config: TrainConfig, parallel: str, device: torch.device, dtype: torch.dtype
+) -> nn.Module:
+    """Put both on the device and share them among the ranks, in place but for DDP; returns what to call for the student.
+
+    In this order: activation checkpointing, compilation block by block, sharding or DDP. No parameter changes its name.
+
+    Args:
+        parallel: as `choose_parallel` says.
+        dtype: of matrix products.
+    """
+    if config.activation_checkpointing != "none":
+        for block in student.model.layers:
+            _recompute(block, selective=config.activation_checkpointing == "selective")
+    if parallel != "fsdp":  # which moves one block after another: the whole need not fit
+        student.to(device)
+        teacher.to(device)
+    if config.compile:
+        for block in [*student.model.layers, *teacher.model.layers]:
+            block.compile()
+    if parallel == "fsdp":
+        mesh = _mesh(device, torch.distributed.get_world_size(), config.shard_size)
+        _shard(student.model, mesh, dtype)
+        fully_shard(student, mesh=mesh)
+        # The teacher has no backward pass that would free what was gathered, and must find each step's average.
+        _shard(teacher.model, mesh, dtype)
+        fully_shard(teacher.model.norm, mesh=mesh)  # is also called on its own
+        fully_shard(teacher.model, mesh=mesh, reshard_after_forward=True)
+        register_fsdp_forward_method(teacher.model, "features")
+    return shared(student, gradient_as_bucket_view=True) if parallel == "ddp" else student
+
+
+def unshared(student: nn.Module) -> SelfGuided:
+    """The student inside what `spread` returned."""
+    return cast(SelfGuided, student.module if isinstance(student, DistributedDataParallel) else student)
 
 
 @contextlib.contextmanager
-def process_group(device: str) -> Generator[tuple[Ranks, torch.device]]:
-    """Join the ranks that torchrun started, if it did; gives this one's place among them and its device.
+def gradient_sync(student: nn.Module, last: bool) -> Generator[None]:
+    """Gradients of a micro-batch stay on their rank until the `last` one's, which go round with theirs."""
+    if isinstance(student, FSDPModule):
+        student.set_requires_gradient_sync(last)
+    with student.no_sync() if isinstance(student, DistributedDataParallel) and not last else contextlib.nullcontext():
+        yield
 
-    Raises:
-        UserError: no such device, more ranks than GPUs, or torchrun's variables make no sense.
+
+def _recompute(block: nn.Module, *, selective: bool) -> None:
+    """Replace the block's forward, and not the block: names and hooks stay as they are."""
+    forward: Any = block.forward
+    contexts = {"context_fn": partial(create_selective_checkpoint_contexts, KEPT)} if selective else {}
+    block.forward = partial(checkpoint, forward, use_reentrant=False, **contexts)
+
+
+def _mesh(device: torch.device, world: int, shard_size: int | None) -> DeviceMesh:
+    """All ranks in a row, or as replicas of `shard_size` ranks each."""
+    if shard_size in (None, world):
+        return init_device_mesh(device.type, (world,), mesh_dim_names=("shard",))
+    return init_device_mesh(device.type, (world // shard_size, shard_size), mesh_dim_names=("replicate", "shard"))
+
+
+def _shard(model: Transformer, mesh: DeviceMesh, dtype: torch.dtype) -> None:
+    """Shard the blocks and the output head, which is a large part and idle in a teacher; the rest is left to the root.
+
+    Weights and sums of gradients are float32. In bfloat16 what autocast would cast after it was gathered is cast before,
+    at half the bytes; activations, embeddings and the last norm stay as autocast has them on one rank.
     """
-    ranks, chosen = Ranks.from_environment(), choose_device(device)
-    if ranks.world == 1:
-        yield ranks, chosen
-        return
-    if chosen.type == "cuda":
-        local = int(os.environ.get("LOCAL_RANK", "0"))
-        if local >= torch.cuda.device_count():
-            raise UserError(
-                f"local rank {local} has no GPU of its own, there are {torch.cuda.device_count()}: start fewer processes"
-            )
-        chosen = torch.device("cuda", local)
-        torch.cuda.set_device(chosen)
-    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
-    try:
-        with warnings.catch_warnings():  # of a layout that costs a copy for 1 x 1 convolutions, which are small
-            warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
-            yield ranks, chosen
-    finally:
-        dist.destroy_process_group()
-
-
-def in_turn(action: Callable[[], Made]) -> Made:
-    """What `action` makes, on rank 0 before all others: what one has downloaded is there for the rest."""
-    if dist.is_initialized() and dist.get_rank() > 0:
-        dist.barrier()
-        return action()
-    made = action()
-    if dist.is_initialized():
-        dist.barrier()
-    return made
-
-
-def shared(module: nn.Module) -> nn.Module:
-    """The module with its gradients averaged over the ranks; itself if there is one rank."""
-    if not dist.is_initialized():
-        return module
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return DistributedDataParallel(module, broadcast_buffers=False)
-
-
-def mean(tensor: Tensor) -> Tensor:
-    """The mean over the ranks."""
-    return total(tensor) / dist.get_world_size() if dist.is_initialized() else tensor
-
-
-def total(tensor: Tensor) -> Tensor:
-    """The sum over the ranks."""
-    if dist.is_initialized():
-        tensor = tensor.clone()
-        dist.all_reduce(tensor)
-    return tensor
-
-
-def everyone(tensor: Tensor) -> Tensor:
-    """The ranks' tensors, of one shape, joined along the first dimension in the order of the ranks."""
-    if not dist.is_initialized():
-        return tensor
-    parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, tensor.contiguous())
-    return torch.cat(parts)
-
-
-def joined(tensor: Tensor) -> Tensor:
-    """The ranks' tensors, alike but for the length of their first dimension, joined along it in the order of the ranks."""
-    if not dist.is_initialized():
-        return tensor
-    lengths = everyone(torch.tensor([len(tensor)], device=tensor.device)).tolist()
-    padded = tensor.new_zeros((max(lengths), *tensor.shape[1:]))
-    padded[: len(tensor)] = tensor
-    parts = everyone(padded).split(max(lengths)) if max(lengths) else [tensor] * len(lengths)
-    return torch.cat([part[:length] for part, length in zip(parts, lengths, strict=True)])
+    policy = MixedPrecisionPolicy()
+    if dtype != torch.float32:
+        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for module in [*model.layers, model.output]:
+        fully_shard(module, mesh=mesh, mp_policy=policy)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from st_ar.data.ranks import Ranks
 from st_ar.errors import UserError
 from st_ar.files import is_taken, read_json, write_json
 from st_ar.hardware import describe
@@ -18,7 +19,7 @@ from st_ar.training.optim import learning_rate
 FORMAT_VERSION = 1
 MAY_CHANGE = (
     *("steps", "epochs", "log_every", "checkpoint_every", "keep", "device", "compile"),
-    *("evaluate_every", "evaluate_images"),
+    *("parallel", "shard_size", "activation_checkpointing", "rank_timeout", "evaluate_every", "evaluate_images"),
 )
 """Settings that a resumed run may change: none of them alters a step already taken (of the length, `claim` makes sure)."""
 
@@ -31,7 +32,7 @@ def describe_run(config: RunConfig, data: dict[str, Any], dtype: torch.dtype, pr
         "config": to_dict(config),
         **data,
         "dtype": str(dtype).removeprefix("torch."),
-        "environment": describe(),
+        "environment": describe() | {"ranks": Ranks.from_environment().world},
     }
 
 

@@ -1,0 +1,174 @@
+"""The ranks that torchrun started: who is there, what they tell one another, and what is said when one is lost."""
+
+import contextlib
+import os
+import time
+import warnings
+from collections.abc import Callable, Generator
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from st_ar.data.ranks import Ranks
+from st_ar.errors import UserError
+from st_ar.hardware import choose_device
+
+Made = TypeVar("Made")
+ROLL_CALL = 5.0
+"""Seconds for the ranks to say that they are alive when a collective has failed."""
+
+
+@contextlib.contextmanager
+def process_group(device: str, timeout: float = 1800) -> Generator[tuple[Ranks, torch.device]]:
+    """Join the ranks that torchrun started, if it did; gives this one's place among them and its device.
+
+    Args:
+        timeout: seconds that a rank waits for the others in a collective.
+
+    Raises:
+        UserError: no such device, more ranks than GPUs, torchrun's variables make no sense, or another rank was lost.
+    """
+    ranks, chosen = Ranks.from_environment(), choose_device(device)
+    if ranks.world == 1:
+        yield ranks, chosen
+        return
+    if chosen.type == "cuda":
+        local = int(os.environ.get("LOCAL_RANK", "0"))
+        if local >= torch.cuda.device_count():
+            raise UserError(
+                f"local rank {local} has no GPU of its own, there are {torch.cuda.device_count()}: start fewer processes"
+            )
+        chosen = torch.device("cuda", local)
+        torch.cuda.set_device(chosen)
+    if dist.is_initialized():  # by who calls, for several jobs in turn: torchrun's store serves one group
+        yield ranks, chosen
+        return
+    # Tensors on the CPU go by gloo beside NCCL: hosts agree without waiting for their GPUs.
+    backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+    try:
+        with warnings.catch_warnings():  # of a layout that costs a copy for 1 x 1 convolutions, which are small
+            warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
+            yield ranks, chosen
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error).lower():
+            raise
+        raise UserError(_loss(ranks, timeout, str(error).strip().splitlines()[0])) from error
+    finally:
+        dist.destroy_process_group()
+
+
+def _loss(ranks: Ranks, timeout: float, reason: str) -> str:
+    """What to say when a collective has failed: who does not answer.
+
+    Torchrun keeps the store outside its ranks, so that those who are left can still call the roll there.
+    """
+    store = dist.distributed_c10d._get_default_store()
+    others = [rank for rank in range(ranks.world) if rank != ranks.rank]
+    missing = others
+    with contextlib.suppress(RuntimeError):
+        store.set(f"st-ar/alive/{ranks.rank}", "")
+        until = time.monotonic() + ROLL_CALL
+        while missing and time.monotonic() < until:
+            missing = [rank for rank in missing if not store.check([f"st-ar/alive/{rank}"])]
+            time.sleep(0.1)
+    named = ("rank " if len(missing) == 1 else "ranks ") + ", ".join(map(str, missing)) if missing else "the connection"
+    return (
+        f"rank {ranks.rank} of {ranks.world} has lost {named} or waited more than --rank-timeout {timeout:g} s ({reason}): "
+        "see above what that one said last; start all again with --resume to go on from the last checkpoint"
+    )
+
+
+def in_turn(action: Callable[[], Made]) -> Made:
+    """What `action` makes, on rank 0 before all others: what one has downloaded is there for the rest."""
+    if dist.is_initialized() and dist.get_rank() > 0:
+        dist.barrier()
+        return action()
+    made = action()
+    if dist.is_initialized():
+        dist.barrier()
+    return made
+
+
+def from_first(action: Callable[[], Made]) -> Made:
+    """What `action` makes on rank 0 alone, for all.
+
+    Raises:
+        UserError: on every rank, if it does so there.
+    """
+    if not dist.is_initialized():
+        return action()
+    made: list[Any] = [None]
+    if dist.get_rank() == 0:
+        try:
+            made = [action()]
+        except UserError as error:
+            made = [error]
+    dist.broadcast_object_list(made, device=torch.device("cpu"))
+    if isinstance(made[0], UserError):
+        raise made[0]
+    return made[0]
+
+
+def shared(module: nn.Module, *, gradient_as_bucket_view: bool = False) -> nn.Module:
+    """The module with its gradients averaged over the ranks; itself if there is one rank.
+
+    Args:
+        gradient_as_bucket_view: the gradients are what is sent, not copied to it: less memory.
+    """
+    if not dist.is_initialized():
+        return module
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return DistributedDataParallel(module, broadcast_buffers=False, gradient_as_bucket_view=gradient_as_bucket_view)
+
+
+def place() -> int:
+    """Which rank this is; 0 if there is one."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def mean(tensor: Tensor) -> Tensor:
+    """The mean over the ranks."""
+    return total(tensor) / dist.get_world_size() if dist.is_initialized() else tensor
+
+
+def total(tensor: Tensor) -> Tensor:
+    """The sum over the ranks."""
+    if dist.is_initialized():
+        tensor = tensor.clone()
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def largest(number: int) -> int:
+    """The ranks' largest number. Hosts wait for one another, not for their GPUs."""
+    if not dist.is_initialized():
+        return number
+    numbers = torch.tensor([number])
+    dist.all_reduce(numbers, op=dist.ReduceOp.MAX)
+    return int(numbers)
+
+
+def everyone(tensor: Tensor) -> Tensor:
+    """The ranks' tensors, of one shape, joined along the first dimension in the order of the ranks; without gradient."""
+    if not dist.is_initialized():
+        return tensor
+    parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, tensor.contiguous())
+    return torch.cat(parts)
+
+
+def joined(tensor: Tensor) -> Tensor:
+    """The ranks' tensors, alike but for the length of their first dimension, joined along it in the order of the ranks."""
+    if not dist.is_initialized():
+        return tensor
+    lengths = everyone(torch.tensor([len(tensor)], device=tensor.device)).tolist()
+    padded = tensor.new_zeros((max(lengths), *tensor.shape[1:]))
+    padded[: len(tensor)] = tensor
+    parts = everyone(padded).split(max(lengths)) if max(lengths) else [tensor] * len(lengths)
+    return torch.cat([part[:length] for part, length in zip(parts, lengths, strict=True)])

@@ -1,0 +1,91 @@
+"""What is trained on one rank and on several, to be compared."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from st_ar.config import SelfGuidedConfig, TrainConfig
+from st_ar.hardware import choose_dtype
+from st_ar.selfguided.objective import Losses, SelfGuided, draw
+from st_ar.selfguided.teacher import Teacher
+from st_ar.training.loop import backward
+from st_ar.training.parallel import choose_parallel, spread
+from tests.toys import NO_DROPOUT, random_model
+from tests.training.toy_runs import GUIDED_RUN
+
+GUIDED = replace(GUIDED_RUN, model=replace(GUIDED_RUN.model, **NO_DROPOUT), batch_size=8, steps=4, checkpoint_every=4)
+"""Without dropout inside the network, which each rank draws on its own; labels are dropped all the same."""
+OTHER = replace(
+    GUIDED, selfguided=replace(GUIDED.selfguided, mask_own_position=False, mim_features="after_norm", reduction="sum")
+)
+LOCAL = replace(GUIDED, selfguided=replace(GUIDED.selfguided, negatives="local"))
+PLAIN = replace(GUIDED, selfguided=SelfGuidedConfig(mask_ratio=0, alpha=0, beta=0))
+
+DDP: dict[str, Any] = {"parallel": "ddp"}
+FSDP: dict[str, Any] = {"parallel": "fsdp"}
+HYBRID: dict[str, Any] = {"parallel": "fsdp", "shard_size": 2}
+CASES: dict[int, dict[str, TrainConfig]] = {
+    2: {
+        "ddp": replace(GUIDED, **DDP),
+        "ddp-accumulate": replace(GUIDED, **DDP, accumulate=2, activation_checkpointing="full"),
+        "ddp-local": replace(LOCAL, **DDP),
+        "ddp-plain": replace(PLAIN, **DDP),
+        "fsdp": replace(GUIDED, **FSDP),
+        "fsdp-accumulate": replace(OTHER, **FSDP, accumulate=4, activation_checkpointing="selective"),
+        "fsdp-bfloat16": replace(GUIDED, **FSDP, dtype="bfloat16"),
+        "fsdp-plain": replace(PLAIN, **FSDP, activation_checkpointing="full"),
+    },
+    4: {
+        "ddp": replace(OTHER, parallel="auto"),
+        "fsdp": replace(OTHER, **FSDP),
+        "hybrid": replace(GUIDED, **HYBRID),
+        "hybrid-accumulate": replace(
+            LOCAL, **HYBRID, batch_size=16, accumulate=2, activation_checkpointing="selective"
+        ),
+    },
+}
+"""Ranks -> name -> what they train."""
+RELAY = {
+    2: replace(GUIDED, **DDP, steps=2),
+    1: replace(GUIDED, steps=4),
+    4: replace(GUIDED, **FSDP, steps=6),
+}
+"""One run that goes on with other ranks, in this order; one rank ends it after step 8."""
+
+
+def alone(config: TrainConfig, world: int) -> TrainConfig:
+    """The same on one rank: with local negatives its micro-batches must be as small as the ranks' are."""
+    pieces = config.accumulate * world if config.selfguided.negatives == "local" else 1
+    return replace(config, parallel="none", shard_size=None, accumulate=pieces, activation_checkpointing="none")
+
+
+class CalmAdamW(torch.optim.AdamW):
+    """Does not enlarge gradients that are nothing but rounding errors."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs, eps=1e-3)
+
+
+def first_gradients(config: TrainConfig, world: int, rank: int) -> tuple[dict[str, Tensor], Losses]:
+    """This rank's gradients, or shards of them, on a batch of random tokens with weights far from zero; and its losses."""
+    torch.manual_seed(3)
+    teacher = Teacher(random_model(config.model, seed=1), config.selfguided)
+    student = SelfGuided(random_model(config.model, seed=0), config.selfguided).train()
+    cpu = torch.device("cpu")
+    dtype = choose_dtype(config.dtype, cpu)
+    called = spread(student, teacher, config, choose_parallel(config, world), cpu, dtype)
+    generator = torch.Generator().manual_seed(5)
+    tokens = torch.randint(16, (config.batch_size, 2, 16), generator=generator)
+    labels = torch.randint(4, (config.batch_size,), generator=generator)
+    each = config.batch_size // world
+    mine = slice(rank * each, (rank + 1) * each)
+    draws = draw(config.selfguided, config.model, images=config.batch_size, views=2, seed=0, step=1, mine=mine)
+    losses = backward(called, teacher, tokens[mine], labels[mine], draws, config.accumulate, dtype)
+    return {name: p.grad for name, p in student.named_parameters() if p.grad is not None}, losses
+
+
+def place(out: Path, world: int, name: str) -> Path:
+    return out / f"{world}-{name}"

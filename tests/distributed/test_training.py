@@ -1,0 +1,180 @@
+"""Several ranks train as one: gradients, weights, averages and logs, however the weights are held."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from st_ar.config import TrainConfig
+from st_ar.errors import UserError
+from st_ar.training import optim
+from st_ar.training.checkpoint import _Reader, list_checkpoints
+from st_ar.training.log import read_log
+from st_ar.training.loop import train
+from st_ar.training.parallel import choose_parallel
+from tests.data.random_store import random_store
+from tests.distributed.cases import CASES, GUIDED, LOCAL, RELAY, CalmAdamW, alone, first_gradients, place
+from tests.ranks import checked_torchrun
+
+EXACT = [(world, name) for world, cases in CASES.items() for name in cases if cases[name].dtype == "float32"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _calm() -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(optim.torch.optim, "AdamW", CalmAdamW)
+        yield
+
+
+@pytest.fixture(scope="module")
+def out(_calm: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Everything that several ranks have done: one start of two, one of four. One rank takes its part in the relay."""
+    folder = tmp_path_factory.mktemp("out")
+    tokens = random_store(folder / "tokens", images=20, crops=4, shards=2)[0]
+    for world in RELAY:
+        if world == 1:
+            train(RELAY[1], tokens, folder / "relay", resume=True, preset="toy")
+        else:
+            said = checked_torchrun(
+                world, "-m", "tests.distributed.worker", tokens, folder, logs=folder / f"logs-{world}"
+            )
+            (folder / f"said-{world}.json").write_text(json.dumps([json.loads(text) for text in said]))
+    return folder
+
+
+def said(out: Path, world: int) -> list[dict[str, Any]]:
+    """What each rank has found."""
+    return json.loads((out / f"said-{world}.json").read_text())
+
+
+def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor], atol: float = 1e-5) -> None:
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=0, atol=atol, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def assert_same_run(found: Path, expected: Path) -> None:
+    for file in ("model.safetensors", "ema.safetensors"):
+        assert_close(load_file(found / "export" / file), load_file(expected / "export" / file))
+    logs = [read_log(run / "log.jsonl") for run in (found, expected)]
+    for entry, wanted in zip(*logs, strict=True):
+        del entry["tokens_per_second"], wanted["tokens_per_second"]
+        assert entry == pytest.approx(wanted, rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize(("world", "name"), EXACT)
+def test_gradients_and_losses_are_those_of_one_rank(out: Path, world: int, name: str) -> None:
+    config = CASES[world][name]
+    expected, losses = first_gradients(alone(config, world), 1, 0)
+    assert min(float(gradient.abs().max()) for gradient in expected.values()) > 1e-4
+    assert_close(load_file(out / f"{world}-{name}.safetensors"), expected)
+    found = json.loads((out / f"{world}-{name}.json").read_text())
+    assert found == pytest.approx([loss.item() for loss in losses], rel=1e-5)
+
+
+@pytest.mark.parametrize(("world", "name"), EXACT)
+def test_a_run_is_that_of_one_rank(out: Path, tmp_path: Path, world: int, name: str) -> None:
+    run = train(alone(CASES[world][name], world), out / "tokens", tmp_path / "run", preset="toy")
+    assert_same_run(place(out, world, name), run)
+    environment = json.loads((place(out, world, name) / "config.json").read_text())["environment"]
+    assert environment["ranks"] == world
+
+
+def test_in_bfloat16_sharded_gradients_are_those_of_one_rank_to_its_precision(out: Path) -> None:
+    config = alone(CASES[2]["fsdp-bfloat16"], 2)
+    exact, _ = first_gradients(replace(config, dtype="float32"), 1, 0)
+    rounded, _ = first_gradients(config, 1, 0)
+    for name, gradient in load_file(out / "2-fsdp-bfloat16.safetensors").items():
+        own = (rounded[name] - exact[name]).norm() / exact[name].norm()  # what bfloat16 costs on one rank
+        assert gradient.dtype == torch.float32
+        assert (gradient - exact[name]).norm() / exact[name].norm() < 1.5 * own + 0.01, name
+    log, once = (read_log(run / "log.jsonl") for run in (place(out, 2, "fsdp-bfloat16"), place(out, 2, "fsdp")))
+    assert [entry["loss"] for entry in log] == pytest.approx([entry["loss"] for entry in once], rel=0.01)
+
+
+@pytest.mark.parametrize("world", CASES)
+def test_the_first_rank_alone_writes_what_is_not_sharded(out: Path, world: int) -> None:
+    first, *others = (found["writes"] for found in said(out, world))
+    steps = [config.steps or 0 for config in CASES[world].values()]
+    assert first["append_log"] >= sum(steps)
+    assert first["write_json"] >= len(steps)
+    assert first["save_file"] >= 2 * len(steps)
+    assert others == [{}] * (world - 1)
+
+
+def test_each_rank_draws_its_own_dropout(out: Path) -> None:
+    seeds = [found["seed"] for world in CASES for found in said(out, world)]
+    assert len(set(seeds)) == 4  # ranks 0 and 1 have the same in both
+    train(replace(GUIDED, steps=4), out / "tokens", out / "seeded", preset="toy")
+    assert torch.initial_seed() == seeds[0]
+
+
+def test_a_signal_to_one_rank_stops_all_at_the_same_step_and_the_run_goes_on_as_if_it_had_not(out: Path) -> None:
+    for found in said(out, 2):
+        assert found["stopped"].startswith("stopped at step 2 of 4; the run is saved")
+    assert_same_run(out / "stopped", place(out, 2, "fsdp"))
+
+
+def test_a_loss_that_is_not_finite_on_one_rank_stops_all(out: Path) -> None:
+    for found in said(out, 2):
+        assert "the loss or its gradient is not finite at step 1 (loss is inf, gradient norm is nan)" in found["broken"]
+    assert not (out / "broken" / "checkpoints").exists()
+
+
+# Checkpoints
+
+
+def names(run: Path) -> dict[str, list[int]]:
+    """The tensors of the newest checkpoint, with their shapes."""
+    stored = _Reader(list_checkpoints(run / "checkpoints")[-1][1]).read_metadata().state_dict_metadata
+    return {name: list(tensor.size) for name, tensor in stored.items()}
+
+
+def test_a_checkpoint_has_the_same_tensors_however_the_weights_were_held(out: Path, tmp_path: Path) -> None:
+    run = train(replace(GUIDED, steps=1), out / "tokens", tmp_path / "run", preset="toy")
+    for world, name in ((2, "ddp"), (2, "ddp-accumulate"), (2, "fsdp"), (4, "hybrid")):
+        assert names(place(out, world, name)) == names(run)
+    files = sorted(path.name for path in (place(out, 4, "hybrid") / "checkpoints" / "step_00000004").iterdir())
+    assert files == [".metadata", *(f"__{rank}_0.distcp" for rank in range(4))]
+
+
+def test_a_run_goes_on_with_another_number_of_ranks_and_another_parallelism(out: Path, tmp_path: Path) -> None:
+    relay = train(replace(GUIDED, steps=8), out / "tokens", out / "relay", resume=True, preset="toy")
+    assert_same_run(relay, train(replace(GUIDED, steps=8), out / "tokens", tmp_path / "run", preset="toy"))
+
+
+# Settings
+
+
+UNSUITABLE: dict[str, tuple[int, TrainConfig, str]] = {
+    "none": (
+        2,
+        replace(GUIDED, parallel="none"),
+        "torchrun has started 2: give --parallel ddp or fsdp, or start without",
+    ),
+    "ddp alone": (1, replace(GUIDED, parallel="ddp"), "--parallel ddp .* there is one: start them by torchrun"),
+    "fsdp alone": (1, replace(GUIDED, parallel="fsdp"), "--parallel fsdp .* there is one: start them by torchrun"),
+    "batch": (3, GUIDED, "--batch-size 8 is no multiple of the 3 ranks times --accumulate 1"),
+    "pieces": (2, replace(GUIDED, accumulate=8), "--batch-size 8 is no multiple of the 2 ranks times --accumulate 8"),
+    "shards": (4, replace(GUIDED, parallel="fsdp", shard_size=3), "--shard-size 3 does not divide the 4 ranks"),
+    "negatives": (4, replace(LOCAL, accumulate=2), "--selfguided.negatives local .* larger --batch-size than 8"),
+}
+
+
+@pytest.mark.parametrize("what", UNSUITABLE)
+def test_settings_that_do_not_suit_the_ranks_are_refused_with_the_remedy(what: str) -> None:
+    world, config, message = UNSUITABLE[what]
+    with pytest.raises(UserError, match=message):
+        choose_parallel(config, world)
+
+
+@pytest.mark.parametrize(
+    ("world", "given", "chosen"), [(1, "auto", "none"), (1, "none", "none"), (2, "auto", "ddp"), (2, "fsdp", "fsdp")]
+)
+def test_without_a_choice_there_is_a_copy_on_each_rank(world: int, given: Any, chosen: str) -> None:
+    assert choose_parallel(replace(GUIDED, parallel=given), world) == chosen

@@ -1,0 +1,98 @@
+"""A rank of everything that test_training looks at: python -m tests.distributed.worker TOKENS OUT, under torchrun.
+
+One start for all, since starting takes longer than training. The last line that a rank prints is a JSON object.
+"""
+
+import json
+import math
+import os
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch.distributed.tensor import DTensor
+
+from st_ar.errors import Interrupted, UserError
+from st_ar.model import weights
+from st_ar.training import loop, optim
+from st_ar.training.group import process_group
+from tests.distributed.cases import CASES, FSDP, GUIDED, RELAY, CalmAdamW, first_gradients, place
+
+
+def counted(patch: pytest.MonkeyPatch) -> dict[str, int]:
+    """How often this rank writes each kind of file of a run."""
+    counts: dict[str, int] = {}
+    for module, name in ((loop, "append_log"), (loop, "rewind_log"), (loop, "write_json"), (weights, "save_file")):
+        written: Callable[..., Any] = getattr(module, name)
+
+        def writing(*args: Any, name: str = name, written: Callable[..., Any] = written, **kwargs: Any) -> None:
+            counts[name] = counts.get(name, 0) + 1
+            written(*args, **kwargs)
+
+        patch.setattr(module, name, writing)
+    return counts
+
+
+def stopped_and_resumed(tokens: Path, out: Path, rank: int) -> str:
+    """The last rank gets SIGTERM in step 2 of a run, which is then resumed; what was said of the stop."""
+    backward, passes = loop.backward, 0
+
+    def signalled(*args: Any) -> Any:
+        nonlocal passes
+        passes += 1
+        if passes == 2 and rank == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return backward(*args)
+
+    config = replace(GUIDED, **FSDP)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted) as stop:
+        patch.setattr(loop, "backward", signalled)
+        loop.train(config, tokens, out, preset="toy")
+    loop.train(config, tokens, out, resume=True, preset="toy")
+    return str(stop.value)
+
+
+def broken(tokens: Path, out: Path, rank: int) -> str:
+    """The loss of the last rank alone is infinite in step 1; what this rank says of it."""
+    forward = loop.SelfGuided.forward
+
+    def exploding(*args: Any) -> Any:
+        losses = forward(*args)
+        return losses._replace(total=losses.total * math.inf) if rank == 1 else losses
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError) as error:
+        patch.setattr(loop.SelfGuided, "forward", exploding)
+        loop.train(GUIDED, tokens, out, preset="toy")
+    return str(error.value)
+
+
+def main(tokens: Path, out: Path) -> None:
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    optim.torch.optim.AdamW = CalmAdamW
+    found: dict[str, Any] = {}
+    with pytest.MonkeyPatch.context() as patch, process_group("cpu", 60):
+        found["writes"] = counted(patch)
+        for name, config in CASES[world].items():
+            gradients, losses = first_gradients(config, world, rank)
+            whole = {key: g.full_tensor() if isinstance(g, DTensor) else g for key, g in gradients.items()}
+            if rank == 0:
+                save_file({key: g.contiguous() for key, g in whole.items()}, out / f"{world}-{name}.safetensors")
+                (out / f"{world}-{name}.json").write_text(json.dumps([loss.item() for loss in losses]))
+            loop.train(config, tokens, place(out, world, name), preset="toy")
+        found["seed"] = torch.initial_seed()
+        loop.train(RELAY[world], tokens, out / "relay", resume=world == 4, preset="toy")
+        if world == 2:
+            found["stopped"] = stopped_and_resumed(tokens, out / "stopped", rank)
+            found["broken"] = broken(tokens, out / "broken", rank)
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(Path(sys.argv[1]), Path(sys.argv[2]))
