@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from st_ar.selfguided.objective import Draws, SelfGuided, Targets
+from st_ar.training.group import everyone
 
 IMAGES = 256
 """The indicators are of at most so many of a batch's images, and of their first views."""
@@ -39,8 +40,8 @@ def effective_rank(features: Tensor) -> float:
 class Features:
     """Sees the student's and the teacher's features pass by, by hooks on the student, in the steps that are asked for.
 
-    What it sees is a rank's own part of the batch, over all its micro-batches: at the positions of Eq. 5, the student's and the
-    teacher's features at the contrast layer and the student's projected ones; without contrast, the teacher's last layer.
+    What it sees, at the positions of Eq. 5: the student's and the teacher's features at the contrast layer and the student's
+    projected ones; without contrast, the teacher's last layer.
     """
 
     def __init__(self, student: SelfGuided) -> None:
@@ -55,10 +56,10 @@ class Features:
         self.wanted, self.seen = wanted, {}
 
     def measure(self) -> dict[str, float]:
-        """std_NAME and rank_NAME of the features that this step has shown."""
+        """std_NAME and rank_NAME of the features that this step has shown; every rank calls it, and gets the same."""
         found: dict[str, float] = {}
         for name, parts in self.seen.items():
-            features = torch.cat(parts)[:IMAGES]
+            features = everyone(torch.cat(parts)[:IMAGES])[:IMAGES]
             found |= {f"std_{name}": spread(features), f"rank_{name}": effective_rank(features)}
         self.seen = {}
         return found
