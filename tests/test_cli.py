@@ -31,6 +31,7 @@ from st_ar.sampling import sample_images
 from st_ar.tokenizer import load_tokenizer
 from st_ar.tokenizer.kmeans import KMeansTokenizer
 from st_ar.verbs import VERBS
+from st_ar.watch_config import WatchConfig
 from tests.disk import contents
 
 Capture = pytest.CaptureFixture[str]
@@ -112,8 +113,8 @@ def test_trains_help_lists_every_preset(capsys: Capture, monkeypatch: pytest.Mon
 @pytest.mark.parametrize("preset", ["llamagen-b", "st-ar-digits"])
 def test_a_presets_help_explains_every_setting(capsys: Capture, monkeypatch: pytest.MonkeyPatch, preset: str) -> None:
     text = helped(capsys, monkeypatch, "train", preset, "--help")
-    own = [f"--{field.name}" for field in dataclasses.fields(Train) if field.name != "config"]
-    for flag in [*own, *flags(TrainConfig)]:
+    own = [f"--{field.name}" for field in dataclasses.fields(Train) if field.name not in ("config", "watching")]
+    for flag in [*own, *flags(WatchConfig), *flags(TrainConfig)]:
         assert re.search(rf"(?m)^\W*{flag}\b", text), flag
     width = PRESETS[preset]().model.dim
     assert re.search(

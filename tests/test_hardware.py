@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from st_ar.errors import UserError
-from st_ar.hardware import Beside, choose_device, choose_dtype, require_compiler
+from st_ar.hardware import Beside, choose_device, choose_dtype, peak_flops, require_compiler
 
 CPU = torch.device("cpu")
 
@@ -30,6 +30,27 @@ def test_auto_takes_bfloat16_where_the_cpu_multiplies_in_it(monkeypatch: pytest.
 def test_a_type_that_is_asked_for_is_taken() -> None:
     assert choose_dtype("float32", CPU) == torch.float32
     assert choose_dtype("bfloat16", CPU) == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA A100 80GB PCIe", 312e12),
+        ("NVIDIA A10", 125e12),
+        ("NVIDIA A10G", None),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+    ],
+)
+def test_a_gpus_peak_is_known_by_its_name(monkeypatch: pytest.MonkeyPatch, name: str, peak: float | None) -> None:
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda device: name)
+    assert peak_flops(torch.device("cuda"), torch.bfloat16) == peak
+    assert peak_flops(torch.device("cuda"), torch.float32) is None
+    assert peak_flops(CPU, torch.bfloat16) is None
 
 
 def test_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

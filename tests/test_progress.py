@@ -50,3 +50,18 @@ def test_work_of_unknown_length_tells_what_is_done(clock: list[float], capsys: p
         clock[0] += 31
         bar.advance(7)
     assert capsys.readouterr().err == "count: 7 sheep\n"
+
+
+def test_work_within_work_is_silent(clock: list[float], capsys: pytest.CaptureFixture[str]) -> None:
+    with progress("count", 10, unit="sheep") as bar:
+        with progress("shear", 4, unit="sheep") as inner:
+            clock[0] += 31
+            inner.advance(1)
+        bar.advance(1)
+    with progress("shear", 4, unit="sheep") as alone:
+        clock[0] += 31
+        alone.advance(1)
+    assert capsys.readouterr().err.splitlines() == [
+        "count: 1/10 sheep, 279 s left",
+        "shear: 1/4 sheep, 93 s left",
+    ]

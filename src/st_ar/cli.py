@@ -17,6 +17,7 @@ from st_ar.presets import PRESETS, get_preset, unknown_preset
 from st_ar.run_config import RunConfig
 from st_ar.verbs import VERBS
 from st_ar.vq_config import VQ_PRESETS
+from st_ar.watch_config import WatchConfig
 
 HELP = """\
 usage: st-ar VERB [options]        st-ar VERB --help explains each
@@ -61,6 +62,7 @@ class Train:
     """Folder of the run."""
     resume: bool = False
     """Continue the run in --out from its newest checkpoint; give the settings it was begun with."""
+    watching: Annotated[WatchConfig, tyro.conf.arg(name="")] = field(default_factory=WatchConfig)
     config: Annotated[TrainConfig, tyro.conf.arg(name="")]
 
 
@@ -85,6 +87,7 @@ def train_verb(arguments: Sequence[str]) -> None:
         command.out,
         text=command.text,
         validation=command.validation,
+        watching=command.watching,
         resume=command.resume,
         preset=name,
     )

@@ -10,11 +10,16 @@ def flops_per_token(config: ModelConfig) -> tuple[float, float]:
     return config.n_layers * (2 * per_block + attention), 2 * config.dim * config.vocab_size
 
 
-def training_flops(config: TrainConfig, images: int) -> float:
-    """Of a whole run on a store of `images` images: three passes of everything, and the teacher's over the blocks."""
+def training_flops_per_token(config: TrainConfig) -> float:
+    """Three passes of everything, and the teacher's over the blocks; what activation checkpointing repeats is not counted."""
     body, head = flops_per_token(config.model)
+    return 3 * (body + head) + (body if config.selfguided.needs_teacher else 0)
+
+
+def training_flops(config: TrainConfig, images: int) -> float:
+    """Of a whole run on a store of `images` images."""
     tokens = config.total_steps(images) * config.batch_size * config.views * config.model.sequence_length
-    return tokens * (3 * (body + head) + (body if config.selfguided.needs_teacher else 0))
+    return tokens * training_flops_per_token(config)
 
 
 def parameters(config: ModelConfig) -> int:

@@ -53,6 +53,32 @@ def _cpu_has_bfloat16() -> bool:
     return torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
+PEAK_BFLOAT16 = {
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "H200 NVL": 835e12,
+    "H200": 989e12,
+    "B200": 2250e12,
+    "A100": 312e12,
+    "A40": 149.7e12,
+    "A10": 125e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+}
+"""Words of a GPU's name -> its dense bfloat16 FLOP/s by NVIDIA's data sheets; the first that fits counts."""
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
+    """The FLOP/s that a GPU could reach in bfloat16; None for other types, CPUs, GPUs that are not listed and parts of one."""
+    if device.type != "cuda" or dtype != torch.bfloat16:
+        return None
+    name = f" {torch.cuda.get_device_name(device).replace('-', ' ')} "
+    if " MIG " in name:
+        return None
+    return next((peak for words, peak in PEAK_BFLOAT16.items() if f" {words} " in name), None)
+
+
 def require_compiler(device: torch.device) -> None:
     """Refuse torch.compile where it would not find a compiler: of C++ for a CPU, of C for what starts a GPU's kernels.
 

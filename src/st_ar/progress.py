@@ -4,7 +4,11 @@ import contextlib
 import sys
 import time
 from collections.abc import Generator
+from contextvars import ContextVar
 from typing import Protocol
+
+_within = ContextVar("_within", default=False)
+"""Whether work that is shown is going on around."""
 
 
 class Progress(Protocol):
@@ -44,7 +48,7 @@ class _Lines:
 
 
 class _Silent:
-    """Of a rank whose work another one stands for."""
+    """Of work that is a part of other work, or of a rank whose work another one stands for."""
 
     def advance(self, count: int) -> None:
         pass
@@ -55,10 +59,23 @@ class _Silent:
 
 @contextlib.contextmanager
 def progress(what: str, total: int | None, *, unit: str, done: int = 0, shown: bool = True) -> Generator[Progress]:
-    """Follow work of `total` units (None: nobody knows), `done` of which are done already; only the rank that is `shown` tells."""
-    if not shown:
+    """Follow work of `total` units (None: nobody knows), `done` of which are done already; only the rank that is `shown` tells.
+
+    Work within other work is not shown.
+    """
+    if not shown or _within.get():
         yield _Silent()
         return
+    _within.set(True)
+    try:
+        with _shown(what, total, unit, done) as bar:
+            yield bar
+    finally:
+        _within.set(False)
+
+
+@contextlib.contextmanager
+def _shown(what: str, total: int | None, unit: str, done: int) -> Generator[Progress]:
     if not sys.stderr.isatty():
         yield _Lines(what, total, unit, done)
         return

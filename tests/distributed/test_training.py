@@ -61,7 +61,8 @@ def assert_same_run(found: Path, expected: Path) -> None:
         assert_close(load_file(found / "export" / file), load_file(expected / "export" / file))
     logs = [read_log(run / "log.jsonl") for run in (found, expected)]
     for entry, wanted in zip(*logs, strict=True):
-        del entry["tokens_per_second"], wanted["tokens_per_second"]
+        for machine in ("tokens_per_second", "memory_gb"):
+            del entry[machine], wanted[machine]
         assert entry == pytest.approx(wanted, rel=1e-4, abs=1e-6)
 
 

@@ -53,7 +53,7 @@ def append_log(path: Path, entry: dict[str, Any]) -> None:
     """Add a logged step."""
     try:
         with open(path, "a") as file:
-            file.write(json.dumps(entry) + "\n")
+            file.write(json.dumps(entry, allow_nan=False) + "\n")
     except OSError as error:
         raise UserError(
             f"cannot write {path}: {error.strerror or error}; free some space and continue with --resume"

@@ -32,6 +32,8 @@ from st_ar.training.parallel import choose_parallel, gradient_sync, spread, unsh
 from st_ar.training.run import claim, describe_run, not_finite, require_finite
 from st_ar.training.stopping import stop_on_signal
 from st_ar.training.validation import LOSS, Validation
+from st_ar.training.watch import Watch
+from st_ar.watch_config import WatchConfig
 
 
 def train(
@@ -41,6 +43,7 @@ def train(
     *,
     text: Path | None = None,
     validation: Path | None = None,
+    watching: WatchConfig | None = None,
     resume: bool = False,
     preset: str = "",
 ) -> Path:
@@ -53,6 +56,7 @@ def train(
     Args:
         text: the captions of the token store's images, for a text model and no other.
         validation: a token store to measure the averaged weights on at each checkpoint; the best are kept in best/.
+        watching: what is shown of the run; it has no part in the weights. TensorBoard's curves alone if None.
 
     Raises:
         UserError: a store, captions or their absence that do not suit the model, a run already there, a resume with other
@@ -61,17 +65,19 @@ def train(
         Interrupted: SIGINT or SIGTERM came to this rank or another; a checkpoint of the last finished step was written.
     """
     with process_group(config.device, config.rank_timeout) as (ranks, device), enough_memory(config, ranks.world):
-        return _train(config, tokens, out, ranks, device, text, validation, resume=resume, preset=preset)
+        stores = (tokens, text, validation)
+        return _train(config, *stores, out, ranks, device, watching or WatchConfig(), resume=resume, preset=preset)
 
 
 def _train(
     config: TrainConfig,
     tokens: Path,
+    text: Path | None,
+    validation: Path | None,
     out: Path,
     ranks: Ranks,
     device: torch.device,
-    text: Path | None,
-    validation: Path | None,
+    watching: WatchConfig,
     *,
     resume: bool,
     preset: str,
@@ -103,6 +109,7 @@ def _train(
         claim(out, record, config, len(store), resume=resume)
         return record
 
+    watch = Watch(watching, config, out, store, captions, device, dtype)
     record = from_first(begin)
 
     torch.manual_seed(torch_seed(config.seed, Purpose.INITIALISATION))
@@ -146,9 +153,14 @@ def _train(
     clock, clock_step = time.perf_counter(), start
     remedy = f"train with --dtype float32, or skip more such steps than --skip-nonfinite {config.skip_nonfinite}"
     mine = ranks.share(config.batch_size)
-    bar = progress(out.name, total, unit="steps", done=start, shown=first)
-    with bar as bar, stop_on_signal() as stop, checkpoints:
+    with (
+        progress(out.name, total, unit="steps", done=start, shown=first) as bar,
+        watch.follow(student, record, start),
+        stop_on_signal() as stop,
+        checkpoints,
+    ):
         for step in range(start + 1, total + 1):
+            log = watch.begin(step, total)
             batch, labels = views.batch(step - 1)
             batch, labels = moved(batch, device), moved(labels, device)
             null = model.cls_embedding.null(labels)
@@ -170,7 +182,6 @@ def _train(
             optimizer.zero_grad()
 
             checkpoints.check()
-            log = step % config.log_every == 0 or step == total
             if skipping:
                 skipped += 1
                 if first:
@@ -179,16 +190,15 @@ def _train(
             elif log or config.skip_nonfinite or device.type == "cpu":  # reading a loss makes the host wait for a GPU
                 require_finite(terms, step, checkpoints, remedy=remedy)
             if log and not skipping:
-                now = time.perf_counter()
-                speed = tokens_per_step * (step - clock_step) / (now - clock)
-                clock, clock_step = now, step
+                speed = tokens_per_step * (step - clock_step) / (time.perf_counter() - clock)
                 parts = {name if name == "total" else f"loss_{name}": x.item() for name, x in losses._asdict().items()}
                 rates = {"lr": rate, "grad_norm": norm.item(), "ema_decay": decay, "tokens_per_second": speed}
-                entry = {"step": step, "loss": parts.pop("total"), **parts, **rates}
+                entry = watch.look(step, {"step": step, "loss": parts.pop("total"), **parts, **rates})
                 if first:
                     append_log(out / "log.jsonl", entry)
                 shown = " ".join(f"{name.removeprefix('loss_')} {value:.2f}" for name, value in parts.items() if value)
                 bar.note(f"{shown}, {speed / 1000:.1f}k tokens/s")
+                clock, clock_step = time.perf_counter(), step
             stopping = largest(stop[0] if stop else 0)  # all ranks stop together
             due = step % config.checkpoint_every == 0 or step == total
             if due or stopping:

@@ -1,0 +1,224 @@
+"""Trackers: TensorBoard, Weights & Biases and trackio behind the same few lines, each in a thread of its own.
+
+A tracker can be slow, dead or broken; training then goes on without it. Entries wait in a queue of limited length, what does
+not fit is left out and said, an error switches the tracker off, and at the end it has a few seconds to finish.
+"""
+
+import os
+import queue
+import secrets
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from st_ar.errors import UserError
+from st_ar.files import read_json, write_json
+from st_ar.training.events import TensorBoard
+from st_ar.watch_config import TrackerName
+
+ROOM = 256
+"""Entries that may wait for a tracker."""
+PATIENCE = 5.0
+"""Seconds that trackers have at the end, together."""
+PROJECT = "st-ar"
+
+
+class Tracker(Protocol):
+    """What every tracker offers."""
+
+    def log(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Keep a step's numbers."""
+        ...
+
+    def images(self, step: int, name: str, array: np.ndarray) -> None:
+        """Keep a picture, uint8 [H, W, 3]."""
+        ...
+
+    def close(self) -> None:
+        """Finish."""
+        ...
+
+
+class Wandb:
+    """Weights & Biases; its own variables (WANDB_MODE, WANDB_PROJECT, WANDB_ENTITY, ..) say where to.
+
+    Raises:
+        UserError: it would send, and has no key.
+    """
+
+    def __init__(self, folder: Path, identity: dict[str, str], config: dict[str, Any]) -> None:
+        wandb: Any = import_module("wandb")
+        settings = wandb.Settings(finish_timeout=PATIENCE, silent=True, console="off")
+        online = os.environ.get("WANDB_MODE", "online") == "online"
+        if online and not wandb.login(prompt=False, verify=False):  # it would ask on the terminal, and wait
+            raise UserError("it has no key: set WANDB_API_KEY or call `wandb login`, or set WANDB_MODE=offline")
+        self.wandb = wandb
+        self.run = wandb.init(
+            project=os.environ.get("WANDB_PROJECT", PROJECT),
+            id=identity["id"],
+            name=identity["name"],
+            resume="allow",
+            dir=folder,
+            config=config,
+            settings=settings,
+        )
+
+    def log(self, step: int, scalars: Mapping[str, float]) -> None:
+        self.run.log(dict(scalars), step=step)
+
+    def images(self, step: int, name: str, array: np.ndarray) -> None:
+        self.run.log({name: self.wandb.Image(array)}, step=step)
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+class Trackio:
+    """trackio, on this machine unless TRACKIO_SPACE_ID or TRACKIO_SERVER_URL say otherwise."""
+
+    def __init__(self, identity: dict[str, str], config: dict[str, Any]) -> None:
+        trackio: Any = import_module("trackio")
+        self.trackio = trackio
+        self.run = trackio.init(
+            project=PROJECT,
+            name=f"{identity['name']}-{identity['id']}",
+            resume="allow",
+            config=config,
+            embed=False,
+            auto_log_gpu=False,
+            auto_log_cpu=False,
+        )
+
+    def log(self, step: int, scalars: Mapping[str, float]) -> None:
+        self.run.log(dict(scalars), step=step)
+
+    def images(self, step: int, name: str, array: np.ndarray) -> None:
+        self.run.log({name: self.trackio.Image(array)}, step=step)
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+class Background:
+    """A tracker at work in a thread of its own, opened when the first entry comes; none of its methods but `close` waits.
+
+    after: entries up to this step are already with the tracker, and are left out.
+    """
+
+    def __init__(self, name: str, open_tracker: Callable[[], Tracker], *, after: int = 0, room: int = ROOM) -> None:
+        self.name, self.open_tracker, self.after = name, open_tracker, after
+        self.waiting: queue.Queue[Callable[[Tracker], None] | None] = queue.Queue(room)
+        self.off = self.given_up = False
+        self.left_out = 0
+        self.thread = threading.Thread(target=self._work, name=f"tracker {name}", daemon=True)
+        self.thread.start()
+
+    def log(self, step: int, scalars: Mapping[str, float]) -> None:
+        if step > self.after:
+            self._add(lambda tracker: tracker.log(step, scalars))
+
+    def images(self, step: int, name: str, array: np.ndarray) -> None:
+        if step > self.after:
+            self._add(lambda tracker: tracker.images(step, name, array))
+
+    def _add(self, entry: Callable[[Tracker], None]) -> None:
+        if self.off:
+            return
+        try:
+            self.waiting.put_nowait(entry)
+        except queue.Full:
+            self.left_out += 1
+            if self.left_out == 1:
+                warn(
+                    f"{self.name} is slow or does not answer: entries are left out while {self.waiting.maxsize} wait for it"
+                )
+
+    def _work(self) -> None:
+        tracker: Tracker | None = None
+        try:
+            while (entry := self.waiting.get()) is not None:
+                tracker = tracker or self.open_tracker()
+                entry(tracker)
+            if tracker is not None:
+                tracker.close()
+        except Exception as error:  # whatever a tracker raises, training goes on
+            self.off = True
+            if not self.given_up:
+                warn(f"{self.name} is switched off: {reason(error)}; the run goes on, log.jsonl has everything")
+
+    def close(self, deadline: float) -> None:
+        """Let it finish what waits, until `deadline` (of time.monotonic) at most."""
+        with suppress(queue.Full):
+            self.waiting.put(None, timeout=max(0, deadline - time.monotonic()))
+        self.thread.join(max(0, deadline - time.monotonic()))
+        self.given_up = self.thread.is_alive()
+        if self.given_up or self.left_out:
+            lost = self.left_out + (self.waiting.qsize() if self.given_up else 0)
+            how = f"has not finished within {PATIENCE:g} s" if self.given_up else "was too slow"
+            warn(f"{self.name} {how}: {lost} entries or more are not there; log.jsonl has everything")
+
+
+def close_all(trackers: Sequence[Background]) -> None:
+    """Close them within PATIENCE seconds in all."""
+    deadline = time.monotonic() + PATIENCE
+    for tracker in trackers:
+        tracker.close(deadline)
+
+
+def require_trackers(names: Sequence[TrackerName]) -> None:
+    """Refuse trackers whose packages are missing.
+
+    Raises:
+        UserError: one is not installed.
+    """
+    for name in ("wandb", "trackio"):
+        if name in names and find_spec(name) is None:
+            raise UserError(f"--track {name} needs the package {name}: pip install 'st-ar[tracking]', or leave it out")
+
+
+def open_trackers(
+    names: Sequence[TrackerName], out: Path, config: dict[str, Any], *, start: int, logged: int
+) -> list[Background]:
+    """Begin to track a run, or go on with it under the name that it has in each tracker.
+
+    Args:
+        out: the run's folder; tracking.json there keeps its name for wandb and trackio.
+        config: what they show as its settings.
+        start: the step that the run goes on from.
+        logged: the last step that it has logged before; wandb and trackio take no step twice.
+    """
+    opened: list[Background] = []
+    if "tensorboard" in names:
+        opened.append(Background("TensorBoard", lambda: TensorBoard(out / "tensorboard", start + 1)))
+    if "wandb" in names or "trackio" in names:
+        identity = _identity(out)
+        if "wandb" in names:
+            opened.append(Background("wandb", lambda: Wandb(out, identity, config), after=logged))
+        if "trackio" in names:
+            opened.append(Background("trackio", lambda: Trackio(identity, config), after=logged))
+    return opened
+
+
+def _identity(out: Path) -> dict[str, str]:
+    file = out / "tracking.json"
+    if not file.exists():
+        write_json(file, {"id": secrets.token_hex(4), "name": out.name})
+    return read_json(file, "a tracked run")
+
+
+def warn(message: str) -> None:
+    """A line to the user."""
+    print(f"st-ar: {message}", file=sys.stderr, flush=True)
+
+
+def reason(error: Exception) -> str:
+    """The cause in one line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,28 @@
+"""A rank that trains twice, unseen and watched: python -m tests.distributed.watching LINE OUT PARALLEL, under torchrun."""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from st_ar.training.group import process_group
+from st_ar.training.loop import train
+from st_ar.watch_config import WatchConfig
+from tests.distributed.cases import GUIDED
+
+
+def main(line: Path, out: Path, parallel: str) -> None:
+    config = replace(GUIDED, parallel=parallel, log_every=4)
+    unseen = WatchConfig(track=("none",))
+    watched = WatchConfig(
+        sample_every=2, sample_tokenizer=line / "tokenizer", probe_every=3, probe_test_tokens=line / "test"
+    )
+    with process_group("cpu", 60):
+        train(config, line / "tokens", out / "unseen", watching=unseen)
+        train(config, line / "tokens", out / "watched", watching=watched)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3])

@@ -1,0 +1,240 @@
+"""Trackers that hang, raise or are slow harm nothing; the real ones take what they are given."""
+
+import json
+import os
+import random
+import socket
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from st_ar.errors import UserError
+from st_ar.training import track
+from st_ar.training.track import Background, close_all, open_trackers, require_trackers
+from tests.ranks import ROOT
+
+PICTURE = np.zeros((4, 4, 3), np.uint8)
+
+
+class Keeper:
+    """Keeps what it is given."""
+
+    def __init__(self) -> None:
+        self.kept: list[tuple[int, str]] = []
+        self.closed = False
+
+    def log(self, step: int, scalars: Mapping[str, float]) -> None:
+        self.kept += [(step, name) for name in scalars]
+
+    def images(self, step: int, name: str, array: np.ndarray) -> None:
+        self.kept.append((step, name))
+
+    def close(self) -> None:
+        self.closed = True
+
+
+class Hanging(Keeper):
+    """Never comes back, until the test is over."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.over = threading.Event()
+
+    def log(self, step: int, scalars: Mapping[str, float]) -> None:
+        self.over.wait()
+
+
+class Moody(Keeper):
+    """Raises one time in three."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        self.mood = random.Random(seed)
+
+    def log(self, step: int, scalars: Mapping[str, float]) -> None:
+        if self.mood.random() < 1 / 3:
+            raise ConnectionError("no route to the\nhost")
+        super().log(step, scalars)
+
+
+def test_entries_arrive_in_order_and_the_tracker_is_closed() -> None:
+    keeper = Keeper()
+    tracker = Background("keeper", lambda: keeper)
+    for step in range(1, 101):
+        tracker.log(step, {"loss": 1.0})
+    tracker.images(100, "samples", PICTURE)
+    close_all([tracker])
+    assert keeper.kept == [*((step, "loss") for step in range(1, 101)), (100, "samples")]
+    assert keeper.closed
+
+
+def test_without_an_entry_a_tracker_is_not_opened() -> None:
+    def never() -> Keeper:
+        raise AssertionError
+
+    tracker = Background("idle", never)
+    close_all([tracker])
+    assert not tracker.off
+
+
+def test_steps_that_a_tracker_has_are_not_given_again() -> None:
+    keeper = Keeper()
+    tracker = Background("keeper", lambda: keeper, after=3)
+    for step in range(2, 6):
+        tracker.log(step, {"loss": 1.0})
+        tracker.images(step, "samples", PICTURE)
+    close_all([tracker])
+    assert keeper.kept == [(4, "loss"), (4, "samples"), (5, "loss"), (5, "samples")]
+
+
+def test_a_tracker_that_hangs_holds_nobody_up(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(track, "PATIENCE", 0.2)
+    hanging = Hanging()
+    tracker = Background("hanging", lambda: hanging, room=5)
+    tracker.log(1, {"loss": 1.0})
+    while tracker.waiting.qsize():  # until it hangs
+        time.sleep(0.001)
+    for step in range(2, 101):
+        tracker.log(step, {"loss": 1.0})
+    assert tracker.left_out == 99 - 5
+    close_all([tracker])
+    hanging.over.set()
+    said = capsys.readouterr().err.splitlines()
+    assert said == [
+        "st-ar: hanging is slow or does not answer: entries are left out while 5 wait for it",
+        "st-ar: hanging has not finished within 0.2 s: 99 entries or more are not there; log.jsonl has everything",
+    ]
+
+
+def test_a_tracker_that_hangs_while_it_opens_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(track, "PATIENCE", 0.2)
+    over = threading.Event()
+
+    def opened() -> Keeper:
+        over.wait()
+        return Keeper()
+
+    tracker = Background("hanging", opened)
+    tracker.log(1, {"loss": 1.0})
+    close_all([tracker])
+    assert tracker.thread.is_alive()
+    over.set()
+    tracker.thread.join()
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_tracker_that_raises_is_switched_off_and_named_once(seed: int, capsys: pytest.CaptureFixture[str]) -> None:
+    moody = Moody(seed)
+    tracker = Background("moody", lambda: moody)
+    for step in range(1, 200):
+        tracker.log(step, {"loss": 1.0})
+    close_all([tracker])
+    mood = random.Random(seed)
+    lasted = next(count for count in range(200) if mood.random() < 1 / 3)
+    assert moody.kept == [(step, "loss") for step in range(1, lasted + 1)]
+    assert tracker.off
+    said = capsys.readouterr().err
+    assert said == "st-ar: moody is switched off: no route to the; the run goes on, log.jsonl has everything\n"
+
+
+def test_a_package_that_is_missing_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(track, "find_spec", lambda name: None)
+    require_trackers(["tensorboard", "none"])
+    for name in ("wandb", "trackio"):
+        with pytest.raises(UserError, match=rf"--track {name} needs .*pip install 'st-ar\[tracking\]'"):
+            require_trackers(["tensorboard", name])
+
+
+def test_a_run_keeps_its_name_in_the_trackers(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    close_all(open_trackers(["wandb"], out, {}, start=0, logged=0))
+    first = json.loads((out / "tracking.json").read_text())
+    assert first["name"] == "run"
+    moved = out.rename(tmp_path / "elsewhere")
+    close_all(open_trackers(["trackio"], moved, {}, start=4, logged=6))
+    assert json.loads((moved / "tracking.json").read_text()) == first
+
+
+# The real ones, where they are installed; each in a process of its own, as a user's run is
+
+SCRIPT = """
+import sys, time
+from pathlib import Path
+import numpy as np
+from st_ar.training.track import close_all, open_trackers
+name, out, first, last, logged = sys.argv[1], Path(sys.argv[2]), *map(int, sys.argv[3:])
+(tracker,) = open_trackers([name], out, {"lr": 1e-3}, start=first - 1, logged=logged)
+begun = time.monotonic()
+for step in range(first, last + 1):
+    tracker.log(step, {"loss": 1 / step})
+tracker.images(last, "samples", np.zeros((8, 8, 3), np.uint8))
+assert time.monotonic() - begun < 1, "training had to wait"
+close_all([tracker])
+print("off" if tracker.off else "on", tracker.left_out)
+"""
+
+
+def tracked(name: str, out: Path, steps: tuple[int, int], logged: int = 0, **environment: str) -> str:
+    """A process that tracks; what it says."""
+    command = [sys.executable, "-c", SCRIPT, name, str(out), *map(str, (*steps, logged))]
+    done = subprocess.run(
+        command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, check=False, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()[-1] + done.stderr
+
+
+needs_wandb = pytest.mark.skipif(find_spec("wandb") is None, reason="wandb is not installed")
+needs_trackio = pytest.mark.skipif(find_spec("trackio") is None, reason="trackio is not installed")
+
+
+@needs_wandb
+def test_wandb_offline_keeps_a_run_under_one_id(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    assert tracked("wandb", out, (1, 6), WANDB_MODE="offline") == "on 0"
+    assert tracked("wandb", out, (5, 9), logged=6, WANDB_MODE="offline") == "on 0"
+    identity = json.loads((out / "tracking.json").read_text())["id"]
+    kept = sorted(out.glob("wandb/offline-run-*"))
+    assert len(kept) == 2
+    assert all(folder.name.endswith(identity) for folder in kept)
+    assert all((folder / f"run-{identity}.wandb").stat().st_size > 0 for folder in kept)
+
+
+@needs_wandb
+def test_wandb_without_an_address_ends_in_time(tmp_path: Path) -> None:
+    with socket.socket() as closed:  # nobody listens there
+        closed.bind(("127.0.0.1", 0))
+        address = f"http://127.0.0.1:{closed.getsockname()[1]}"
+        said = tracked("wandb", tmp_path / "run", (1, 300), WANDB_BASE_URL=address, WANDB_API_KEY="0" * 40)
+    assert "log.jsonl has everything" in said
+
+
+@needs_wandb
+def test_wandb_without_a_key_asks_nobody(tmp_path: Path) -> None:
+    said = tracked("wandb", tmp_path / "run", (1, 3), HOME=str(tmp_path), WANDB_MODE="online", WANDB_API_KEY="")
+    assert said.startswith("off")
+    assert "set WANDB_API_KEY or call `wandb login`, or set WANDB_MODE=offline" in said
+
+
+@needs_trackio
+def test_trackio_keeps_a_run_under_one_name(tmp_path: Path) -> None:
+    out, place = tmp_path / "run", tmp_path / "trackio"
+    for steps, logged in (((1, 6), 0), ((5, 9), 6)):
+        assert tracked("trackio", out, steps, logged=logged, TRACKIO_DIR=str(place)).startswith("on 0")
+    (database,) = place.glob("*.db")
+    with sqlite3.connect(database) as opened:
+        rows = opened.execute("SELECT run_name, step, metrics FROM metrics ORDER BY step, id").fetchall()
+    identity = json.loads((out / "tracking.json").read_text())
+    assert {row[0] for row in rows} == {f"run-{identity['id']}"}
+    losses = [(step, json.loads(metrics)["loss"]) for _, step, metrics in rows if "loss" in json.loads(metrics)]
+    assert losses == [(step, pytest.approx(1 / step)) for step in range(1, 10)]
