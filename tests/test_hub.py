@@ -13,7 +13,7 @@ import pytest
 from st_ar.files import write_json
 from st_ar.hub import model_card
 from st_ar.model.weights import save_export
-from tests.disk import contents
+from tests.disk import contents, refused
 from tests.toys import TINY_TEXT, random_model
 
 ROOT = Path(__file__).parent.parent
@@ -109,3 +109,11 @@ def test_the_card_of_an_export_alone_leaves_out_what_it_cannot_know(tmp_path: Pa
     assert "images: not recorded" in card
     assert "None were given." in card
     assert '"not recorded"' in card.split("```json")[1]
+
+
+@pytest.mark.parametrize("part", ["config", "tokens"])
+def test_a_run_whose_config_is_damaged_is_refused_for_its_card(run: Path, part: str) -> None:
+    record = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(record | {part: 3}))
+    with refused(run, r"config\.json is damaged: its config or its tokens are no objects"):
+        model_card(run / "export", "somebody/toy", metrics={}, licence="mit")

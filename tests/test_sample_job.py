@@ -319,3 +319,45 @@ def test_a_full_disk_leaves_no_half_written_file_and_the_job_goes_on(
     assert left <= {Path(name).name for name in there}
     draw(line.model, tmp_path / out)
     assert contents(tmp_path) == contents(straight / out)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        b"",
+        b"noise",
+        pytest.param(np.zeros((1, 6, 6, 3), np.uint8), id="fewer"),
+        pytest.param(np.zeros((BATCH, 7, 6, 3), np.uint8), id="larger"),
+        pytest.param(np.zeros((BATCH, 6, 6, 3), np.float32), id="floats"),
+    ],
+)
+def test_a_part_that_is_damaged_is_refused_and_drawn_again_once_it_is_gone(
+    line: SmallLine, straight: Path, tmp_path: Path, damage: bytes | np.ndarray
+) -> None:
+    begin(line, tmp_path / "samples.npz")
+    part = tmp_path / "samples.npz.parts" / "part-000001.npy"
+    if isinstance(damage, bytes):
+        part.write_bytes(damage)
+    else:
+        np.save(part, damage)
+    with pytest.raises(UserError, match=r"part-000001\.npy is damaged .*remove it and give the same command"):
+        draw(line.model, tmp_path / "samples.npz")
+    part.unlink()
+    draw(line.model, tmp_path / "samples.npz")
+    assert (tmp_path / "samples.npz").read_bytes() == (straight / "samples.npz" / "samples.npz").read_bytes()
+
+
+@pytest.mark.parametrize("size", [None, 7])
+def test_a_picture_that_is_damaged_is_refused_and_drawn_again_once_it_is_gone(
+    line: SmallLine, straight: Path, tmp_path: Path, size: int | None
+) -> None:
+    begin(line, tmp_path / "samples")
+    picture = tmp_path / "samples" / "000004.png"
+    picture.write_bytes(b"noise")
+    if size is not None:
+        Image.new("RGB", (size, size)).save(picture)
+    with pytest.raises(UserError, match=r"000004\.png is damaged .*remove it and give the same command"):
+        draw(line.model, tmp_path / "samples")
+    picture.unlink()
+    draw(line.model, tmp_path / "samples")
+    assert contents(tmp_path) == contents(straight / "samples")

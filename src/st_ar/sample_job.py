@@ -91,10 +91,11 @@ class SampleJob:
 
     def is_finished(self, part: int) -> bool:
         """Whether a part's pictures are there."""
-        return self._is_drawn or self._path(part if self.packs else self.numbers(part)[-1]).exists()
+        files = [part] if self.packs else self.numbers(part)
+        return self._is_drawn or all(self._path(number).exists() for number in files)
 
     def _path(self, number: int) -> Path:
-        """Of a part (.npz), or of an image (PNGs; a part's last is written last)."""
+        """Of a part (.npz), or of an image (PNGs)."""
         return self.folder / (f"part-{number:06d}.npy" if self.packs else f"{number:06d}.png")
 
     def beat(self) -> None:
@@ -144,18 +145,23 @@ class SampleJob:
 
     def _picture(self, number: int) -> np.ndarray:
         try:
-            return np.asarray(read_image(self._path(number)))
+            picture = np.asarray(read_image(self._path(number)))
         except BrokenImageError as error:
             raise self._damaged(number, error) from error
+        if number and picture.shape != self._picture(0).shape:
+            raise self._damaged(number, ValueError(f"its shape is {list(picture.shape)}"))
+        return picture
 
     def _part(self, part: int) -> np.ndarray:
         """A part's pictures, memory-mapped."""
         try:
             pictures = open_array(self._path(part))
-            if pictures.dtype != np.uint8 or pictures.ndim != 4 or len(pictures) != len(self.numbers(part)):
+            if pictures.ndim != 4 or (len(pictures), pictures.dtype) != (len(self.numbers(part)), np.uint8):
                 raise ValueError(f"it holds {pictures.dtype} {list(pictures.shape)}")
         except (OSError, ValueError) as error:
             raise self._damaged(part, error) from error
+        if part and pictures.shape[1:] != self._part(0).shape[1:]:
+            raise self._damaged(part, ValueError(f"its pictures have the shape {list(pictures.shape[1:])}"))
         return pictures
 
     def _damaged(self, number: int, error: Exception) -> UserError:
@@ -170,8 +176,6 @@ class SampleJob:
             with archive.open("arr_0.npy", "w", force_zip64=True) as file:
                 for part in range(self.parts):
                     pictures = self._part(part)
-                    if pictures.shape[1:] != self._part(0).shape[1:]:
-                        raise self._damaged(part, ValueError(f"its pictures are {list(pictures.shape[1:])}"))
                     if part == 0:
                         header = np.lib.format.header_data_from_array_1_0(pictures)
                         header["shape"] = (self.count, *pictures.shape[1:])

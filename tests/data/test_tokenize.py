@@ -469,3 +469,27 @@ def test_a_full_disk_is_said_plainly_and_leaves_a_job_to_finish(tmp_path: Path, 
         "labels-00000-of-00001.npy",
         "meta.json",
     ]
+
+
+@pytest.mark.parametrize(
+    ("what", "damage"),
+    [("codes", "gone"), *((what, damage) for what in ("codes", "labels") for damage in ("empty", "fewer"))],
+)
+def test_a_finished_shard_that_is_damaged_is_refused_and_made_again_once_its_labels_are_gone(
+    unfinished: Path, tmp_path: Path, what: str, damage: str
+) -> None:
+    file = min(unfinished.glob(f"{what}-*.npy"))
+    array = np.load(file)
+    file.unlink()
+    if damage == "empty":
+        file.touch()
+    if damage == "fewer":
+        np.save(file, array[1:])
+    with pytest.raises(
+        UserError, match=r"labels-.*\.npy or its codes are damaged .*remove it and give the same command"
+    ):
+        tokenize_tiny(unfinished)
+    min(unfinished.glob("labels-*.npy")).unlink()
+    tokenize_tiny(unfinished)
+    tokenize_tiny(tmp_path / "whole")
+    assert contents(unfinished) == contents(tmp_path / "whole")

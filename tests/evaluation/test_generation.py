@@ -1,9 +1,11 @@
 """`st-ar reference` and `st-ar evaluate`, end to end with the extractor that needs no download, and mistakes in one line."""
 
+import io
 import json
 import re
 import sys
 import types
+import zipfile
 from functools import partial
 from pathlib import Path
 
@@ -19,7 +21,7 @@ from st_ar.evaluation import extractors, references
 from st_ar.evaluation.collect import Place, collect, image_digest, resize_as_llamagen
 from st_ar.evaluation.extractors import Extracted, Extractor, load_extractor, resize_bicubic
 from st_ar.evaluation.generation import check_sizes, choose_metrics, evaluate, is_class_sorted, one_line
-from st_ar.evaluation.image_sets import ImageSet, open_files, open_set
+from st_ar.evaluation.image_sets import ImageSet, open_files, open_set, read_array
 from st_ar.evaluation.metrics import frechet_distance, inception_score, mean_and_covariance, precision_recall
 from st_ar.evaluation.references import open_reference, read_meta, write_reference
 from st_ar.evaluation.statistics import InceptionScore
@@ -534,3 +536,74 @@ def test_two_ranks_find_what_one_finds(line: Path, tmp_path: Path) -> None:
     assert two["metrics"] == pytest.approx(one["metrics"], rel=1e-4, abs=1e-5)
     for part in ("samples", "reference"):
         assert one[part] == two[part]
+
+
+# Archives whose headers lie
+
+
+def write_member(path: Path, name: str, shape: tuple[int, ...], data: bytes, dtype: str = "|u1") -> None:
+    """A .npz file, whole by its checksums, whose one array's header promises any shape."""
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": dtype, "fortran_order": False, "shape": shape})
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr(f"{name}.npy", header.getvalue() + data)
+
+
+@pytest.mark.parametrize("count", [2, 10**12, 10**30])
+def test_images_that_are_promised_and_not_there_are_missed_at_once(tmp_path: Path, count: int) -> None:
+    write_member(tmp_path / "x.npz", "arr_0", (count, 4, 4, 3), bytes(48))
+    with refused(tmp_path, rf"x\.npz is cut short: arr_0 ends before image 2 of {count}; copy or make it again"):
+        open_files(str(tmp_path / "x.npz"))
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [((10**12,), "|u1"), ((10**30,), "|u1"), ((-8,), "|u1"), ((7,), "|u1"), ((8,), "|O"), ((1,), "<U2147483647")],
+)
+def test_an_array_takes_no_more_memory_than_its_file_holds(tmp_path: Path, shape: tuple[int, ...], dtype: str) -> None:
+    write_member(tmp_path / "x.npz", "mu", shape, bytes(8), dtype)
+    with refused(tmp_path, r"x\.npz is damaged or no \.npz file \(.*\): copy or make it again"):
+        read_array(tmp_path / "x.npz", "mu")
+
+
+def test_an_array_is_read_in_either_order_and_may_be_empty(tmp_path: Path) -> None:
+    arrays = {"rows": np.arange(6).reshape(2, 3), "columns": np.asfortranarray(np.arange(6).reshape(2, 3))}
+    np.savez(tmp_path / "x.npz", **arrays, empty=np.zeros((0, 3)), text=np.array("text"))
+    for name, array in arrays.items():
+        np.testing.assert_array_equal(read_array(tmp_path / "x.npz", name), array)
+    assert read_array(tmp_path / "x.npz", "empty").shape == (0, 3)
+    assert str(read_array(tmp_path / "x.npz", "text")) == "text"
+    with refused(tmp_path, r"x\.npz holds no array 'sigma'"):
+        read_array(tmp_path / "x.npz", "sigma")
+
+
+@pytest.mark.parametrize("labels", [[0, 1, 10**30], [True, False, True], [0, 1, -1], [0, 1], "012", [0, 1, 0.5]])
+def test_labels_beside_samples_that_make_no_sense_are_not_known(tmp_path: Path, labels: object) -> None:
+    np.savez(tmp_path / "x.npz", arr_0=pictures(3))
+    (tmp_path / "x.json").write_text(json.dumps({"labels": labels}))
+    assert open_files(str(tmp_path / "x.npz")).labels is None
+
+
+@pytest.mark.parametrize(
+    "changes", [{"size": [6]}, {"size": "66"}, {"extractor": None}, {"extractor": {"name": "x"}}, {"images": "20"}]
+)
+def test_a_reference_whose_description_makes_no_sense_is_refused(tmp_path: Path, changes: dict[str, object]) -> None:
+    np.savez(tmp_path / "images.npz", arr_0=pictures(20))
+    write_reference(str(tmp_path / "images.npz"), tmp_path / "r.npz", toy(), Place())
+    with np.load(tmp_path / "r.npz") as archive:
+        arrays = dict(archive)
+    arrays["st_ar"] = np.array(json.dumps(json.loads(str(arrays["st_ar"])) | changes))
+    np.savez(tmp_path / "r.npz", **arrays)
+    with refused(tmp_path, r"r\.npz is damaged: its description is no JSON of ours; make it again"):
+        open_reference(str(tmp_path / "r.npz"), toy(), ["fid"], Place())
+
+
+@pytest.mark.parametrize("features", [np.zeros((20, 5), np.float32), np.zeros((20, 6)), np.zeros(20, np.float32)])
+def test_a_reference_with_features_of_another_shape_or_type_is_refused(tmp_path: Path, features: np.ndarray) -> None:
+    np.savez(tmp_path / "images.npz", arr_0=pictures(20))
+    write_reference(str(tmp_path / "images.npz"), tmp_path / "r.npz", toy(), Place())
+    with np.load(tmp_path / "r.npz") as archive:
+        arrays = dict(archive)
+    np.savez(tmp_path / "r.npz", **(arrays | {"features": features}))
+    with refused(tmp_path, r"r\.npz: features are float\d\d \[20.*\], not float32 \[n, 6\]: make it again"):
+        open_reference(str(tmp_path / "r.npz"), toy(), ["precision"], Place())

@@ -133,3 +133,22 @@ def test_the_sweep_by_command(
     with pytest.raises(SystemExit):
         main(command)
     assert "st-ar sweep runs in one process, not in 2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "metrics", [None, [], {"FID": "3"}, {"FID": float("nan")}, {"FD": 3.0}, {"FID": 3.0, "IS": 2.0}], ids=str
+)
+def test_kept_results_that_are_damaged_are_refused(
+    line: SmallLine, reference: Reference, tmp_path: Path, metrics: object
+) -> None:
+    out = tmp_path / "sweep"
+    rows = sweep(sampler(line, out), GRID[:2], reference, toy(), ["fid"], out, Place())
+    kept = next((out / "results").glob(f"{sampler(line, out).key(GRID[1])}-*"))
+    kept.write_text(json.dumps(json.loads(kept.read_text()) | {"metrics": metrics}))
+    with refused(
+        out, rf"{kept.name} is damaged: it has no metrics of this sweep; remove it to have them measured again"
+    ):
+        sweep(sampler(line, out), GRID[:2], reference, toy(), ["fid"], out, Place())
+    kept.unlink()
+    again = sweep(sampler(line, out), GRID[:2], reference, toy(), ["fid"], out, Place())
+    assert [row["metrics"] for row in again] == [row["metrics"] for row in rows]

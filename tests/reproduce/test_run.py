@@ -115,3 +115,14 @@ def test_what_is_gone_is_said(tmp_path: Path) -> None:
     (tmp_path / "runs" / "one-probe.json").unlink()
     with pytest.raises(UserError, match=r"one-probe.json is gone, but .* says that it was made: remove that"):
         run_stages(stages, tmp_path, write([]))
+
+
+@pytest.mark.parametrize("mark", [{}, {"command": 3}, {"command": ["a", 1]}, {"command": ["a"], "seconds": "3"}])
+def test_a_mark_that_does_not_say_what_was_done_is_refused(tmp_path: Path, mark: dict[str, object]) -> None:
+    stage = stages_in(tmp_path)[0]
+    path = tmp_path / "done" / f"{stage.makes.name}.json"
+    path.parent.mkdir()
+    path.write_text(json.dumps(mark))
+    for read in (lambda: run_stages([stage], tmp_path, write([])), lambda: seconds_of(stage.makes, tmp_path)):
+        with refused(tmp_path, r"\.json is damaged: it does not say what was done; remove it"):
+            read()

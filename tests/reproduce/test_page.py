@@ -1,0 +1,65 @@
+"""What the page reads of other commands' results, and what it refuses."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from st_ar.files import write_json
+from st_ar.reproduce.page import measurements, probe_curve
+from st_ar.reproduce.plan import Files
+from st_ar.settings import to_dict
+from st_ar.training.run import seconds_per_step
+from tests.disk import refused
+from tests.training.toy_runs import PLAIN_RUN
+
+
+def write_run(folder: Path, *entries: object) -> Path:
+    write_json(folder / "config.json", {"config": to_dict(PLAIN_RUN)})
+    (folder / "log.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    return folder
+
+
+def test_seconds_of_a_step_are_the_median_over_the_log(tmp_path: Path) -> None:
+    entries = [{"step": step, "tokens_per_second": speed} for step, speed in ((1, 10.0), (2, 96.0), (3, 1000.0))]
+    assert seconds_per_step(write_run(tmp_path, *entries)) == 1.0  # 6 images of 16 tokens at 96 tokens a second
+
+
+@pytest.mark.parametrize("speed", [None, "fast", 0, -1.0, float("nan"), True])
+def test_a_log_without_speeds_is_refused(tmp_path: Path, speed: object) -> None:
+    write_run(tmp_path / "run", {"step": 1, "tokens_per_second": 9.0}, {"step": 2, "tokens_per_second": speed})
+    with refused(tmp_path, r"log\.jsonl does not say how fast every step was"):
+        seconds_per_step(tmp_path / "run")
+    write_run(tmp_path / "run")
+    with refused(tmp_path, r"log\.jsonl does not say how fast every step was"):
+        seconds_per_step(tmp_path / "run")
+
+
+@pytest.mark.parametrize("metrics", [None, 3, [1], {"FID": None}, {"FID": "3"}, {"FID": float("inf")}])
+def test_an_evaluation_without_numbers_is_refused(tmp_path: Path, metrics: object) -> None:
+    (tmp_path / "x.json").write_text(json.dumps({"metrics": metrics}))
+    with refused(tmp_path, r"x\.json has no metrics that are numbers: remove it"):
+        measurements(Files(evaluations=[tmp_path / "x.json"]), ["fid"])
+
+
+def test_a_probes_curve_is_its_first_results(tmp_path: Path) -> None:
+    write_json(tmp_path / "x.json", {"results": [{"steps": [2, 9], "top1": [0.25, 0.5]}, {}]})
+    assert probe_curve(tmp_path / "x.json") == ([2.0, 9.0], [0.25, 0.5])
+
+
+@pytest.mark.parametrize(
+    "results",
+    [
+        None,
+        [],
+        [3],
+        {"steps": [1]},
+        [{"steps": [], "top1": []}],
+        [{"steps": [1, 2], "top1": [0.5]}],
+        [{"steps": [1], "top1": [None]}],
+    ],
+)
+def test_a_probe_without_a_curve_is_refused(tmp_path: Path, results: object) -> None:
+    write_json(tmp_path / "x.json", {"results": results})
+    with refused(tmp_path, r"x\.json has no shares of right guesses by step: remove it"):
+        probe_curve(tmp_path / "x.json")
