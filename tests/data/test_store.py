@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from st_ar.config import ModelConfig
+from st_ar.data import store as store_module
 from st_ar.data.store import TokenStore
 from tests.data.random_store import FINGERPRINT, checksum, random_store
 from tests.disk import flip_byte, refused
@@ -71,6 +72,23 @@ def test_what_was_written_is_read_whatever_the_shards(
         assert read.dtype == np.uint16
         for row, (image, some_crops) in enumerate(zip(wanted, chosen, strict=True)):
             np.testing.assert_array_equal(read[row], codes[image][some_crops])
+
+
+def test_a_store_of_many_shards_keeps_few_files_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store_module, "OPEN", 3)
+    folder, codes, labels = random_store(tmp_path / "store", images=40, crops=2, shards=40)
+
+    def open_files() -> int:
+        return len(list(Path("/dev/fd").iterdir()))
+
+    before = open_files()
+    store = TokenStore(folder)
+    assert open_files() == before
+    images = np.array([39, 0, 17, 5, 17, 22])
+    crops = np.array([[0, 1], [1, 0]] * 3)
+    np.testing.assert_array_equal(store.codes(images, crops), codes[images[:, None], crops])
+    assert open_files() <= before + 3
+    np.testing.assert_array_equal(store.labels, labels)
 
 
 def test_a_suitable_model_is_accepted(folder: Path) -> None:

@@ -123,6 +123,6 @@ def test_a_mark_that_does_not_say_what_was_done_is_refused(tmp_path: Path, mark:
     path = tmp_path / "done" / f"{stage.makes.name}.json"
     path.parent.mkdir()
     path.write_text(json.dumps(mark))
-    for read in (lambda: run_stages([stage], tmp_path, write([])), lambda: seconds_of(stage.makes, tmp_path)):
+    for read in (lambda: run_stages([stage], tmp_path, write([])), lambda: is_done(stage.makes, tmp_path)):
         with refused(tmp_path, r"\.json is damaged: it does not say what was done; remove it"):
             read()

@@ -2,6 +2,7 @@
 
 import hashlib
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,8 @@ from st_ar.settings import from_dict, require_types
 
 FORMAT_VERSION = 1
 SHARD_KEYS = ("images", "codes", "labels", "codes_sha256", "labels_sha256")
+OPEN = 256
+"""Shards that are mapped at once: each takes a file descriptor, and a process is often given 1,024."""
 META, JOB, SKIPPED = "meta.json", "job.json", "skipped.jsonl"
 
 
@@ -50,7 +53,7 @@ class StoreMeta:
 
 
 class TokenStore:
-    """A store opened for reading; its shards are memory-mapped.
+    """A store opened for reading; its shards are memory-mapped when they are read, some of them at a time.
 
     Opening checks that every shard is there with the shape and type that meta.json promises; `verify` also its content.
 
@@ -75,8 +78,8 @@ class TokenStore:
         except UserError as error:
             raise UserError(f"{self.folder / META} is damaged ({error}); tokenize again") from error
         self._check_shards()
-        self._codes = [self._map(shard, "codes") for shard in self.meta.shards]
-        labels = [self._map(shard, "labels") for shard in self.meta.shards]
+        sizes = [len(self._map(shard, "codes")) for shard in self.meta.shards]
+        labels = [np.array(self._map(shard, "labels")) for shard in self.meta.shards]
         self.labels = np.concatenate(labels).astype(np.int64) if labels else np.zeros(0, np.int64)
         if len(self.labels) != self.meta.images or self.meta.images < 1:
             raise UserError(
@@ -88,7 +91,8 @@ class TokenStore:
                 f"{self.folder} has labels {self.labels.min()} to {self.labels.max()}, its meta.json names "
                 f"{classes} classes; tokenize again"
             )
-        self._starts = np.cumsum([0] + [len(codes) for codes in self._codes])
+        self._starts = np.cumsum([0, *sizes])
+        self._codes = lru_cache(maxsize=OPEN)(lambda shard: self._map(self.meta.shards[shard], "codes"))
 
     def _check_shards(self) -> None:
         """The entries of the shards must be whole, and name the files that are theirs by their order."""
@@ -134,7 +138,7 @@ class TokenStore:
         out = np.empty((*crops.shape, self.meta.grid**2), np.uint16)
         for shard in np.unique(shards):
             here = shards == shard
-            out[here] = self._codes[shard][rows[here][:, None], crops[here]]
+            out[here] = self._codes(int(shard))[rows[here][:, None], crops[here]]
         return out
 
     @property
