@@ -167,7 +167,7 @@ class TokenStore:
                     raise UserError(
                         f"{path} is damaged: its content does not match the checksum in meta.json; tokenize again"
                     )
-        highest = max(int(codes.max()) for codes in self._codes if codes.size)
+        highest = max(int(codes.max()) for shard in self.meta.shards if (codes := self._map(shard, "codes")).size)
         if highest >= self.meta.vocab_size:
             raise UserError(
                 f"{self.folder} has codes up to {highest}, its meta.json says that there are {self.meta.vocab_size}; tokenize again"
