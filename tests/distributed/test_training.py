@@ -74,6 +74,21 @@ def test_gradients_and_losses_are_those_of_one_rank(out: Path, world: int, name:
     assert found == pytest.approx([loss.item() for loss in losses], rel=1e-5)
 
 
+def test_ranks_speak_no_more_than_they_must(out: Path) -> None:
+    two, four = (said(out, world)[0]["collectives"] for world in (2, 4))
+    # One bucket of gradients and the losses' mean, whatever the micro-batches; negatives only where they are wanted.
+    assert two["ddp"] == two["ddp-accumulate"] == {"allreduce_": 2, "allgather_": 1}
+    assert two["ddp-plain"] == two["ddp-local"] == {"allreduce_": 2}
+    # Gradients of two blocks, the head and the rest go round once; weights before each pass, but the head's and the
+    # rest's stay for the backward one, and the teacher's head stays at home: 2 + 1 of the teacher, 2 + 2 and 2.
+    assert two["fsdp"] == {"_reduce_scatter_base_": 4, "_allgather_base_": 9, "allreduce_": 1, "allgather_": 1}
+    assert two["fsdp-plain"] == {"_reduce_scatter_base_": 4, "_allgather_base_": 6, "allreduce_": 1}
+    after_norm = 4  # the teacher's last norm is called on its own, for each of four micro-batches
+    accumulated = {"_reduce_scatter_base_": 4, "_allgather_base_": 4 * 9 + after_norm, "allreduce_": 1, "allgather_": 1}
+    assert two["fsdp-accumulate"] == accumulated
+    assert four["hybrid"] == two["fsdp"] | {"allreduce_": 1 + 4}
+
+
 @pytest.mark.parametrize(("world", "name"), EXACT)
 def test_a_run_is_that_of_one_rank(out: Path, tmp_path: Path, world: int, name: str) -> None:
     run = train(alone(CASES[world][name], world), out / "tokens", tmp_path / "run", preset="toy")
