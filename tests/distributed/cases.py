@@ -49,6 +49,13 @@ CASES: dict[int, dict[str, TrainConfig]] = {
     },
 }
 """Ranks -> name -> what they train."""
+CAPTIONS = replace(
+    GUIDED,
+    **FSDP,
+    model=replace(GUIDED.model, condition="text", num_classes=1000, text_tokens=4, text_dim=6),
+    class_dropout=0.3,
+)
+"""Of two ranks, with the text store beside the token store."""
 COMPILED = {
     f"{parallel}-{again}": replace(GUIDED, parallel=parallel, activation_checkpointing=again, compile=True)
     for parallel in ("ddp", "fsdp")

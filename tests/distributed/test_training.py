@@ -5,17 +5,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from st_ar.data.text import write_text
 from st_ar.training import optim
 from st_ar.training.checkpoint import _Reader, list_checkpoints
 from st_ar.training.log import read_log
 from st_ar.training.loop import train
 from tests.data.random_store import random_store
-from tests.distributed.cases import CASES, COMPILED, GUIDED, RELAY, CalmAdamW, alone, first_gradients, place
+from tests.distributed.cases import CAPTIONS, CASES, COMPILED, GUIDED, RELAY, CalmAdamW, alone, first_gradients, place
 from tests.ranks import checked_torchrun
 
 EXACT = [(world, name) for world, cases in CASES.items() for name in cases if cases[name].dtype == "float32"]
@@ -33,6 +35,9 @@ def out(_calm: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Everything that several ranks have done: one start of two, one of four. One rank takes its part in the relay."""
     folder = tmp_path_factory.mktemp("out")
     tokens = random_store(folder / "tokens", images=20, crops=4, shards=2)[0]
+    rng = np.random.default_rng(1)
+    captions = [rng.normal(size=(1 + image % 5, 6)).astype(np.float32) for image in range(20)]
+    write_text(folder / "text.safetensors", captions, encoder="toy")
     for world in RELAY:
         if world == 1:
             train(RELAY[1], tokens, folder / "relay", resume=True, preset="toy")
@@ -95,6 +100,11 @@ def test_a_run_is_that_of_one_rank(out: Path, tmp_path: Path, world: int, name: 
     assert_same_run(place(out, world, name), run)
     environment = json.loads((place(out, world, name) / "config.json").read_text())["environment"]
     assert environment["ranks"] == world
+
+
+def test_a_text_model_is_that_of_one_rank(out: Path, tmp_path: Path) -> None:
+    config, text = alone(CAPTIONS, 2), out / "text.safetensors"
+    assert_same_run(out / "captions", train(config, out / "tokens", tmp_path / "run", text=text, preset="toy"))
 
 
 def test_in_bfloat16_sharded_gradients_are_those_of_one_rank_to_its_precision(out: Path) -> None:
