@@ -50,10 +50,8 @@ class ModelConfig:
         for name in ("dim", "n_layers", "n_heads", "vocab_size", "grid", "num_classes", "text_tokens", "text_dim"):
             value = getattr(self, name)
             require(value >= 1, f"--model.{name.replace('_', '-')} must be at least 1, not {value}")
-        require_most(
-            self, "--model.", dim=1 << 16, n_layers=1 << 10, vocab_size=1 << 20, grid=1 << 10, num_classes=1 << 20
-        )
-        require_most(self, "--model.", text_tokens=1 << 16, text_dim=1 << 16)
+        require_most(self, "--model.", dim=1 << 16, n_layers=1 << 10, vocab_size=1 << 20, grid=1 << 10)
+        require_most(self, "--model.", num_classes=1 << 20, text_tokens=1 << 16, text_dim=1 << 16)
         if self.condition == "class":
             for name in ("text_tokens", "text_dim"):
                 flag = f"--model.{name.replace('_', '-')}"

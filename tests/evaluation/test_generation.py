@@ -573,7 +573,7 @@ def test_an_array_is_read_in_either_order_and_may_be_empty(tmp_path: Path) -> No
         np.testing.assert_array_equal(read_array(tmp_path / "x.npz", name), array)
     assert read_array(tmp_path / "x.npz", "empty").shape == (0, 3)
     assert str(read_array(tmp_path / "x.npz", "text")) == "text"
-    with refused(tmp_path, r"x\.npz holds no array 'sigma'"):
+    with refused(tmp_path, r"x\.npz holds no array .*sigma"):
         read_array(tmp_path / "x.npz", "sigma")
 
 

@@ -200,6 +200,7 @@ RUN = TrainConfig(
     batch_size=4,
     log_every=1,
     checkpoint_every=1,
+    keep=1,
     dtype="float32",
     device="cpu",
 )

@@ -111,18 +111,12 @@ def array_names(path: Path) -> set[str]:
 
 def read_array(path: Path, name: str) -> np.ndarray:
     """An array of a .npz file, whole; never a pickled one, and no more than the file holds."""
-    with reading(path), zipfile.ZipFile(path) as archive, _member(archive, name) as file:
+    with reading(path), zipfile.ZipFile(path) as archive, archive.open(f"{name}.npy") as file:
         shape, fortran, dtype = _header(file)
         data = bytearray(file.read())
         if dtype.hasobject or min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize != len(data):
             raise ValueError(f"{name} holds {len(data)} bytes, not {dtype} {list(shape)}")
         return np.ndarray(shape, dtype, data, order="F" if fortran else "C")
-
-
-def _member(archive: zipfile.ZipFile, name: str) -> IO[bytes]:
-    if f"{name}.npy" not in archive.namelist():
-        raise KeyError(name)
-    return archive.open(f"{name}.npy")
 
 
 def _header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
@@ -134,21 +128,19 @@ def _header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
 
 
 def _open_archive(path: Path) -> ImageSet:
-    with reading(path), zipfile.ZipFile(path) as archive, _member(archive, "arr_0") as file:
+    with reading(path), zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as file:
         shape, fortran, dtype = _header(file)
         there = archive.getinfo("arr_0.npy").file_size - file.tell()
-    if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or fortran or min(shape) == 0:
+    if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or fortran or min(shape) < 1:
         order = ", columns first" if fortran else ""
         raise UserError(f"{path}: arr_0 must be images uint8 [N, H, W, 3], not {dtype} {list(shape)}{order}")
-    if math.prod(shape) > there:
-        whole = there // math.prod(shape[1:])
-        raise UserError(
-            f"{path} is cut short: arr_0 ends before image {whole + 1} of {shape[0]}; copy or make it again"
-        )
+    size = math.prod(shape[1:])
+    if shape[0] * size > there:
+        last = there // size + 1
+        raise UserError(f"{path} is cut short: arr_0 ends before image {last} of {shape[0]}; copy or make it again")
 
     def read(rank: int, world: int) -> Images:
         mine = slice_of(shape[0], rank, world)
-        size = int(np.prod(shape[1:]))
         with reading(path), zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as file:
             _header(file)
             left = mine.start * size
