@@ -52,7 +52,7 @@ def sampling(folder: Path) -> None:
         ("samples", "samples", "samples/metadata.json"),
     ):
         if (folder / parts / JOB).exists() or not (folder / done).exists():
-            draw(folder.parent / "model", folder / out, labels=[0, 1, 2] * 30)
+            draw(folder.parent / "model", folder / out, labels=[0, 1, 2] * 10)
 
 
 def evaluating(folder: Path) -> None:
