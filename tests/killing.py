@@ -29,10 +29,11 @@ ROOT = Path(__file__).parents[1]
 Job = Callable[[Path], object]
 
 
-def survivors(job: str, folder: Path, kills: int, seed: int = 0) -> list[Path]:
-    """Have a job of tests/killed.py killed so often, about half of the times at something half written; what it came to.
+def survivors(job: str, folder: Path, kills: int, *, half_written: int | None = None, seed: int = 0) -> list[Path]:
+    """Have a job of tests/killed.py killed so often; the folders of what it came to, first that of the undisturbed life.
 
-    The first is of the undisturbed life.
+    Args:
+        half_written: so often at least something must have been half written at the time; by default a quarter of the times.
     """
     command = [sys.executable, "-m", "tests.killing", job, folder, str(kills), str(seed)]
     threads = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}  # there must be none before a fork
@@ -40,7 +41,7 @@ def survivors(job: str, folder: Path, kills: int, seed: int = 0) -> list[Path]:
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["kills"] == kills
-    assert found["at_something_half_written"] >= kills // 4
+    assert found["at_something_half_written"] >= (kills // 4 if half_written is None else half_written)
     return [folder / "straight", *(folder / str(index) for index in range(found["ends"]))]
 
 
