@@ -3,12 +3,15 @@
 from collections import Counter
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from st_ar.data.ranks import Ranks
 from st_ar.data.store import TokenStore
 from st_ar.data.views import Views
 from tests.data.random_store import random_store, write_store
@@ -93,6 +96,18 @@ def test_the_data_order_never_changes(tmp_path: Path) -> None:
     crops = np.random.default_rng([6, 2, 2]).random((4, 5)).argsort(axis=1)[:, :2]
     assert views.images(2).tolist() == images.tolist()
     assert views.batch(2)[0][..., 0].tolist() == (5 * images[:, None] + crops).tolist()
+
+
+@pytest.mark.parametrize("world", [2, 3, 6])
+def test_the_ranks_batches_joined_are_those_of_one(tmp_path: Path, world: int) -> None:
+    store = telling_store(tmp_path / "store", images=20, crops=5)
+    settings: dict[str, Any] = {"batch_size": 6, "views": 2, "seed": 1}
+    alone = Views(store, **settings)
+    ranks = [Views(store, **settings, ranks=Ranks(rank=rank, world=world)) for rank in range(world)]
+    for step in (0, 3):  # step 3 has the end of one epoch and the beginning of the next
+        tokens, labels = (torch.cat(parts) for parts in zip(*(rank.batch(step) for rank in ranks), strict=True))
+        assert torch.equal(tokens, alone.batch(step)[0])
+        assert torch.equal(labels, alone.batch(step)[1])
 
 
 def test_more_views_than_crops_are_refused_with_both_and_the_remedy(tmp_path: Path) -> None:

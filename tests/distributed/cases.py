@@ -48,6 +48,12 @@ CASES: dict[int, dict[str, TrainConfig]] = {
     },
 }
 """Ranks -> name -> what they train."""
+COMPILED = {
+    f"{parallel}-{again}": replace(GUIDED, parallel=parallel, activation_checkpointing=again, compile=True)
+    for parallel in ("ddp", "fsdp")
+    for again in ("none", "selective", "full")
+}
+"""Of two ranks."""
 RELAY = {
     2: replace(GUIDED, **DDP, steps=2),
     1: replace(GUIDED, steps=4),

@@ -10,15 +10,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from st_ar.config import TrainConfig
-from st_ar.errors import UserError
 from st_ar.training import optim
 from st_ar.training.checkpoint import _Reader, list_checkpoints
 from st_ar.training.log import read_log
 from st_ar.training.loop import train
-from st_ar.training.parallel import choose_parallel
 from tests.data.random_store import random_store
-from tests.distributed.cases import CASES, GUIDED, LOCAL, RELAY, CalmAdamW, alone, first_gradients, place
+from tests.distributed.cases import CASES, COMPILED, GUIDED, RELAY, CalmAdamW, alone, first_gradients, place
 from tests.ranks import checked_torchrun
 
 EXACT = [(world, name) for world, cases in CASES.items() for name in cases if cases[name].dtype == "float32"]
@@ -149,33 +146,9 @@ def test_a_run_goes_on_with_another_number_of_ranks_and_another_parallelism(out:
     assert_same_run(relay, train(replace(GUIDED, steps=8), out / "tokens", tmp_path / "run", preset="toy"))
 
 
-# Settings
-
-
-UNSUITABLE: dict[str, tuple[int, TrainConfig, str]] = {
-    "none": (
-        2,
-        replace(GUIDED, parallel="none"),
-        "torchrun has started 2: give --parallel ddp or fsdp, or start without",
-    ),
-    "ddp alone": (1, replace(GUIDED, parallel="ddp"), "--parallel ddp .* there is one: start them by torchrun"),
-    "fsdp alone": (1, replace(GUIDED, parallel="fsdp"), "--parallel fsdp .* there is one: start them by torchrun"),
-    "batch": (3, GUIDED, "--batch-size 8 is no multiple of the 3 ranks times --accumulate 1"),
-    "pieces": (2, replace(GUIDED, accumulate=8), "--batch-size 8 is no multiple of the 2 ranks times --accumulate 8"),
-    "shards": (4, replace(GUIDED, parallel="fsdp", shard_size=3), "--shard-size 3 does not divide the 4 ranks"),
-    "negatives": (4, replace(LOCAL, accumulate=2), "--selfguided.negatives local .* larger --batch-size than 8"),
-}
-
-
-@pytest.mark.parametrize("what", UNSUITABLE)
-def test_settings_that_do_not_suit_the_ranks_are_refused_with_the_remedy(what: str) -> None:
-    world, config, message = UNSUITABLE[what]
-    with pytest.raises(UserError, match=message):
-        choose_parallel(config, world)
-
-
-@pytest.mark.parametrize(
-    ("world", "given", "chosen"), [(1, "auto", "none"), (1, "none", "none"), (2, "auto", "ddp"), (2, "fsdp", "fsdp")]
-)
-def test_without_a_choice_there_is_a_copy_on_each_rank(world: int, given: Any, chosen: str) -> None:
-    assert choose_parallel(replace(GUIDED, parallel=given), world) == chosen
+@pytest.mark.slow
+def test_compiled_blocks_have_the_same_gradients_however_they_are_shared(tmp_path: Path) -> None:
+    checked_torchrun(2, "-m", "tests.distributed.worker", "compiled", tmp_path, logs=tmp_path / "logs")
+    expected, _ = first_gradients(GUIDED, 1, 0)
+    for name in COMPILED:
+        assert_close(load_file(tmp_path / f"2-{name}.safetensors"), expected)

@@ -1,4 +1,4 @@
-"""A rank of everything that test_training looks at: python -m tests.distributed.worker TOKENS OUT, under torchrun.
+"""A rank of everything that test_training looks at: python -m tests.distributed.worker {TOKENS,compiled} OUT, under torchrun.
 
 One start for all, since starting takes longer than training. The last line that a rank prints is a JSON object.
 """
@@ -18,11 +18,12 @@ import torch
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 
+from st_ar.config import TrainConfig
 from st_ar.errors import Interrupted, UserError
 from st_ar.model import weights
 from st_ar.training import loop, optim
 from st_ar.training.group import process_group
-from tests.distributed.cases import CASES, FSDP, GUIDED, RELAY, CalmAdamW, first_gradients, place
+from tests.distributed.cases import CASES, COMPILED, FSDP, GUIDED, RELAY, CalmAdamW, first_gradients, place
 
 
 def counted(patch: pytest.MonkeyPatch) -> dict[str, int]:
@@ -51,9 +52,10 @@ def stopped_and_resumed(tokens: Path, out: Path, rank: int) -> str:
         return backward(*args)
 
     config = replace(GUIDED, **FSDP)
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted) as stop:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "backward", signalled)
-        loop.train(config, tokens, out, preset="toy")
+        with pytest.raises(Interrupted) as stop:
+            loop.train(config, tokens, out, preset="toy")
     loop.train(config, tokens, out, resume=True, preset="toy")
     return str(stop.value)
 
@@ -66,10 +68,26 @@ def broken(tokens: Path, out: Path, rank: int) -> str:
         losses = forward(*args)
         return losses._replace(total=losses.total * math.inf) if rank == 1 else losses
 
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError) as error:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop.SelfGuided, "forward", exploding)
-        loop.train(GUIDED, tokens, out, preset="toy")
+        with pytest.raises(UserError) as error:
+            loop.train(GUIDED, tokens, out, preset="toy")
     return str(error.value)
+
+
+def save_gradients(config: TrainConfig, world: int, rank: int, path: Path) -> None:
+    """Those of all ranks, and the losses that this one has found."""
+    gradients, losses = first_gradients(config, world, rank)
+    whole = {key: g.full_tensor() if isinstance(g, DTensor) else g for key, g in gradients.items()}
+    if rank == 0:
+        save_file({key: g.contiguous() for key, g in whole.items()}, path.with_suffix(".safetensors"))
+        path.with_suffix(".json").write_text(json.dumps([loss.item() for loss in losses]))
+
+
+def compiled(out: Path) -> None:
+    with process_group("cpu", 60):
+        for name, config in COMPILED.items():
+            save_gradients(config, 2, int(os.environ["RANK"]), out / f"2-{name}")
 
 
 def main(tokens: Path, out: Path) -> None:
@@ -79,11 +97,7 @@ def main(tokens: Path, out: Path) -> None:
     with pytest.MonkeyPatch.context() as patch, process_group("cpu", 60):
         found["writes"] = counted(patch)
         for name, config in CASES[world].items():
-            gradients, losses = first_gradients(config, world, rank)
-            whole = {key: g.full_tensor() if isinstance(g, DTensor) else g for key, g in gradients.items()}
-            if rank == 0:
-                save_file({key: g.contiguous() for key, g in whole.items()}, out / f"{world}-{name}.safetensors")
-                (out / f"{world}-{name}.json").write_text(json.dumps([loss.item() for loss in losses]))
+            save_gradients(config, world, rank, out / f"{world}-{name}")
             loop.train(config, tokens, place(out, world, name), preset="toy")
         found["seed"] = torch.initial_seed()
         loop.train(RELAY[world], tokens, out / "relay", resume=world == 4, preset="toy")
@@ -95,4 +109,7 @@ def main(tokens: Path, out: Path) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    if sys.argv[1] == "compiled":
+        compiled(Path(sys.argv[2]))
+    else:
+        main(Path(sys.argv[1]), Path(sys.argv[2]))

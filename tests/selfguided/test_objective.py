@@ -389,6 +389,17 @@ def test_own_position_is_shown_on_request_and_the_same_keys_are_masked() -> None
         assert torch.equal(shown.key_mask[:, :, query], expected)
 
 
+@pytest.mark.parametrize("own", [True, False])
+def test_a_part_of_the_images_has_its_part_of_the_masks(own: bool) -> None:
+    settings: dict[str, Any] = {"images": 6, "views": 2, "seed": 3, "step": 4}
+    config = replace(BASE, mask_own_position=own)
+    whole, part = draw(config, TINY, **settings), draw(config, TINY, **settings, mine=slice(2, 4))
+    assert whole.key_mask is not None
+    assert part.key_mask is not None
+    assert torch.equal(part.key_mask, whole.key_mask[2:4])
+    assert torch.equal(part.positions, whole.positions)
+
+
 def test_mask_and_positions_are_drawn_apart() -> None:
     first = draw(BASE, TINY, images=2, views=2, seed=0, step=0)
     more = draw(replace(BASE, positions=5), TINY, images=2, views=2, seed=0, step=0)

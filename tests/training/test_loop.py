@@ -18,6 +18,7 @@ from torch import Tensor
 
 from st_ar import load_model
 from st_ar.config import ModelConfig, SelfGuidedConfig, TrainConfig
+from st_ar.data.ranks import Ranks
 from st_ar.data.store import TokenStore
 from st_ar.data.views import Views
 from st_ar.model.transformer import Transformer
@@ -241,6 +242,13 @@ def test_dropped_labels_depend_on_seed_and_step_alone() -> None:
     assert at(3, 7) == expected
     assert at(3, 8) != expected
     assert at(4, 7) != expected
+
+
+def test_each_rank_drops_its_part_of_what_one_rank_drops() -> None:
+    labels = torch.arange(12)
+    ranks = [Ranks(rank=rank, world=3) for rank in range(3)]
+    parts = [drop_labels(labels[r.share(12)], 99, 0.5, seed=3, step=7, ranks=r) for r in ranks]
+    assert torch.equal(torch.cat(parts), drop_labels(labels, 99, 0.5, seed=3, step=7))
 
 
 def test_a_share_of_zero_drops_no_label() -> None:

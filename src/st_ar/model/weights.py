@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from st_ar.config import ModelConfig
 from st_ar.errors import UserError
@@ -57,7 +56,8 @@ def save_weights(folder: Path, models: dict[str, Transformer], info: dict[str, A
     for name, model in models.items():
         tensors: dict[str, Tensor] = {}
         for key, value in model.state_dict().items():
-            whole = value.full_tensor() if isinstance(value, DTensor) else value  # one at a time: memory
+            # A DTensor, told without the second that its import takes; one is gathered at a time, to save memory.
+            whole = value.full_tensor() if hasattr(value, "full_tensor") else value
             if writes:
                 tensors[key] = whole.detach().cpu().contiguous()
         if writes:

@@ -3,7 +3,8 @@
 import copy
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from st_ar.config import SelfGuidedConfig
 from st_ar.model.transformer import Transformer
@@ -30,5 +31,11 @@ class Teacher(nn.Module):
     def update(self, student: Transformer, step: int) -> float:
         """Move towards the student, in float32, once for each optimizer step; returns the decay used."""
         decay = ema_decay(self.config, step)
-        torch._foreach_lerp_(list(self.model.parameters()), list(student.parameters()), 1 - decay)
+        ours, theirs = ([_local(p) for p in module.parameters()] for module in (self.model, student))
+        torch._foreach_lerp_(ours, theirs, 1 - decay)
         return decay
+
+
+def _local(parameter: Tensor) -> Tensor:
+    """The part of it that is on this rank: teacher and student are split alike, so each rank can average its own."""
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter

@@ -2,6 +2,9 @@
 
 import contextlib
 import os
+import re
+import signal
+import threading
 import time
 import warnings
 from collections.abc import Callable, Generator
@@ -70,17 +73,32 @@ def _loss(ranks: Ranks, timeout: float, reason: str) -> str:
     store = dist.distributed_c10d._get_default_store()
     others = [rank for rank in range(ranks.world) if rank != ranks.rank]
     missing = others
-    with contextlib.suppress(RuntimeError):
+    with contextlib.suppress(RuntimeError), _deaf_to_termination():  # which torchrun sends for the same loss
         store.set(f"st-ar/alive/{ranks.rank}", "")
         until = time.monotonic() + ROLL_CALL
         while missing and time.monotonic() < until:
             missing = [rank for rank in missing if not store.check([f"st-ar/alive/{rank}"])]
             time.sleep(0.1)
     named = ("rank " if len(missing) == 1 else "ranks ") + ", ".join(map(str, missing)) if missing else "the connection"
+    reason = re.sub(r"^\[[^]]*\] ", "", reason).split(". ")[
+        0
+    ]  # of gloo's, without its place in the source and its advice
     return (
-        f"rank {ranks.rank} of {ranks.world} has lost {named} or waited more than --rank-timeout {timeout:g} s ({reason}): "
-        "see above what that one said last; start all again with --resume to go on from the last checkpoint"
+        f"rank {ranks.rank} of {ranks.world} has lost {named} ({reason}; it waits up to {timeout:g} s): what that one said "
+        "last is above; start all of them again, a run with --resume"
     )
+
+
+@contextlib.contextmanager
+def _deaf_to_termination() -> Generator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def in_turn(action: Callable[[], Made]) -> Made:

@@ -113,8 +113,12 @@ def gradient_sync(student: nn.Module, last: bool) -> Generator[None]:
 def _recompute(block: nn.Module, *, selective: bool) -> None:
     """Replace the block's forward, and not the block: names and hooks stay as they are."""
     forward: Any = block.forward
-    contexts = {"context_fn": partial(create_selective_checkpoint_contexts, KEPT)} if selective else {}
-    block.forward = partial(checkpoint, forward, use_reentrant=False, **contexts)
+    contexts: dict[str, Any] = {"context_fn": partial(create_selective_checkpoint_contexts, KEPT)} if selective else {}
+
+    def recomputed(*inputs: Any) -> Any:  # a function of its own: torch.compile would pass over a partial of theirs
+        return checkpoint(forward, *inputs, use_reentrant=False, **contexts)
+
+    block.forward = recomputed
 
 
 def _mesh(device: torch.device, world: int, shard_size: int | None) -> DeviceMesh:

@@ -1,0 +1,97 @@
+"""How ranks share training, as far as one process shows it; tests/distributed has several."""
+
+from collections import Counter
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from st_ar.config import TrainConfig
+from st_ar.errors import UserError
+from st_ar.selfguided.objective import SelfGuided, draw
+from st_ar.selfguided.teacher import Teacher
+from st_ar.training.loop import backward
+from st_ar.training.parallel import choose_parallel, spread
+from tests.toys import random_model
+from tests.training.toy_runs import GUIDED_RUN
+
+CPU = torch.device("cpu")
+LOCAL = replace(GUIDED_RUN, selfguided=replace(GUIDED_RUN.selfguided, negatives="local"))
+
+# Settings
+
+UNSUITABLE: dict[str, tuple[int, TrainConfig, str]] = {
+    "none": (
+        2,
+        replace(GUIDED_RUN, parallel="none"),
+        "torchrun has started 2: give --parallel ddp or fsdp, or start without",
+    ),
+    "ddp alone": (1, replace(GUIDED_RUN, parallel="ddp"), "--parallel ddp .* there is one: start them by torchrun"),
+    "fsdp alone": (1, replace(GUIDED_RUN, parallel="fsdp"), "--parallel fsdp .* there is one: start them by torchrun"),
+    "batch": (4, GUIDED_RUN, "--batch-size 6 is no multiple of the 4 ranks times --accumulate 1"),
+    "pieces": (
+        2,
+        replace(GUIDED_RUN, accumulate=6),
+        "--batch-size 6 is no multiple of the 2 ranks times --accumulate 6",
+    ),
+    "shards": (6, replace(GUIDED_RUN, parallel="fsdp", shard_size=4), "--shard-size 4 does not divide the 6 ranks"),
+    "negatives": (3, replace(LOCAL, accumulate=2), "--selfguided.negatives local .* larger --batch-size than 6"),
+}
+
+
+@pytest.mark.parametrize("what", UNSUITABLE)
+def test_settings_that_do_not_suit_the_ranks_are_refused_with_the_remedy(what: str) -> None:
+    world, config, message = UNSUITABLE[what]
+    with pytest.raises(UserError, match=message):
+        choose_parallel(config, world)
+
+
+@pytest.mark.parametrize(
+    ("world", "given", "chosen"), [(1, "auto", "none"), (1, "none", "none"), (2, "auto", "ddp"), (2, "fsdp", "fsdp")]
+)
+def test_without_a_choice_there_is_a_copy_on_each_rank(world: int, given: Any, chosen: str) -> None:
+    assert choose_parallel(replace(GUIDED_RUN, parallel=given), world) == chosen
+
+
+# Activation checkpointing
+
+
+class Calls(TorchDispatchMode):
+    """Counts the operators that are run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.counts[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def gradients(checkpointing: Any) -> tuple[dict[str, torch.Tensor], Counter[str]]:
+    """Of a batch with dropout; and which operators it took, forward and backward."""
+    config = replace(GUIDED_RUN, activation_checkpointing=checkpointing)
+    torch.manual_seed(3)
+    teacher = Teacher(random_model(config.model, seed=1), config.selfguided)
+    student = SelfGuided(random_model(config.model, seed=0), config.selfguided).train()
+    called = spread(student, teacher, config, "none", CPU, torch.float32)
+    tokens = torch.randint(16, (6, 2, 16), generator=torch.Generator().manual_seed(5))
+    draws = draw(config.selfguided, config.model, images=6, views=2, seed=0, step=1)
+    with Calls() as calls:
+        backward(called, teacher, tokens, torch.arange(6) % 3, draws, 1, torch.float32)
+    assert set(student.state_dict()) == set(SelfGuided(random_model(config.model), config.selfguided).state_dict())
+    return {name: p.grad for name, p in student.named_parameters() if p.grad is not None}, calls.counts
+
+
+def test_what_is_computed_again_changes_no_gradient() -> None:
+    expected, plain = gradients("none")
+    selective, some = gradients("selective")
+    full, all_again = gradients("full")
+    for found in (selective, full):
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], value) for name, value in expected.items())
+    blocks, attention = 2, "_scaled_dot_product_flash_attention_for_cpu"
+    again = {name: (some[name] - plain[name], all_again[name] - plain[name]) for name in ("mm", attention, "silu")}
+    assert again == {"mm": (0, 5 * blocks), attention: (0, blocks), "silu": (blocks, blocks)}
