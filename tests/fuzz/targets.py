@@ -49,7 +49,7 @@ from tests.small_line import make_line, random_source, random_tokenizer
 from tests.tokenizer.test_vq import SMALL, random_tensors
 from tests.toys import TINY, random_model, random_sequences
 
-CHECKPOINTS_ARE_SEALED = False
+CHECKPOINTS_ARE_SEALED = True
 """Whether checkpoints carry checksums; without them another number in a tensor cannot be told from the right one."""
 JOBS_ARE_SEALED = False
 """Whether the parts of jobs that were killed carry checksums; they get theirs when the job is done."""
