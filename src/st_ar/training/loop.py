@@ -114,7 +114,7 @@ def _train(
         save_export(out / "export", model, teacher.model, known, writes=first)
 
     unexported = first and start > 0 and exported_step(out / "export") != start
-    if largest(unexported):  # the run was killed between its checkpoint and its export
+    if largest(int(unexported)):  # the run was killed between its checkpoint and its export
         export(start)
 
     tokens_per_step = config.batch_size * config.views * config.model.sequence_length
@@ -201,13 +201,13 @@ def backward(
     with autocast:
         targets = [bare.teach(teacher, tokens[i : i + size], labels[i : i + size], positions) for i in starts]
     mids = [target.mid for target in targets if target.mid is not None]
-    whole, first = None, 0
+    whole, before = None, 0
     if mids and bare.config.negatives == "global":
-        whole, first = everyone(torch.cat(mids)), place() * len(tokens)
+        whole, before = everyone(torch.cat(mids)), place() * len(tokens)
     sums: list[Tensor] = []
     for start, target in zip(starts, targets, strict=True):
         here = slice(start, start + size)
-        candidates, offset = (target.mid, 0) if whole is None else (whole, first + start)
+        candidates, offset = (target.mid, 0) if whole is None else (whole, before + start)
         piece = Draws(None if key_mask is None else key_mask[here], positions)
         with gradient_sync(student, last=start == starts[-1]):
             with autocast:
