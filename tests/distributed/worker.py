@@ -6,6 +6,7 @@ One start for all, since starting takes longer than training. The last line that
 import json
 import math
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Callable
@@ -57,6 +58,8 @@ def stopped_and_resumed(tokens: Path, out: Path, rank: int) -> str:
         patch.setattr(loop, "backward", signalled)
         with pytest.raises(Interrupted) as stop:
             loop.train(config, tokens, out, preset="toy")
+    if rank == 0:
+        shutil.rmtree(out / "export")  # as if it had been killed between its checkpoint and its export
     loop.train(config, tokens, out, resume=True, preset="toy")
     return str(stop.value)
 
