@@ -88,10 +88,13 @@ def from_dict(cls: type[C], values: Any, where: str) -> C:
     types = get_type_hints(cls)
     if unknown := set(values) - {f.name for f in dataclasses.fields(cls)}:
         raise UserError(f"{where}: unknown settings {sorted(unknown)}; was it written by a newer version of st-ar?")
+    needed = {f.name for f in dataclasses.fields(cls) if f.default is f.default_factory is dataclasses.MISSING}
+    if missing := needed - set(values):
+        raise UserError(f"{where}: settings {sorted(missing)} are missing; the file is damaged, or was changed by hand")
     built = {key: _from_json(types[key], value, where) for key, value in values.items()}
     try:
         return cls(**built)
-    except (TypeError, UserError) as error:  # a setting that is missing, or that makes no sense
+    except UserError as error:
         raise UserError(f"{where}: {error}; the file is damaged, or was changed by hand") from error
 
 

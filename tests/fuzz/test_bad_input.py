@@ -10,7 +10,7 @@ import pytest
 from tests.fuzz.targets import TARGETS, keep_in
 from tests.fuzz.trial import attempt
 
-FEW, MANY = 4, 44
+FEW, MANY = 6, 66
 """Seeds of each target in the normal run, and in the slow one."""
 
 
