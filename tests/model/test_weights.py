@@ -70,6 +70,15 @@ def test_ema_of_a_file_that_has_none_is_refused_and_not_ignored(export: Path) ->
         load_model(export / "mine.safetensors", ema=True)
 
 
+def test_weights_in_half_precision_are_loaded_in_float32(export: Path) -> None:
+    halves = {key: value.bfloat16() for key, value in LIVE.state_dict().items()}
+    save_file(halves, export / "model.safetensors")
+    model = load_model(export)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, halves[key].float()), key
+
+
 def test_a_flipped_bit_is_found_and_the_file_named(export: Path, name: str) -> None:
     flip_byte(export / name, -5)
     with refused(export, rf"export/{name} is not the one that config.json beside it describes, so it is damaged"):
