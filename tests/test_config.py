@@ -44,7 +44,7 @@ def flag(cls: type, name: str) -> str:
 @pytest.mark.parametrize(
     ("cls", "name", "value"),
     [
-        # METHOD.md section 6: what the paper leaves open
+        # what the paper leaves open
         (SelfGuidedConfig, "temperature", 0.2),
         (SelfGuidedConfig, "reduction", "mean"),
         (SelfGuidedConfig, "negatives", "global"),

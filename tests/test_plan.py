@@ -1,4 +1,4 @@
-"""benchmarks/plan.py: its formulas against METHOD's figures, real modules and real files."""
+"""benchmarks/plan.py: its formulas against the method's known costs, real modules and real files."""
 
 import importlib.util
 import sys
