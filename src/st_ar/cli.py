@@ -55,6 +55,8 @@ class Train:
     """The token store."""
     text: Path | None = None
     """Captions' features for a text model (--model.condition text): a .safetensors file, or a folder of them."""
+    validation: Path | None = None
+    """A token store to measure the averaged weights on at each checkpoint; the best so far are kept, in OUT/best."""
     out: Path
     """Folder of the run."""
     resume: bool = False
@@ -65,7 +67,9 @@ class Train:
 
 def train_verb(arguments: Sequence[str]) -> None:
     """`st-ar train PRESET ...`: the preset gives every setting its default."""
-    usage = "--tokens STORE [--text TEXT] --out RUN [--resume] [--steps N | --epochs N] [any setting]"
+    usage = (
+        "--tokens STORE [--text TEXT] [--validation STORE] --out RUN [--resume] [--steps N | --epochs N] [any setting]"
+    )
     chosen = _choose_preset("train", usage, PRESETS, arguments)
     if chosen is None:
         return
@@ -82,6 +86,7 @@ def train_verb(arguments: Sequence[str]) -> None:
         command.out,
         text=command.text,
         watching=command.watching,
+        validation=command.validation,
         resume=command.resume,
         preset=name,
     )

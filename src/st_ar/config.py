@@ -215,6 +215,10 @@ class TrainConfig(RunConfig):
     """Share of the images whose class or caption is replaced by the null condition (classifier-free guidance)."""
     seed: int = 0
     """Seed of initialisation, data order, crops, masks, positions and dropout."""
+    validation_images: int = 1024
+    """Images of --validation that are measured, at equal distances in the store."""
+    skip_nonfinite: int = 0
+    """Steps, in all, that may be skipped because their loss or gradient is not finite; with 0 the first stops the run."""
     compile: bool = False
     """Compile the transformer's blocks with torch.compile (needs a C++ compiler on a CPU)."""
     parallel: Literal["auto", "none", "ddp", "fsdp"] = "auto"
@@ -228,7 +232,8 @@ class TrainConfig(RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.require_positive("views", "accumulate")
+        self.require_positive("views", "accumulate", "validation_images")
+        require(self.skip_nonfinite >= 0, f"--skip-nonfinite must be 0 or more, not {self.skip_nonfinite}")
         require(self.rank_timeout > 0, f"--rank-timeout must be above 0, not {self.rank_timeout}")
         require(
             self.shard_size is None or self.parallel == "fsdp",

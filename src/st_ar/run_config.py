@@ -65,6 +65,8 @@ class RunConfig:
     """Optimizer steps between checkpoints; one is also written at the end and on interruption."""
     keep: int = 2
     """Newest checkpoints to keep."""
+    keep_every: int = 0
+    """Also keep, for good, the checkpoints whose step is a multiple of this; 0 for none."""
 
     def __post_init__(self) -> None:
         require_choices(self, "--")
@@ -73,6 +75,7 @@ class RunConfig:
         require(self.steps is None or self.steps >= 1, f"--steps must be at least 1, not {self.steps}")
         require(self.epochs is None or self.epochs > 0, f"--epochs must be above 0, not {self.epochs}")
         self.require_positive("batch_size", "log_every", "checkpoint_every", "keep")
+        require(self.keep_every >= 0, f"--keep-every must be 0 (none) or more, not {self.keep_every}")
         require(self.seed >= 0, f"--seed must be 0 or more, not {self.seed}")
 
     def require_positive(self, *names: str) -> None:

@@ -1,4 +1,4 @@
-"""A rank of a command line; rank 1 kills itself, or falls asleep, in step 3: python -m tests.distributed.dying {kill,sleep} train .."""
+"""A rank of a command line; rank 1 kills itself, or falls asleep, in step 5: python -m tests.distributed.dying {kill,sleep} train .."""
 
 import os
 import signal
@@ -19,7 +19,7 @@ if __name__ == "__main__":
     def armed(*args: Any) -> Any:
         global passes
         passes += 1
-        if os.environ["RANK"] == "1" and passes == 3:
+        if os.environ["RANK"] == "1" and passes == 5:
             if how == "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
             signal.signal(signal.SIGTERM, signal.SIG_DFL)  # torchrun need not wait until it kills

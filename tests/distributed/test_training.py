@@ -11,9 +11,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from st_ar.training import optim
-from st_ar.training.checkpoint import _Reader, list_checkpoints
 from st_ar.training.log import read_log
 from st_ar.training.loop import train
+from st_ar.training.manifest import list_checkpoints
+from st_ar.training.tensor_files import _Reader
 from tests.data.random_store import random_store
 from tests.distributed.cases import CASES, COMPILED, GUIDED, RELAY, CalmAdamW, alone, first_gradients, place
 from tests.ranks import checked_torchrun
@@ -129,7 +130,7 @@ def test_a_loss_that_is_not_finite_on_one_rank_stops_all(out: Path) -> None:
 
 def names(run: Path) -> dict[str, list[int]]:
     """The tensors of the newest checkpoint, with their shapes."""
-    stored = _Reader(list_checkpoints(run / "checkpoints")[-1][1]).read_metadata().state_dict_metadata
+    stored = _Reader(list_checkpoints(run / "checkpoints")[-1][1] / "tensors").read_metadata().state_dict_metadata
     return {name: list(tensor.size) for name, tensor in stored.items()}
 
 
@@ -137,7 +138,9 @@ def test_a_checkpoint_has_the_same_tensors_however_the_weights_were_held(out: Pa
     run = train(replace(GUIDED, steps=1), out / "tokens", tmp_path / "run", preset="toy")
     for world, name in ((2, "ddp"), (2, "ddp-accumulate"), (2, "fsdp"), (4, "hybrid")):
         assert names(place(out, world, name)) == names(run)
-    files = sorted(path.name for path in (place(out, 4, "hybrid") / "checkpoints" / "step_00000004").iterdir())
+    files = sorted(
+        path.name for path in (place(out, 4, "hybrid") / "checkpoints" / "step_00000004" / "tensors").iterdir()
+    )
     assert files == [".metadata", *(f"__{rank}_0.distcp" for rank in range(4))]
 
 

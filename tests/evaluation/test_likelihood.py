@@ -11,7 +11,7 @@ from st_ar.data.store import TokenStore
 from st_ar.errors import UserError
 from st_ar.evaluation.likelihood import validation_loss
 from st_ar.model.transformer import Transformer
-from tests.data.random_store import random_store
+from tests.data.random_store import random_store, write_store
 from tests.toys import TINY, random_model
 
 
@@ -38,6 +38,19 @@ def test_the_batch_size_changes_nothing(written: tuple[Path, np.ndarray, np.ndar
     expected = validation_loss(model, store)
     for batch_size in (1, 2, 3, 7, 100):  # 2 and 3 leave a smaller last batch
         assert validation_loss(model, store, batch_size=batch_size) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize(("images", "chosen"), [(1, [0]), (3, [0, 3, 6]), (7, range(7)), (100, range(7))])
+def test_some_of_the_images_are_taken_from_all_over_the_store(
+    written: tuple[Path, np.ndarray, np.ndarray], tmp_path: Path, images: int, chosen: list[int]
+) -> None:
+    _, codes, labels = written
+    those = write_store(tmp_path / "those", codes[chosen], labels[chosen], vocab_size=11, num_classes=3)
+    model = random_model()
+    expected = validation_loss(model, TokenStore(those))
+    assert validation_loss(model, TokenStore(written[0]), images=images, batch_size=2) == pytest.approx(
+        expected, rel=1e-5
+    )
 
 
 def test_an_untrained_model_guesses_evenly(written: tuple[Path, np.ndarray, np.ndarray]) -> None:

@@ -30,10 +30,12 @@ from st_ar.tokenizer import to_pixels
 from st_ar.tokenizer import train as module
 from st_ar.tokenizer.train import Training, backward, train_tokenizer
 from st_ar.tokenizer.vqgan import hinge_loss
-from st_ar.training.checkpoint import list_checkpoints
+from st_ar.training.checkpoint import Checkpoints
+from st_ar.training.manifest import list_checkpoints
 from st_ar.vq_config import VQTrainConfig
 from tests.data.pictures import encoded
 from tests.disk import contents, full_disk, refused
+from tests.killing import survivors
 from tests.ranks import checked_torchrun
 from tests.tokenizer import ranked
 from tests.tokenizer.toy_gan import TOY_GAN, colours
@@ -403,7 +405,9 @@ def test_evaluations_are_the_exported_tokenizers_and_have_pictures(straight: Pat
 def test_the_run_is_a_tokenizer_with_the_averaged_weights(straight: Path) -> None:
     training = Training(TOY_GAN, CPU)
     training.share()
-    assert training.checkpoints(straight / "checkpoints", 12).restore() == 12
+    checkpoints = Checkpoints(straight / "checkpoints", keep=2)
+    assert checkpoints.newest() == 12
+    checkpoints.restore(12, training.state(12))
     expected, live = training.ema.tensors(), training.network.tensors()
     saved = load_file(straight / "vq.safetensors")
     assert saved.keys() == expected.keys()
@@ -452,12 +456,11 @@ def test_broken_images_are_listed_beside_the_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("instant", "step", "left"),
     [
-        ("log", 5, ["step_00000004"]),  # before the discriminator's start
         ("checkpoint", 8, [".step_00000008.partial", "step_00000004"]),  # after it
         ("export", 12, ["step_00000008", "step_00000012"]),
     ],
 )
-def test_a_run_killed_at_any_instant_ends_as_if_it_had_never_stopped(
+def test_a_run_killed_while_it_is_saved_ends_as_if_it_had_never_stopped(
     straight: Path, tmp_path: Path, instant: str, step: int, left: list[str]
 ) -> None:
     out = tmp_path / "run"
@@ -468,6 +471,13 @@ def test_a_run_killed_at_any_instant_ends_as_if_it_had_never_stopped(
     train_tokenizer(TOY_GAN, colours(), out, resume=True, preset="toy")
     assert_same_result(out, straight)
     assert [step for step, _ in list_checkpoints(out / "checkpoints")] == [8, 12]
+
+
+def test_a_run_killed_again_and_again_ends_as_if_it_had_never_stopped(tmp_path: Path) -> None:
+    straight, *runs = survivors("tokenizer_training", tmp_path, kills=8)
+    for run in runs:
+        assert_same_result(run, straight)
+        assert [step for step, _ in list_checkpoints(run / "checkpoints")] == [10, 12]
 
 
 def stopped(out: Path, step: int, number: signal.Signals, monkeypatch: pytest.MonkeyPatch) -> Interrupted:

@@ -17,7 +17,7 @@ from tests.training.toy_runs import GUIDED_RUN
 
 def arm(number: int, instant: str, step: int) -> None:
     """Replace what the loop calls at the instant by a version that sends the signal first."""
-    backward, append_log, save_export, rename = loop.backward, loop.append_log, loop.save_export, os.replace
+    backward, append_log, save_weights, rename = loop.backward, loop.append_log, loop.save_weights, os.replace
     passes = 0
 
     def at(here: str, now: bool) -> None:
@@ -34,15 +34,15 @@ def arm(number: int, instant: str, step: int) -> None:
         at("log", entry["step"] == step)
         append_log(path, entry)
 
-    def armed_save_export(folder: Path, model: Any, ema: Any, info: dict[str, Any], **rest: Any) -> None:
+    def armed_save_weights(folder: Path, weights: Any, config: Any, info: dict[str, Any]) -> None:
         at("export", info["step"] == step)
-        save_export(folder, model, ema, info, **rest)
+        save_weights(folder, weights, config, info)
 
     def armed_rename(source: Any, target: Any) -> None:
         at("checkpoint", Path(target).name == f"step_{step:08d}")
         rename(source, target)
 
-    loop.backward, loop.append_log, loop.save_export = armed_backward, armed_append_log, armed_save_export
+    loop.backward, loop.append_log, loop.save_weights = armed_backward, armed_append_log, armed_save_weights
     os.replace = armed_rename
 
 

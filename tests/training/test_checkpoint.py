@@ -2,10 +2,16 @@
 
 import copy
 import errno
+import hashlib
+import json
 import logging
 import os
 import pickle
-from collections.abc import Callable
+import re
+import shutil
+import threading
+import warnings
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
@@ -15,14 +21,17 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from st_ar.errors import UserError
-from st_ar.training.checkpoint import Checkpoints, list_checkpoints
-from tests.disk import contents, full_disk, refused
+from st_ar.training import checkpoint, manifest
+from st_ar.training.checkpoint import Checkpoints, State
+from st_ar.training.manifest import describe_files, find_damage, list_checkpoints, read_record, write_manifest
+from st_ar.training.tensor_files import write_tensors
+from tests.disk import contents, flip_byte, full_disk, refused
 
 
 class Run:
     """A network, its average and its optimizer, trained a little."""
 
-    def __init__(self, folder: Path, *, seed: int = 0, keep: int = 2, width: int = 6) -> None:
+    def __init__(self, folder: Path, *, seed: int = 0, keep: int = 2, keep_every: int = 0, width: int = 6) -> None:
         torch.manual_seed(seed)
         self.student = nn.Sequential(nn.Linear(4, width), nn.LayerNorm(width), nn.Linear(width, 3))
         self.ema = copy.deepcopy(self.student).requires_grad_(False)
@@ -32,7 +41,8 @@ class Run:
         ]
         self.optimizer = torch.optim.AdamW(groups, lr=0.05, fused=True)
         modules = {"student": self.student, "ema": self.ema}
-        self.checkpoints = Checkpoints(folder, modules, self.student, self.optimizer, keep)
+        self.now = State(modules, self.student, self.optimizer)
+        self.checkpoints = Checkpoints(folder, keep=keep, keep_every=keep_every)
 
     def train(self, steps: range) -> "Run":
         for step in steps:
@@ -42,6 +52,17 @@ class Run:
             self.optimizer.zero_grad()
             torch._foreach_lerp_(list(self.ema.parameters()), list(self.student.parameters()), 0.1)
         return self
+
+    def save(self, step: int) -> Path:
+        """Save and wait until it is written."""
+        with self.checkpoints:
+            self.checkpoints.save(step, self.now)
+        return self.checkpoints.folder / f"step_{step:08d}"
+
+    def restore(self) -> int:
+        step = self.checkpoints.newest()
+        self.checkpoints.restore(step, self.now)
+        return step
 
     def state(self) -> dict[str, Tensor]:
         """Every tensor that the rest of the run depends on."""
@@ -62,8 +83,8 @@ def assert_equal_bits(found: dict[str, Tensor], expected: dict[str, Tensor]) -> 
 def folder(tmp_path: Path) -> Path:
     """Checkpoints of steps 3 and 5."""
     run = Run(tmp_path / "checkpoints")
-    run.train(range(3)).checkpoints.save(3)
-    run.train(range(3, 5)).checkpoints.save(5)
+    run.train(range(3)).save(3)
+    run.train(range(3, 5)).save(5)
     return tmp_path / "checkpoints"
 
 
@@ -71,20 +92,20 @@ def test_weights_average_and_moments_come_back_bit_for_bit(folder: Path) -> None
     expected = Run(folder).train(range(5)).state()
     assert any(key.endswith("exp_avg_sq") for key in expected)
     fresh = Run(folder, seed=1)
-    assert fresh.checkpoints.restore() == 5
+    assert fresh.restore() == 5
     assert_equal_bits(fresh.state(), expected)
 
 
 def test_training_goes_on_as_if_it_had_never_stopped(folder: Path) -> None:
     resumed = Run(folder, seed=1)
-    resumed.checkpoints.restore()
+    resumed.restore()
     assert_equal_bits(resumed.train(range(5, 9)).state(), Run(folder).train(range(9)).state())
 
 
 def test_settings_of_the_optimizer_are_not_taken_from_the_checkpoint(folder: Path) -> None:
     run = Run(folder)
     run.optimizer.param_groups[0]["lr"] = 0.7
-    run.checkpoints.restore()
+    run.restore()
     assert [group["lr"] for group in run.optimizer.param_groups] == [0.7, 0.05]
     assert [group["weight_decay"] for group in run.optimizer.param_groups] == [0.01, 0.0]
 
@@ -92,24 +113,51 @@ def test_settings_of_the_optimizer_are_not_taken_from_the_checkpoint(folder: Pat
 def test_restoring_where_there_is_nothing_changes_nothing(tmp_path: Path) -> None:
     run = Run(tmp_path / "checkpoints")
     before = run.state()
-    assert run.checkpoints.restore() == 0
+    assert run.restore() == 0
     assert_equal_bits(run.state(), before)
     assert contents(tmp_path) == {}
+
+
+# Which are kept
 
 
 @pytest.mark.parametrize("keep", [1, 2, 3])
 def test_the_newest_few_are_kept(tmp_path: Path, keep: int) -> None:
     run = Run(tmp_path, keep=keep).train(range(1))
     for step in (9, 10, 100, 1000, 123456789):
-        run.checkpoints.save(step)
+        run.save(step)
     assert [step for step, _ in list_checkpoints(tmp_path)] == [9, 10, 100, 1000, 123456789][-keep:]
+
+
+def test_multiples_of_keep_every_are_kept_for_good(tmp_path: Path) -> None:
+    run = Run(tmp_path, keep=1, keep_every=6).train(range(1))
+    for step in range(2, 21, 2):
+        run.save(step)
+    assert [step for step, _ in list_checkpoints(tmp_path)] == [6, 12, 18, 20]
+
+
+def test_one_that_is_being_removed_looks_whole_to_nobody(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(path: Path, **_: object) -> None:
+        if path.exists():
+            next(path.rglob("*.distcp")).unlink()
+            raise KeyboardInterrupt
+
+    run = Run(folder).train(range(7))
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run.save(7)
+    assert [step for step, _ in list_checkpoints(folder)] == [5, 7]
+    assert (folder / ".step_00000003.partial").is_dir()
+    assert Run(folder).restore() == 7
+    assert sorted(path.name for path in folder.iterdir()) == ["step_00000005", "step_00000007"]
 
 
 def test_saving_a_step_again_replaces_it(folder: Path) -> None:
     run = Run(folder).train(range(8))
-    run.checkpoints.save(5)
+    run.save(5)
     fresh = Run(folder, seed=1)
-    fresh.checkpoints.restore()
+    fresh.restore()
     assert_equal_bits(fresh.state(), run.state())
 
 
@@ -119,7 +167,7 @@ def test_a_partial_folder_that_another_rank_has_just_cleared_is_no_trouble(
     gone = folder / ".step_00000007.partial"
     with monkeypatch.context() as patch:
         patch.setattr(Path, "glob", lambda place, pattern: iter([gone] if place == folder else []))
-        assert Run(folder, seed=1).checkpoints.restore() == 5
+        assert Run(folder, seed=1).restore() == 5
 
 
 def test_a_partial_folder_is_never_listed_and_is_cleared_by_the_next_save(folder: Path) -> None:
@@ -128,10 +176,10 @@ def test_a_partial_folder_is_never_listed_and_is_cleared_by_the_next_save(folder
     (partial / "__0_0.distcp").write_bytes(b"half")
     assert [step for step, _ in list_checkpoints(folder)] == [3, 5]
     run = Run(folder, seed=1)
-    assert run.checkpoints.restore() == 5
-    run.train(range(5, 7)).checkpoints.save(7)
+    assert run.restore() == 5
+    run.train(range(5, 7)).save(7)
     assert sorted(path.name for path in folder.iterdir()) == ["step_00000005", "step_00000007"]
-    assert sorted(contents(folder / "step_00000007")) == [".metadata", "__0_0.distcp"]
+    assert sorted(contents(folder / "step_00000007")) == FILES
 
 
 def test_other_things_in_the_folder_are_no_checkpoints(folder: Path) -> None:
@@ -139,46 +187,351 @@ def test_other_things_in_the_folder_are_no_checkpoints(folder: Path) -> None:
     (folder / "step_9.bak").mkdir()
     assert [step for step, _ in list_checkpoints(folder)] == [3, 5]
     assert list_checkpoints(folder / "nowhere") == []
+    assert Run(folder).restore() == 5
+
+
+# Writing in the background
+
+
+class HeldDisk:
+    """Lets the writing of tensors begin, and go on only when it is released."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.begun, self.released, self.broken = threading.Event(), threading.Event(), False
+        patch.setattr(checkpoint, "write_tensors", self._write)
+
+    def _write(self, folder: Path, tensors: dict[str, Tensor], group: None) -> None:
+        self.begun.set()
+        assert self.released.wait(60)
+        if self.broken:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        write_tensors(folder, tensors)
+
+
+def test_training_goes_on_while_the_state_as_it_was_is_written(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    disk, run = HeldDisk(monkeypatch), Run(folder).train(range(7))
+    expected = run.state()
+    with run.checkpoints:
+        run.checkpoints.save(7, run.now)
+        assert disk.begun.wait(60)
+        run.train(range(7, 9))  # alters every tensor
+        run.checkpoints.check()
+        assert [step for step, _ in list_checkpoints(folder)] == [3, 5]
+        disk.released.set()
+    assert [step for step, _ in list_checkpoints(folder)] == [5, 7]
+    assert not any(torch.equal(value, expected[key]) for key, value in run.state().items())
+    fresh = Run(folder, seed=1)
+    assert fresh.restore() == 7
+    assert_equal_bits(fresh.state(), expected)
+
+
+def test_the_copies_of_two_saves_are_two(folder: Path) -> None:
+    run = Run(folder, keep=3).train(range(6))
+    six = run.state()
+    with run.checkpoints:
+        run.checkpoints.save(6, run.now)
+        run.train(range(6, 7)).checkpoints.save(7, run.now)
+        seven = run.state()
+    for step, expected in ((7, seven), (6, six)):
+        fresh = Run(folder, seed=1)
+        fresh.checkpoints.restore(step, fresh.now)
+        assert_equal_bits(fresh.state(), expected)
+
+
+def test_what_comes_after_a_checkpoint_gets_its_tensors_when_it_is_whole(folder: Path) -> None:
+    run = Run(folder).train(range(7))
+    expected = {name: tensor.clone() for name, tensor in run.now.tensors().items()}
+    seen: list[tuple[list[int], dict[str, Tensor]]] = []
+
+    def then(tensors: Mapping[str, Tensor]) -> None:
+        seen.append(([step for step, _ in list_checkpoints(folder)], {k: v.clone() for k, v in tensors.items()}))
+
+    with run.checkpoints:
+        run.checkpoints.save(7, run.now, then=then)
+        run.train(range(7, 9))
+    ((steps, tensors),) = seen
+    assert steps == [5, 7]
+    assert_equal_bits(tensors, expected)
+
+
+def failing(step: int) -> str:
+    return f"cannot write the checkpoint of step {step} .*step_00000005 is intact; free some space and continue"
+
+
+def test_an_error_in_the_background_comes_up_at_the_next_check(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    disk, run = HeldDisk(monkeypatch), Run(folder).train(range(7))
+    with full_disk(4096), run.checkpoints:
+        run.checkpoints.save(7, run.now)
+        run.checkpoints.check()  # nothing has gone wrong yet
+        disk.released.set()
+        with pytest.raises(UserError, match=failing(7)):
+            for _ in iter(run.checkpoints.check, "never"):  # the steps of a run
+                pass
+
+
+def test_an_error_in_the_background_comes_up_at_the_next_save(folder: Path) -> None:
+    run = Run(folder).train(range(7))
+    with full_disk(4096), run.checkpoints:
+        run.checkpoints.save(7, run.now)
+        with pytest.raises(UserError, match=failing(7)):
+            run.checkpoints.save(8, run.now)
+
+
+def test_an_error_in_the_background_comes_up_at_the_end(folder: Path) -> None:
+    run = Run(folder).train(range(7))
+    with pytest.raises(UserError, match=failing(7)), full_disk(4096), run.checkpoints:
+        run.checkpoints.save(7, run.now)
+
+
+def test_an_error_of_the_run_is_told_before_the_writes_which_is_still_waited_for(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk, run = HeldDisk(monkeypatch), Run(folder).train(range(7))
+    threading.Timer(0.2, disk.released.set).start()
+
+    def broken_run() -> None:
+        with run.checkpoints:
+            run.checkpoints.save(7, run.now)
+            raise UserError("the loss is gone")
+
+    with pytest.raises(UserError, match="the loss is gone"):
+        broken_run()
+    assert [step for step, _ in list_checkpoints(folder)] == [5, 7]
+
+
+def test_an_interrupt_waits_for_no_write(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    disk, run = HeldDisk(monkeypatch), Run(folder).train(range(7))
+
+    def interrupted_run() -> None:
+        with run.checkpoints:
+            run.checkpoints.save(7, run.now)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted_run()
+    assert [step for step, _ in list_checkpoints(folder)] == [3, 5]
+    disk.broken = True
+    disk.released.set()
+    with pytest.raises(UserError, match=failing(7)):
+        run.checkpoints.wait()
+
+
+def test_warnings_are_as_before_once_all_is_written(folder: Path) -> None:
+    before = list(warnings.filters)
+    Run(folder).train(range(7)).save(7)
+    assert warnings.filters == before
+
+
+# Damage
+
+
+FILES = ["manifest.json", "tensors/.metadata", "tensors/__0_0.distcp"]
 
 
 def newest(folder: Path, name: str) -> Path:
     return folder / "step_00000005" / name
 
 
-@pytest.mark.parametrize("left", [0, 10, 0.5, -1])
-def test_truncated_tensors_are_refused_with_the_remedy(folder: Path, left: float) -> None:
-    file = newest(folder, "__0_0.distcp")
-    whole = file.read_bytes()
-    file.write_bytes(whole[: round(left * len(whole)) if left == 0.5 else int(left)])
-    with refused(folder, r"step_00000005 is damaged .*; remove it to resume from the one before"):
-        Run(folder).checkpoints.restore()
+def truncated(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
 
 
-@pytest.mark.parametrize("name", [".metadata", "__0_0.distcp"])
-def test_a_missing_file_is_refused_with_the_remedy(folder: Path, name: str) -> None:
-    newest(folder, name).unlink()
-    with refused(folder, r"step_00000005 is damaged .*; remove it to resume from the one before"):
-        Run(folder).checkpoints.restore()
+def emptied(file: Path) -> None:
+    file.write_bytes(b"")
 
 
-def test_after_removing_the_damaged_one_the_one_before_is_taken(folder: Path) -> None:
-    for file in newest(folder, "").iterdir():
-        file.unlink()
-    newest(folder, "").rmdir()
+def lengthened(file: Path) -> None:
+    file.write_bytes(file.read_bytes() + b" ")
+
+
+def flipped(file: Path) -> None:
+    flip_byte(file, file.stat().st_size // 3)
+
+
+DAMAGES: dict[str, Callable[[Path], None]] = {
+    "cut short": truncated,
+    "emptied": emptied,
+    "lengthened": lengthened,
+    "altered": flipped,
+    "missing": Path.unlink,
+}
+
+
+def expected_words(name: str, damage: str, file: Path) -> str:
+    if damage == "missing":
+        return f"{name} is missing"
+    if name == "manifest.json":
+        return r"manifest\.json is (no manifest|not as it was written)"
+    return (
+        f"{name} does not have its checksum"
+        if damage == "altered"
+        else rf"{name} has \d+ of {file.stat().st_size} bytes"
+    )
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("name", FILES)
+def test_a_damaged_file_is_named_and_the_checkpoint_before_is_taken(
+    folder: Path, capsys: pytest.CaptureFixture[str], name: str, damage: str
+) -> None:
+    file = newest(folder, name)
+    words = expected_words(name, damage, file)
+    if (name, damage) == ("manifest.json", "lengthened"):
+        return  # by a blank, which says nothing else
+    DAMAGES[damage](file)
+    before = contents(folder / "step_00000005")
     run = Run(folder, seed=1)
-    assert run.checkpoints.restore() == 3
+    assert run.restore() == 3
     assert_equal_bits(run.state(), Run(folder).train(range(3)).state())
+    said = capsys.readouterr().err
+    assert re.search(
+        rf"step_00000005 is damaged \({words}\): now step_00000005.damaged, going on from step_00000003", said
+    )
+    assert said.count("\n") == 1
+    assert contents(folder / "step_00000005.damaged") == before  # nothing is lost
+    assert [step for step, _ in list_checkpoints(folder)] == [3]
+
+
+def test_training_again_what_was_damaged_ends_the_same(folder: Path) -> None:
+    truncated(newest(folder, FILES[2]))
+    run = Run(folder, seed=1)
+    run.train(range(run.restore(), 5)).save(5)
+    flipped(newest(folder, FILES[1]))
+    again = Run(folder, seed=1)
+    assert again.restore() == 3
+    assert_equal_bits(again.train(range(3, 9)).state(), Run(folder).train(range(9)).state())
+    assert sorted(path.name for path in folder.iterdir()) == [
+        *("step_00000003", "step_00000005.damaged", "step_00000005.damaged-1")
+    ]
+
+
+@given(data=st.data())
+def test_any_garbling_is_found_or_harmless(garbled: Path, data: st.DataObject) -> None:
+    whole = contents(garbled)
+    name = data.draw(st.sampled_from([name for name in sorted(whole) if name.startswith("step_00000002/")]))
+    place = data.draw(st.integers(0, len(whole[name])))
+    value, length = data.draw(st.binary(max_size=4)), data.draw(st.integers(0, 6))
+    altered = whole[name][:place] + value + whole[name][place + length :]
+    (garbled / name).write_bytes(altered)
+    found = find_damage(garbled / "step_00000002")
+    (garbled / name).write_bytes(whole[name])
+    if altered == whole[name]:
+        assert found is None
+    elif name.endswith("manifest.json"):  # blanks between its words may change
+        assert found is None or found.startswith("manifest.json is no")
+    else:
+        assert found is not None
+        assert found.startswith(name.removeprefix("step_00000002/"))
+
+
+@pytest.fixture(scope="module")
+def garbled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint that a test damages and mends."""
+    folder = tmp_path_factory.mktemp("garbled")
+    Run(folder).train(range(2)).save(2)
+    return folder
+
+
+def test_when_none_is_whole_all_are_named_and_left_alone(folder: Path) -> None:
+    newest(folder, "manifest.json").unlink()
+    truncated(folder / "step_00000003" / "tensors" / "__0_0.distcp")
+    with refused(
+        folder,
+        r"no checkpoint in .* is whole \(step_00000005: manifest.json is missing; "
+        r"step_00000003: tensors/__0_0.distcp has \d+ of \d+ bytes\): put a copy of one there, or begin anew",
+    ):
+        Run(folder).restore()
+
+
+def test_a_checkpoint_without_its_manifest_is_never_listed(folder: Path) -> None:
+    newest(folder, "manifest.json").unlink()  # as when a copy of the run was stopped half-way
+    assert [step for step, _ in list_checkpoints(folder)] == [3]
+
+
+def test_a_file_that_cannot_be_read_is_no_damage(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def denied(path: Path) -> str:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(manifest, "sha256", denied)
+    with refused(folder, r"cannot read .*step_00000005/tensors/.metadata \(Permission denied\): mend that, or remove"):
+        Run(folder).restore()
 
 
 def test_a_checkpoint_of_another_network_is_refused(folder: Path) -> None:
     with refused(folder, "step_00000005 is damaged or not of this run"):
-        Run(folder, width=8).checkpoints.restore()
+        Run(folder, width=8).restore()
+
+
+# Versions
+
+
+def sealed(path: Path) -> Path:
+    """Give an altered checkpoint a manifest that fits it, as whoever altered it could."""
+    (path / "manifest.json").unlink()
+    write_manifest(path, describe_files(path), {"step": 5})
+    return path
+
+
+def as_version_1(path: Path) -> Path:
+    """Turn a checkpoint into what st-ar wrote before there were manifests."""
+    for file in (path / "tensors").iterdir():
+        file.rename(path / file.name)
+    (path / "tensors").rmdir()
+    (path / "manifest.json").unlink()
+    return path
+
+
+def test_the_manifest_says_what_is_there(folder: Path) -> None:
+    path = newest(folder, "")
+    assert sorted(contents(path)) == FILES
+    saved = json.loads((path / "manifest.json").read_text())
+    assert (saved["format_version"], saved["step"]) == (2, 5)
+    assert saved["files"] == {
+        name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        for name, data in contents(path).items()
+        if name != "manifest.json"
+    }
+
+
+def test_what_is_recorded_with_a_checkpoint_is_read_again(folder: Path) -> None:
+    run = Run(folder).train(range(7))
+    with run.checkpoints:
+        run.checkpoints.save(7, run.now, {"validation_loss": 0.1})
+    assert read_record(folder / "step_00000007")["validation_loss"] == 0.1
+    assert read_record(as_version_1(folder / "step_00000007")) == {}
+
+
+def test_checkpoints_of_version_1_are_read(folder: Path) -> None:
+    as_version_1(newest(folder, ""))
+    assert [step for step, _ in list_checkpoints(folder)] == [3, 5]
+    run = Run(folder, seed=1)
+    assert run.restore() == 5
+    assert_equal_bits(run.train(range(5, 8)).state(), Run(folder).train(range(8)).state())
+
+
+@pytest.mark.parametrize("left", [0, 10, 0.5, -1])
+def test_version_1_is_refused_with_the_remedy_if_it_cannot_be_read(folder: Path, left: float) -> None:
+    file = as_version_1(newest(folder, "")) / "__0_0.distcp"
+    whole = file.read_bytes()
+    file.write_bytes(whole[: round(left * len(whole)) if left == 0.5 else int(left)])
+    with refused(folder, r"step_00000005 is damaged .*; remove it to resume from the one before"):
+        Run(folder).restore()
+
+
+def test_a_newer_version_is_refused(folder: Path) -> None:
+    path = newest(folder, "manifest.json")
+    path.write_text(path.read_text().replace('"format_version": 2', '"format_version": 3'))
+    with refused(
+        folder, "step_00000005 has format version 3; this st-ar reads 1 and 2: continue the run with the st-ar"
+    ):
+        Run(folder).restore()
 
 
 def test_the_error_is_one_line_and_nothing_else_is_printed(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
-    newest(folder, ".metadata").unlink()
+    newest(folder, "tensors/.metadata").write_bytes(b"")
+    sealed(newest(folder, ""))
     with pytest.raises(UserError) as raised:
-        Run(folder).checkpoints.restore()
+        Run(folder).restore()
     assert "\n" not in str(raised.value)
     # torch's own warnings reach the terminal, tracebacks and all, unless someone stops them.
     assert [
@@ -186,19 +539,22 @@ def test_the_error_is_one_line_and_nothing_else_is_printed(folder: Path, caplog:
     ] == []
 
 
-@given(place=st.integers(0, 1 << 16), value=st.binary(max_size=4), length=st.integers(0, 1 << 16))
-def test_a_garbled_index_is_refused_or_harmless(
-    tmp_path_factory: pytest.TempPathFactory, place: int, value: bytes, length: int
+# No code
+
+
+@given(place=st.integers(0, 1 << 16), value=st.binary(max_size=4), length=st.integers(0, 5))
+def test_a_garbled_index_is_refused_or_harmless_whatever_the_manifest_says(
+    tmp_path_factory: pytest.TempPathFactory, garbled: Path, place: int, value: bytes, length: int
 ) -> None:
-    folder = tmp_path_factory.mktemp("garbled")
-    run = Run(folder).train(range(2))
-    index = run.checkpoints.save(2) / ".metadata"
+    folder = shutil.copytree(garbled, tmp_path_factory.mktemp("copy") / "checkpoints")
+    index = folder / "step_00000002" / "tensors" / ".metadata"
     whole = index.read_bytes()
-    place, length = place % len(whole), length % 6
+    place = place % len(whole)
     index.write_bytes(whole[:place] + value + whole[place + length :])
+    sealed(folder / "step_00000002")
     fresh = Run(folder, seed=1)
     try:
-        assert fresh.checkpoints.restore() == 2
+        assert fresh.restore() == 2
     except UserError as error:
         assert "step_00000002 is damaged" in str(error)  # noqa: PT017 (either is right)
 
@@ -214,6 +570,7 @@ def pickled_call_of_old(module: str, name: str, argument: str) -> bytes:
     return f"c{module}\n{name}\n(V{argument}\ntR.".encode()
 
 
+@pytest.mark.parametrize("version", [1, 2])
 @pytest.mark.parametrize(
     ("module", "name"),
     [
@@ -228,14 +585,20 @@ def pickled_call_of_old(module: str, name: str, argument: str) -> bytes:
 )
 @pytest.mark.parametrize("pickled", [pickled_call, pickled_call_of_old])
 def test_an_index_that_would_run_code_is_refused_and_does_not(
-    folder: Path, tmp_path: Path, module: str, name: str, pickled: Callable[[str, str, str], bytes]
+    folder: Path, tmp_path: Path, module: str, name: str, pickled: Callable[[str, str, str], bytes], version: int
 ) -> None:
     trace = tmp_path / "trace"
     command = f"open({str(trace)!r}, 'w')" if name.endswith("eval") else f"touch {trace}"
-    newest(folder, ".metadata").write_bytes(pickled(module, name, command))
+    replace_index(folder, pickled(module, name, command), version)
     with refused(folder, "step_00000005 is damaged or not of this run"):
-        Run(folder).checkpoints.restore()
+        Run(folder).restore()
     assert not trace.exists()
+
+
+def replace_index(folder: Path, index: bytes, version: int = 2) -> None:
+    """Write another index into the newest checkpoint, with a manifest that fits."""
+    newest(folder, "tensors/.metadata").write_bytes(index)
+    (as_version_1 if version == 1 else sealed)(newest(folder, ""))
 
 
 def test_an_index_cannot_reach_into_modules_either(folder: Path) -> None:
@@ -244,9 +607,9 @@ def test_an_index_cannot_reach_into_modules_either(folder: Path) -> None:
         b"\x8c" + bytes([len(word)]) + word.encode()
         for word in ("torch.distributed.checkpoint.filesystem", "os", "trace")
     ]
-    newest(folder, ".metadata").write_bytes(b"\x80\x04" + words[0] + words[1] + b"\x93}" + words[2] + b"K\x01sb.")
+    replace_index(folder, b"\x80\x04" + words[0] + words[1] + b"\x93}" + words[2] + b"K\x01sb.")
     with refused(folder, "step_00000005 is damaged or not of this run"):
-        Run(folder).checkpoints.restore()
+        Run(folder).restore()
     assert not hasattr(os, "trace")
 
 
@@ -257,21 +620,24 @@ def test_the_payload_above_does_run_code_when_it_is_unpickled_carelessly(tmp_pat
         assert trace.exists()
 
 
+# A full disk
+
+
 def test_a_disk_that_fills_up_leaves_the_previous_one_intact_and_says_so(folder: Path) -> None:
     run = Run(folder).train(range(7))
     with (
         full_disk(4096),
         refused(folder, "(?s)cannot write the checkpoint of step 7 .*step_00000005 is intact; free some space"),
     ):
-        run.checkpoints.save(7)
+        run.save(7)
     fresh = Run(folder, seed=1)
-    assert fresh.checkpoints.restore() == 5
-    assert run.checkpoints.save(7).name == "step_00000007"
+    assert fresh.restore() == 5
+    assert run.save(7).name == "step_00000007"
 
 
 def test_the_message_of_a_full_disk_is_one_line_with_its_cause(folder: Path) -> None:
     with full_disk(4096), pytest.raises(UserError) as raised:
-        Run(folder).train(range(7)).checkpoints.save(7)
+        Run(folder).train(range(7)).save(7)
     assert "\n" not in str(raised.value)
     assert "Traceback" not in str(raised.value)
     assert os.strerror(errno.EFBIG) in str(raised.value)
@@ -279,7 +645,7 @@ def test_the_message_of_a_full_disk_is_one_line_with_its_cause(folder: Path) -> 
 
 def test_the_first_checkpoint_on_a_full_disk_says_that_there_is_none(tmp_path: Path) -> None:
     with full_disk(4096), refused(tmp_path, "(?s)cannot write the checkpoint of step 1 .*there is no earlier one"):
-        Run(tmp_path).train(range(1)).checkpoints.save(1)
+        Run(tmp_path).train(range(1)).save(1)
 
 
 def test_a_rename_that_fails_leaves_the_previous_one_intact(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -288,4 +654,4 @@ def test_a_rename_that_fails_leaves_the_previous_one_intact(folder: Path, monkey
 
     monkeypatch.setattr(os, "replace", no_space)
     with refused(folder, r"step 7 .*No space left on device.*step_00000005 is intact"):
-        Run(folder).train(range(7)).checkpoints.save(7)
+        Run(folder).train(range(7)).save(7)

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -21,17 +22,23 @@ from st_ar.config import ModelConfig, SelfGuidedConfig, TrainConfig
 from st_ar.data.ranks import Ranks
 from st_ar.data.store import TokenStore
 from st_ar.data.views import Views
+from st_ar.errors import Interrupted, UserError
+from st_ar.evaluation.likelihood import validation_loss
 from st_ar.model.transformer import Transformer
 from st_ar.model.weights import open_model
 from st_ar.randomness import Purpose, torch_seed
 from st_ar.selfguided.objective import Losses, SelfGuided, draw
 from st_ar.selfguided.teacher import Teacher
 from st_ar.training import loop
+from st_ar.training.checkpoint import Checkpoints, State
 from st_ar.training.log import append_log
 from st_ar.training.loop import backward, drop_labels, train
+from st_ar.training.manifest import list_checkpoints, read_record
+from st_ar.training.optim import adamw
 from st_ar.training.stopping import stop_on_signal
 from tests.data.random_store import FINGERPRINT, random_store
 from tests.disk import contents, flip_byte, full_disk, refused
+from tests.killing import survivors
 from tests.toys import NO_DROPOUT, random_model
 from tests.training.toy_runs import GUIDED_RUN, PLAIN_RUN
 
@@ -341,12 +348,11 @@ def signalled(tokens: Path, out: Path, name: str, instant: str, step: int) -> su
 @pytest.mark.parametrize(
     ("instant", "step", "left"),
     [
-        ("log", 7, ["step_00000004"]),
         ("checkpoint", 8, [".step_00000008.partial", "step_00000004"]),
         ("export", 12, ["step_00000008", "step_00000012"]),
     ],
 )
-def test_a_run_killed_at_any_instant_ends_as_if_it_had_never_stopped(
+def test_a_run_killed_while_it_is_saved_ends_as_if_it_had_never_stopped(
     tokens: Path, straight: Path, tmp_path: Path, instant: str, step: int, left: list[str]
 ) -> None:
     out = tmp_path / "run"
@@ -356,6 +362,19 @@ def test_a_run_killed_at_any_instant_ends_as_if_it_had_never_stopped(
     train(GUIDED_RUN, tokens, out, resume=True, preset="toy")
     assert_same_result(out, straight)
     assert sorted(path.name for path in (out / "checkpoints").iterdir()) == ["step_00000008", "step_00000012"]
+
+
+def test_a_run_killed_twenty_times_ends_as_if_it_had_never_stopped(tmp_path: Path) -> None:
+    random_store(tmp_path / "tokens", images=20, crops=4, shards=2)
+    random_store(tmp_path / "validation", images=9, crops=1, seed=1)
+    straight, *runs = survivors("training", tmp_path, kills=20)
+    best = json.loads((straight / "best" / "config.json").read_text())["step"]
+    assert 0 < best < 24
+    for run in runs:
+        assert_same_result(run, straight)
+        assert contents(run / "best") == contents(straight / "best")
+        assert [step for step, _ in list_checkpoints(run / "checkpoints")] == sorted({best, 8, 16, 22, 24})
+        assert {path.name for path in run.rglob(".*")} == {".metadata"}  # and nothing half written
 
 
 @pytest.mark.parametrize(("name", "instant"), [("SIGTERM", "backward"), ("SIGINT", "log")])
@@ -529,17 +548,16 @@ def test_a_run_of_another_format_is_not_continued(tokens: Path, run: Path) -> No
         train(GUIDED_RUN, tokens, run, resume=True, preset="toy")
 
 
-def test_a_damaged_checkpoint_is_refused_by_name(tokens: Path, run: Path) -> None:
-    file = run / "checkpoints" / "step_00000012" / "__0_0.distcp"
-    file.write_bytes(file.read_bytes()[:5000])
-    with refused(run, "step_00000012 is damaged .*remove it to resume from the one before"):
-        train(GUIDED_RUN, tokens, run, resume=True, preset="toy")
-
-
-def test_after_removing_a_damaged_checkpoint_the_end_is_the_same(tokens: Path, run: Path, straight: Path) -> None:
-    shutil.rmtree(run / "checkpoints" / "step_00000012")
+def test_a_damaged_checkpoint_is_named_and_the_end_is_the_same(
+    tokens: Path, run: Path, straight: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flip_byte(run / "checkpoints" / "step_00000012" / "tensors" / "__0_0.distcp", 5000)
     train(GUIDED_RUN, tokens, run, resume=True, preset="toy")
+    assert "step_00000012 is damaged (tensors/__0_0.distcp does not have its checksum)" in capsys.readouterr().err
     assert_same_result(run, straight)
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == [
+        *("step_00000008", "step_00000012", "step_00000012.damaged")
+    ]
 
 
 UNSUITABLE: dict[str, tuple[TrainConfig, str]] = {
@@ -610,3 +628,245 @@ def test_weights_that_explode_later_leave_a_checkpoint_to_go_on_from(
             train(GUIDED_RUN, tokens, tmp_path / "run", preset="toy")
     train(GUIDED_RUN, tokens, tmp_path / "run", resume=True, preset="toy")
     assert_same_result(tmp_path / "run", straight)
+
+
+# The best by a validation store
+
+
+@pytest.fixture(scope="module")
+def others(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Codes without rule: what is learnt from the training images' makes them ever less likely."""
+    return random_store(tmp_path_factory.mktemp("others") / "tokens", images=9, crops=3, seed=1)[0]
+
+
+MEASURED = replace(GUIDED_RUN, steps=24, checkpoint_every=6, keep=1, optim=replace(GUIDED_RUN.optim, lr=1e-2))
+
+
+@pytest.fixture(scope="module")
+def measured(tokens: Path, others: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train(MEASURED, tokens, tmp_path_factory.mktemp("measured") / "run", validation=others, preset="toy")
+
+
+def losses_of(run: Path) -> dict[int, float]:
+    return {int(entry["step"]): entry["validation_loss"] for entry in log_of(run) if "validation_loss" in entry}
+
+
+def test_the_averaged_weights_are_measured_at_every_checkpoint(measured: Path, others: Path) -> None:
+    losses = losses_of(measured)
+    assert list(losses) == [6, 12, 18, 24]
+    assert losses[24] == pytest.approx(validation_loss(load_model(measured, ema=True), TokenStore(others)), rel=1e-6)
+    saved = json.loads((measured / "config.json").read_text())
+    assert saved["validation"] == TokenStore(others).describe()
+
+
+def test_measuring_changes_nothing_else(tokens: Path, measured: Path, tmp_path: Path) -> None:
+    run = train(MEASURED, tokens, tmp_path / "run", preset="toy")
+    assert_same_weights(load_model(run).state_dict(), load_model(measured).state_dict())
+    assert not (run / "best").exists()
+    assert [entry for entry in log_of(measured) if "validation_loss" not in entry] == log_of(run)
+
+
+def test_the_best_so_far_is_a_model_of_its_own_and_its_checkpoint_is_kept(measured: Path, others: Path) -> None:
+    losses = losses_of(measured)
+    best = min(losses, key=losses.__getitem__)
+    assert best < 24
+    model, info = open_model(measured / "best", ema=True)
+    assert info.step == best
+    assert validation_loss(model, TokenStore(others)) == pytest.approx(losses[best], rel=1e-6)
+    saved = json.loads((measured / "best" / "config.json").read_text())
+    assert saved["validation_loss"] == losses[best]
+    assert open_model(measured)[1].step == 24
+    assert [step for step, _ in list_checkpoints(measured / "checkpoints")] == [best, 24]
+    assert read_record(measured / "checkpoints" / f"step_{best:08d}")["validation_loss"] == losses[best]
+
+
+def test_a_checkpoint_on_interruption_is_not_measured_and_the_best_is_the_same(
+    tokens: Path, others: Path, measured: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupting(path: Path, entry: dict[str, Any]) -> None:
+        append_log(path, entry)
+        if entry["step"] == 8:
+            signal.raise_signal(signal.SIGTERM)
+
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "append_log", interrupting)
+        with pytest.raises(Interrupted, match="stopped at step 8"):
+            train(MEASURED, tokens, run, validation=others, preset="toy")
+    assert list(losses_of(run)) == [6]
+    train(MEASURED, tokens, run, validation=others, resume=True, preset="toy")
+    assert_same_result(run, measured)
+    assert contents(run / "best") == contents(measured / "best")
+
+
+def test_the_store_that_is_measured_may_not_change(tokens: Path, others: Path, measured: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(measured, tmp_path / "run")
+    with refused(run, r"begun with other settings: validation.crops was .* now None"):
+        train(MEASURED, tokens, run, resume=True, preset="toy")
+    with refused(run, r"begun with other settings: validation_images was 1024, now 4"):
+        train(replace(MEASURED, validation_images=4), tokens, run, validation=others, resume=True, preset="toy")
+
+
+def test_a_validation_store_that_does_not_suit_is_refused_before_anything_is_written(
+    tokens: Path, tmp_path: Path
+) -> None:
+    other = random_store(tmp_path / "other", images=9, crops=1, vocab_size=32)[0]
+    with refused(tmp_path, "has 32 tokens in the codebook, the model 16"):
+        train(MEASURED, tokens, tmp_path / "run", validation=other)
+    saved = json.loads((other / "meta.json").read_text())
+    (other / "meta.json").write_text(json.dumps(saved | {"vocab_size": 16, "tokenizer": "f" * 64}))
+    with refused(tmp_path, "was made by tokenizer ffffffffffff"):
+        train(MEASURED, tokens, tmp_path / "run", validation=other)
+
+
+# Steps that are skipped
+
+
+def poisoned(patch: pytest.MonkeyPatch, **steps: float) -> None:
+    """Add to a gradient at step s, for each s=value, what makes the norm not finite."""
+    poison = {int(name.removeprefix("at_")): value for name, value in steps.items()}
+    current = 0
+
+    def seen(config: Any, model: Any, *, step: int, **rest: Any) -> Any:
+        nonlocal current
+        current = step
+        return draw(config, model, step=step, **rest)
+
+    def armed(student: SelfGuided, *rest: Any) -> Losses:
+        losses = backward(student, *rest)
+        if current in poison:
+            gradient = student.model.tok_embeddings.weight.grad
+            assert gradient is not None
+            gradient[3, 5] = poison[current]
+        return losses
+
+    patch.setattr(loop, "draw", seen)
+    patch.setattr(loop, "backward", armed)
+
+
+SKIPPING = replace(GUIDED_RUN, skip_nonfinite=2, checkpoint_every=1, keep=20)
+
+
+@pytest.fixture(scope="module")
+def skipped(tokens: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that has skipped steps 4 and 9."""
+    with pytest.MonkeyPatch.context() as patch:
+        poisoned(patch, at_4=math.nan, at_9=math.inf)
+        return train(SKIPPING, tokens, tmp_path_factory.mktemp("skipped") / "run", preset="toy")
+
+
+def saved_state(run: Path, step: int) -> dict[str, Tensor]:
+    """Every tensor of a checkpoint."""
+    model = Transformer(GUIDED_RUN.model)
+    teacher = Teacher(model, GUIDED_RUN.selfguided)
+    student = SelfGuided(model, GUIDED_RUN.selfguided)
+    state = State({"student": student, "ema": teacher.model}, student, adamw(student, GUIDED_RUN.optim))
+    Checkpoints(run / "checkpoints", keep=1).restore(step, state)
+    return {name: tensor.clone() for name, tensor in state.tensors().items()}
+
+
+def test_a_skipped_step_changes_nothing_but_the_number_of_steps(skipped: Path) -> None:
+    for step in (4, 9):
+        assert_same_weights(saved_state(skipped, step), saved_state(skipped, step - 1))
+        after = saved_state(skipped, step + 1)
+        assert not torch.equal(
+            after["student.model.output.weight"], saved_state(skipped, step)["student.model.output.weight"]
+        )
+    assert {float(value) for name, value in saved_state(skipped, 12).items() if name.endswith(".step")} == {10.0}
+
+
+def test_skipped_steps_are_reported(skipped: Path) -> None:
+    log = [json.loads(line) for line in (skipped / "log.jsonl").read_text().splitlines()]
+    assert [entry["step"] for entry in log] == list(range(1, 13))
+    assert {entry["step"]: entry for entry in log if "skipped" in entry} == {
+        4: {"step": 4, "skipped": "gradient norm is nan"},
+        9: {"step": 9, "skipped": "gradient norm is inf"},
+    }
+
+
+def test_steps_that_are_finite_are_those_of_a_run_that_may_skip_none(
+    tokens: Path, straight: Path, tmp_path: Path
+) -> None:
+    train(replace(GUIDED_RUN, skip_nonfinite=3), tokens, tmp_path / "run", preset="toy")
+    assert_same_result(tmp_path / "run", straight)
+
+
+@pytest.mark.parametrize("stopped", [3, 4, 7])
+def test_a_run_that_skips_is_resumed_to_the_same_end(
+    tokens: Path, skipped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stopped: int
+) -> None:
+    poisoned(monkeypatch, at_4=math.nan, at_9=math.inf)
+    train(replace(SKIPPING, steps=stopped), tokens, tmp_path / "run", preset="toy")
+    train(SKIPPING, tokens, tmp_path / "run", resume=True, preset="toy")
+    assert_same_result(tmp_path / "run", skipped)
+
+
+def test_more_than_may_be_skipped_stop_the_run_also_when_it_was_resumed_in_between(
+    tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poisoned(monkeypatch, at_4=math.nan, at_5=math.nan, at_9=math.nan)
+    train(replace(SKIPPING, steps=7), tokens, tmp_path / "run", preset="toy")
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"at step 9 \(gradient norm is nan\).*skip more such steps than .* 2$"):
+            train(SKIPPING, tokens, tmp_path / "run", resume=True, preset="toy")
+        assert list_checkpoints(tmp_path / "run" / "checkpoints")[-1][0] == 8
+    train(replace(SKIPPING, skip_nonfinite=3), tokens, tmp_path / "run", resume=True, preset="toy")
+    assert sum("skipped" in entry for entry in log_of(tmp_path / "run")) == 3
+
+
+def test_a_loss_is_read_no_more_often_than_before_if_none_may_be_skipped(
+    tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(loop, "not_finite", lambda terms: asked.append(1) or "")
+    train(replace(PLAIN_RUN, steps=3), tokens, tmp_path / "run")
+    assert asked == []
+
+
+# Memory
+
+
+def test_a_network_too_large_for_memory_is_an_error_that_names_the_settings(tokens: Path, tmp_path: Path) -> None:
+    huge = replace(GUIDED_RUN, selfguided=replace(GUIDED_RUN.selfguided, projector_hidden=1 << 44))
+    with pytest.raises(
+        UserError,
+        match=r"^out of memory \(2251799813685248 bytes more could not be had\): give --activation-checkpointing full, which "
+        r"may also be given with --resume; or give --accumulate 2, for micro-batches of 3 x 2 sequences; or give a smaller "
+        r"--batch-size than 6 or a smaller --model$",
+    ):
+        train(huge, tokens, tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    "fail",
+    [
+        lambda: torch.empty(1 << 55),  # asks for it
+        lambda: np.empty(1 << 55),
+        lambda: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0")),
+    ],
+)
+def test_a_step_too_large_for_memory_is_too(
+    tokens: Path, straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fail: Any
+) -> None:
+    def greedy(*args: Any) -> Losses:
+        if (tmp_path / "run" / "export").is_dir():
+            list(fail())
+        return backward(*args)
+
+    smallest = replace(GUIDED_RUN, accumulate=6, activation_checkpointing="full", checkpoint_every=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "backward", greedy)
+        with pytest.raises(
+            UserError, match=r"^out of memory.*: give a smaller --batch-size than 6 or a smaller --model$"
+        ):
+            train(smallest, tokens, tmp_path / "run")
+    assert list_checkpoints(tmp_path / "run" / "checkpoints")
+
+
+def test_another_error_is_left_as_it_is(tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*args: Any) -> Losses:
+        raise RuntimeError("shapes do not fit")
+
+    monkeypatch.setattr(loop, "backward", broken)
+    with pytest.raises(RuntimeError, match="shapes do not fit"):
+        train(PLAIN_RUN, tokens, tmp_path / "run")

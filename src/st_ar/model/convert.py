@@ -44,7 +44,7 @@ def convert(source: Path, target: Path, *, to: Literal["llamagen", "st-ar"], ema
         known = {"step": info.step, "class_names": info.class_names, "tokenizer": info.tokenizer, "preset": ""}
         known |= {"encoder": info.encoder} if info.encoder else {}
         known |= {} if info.class_dropout is None else {"class_dropout": info.class_dropout}
-        save_weights(target, {"model.safetensors": model}, known)
+        save_weights(target, {"model.safetensors": model.state_dict()}, model.config, known)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return f"{target}: {parameters / 1e6:.1f}M parameters, {info.config.n_layers} layers, {info.config.condition_name}"
 

@@ -2,6 +2,7 @@
 LlamaGen's own files.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -41,31 +42,23 @@ class ModelInfo:
     """Whether these are the averaged weights."""
 
 
-def save_export(
-    folder: Path, model: Transformer, ema: Transformer, info: dict[str, Any], *, writes: bool = True
+def save_export(folder: Path, model: Transformer, ema: Transformer, info: dict[str, Any]) -> None:
+    """Write export/: live and averaged weights in float32, and config.json. Each file is replaced whole."""
+    save_weights(folder, {LIVE: model.state_dict(), EMA: ema.state_dict()}, model.config, info)
+
+
+def save_weights(
+    folder: Path, weights: Mapping[str, Mapping[str, Tensor]], config: ModelConfig, info: dict[str, Any]
 ) -> None:
-    """Write export/: live and averaged weights in float32, and config.json. Each file is replaced whole.
-
-    Weights that are split among ranks are gathered: all of them call this, and the one that `writes` does so.
-    """
-    save_weights(folder, {LIVE: model, EMA: ema}, info, writes=writes)
-
-
-def save_weights(folder: Path, models: dict[str, Transformer], info: dict[str, Any], *, writes: bool = True) -> None:
-    """Write models of one architecture, by file name, and the config.json that describes them."""
-    for name, model in models.items():
-        tensors: dict[str, Tensor] = {}
-        for key, value in model.state_dict().items():
-            # A DTensor, told without the second that its import takes; one is gathered at a time, to save memory.
-            whole = value.full_tensor() if hasattr(value, "full_tensor") else value
-            if writes:
-                tensors[key] = whole.detach().cpu().contiguous()
-        if writes:
-            with written_aside(folder / name) as aside:
-                save_file(tensors, aside, metadata={"format": "pt"})
-    if writes:
-        config = next(iter(models.values())).config
-        write_json(folder / "config.json", {"format_version": FORMAT_VERSION, "model": to_dict(config), **info})
+    """Write weights of one architecture, by file name, and the config.json that describes them."""
+    for name, tensors in weights.items():
+        with written_aside(folder / name) as aside:
+            save_file(
+                {key: value.detach().cpu().contiguous() for key, value in tensors.items()},
+                aside,
+                metadata={"format": "pt"},
+            )
+    write_json(folder / "config.json", {"format_version": FORMAT_VERSION, "model": to_dict(config), **info})
 
 
 def exported_step(folder: Path) -> int | None:

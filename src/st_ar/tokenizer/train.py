@@ -21,9 +21,10 @@ from st_ar.randomness import Purpose, torch_generator, torch_seed
 from st_ar.tokenizer import to_pixels
 from st_ar.tokenizer.vq import CONFIG, VQTokenizer
 from st_ar.tokenizer.vqgan import VQGAN, Discriminator, hinge_loss, revive
-from st_ar.training.checkpoint import Checkpoints, list_checkpoints
-from st_ar.training.group import everyone, mean, process_group, shared, total
+from st_ar.training.checkpoint import Checkpoints, State
+from st_ar.training.group import everyone, from_first, mean, process_group, shared, total
 from st_ar.training.log import append_log, rewind_log
+from st_ar.training.memory import enough_memory
 from st_ar.training.optim import adamw, learning_rate
 from st_ar.training.run import claim, describe_run, require_finite
 from st_ar.training.stopping import stop_on_signal
@@ -54,14 +55,13 @@ class Training:
 
         return PerceptualLoss(load_efficientnet(self.device))
 
-    def checkpoints(self, folder: Path, step: int) -> Checkpoints:
-        """Where the state of step `step` is kept; before the adversary is trained there is none of its."""
+    def state(self, step: int) -> State:
+        """What a checkpoint of step `step` holds; before the adversary is trained there is nothing of its."""
         parts = {"network": self.network, "adversary": self.adversary}
         optimizers = [self.optimizer, self.adversary_optimizer]
         if step <= self.config.adversary.start:
             del parts["adversary"], optimizers[1:]
-        everything: dict[str, nn.Module] = {**parts, "ema": self.ema}
-        return Checkpoints(folder, everything, nn.ModuleDict(parts), optimizers, self.config.keep)
+        return State({**parts, "ema": self.ema}, nn.ModuleDict(parts), optimizers)
 
     def share(self) -> None:
         """Average gradients over the ranks from the next step on."""
@@ -123,8 +123,8 @@ class Training:
         self.network.idle.masked_fill_(dead, 0)
 
     def tokenizer(self) -> VQTokenizer:
-        """The averaged weights as a tokenizer."""
-        return VQTokenizer(self.config.model, self.ema.tensors())
+        """The averaged weights, as they are now, as a tokenizer."""
+        return VQTokenizer(self.config.model, {name: tensor.clone() for name, tensor in self.ema.tensors().items()})
 
 
 def backward(losses: dict[str, Tensor], made: Tensor, last_layer: Tensor, config: VQTrainConfig) -> Tensor | float:
@@ -185,7 +185,7 @@ def train_tokenizer(
             that is not finite.
         Interrupted: SIGINT or SIGTERM came; a checkpoint of the last finished step was written.
     """
-    with process_group(config.device) as (ranks, device):
+    with process_group(config.device) as (ranks, device), enough_memory(config, ranks.world):
         writes = ranks.rank == 0
         if config.batch_size % ranks.world:
             raise UserError(f"--batch-size {config.batch_size} is no multiple of the {ranks.world} ranks")
@@ -207,8 +207,9 @@ def train_tokenizer(
             claim(out, record, config, pixels.images, resume=resume)
         measured_on = test_images or images
         examples = evaluation_images(measured_on, config.size, config.evaluate_images) if writes else None
-        done = list_checkpoints(out / "checkpoints")
-        start = training.checkpoints(out / "checkpoints", done[-1][0] if done else 0).restore()
+        checkpoints = Checkpoints(out / "checkpoints", keep=config.keep, keep_every=config.keep_every)
+        start = from_first(checkpoints.newest)
+        checkpoints.restore(start, training.state(start))
         if writes:
             write_json(out / "config.json", record)
             rewind_log(out / "log.jsonl", start)
@@ -224,7 +225,11 @@ def train_tokenizer(
             append_log(out / "log.jsonl", entry)
             return f"PSNR {found.psnr:.2f} dB, {found.usage:.0%} of codes used, "
 
-        with pixels, stop_on_signal() as stop:
+        def save(step: int) -> None:
+            tokenizer = training.tokenizer()
+            checkpoints.save(step, training.state(step), then=lambda _: tokenizer.write(out, step=step))
+
+        with pixels, stop_on_signal() as stop, checkpoints:
             pixels.prepare(start)
             clock, clock_step, quality = time.perf_counter(), start, ""
             with progress(out.name, steps, unit="steps", done=start) as bar:
@@ -233,9 +238,10 @@ def train_tokenizer(
                     rate = learning_rate(config.optim, step, steps)
                     found = training.step(batch, step, rate)
 
+                    checkpoints.check()
                     last, log = step == steps, step % config.log_every == 0
                     if log or last or device.type == "cpu":  # reading a loss makes the host wait for a GPU
-                        require_finite(found, step, out)
+                        require_finite(found, step, checkpoints)
                     if log or last:
                         speed = config.batch_size * (step - clock_step) / (time.perf_counter() - clock)
                         entry = {name: mean(value.float()).item() for name, value in found.items()}
@@ -250,13 +256,13 @@ def train_tokenizer(
                     if writes and (step % config.evaluate_every == 0 or last):
                         quality = evaluate(step)
                     if writes and (step % config.checkpoint_every == 0 or last or stopping):
-                        require_finite(found, step, out)
-                        training.checkpoints(out / "checkpoints", step).save(step)
-                        training.tokenizer().write(out, step=step)
+                        require_finite(found, step, checkpoints)
+                        save(step)
                     if log:
                         clock, clock_step = time.perf_counter(), step
                     bar.advance(1)
                     if stopping and not last:
+                        checkpoints.wait()
                         raise Interrupted(
                             f"stopped at step {step} of {steps}; the run is saved: the same command with --resume continues it",
                             stopping,

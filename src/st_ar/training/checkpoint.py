@@ -1,165 +1,73 @@
-"""Checkpoints: torch.distributed.checkpoint folders, written aside and renamed, the newest few kept.
+"""Checkpoints: copied in memory, written in the background while training goes on, whole or absent, the newest few kept.
 
 They hold tensors alone (weights, EMA, projector, optimizer); the step is in the folder's name, and every random draw is
-a function of the step. Reading one runs no code from it: its index is unpickled with an allow-list.
+a function of the step. What is on the disk: `tensor_files` and `manifest`.
 """
 
-import contextlib
-import logging
 import os
-import pickle
-import re
 import shutil
+import threading
 import warnings
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.tensor import DTensor
 
 from st_ar.errors import UserError
-from st_ar.training.group import from_first
-
-METADATA, FILESYSTEM = "torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem"
-ALLOWED = {
-    (METADATA, "Metadata"),
-    (METADATA, "MetadataIndex"),
-    (METADATA, "ChunkStorageMetadata"),
-    (METADATA, "TensorProperties"),
-    (METADATA, "TensorStorageMetadata"),
-    (METADATA, "_MEM_FORMAT_ENCODING"),
-    (METADATA, "StorageMeta"),
-    (FILESYSTEM, "_StorageInfo"),
-    ("torch.serialization", "_get_layout"),
-    ("torch", "Size"),
-    ("torch", "float32"),
-    ("pathlib", "PosixPath"),
-}
-"""All that the index of a checkpoint may name."""
-
-
-class _Unpickler(pickle.Unpickler):
-    def find_class(self, module_name: str, global_name: str) -> Any:
-        if (module_name, global_name) in ALLOWED:
-            return super().find_class(module_name, global_name)
-        raise pickle.UnpicklingError(f"it names {module_name}.{global_name}, which no checkpoint of ours does")
-
-
-class _Reader(FileSystemReader):
-    """FileSystemReader, but for an unpickler with an allow-list."""
-
-    def read_metadata(self, *_args: Any, **_kwargs: Any) -> Metadata:
-        with open(Path(self.path) / ".metadata", "rb") as file:
-            metadata = _Unpickler(file).load()
-        metadata.storage_meta = metadata.storage_meta or StorageMeta()
-        metadata.storage_meta.load_id = self.load_id
-        return metadata
-
-
-class _TensorsOnly(DefaultLoadPlanner):
-    """Never unpickles the objects that the default planner would."""
-
-    def load_bytes(self, read_item: Any, value: Any) -> None:  # noqa: ARG002
-        raise pickle.UnpicklingError(f"{read_item.dest_index.fqn} is no tensor")
-
+from st_ar.training.manifest import (
+    TENSORS,
+    Files,
+    describe_files,
+    list_checkpoints,
+    newest_whole,
+    read_record,
+    write_manifest,
+)
+from st_ar.training.tensor_files import READ_ERRORS, WRITE_ERRORS, read_tensors, reason, write_tensors
 
 OPTIONS = StateDictOptions(flatten_optimizer_state_dict=True)
+Result = TypeVar("Result")
 
 
-class Checkpoints:
-    """The checkpoints of a run.
+@dataclass(frozen=True)
+class State:
+    """All that the rest of a run depends on, but for the step."""
 
-    Args:
-        folder: RUN/checkpoints.
-        modules: name -> module whose state belongs to the run.
-        student: the trained module.
-        optimizer: the student's, or several that share its parameters.
-        keep: how many to keep.
-        together: whether all ranks save, each a part, and restore; otherwise the one that calls is on its own.
-    """
+    modules: dict[str, nn.Module]
+    """name -> module whose state belongs to the run."""
+    student: nn.Module
+    """The trained module."""
+    optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer]
+    """The student's, or several that share its parameters."""
 
-    def __init__(
-        self,
-        folder: Path,
-        modules: dict[str, nn.Module],
-        student: nn.Module,
-        optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
-        keep: int,
-        *,
-        together: bool = False,
-    ) -> None:
-        self.folder, self.modules, self.student, self.optimizer, self.keep = folder, modules, student, optimizer, keep
-        self.together = together and dist.is_initialized()
-        self.first = not self.together or dist.get_rank() == 0
+    def tensors(self) -> dict[str, Tensor]:
+        """The live tensors, by name: saved from and loaded into."""
+        return self._tensors(self._optimizer_state())
 
-    def save(self, step: int) -> Path:
-        """Write step_N; it has its name only when it is whole."""
-        final = self.folder / f"step_{step:08d}"
-        aside = self.folder / f".{final.name}.partial"
-        try:
-            if self.first:
-                shutil.rmtree(aside, ignore_errors=True)
-            self._meet()
-            with _quietly():
-                tensors = self._tensors(self._optimizer_state())
-                dcp.save(tensors, storage_writer=FileSystemWriter(aside), no_dist=not self.together)
-            if not self.first:
-                return final
-            if final.exists():
-                shutil.rmtree(final)
-            os.replace(aside, final)
-        except (OSError, dcp.CheckpointException) as error:
-            shutil.rmtree(aside, ignore_errors=True)
-            newest = list_checkpoints(self.folder)
-            left = f"{newest[-1][1]} is intact" if newest else "there is no earlier one"
-            raise UserError(
-                f"cannot write the checkpoint of step {step} ({_reason(error)}); {left}; free some space and continue with --resume"
-            ) from error
-        for _, old in list_checkpoints(self.folder)[: -self.keep]:
-            shutil.rmtree(old)
-        return final
-
-    def restore(self) -> int:
-        """Load the newest checkpoint into modules and optimizer; returns its step, 0 if there is none yet."""
-        for partial in self.folder.glob(".step_*.partial"):
-            shutil.rmtree(partial, ignore_errors=True)  # another rank may be at it too
-        found = from_first(lambda: list_checkpoints(self.folder))
-        if not found:
-            return 0
-        step, path = found[-1]
+    def load(self, read: Callable[[dict[str, Tensor]], None]) -> None:
+        """Let `read` fill the tensors, and take them over."""
         optimizer_state = self._optimizer_state()
-        try:
-            with _quietly():
-                dcp.load(
-                    self._tensors(optimizer_state), storage_reader=_Reader(path), planner=_TensorsOnly(), no_dist=True
-                )
-        except (OSError, EOFError, RuntimeError, pickle.UnpicklingError, dcp.CheckpointException) as error:
-            raise UserError(
-                f"{path} is damaged or not of this run ({_reason(error)}); remove it to resume from the one before"
-            ) from error
+        read(self._tensors(optimizer_state))
         set_optimizer_state_dict(self.student, self.optimizer, optimizer_state, options=OPTIONS)
-        return step
-
-    def _meet(self) -> None:
-        """Wait for the other ranks' hosts, not for GPUs."""
-        if self.together:
-            dist.all_reduce(torch.zeros(1))
 
     def _optimizer_state(self) -> dict[str, Any]:
         return get_optimizer_state_dict(self.student, self.optimizer, options=OPTIONS)
 
     def _tensors(self, optimizer_state: dict[str, Any]) -> dict[str, Tensor]:
-        """The live tensors, by name: saved from and loaded into."""
         tensors = {
             f"{name}.{key}": value
             for name, module in self.modules.items()
@@ -169,29 +77,219 @@ class Checkpoints:
         return tensors | moments
 
 
-@contextlib.contextmanager
-def _quietly() -> Generator[None]:
-    """Without torch.distributed.checkpoint's warnings (one process is what we are) and logged tracebacks (we report errors)."""
-    before = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)
+class Checkpoints:
+    """The checkpoints of a run.
+
+    They are saved within `with checkpoints:`, which ends with everything written; an error of the last write comes up
+    there.
+
+    Args:
+        folder: RUN/checkpoints.
+        keep: how many of the newest to keep.
+        keep_every: also keep those whose step is a multiple of this; 0 for none.
+        keep_least: also keep the one of which the least number is recorded under this name; empty for none.
+        group: ranks that save together, each a part, by collectives of their own; by default the rank that calls, alone.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        keep: int,
+        keep_every: int = 0,
+        keep_least: str = "",
+        group: dist.ProcessGroup | None = None,
+    ) -> None:
+        self.folder, self.keep, self.keep_every, self.keep_least = folder, keep, keep_every, keep_least
+        self._group = group
+        self._rank = 0 if group is None else dist.get_rank(group)
+        self._stager = DefaultStager(StagingOptions(torch.cuda.is_available(), False, False, False))
+        self._writing: Future[None] | None = None
+
+    def __enter__(self) -> "Checkpoints":
+        # Here and not where it is given: filters are the process's, and the writing thread is not alone.
+        self._filters = warnings.catch_warnings()
+        self._filters.__enter__()
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        try:
+            if kind is None:
+                self.wait()
+            elif issubclass(kind, Exception) and self._writing is not None:  # that error is told, not the write's
+                self._writing.exception()
+        finally:
+            self._filters.__exit__(None, None, None)
+
+    def save(
+        self,
+        step: int,
+        state: State,
+        record: Mapping[str, Any] | None = None,
+        then: Callable[[Mapping[str, Tensor]], None] | None = None,
+    ) -> None:
+        """Begin to write step_N as the state is now; it has its name only when it is whole.
+
+        Returns when the state is copied, after the write before has ended. Errors of this one are raised by the next
+        `check`, `wait` or `save`.
+
+        Args:
+            record: what else to write into the manifest.
+            then: called in the background of the first rank, once the checkpoint is whole, with a copy of the modules'
+                tensors; those that ranks share are put together.
+
+        Raises:
+            UserError: the write before failed, such as on a full disk; on all ranks if it did so on one.
+        """
+        self.wait()
+        tensors = state.tensors()
+        staged = self._stager.stage(tensors)
+        assert isinstance(staged, dict)
+        weights = staged | whole_weights(tensors, keep=self._rank == 0) if then else {}
+        self._writing = _in_background(
+            partial(self._write, step, staged, record or {}, partial(then, weights) if then else None)
+        )
+
+    def check(self) -> None:
+        """Raise the error of a write that has failed; costs nothing. Several ranks find it together, when they next save."""
+        if self._group is None and self._writing is not None and self._writing.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Wait until everything is written; raises the error if that fails."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+    def newest(self) -> int:
+        """The step of the newest whole checkpoint, 0 if there is none yet; see `newest_whole`."""
+        for partial_ in self.folder.glob(".step_*.partial"):
+            shutil.rmtree(partial_, ignore_errors=True)  # another rank may be at it too
+        return newest_whole(self.folder)
+
+    def recorded(self, step: int, *names: str) -> dict[str, Any]:
+        """What was recorded under these names, as far as it was, with the whole checkpoint of `step`; 0 has none."""
+        record = read_record(self._path(step)) if step else {}
+        return {name: record[name] for name in names if name in record}
+
+    def restore(self, step: int, state: State) -> None:
+        """Load the checkpoint of `step` into the state; step 0 leaves it as it is."""
+        if not step:
+            return
+        path = self._path(step)
+        tensors = path / TENSORS if (path / TENSORS).is_dir() else path
+        try:
+            state.load(partial(read_tensors, tensors))
+        except READ_ERRORS as error:
+            raise UserError(
+                f"{path} is damaged or not of this run ({reason(error)}); remove it to resume from the one before"
+            ) from error
+
+    def _write(
+        self, step: int, tensors: dict[str, Tensor], record: Mapping[str, Any], then: Callable[[], None] | None
+    ) -> None:
+        final = self._path(step)
+        aside = final.with_name(f".{final.name}.partial")
+
+        def write_part() -> Files:
+            write_tensors(aside / TENSORS, tensors, self._group)
+            return describe_files(aside, self._rank)
+
+        def finish() -> None:
+            write_manifest(
+                aside, {name: file for part in parts for name, file in part.items()}, {"step": step, **record}
+            )
+            if final.exists():
+                shutil.rmtree(final)
+            os.replace(aside, final)
+
+        try:
+            self._together(partial(shutil.rmtree, aside, ignore_errors=True), first_alone=True)
+            parts = self._together(write_part)
+            self._together(finish, first_alone=True)
+        except UserError as error:
+            if self._rank == 0:
+                shutil.rmtree(aside, ignore_errors=True)
+            newest = list_checkpoints(self.folder)
+            left = f"{newest[-1][1]} is intact" if newest else "there is no earlier one"
+            raise UserError(
+                f"cannot write the checkpoint of step {step} ({error}); {left}; free some space and continue with --resume"
+            ) from error
+        self._together(self._remove_old, first_alone=True)
+        if then is not None:
+            self._together(then, first_alone=True)
+
+    def _together(self, action: Callable[[], Result], *, first_alone: bool = False) -> list[Result]:
+        """What an action makes on each rank, or on the first alone, when all have done it.
+
+        Raises:
+            UserError: on every rank, if a file cannot be written on one.
+        """
+        made: list[Any] = []
+        try:
+            if self._rank == 0 or not first_alone:
+                made = [action()]
+        except UserError as error:
+            made = [error]
+        except WRITE_ERRORS as error:
+            made = [UserError(reason(error))]
+        if self._group is not None:
+            everyones: list[list[Any]] = [[] for _ in range(dist.get_world_size(self._group))]
+            dist.all_gather_object(everyones, made, self._group)
+            made = [one for each in everyones for one in each]
+        for one in made:
+            if isinstance(one, UserError):
+                raise one
+        return made
+
+    def _remove_old(self) -> None:
+        found = list_checkpoints(self.folder)
+        kept = {step for step, _ in found[-self.keep :]}
+        if self.keep_every:
+            kept |= {step for step, _ in found if step % self.keep_every == 0}
+        records = {step: self.recorded(step, self.keep_least) for step, _ in found} if self.keep_least else {}
+        numbers = {step: record[self.keep_least] for step, record in records.items() if record}
+        if numbers:
+            kept.add(min(numbers, key=numbers.__getitem__))
+        for step, path in found:
+            if step not in kept:
+                _remove(path)
+
+    def _path(self, step: int) -> Path:
+        return self.folder / f"step_{step:08d}"
 
 
-def _reason(error: BaseException) -> str:
-    """The cause in one line."""
-    if isinstance(error, dcp.CheckpointException) and error.failures:
-        error = next(iter(error.failures.values()))[0]
-    return (str(error).strip() or type(error).__name__).splitlines()[-1]
+def whole_weights(tensors: Mapping[str, Tensor], *, keep: bool) -> dict[str, Tensor]:
+    """Of a state's tensors the modules' that are split among ranks, put together, on the CPU of the rank that is to keep them.
+
+    All ranks must call this.
+    """
+    found: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        if isinstance(tensor, DTensor) and not name.startswith("optimizer."):
+            whole = tensor.full_tensor()  # one after another, to save a GPU's memory
+            if keep:
+                found[name] = whole.to("cpu", copy=True)
+    return found
 
 
-def list_checkpoints(folder: Path) -> list[tuple[int, Path]]:
-    """Complete checkpoints, oldest first, with their steps."""
-    if not folder.is_dir():
-        return []
-    found = [(re.fullmatch(r"step_(\d+)", path.name), path) for path in folder.iterdir()]
-    return sorted((int(match[1]), path) for match, path in found if match)
+def _remove(path: Path) -> None:
+    """Remove a checkpoint; killed half-way, it leaves none that looks whole."""
+    aside = path.with_name(f".{path.name}.partial")
+    os.replace(path, aside)
+    shutil.rmtree(aside)
+
+
+def _in_background(action: Callable[[], None]) -> Future[None]:
+    """Run an action in a thread that does not outlive the process."""
+    future: Future[None] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(action())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="checkpoint", daemon=True).start()
+    return future

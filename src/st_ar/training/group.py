@@ -101,6 +101,22 @@ def _deaf_to_termination() -> Generator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
+def host_group(timeout: float) -> dist.ProcessGroup | None:
+    """A group of all ranks for a thread beside the training: its collectives go by gloo and meet no others.
+
+    Args:
+        timeout: seconds that a rank waits for the others.
+
+    Returns:
+        None if there is one rank.
+    """
+    if not dist.is_initialized():
+        return None
+    group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
+    assert isinstance(group, dist.ProcessGroup)  # no rank is left out
+    return group
+
+
 def in_turn(action: Callable[[], Made]) -> Made:
     """What `action` makes, on rank 0 before all others: what one has downloaded is there for the rest."""
     if dist.is_initialized() and dist.get_rank() > 0:

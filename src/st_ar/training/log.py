@@ -28,6 +28,11 @@ def rewind_log(path: Path, step: int) -> None:
         aside.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
 
 
+def skipped_steps(path: Path) -> int:
+    """How many steps were skipped because something was not finite."""
+    return sum("skipped" in entry for entry in read_log(path))
+
+
 def append_log(path: Path, entry: dict[str, Any]) -> None:
     """Add a logged step."""
     try:

@@ -1,6 +1,7 @@
 """The training loop, top to bottom: plain autoregressive and self-guided training are the same loop."""
 
 import time
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,18 +18,20 @@ from st_ar.errors import Interrupted
 from st_ar.files import write_json
 from st_ar.hardware import choose_dtype, moved, require_compiler
 from st_ar.model.transformer import Transformer
-from st_ar.model.weights import exported_step, save_export
+from st_ar.model.weights import EMA, LIVE, exported_step, save_weights
 from st_ar.progress import progress
 from st_ar.randomness import Purpose, torch_generator, torch_seed
 from st_ar.selfguided.objective import Draws, Losses, SelfGuided, draw
 from st_ar.selfguided.teacher import Teacher
-from st_ar.training.checkpoint import Checkpoints
-from st_ar.training.group import everyone, from_first, largest, mean, place, process_group
-from st_ar.training.log import append_log, rewind_log
+from st_ar.training.checkpoint import Checkpoints, State, whole_weights
+from st_ar.training.group import everyone, from_first, host_group, largest, mean, place, process_group
+from st_ar.training.log import append_log, rewind_log, skipped_steps
+from st_ar.training.memory import enough_memory
 from st_ar.training.optim import adamw, clip_gradients, learning_rate
 from st_ar.training.parallel import choose_parallel, gradient_sync, spread, unshared
-from st_ar.training.run import claim, describe_run, require_finite
+from st_ar.training.run import claim, describe_run, not_finite, require_finite
 from st_ar.training.stopping import stop_on_signal
+from st_ar.training.validation import LOSS, Validation
 from st_ar.training.watch import Watch
 from st_ar.watch_config import WatchConfig
 
@@ -39,6 +42,7 @@ def train(
     out: Path,
     *,
     text: Path | None = None,
+    validation: Path | None = None,
     watching: WatchConfig | None = None,
     resume: bool = False,
     preset: str = "",
@@ -51,15 +55,17 @@ def train(
 
     Args:
         text: the captions of the token store's images, for a text model and no other.
+        validation: a token store to measure the averaged weights on at each checkpoint; the best are kept in best/.
         watching: what is shown of the run; it has no part in the weights. TensorBoard's curves alone if None.
 
     Raises:
         UserError: a store, captions or their absence that do not suit the model, a run already there, a resume with other
-            settings or captions, a full disk, a loss that is not finite, ranks that do not suit the settings or are lost.
+            settings or captions, a full disk, too little memory, a loss that is not finite, ranks that do not suit the
+            settings or are lost.
         Interrupted: SIGINT or SIGTERM came to this rank or another; a checkpoint of the last finished step was written.
     """
-    with process_group(config.device, config.rank_timeout) as (ranks, device):
-        return _train(config, tokens, out, ranks, device, text=text, watching=watching, resume=resume, preset=preset)
+    with process_group(config.device, config.rank_timeout) as (ranks, device), enough_memory(config, ranks.world):
+        return _train(config, tokens, out, ranks, device, text, validation, watching, resume=resume, preset=preset)
 
 
 def _train(
@@ -68,9 +74,10 @@ def _train(
     out: Path,
     ranks: Ranks,
     device: torch.device,
-    *,
     text: Path | None,
+    validation: Path | None,
     watching: WatchConfig | None,
+    *,
     resume: bool,
     preset: str,
 ) -> Path:
@@ -89,10 +96,12 @@ def _train(
     views = Views(
         store, batch_size=config.batch_size, views=config.views, seed=config.seed, conditions=conditions, ranks=ranks
     )
+    validated = Validation(validation, store, config, out / "best")
 
     def begin() -> dict[str, Any]:
         store.verify()
-        data = {"tokens": store.describe()} | ({} if captions is None else {"text": captions.describe()})
+        read = {"tokens": store.describe()} | ({} if captions is None else {"text": captions.describe()})
+        data = read | validated.describe()
         record = describe_run(config, data, dtype, preset)
         claim(out, record, config, len(store), resume=resume)
         return record
@@ -106,31 +115,43 @@ def _train(
     student = SelfGuided(model, config.selfguided).train()
     called = spread(student, teacher, config, parallel, device, dtype)
     optimizer = adamw(student, config.optim)
-    modules: dict[str, nn.Module] = {"student": student, "ema": teacher.model}
-    checkpoints = Checkpoints(out / "checkpoints", modules, student, optimizer, config.keep, together=True)
-    start = checkpoints.restore()
+    state = State({"student": student, "ema": teacher.model}, student, optimizer)
+    kept: dict[str, Any] = {"keep": config.keep, "keep_every": config.keep_every, "keep_least": LOSS}
+    checkpoints = Checkpoints(out / "checkpoints", **kept, group=host_group(config.rank_timeout))
+    start = from_first(checkpoints.newest)
+    checkpoints.restore(start, state)
     if first:
         write_json(out / "config.json", record)
         rewind_log(out / "log.jsonl", start)
+    skipped = from_first(lambda: skipped_steps(out / "log.jsonl"))
 
-    def export(step: int) -> None:
+    def export(folders: list[str], step: int, measured: Mapping[str, float], tensors: Mapping[str, Tensor]) -> None:
+        live, averaged = under("student.model.", tensors), under("ema.", tensors)
         info = {"preset": preset, "class_names": store.meta.class_names, "tokenizer": store.meta.tokenizer}
         encoder = {} if captions is None else {"encoder": captions.encoder}
-        known = {"step": step, **info, "class_dropout": config.class_dropout, **encoder}
-        save_export(out / "export", model, teacher.model, known, writes=first)
+        known = {"step": step, **info, "class_dropout": config.class_dropout, **encoder, **measured}
+        for folder in folders:
+            save_weights(out / folder, {LIVE: live, EMA: averaged}, config.model, known)
 
-    unexported = first and start > 0 and exported_step(out / "export") != start
-    if largest(unexported):  # the run was killed between its checkpoint and its export
-        export(start)
+    def save(step: int, measured: dict[str, float]) -> None:
+        folders = ["export", "best"] if validated.improves(measured) else ["export"]
+        checkpoints.save(step, state, measured, then=partial(export, folders, step, measured))
+
+    measured = checkpoints.recorded(start, LOSS)
+    late = ["best"] if validated.improves(measured) else []
+    if start and exported_step(out / "export") != start:
+        late.append("export")
+    if late := from_first(lambda: late):  # the run was killed between its checkpoint and its export
+        weights = state.tensors() | whole_weights(state.tensors(), keep=first)
+        if first:
+            export(late, start, measured, weights)
 
     tokens_per_step = config.batch_size * config.views * config.model.sequence_length
     clock, clock_step = time.perf_counter(), start
+    remedy = f"train with --dtype float32, or skip more such steps than --skip-nonfinite {config.skip_nonfinite}"
     mine = ranks.share(config.batch_size)
-    with (
-        progress(out.name, total, unit="steps", done=start, shown=first) as bar,
-        watch.follow(student, record, start),
-        stop_on_signal() as stop,
-    ):
+    bar = progress(out.name, total, unit="steps", done=start, shown=first)
+    with bar as bar, watch.follow(student, record, start), stop_on_signal() as stop, checkpoints:
         for step in range(start + 1, total + 1):
             log = watch.begin(step, total)
             batch, labels = views.batch(step - 1)
@@ -143,38 +164,58 @@ def _train(
 
             losses = backward(called, teacher, batch, labels, draws, config.accumulate, dtype)
             norm = clip_gradients(student.parameters(), config.optim.grad_clip)
-            rate = learning_rate(config.optim, step, total)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            optimizer.step()
+            terms = {"loss": losses.total, "gradient norm": norm}
+            skipping = not_finite(terms) if skipped < config.skip_nonfinite else ""
+            rate, decay = learning_rate(config.optim, step, total), 0.0
+            if not skipping:
+                for group in optimizer.param_groups:
+                    group["lr"] = rate
+                optimizer.step()
+                decay = teacher.update(model, step)
             optimizer.zero_grad()
-            decay = teacher.update(model, step)
 
-            if log or device.type == "cpu":  # reading a loss makes the host wait for a GPU
-                require_finite({"loss": losses.total, "gradient norm": norm}, step, out)
-            if log:
+            checkpoints.check()
+            if skipping:
+                skipped += 1
+                if first:
+                    append_log(out / "log.jsonl", {"step": step, "skipped": skipping})
+                bar.note(f"step {step} skipped: {skipping}")
+            elif log or config.skip_nonfinite or device.type == "cpu":  # reading a loss makes the host wait for a GPU
+                require_finite(terms, step, checkpoints, remedy=remedy)
+            if log and not skipping:
                 speed = tokens_per_step * (step - clock_step) / (time.perf_counter() - clock)
-                terms = {name if name == "total" else f"loss_{name}": x.item() for name, x in losses._asdict().items()}
-                state = {"lr": rate, "grad_norm": norm.item(), "ema_decay": decay, "tokens_per_second": speed}
-                entry = {"step": step, "loss": terms.pop("total"), **terms, **state}
-                entry = watch.look(step, entry)
+                parts = {name if name == "total" else f"loss_{name}": x.item() for name, x in losses._asdict().items()}
+                rates = {"lr": rate, "grad_norm": norm.item(), "ema_decay": decay, "tokens_per_second": speed}
+                entry = watch.look(step, {"step": step, "loss": parts.pop("total"), **parts, **rates})
                 if first:
                     append_log(out / "log.jsonl", entry)
-                shown = " ".join(f"{name.removeprefix('loss_')} {value:.2f}" for name, value in terms.items() if value)
+                shown = " ".join(f"{name.removeprefix('loss_')} {value:.2f}" for name, value in parts.items() if value)
                 bar.note(f"{shown}, {speed / 1000:.1f}k tokens/s")
                 clock, clock_step = time.perf_counter(), step
             stopping = largest(stop[0] if stop else 0)  # all ranks stop together
-            if step % config.checkpoint_every == 0 or step == total or stopping:
-                require_finite({"loss": losses.total, "gradient norm": norm}, step, out)
-                checkpoints.save(step)
-                export(step)
+            due = step % config.checkpoint_every == 0 or step == total
+            if due or stopping:
+                if not skipping:
+                    require_finite(terms, step, checkpoints, remedy=remedy)
+                # Not on interruption: that would be late, and the best would depend on it.
+                measured = validated.measure(teacher.model, len(batch) // config.accumulate) if due else {}
+                if measured and first:
+                    append_log(out / "log.jsonl", {"step": step, **measured})
+                    watch.send(step, measured)
+                save(step, measured)
             bar.advance(1)
             if stopping:
+                checkpoints.wait()
                 raise Interrupted(
                     f"stopped at step {step} of {total}; the run is saved: the same command with --resume continues it",
                     stopping,
                 )
     return out
+
+
+def under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors whose names begin with `prefix`, without it."""
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 def drop_labels(

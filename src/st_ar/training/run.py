@@ -13,12 +13,14 @@ from st_ar.files import is_taken, read_json, write_json
 from st_ar.hardware import describe
 from st_ar.run_config import RunConfig
 from st_ar.settings import differences, from_dict, to_dict
-from st_ar.training.checkpoint import list_checkpoints
+from st_ar.training.checkpoint import Checkpoints
+from st_ar.training.manifest import list_checkpoints
 from st_ar.training.optim import learning_rate
 
 FORMAT_VERSION = 1
 MAY_CHANGE = (
-    *("steps", "epochs", "log_every", "checkpoint_every", "keep", "device", "compile"),
+    *("steps", "epochs", "log_every", "checkpoint_every", "keep", "keep_every", "device", "compile"),
+    "skip_nonfinite",
     *("parallel", "shard_size", "activation_checkpointing", "rank_timeout", "evaluate_every", "evaluate_images"),
 )
 """Settings that a resumed run may change: none of them alters a step already taken (of the length, `claim` makes sure)."""
@@ -68,7 +70,7 @@ def claim(out: Path, record: dict[str, Any], config: RunConfig, images: int, *, 
         for name, values in differences(to_dict(begun_config), record["config"]).items()
         if name not in MAY_CHANGE
     }
-    for part in ("tokens", "text", "images"):
+    for part in ("tokens", "text", "validation", "images"):
         changed |= differences(begun.get(part) or {}, record.get(part) or {}, f"{part}.")
     if begun.get("dtype") != record["dtype"]:
         changed["dtype"] = (begun.get("dtype"), record["dtype"])
@@ -97,17 +99,23 @@ def _check_length(out: Path, before: int, config: RunConfig, images: int, step: 
         )
 
 
-def require_finite(terms: Mapping[str, Tensor], step: int, out: Path) -> None:
-    """Stop before a broken state is saved.
+def not_finite(terms: Mapping[str, Tensor]) -> str:
+    """Which of the losses and gradient norms are not finite; empty if all are. The host waits for a GPU."""
+    return ", ".join(f"{name} is {value.item()}" for name, value in terms.items() if not torch.isfinite(value))
+
+
+def require_finite(
+    terms: Mapping[str, Tensor], step: int, checkpoints: Checkpoints, *, remedy: str = "train with --dtype float32"
+) -> None:
+    """Stop before a broken state is saved; what is being written is finished first.
 
     Raises:
         UserError: one of the losses or gradient norms is not finite.
     """
-    wrong = [f"{name} is {value.item()}" for name, value in terms.items() if not torch.isfinite(value)]
-    if wrong:
-        done = list_checkpoints(out / "checkpoints")
+    if wrong := not_finite(terms):
+        checkpoints.wait()
+        done = list_checkpoints(checkpoints.folder)
         good = f"the last good checkpoint is {done[-1][1]}" if done else "there is no checkpoint yet"
         raise UserError(
-            f"the loss or its gradient is not finite at step {step} ({', '.join(wrong)}): {good}; lower --optim.lr, or "
-            "train with --dtype float32"
+            f"the loss or its gradient is not finite at step {step} ({wrong}): {good}; lower --optim.lr, or {remedy}"
         )

@@ -7,7 +7,7 @@ import contextlib
 import math
 import resource
 import sys
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -95,9 +95,13 @@ class Watch:
         """Add to a step's numbers what else there is to see, and give all to the trackers; returns what log.jsonl keeps."""
         entry = entry | self.features.measure() | self._machine(entry["tokens_per_second"]) | self._glance(step)
         entry = {name: value for name, value in entry.items() if math.isfinite(value)}
-        for tracker in self.trackers:
-            tracker.log(step, {name: value for name, value in entry.items() if name != "step"})
+        self.send(step, {name: value for name, value in entry.items() if name != "step"})
         return entry
+
+    def send(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Give the trackers numbers of a step."""
+        for tracker in self.trackers:
+            tracker.log(step, scalars)
 
     def _machine(self, tokens_per_second: float) -> dict[str, float]:
         """Peak memory of this process so far in GB, and the share of the device's peak that the model's operations make (MFU)."""

@@ -1,0 +1,66 @@
+"""The jobs that tests/killing.py kills. Each begins in `folder`, or goes on with what it finds there.
+
+What they read lies beside the folder: a test has made it.
+"""
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+from st_ar.data.crops import Crops
+from st_ar.data.tokenize import tokenize
+from st_ar.evaluation.collect import Place
+from st_ar.evaluation.generation import evaluate
+from st_ar.evaluation.image_sets import open_files
+from st_ar.evaluation.references import open_reference, write_reference
+from st_ar.files import write_json
+from st_ar.sample_job import JOB
+from st_ar.tokenizer.train import train_tokenizer
+from st_ar.training.loop import train
+from tests.evaluation.test_generation import ALL, toy
+from tests.sampling_processes import draw
+from tests.small_line import random_source, random_tokenizer
+from tests.tokenizer.toy_gan import TOY_GAN, colours
+from tests.training.toy_runs import GUIDED_RUN
+
+KILLED_RUN = replace(GUIDED_RUN, steps=24, checkpoint_every=2, keep_every=8)
+KILLED_GAN = replace(TOY_GAN, checkpoint_every=2)
+
+
+def training(folder: Path) -> None:
+    resume = (folder / "config.json").exists()
+    stores = folder.parent
+    train(KILLED_RUN, stores / "tokens", folder, validation=stores / "validation", resume=resume, preset="toy")
+
+
+def tokenizer_training(folder: Path) -> None:
+    resume = (folder / "config.json").exists()
+    train_tokenizer(KILLED_GAN, colours(), folder, resume=resume, preset="toy")
+
+
+def tokenizing(folder: Path) -> None:
+    if not (folder / "meta.json").exists():
+        crops = Crops(kind="ten", size=6, range=1.5)
+        tokenize(random_source(150, size=10), random_tokenizer(), crops, folder, batch_size=16, images_per_shard=8)
+
+
+def sampling(folder: Path) -> None:
+    """To both kinds of files."""
+    folder.mkdir(exist_ok=True)
+    for out, parts, done in (
+        ("samples.npz", "samples.npz.parts", "samples.json"),
+        ("samples", "samples", "samples/metadata.json"),
+    ):
+        if (folder / parts / JOB).exists() or not (folder / done).exists():
+            draw(folder.parent / "model", folder / out, labels=[0, 1, 2] * 10)
+
+
+def evaluating(folder: Path) -> None:
+    """With a reference of its own."""
+    folder.mkdir(exist_ok=True)
+    os.chdir(folder)  # results name their files
+    extractor, place = toy(), Place(batch_size=4)
+    if not Path("reference.npz").exists():
+        write_reference("../images", Path("reference.npz"), extractor, place)
+    opened = open_reference("reference.npz", extractor, ALL, place)
+    write_json(Path("result.json"), evaluate(open_files("../samples"), opened, extractor, ALL, place))
