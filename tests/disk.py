@@ -2,6 +2,7 @@
 
 import contextlib
 import resource
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -40,3 +41,18 @@ def refused(folder: Path, match: str) -> Iterator[None]:
     with pytest.raises(UserError, match=match):
         yield
     assert contents(folder) == before
+
+
+@contextlib.contextmanager
+def small_disk(folder: Path, size: int) -> Iterator[None]:
+    """A file system of `size` bytes at the folder, truly full when it is full; skips the test where none may be mounted."""
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip("no file system may be mounted here")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", folder], check=True)

@@ -1,5 +1,6 @@
 """What is trained on one rank and on several, to be compared."""
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,13 @@ CASES: dict[int, dict[str, TrainConfig]] = {
     },
 }
 """Ranks -> name -> what they train."""
+CAPTIONS = replace(
+    GUIDED,
+    **FSDP,
+    model=replace(GUIDED.model, condition="text", num_classes=1000, text_tokens=4, text_dim=6),
+    class_dropout=0.3,
+)
+"""Of two ranks, with the text store beside the token store."""
 COMPILED = {
     f"{parallel}-{again}": replace(GUIDED, parallel=parallel, activation_checkpointing=again, compile=True)
     for parallel in ("ddp", "fsdp")
@@ -75,8 +83,14 @@ class CalmAdamW(torch.optim.AdamW):
         super().__init__(*args, **kwargs, eps=1e-3)
 
 
-def first_gradients(config: TrainConfig, world: int, rank: int) -> tuple[dict[str, Tensor], Losses]:
-    """This rank's gradients, or shards of them, on a batch of random tokens with weights far from zero; and its losses."""
+def first_gradients(
+    config: TrainConfig, world: int, rank: int, watch: AbstractContextManager[Any] | None = None
+) -> tuple[dict[str, Tensor], Losses]:
+    """This rank's gradients, or shards of them, on a batch of random tokens with weights far from zero; and its losses.
+
+    Args:
+        watch: entered around the forward and the backward pass.
+    """
     torch.manual_seed(3)
     teacher = Teacher(random_model(config.model, seed=1), config.selfguided)
     student = SelfGuided(random_model(config.model, seed=0), config.selfguided).train()
@@ -89,7 +103,8 @@ def first_gradients(config: TrainConfig, world: int, rank: int) -> tuple[dict[st
     each = config.batch_size // world
     mine = slice(rank * each, (rank + 1) * each)
     draws = draw(config.selfguided, config.model, images=config.batch_size, views=2, seed=0, step=1, mine=mine)
-    losses = backward(called, teacher, tokens[mine], labels[mine], draws, config.accumulate, dtype)
+    with watch or nullcontext():
+        losses = backward(called, teacher, tokens[mine], labels[mine], draws, config.accumulate, dtype)
     return {name: p.grad for name, p in student.named_parameters() if p.grad is not None}, losses
 
 

@@ -5,18 +5,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from st_ar.data.text import write_text
 from st_ar.training import optim
 from st_ar.training.log import read_log
 from st_ar.training.loop import train
 from st_ar.training.manifest import list_checkpoints
 from st_ar.training.tensor_files import _Reader
 from tests.data.random_store import random_store
-from tests.distributed.cases import CASES, COMPILED, GUIDED, RELAY, CalmAdamW, alone, first_gradients, place
+from tests.distributed.cases import CAPTIONS, CASES, COMPILED, GUIDED, RELAY, CalmAdamW, alone, first_gradients, place
 from tests.ranks import checked_torchrun
 
 EXACT = [(world, name) for world, cases in CASES.items() for name in cases if cases[name].dtype == "float32"]
@@ -34,6 +36,9 @@ def out(_calm: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Everything that several ranks have done: one start of two, one of four. One rank takes its part in the relay."""
     folder = tmp_path_factory.mktemp("out")
     tokens = random_store(folder / "tokens", images=20, crops=4, shards=2)[0]
+    rng = np.random.default_rng(1)
+    captions = [rng.normal(size=(1 + image % 5, 6)).astype(np.float32) for image in range(20)]
+    write_text(folder / "text.safetensors", captions, encoder="toy")
     for world in RELAY:
         if world == 1:
             train(RELAY[1], tokens, folder / "relay", resume=True, preset="toy")
@@ -76,12 +81,32 @@ def test_gradients_and_losses_are_those_of_one_rank(out: Path, world: int, name:
     assert found == pytest.approx([loss.item() for loss in losses], rel=1e-5)
 
 
+def test_ranks_speak_no_more_than_they_must(out: Path) -> None:
+    two, four = (said(out, world)[0]["collectives"] for world in (2, 4))
+    # One bucket of gradients and the losses' mean, whatever the micro-batches; negatives only where they are wanted.
+    assert two["ddp"] == two["ddp-accumulate"] == {"allreduce_": 2, "allgather_": 1}
+    assert two["ddp-plain"] == two["ddp-local"] == {"allreduce_": 2}
+    # Gradients of two blocks, the head and the rest go round once; weights before each pass, but the head's and the
+    # rest's stay for the backward one, and the teacher's head stays at home: 2 + 1 of the teacher, 2 + 2 and 2.
+    assert two["fsdp"] == {"_reduce_scatter_base_": 4, "_allgather_base_": 9, "allreduce_": 1, "allgather_": 1}
+    assert two["fsdp-plain"] == {"_reduce_scatter_base_": 4, "_allgather_base_": 6, "allreduce_": 1}
+    after_norm = 4  # the teacher's last norm is called on its own, for each of four micro-batches
+    accumulated = {"_reduce_scatter_base_": 4, "_allgather_base_": 4 * 9 + after_norm, "allreduce_": 1, "allgather_": 1}
+    assert two["fsdp-accumulate"] == accumulated
+    assert four["hybrid"] == two["fsdp"] | {"allreduce_": 1 + 4}
+
+
 @pytest.mark.parametrize(("world", "name"), EXACT)
 def test_a_run_is_that_of_one_rank(out: Path, tmp_path: Path, world: int, name: str) -> None:
     run = train(alone(CASES[world][name], world), out / "tokens", tmp_path / "run", preset="toy")
     assert_same_run(place(out, world, name), run)
     environment = json.loads((place(out, world, name) / "config.json").read_text())["environment"]
     assert environment["ranks"] == world
+
+
+def test_a_text_model_is_that_of_one_rank(out: Path, tmp_path: Path) -> None:
+    config, text = alone(CAPTIONS, 2), out / "text.safetensors"
+    assert_same_run(out / "captions", train(config, out / "tokens", tmp_path / "run", text=text, preset="toy"))
 
 
 def test_in_bfloat16_sharded_gradients_are_those_of_one_rank_to_its_precision(out: Path) -> None:

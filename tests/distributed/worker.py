@@ -6,6 +6,7 @@ One start for all, since starting takes longer than training. The last line that
 import json
 import math
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Callable
@@ -23,7 +24,8 @@ from st_ar.errors import Interrupted, UserError
 from st_ar.model import weights
 from st_ar.training import loop, optim
 from st_ar.training.group import process_group
-from tests.distributed.cases import CASES, COMPILED, FSDP, GUIDED, RELAY, CalmAdamW, first_gradients, place
+from tests.calls import Calls
+from tests.distributed.cases import CAPTIONS, CASES, COMPILED, FSDP, GUIDED, RELAY, CalmAdamW, first_gradients, place
 
 
 def counted(patch: pytest.MonkeyPatch) -> dict[str, int]:
@@ -56,6 +58,8 @@ def stopped_and_resumed(tokens: Path, out: Path, rank: int) -> str:
         patch.setattr(loop, "backward", signalled)
         with pytest.raises(Interrupted) as stop:
             loop.train(config, tokens, out, preset="toy")
+    if rank == 0:
+        shutil.rmtree(out / "export")  # as if it had been killed between its checkpoint and its export
     loop.train(config, tokens, out, resume=True, preset="toy")
     return str(stop.value)
 
@@ -75,13 +79,15 @@ def broken(tokens: Path, out: Path, rank: int) -> str:
     return str(error.value)
 
 
-def save_gradients(config: TrainConfig, world: int, rank: int, path: Path) -> None:
-    """Those of all ranks, and the losses that this one has found."""
-    gradients, losses = first_gradients(config, world, rank)
+def save_gradients(config: TrainConfig, world: int, rank: int, path: Path) -> dict[str, int]:
+    """Those of all ranks, and the losses that this one has found; returns what collectives it took."""
+    calls = Calls("c10d")
+    gradients, losses = first_gradients(config, world, rank, calls)
     whole = {key: g.full_tensor() if isinstance(g, DTensor) else g for key, g in gradients.items()}
     if rank == 0:
         save_file({key: g.contiguous() for key, g in whole.items()}, path.with_suffix(".safetensors"))
         path.with_suffix(".json").write_text(json.dumps([loss.item() for loss in losses]))
+    return dict(calls.counts)
 
 
 def compiled(out: Path) -> None:
@@ -93,15 +99,16 @@ def compiled(out: Path) -> None:
 def main(tokens: Path, out: Path) -> None:
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     optim.torch.optim.AdamW = CalmAdamW
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = {"collectives": {}}
     with pytest.MonkeyPatch.context() as patch, process_group("cpu", 60):
         found["writes"] = counted(patch)
         for name, config in CASES[world].items():
-            save_gradients(config, world, rank, out / f"{world}-{name}")
+            found["collectives"][name] = save_gradients(config, world, rank, out / f"{world}-{name}")
             loop.train(config, tokens, place(out, world, name), preset="toy")
         found["seed"] = torch.initial_seed()
         loop.train(RELAY[world], tokens, out / "relay", resume=world == 4, preset="toy")
         if world == 2:
+            loop.train(CAPTIONS, tokens, out / "captions", text=tokens.parent / "text.safetensors", preset="toy")
             found["stopped"] = stopped_and_resumed(tokens, out / "stopped", rank)
             found["broken"] = broken(tokens, out / "broken", rank)
     print(json.dumps(found))

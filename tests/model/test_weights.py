@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from st_ar import load_model
 from st_ar.model.transformer import Transformer
 from st_ar.model.weights import open_model, save_export
-from tests.disk import contents, full_disk, refused
+from tests.disk import contents, flip_byte, full_disk, refused
 from tests.toys import TINY, random_model, random_sequences
 
 INFO = {"step": 7, "preset": "st-ar-toy", "class_names": ["cat", "dog", "owl"], "tokenizer": "abc123"}
@@ -73,10 +73,23 @@ def test_ema_of_a_file_that_has_none_is_refused_and_not_ignored(export: Path) ->
 def test_weights_in_half_precision_are_loaded_in_float32(export: Path) -> None:
     halves = {key: value.bfloat16() for key, value in LIVE.state_dict().items()}
     save_file(halves, export / "model.safetensors")
+    with refused(export, "if you have replaced it, take sha256 out of config.json"):
+        load_model(export)
+    saved = json.loads((export / "config.json").read_text())
+    del saved["sha256"]  # as in exports of older versions
+    (export / "config.json").write_text(json.dumps(saved))
     model = load_model(export)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     for key, value in model.state_dict().items():
         assert torch.equal(value, halves[key].float()), key
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "ema.safetensors"])
+def test_a_flipped_bit_is_found_and_the_file_named(export: Path, name: str) -> None:
+    flip_byte(export / name, -5)
+    with refused(export, rf"export/{name} is not the one that config.json beside it describes, so it is damaged"):
+        load_model(export, ema=name == "ema.safetensors")
+    load_model(export, ema=name != "ema.safetensors")  # the other is as it was
 
 
 def test_saving_again_replaces_the_whole_export(export: Path) -> None:

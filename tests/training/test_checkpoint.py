@@ -9,6 +9,7 @@ import os
 import pickle
 import re
 import shutil
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Mapping
@@ -25,7 +26,7 @@ from st_ar.training import checkpoint, manifest
 from st_ar.training.checkpoint import Checkpoints, State
 from st_ar.training.manifest import describe_files, find_damage, list_checkpoints, read_record, write_manifest
 from st_ar.training.tensor_files import write_tensors
-from tests.disk import contents, flip_byte, full_disk, refused
+from tests.disk import contents, flip_byte, full_disk, refused, small_disk
 
 
 class Run:
@@ -633,6 +634,25 @@ def test_a_disk_that_fills_up_leaves_the_previous_one_intact_and_says_so(folder:
     fresh = Run(folder, seed=1)
     assert fresh.restore() == 5
     assert run.save(7).name == "step_00000007"
+
+
+@pytest.mark.skipif(sys.platform != "linux" or shutil.which("mount") is None, reason="mounts a tmpfs")
+def test_a_disk_without_space_left_leaves_the_previous_one_intact_and_says_so(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    with small_disk(disk, 1 << 20):
+        run = Run(disk / "checkpoints", keep=5).train(range(1))
+        run.save(1)
+        (disk / "others").write_bytes(bytes(os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize - (8 << 10)))
+        before = contents(disk)
+        run.train(range(1, 2))
+        with pytest.raises(UserError, match=r"step 2 \(.*No space left on device.*\); .*step_00000001 is intact"):
+            run.save(2)
+        assert contents(disk) == before
+        (disk / "others").unlink()
+        fresh = Run(disk / "checkpoints", seed=1)
+        assert fresh.restore() == 1
+        fresh.train(range(1, 2)).save(2)
+        assert [step for step, _ in list_checkpoints(disk / "checkpoints")] == [1, 2]
 
 
 def test_the_message_of_a_full_disk_is_one_line_with_its_cause(folder: Path) -> None:

@@ -12,7 +12,7 @@ from st_ar.config import ModelConfig
 from st_ar.errors import UserError
 from st_ar.model.transformer import Transformer
 from st_ar.run_config import OptimConfig
-from st_ar.training.optim import adamw, learning_rate
+from st_ar.training.optim import adamw, clip_gradients, learning_rate
 
 TINY = ModelConfig(dim=32, n_layers=2, n_heads=2, vocab_size=16, grid=4, num_classes=3)
 
@@ -112,3 +112,14 @@ def test_settings_that_make_no_sense_are_refused_by_flag(changes: dict[str, obje
         OptimConfig(**changes)
     assert str(raised.value).startswith(flag)
     assert str(value) in str(raised.value)
+
+
+@pytest.mark.parametrize("largest", [0.0, 0.5, 100.0])
+def test_gradients_are_clipped_to_their_common_norm(largest: float) -> None:
+    layer = nn.Linear(3, 2)
+    layer(torch.tensor([1.0, -2.0, 0.5])).square().sum().backward()
+    before = torch.cat([p.grad.flatten() for p in layer.parameters() if p.grad is not None])
+    norm = clip_gradients(layer.parameters(), largest)
+    after = torch.cat([p.grad.flatten() for p in layer.parameters() if p.grad is not None])
+    torch.testing.assert_close(norm, before.square().sum().sqrt())
+    torch.testing.assert_close(after, before * min(1.0, (largest or math.inf) / float(norm)))

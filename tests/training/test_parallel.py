@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from st_ar.config import TrainConfig
 from st_ar.errors import UserError
@@ -14,6 +13,7 @@ from st_ar.selfguided.objective import SelfGuided, draw
 from st_ar.selfguided.teacher import Teacher
 from st_ar.training.loop import backward
 from st_ar.training.parallel import choose_parallel, spread
+from tests.calls import Calls
 from tests.toys import random_model
 from tests.training.toy_runs import GUIDED_RUN
 
@@ -56,18 +56,6 @@ def test_without_a_choice_there_is_a_copy_on_each_rank(world: int, given: Any, c
 
 
 # Activation checkpointing
-
-
-class Calls(TorchDispatchMode):
-    """Counts the operators that are run."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.counts: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.counts[func.overloadpacket.__name__] += 1
-        return func(*args, **(kwargs or {}))
 
 
 def gradients(checkpointing: Any) -> tuple[dict[str, torch.Tensor], Counter[str]]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from st_ar.config import ModelConfig
 from st_ar.errors import UserError
-from st_ar.files import read_json, write_json, written_aside
+from st_ar.files import read_json, sha256, write_json, written_aside
 from st_ar.model.transformer import Transformer
 from st_ar.settings import from_dict, to_dict
 from st_ar.torch_files import read_tensors
@@ -50,7 +50,7 @@ def save_export(folder: Path, model: Transformer, ema: Transformer, info: dict[s
 def save_weights(
     folder: Path, weights: Mapping[str, Mapping[str, Tensor]], config: ModelConfig, info: dict[str, Any]
 ) -> None:
-    """Write weights of one architecture, by file name, and the config.json that describes them."""
+    """Write weights of one architecture, by file name, and the config.json that describes them, with their checksums."""
     for name, tensors in weights.items():
         with written_aside(folder / name) as aside:
             save_file(
@@ -58,7 +58,8 @@ def save_weights(
                 aside,
                 metadata={"format": "pt"},
             )
-    write_json(folder / "config.json", {"format_version": FORMAT_VERSION, "model": to_dict(config), **info})
+    sums = {"sha256": {name: sha256(folder / name) for name in weights}}
+    write_json(folder / "config.json", {"format_version": FORMAT_VERSION, "model": to_dict(config), **info, **sums})
 
 
 def exported_step(folder: Path) -> int | None:
@@ -124,6 +125,11 @@ def open_model(path: Path | str, *, ema: bool = False, grid: int | None = None) 
         raise UserError(
             f"{file} does not fit its {'config.json' if own else 'architecture'}: {wrong} is "
             f"{list(found.get(wrong, []))} there and {list(expected.get(wrong, []))} by the config"
+        )
+    if own and saved.get("sha256", {}).get(file.name) not in (None, sha256(file)):
+        raise UserError(
+            f"{file} is not the one that config.json beside it describes, so it is damaged, or just being written: try again, "
+            "or resume the run, which writes it anew; if you have replaced it, take sha256 out of config.json"
         )
     model.load_state_dict({key: value.float() for key, value in tensors.items()}, assign=True)
     model.rope = model.rotary()  # is in no file

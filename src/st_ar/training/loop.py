@@ -252,13 +252,13 @@ def backward(
     with autocast:
         targets = [bare.teach(teacher, tokens[i : i + size], labels[i : i + size], positions) for i in starts]
     mids = [target.mid for target in targets if target.mid is not None]
-    whole, first = None, 0
+    whole, before = None, 0
     if mids and bare.config.negatives == "global":
-        whole, first = everyone(torch.cat(mids)), place() * len(tokens)
+        whole, before = everyone(torch.cat(mids)), place() * len(tokens)
     sums: list[Tensor] = []
     for start, target in zip(starts, targets, strict=True):
         here = slice(start, start + size)
-        candidates, offset = (target.mid, 0) if whole is None else (whole, first + start)
+        candidates, offset = (target.mid, 0) if whole is None else (whole, before + start)
         piece = Draws(None if key_mask is None else key_mask[here], positions)
         with gradient_sync(student, last=start == starts[-1]):
             with autocast:

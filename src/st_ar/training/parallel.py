@@ -137,5 +137,6 @@ def _shard(model: Transformer, mesh: DeviceMesh, dtype: torch.dtype) -> None:
     policy = MixedPrecisionPolicy()
     if dtype != torch.float32:
         policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    for module in [*model.layers, model.output]:
-        fully_shard(module, mesh=mesh, mp_policy=policy)
+    for block in model.layers:
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(model.output, mesh=mesh, mp_policy=policy, reshard_after_forward=False)  # first of the backward pass
