@@ -34,15 +34,15 @@ AT_ONCE = 64
 
 
 @torch.no_grad()
-def whole_copy(model: Transformer, device: torch.device, dtype: torch.dtype) -> Transformer | None:
-    """A copy of the weights in evaluation mode, on rank 0; every rank has to call it, for weights may lie in parts on all.
+def whole_copy(model: Transformer) -> Transformer | None:
+    """A copy in evaluation mode, on the host, for rank 0; every rank has to call it, for weights may lie in parts on all.
 
     Nothing of the model in training is touched, and no random number of its own is drawn.
     """
     copy = None
     if not dist.is_initialized() or dist.get_rank() == 0:
         with torch.random.fork_rng(devices=[]):
-            copy = Transformer(model.config).to(device, dtype).eval()
+            copy = Transformer(model.config).eval()
     places = {} if copy is None else copy.state_dict()
     for name, value in model.state_dict().items():
         whole = value.full_tensor() if isinstance(value, DTensor) else value  # one at a time: memory

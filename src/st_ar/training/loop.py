@@ -208,6 +208,7 @@ def _train(
                 measured = validated.measure(teacher.model, len(batch) // config.accumulate) if due else {}
                 if measured and first:
                     append_log(out / "log.jsonl", {"step": step, **measured})
+                    watch.send(step, measured)
                 save(step, measured)
             bar.advance(1)
             if stopping:

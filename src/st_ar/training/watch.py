@@ -121,13 +121,13 @@ class Watch:
         from st_ar.training.glances import whole_copy
 
         found: dict[str, float] = {}
-        network = whole_copy(self.model, self.device, self.dtype)
-        if network is None:
+        copy = whole_copy(self.model)
+        if copy is None:
             return found
         for name, (every, work) in list(self.glances.items()):
             if step % every == 0:
                 try:
-                    found |= work(network, step)
+                    found |= work(copy.to(self.device, self.dtype), step)
                 except Exception as error:  # such as no memory for them: no reason to end a run
                     warn(f"{name} switched off: {reason(error)}; the run goes on")
                     del self.glances[name]
