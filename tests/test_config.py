@@ -153,12 +153,14 @@ OUT_OF_RANGE: list[tuple[type, dict[str, Any], str]] = [
     (TrainConfig, {"steps": None, "epochs": 0.0}, "epochs"),
     *(
         (TrainConfig, {name: 0}, name)
-        for name in ("batch_size", "views", "accumulate", "log_every", "checkpoint_every", "keep")
+        for name in ("batch_size", "views", "accumulate", "log_every", "checkpoint_every", "keep", "validation_images")
     ),
     (TrainConfig, {"class_dropout": 1.0}, "class_dropout"),
     (TrainConfig, {"class_dropout": -0.1}, "class_dropout"),
     (TrainConfig, {"seed": -1}, "seed"),
     (TrainConfig, {"rank_timeout": 0}, "rank_timeout"),
+    (TrainConfig, {"keep_every": -1}, "keep_every"),
+    (TrainConfig, {"skip_nonfinite": -1}, "skip_nonfinite"),
 ]
 
 # Settings that do not go together: the message must name each of their flags.
