@@ -120,7 +120,8 @@ def seconds_per_step(run: Path) -> float:
         UserError: no run, or one that logged no speed.
     """
     trained = trained_config(run)
-    speeds: list[Any] = [entry.get("tokens_per_second") for entry in read_log(run / "log.jsonl")]
+    lines = read_log(run / "log.jsonl")  # some are of skipped steps or of validation alone
+    speeds: list[Any] = [entry["tokens_per_second"] for entry in lines if "tokens_per_second" in entry]
     if not speeds or not fits(speeds, list[float]) or min(speeds) <= 0:
         raise UserError(f"{run / 'log.jsonl'} does not say how fast every step was: train again, or copy it again")
     return trained.batch_size * trained.views * trained.model.sequence_length / statistics.median(speeds)
