@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 
-from st_ar.training import loop
+from st_ar.training import keep, loop
 from tests.training.toy_runs import GUIDED_RUN
 
 
 def arm(number: int, instant: str, step: int) -> None:
     """Replace what the loop calls at the instant by a version that sends the signal first."""
-    backward, append_log, save_weights, rename = loop.backward, loop.append_log, loop.save_weights, os.replace
+    backward, append_log, save_weights, rename = loop.backward, loop.append_log, keep.save_weights, os.replace
     passes = 0
 
     def at(here: str, now: bool) -> None:
@@ -42,7 +42,7 @@ def arm(number: int, instant: str, step: int) -> None:
         at("checkpoint", Path(target).name == f"step_{step:08d}")
         rename(source, target)
 
-    loop.backward, loop.append_log, loop.save_weights = armed_backward, armed_append_log, armed_save_weights
+    loop.backward, loop.append_log, keep.save_weights = armed_backward, armed_append_log, armed_save_weights
     os.replace = armed_rename
 
 

@@ -1,7 +1,6 @@
 """The training loop, top to bottom: plain autoregressive and self-guided training are the same loop."""
 
 import time
-from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,20 +17,20 @@ from st_ar.errors import Interrupted
 from st_ar.files import write_json
 from st_ar.hardware import choose_dtype, moved, require_compiler
 from st_ar.model.transformer import Transformer
-from st_ar.model.weights import EMA, LIVE, exported_step, save_weights
 from st_ar.progress import progress
 from st_ar.randomness import Purpose, torch_generator, torch_seed
 from st_ar.selfguided.objective import Draws, Losses, SelfGuided, draw
 from st_ar.selfguided.teacher import Teacher
-from st_ar.training.checkpoint import Checkpoints, State, whole_weights
-from st_ar.training.group import everyone, from_first, host_group, largest, mean, place, process_group
+from st_ar.training.group import everyone, from_first, largest, mean, place, process_group
+from st_ar.training.keep import Keeper
 from st_ar.training.log import append_log, rewind_log, skipped_steps
 from st_ar.training.memory import enough_memory
 from st_ar.training.optim import adamw, clip_gradients, learning_rate
 from st_ar.training.parallel import choose_parallel, gradient_sync, spread, unshared
 from st_ar.training.run import claim, describe_run, not_finite, require_finite
+from st_ar.training.state import State
 from st_ar.training.stopping import stop_on_signal
-from st_ar.training.validation import LOSS, Validation
+from st_ar.training.validation import Validation
 from st_ar.training.watch import Watch
 from st_ar.watch_config import WatchConfig
 
@@ -119,35 +118,14 @@ def _train(
     called = spread(student, teacher, config, parallel, device, dtype)
     optimizer = adamw(student, config.optim)
     state = State({"student": student, "ema": teacher.model}, student, optimizer)
-    kept: dict[str, Any] = {"keep": config.keep, "keep_every": config.keep_every, "keep_least": LOSS}
-    checkpoints = Checkpoints(out / "checkpoints", **kept, group=host_group(config.rank_timeout))
-    start = from_first(checkpoints.newest)
-    checkpoints.restore(start, state)
+    about = {"preset": preset, "class_names": store.meta.class_names, "tokenizer": store.meta.tokenizer}
+    about |= {"class_dropout": config.class_dropout} | ({} if captions is None else {"encoder": captions.encoder})
+    keeper = Keeper(out, config, state, validated, about)
+    start, checkpoints = keeper.restore(), keeper.checkpoints
     if first:
         write_json(out / "config.json", record)
         rewind_log(out / "log.jsonl", start)
     skipped = from_first(lambda: skipped_steps(out / "log.jsonl"))
-
-    def export(folders: list[str], step: int, measured: Mapping[str, float], tensors: Mapping[str, Tensor]) -> None:
-        live, averaged = under("student.model.", tensors), under("ema.", tensors)
-        info = {"preset": preset, "class_names": store.meta.class_names, "tokenizer": store.meta.tokenizer}
-        encoder = {} if captions is None else {"encoder": captions.encoder}
-        known = {"step": step, **info, "class_dropout": config.class_dropout, **encoder, **measured}
-        for folder in folders:
-            save_weights(out / folder, {LIVE: live, EMA: averaged}, config.model, known)
-
-    def save(step: int, measured: dict[str, float]) -> None:
-        folders = ["export", "best"] if validated.improves(measured) else ["export"]
-        checkpoints.save(step, state, measured, then=partial(export, folders, step, measured))
-
-    measured = checkpoints.recorded(start, LOSS)
-    late = ["best"] if validated.improves(measured) else []
-    if start and exported_step(out / "export") != start:
-        late.append("export")
-    if late := from_first(lambda: late):  # the run was killed between its checkpoint and its export
-        weights = state.tensors() | whole_weights(state.tensors(), keep=first)
-        if first:
-            export(late, start, measured, weights)
 
     tokens_per_step = config.batch_size * config.views * config.model.sequence_length
     clock, clock_step = time.perf_counter(), start
@@ -209,7 +187,7 @@ def _train(
                 if measured and first:
                     append_log(out / "log.jsonl", {"step": step, **measured})
                     watch.send(step, measured)
-                save(step, measured)
+                keeper.save(step, measured)
             bar.advance(1)
             if stopping:
                 checkpoints.wait()
@@ -218,11 +196,6 @@ def _train(
                     stopping,
                 )
     return out
-
-
-def under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors whose names begin with `prefix`, without it."""
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 def drop_labels(
