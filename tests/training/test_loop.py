@@ -30,11 +30,12 @@ from st_ar.randomness import Purpose, torch_seed
 from st_ar.selfguided.objective import Losses, SelfGuided, draw
 from st_ar.selfguided.teacher import Teacher
 from st_ar.training import loop
-from st_ar.training.checkpoint import Checkpoints, State
+from st_ar.training.checkpoint import Checkpoints
 from st_ar.training.log import append_log
 from st_ar.training.loop import backward, drop_labels, train
 from st_ar.training.manifest import list_checkpoints, read_record
 from st_ar.training.optim import adamw
+from st_ar.training.state import State
 from st_ar.training.stopping import stop_on_signal
 from tests.data.random_store import FINGERPRINT, random_store
 from tests.disk import contents, flip_byte, full_disk, refused

@@ -21,12 +21,13 @@ from st_ar.randomness import Purpose, torch_generator, torch_seed
 from st_ar.tokenizer import to_pixels
 from st_ar.tokenizer.vq import CONFIG, VQTokenizer
 from st_ar.tokenizer.vqgan import VQGAN, Discriminator, hinge_loss, revive
-from st_ar.training.checkpoint import Checkpoints, State
+from st_ar.training.checkpoint import Checkpoints
 from st_ar.training.group import everyone, from_first, mean, process_group, shared, total
 from st_ar.training.log import append_log, rewind_log
 from st_ar.training.memory import enough_memory
 from st_ar.training.optim import adamw, learning_rate
 from st_ar.training.run import claim, describe_run, require_finite
+from st_ar.training.state import State
 from st_ar.training.stopping import stop_on_signal
 from st_ar.vq_config import VQTrainConfig
 

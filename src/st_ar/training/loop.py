@@ -23,13 +23,14 @@ from st_ar.progress import progress
 from st_ar.randomness import Purpose, torch_generator, torch_seed
 from st_ar.selfguided.objective import Draws, Losses, SelfGuided, draw
 from st_ar.selfguided.teacher import Teacher
-from st_ar.training.checkpoint import Checkpoints, State, whole_weights
+from st_ar.training.checkpoint import Checkpoints
 from st_ar.training.group import everyone, from_first, host_group, largest, mean, place, process_group
 from st_ar.training.log import append_log, rewind_log, skipped_steps
 from st_ar.training.memory import enough_memory
 from st_ar.training.optim import adamw, clip_gradients, learning_rate
 from st_ar.training.parallel import choose_parallel, gradient_sync, spread, unshared
 from st_ar.training.run import claim, describe_run, not_finite, require_finite
+from st_ar.training.state import State, whole_weights
 from st_ar.training.stopping import stop_on_signal
 from st_ar.training.validation import LOSS, Validation
 
