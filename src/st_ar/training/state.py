@@ -1,4 +1,4 @@
-"""What a run depends on besides its settings and its step, as tensors with names that no kind of parallelism changes."""
+"""What a run's checkpoints hold: every tensor that the rest of the run depends on, by name."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
