@@ -127,7 +127,7 @@ def test_the_first_rank_alone_writes_what_is_not_sharded(out: Path, world: int) 
     steps = [config.steps or 0 for config in CASES[world].values()]
     assert first["append_log"] >= sum(steps)
     assert first["write_json"] >= len(steps)
-    assert first["save_file"] >= 2 * len(steps)
+    assert first["save_tensors"] >= 2 * len(steps)
     assert others == [{}] * (world - 1)
 
 

@@ -31,7 +31,7 @@ from tests.distributed.cases import CAPTIONS, CASES, COMPILED, FSDP, GUIDED, REL
 def counted(patch: pytest.MonkeyPatch) -> dict[str, int]:
     """How often this rank writes each kind of file of a run."""
     counts: dict[str, int] = {}
-    for module, name in ((loop, "append_log"), (loop, "rewind_log"), (loop, "write_json"), (weights, "save_file")):
+    for module, name in ((loop, "append_log"), (loop, "rewind_log"), (loop, "write_json"), (weights, "save_tensors")):
         written: Callable[..., Any] = getattr(module, name)
 
         def writing(*args: Any, name: str = name, written: Callable[..., Any] = written, **kwargs: Any) -> None:
