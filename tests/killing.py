@@ -29,11 +29,11 @@ ROOT = Path(__file__).parents[1]
 Job = Callable[[Path], object]
 
 
-def survivors(job: str, folder: Path, kills: int, *, half_written: int | None = None, seed: int = 0) -> list[Path]:
+def survivors(job: str, folder: Path, kills: int, *, half_written: int = 0, seed: int = 0) -> list[Path]:
     """Have a job of tests/killed.py killed so often; the folders of what it came to, first that of the undisturbed life.
 
     Args:
-        half_written: so often at least something must have been half written at the time; by default a quarter of the times.
+        half_written: so often at least something must have been half written at the time.
     """
     command = [sys.executable, "-m", "tests.killing", job, folder, str(kills), str(seed)]
     threads = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}  # there must be none before a fork
@@ -41,7 +41,7 @@ def survivors(job: str, folder: Path, kills: int, *, half_written: int | None = 
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["kills"] == kills
-    assert found["at_something_half_written"] >= (kills // 4 if half_written is None else half_written)
+    assert found["at_something_half_written"] >= half_written
     return [folder / "straight", *(folder / str(index) for index in range(found["ends"]))]
 
 

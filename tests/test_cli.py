@@ -62,7 +62,7 @@ def refused(capsys: Capture, match: str, *arguments: str | Path) -> None:
     out, err = capsys.readouterr()
     assert stop.value.code == 2
     assert out == ""
-    assert err.startswith("st-ar: ")
+    assert re.match(r"st-ar(, rank \d+)?: ", err)
     assert err.count("\n") == 1
     assert re.search(match, err), err
 

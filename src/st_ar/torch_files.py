@@ -4,7 +4,9 @@ import argparse
 import contextlib
 import hashlib
 import json
+import os
 import pickle
+import shutil
 import warnings
 import zipfile
 from collections.abc import Generator, Iterable, Iterator, Mapping
@@ -51,8 +53,17 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], **said: Any) -> None
     """Write a .safetensors file, whole or not at all, with `said` (plain JSON values) and a checksum in its metadata."""
     kept = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     said |= {DIGEST: digest(said, in_pieces(kept))}
-    with written_aside(path) as aside:  # one entry of metadata: several would be written in random order
-        save_file(kept, aside, metadata={OURS: json.dumps(said, sort_keys=True)})
+    # The library writes to a name of its own in the folder first: in one of ours, which the next write clears if this is killed.
+    scratch = path.with_name(f".{path.name}.folder.partial")
+    with written_aside(path) as aside:
+        shutil.rmtree(scratch, ignore_errors=True)
+        try:
+            scratch.mkdir()
+            # One entry of metadata: several would be written in random order.
+            save_file(kept, scratch / path.name, metadata={OURS: json.dumps(said, sort_keys=True)})
+            os.replace(scratch / path.name, aside)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 """The token store: what is written is read, and whatever is not as it should be is refused by name."""
 
+import gc
 import json
 import shutil
 from pathlib import Path
@@ -79,11 +80,12 @@ def test_a_store_of_many_shards_keeps_few_files_open(tmp_path: Path, monkeypatch
     folder, codes, labels = random_store(tmp_path / "store", images=40, crops=2, shards=40)
 
     def open_files() -> int:
+        gc.collect()  # what other tests have left
         return len(list(Path("/dev/fd").iterdir()))
 
     before = open_files()
     store = TokenStore(folder)
-    assert open_files() == before
+    assert open_files() <= before
     images = np.array([39, 0, 17, 5, 17, 22])
     crops = np.array([[0, 1], [1, 0]] * 3)
     np.testing.assert_array_equal(store.codes(images, crops), codes[images[:, None], crops])

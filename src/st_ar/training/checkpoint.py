@@ -9,7 +9,6 @@ import shutil
 import threading
 import warnings
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -63,7 +62,7 @@ class Checkpoints:
         self._group = group
         self._rank = 0 if group is None else dist.get_rank(group)
         self._stager = DefaultStager(StagingOptions(torch.cuda.is_available(), False, False, False))
-        self._writing: Future[None] | None = None
+        self._writing: _Background | None = None
 
     def __enter__(self) -> "Checkpoints":
         # Here and not where it is given: filters are the process's, and the writing thread is not alone.
@@ -77,7 +76,7 @@ class Checkpoints:
             if kind is None:
                 self.wait()
             elif issubclass(kind, Exception) and self._writing is not None:  # that error is told, not the write's
-                self._writing.exception()
+                self._writing.join()
         finally:
             self._filters.__exit__(None, None, None)
 
@@ -106,26 +105,32 @@ class Checkpoints:
         staged = self._stager.stage(tensors)
         assert isinstance(staged, dict)
         weights = staged | whole_weights(tensors, keep=self._rank == 0) if then else {}
-        self._writing = _in_background(
+        self._writing = _Background(
             partial(self._write, step, staged, record or {}, partial(then, weights) if then else None)
         )
 
     def check(self) -> None:
         """Raise the error of a write that has failed; costs nothing. Several ranks find it together, when they next save."""
-        if self._group is None and self._writing is not None and self._writing.done():
+        if self._group is None and self._writing is not None and not self._writing.is_alive():
             self.wait()
 
     def wait(self) -> None:
         """Wait until everything is written; raises the error if that fails."""
         writing, self._writing = self._writing, None
         if writing is not None:
-            writing.result()
+            writing.finish()
 
     def newest(self) -> int:
-        """The step of the newest whole checkpoint, 0 if there is none yet; see `newest_whole`."""
+        """The step of the newest whole checkpoint, 0 if there is none yet; see `newest_whole`.
+
+        Removes what a killed run has left: halves, and those that the newest was to replace.
+        """
         for partial_ in self.folder.glob(".step_*.partial"):
             shutil.rmtree(partial_, ignore_errors=True)  # another rank may be at it too
-        return newest_whole(self.folder)
+        step = newest_whole(self.folder)
+        if step:
+            self._remove_old()
+        return step
 
     def recorded(self, step: int, *names: str) -> dict[str, Any]:
         """What was recorded under these names, as far as it was, with the whole checkpoint of `step`; 0 has none."""
@@ -226,15 +231,29 @@ def _remove(path: Path) -> None:
     shutil.rmtree(aside)
 
 
-def _in_background(action: Callable[[], None]) -> Future[None]:
-    """Run an action in a thread that does not outlive the process."""
-    future: Future[None] = Future()
+class _Background(threading.Thread):
+    """An action in a thread that does not outlive the process."""
 
-    def run() -> None:
+    def __init__(self, action: Callable[[], None]) -> None:
+        super().__init__(name="checkpoint", daemon=True)
+        self._action: Callable[[], None] | None = action
+        self._error: BaseException | None = None
+        self.start()
+
+    def run(self) -> None:
         try:
-            future.set_result(action())
+            assert self._action is not None
+            self._action()
         except BaseException as error:
-            future.set_exception(error)
+            self._error = error
+        finally:
+            self._action = None  # and the copy of the state with it
 
-    threading.Thread(target=run, name="checkpoint", daemon=True).start()
-    return future
+    def finish(self) -> None:
+        """Wait for the end; raises the action's error.
+
+        Of the thread itself: one that still frees tensors while the interpreter ends would abort the process.
+        """
+        self.join()
+        if self._error is not None:
+            raise self._error
