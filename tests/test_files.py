@@ -94,3 +94,19 @@ def test_an_error_for_users_is_one_line_and_keeps_cause_and_remedy() -> None:
     assert said.endswith("xxx; the remedy")
     assert len(said) < LONGEST + 10
     assert str(UserError("short")) == "short"
+
+
+def test_headers_that_two_threads_read_at_once_are_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    np.save(tmp_path / "a.npy", np.arange(3))
+    load, failures = np.load, [SystemError("AST constructor recursion depth mismatch")] * 4
+
+    def failing(*given: Any, **settings: Any) -> Any:
+        if failures:
+            raise failures.pop()
+        return load(*given, **settings)
+
+    monkeypatch.setattr(np, "load", failing)
+    np.testing.assert_array_equal(open_array(tmp_path / "a.npy"), [0, 1, 2])
+    failures += [SystemError("mismatch")] * 5
+    with pytest.raises(ValueError, match="mismatch"):
+        open_array(tmp_path / "a.npy")

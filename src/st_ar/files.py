@@ -110,12 +110,21 @@ def open_array(path: Path) -> np.ndarray:
         ValueError: no .npy file, damaged, cut short, or of Python objects.
     """
     try:
-        with np.errstate(over="raise"):  # of a shape's product
-            return np.load(path, mmap_mode="r", allow_pickle=False)
+        return _load_mapped(path)
     except FileNotFoundError:
         raise
     except Exception as error:  # NumPy evaluates the header: damaged ones raise nearly everything
         raise ValueError(cause(error)) from error
+
+
+def _load_mapped(path: Path, tries: int = 5) -> np.ndarray:
+    try:
+        with np.errstate(over="raise"):  # of a shape's product
+            return np.load(path, mmap_mode="r", allow_pickle=False)
+    except SystemError:  # CPython 3.11's, when two threads parse headers at once (python/cpython#106905)
+        if tries == 1:
+            raise
+        return _load_mapped(path, tries - 1)
 
 
 def sha256(path: Path) -> str:
