@@ -450,6 +450,24 @@ def test_a_checkpoint_without_its_manifest_is_never_listed(folder: Path) -> None
     assert [step for step, _ in list_checkpoints(folder)] == [3]
 
 
+@pytest.mark.parametrize("content", [b"{", b"\xff\x00", b"[]"])
+def test_an_older_manifest_that_is_damaged_stands_in_nobodys_way(folder: Path, content: bytes) -> None:
+    (folder / "step_00000003" / "manifest.json").write_bytes(content)
+    checkpoints = Checkpoints(folder, keep=2, keep_least="validation_loss")
+    assert checkpoints.newest() == 5
+    run = Run(folder)
+    checkpoints.restore(5, run.now)
+    with checkpoints:
+        checkpoints.save(7, run.now, {"validation_loss": 1.0})
+    assert [step for step, _ in list_checkpoints(folder)] == [5, 7]
+
+
+def test_what_a_run_killed_before_it_removed_them_has_left_is_removed_when_it_goes_on(folder: Path) -> None:
+    assert [step for step, _ in list_checkpoints(folder)] == [3, 5]
+    assert Checkpoints(folder, keep=1).newest() == 5
+    assert [step for step, _ in list_checkpoints(folder)] == [5]
+
+
 def test_a_file_that_cannot_be_read_is_no_damage(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def denied(path: Path) -> str:
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
@@ -637,7 +655,10 @@ def test_a_disk_that_fills_up_leaves_the_previous_one_intact_and_says_so(folder:
     assert run.save(7).name == "step_00000007"
 
 
-@pytest.mark.skipif(sys.platform != "linux" or shutil.which("mount") is None, reason="mounts a tmpfs")
+@pytest.mark.skipif(
+    sys.platform != "linux" or shutil.which("mount") is None,
+    reason="a file system is truly full where a small tmpfs can be mounted",
+)
 def test_a_disk_without_space_left_leaves_the_previous_one_intact_and_says_so(tmp_path: Path) -> None:
     disk = tmp_path / "disk"
     with small_disk(disk, 1 << 20):

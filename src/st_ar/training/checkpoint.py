@@ -4,6 +4,7 @@ They hold tensors alone (weights, EMA, projector, optimizer); the step is in the
 a function of the step. What is on the disk: `tensor_files` and `manifest`.
 """
 
+import contextlib
 import os
 import shutil
 import threading
@@ -129,7 +130,8 @@ class Checkpoints:
             shutil.rmtree(partial_, ignore_errors=True)  # another rank may be at it too
         step = newest_whole(self.folder)
         if step:
-            self._remove_old()
+            with contextlib.suppress(OSError):  # the next save says so
+                self._remove_old()
         return step
 
     def recorded(self, step: int, *names: str) -> dict[str, Any]:

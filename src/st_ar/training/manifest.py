@@ -38,10 +38,14 @@ def write_manifest(folder: Path, files: Files, record: Mapping[str, Any]) -> Non
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """What was recorded with a whole checkpoint; nothing with those of version 1."""
+    """What was recorded with a checkpoint; nothing with those of version 1, or where it is damaged."""
     if _is_version_1(folder):
         return {}
-    return json.loads((folder / MANIFEST).read_text())
+    try:
+        record = json.loads((folder / MANIFEST).read_bytes())
+    except (OSError, ValueError):  # of an older one, which nobody has asked for
+        return {}
+    return record if isinstance(record, dict) else {}
 
 
 def list_checkpoints(folder: Path) -> list[tuple[int, Path]]:

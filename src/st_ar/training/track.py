@@ -179,9 +179,9 @@ def require_trackers(names: Sequence[TrackerName]) -> None:
     Raises:
         UserError: one is not installed.
     """
-    for name in ("wandb", "trackio"):
+    for name, extra in (("wandb", "tracking"), ("trackio", "trackio")):
         if name in names and find_spec(name) is None:
-            raise UserError(f"--track {name} needs the package {name}: pip install 'st-ar[tracking]', or leave it out")
+            raise UserError(f"--track {name} needs the package {name}: pip install 'st-ar[{extra}]', or leave it out")
 
 
 def open_trackers(
