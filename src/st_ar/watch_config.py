@@ -14,7 +14,7 @@ class WatchConfig:
     """What is shown of a run beside log.jsonl. None of it changes a weight, so a resumed run may be watched otherwise."""
 
     track: tuple[TrackerName, ...] = ("tensorboard",)
-    """Where curves and samples go too: tensorboard (event files in the run's folder), wandb and trackio (extras tracking and trackio), or none."""
+    """Where curves and samples go too: tensorboard (event files in the run), wandb (extra tracking), trackio (extra trackio), none."""
     sample_every: int = 0
     """Optimizer steps between grids of samples from the live weights, kept in samples/; 0 for none."""
     sample_tokenizer: Path | None = None
