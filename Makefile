@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help quickstart test test-slow test-package test-oldest lint types format clean
+.PHONY: help quickstart test test-slow test-package test-oldest docs lint types format clean
 
 help:
 	@echo "make quickstart   train, probe, sample and compare AR and ST-AR on a CPU, in minutes; writes quickstart/report.html"
@@ -11,6 +11,7 @@ help:
 	@echo "make test-slow    run all of them, the slow ones too"
 	@echo "make test-package build the package, install it into an empty environment and use it there"
 	@echo "make test-oldest  run the core's tests on the oldest versions that pyproject.toml allows (PYTHON=python3.12 for another Python)"
+	@echo "make docs         the documentation as a site, in site/index.html"
 	@echo "make lint types   check style and types"
 
 $(BIN)/python:
@@ -51,7 +52,7 @@ CORE_TESTS := tests/selfguided tests/model tests/tokenizer tests/data tests/trai
   tests/test_presets.py tests/test_cli.py tests/test_hub.py tests/test_report.py tests/test_figures.py
 
 test-oldest: $(OLDEST)/.installed
-	$(OLDEST)/bin/python -m pytest -n auto -m 'not slow' $(CORE_TESTS)
+	$(OLDEST)/bin/python -m pytest -n auto -m 'not slow' -W ignore::DeprecationWarning $(CORE_TESTS) # old packages among new ones
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -59,6 +60,9 @@ lint: $(VENV)/.dev
 
 types: $(VENV)/.dev
 	$(BIN)/pyright
+
+docs: $(VENV)/.dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
