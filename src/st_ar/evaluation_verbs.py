@@ -3,17 +3,16 @@
 What a verb needs is imported when it runs, so that help is quick.
 """
 
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import tyro
 
 from st_ar.errors import UserError
 from st_ar.evaluation.names import ExtractorName, Metric
-from st_ar.printing import print_table
+from st_ar.printing import check_json, keep_json, print_table
 
 
 @dataclass(kw_only=True)
@@ -61,6 +60,7 @@ class Evaluate:
         metrics = choose_metrics(self.metrics, self.extractor == "inception")
         check_seeds(self.seed, self.shuffle_seed)
         check_side("--resize", self.resize)
+        check_json(self.json)
         samples = open_files(self.samples)
         with process_group(self.device) as (ranks, device):
             place = Place(device=device, ranks=ranks, batch_size=self.batch_size)
@@ -164,6 +164,7 @@ class Reconstruct:
         from st_ar.training.group import in_turn, process_group
 
         check_side("--size", self.size)
+        check_json(self.json)
         if self.out and self.out.suffix.lower() != ".png":
             raise UserError(f"--out {self.out}: the picture is a PNG; give a name that ends in .png")
         name = self.extractor
@@ -185,16 +186,6 @@ class Reconstruct:
                 print(
                     f"\n{about['count']:,} images of {about['name']} ({about['sha256'][:8]}), tokenizer {fingerprint[:12]}"
                 )
-
-
-def keep_json(where: str | None, result: dict[str, Any]) -> None:
-    """Write a result as JSON to a file, or (-) to standard output."""
-    from st_ar.files import write_json
-
-    if where == "-":
-        print(json.dumps(result, indent=2))
-    elif where is not None:
-        write_json(Path(where), result)
 
 
 def check_seeds(*seeds: int | None) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from st_ar.errors import UserError
-from st_ar.printing import print_table
+from st_ar.printing import check_json, json_alone, keep_json, print_table
 
 
 @dataclass(kw_only=True)
@@ -62,7 +62,9 @@ class Probe:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of the model's matrix products; auto takes bfloat16 on a GPU that has it. The probes are float32."""
     out: Path | None = None
-    """JSON file for the results, with all that identifies them."""
+    """JSON file for the results, with all that identifies them; never written over."""
+    json: str | None = None
+    """File for the same JSON; - for standard output, instead of the table."""
     figure: Path | None = None
     """FILE.svg or FILE.png for the curves; their numbers go beside it as FILE.json."""
 
@@ -119,12 +121,15 @@ class Probe:
             notes += [f"{subject.name}: {note}" for note in found]
             notes.append(f"{subject.name}: {describe_cache(cache)}")
         first = probed[0].result
-        print(f"{NAMES[self.method]}, {first.train_images:,} training and {first.test_images:,} test images")
-        print_table(*accuracy_table(probed))
-        print("\n" + "\n".join(notes))
+        with json_alone(self.json):
+            print(f"{NAMES[self.method]}, {first.train_images:,} training and {first.test_images:,} test images")
+            if self.json != "-":
+                print_table(*accuracy_table(probed))
+            print("\n" + "\n".join(notes))
+        record = describe_probes(probed, *stores, self.train_crops, method, dtype, self.cache_dtype)
         if self.out:
-            record = describe_probes(probed, *stores, self.train_crops, method, dtype, self.cache_dtype)
             write_json(self.out, record)
+        keep_json(self.json, record)
         if self.figure:
             accuracy_figure(probed, method).save(self.figure)
 
@@ -133,6 +138,7 @@ class Probe:
         from st_ar.figures import require_drawable
         from st_ar.files import require_absent, require_place
 
+        check_json(self.json)
         if self.out:
             require_absent(self.out, "a result")
             require_place(self.out)
