@@ -379,7 +379,10 @@ def _make_results(folder: Path) -> None:
 
 
 def _read_results(folder: Path) -> Any:
-    files = Files(runs=[folder / "run"], evaluations=[folder / "evaluation.json"], probes=[folder / "probe.json"])
+    measured: dict[str, Any] = {
+        name: {"live": [folder / f"{one}.json"]} for name, one in (("evaluations", "evaluation"), ("probes", "probe"))
+    }
+    files = Files(runs=[folder / "run"], **measured)
     found = measurements(files, ["fid", "is", "recall"])
     steps, top1 = probe_curve(folder / "probe.json")
     assert len(steps) == len(top1)
