@@ -44,6 +44,7 @@ Train LlamaGen-style image generators with and without self-guidance (ST-AR), an
   attention          what a model looks at
   reproduce          the paper's tables and figures, at full size or small
   convert            to and from the weight files of LlamaGen's scripts, models and VQ tokenizers
+  completion         a script with which bash, zsh or fish complete all this
 
 exit status: 0 done, 2 a mistake or trouble that the message explains, 130 or 143 interrupted (training: and saved)
 """

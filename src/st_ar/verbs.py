@@ -81,6 +81,19 @@ class Convert:
         print(convert(self.source, self.target, to=self.to, ema=self.ema))
 
 
+@dataclass(kw_only=True)
+class Completion:
+    """Print the script with which a shell completes verbs, presets, options and their choices."""
+
+    shell: tyro.conf.Positional[Literal["bash", "zsh", "fish"]]
+    """Whose script."""
+
+    def run(self) -> None:
+        from st_ar.completion import completion
+
+        print(completion(self.shell), end="")
+
+
 VERBS: dict[str, Any] = {
     "quickstart": Quickstart,
     "tokenize": Tokenize,
@@ -96,4 +109,5 @@ VERBS: dict[str, Any] = {
     "attention": Attention,
     "reproduce": Reproduce,
     "convert": Convert,
+    "completion": Completion,
 }

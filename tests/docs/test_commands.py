@@ -215,9 +215,12 @@ def test_a_wrong_option_would_be_found() -> None:
         "torchrun --nproc-per-node 8 -m st_ar tokenize --images a --tokenizer b",
         "torchrun --processes 8 -m st_ar tokenize --images a --tokenizer b --out c",
     ):
-        with pytest.raises(SystemExit), contextlib.redirect_stderr(io.StringIO()):
-            with contextlib.redirect_stdout(io.StringIO()):
-                parse(command)
+        with (
+            pytest.raises(SystemExit),
+            contextlib.redirect_stderr(io.StringIO()),
+            contextlib.redirect_stdout(io.StringIO()),
+        ):
+            parse(command)
 
 
 def test_what_stands_in_is_used() -> None:
