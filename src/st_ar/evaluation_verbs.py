@@ -48,6 +48,8 @@ class Evaluate:
     """Where to compute."""
     json: str | None = None
     """File for the result as JSON; - for standard output, instead of the table."""
+    page: Path | None = None
+    """FILE.html for a page with the numbers, the first samples, and what identifies them (extra quickstart)."""
 
     def run(self) -> None:
         from st_ar.evaluation.collect import Place
@@ -61,6 +63,7 @@ class Evaluate:
         check_seeds(self.seed, self.shuffle_seed)
         check_side("--resize", self.resize)
         check_json(self.json)
+        check_page(self.page)
         samples = open_files(self.samples)
         with process_group(self.device) as (ranks, device):
             place = Place(device=device, ranks=ranks, batch_size=self.batch_size)
@@ -78,11 +81,17 @@ class Evaluate:
             )
         if ranks.rank == 0:
             keep_json(self.json, result)
+            if self.page:
+                from st_ar.evaluation.pages import evaluation_page
+
+                evaluation_page(self.page, result, samples)
             for note in result["notes"]:
                 print(f"st-ar: {note}", file=sys.stderr)
             if self.json != "-":
                 print_table(("", "value"), [(k, format_number(k, v)) for k, v in result["metrics"].items()])
                 print(f"\n{one_line(result)}")
+                if self.page:
+                    print(f"the page: {self.page}")
 
 
 @dataclass(kw_only=True)
@@ -186,6 +195,14 @@ class Reconstruct:
                 print(
                     f"\n{about['count']:,} images of {about['name']} ({about['sha256'][:8]}), tokenizer {fingerprint[:12]}"
                 )
+
+
+def check_page(page: Path | None) -> None:
+    """Refuse a --page that could not be written at the end."""
+    if page is not None:
+        from st_ar.report import require_page
+
+        require_page(page)
 
 
 def check_seeds(*seeds: int | None) -> None:

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 import tyro
 
 from st_ar.errors import UserError
+from st_ar.evaluation_verbs import check_page
 from st_ar.invariance_config import InvarianceSettings
 from st_ar.printing import check_json, json_alone, keep_json, print_table
 
@@ -36,6 +37,8 @@ class Invariance:
     """Type of a VQ network's activations."""
     json: str | None = None
     """File for what invariance.json holds; - for standard output, instead of the table."""
+    page: Path | None = None
+    """FILE.html for a page with the numbers, curve and pictures (extra quickstart)."""
 
     def run(self) -> None:
         from st_ar.data.ranks import Ranks
@@ -45,6 +48,7 @@ class Invariance:
         if (world := Ranks.from_environment().world) > 1:
             raise UserError(f"st-ar invariance runs in one process, not in {world}: start it without torchrun")
         check_json(self.json)
+        check_page(self.page)
         names = choose_names(self.tokenizer, self.names)
         tokenizers = {
             name: place_tokenizer(path, self.device, self.dtype)
@@ -57,8 +61,13 @@ class Invariance:
             for label in summaries[0]
         ]
         chance = ("different images", *(f"{100 * agreement.chance:.2f}" for agreement in found.values()))
+        header, rows = ("equal tokens (%)", *names), [*rows, chance]
+        if self.page:
+            from st_ar.evaluation.pages import invariance_page
+
+            invariance_page(self.page, header, rows, result, self.out)
         if self.json != "-":
-            print_table(("equal tokens (%)", *names), [*rows, chance])
+            print_table(header, rows)
         about = result["images"]
         if about["skipped"]:
             print(f"st-ar: {about['skipped']} images that cannot be decoded were left out", file=sys.stderr)

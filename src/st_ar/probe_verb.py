@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from st_ar.errors import UserError
+from st_ar.evaluation_verbs import check_page
 from st_ar.printing import check_json, json_alone, keep_json, print_table
 
 
@@ -67,6 +68,8 @@ class Probe:
     """File for the same JSON; - for standard output, instead of the table."""
     figure: Path | None = None
     """FILE.svg or FILE.png for the curves; their numbers go beside it as FILE.json."""
+    page: Path | None = None
+    """FILE.html for a page with the numbers, the curves, and what identifies them (extra quickstart)."""
 
     def run(self) -> None:
         from st_ar.data.store import TokenStore
@@ -130,15 +133,22 @@ class Probe:
         if self.out:
             write_json(self.out, record)
         keep_json(self.json, record)
+        if self.page:
+            from st_ar.evaluation.pages import probe_page
+
+            probe_page(self.page, probed, method, record, notes)
         if self.figure:
             accuracy_figure(probed, method).save(self.figure)
 
     def _check_options(self) -> None:
         """Refuse what could not be kept at the end, and options of another method."""
-        from st_ar.figures import require_drawable
+        from st_ar.figures import require_drawable, require_matplotlib
         from st_ar.files import require_absent, require_place
 
         check_json(self.json)
+        check_page(self.page)
+        if self.page:
+            require_matplotlib()
         if self.out:
             require_absent(self.out, "a result")
             require_place(self.out)
