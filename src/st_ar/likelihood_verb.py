@@ -42,6 +42,7 @@ class Likelihood:
         from st_ar.evaluation.subjects import find_subjects
         from st_ar.files import require_absent, require_place, write_json
         from st_ar.hardware import choose_device, describe
+        from st_ar.progress import progress
 
         check_json(self.json)
         if self.out:
@@ -51,7 +52,8 @@ class Likelihood:
         subjects = find_subjects(self.model, self.names, self.weights)
         for subject in subjects:
             subject.check_store(store)
-        losses = {s.name: validation_loss(s.open().to(device), store) for s in subjects}
+        with progress("likelihood", len(store) * len(subjects), unit="images") as bar:
+            losses = {s.name: validation_loss(s.open().to(device), store, advance=bar.advance) for s in subjects}
         if self.json != "-":
             header = ("", "loss (nats per token)", "perplexity")
             print_table(header, [(name, f"{loss:.4f}", f"{math.exp(loss):.2f}") for name, loss in losses.items()])

@@ -27,7 +27,7 @@ PARSED: list[tuple[str, str]] = [
         r"imagenet|vq_ds16_c2i|c2i_B_256|samples-256|my-run|\bvq-16\b",
         "needs ImageNet, published weights or a large tokenizer",
     ),
-    (r"\b(st-ar|llamagen)-(b|xl|xl-t2i)\b", "a model for GPUs"),
+    (r"^st-ar train (st-ar|llamagen)-(b|xl|xl-t2i) ", "a model for GPUs"),
     (r"hub:|push_to_hub", "needs the hub"),
     (r"cifar10", "needs CIFAR-10 and an hour"),
     (r"^st-ar quickstart", "takes minutes; the quickstart has tests of its own"),

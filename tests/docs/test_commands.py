@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -106,9 +107,11 @@ def parse(command: str) -> None:
     elif program == "make":
         subprocess.run(["make", "-n", *rest], cwd=ROOT, check=True, capture_output=True)
     elif program == "tensorboard":
-        from tensorboard import program as tensorboard
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a package inside it
+            from tensorboard import program as tensorboard
 
-        tensorboard.TensorBoard().configure(argv=words)
+            tensorboard.TensorBoard().configure(argv=words)
     elif program == "python" and rest[0] == "-c":
         compile(rest[1], command, "exec")
     else:
