@@ -4,6 +4,8 @@ import base64
 import hashlib
 import io
 import re
+import shutil
+import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -175,3 +177,51 @@ def test_a_page_that_cannot_be_written_is_the_users_to_mend(tmp_path: Path) -> N
     with pytest.raises(UserError, match=r"cannot write .*page\.html"):
         write_report(tmp_path / "page.html", title="New", lead="", sections=[])
     assert list(tmp_path.rglob("*")) == [tmp_path / "page.html"]
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+
+
+def seen_by_a_browser(page: Path, tmp_path: Path) -> str:
+    """The page after its script has run."""
+    assert CHROMIUM is not None
+    options = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom"]
+    done = subprocess.run([CHROMIUM, *options, page.as_uri()], capture_output=True, text=True, check=True, timeout=60)
+    return done.stdout
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="there is no browser here")
+def test_a_browser_lets_the_pages_own_script_run_and_no_other(tmp_path: Path, html: str) -> None:
+    page = tmp_path / "page.html"
+    page.write_text(html.replace("</body>", "<script>document.title = 'foreign'</script></body>"))
+    seen = seen_by_a_browser(page, tmp_path)
+    assert seen.count('title="sort by this column"') == 3
+    assert "<dialog>" in seen
+    assert "<title>AR and ST-AR</title>" in seen
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="there is no browser here")
+def test_a_click_sorts_and_a_click_on_a_picture_shows_it_large(tmp_path: Path) -> None:
+    rows = [["b", "2.5 ± 0.1", "x"], ["a", "-", "y"], ["c", "1,000", ""], ["d", "-3", "z"]]
+    sections = [Section(title="Table", parts=[Table(columns=["", "n", "w"], rows=rows), *SECTIONS[1].parts])]
+    page = tmp_path / "page.html"
+    write_report(page, title="Sorted", lead="", sections=sections)
+    clicks = """<script>
+    const heads = document.querySelectorAll("thead th"), order = [];
+    const names = () => order.push([...document.querySelectorAll("tbody th")].map(cell => cell.textContent).join(""));
+    for (const column of [1, 1, 1, 0]) { heads[column].click(); names(); }
+    const large = [];
+    for (const picture of document.querySelectorAll("figure > svg, .gallery img")) {
+      picture.dispatchEvent(new Event("click"));
+      const dialog = document.querySelector("dialog");
+      large.push(dialog.open + dialog.firstChild.tagName.toLowerCase());
+      dialog.click();
+      large.push(dialog.open);
+    }
+    document.title = order.join(" ") + " " + large.join(" ");
+    </script></body>"""
+    html = re.sub(r'<meta http-equiv="Content-Security-Policy".*', "", page.read_text()).replace("</body>", clicks)
+    page.write_text(html)
+    [title] = re.findall("<title>(.*)</title>", seen_by_a_browser(page, tmp_path))
+    # rising, falling, as it was; then by name. What is no number comes last when numbers rise.
+    assert title == "dbca acbd bacd abcd truesvg false trueimg false trueimg false"

@@ -106,6 +106,7 @@ class Probe:
             store.verify()
         probed: list[Probed] = []
         notes: list[str] = []
+        kept: list[str] = []
         for subject, reading in zip(subjects, readings, strict=True):
             cache = FeatureCache(self.cache or cache_folder() / "features", self.cache_limit * GB, self.cache_dtype)
             results = probe_layers(
@@ -122,13 +123,13 @@ class Probe:
             probed += [Probed(subject=subject, result=result) for result in results]
             found = dict.fromkeys(note for result in results for note in result.notes)
             notes += [f"{subject.name}: {note}" for note in found]
-            notes.append(f"{subject.name}: {describe_cache(cache)}")
+            kept.append(f"{subject.name}: {describe_cache(cache)}")
         first = probed[0].result
         with json_alone(self.json):
             print(f"{NAMES[self.method]}, {first.train_images:,} training and {first.test_images:,} test images")
             if self.json != "-":
                 print_table(*accuracy_table(probed))
-            print("\n" + "\n".join(notes))
+            print("\n" + "\n".join([*notes, *kept]))
         record = describe_probes(probed, *stores, self.train_crops, method, dtype, self.cache_dtype)
         if self.out:
             write_json(self.out, record)

@@ -14,6 +14,8 @@ from st_ar.evaluation.probe_report import Probed, accuracy_figure, accuracy_tabl
 from st_ar.figures import embedded
 from st_ar.report import Chart, Gallery, Section, Table, png_uri, write_report
 
+LONGEST = 200
+"""Characters of a value; lists of labels are longer."""
 SHOWN = 16
 """Samples on the page of an evaluation."""
 
@@ -25,7 +27,8 @@ def facts(record: Mapping[str, Any], before: str = "") -> list[list[str]]:
         if isinstance(value, Mapping):
             rows += facts(value, f"{before}{key}.")
         elif value is not None and value != "" and value != [] and value != {}:
-            rows.append([f"{before}{key}", value if isinstance(value, str) else json.dumps(value)])
+            text = value if isinstance(value, str) else json.dumps(value)
+            rows.append([f"{before}{key}", text if len(text) <= LONGEST else f"{text[:LONGEST]} .."])
     return rows
 
 
