@@ -1,14 +1,16 @@
 """What an installation takes on disk, core and each extra, and how long `st-ar --help` takes to start.
 
-    python benchmarks/install_size.py --extras quickstart data hub metrics tracking --name install-cpu
+    python benchmarks/install_size.py --extras quickstart data hub metrics tracking
 
-installs st-ar from this checkout into an empty environment with constraints.txt and measures there; a package's size is that of the
-files it recorded and of what Python compiled of them. An extra's size is what it adds to the core. torch comes in the build that pip
-finds: a CUDA build is many times as large as a CPU's.
+installs st-ar from this checkout into an empty environment with constraints.txt and measures there; --here measures the environment
+that runs it instead. A package's size is that of the files it recorded, the compiled ones among them if pip compiled them. An extra's
+size is what it adds to the core. torch comes in the build that pip finds: a CUDA build is many times as large as a CPU's. Start-ups
+are measured by the clock and by the processor's time, which a busy machine stretches less.
 """
 
 import argparse
 import json
+import resource
 import subprocess
 import sys
 import tempfile
@@ -70,20 +72,34 @@ def measure(folder: Path, extras: Sequence[str]) -> dict[str, Any]:
     command = [python, "-m", "pip", "install", "--quiet", "-c", ROOT / "constraints.txt", wanted]
     subprocess.run(command, check=True)
     installing = time.perf_counter() - begun
+    return measure_environment(python, folder, extras) | {"seconds_to_install": installing}
+
+
+def measure_environment(python: Path, folder: Path, extras: Sequence[str]) -> dict[str, Any]:
+    """What is installed beside `python`: packages of the core and of each extra, their bytes and versions, and start-ups."""
     told = subprocess.run([python, "-c", INSIDE, *extras], check=True, capture_output=True, text=True, cwd=folder)
-    return json.loads(told.stdout) | {"seconds_to_install": installing, "seconds_to_start": start_ups(python, folder)}
+    clock, processor = start_ups(python, folder)
+    return json.loads(told.stdout) | {"seconds_to_start": clock, "processor_seconds_to_start": processor}
 
 
-def start_ups(python: Path, folder: Path, rounds: int = 11) -> dict[str, list[float]]:
-    """Seconds of each start, in turn, after one that does not count."""
-    seconds: dict[str, list[float]] = {name: [] for name in START_UPS}
+def start_ups(python: Path, folder: Path, rounds: int = 5) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """Seconds of each start by the clock and of the processor, in turn, after one that does not count."""
+    clock: dict[str, list[float]] = {name: [] for name in START_UPS}
+    processor: dict[str, list[float]] = {name: [] for name in START_UPS}
     for round_number in range(rounds + 1):
         for name, arguments in START_UPS.items():
-            begun = time.perf_counter()
+            begun, used = time.perf_counter(), children_time()
             subprocess.run([python, *arguments], check=True, capture_output=True, cwd=folder)
             if round_number:
-                seconds[name].append(time.perf_counter() - begun)
-    return seconds
+                clock[name].append(time.perf_counter() - begun)
+                processor[name].append(children_time() - used)
+    return clock, processor
+
+
+def children_time() -> float:
+    """Processor seconds of all ended child processes."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 def sums(measured: Mapping[str, Any]) -> dict[str, float]:
@@ -104,16 +120,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--extras", nargs="*", default=["quickstart", "data", "hub", "metrics", "tracking"])
     parser.add_argument("--name", default="install-cpu", help="name of the result")
+    parser.add_argument("--here", action="store_true", help="measure the environment that runs this")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        measured = measure(Path(folder) / "venv", options.extras)
-    times = {name: summarise(seconds) for name, seconds in measured["seconds_to_start"].items()}
+        if options.here:
+            measured = measure_environment(Path(sys.executable), Path(folder), options.extras)
+        else:
+            measured = measure(Path(folder) / "venv", options.extras)
+    kinds = ("seconds_to_start", "processor_seconds_to_start")
+    times = {kind: {name: summarise(seconds) for name, seconds in measured[kind].items()} for kind in kinds}
     totals = sums(measured)
     for name, total in totals.items():
         print(f"{name:32}{total:10,.0f} MB")
-    for name, time_taken in times.items():
-        print(f"{name:32}{1000 * time_taken['median']:10,.0f} ms")
-    save(options.name, measured | {"megabytes": totals, "seconds_to_start": times})
+    for name in START_UPS:
+        clock, processor = (1000 * times[kind][name]["median"] for kind in kinds)
+        print(f"{name:32}{clock:10,.0f} ms, of the processor {processor:,.0f}")
+    save(options.name, measured | {"megabytes": totals, **times})
 
 
 if __name__ == "__main__":
