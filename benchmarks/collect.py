@@ -1,4 +1,4 @@
-"""Keep what `st-ar reproduce` has made: its tables and figures, and each run's settings, log and measurements. Small files, to be committed.
+"""Keep what `st-ar reproduce` has made: its tables and figures, and each run's settings, log and measurements. Small files, to commit.
 
     python benchmarks/collect.py reproduced --name reproduced table3 questions
     python benchmarks/collect.py cifar10 --name cifar10 evidence cheaper --runs
@@ -50,7 +50,9 @@ def main() -> None:
                 keep(folder / run / file, out / "runs" / run / file, given.work, given.name)
             for source in sorted(folder.glob(f"{run}*")):
                 rest = source.name.removeprefix(run).removeprefix("-ema")
-                if source.name.endswith(MEASURED) and rest.startswith(("-probe", "-likelihood", "-unguided", "-guided")):
+                if source.name.endswith(MEASURED) and rest.startswith(
+                    ("-probe", "-likelihood", "-unguided", "-guided")
+                ):
                     keep(source, out / "runs" / source.name, given.work, given.name)
 
 
