@@ -25,7 +25,6 @@ START_UPS = {
     "import st_ar": ["-c", "import st_ar"],
     "st-ar --help": ["-m", "st_ar", "--help"],
     "st-ar train st-ar-b --help": ["-m", "st_ar", "train", "st-ar-b", "--help"],
-    "import torch": ["-c", "import torch"],
 }
 INSIDE = """
 import json, sys
