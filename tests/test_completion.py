@@ -54,7 +54,11 @@ def test_bash_completes(words: list[str], wanted: set[str], tmp_path: Path) -> N
 
 @pytest.mark.skipif(shutil.which("fish") is None, reason="there is no fish here")
 @pytest.mark.parametrize(
-    ("words", "wanted"), LINES, ids=lambda value: " ".join(value) if isinstance(value, list) else ""
+    ("words", "wanted"),
+    [
+        line for line in LINES if "--metrics" not in line[0]
+    ],  # fish offers choices for the first word after an option alone
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_fish_completes(words: list[str], wanted: set[str], tmp_path: Path) -> None:
     script = tmp_path / "st-ar.fish"
