@@ -182,13 +182,8 @@ def test_a_page_that_cannot_be_written_is_the_users_to_mend(tmp_path: Path) -> N
 def seen_by_a_browser(page: Path, tmp_path: Path) -> str:
     """The page after its script has run."""
     options = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom"]
-    done = subprocess.run(
-        [find_program("chromium", "google-chrome"), *options, page.as_uri()],
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=60,
-    )
+    command = [find_program("chromium", "google-chrome"), *options, page.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
     return done.stdout
 
 
