@@ -96,14 +96,10 @@ def test_the_smallest_images_are_taken_and_smaller_ones_refused(
         run(torch.zeros(1, 3, 40, least - 1))
 
 
-def test_statistics_of_the_batch_are_never_used(network: EfficientNetLite0) -> None:
-    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
-    whole = PerceptualLoss(network).train()
-    assert not any(module.training for module in network.modules())
+def test_an_image_has_the_same_features_in_every_batch(network: EfficientNetLite0) -> None:
+    network.train()
     one, two = waves().split(1)
-    assert whole(one, two) > 0
     torch.testing.assert_close(torch.cat([network(one).pooled, network(two).pooled]), network(waves()).pooled)
-    assert all(torch.equal(before[name], tensor) for name, tensor in network.state_dict().items())
 
 
 def test_the_loss_is_the_mean_over_stages_of_two_less_two_cosines(

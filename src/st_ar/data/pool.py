@@ -76,8 +76,9 @@ class Decoder:
                 yield chunk, future.result()
         except BrokenProcessPool as error:
             raise UserError(
-                f"one of {self.workers} decoding processes died, perhaps for want of memory: give the same command with "
-                "fewer --workers (0 for none) to go on; finished shards are kept"
+                f"one of {self.workers} decoding processes died, perhaps for want of memory, or in a script without "
+                "`if __name__ == '__main__':`: give the same command with fewer --workers (0 for none) to go on; "
+                "finished shards are kept"
             ) from error
 
 

@@ -4,6 +4,7 @@ The network is tensorflow/tpu's efficientnet/lite: EfficientNet-B0 (arXiv 1905.1
 ReLU6. The weights were trained by TensorFlow and converted: padding and the scale of the input are therefore TensorFlow's.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,6 +22,11 @@ BLOCKS = ((1, 3, 1, 16), (2, 3, 2, 24), (2, 5, 2, 40), (3, 3, 2, 80), (3, 5, 1, 
 """(repeats, kernel size, stride of the first, output channels); all but the first expand their input six times."""
 STAGE_ENDS = (0, 2, 4, 10)
 """The last blocks at strides 2, 4, 8 and 16."""
+
+NORMS = {"conv_stem": "bn0", "expand_conv": "bn0", "depthwise_conv": "bn1", "project_conv": "bn2", "conv_head": "bn1"}
+"""The batch norm behind each convolution, as the file calls them."""
+EPSILON = 1e-3
+"""Of the batch norms."""
 
 
 class Features(NamedTuple):
@@ -44,50 +50,56 @@ class Block(nn.Module):
         self.expands, self.shortcut = expansion > 1, stride == 1 and width_in == width_out
         inside, self.padding = (kernel // 2, None) if stride == 1 else (0, ((kernel - 2) // 2, (kernel - 1) // 2) * 2)
         if self.expands:
-            self.expand_conv, self.bn0 = nn.Conv2d(width_in, width, 1, bias=False), nn.BatchNorm2d(width, eps=1e-3)
-        self.depthwise_conv = nn.Conv2d(width, width, kernel, stride, inside, groups=width, bias=False)
-        self.bn1 = nn.BatchNorm2d(width, eps=1e-3)
-        self.project_conv, self.bn2 = nn.Conv2d(width, width_out, 1, bias=False), nn.BatchNorm2d(width_out, eps=1e-3)
+            self.expand_conv = nn.Conv2d(width_in, width, 1)
+        self.depthwise_conv = nn.Conv2d(width, width, kernel, stride, inside, groups=width)
+        self.project_conv = nn.Conv2d(width, width_out, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.relu6(self.bn0(self.expand_conv(x))) if self.expands else x
+        y = F.relu6(self.expand_conv(x), inplace=True) if self.expands else x
         y = F.pad(y, self.padding) if self.padding else y
-        y = F.relu6(self.bn1(self.depthwise_conv(y)))
-        y = self.bn2(self.project_conv(y))
+        y = self.project_conv(F.relu6(self.depthwise_conv(y), inplace=True))
         return x + y if self.shortcut else y
 
 
 class EfficientNetLite0(nn.Module):
-    """Images float [B, 3, H, W] in [-1, 1] to features. Always in evaluation mode, whatever it is made a part of."""
+    """Images float [B, 3, H, W] in [-1, 1] to features. Its batch norms are part of its convolutions (`fold`)."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.conv_stem, self.bn0 = nn.Conv2d(3, 32, 3, stride=2, bias=False), nn.BatchNorm2d(32, eps=1e-3)
+        self.conv_stem = nn.Conv2d(3, 32, 3, stride=2)
         self.blocks, width = nn.ModuleList(), 32
         for repeats, kernel, first, width_out in BLOCKS:
             for stride in (first, *[1] * (repeats - 1)):
                 expansion = 6 if len(self.blocks) else 1
                 self.blocks.append(Block(width, width_out, expansion=expansion, kernel=kernel, stride=stride))
                 width = width_out
-        self.conv_head, self.bn1 = nn.Conv2d(width, 1280, 1, bias=False), nn.BatchNorm2d(1280, eps=1e-3)
-        self.eval()
-
-    def train(self, mode: bool = True) -> "EfficientNetLite0":  # noqa: ARG002
-        return super().train(False)
+        self.conv_head = nn.Conv2d(width, 1280, 1)
 
     def stages(self, images: Tensor, least: int = 16) -> tuple[Tensor, ...]:
         """`Features.stages` alone: nothing beyond stride 16 is run. UserError: images of fewer than `least` pixels a side."""
         if min(images.shape[2:]) < least:
             raise UserError(f"images of {list(images.shape[2:])} pixels are too small: give {least} a side or more")
         x = (images * 127.5 + 0.5) / 128  # (pixel - 127) / 128
-        x = F.relu6(self.bn0(self.conv_stem(F.pad(x, (0, 1, 0, 1)))))
+        x = F.relu6(self.conv_stem(F.pad(x, (0, 1, 0, 1))), inplace=True)
         outputs = [x := block(x) for block in self.blocks[: STAGE_ENDS[-1] + 1]]
         return tuple(outputs[end] for end in STAGE_ENDS)
 
     def forward(self, images: Tensor) -> Features:
         stages = self.stages(images, least=32)
         x = nn.Sequential(*self.blocks[STAGE_ENDS[-1] + 1 :])(stages[-1])
-        return Features(stages, F.relu6(self.bn1(self.conv_head(x))).mean(dim=(2, 3)))
+        return Features(stages, F.relu6(self.conv_head(x), inplace=True).mean(dim=(2, 3)))
+
+
+def fold(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same weights with each batch norm, which only scales and shifts its convolution's channels here, inside the convolution."""
+    folded: dict[str, Tensor] = {}
+    for name in NORMS:
+        for conv in (key.removesuffix(".weight") for key in tensors if key.endswith(f"{name}.weight")):
+            norm = conv.removesuffix(name) + NORMS[name]
+            scale = tensors[f"{norm}.weight"] / (tensors[f"{norm}.running_var"] + EPSILON).sqrt()
+            folded[f"{conv}.weight"] = tensors[f"{conv}.weight"] * scale[:, None, None, None]
+            folded[f"{conv}.bias"] = tensors[f"{norm}.bias"] - tensors[f"{norm}.running_mean"] * scale
+    return folded
 
 
 def load_efficientnet(device: torch.device | str = "cpu") -> EfficientNetLite0:
@@ -106,7 +118,7 @@ def load_efficientnet(device: torch.device | str = "cpu") -> EfficientNetLite0:
         raise UserError(f"{path} holds other weights than EfficientNet-Lite0's: install its package again")
     kept = {name.replace("._", ".").lstrip("_"): t for name, t in tensors.items() if not name.startswith("_fc.")}
     network = EfficientNetLite0().requires_grad_(False)
-    network.load_state_dict(kept)
+    network.load_state_dict(fold(kept))
     return network.to(device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue] -- torch documents it
 
 
