@@ -168,6 +168,7 @@ class Reconstruct:
         from st_ar.data.tokenize import place_tokenizer
         from st_ar.evaluation.collect import Place
         from st_ar.evaluation.extractors import load_extractor
+        from st_ar.evaluation.generation import format_number
         from st_ar.evaluation.image_sets import open_set
         from st_ar.evaluation.tokenizer_quality import measure_tokenizer
         from st_ar.training.group import in_turn, process_group
@@ -190,7 +191,8 @@ class Reconstruct:
         if ranks.rank == 0:
             keep_json(self.json, result)
             if self.json != "-":
-                print_table(("", "value"), [(label, f"{value:.4f}") for label, value in result["metrics"].items()])
+                rows = [(label, format_number(label, value)) for label, value in result["metrics"].items()]
+                print_table(("", "value"), rows)
                 about, fingerprint = result["images"], result["tokenizer"]["fingerprint"]
                 print(
                     f"\n{about['count']:,} images of {about['name']} ({about['sha256'][:8]}), tokenizer {fingerprint[:12]}"

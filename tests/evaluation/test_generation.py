@@ -20,7 +20,7 @@ from st_ar.evaluation import collect as collect_module
 from st_ar.evaluation import extractors, references
 from st_ar.evaluation.collect import Place, collect, image_digest, resize_as_llamagen
 from st_ar.evaluation.extractors import Extracted, Extractor, load_extractor, resize_bicubic
-from st_ar.evaluation.generation import check_sizes, choose_metrics, evaluate, is_class_sorted, one_line
+from st_ar.evaluation.generation import check_sizes, choose_metrics, evaluate, format_number, is_class_sorted, one_line
 from st_ar.evaluation.image_sets import ImageSet, open_files, open_set, read_array
 from st_ar.evaluation.metrics import frechet_distance, inception_score, mean_and_covariance, precision_recall
 from st_ar.evaluation.references import open_reference, read_meta, write_reference
@@ -607,3 +607,19 @@ def test_a_reference_with_features_of_another_shape_or_type_is_refused(tmp_path:
     np.savez(tmp_path / "r.npz", **(arrays | {"features": features}))
     with refused(tmp_path, r"r\.npz: features are float\d\d \[20.*\], not float32 \[n, 6\]: make it again"):
         open_reference(str(tmp_path / "r.npz"), toy(), ["precision"], Place())
+
+
+@pytest.mark.parametrize(
+    ("label", "value", "shown"),
+    [
+        ("FID", 12.34567, "12.346"),
+        ("KID", 0.0123456, "0.01235"),
+        ("precision (Inception)", 0.65432, "0.6543"),
+        ("PSNR (dB)", 22.8, "22.800"),
+        ("SSIM", 0.73014, "0.7301"),
+        ("codebook usage", 1.0, "1.0000"),
+        ("codebook perplexity", 174.0342, "174.034"),
+    ],
+)
+def test_each_metric_has_the_decimals_that_papers_print(label: str, value: float, shown: str) -> None:
+    assert format_number(label, value) == shown

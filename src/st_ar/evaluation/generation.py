@@ -183,7 +183,7 @@ def describe_samples(metadata: dict[str, Any]) -> list[str]:
 
 def format_number(label: str, value: float) -> str:
     """A metric as tables have it."""
-    if label.startswith(("precision", "recall", "density", "coverage")):
+    if label.startswith(("precision", "recall", "density", "coverage", "SSIM", "codebook usage")):
         return f"{value:.4f}"
     return f"{value:.5f}" if label.startswith(("KID", "KD", "kid")) else f"{value:.3f}"
 
