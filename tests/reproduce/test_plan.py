@@ -154,6 +154,13 @@ def test_the_averaged_weights_are_measured_apart() -> None:
     assert ["--ema" in command for command in sampled] == [False, True]
 
 
+def test_what_reads_images_of_a_small_size_is_told_it() -> None:
+    plan = Plan(EXPERIMENTS["evidence"], SCALES["small"], PHOTOS, WORK)
+    reading = [stage.command for stage in plan.stages if stage.command[0] in ("tokenize", "reference")]
+    assert [command[0] for command in reading] == ["tokenize", "tokenize", "tokenize", "reference"]
+    assert [command[command.index("--size") + 1] for command in reading] == ["32"] * 4
+
+
 def test_one_row_reads_center_crops_alone() -> None:
     plan = Plan(EXPERIMENTS["evidence"], SCALES["small"], PHOTOS, WORK)
     made = next(stage for stage in plan.stages if stage.makes.name == "tokens-centered")

@@ -57,8 +57,8 @@ class Plan:
         self.experiment, self.scale, self.data, self.work, self.compiled = experiment, scale, data, work, compiled
         self._stages: dict[Path, Stage] = {}
         self.tokenizer = data.tokenizer or self._train_tokenizer()
-        self.tokens = self._tokenize("training", data.images, scale.cut)
-        self.test_tokens = self._tokenize("test", data.test_images, (*scale.cut[:2], "--crops", "center"))
+        self.tokens = self._tokenize("training", data.images, scale.crops)
+        self.test_tokens = self._tokenize("test", data.test_images, ("--crops", "center"))
         self.files = {row.label: Files() for row in experiment.rows}
         for row in experiment.rows:
             for seed in seeds:
@@ -94,9 +94,9 @@ class Plan:
         images = ("--images", self.data.images)
         return self._add("tokenizer", out, "train-tokenizer", *self.scale.tokenizer, *images, "--out", str(out))
 
-    def _tokenize(self, kind: str, images: str, cut: Sequence[str]) -> Path:
+    def _tokenize(self, kind: str, images: str, crops: Sequence[str]) -> Path:
         out = self.work / f"tokens-{kind}"
-        what = ("--images", images, "--tokenizer", str(self.tokenizer), *cut, "--out", str(out))
+        what = ("--images", images, "--tokenizer", str(self.tokenizer), *self.scale.size, *crops, "--out", str(out))
         views = 1 if kind == "test" else 10
         disk = 0 if self.scale.image_count is None or kind == "test" else self.scale.image_count * views * 512
         return self._add(f"tokens of the {kind} images", out, "tokenize", *what, disk=disk)
@@ -117,7 +117,7 @@ class Plan:
     def _tokens(self, recipe: Recipe) -> Path:
         if not recipe.centered:
             return self.tokens
-        return self._tokenize("centered", self.data.images, (*self.scale.cut[:2], "--crops", "center-mirror"))
+        return self._tokenize("centered", self.data.images, ("--crops", "center-mirror"))
 
     def _run(self, recipe: Recipe, seed: int) -> Path:
         return self.work / "runs" / f"{run_name(recipe)}-seed{seed}"
@@ -139,9 +139,8 @@ class Plan:
         reference = self.data.reference
         if reference is None:
             made = self.work / f"reference-{scale.extractor}.npz"
-            reference = str(
-                self._add("reference", made, "reference", self.data.test_images, *extractor, "--out", str(made))
-            )
+            images = (self.data.test_images, *scale.size)
+            reference = str(self._add("reference", made, "reference", *images, *extractor, "--out", str(made)))
         samples = run.with_name(f"{_measured(run, weights)}-{'guided' if guided else 'unguided'}.npz")
         how = ("--model", str(run), "--tokenizer", str(self.tokenizer), *scale.samples, "--seed", str(seed))
         how += ("--ema",) if weights == "ema" else ()

@@ -27,8 +27,10 @@ class Scale:
     test_images: str | None
     tokenizer: tuple[str, ...] | None
     """Preset and options of the tokenizer to train; none: one has to be given."""
-    cut: tuple[str, ...] = ()
-    """Options of `st-ar tokenize` for the training images."""
+    size: tuple[str, ...] = ()
+    """Option of `st-ar tokenize` and `st-ar reference` that says how large images are, if not as their source has it."""
+    crops: tuple[str, ...] = ()
+    """Options of `st-ar tokenize` for the training images' crops."""
     samples: tuple[str, ...] = ("--num", "1024")
     """Options of `st-ar sample` that say how many images."""
     extractor: str = "efficientnet"
@@ -98,7 +100,8 @@ SCALES: dict[ScaleName, Scale] = {
         images=None,
         test_images=None,
         tokenizer=("vq-cifar10",),
-        cut=("--size", "32", "--crop-range", "1.125"),
+        size=("--size", "32"),
+        crops=("--crop-range", "1.125"),
         samples=("--num", "10000"),
         sample_count=10_000,
         probe_crops=("--train-crops", "4"),
