@@ -275,6 +275,20 @@ def test_the_run_has_the_settings_given_and_the_presets_rest(line: Line) -> None
     assert weights["output.weight"].abs().max() > 0  # trained: it begins at 0
 
 
+def test_a_run_that_is_validated_says_when_it_was_best(line: Line, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    getting_worse = ["--checkpoint-every", "1", "--optim.lr", "9", "--optim.warmup-steps", "0"]
+    line.do("validated", *line.train_command(run, "--steps", "2", "--validation", line.test, *getting_worse))
+    first, second = line.printed["validated"].splitlines()
+    measured = [json.loads(text) for text in (run / "log.jsonl").read_text().splitlines()]
+    best, last = sorted((e for e in measured if "validation_loss" in e), key=lambda entry: entry["validation_loss"])
+    assert (best["step"], last["step"]) == (1, 2)
+    assert first == f"{run}: trained; weights in {run / 'export'}"
+    assert (
+        second == f"{run / 'best'}: its lowest validation loss, {best['validation_loss']:.4f}, at step {best['step']}"
+    )
+
+
 def test_resuming_a_finished_run_leaves_its_weights(line: Line) -> None:
     before = contents(line.run / "export") | contents(line.run / "checkpoints")
     log = (line.run / "log.jsonl").read_text()

@@ -82,6 +82,16 @@ class Train:
         )
         if os.environ.get("RANK", "0") == "0":
             print(f"{self.out}: trained; weights in {self.out / 'export'}")
+            self._print_best()
+
+    def _print_best(self) -> None:
+        """Say when the averaged weights had the lowest validation loss, and where they are."""
+        from st_ar.files import read_json
+
+        best = self.out / "best"
+        if self.validation is not None and (best / "config.json").exists():
+            info = read_json(best / "config.json", "an export folder")
+            print(f"{best}: its lowest validation loss, {info['validation_loss']:.4f}, at step {info['step']}")
 
 
 def _read_train(arguments: Sequence[str]) -> Callable[[], None]:
