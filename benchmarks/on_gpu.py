@@ -6,9 +6,14 @@ Needs no more than torch, numpy, safetensors, pillow, scikit-learn, scikit-image
 st-ar. Each slice saves its figures as soon as it has them, under the device's name.
 
     check        recorded outputs and CPU results agree on the GPU, in float32 and bfloat16
-    training     AR and ST-AR step time, tokens/s, model FLOP/s, peak memory: B, L, XL in bfloat16, compiled blocks
+    training     AR and ST-AR step time, tokens/s, model FLOP/s, share of the peak, memory and profile: B, L, XL in bfloat16, compiled
+                 blocks, beside LlamaGen's with --llamagen
     sampling     images/s with guidance: B, L, XL, eager and compiled, beside LlamaGen's with --llamagen, and a profile
     tokenizing   images/s of VQ-16's encoder against the plain reading of the architecture
+    vqgan        images/s of training VQ-16, before the adversary and with it
+    features     images/s of Inception's network (random weights) and of the statistics of 50,000 samples
+    cifar10      AR and ST-AR for equal steps on --tokens and --test-tokens, stores of CIFAR-10: losses, probe, seconds a step, and
+                 samples' tokens to decode and evaluate elsewhere; --minutes for each of the two, --seed
     quickstart   the photographs, trained and compared on the GPU
 """
 
@@ -16,25 +21,41 @@ import argparse
 import json
 import statistics
 import sys
+import tempfile
 import time
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from common import RESULTS, save, synchronise, time_in_turn
+from common import RESULTS, save, summarise, synchronise, time_in_turn
 from sampling import bytes_per_image, random_model
 from sampling import measure as measure_sampling
-from st_ar.config import ModelConfig
-from st_ar.hardware import choose_device
+from st_ar import load_model
+from st_ar.config import PLAIN, ModelConfig
+from st_ar.data.store import TokenStore
+from st_ar.evaluation.inception import Inception
+from st_ar.evaluation.likelihood import validation_loss
+from st_ar.evaluation.manifolds import compare
+from st_ar.evaluation.metrics import frechet_distance, mean_and_covariance
+from st_ar.evaluation.probe import probe
+from st_ar.hardware import choose_device, choose_dtype
 from st_ar.model.generate import TokenSampler, generate
 from st_ar.model.transformer import Transformer
 from st_ar.presets import get_preset
 from st_ar.sample_config import SampleSettings
-from st_ar.vq_config import VQ_16, VQConfig
+from st_ar.tokenizer.train import Training as VQTraining
+from st_ar.training.loop import train
+from st_ar.training.run import seconds_per_step
+from st_ar.vq_config import VQ_16, VQ_PRESETS, VQConfig
 from tokenizing import measure_encoding, random_tokenizer
-from training import measure
+from training import measure, our_step
+
+CENTRE = 4
+"""The crop that probes read."""
 
 
 def check(device: torch.device, small: bool) -> dict[str, Any]:
@@ -68,12 +89,15 @@ def check(device: torch.device, small: bool) -> dict[str, Any]:
     return found
 
 
-def training(device: torch.device, small: bool) -> dict[str, Any]:
+def training(device: torch.device, small: bool, llamagen: Path | None) -> dict[str, Any]:
     """Step times at 64 sequences of 256 tokens (XL: 32)."""
     if small:
-        return {"photos": measure("photos", 8, 3, device, torch.bfloat16, False)}
+        return {"photos": measure("photos", 8, 3, device, torch.bfloat16, False, llamagen, True)}
     sizes = {"b": 64, "l": 64, "xl": 32}
-    return {preset: measure(preset, count, 20, device, torch.bfloat16, True) for preset, count in sizes.items()}
+    return {
+        preset: measure(preset, count, 20, device, torch.bfloat16, True, llamagen, True)
+        for preset, count in sizes.items()
+    }
 
 
 def bandwidth(device: torch.device, small: bool) -> float:
@@ -129,8 +153,6 @@ def profile(device: torch.device, preset: str, batch: int, *, compiled: bool) ->
 
 def photographs(_device: torch.device, small: bool) -> dict[str, Any]:
     """The quickstart's summary."""
-    import tempfile
-
     from st_ar.quickstart import quickstart
 
     with tempfile.TemporaryDirectory() as folder:
@@ -151,11 +173,100 @@ def tokenizing(device: torch.device, small: bool) -> dict[str, Any]:
     }
 
 
+def vqgan(device: torch.device, small: bool) -> dict[str, Any]:
+    """Images/s of a training step of VQ-16 at 256 px in bfloat16, without the perceptual loss, whose weights are a package of their own."""
+    preset = replace(VQ_PRESETS["vq-cifar10" if small else "vq-16"](), perceptual_weight=0.0, dtype="bfloat16")
+    count, side = (4, 32) if small else (16, 256)
+    found: dict[str, Any] = {"images a step": count}
+    for name, start in (("without the adversary", 10**9), ("with the adversary", 0)):
+        training = VQTraining(replace(preset, adversary=replace(preset.adversary, start=start)), device)
+        images = torch.rand(count, 3, side, side, device=device) * 2 - 1
+        images = images.contiguous(memory_format=training.layout)
+        step = iter(range(1, 10**6))
+        action = partial(lambda t, x, n: t.step(x, next(n), 1e-4), training, images, step)
+        taken = summarise(time_in_turn({"step": action}, rounds=10, warmup=3, device=device)["step"])
+        found[name] = {"seconds": taken, "images_per_second": count / taken["median"]}
+    return found
+
+
+def features(device: torch.device, small: bool) -> dict[str, Any]:
+    """Images/s of Inception's network in float32 at 299 px, and the seconds of FID's and precision's statistics over its features."""
+    count, samples = (2, 200) if small else (64, 50_000)
+    network = Inception().to(device).eval()
+    images = torch.randint(256, (count, 3, 256, 256), dtype=torch.uint8, device=device)
+    with torch.no_grad():
+        taken = time_in_turn({"network": lambda: network(images)}, rounds=5, warmup=2, device=device)["network"]
+    found: dict[str, Any] = {"Inception, images/s": count / summarise(taken)["median"]}
+    generator = torch.Generator(device).manual_seed(0)
+    sets = [torch.randn(n, 2048, generator=generator, device=device).abs() for n in (samples, max(100, samples // 5))]
+    begun = time.perf_counter()
+    moments = [mean_and_covariance(each.double().cpu().numpy()) for each in sets]
+    frechet_distance(*moments[0], *moments[1])
+    found["FID from features, s"] = time.perf_counter() - begun
+    begun = time.perf_counter()
+    compare(sets[1], sets[0], k=3)
+    synchronise(device)
+    found["precision and recall, s"] = time.perf_counter() - begun
+    return found
+
+
+def cifar10(
+    device: torch.device,
+    small: bool,
+    tokens: Path | None,
+    test_tokens: Path | None,
+    minutes: float,
+    seed: int,
+    out: Path,
+) -> dict[str, Any]:
+    """The augmentation-only control and ST-AR, B's network on 8 x 8 tokens, as many steps of 256 images as `minutes` allow ST-AR."""
+    if tokens is None or test_tokens is None:
+        sys.exit("the slice cifar10 needs --tokens and --test-tokens")
+    store, test_store = TokenStore(tokens), TokenStore(test_tokens)
+    guided = replace(get_preset("st-ar-cifar10"), seed=seed, compile=device.type == "cuda", log_every=100)
+    if not small:
+        guided = replace(guided, model=replace(guided.model, dim=768, n_layers=12, n_heads=12), batch_size=256)
+    guided = replace(
+        guided, optim=replace(guided.optim, lr=4e-4 if not small else 1e-3, warmup_steps=10 if small else 500)
+    )
+    step = our_step(guided, device, choose_dtype("auto", device))
+    pace = summarise(time_in_turn({"step": step}, rounds=3 if small else 20, warmup=5, device=device)["step"])["median"]
+    del step
+    steps = max(20, round(60 * minutes / pace / 10) * 10)
+    found: dict[str, Any] = {"steps": steps, "seed": seed}
+    for name, config in (("control", replace(guided, selfguided=PLAIN)), ("ST-AR", guided)):
+        with tempfile.TemporaryDirectory() as folder:
+            run = train(replace(config, steps=steps, checkpoint_every=steps), tokens, Path(folder) / "run")
+            result: dict[str, Any] = {"seconds_per_step": seconds_per_step(run)}
+            for weights in ("live", "EMA"):
+                model = load_model(run, ema=weights == "EMA").to(device)
+                labels = torch.arange(100 if small else 10_000, device=device) % model.config.num_classes
+                drawn = [generate(model, part, seed=seed, images=part_of) for part, part_of in _parts(labels, 1000)]
+                np.save(
+                    out / f"cifar10-{name}-{weights}-seed{seed}.npy", torch.cat(drawn).cpu().numpy().astype(np.uint16)
+                )
+                result[weights] = {
+                    "validation loss": validation_loss(model, test_store),
+                    "probe": probe(model, store, test_store, train_crops=[CENTRE]).top1,
+                }
+            found[name] = result
+    return found
+
+
+def _parts(labels: torch.Tensor, size: int) -> list[tuple[torch.Tensor, np.ndarray]]:
+    """Labels, so many at a time, with the numbers of their images."""
+    numbers = np.arange(len(labels))
+    return [(labels[i : i + size], numbers[i : i + size]) for i in range(0, len(labels), size)]
+
+
 SLICES = {
     "check": check,
     "training": training,
     "sampling": sampling,
     "tokenizing": tokenizing,
+    "vqgan": vqgan,
+    "features": features,
+    "cifar10": cifar10,
     "quickstart": photographs,
 }
 
@@ -165,7 +276,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("slices", nargs="+", choices=list(SLICES))
     parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument("--llamagen", type=Path, help="a checkout of LlamaGen, to sample with beside ours")
+    parser.add_argument("--llamagen", type=Path, help="a checkout of LlamaGen, to train and sample with beside ours")
+    parser.add_argument("--tokens", type=Path, help="token store of CIFAR-10's training images")
+    parser.add_argument("--test-tokens", type=Path, help="token store of its test images")
+    parser.add_argument("--minutes", type=float, default=3.5, help="training of each method in the slice cifar10")
+    parser.add_argument("--seed", type=int, default=0, help="of the slice cifar10")
     parser.add_argument(
         "--small", action="store_true", help="tiny sizes on whatever is here, to see that the script works"
     )
@@ -176,8 +291,18 @@ def main() -> None:
     name = "small" if given.small else torch.cuda.get_device_name().lower().replace(" ", "-")
     for part in given.slices:
         begun = time.perf_counter()
-        extra = {"llamagen": given.llamagen} if part == "sampling" else {}
-        results = SLICES[part](device, given.small, **extra)
+        stores = {
+            "tokens": given.tokens,
+            "test_tokens": given.test_tokens,
+            "minutes": given.minutes,
+            "seed": given.seed,
+        }
+        extra = {
+            "training": {"llamagen": given.llamagen},
+            "sampling": {"llamagen": given.llamagen},
+            "cifar10": stores | {"out": given.out},
+        }
+        results = SLICES[part](device, given.small, **extra.get(part, {}))
         print(json.dumps(results, indent=1)[:3000])
         save(f"{name}-{part}", results, given.out)
         print(f"{part}: {time.perf_counter() - begun:.0f} s")

@@ -1,86 +1,234 @@
-"""Step time of ST-AR over AR at equal tokens, beside the limit that the FLOPs set.
+"""Step time of AR and ST-AR at equal tokens, beside the limit that the FLOPs set and, from a checkout, LlamaGen's own step.
 
-    python benchmarks/training.py                       the photographs' preset, and B at 4 x 256 tokens
-    python benchmarks/training.py --presets b l xl --sequences 64 --compile --name training-h100
+    python benchmarks/training.py --llamagen PATH       the photographs' preset, and B at 4 x 256 tokens
+    python benchmarks/training.py --presets b l xl --sequences 64 --compile --llamagen PATH --name training-h100
 
-Both train on the same batches, in turn, each as its run would: forward, backward, clipping, AdamW, EMA.
+All train on the same batches, in turn, each as its run would: forward, backward, clipping, AdamW, EMA. LlamaGen's is its own
+`Transformer` and `update_ema` with the step that its train_c2i.py takes, compiled as a whole with --compile as it is there; our
+blocks are compiled one by one. Shares of the peak are of the data sheet's on a GPU that is known, else of what a large matrix
+product reaches here. Memory is the peak of a process of its own for each method, over what it held before it built anything.
 """
 
 import argparse
+import importlib
+import json
+import subprocess
+import sys
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
-from common import flop_limit, ratio, save, summarise, time_in_turn
+from common import flop_limit, ratio, save, summarise, synchronise, time_in_turn
 from st_ar.config import PLAIN, TrainConfig
-from st_ar.cost import flops_per_token
-from st_ar.hardware import choose_device, choose_dtype
+from st_ar.cost import training_flops_per_token
+from st_ar.hardware import choose_device, choose_dtype, keep_freed_memory, peak_flops
 from st_ar.model.transformer import Transformer
 from st_ar.presets import get_preset
 from st_ar.selfguided.objective import SelfGuided, draw
 from st_ar.selfguided.teacher import Teacher
 from st_ar.training.loop import backward
-from st_ar.training.optim import adamw
+from st_ar.training.optim import adamw, clip_gradients
+from st_ar.training.parallel import spread
+
+Step = Callable[[], object]
 
 
-def make_step(config: TrainConfig, device: torch.device, dtype: torch.dtype, compiled: bool) -> Callable[[], None]:
+def configure(preset: str, method: str, sequences: int | None, compiled: bool) -> TrainConfig:
+    """A method's settings; LlamaGen's are AR's."""
+    guided = replace(get_preset(f"st-ar-{preset}"), compile=compiled)
+    if sequences is not None:
+        guided = replace(guided, batch_size=sequences // guided.views)
+    return guided if method == "ST-AR" else replace(guided, selfguided=PLAIN)
+
+
+def our_step(config: TrainConfig, device: torch.device, dtype: torch.dtype) -> Step:
     """One optimizer step on the same random batch, drawn as in training."""
-    torch.manual_seed(0)
-    model = Transformer(config.model).to(device)
+    model = Transformer(config.model)
     teacher = Teacher(model, config.selfguided)
-    student = SelfGuided(model, config.selfguided).to(device).train()
+    student = SelfGuided(model, config.selfguided).train()
+    called = spread(student, teacher, config, "none", device, dtype)
     optimizer = adamw(student, config.optim)
-    shape = (config.batch_size, config.views, config.model.sequence_length)
-    tokens = torch.randint(config.model.vocab_size, shape, device=device)
-    labels = torch.randint(config.model.num_classes, shape[:1], device=device)
-    if compiled:
-        for block in [*model.layers, *teacher.model.layers]:
-            block.compile()
+    tokens, labels = batch(config, device)
     count = 0
 
     def step() -> None:
         nonlocal count
         count += 1
-        draws = draw(config.selfguided, config.model, images=shape[0], views=shape[1], seed=0, step=count)
-        backward(student, teacher, tokens, labels, draws, 1, dtype)
-        torch.nn.utils.clip_grad_norm_(student.parameters(), config.optim.grad_clip)
+        draws = draw(config.selfguided, config.model, images=len(tokens), views=config.views, seed=0, step=count)
+        backward(called, teacher, tokens, labels, draws, 1, dtype)
+        clip_gradients(student.parameters(), config.optim.grad_clip)
         optimizer.step()
-        optimizer.zero_grad()
         teacher.update(model, count)
+        optimizer.zero_grad()
 
     return step
 
 
+def their_step(path: Path, config: TrainConfig, device: torch.device, dtype: torch.dtype) -> Step:
+    """The same with LlamaGen's model, loss and average, in the order of its train_c2i.py."""
+    if str(path) not in sys.path:
+        sys.path.insert(0, str(path))
+    gpt = importlib.import_module("autoregressive.models.gpt")
+    update_ema = importlib.import_module("utils.ema").update_ema
+    c = config.model
+    model: nn.Module = gpt.Transformer(
+        gpt.ModelArgs(
+            dim=c.dim,
+            n_layer=c.n_layers,
+            n_head=c.n_heads,
+            vocab_size=c.vocab_size,
+            block_size=c.sequence_length,
+            num_classes=c.num_classes,
+            class_dropout_prob=config.class_dropout,
+            token_dropout_p=c.token_dropout,
+            resid_dropout_p=c.residual_dropout,
+            ffn_dropout_p=c.ffn_dropout,
+        )
+    ).to(device)
+    average = deepcopy(model).eval().requires_grad_(False)
+    called: Any = torch.compile(model) if config.compile else model
+    called.train()
+    optimizer = adamw(model, config.optim)
+    tokens, labels = batch(config, device)
+    tokens, labels = tokens.flatten(0, 1), labels.repeat_interleave(config.views)
+
+    def step() -> None:
+        with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+            _, loss = called(cond_idx=labels, idx=tokens[:, :-1], targets=tokens)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), config.optim.grad_clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        update_ema(average, model)
+        loss.item()  # as it does for its log, in every step
+
+    return step
+
+
+def batch(config: TrainConfig, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Random tokens [B, M, T] and labels [B], the same for every method."""
+    torch.manual_seed(0)
+    tokens = torch.randint(config.model.vocab_size, (config.batch_size, config.views, config.model.sequence_length))
+    return tokens.to(device), torch.randint(config.model.num_classes, (config.batch_size,)).to(device)
+
+
+def make_step(
+    method: str, config: TrainConfig, llamagen: Path | None, device: torch.device, dtype: torch.dtype
+) -> Step:
+    """The step of AR, ST-AR or LlamaGen."""
+    torch.manual_seed(0)
+    if method == "LlamaGen":
+        assert llamagen is not None
+        return their_step(llamagen, config, device, dtype)
+    return our_step(config, device, dtype)
+
+
+def peak_memory(step: Callable[[], Step], device: torch.device) -> float:
+    """GiB that three steps have held at most, everything built included."""
+    before = most_held()
+    action = step()
+    for _ in range(3):
+        action()
+    return (torch.cuda.max_memory_allocated() if device.type == "cuda" else most_held() - before) / 2**30
+
+
+def most_held() -> float:
+    """The most bytes of memory that this process has had so far (Linux)."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * float(status.split("VmHWM:")[1].split()[0])
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype, size: int = 4096) -> float:
+    """FLOP/s of a large matrix product."""
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    times = time_in_turn({"product": lambda: a @ b}, rounds=5, warmup=2, device=device)["product"]
+    return 2 * size**3 / summarise(times)["median"]
+
+
+def profile(step: Step, device: torch.device, top: int = 12) -> list[dict[str, Any]]:
+    """What a step's time goes to, most first: an operation's own time, without those it calls."""
+    with torch.profiler.profile() as profiler:
+        for _ in range(3):
+            step()
+        synchronise(device)
+    on_gpu = device.type == "cuda"
+    times = {
+        event.key[:100]: (event.self_device_time_total if on_gpu else event.self_cpu_time_total)
+        for event in profiler.key_averages()
+    }
+    whole = sum(times.values())
+    shares = sorted(((name, taken / whole) for name, taken in times.items()), key=lambda each: -each[1])
+    return [{"operation": name, "share": share} for name, share in shares[:top]]
+
+
 def measure(
-    preset: str, sequences: int | None, rounds: int, device: torch.device, dtype: torch.dtype, compiled: bool
+    preset: str,
+    sequences: int | None,
+    rounds: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    compiled: bool,
+    llamagen: Path | None = None,
+    profiled: bool = False,
 ) -> dict[str, Any]:
-    """AR against ST-AR for one preset."""
-    guided = get_preset(f"st-ar-{preset}")
-    if sequences is not None:
-        guided = replace(guided, batch_size=sequences // guided.views)
-    plain = replace(guided, selfguided=PLAIN)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    steps = {name: make_step(config, device, dtype, compiled) for name, config in (("AR", plain), ("ST-AR", guided))}
+    """Every method for one preset, and how they compare, round by round."""
+    methods = ["AR", "ST-AR", *(["LlamaGen"] if llamagen else [])]
+    configs = {method: configure(preset, method, sequences, compiled) for method in methods}
+    steps = {method: make_step(method, config, llamagen, device, dtype) for method, config in configs.items()}
     times = time_in_turn(steps, rounds=rounds, warmup=3, device=device)
+    guided = configs["ST-AR"]
     tokens = guided.batch_size * guided.views * guided.model.sequence_length
-    body, head = flops_per_token(guided.model)
-    found = {
+    peak = peak_flops(device, dtype) or matmul_rate(device, dtype)
+    found: dict[str, Any] = {
         "tokens_per_step": tokens,
         "dtype": str(dtype).removeprefix("torch."),
         "compiled": compiled,
-        "AR": summarise(times["AR"]),
-        "ST-AR": summarise(times["ST-AR"]),
         "ratio": ratio(times["ST-AR"], times["AR"]),
         "flop_limit": flop_limit(guided.model),
-        "tokens_per_second": {name: tokens / summarise(values)["median"] for name, values in times.items()},
-        "flop_per_second_AR": 3 * (body + head) * tokens / summarise(times["AR"])["median"],
+        "peak_flop_per_second": peak,
     }
+    if llamagen:
+        found["LlamaGen over AR"] = ratio(times["LlamaGen"], times["AR"])
+    for method, config in configs.items():
+        taken = summarise(times[method])
+        flops = tokens * training_flops_per_token(config) / taken["median"]
+        found[method] = {
+            "seconds": taken,
+            "tokens_per_second": tokens / taken["median"],
+            "flop_per_second": flops,
+            "share_of_peak": flops / peak,
+        }
+        if profiled:
+            found[method]["profile"] = profile(steps[method], device)
+    steps.clear()
     if device.type == "cuda":
-        found["peak_gib_of_both"] = torch.cuda.max_memory_allocated() / 2**30
+        torch.cuda.empty_cache()
+    for method in methods:
+        found[method]["peak_gib"] = memory_of(method, preset, sequences, dtype, compiled, llamagen)
     return found
+
+
+def memory_of(
+    method: str, preset: str, sequences: int | None, dtype: torch.dtype, compiled: bool, llamagen: Path | None
+) -> float:
+    """`peak_memory` in a process of its own."""
+    told = {"method": method, "preset": preset, "sequences": sequences, "compiled": compiled}
+    told |= {"dtype": str(dtype).removeprefix("torch."), "llamagen": None if llamagen is None else str(llamagen)}
+    command = [sys.executable, __file__, "--memory-of", json.dumps(told)]
+    return float(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()[-1])
+
+
+def tell_memory(told: dict[str, Any]) -> None:
+    """What `memory_of` asks for."""
+    device, dtype = choose_device("auto"), getattr(torch, told["dtype"])
+    config = configure(told["preset"], told["method"], told["sequences"], told["compiled"])
+    llamagen = None if told["llamagen"] is None else Path(told["llamagen"])
+    print(peak_memory(lambda: make_step(told["method"], config, llamagen, device, dtype), device))
 
 
 def main() -> None:
@@ -88,24 +236,49 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--presets", nargs="+", default=["photos", "b"])
     parser.add_argument(
-        "--sequences", type=int, help="sequences a step; by default photos' own 128, and 4 for the others"
+        "--sequences", type=int, help="sequences a step; by default a small preset's own 128, and 4 for the others"
     )
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--llamagen", type=Path, help="a checkout of LlamaGen, to train beside ours")
+    parser.add_argument("--keep-freed", action=argparse.BooleanOptionalAction, default=True, help="as runs on a CPU do")
+    parser.add_argument("--profile", action="store_true", help="also what each step's time goes to")
     parser.add_argument("--name", default="training-cpu")
+    parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     given = parser.parse_args()
+    if given.memory_of is not None:
+        tell_memory(json.loads(given.memory_of))
+        return
     device = choose_device("auto")
     dtype = choose_dtype("auto", device)
+    if given.keep_freed:
+        keep_freed_memory()
     results: dict[str, Any] = {}
-    print(f"{'preset':10}{'AR s/step':>12}{'ST-AR s/step':>14}{'ratio':>8}{'quartiles':>16}{'FLOP limit':>12}")
     for preset in given.presets:
-        sequences = given.sequences or (None if preset == "photos" else 4)
-        r = results[preset] = measure(preset, sequences, given.rounds, device, dtype, given.compile)
-        spread = f"{r['ratio']['quartile_low']:.3f}-{r['ratio']['quartile_high']:.3f}"
-        print(
-            f"{preset:10}{r['AR']['median']:12.3f}{r['ST-AR']['median']:14.3f}{r['ratio']['median']:8.3f}{spread:>16}{r['flop_limit']:12.3f}"
-        )
+        small = get_preset(f"llamagen-{preset}").model.sequence_length < 256
+        sequences = given.sequences or (None if small else 4)
+        found = measure(preset, sequences, given.rounds, device, dtype, given.compile, given.llamagen, given.profile)
+        results[preset] = found
+        show(preset, found)
     save(given.name, results)
+
+
+def show(preset: str, found: dict[str, Any]) -> None:
+    """One preset's numbers."""
+    print(f"{preset}, {found['tokens_per_step']:,} tokens a step, {found['dtype']}")
+    for method in ("AR", "ST-AR", "LlamaGen"):
+        if method in found:
+            one = found[method]
+            print(
+                f"  {method:10}{one['seconds']['median']:9.4f} s{one['tokens_per_second']:12,.0f} tokens/s"
+                f"{100 * one['share_of_peak']:7.1f} % of peak{one['peak_gib']:8.2f} GiB"
+            )
+            for row in one.get("profile", []):
+                print(f"      {100 * row['share']:5.1f} %  {row['operation']}")
+    for name, each in (("ST-AR over AR", found["ratio"]), ("LlamaGen over AR", found.get("LlamaGen over AR"))):
+        if each:
+            print(f"  {name}: {each['median']:.3f} ({each['quartile_low']:.3f} to {each['quartile_high']:.3f})")
+    print(f"  limit of ST-AR over AR by FLOPs: {found['flop_limit']:.3f}")
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ BATCH = 2
 INSTANTS = {
     "samples.npz": [
         "part-000000.npy",
+        "part-000000.sha256",
         "part-000002.npy",
         "samples.npz.preview.png",
         "samples.npz",

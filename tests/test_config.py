@@ -134,6 +134,12 @@ OUT_OF_RANGE: list[tuple[type, dict[str, Any], str]] = [
     (SelfGuidedConfig, {"beta": -0.5}, "beta"),
     (SelfGuidedConfig, {"beta": math.inf}, "beta"),
     (SelfGuidedConfig, {"temperature": 0.0}, "temperature"),
+    (SelfGuidedConfig, {"masked_share": -0.1}, "masked_share"),
+    (SelfGuidedConfig, {"masked_share": 1.1}, "masked_share"),
+    (SelfGuidedConfig, {"first_position": -1}, "first_position"),
+    (SelfGuidedConfig, {"every": 0}, "every"),
+    (SelfGuidedConfig, {"until": -0.1}, "until"),
+    (SelfGuidedConfig, {"until": 1.1}, "until"),
     (SelfGuidedConfig, {"positions": 0}, "positions"),
     (SelfGuidedConfig, {"projector_depth": 0}, "projector_depth"),
     (SelfGuidedConfig, {"projector_hidden": 0}, "projector_hidden"),
@@ -259,6 +265,16 @@ def test_more_positions_than_tokens_are_refused() -> None:
     build(TrainConfig, selfguided=SelfGuidedConfig(positions=9), views=2)
     with pytest.raises(UserError, match=r"--selfguided.positions 10 is more than the 9 tokens"):
         build(TrainConfig, selfguided=SelfGuidedConfig(positions=10), views=2)
+    build(TrainConfig, selfguided=SelfGuidedConfig(positions=4, first_position=5), views=2)
+    with pytest.raises(UserError, match=r"positions 5 is more than the 4 tokens .*first-position 5"):
+        build(TrainConfig, selfguided=SelfGuidedConfig(positions=5, first_position=5), views=2)
+
+
+def test_steps_with_self_guidance_are_counted_from_the_first() -> None:
+    guided = SelfGuidedConfig(every=3, until=0.7)
+    assert [step for step in range(1, 13) if guided.guides(step, 12)] == [1, 4, 7]
+    assert all(SelfGuidedConfig().guides(step, 5) for step in range(1, 6))
+    assert not any(SelfGuidedConfig(until=0.0).guides(step, 5) for step in range(1, 6))
 
 
 def test_steps_and_epochs_exclude_one_another() -> None:

@@ -42,6 +42,14 @@ def words(svg: str) -> list[str]:
     return [(element.text or "").strip() for element in ElementTree.fromstring(svg).iter(f"{SVG}text")]
 
 
+def test_no_two_of_many_curves_look_alike() -> None:
+    curves = {f"method {number}": ([0.0, 1.0], [number, number + 1.0]) for number in range(3 * len(COLOURS))}
+    drawing = line_chart(curves, name="many", x="step", y="loss")
+    lines = drawing.figure.axes[0].get_lines()
+    looks = {(line.get_color(), str(line.get_marker()), line.get_linestyle()) for line in lines}
+    assert len(looks) == len(lines) == 3 * len(COLOURS)
+
+
 @pytest.mark.parametrize("draw", [chart, maps_drawn])
 def test_a_figure_is_xml_that_takes_the_pages_text_colour(draw: Callable[[], str]) -> None:
     svg = draw()

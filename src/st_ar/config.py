@@ -129,6 +129,8 @@ class SelfGuidedConfig:
     """Share r of each sequence's image-token keys that the student's attention may not see (Eq. 3)."""
     mask_own_position: bool = True
     """Whether a masked token is also hidden from its own query (Eq. 3 read literally)."""
+    masked_share: float = 1.0
+    """Share of a step's sequences whose keys are masked; the others see all that is before them."""
     alpha: float = 1.0
     """Weight of the masked image modelling loss (Eq. 8)."""
     beta: float = 0.5
@@ -139,6 +141,8 @@ class SelfGuidedConfig:
     """Whether the inter-view contrastive loss (Eq. 7) takes part; off for the rows of Table 3 without it."""
     positions: int = 4
     """Positions K drawn per step, shared by the batch (Eq. 5)."""
+    first_position: int = 0
+    """Positions are drawn from this one on, 0 being the first: what has read little has little to compare."""
     contrast_layer: int | None = None
     """Layer whose features the contrastive losses compare, counted from 1; half the depth if not given."""
     temperature: float = 0.2
@@ -153,6 +157,10 @@ class SelfGuidedConfig:
     """Hidden width of the projector f."""
     mim_features: Literal["before_norm", "after_norm"] = "before_norm"
     """Whether Eq. 4 compares the last layer's output before or after the final norm."""
+    every: int = 1
+    """Optimizer steps from one with self-guidance to the next; those between are plain, without mask and teacher."""
+    until: float = 1.0
+    """Share of the run that self-guidance lasts; the steps after it are plain."""
     ema_decay: float = 0.9999
     """Decay of the teacher, an exponential moving average of the student."""
     ema_warmup: bool = True
@@ -164,6 +172,10 @@ class SelfGuidedConfig:
         for name in ("alpha", "beta"):
             value = getattr(self, name)
             require(0 <= value < float("inf"), f"--selfguided.{name} must be 0 or more, not {value}")
+        require(0 <= self.masked_share <= 1, f"--selfguided.masked-share must lie in [0, 1], not {self.masked_share}")
+        require(0 <= self.until <= 1, f"--selfguided.until must lie in [0, 1], not {self.until}")
+        require(self.every >= 1, f"--selfguided.every must be at least 1, not {self.every}")
+        require(self.first_position >= 0, f"--selfguided.first-position must be 0 or more, not {self.first_position}")
         require(self.temperature > 0, f"--selfguided.temperature must be above 0, not {self.temperature}")
         require(self.positions >= 1, f"--selfguided.positions must be at least 1, not {self.positions}")
         require(
@@ -192,6 +204,10 @@ class SelfGuidedConfig:
     def needs_teacher(self) -> bool:
         """Whether a training step needs the teacher's features."""
         return self.alpha > 0 or self.contrast
+
+    def guides(self, step: int, total: int) -> bool:
+        """Whether optimizer step `step` of `total`, counted from 1, is one with self-guidance."""
+        return (step - 1) % self.every == 0 and step <= self.until * total
 
     def layer(self, n_layers: int) -> int:
         """The contrast layer for a network of this depth."""
@@ -258,8 +274,9 @@ class TrainConfig(RunConfig):
             f"--selfguided.contrast-layer {guided.contrast_layer} is not a layer of a network of {depth}: give 1 to {depth}",
         )
         require(
-            guided.positions <= self.model.sequence_length,
-            f"--selfguided.positions {guided.positions} is more than the {self.model.sequence_length} tokens of an image",
+            guided.first_position + guided.positions <= self.model.sequence_length,
+            f"--selfguided.positions {guided.positions} is more than the {self.model.sequence_length - guided.first_position} tokens "
+            f"of an image from --selfguided.first-position {guided.first_position} on",
         )
         require(
             not (guided.contrast and guided.view_loss and self.views < 2),

@@ -11,9 +11,14 @@ def flops_per_token(config: ModelConfig) -> tuple[float, float]:
 
 
 def training_flops_per_token(config: TrainConfig) -> float:
-    """Three passes of everything, and the teacher's over the blocks; what activation checkpointing repeats is not counted."""
+    """Three passes of everything, and the teacher's over the blocks up to the last that it is asked for, in the steps that have one.
+
+    What activation checkpointing repeats is not counted, nor the projector and the losses.
+    """
     body, head = flops_per_token(config.model)
-    return 3 * (body + head) + (body if config.selfguided.needs_teacher else 0)
+    guided, depth = config.selfguided, config.model.n_layers
+    layers = depth if guided.alpha > 0 else guided.layer(depth) if guided.contrast else 0
+    return 3 * (body + head) + body * layers / depth * guided.until / guided.every
 
 
 def training_flops(config: TrainConfig, images: int) -> float:

@@ -104,15 +104,15 @@ class Tokenize:
     """The tokenizer's folder, or a .pt file of LlamaGen's."""
     out: Path
     """Folder to write the store to."""
-    crops: Literal["center", "ten"] = "ten"
-    """The centre alone, or corners and centre of the image and of its mirror image."""
+    crops: Literal["center", "center-mirror", "ten"] = "ten"
+    """The centre alone, of the image or also of its mirror image; or corners and centre of both."""
     size: int | None = None
     """Side of a crop in pixels; by default 32 for photos and digits, 256 for others."""
     crop_range: float | None = None
     """Short side before cropping as a multiple of the crop's; by default 1.125 for photos and digits, for others 1.1 for
     ten crops and 1.0 for the centre."""
     mirror: bool = True
-    """Whether ten crops include the mirror image's. Mirrored digits are never taken."""
+    """Whether mirror images are taken at all. Those of digits never are."""
     workers: int | None = None
     """Processes that decode images, 0 for none; by default one for each core, at most 8, and none below 10,000 images."""
     batch_size: int = 256

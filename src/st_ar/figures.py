@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 """Okabe and Ito's palette, in the order of use: telling apart needs no red-green vision."""
 MARKERS = ("o", "s", "^", "D", "v", "P")
+DASHES = ("-", "--", ":")
 _INK = "#010203"  # stands for the page's text colour until the SVG is written; on the white of a PNG it stays
 _OWN_COLOURS = (
     "svg{color:#1b1f24;background:#fff}@media(prefers-color-scheme:dark){svg{color:#e6e9ee;background:#14171b}}"
@@ -137,11 +138,12 @@ def line_chart(
         figure = Figure(figsize=(6.2, 3.6))
         axes = figure.subplots()
         for index, (label, (xs, ys)) in enumerate(series.items()):
-            marker = MARKERS[index % len(MARKERS)] if markers else None
-            axes.plot(xs, ys, label=label, color=COLOURS[index % len(COLOURS)], marker=marker, markersize=6)
+            turn, place = divmod(index, len(COLOURS))
+            marker, dashes = MARKERS[place] if markers else None, DASHES[turn % len(DASHES)]
+            axes.plot(xs, ys, label=label, color=COLOURS[place], marker=marker, markersize=6, linestyle=dashes)
             if spread and label in spread:
                 low, high = (np.add(ys, np.multiply(sign, spread[label])) for sign in (-1, 1))
-                axes.fill_between(xs, low, high, color=COLOURS[index % len(COLOURS)], alpha=0.15, linewidth=0)
+                axes.fill_between(xs, low, high, color=COLOURS[place], alpha=0.15, linewidth=0)
         axes.set_xlabel(x)
         axes.set_ylabel(y)
         if log_x:

@@ -194,9 +194,9 @@ def st_ar_digits() -> TrainConfig:
 
 @preset
 def llamagen_cifar10() -> TrainConfig:
-    """5.6M parameters on CIFAR-10, plain, on two views of each image (the augmentation-only control)."""
+    """3.1M parameters on CIFAR-10, plain, on two views of each image (the augmentation-only control)."""
     base = llamagen_photos()
-    model = replace(base.model, dim=256, n_layers=6, n_heads=8, vocab_size=1024, num_classes=10)
+    model = replace(base.model, dim=192, n_layers=6, n_heads=6, vocab_size=1024, num_classes=10)
     optim = replace(base.optim, warmup_steps=100)
     return replace(base, model=model, optim=optim, steps=1500, checkpoint_every=500)
 

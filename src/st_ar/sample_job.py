@@ -17,7 +17,7 @@ from st_ar.data.decode import BrokenImageError, read_image
 from st_ar.data.ranks import Ranks
 from st_ar.errors import UserError, cause
 from st_ar.figures import strip
-from st_ar.files import open_array, read_json, require_absent, save_array, write_json, written_aside
+from st_ar.files import open_array, read_json, require_absent, save_array, sha256, write_json, written_aside
 from st_ar.hardware import describe
 
 JOB, METADATA = "job.json", "metadata.json"
@@ -91,12 +91,16 @@ class SampleJob:
 
     def is_finished(self, part: int) -> bool:
         """Whether a part's pictures are there."""
-        files = [part] if self.packs else self.numbers(part)
-        return self._is_drawn or all(self._path(number).exists() for number in files)
+        files = [self._path(part), self._seal(part)] if self.packs else map(self._path, self.numbers(part))
+        return self._is_drawn or all(file.exists() for file in files)
 
     def _path(self, number: int) -> Path:
         """Of a part (.npz), or of an image (PNGs)."""
         return self.folder / (f"part-{number:06d}.npy" if self.packs else f"{number:06d}.png")
+
+    def _seal(self, part: int) -> Path:
+        """The checksum of a part (.npz), written after it; a PNG has one inside."""
+        return self._path(part).with_suffix(".sha256")
 
     def beat(self) -> None:
         """Show the other ranks that this one is at work; not after its last part, when rank 0 clears the folder."""
@@ -107,6 +111,8 @@ class SampleJob:
         self.beat()
         if self.packs:
             save_array(self._path(part), pictures)
+            with written_aside(self._seal(part)) as aside:
+                aside.write_text(sha256(self._path(part)) + "\n")
             return
         for number, picture in zip(self.numbers(part), pictures, strict=True):
             _save_picture(self._path(number), picture)
@@ -124,6 +130,7 @@ class SampleJob:
         if self.packs:
             for part in range(self.parts):
                 self._path(part).unlink(missing_ok=True)
+                self._seal(part).unlink(missing_ok=True)
         (self.folder / JOB).unlink()
         if self.packs:
             shutil.rmtree(self.folder)
@@ -158,9 +165,11 @@ class SampleJob:
             pictures = open_array(self._path(part))
             if pictures.ndim != 4 or (len(pictures), pictures.dtype) != (len(self.numbers(part)), np.uint8):
                 raise ValueError(f"it holds {pictures.dtype} {list(pictures.shape)}")
+            if self._seal(part).read_bytes().strip() != sha256(self._path(part)).encode():
+                raise ValueError(f"{self._seal(part).name} is the checksum of something else")
         except (OSError, ValueError) as error:
             raise self._damaged(part, error) from error
-        if part and pictures.shape[1:] != self._part(0).shape[1:]:
+        if part and pictures.shape[1:] != open_array(self._path(0)).shape[1:]:
             raise self._damaged(part, ValueError(f"its pictures have the shape {list(pictures.shape[1:])}"))
         return pictures
 

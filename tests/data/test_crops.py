@@ -1,6 +1,6 @@
 """Crops against ADM's own procedure, line by line, and against images whose pixels say where they are."""
 
-from typing import Literal
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from st_ar.data.crops import Crops, center_crop, five_crops
+from st_ar.data.crops import Crops, Kind, center_crop, five_crops
 from st_ar.errors import UserError
 
 PLACES = ["top-left", "top-right", "bottom-left", "bottom-right", "center"]
@@ -117,6 +117,16 @@ def test_the_center_crop_alone_is_the_fifth() -> None:
     np.testing.assert_array_equal(crops.cut(Image.fromarray(coordinates(6))), coordinates(6)[None, 1:5, 1:5])
 
 
+def test_the_center_crop_may_come_with_its_mirror_image() -> None:
+    crops = Crops(kind="center-mirror", size=4, range=1.5)
+    assert crops.names == ["center", "mirrored-center"]
+    center = coordinates(6)[1:5, 1:5]
+    np.testing.assert_array_equal(crops.cut(Image.fromarray(coordinates(6))), np.stack([center, np.fliplr(center)]))
+    alone = Crops(kind="center-mirror", size=4, range=1.5, mirror=False)
+    assert alone.names == ["center"]
+    np.testing.assert_array_equal(alone.cut(Image.fromarray(coordinates(6))), center[None])
+
+
 @pytest.mark.parametrize(
     ("size", "wide", "side"), [(256, 1.1, 281), (256, 1.05, 268), (10, 1.1, 11), (32, 36 / 32, 36), (7, 1, 7)]
 )
@@ -161,9 +171,9 @@ def test_ten_crops_of_odd_sizes_at_llamagens_ranges(width: int, height: int, wid
     np.testing.assert_array_equal(cut[4], whole[start : start + 64, start : start + 64])
 
 
-@pytest.mark.parametrize("kind", ["center", "ten"])
+@pytest.mark.parametrize("kind", get_args(Kind))
 @pytest.mark.parametrize("mirror", [True, False])
-def test_many_images_are_cut_at_once_as_one_by_one(kind: Literal["center", "ten"], mirror: bool) -> None:
+def test_many_images_are_cut_at_once_as_one_by_one(kind: Kind, mirror: bool) -> None:
     crops = Crops(kind=kind, size=7, range=1.5, mirror=mirror)
     images = [noise(10, 10, seed) for seed in range(3)]
     together = crops.cut_pixels(np.stack([np.asarray(image) for image in images]))

@@ -145,9 +145,11 @@ def test_a_killed_job_never_rewrites_a_finished_shard(unfinished: Path) -> None:
     assert [(path.stat().st_ino, path.stat().st_mtime_ns) for path in finished] == before
 
 
-def test_a_job_killed_between_codes_and_labels_of_a_shard_goes_on(unfinished: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("lost", [("sums",), ("labels", "sums")], ids=str)
+def test_a_job_killed_before_a_shard_was_whole_goes_on(unfinished: Path, tmp_path: Path, lost: tuple[str, ...]) -> None:
     tokenize_tiny(tmp_path / "straight")
-    (unfinished / "labels-00000-of-00003.npy").unlink()  # the labels are written last
+    for what in lost:
+        next(unfinished.glob(f"{what}-00000-of-00003.*")).unlink()
     tokenize_tiny(unfinished)
     assert contents(unfinished) == contents(tmp_path / "straight")
 
@@ -473,7 +475,7 @@ def test_a_full_disk_is_said_plainly_and_leaves_a_job_to_finish(tmp_path: Path, 
 
 @pytest.mark.parametrize(
     ("what", "damage"),
-    [("codes", "gone"), *((what, damage) for what in ("codes", "labels") for damage in ("empty", "fewer"))],
+    [("codes", "gone"), *((what, damage) for what in ("codes", "labels") for damage in ("empty", "fewer", "other"))],
 )
 def test_a_finished_shard_that_is_damaged_is_refused_and_made_again_once_its_labels_are_gone(
     unfinished: Path, tmp_path: Path, what: str, damage: str
@@ -485,6 +487,8 @@ def test_a_finished_shard_that_is_damaged_is_refused_and_made_again_once_its_lab
         file.touch()
     if damage == "fewer":
         np.save(file, array[1:])
+    if damage == "other":
+        np.save(file, array + 1)
     with pytest.raises(
         UserError, match=r"labels-.*\.npy or its codes are damaged .*remove it and give the same command"
     ):

@@ -23,6 +23,8 @@ OTHER = replace(
     GUIDED, selfguided=replace(GUIDED.selfguided, mask_own_position=False, mim_features="after_norm", reduction="sum")
 )
 LOCAL = replace(GUIDED, selfguided=replace(GUIDED.selfguided, negatives="local"))
+SELDOM = replace(GUIDED, selfguided=replace(GUIDED.selfguided, every=2, until=0.8, masked_share=0.5))
+"""Steps 1 and 3 of 4 are self-guided."""
 PLAIN = replace(GUIDED, selfguided=SelfGuidedConfig(mask_ratio=0, alpha=0, beta=0))
 
 DDP: dict[str, Any] = {"parallel": "ddp"}
@@ -34,9 +36,11 @@ CASES: dict[int, dict[str, TrainConfig]] = {
         "ddp-accumulate": replace(GUIDED, **DDP, accumulate=2, activation_checkpointing="full"),
         "ddp-local": replace(LOCAL, **DDP),
         "ddp-plain": replace(PLAIN, **DDP),
+        "ddp-now-and-then": replace(SELDOM, **DDP),
         "fsdp": replace(GUIDED, **FSDP),
         "fsdp-accumulate": replace(OTHER, **FSDP, accumulate=4, activation_checkpointing="selective"),
         "fsdp-bfloat16": replace(GUIDED, **FSDP, dtype="bfloat16"),
+        "fsdp-now-and-then": replace(SELDOM, **FSDP),
         "fsdp-plain": replace(PLAIN, **FSDP, activation_checkpointing="full"),
     },
     4: {

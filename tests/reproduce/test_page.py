@@ -1,6 +1,7 @@
 """What the page reads of other commands' results, and what it refuses."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,17 @@ def test_seconds_of_a_step_are_the_median_over_the_log(tmp_path: Path) -> None:
     assert seconds_per_step(write_run(tmp_path, *entries)) == 1.0  # 6 images of 16 tokens at 96 tokens a second
 
 
+def test_steps_after_self_guidance_count_at_their_own_pace(tmp_path: Path) -> None:
+    entries = [
+        {"step": 10 * n, "tokens_per_second": speed} for n, speed in enumerate((96.0, 96.0, 96.0, 192.0), start=1)
+    ]
+    run = write_run(tmp_path, *entries)
+    assert seconds_per_step(run) == 1.0
+    config = replace(PLAIN_RUN, selfguided=replace(PLAIN_RUN.selfguided, until=0.75))
+    write_json(run / "config.json", {"config": to_dict(config)})
+    assert seconds_per_step(run) == pytest.approx((30 * 1.0 + 10 * 0.5) / 40)
+
+
 @pytest.mark.parametrize("speed", [None, "fast", 0, -1.0, float("nan"), True])
 def test_a_log_without_speeds_is_refused(tmp_path: Path, speed: object) -> None:
     write_run(tmp_path / "run", {"step": 1, "tokens_per_second": 9.0}, {"step": 2, "tokens_per_second": speed})
@@ -39,7 +51,7 @@ def test_a_log_without_speeds_is_refused(tmp_path: Path, speed: object) -> None:
 def test_an_evaluation_without_numbers_is_refused(tmp_path: Path, metrics: object) -> None:
     (tmp_path / "x.json").write_text(json.dumps({"metrics": metrics}))
     with refused(tmp_path, r"x\.json has no metrics that are numbers: remove it"):
-        measurements(Files(evaluations=[tmp_path / "x.json"]), ["fid"])
+        measurements(Files(evaluations={"live": [tmp_path / "x.json"]}), ["fid"])
 
 
 def test_a_probes_curve_is_its_first_results(tmp_path: Path) -> None:

@@ -2,12 +2,13 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tyro
 
 from st_ar.config import TrainConfig
-from st_ar.cost import parameters, training_flops
+from st_ar.cost import parameters, training_flops, training_flops_per_token
 from st_ar.errors import UserError
 from st_ar.files import write_json
 from st_ar.presets import PRESETS, get_preset
@@ -127,9 +128,38 @@ def test_each_seed_has_a_run() -> None:
     plan = Plan(EXPERIMENTS["table3"], SCALES["tiny"], PHOTOS, WORK, seeds=(0, 4))
     files = plan.files["AR"]
     assert [run.name for run in files.runs] == ["ar-b-50-epochs-1-views-seed0", "ar-b-50-epochs-1-views-seed4"]
-    assert len(files.evaluations) == len(files.probes) == 2
+    assert len(files.evaluations["live"]) == len(files.probes["live"]) == 2
     train = next(stage for stage in plan.stages if stage.makes == files.runs[1])
     assert train.command[train.command.index("--seed") + 1] == "4"
+
+
+def test_the_averaged_weights_are_measured_apart() -> None:
+    plan = Plan(EXPERIMENTS["evidence"], SCALES["tiny"], PHOTOS, WORK, weights=("live", "ema"))
+    live = Plan(EXPERIMENTS["evidence"], SCALES["tiny"], PHOTOS, WORK)
+    files, commands = plan.files[CONTROL.label], {stage.makes: stage.command for stage in plan.stages}
+    assert {stage.makes: stage.command for stage in live.stages}.items() <= commands.items()
+    run = files.runs[0].name
+    for kind, option in (
+        (files.evaluations, ()),
+        (files.probes, ("--weights", "ema")),
+        (files.likelihoods, ("--weights", "ema")),
+    ):
+        assert kind["live"][0].name.startswith(f"{run}-")
+        assert kind["ema"][0].name.startswith(f"{run}-ema-")
+        assert set(option) <= set(commands[kind["ema"][0]])
+        assert "ema" not in commands[kind["live"][0]]
+    sampled = [
+        stage.command for stage in plan.stages if stage.command[0] == "sample" and str(files.runs[0]) in stage.command
+    ]
+    assert ["--ema" in command for command in sampled] == [False, True]
+
+
+def test_one_row_reads_center_crops_alone() -> None:
+    plan = Plan(EXPERIMENTS["evidence"], SCALES["small"], PHOTOS, WORK)
+    made = next(stage for stage in plan.stages if stage.makes.name == "tokens-centered")
+    assert made.command[-6:-2] == ("--size", "32", "--crops", "center-mirror")
+    trained = [stage.makes for stage in plan.stages if stage.command[0] == "train" and str(made.makes) in stage.command]
+    assert trained == plan.files["AR on centre crops and their mirror images"].runs
 
 
 def test_equal_time_is_as_many_steps_as_self_guided_training_takes(tmp_path: Path) -> None:
@@ -168,7 +198,7 @@ def test_a_rows_numbers_are_read_from_what_its_commands_left(tmp_path: Path) -> 
         ):
             path = tmp_path / f"{name}{seed}.json"
             write_json(path, content)
-            kept.append(path)
+            kept.setdefault("live", []).append(path)
     found = {name: spread.values for name, spread in measurements(files, ("fid", "precision")).items()}
     assert found == {
         "FD-toy": (2, 3),
@@ -208,3 +238,18 @@ def test_training_costs_three_passes_and_the_teachers() -> None:
 def test_scales_name_presets_and_extractors_that_exist() -> None:
     scales: list[Scale] = list(SCALES.values())
     assert {scale.plain for scale in scales} | {scale.guided for scale in scales} <= PRESETS.keys()
+
+
+def test_a_teacher_costs_what_it_runs() -> None:
+    plain, guided = get_preset("llamagen-b"), get_preset("st-ar-b")
+
+    def over_plain(**changes: Any) -> float:
+        changed = replace(guided, selfguided=replace(guided.selfguided, **changes))
+        return training_flops_per_token(changed) - training_flops_per_token(plain)
+
+    whole = over_plain()
+    assert over_plain(alpha=0.0) == pytest.approx(whole / 2)  # up to layer 6 of 12
+    assert over_plain(alpha=0.0, contrast_layer=3) == pytest.approx(whole / 4)
+    assert over_plain(every=4) == pytest.approx(whole / 4)
+    assert over_plain(until=0.5) == pytest.approx(whole / 2)
+    assert over_plain(alpha=0.0, beta=0.0) == 0

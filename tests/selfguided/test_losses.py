@@ -1,13 +1,16 @@
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from st_ar.selfguided.losses import Reduction, mim_loss, next_token_loss, step_loss, view_loss
+from st_ar.selfguided.losses import Reduction, linear_next_token_loss, mim_loss, next_token_loss, step_loss, view_loss
 from tests.reference import equations
 
 Contrast = Callable[..., Tensor]
@@ -32,6 +35,68 @@ def test_next_token_loss_against_the_naive_loop(sequences: int, length: int, voc
     logits = 3 * normal(sequences, length, vocab, seed=seed)
     tokens = torch.randint(vocab, (sequences, length), generator=torch.Generator().manual_seed(seed))
     assert next_token_loss(logits, tokens).item() == pytest.approx(equations.next_token_loss(logits, tokens), abs=1e-6)
+
+
+@given(
+    rows=st.sampled_from([1, 7, 512, 513, 1300]),
+    width=st.integers(1, 9),
+    vocab=st.integers(1, 12),
+    factor=st.floats(0.1, 3),
+    seed=st.integers(0, 1000),
+)
+def test_the_loss_without_logits_is_the_loss_and_so_are_its_gradients(
+    rows: int, width: int, vocab: int, factor: float, seed: int
+) -> None:
+    tokens = torch.randint(vocab, (rows,), generator=torch.Generator().manual_seed(seed))
+    found, expected = ([normal(n, width, seed=seed + n).requires_grad_() for n in (rows, vocab)] for _ in range(2))
+    losses = linear_next_token_loss(*found, tokens), next_token_loss(torch.nn.functional.linear(*expected), tokens)
+    assert losses[0].item() == pytest.approx(losses[1].item(), abs=1e-12)
+    for loss in losses:
+        (factor * loss).backward()
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one.grad, other.grad, rtol=1e-9, atol=1e-12)
+
+
+def test_the_loss_without_logits_takes_tokens_of_any_shape_and_needs_no_gradient() -> None:
+    x, weight, tokens = normal(2, 3, 4, 5, seed=0), normal(6, 5, seed=1), torch.arange(24).view(2, 3, 4) % 6
+    expected = next_token_loss(x @ weight.T, tokens)
+    assert linear_next_token_loss(x.requires_grad_(), weight, tokens).item() == pytest.approx(expected.item())
+    with torch.no_grad():
+        assert linear_next_token_loss(x, weight, tokens).item() == pytest.approx(expected.item())
+
+
+def test_the_loss_without_logits_multiplies_in_autocasts_type_and_sums_in_float32() -> None:
+    tokens = torch.arange(1200) % 64
+    x, weight = normal(1200, 16, seed=0).float(), normal(64, 16, seed=1).float()
+    found, expected, exact = ([x.clone().requires_grad_(), weight.clone().requires_grad_()] for _ in range(3))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = linear_next_token_loss(*found, tokens)
+        wanted = next_token_loss(torch.nn.functional.linear(*expected), tokens)
+    true = next_token_loss(torch.nn.functional.linear(*exact), tokens)
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(wanted.item(), rel=1e-5)
+    for each in (loss, wanted, true):
+        each.backward()
+    for one, other, best in zip(found, expected, exact, strict=True):
+        assert one.grad is not None
+        assert one.grad.dtype == torch.float32
+        torch.testing.assert_close(one.grad, other.grad, rtol=0.02, atol=float(best.grad.abs().max()) / 100)
+
+
+def test_the_loss_without_logits_holds_no_more_than_a_part_of_them() -> None:
+    largest = 0
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            nonlocal largest
+            out = func(*args, **(kwargs or {}))
+            largest = max(largest, *(x.numel() for x in tree_leaves(out) if isinstance(x, Tensor)), 0)
+            return out
+
+    x, weight = normal(4096, 8, seed=0).requires_grad_(), normal(100, 8, seed=1).requires_grad_()
+    with Sizes():
+        linear_next_token_loss(x, weight, torch.arange(4096) % 100).backward()
+    assert largest == 512 * 100
 
 
 @given(sequences=st.integers(1, 4), length=st.integers(1, 5), width=st.integers(1, 6), seed=st.integers(0, 1000))

@@ -23,6 +23,22 @@ def test_each_sequence_has_the_exact_count_masked_and_never_its_class(
     assert not mask[:, 0].any()
 
 
+@given(batch=st.integers(1, 12), share=st.floats(0, 1), seed=st.integers(0, 2**32))
+def test_a_share_of_the_sequences_is_masked_and_the_others_are_not(batch: int, share: float, seed: int) -> None:
+    mask = random_key_mask(batch, 9, 0.5, seeded(seed), share=share)
+    assert sorted(mask.sum(1).tolist()) == [0] * (batch - round(share * batch)) + [4] * round(share * batch)
+    everyone = random_key_mask(batch, 9, 0.5, seeded(seed))
+    masked = mask.any(1)
+    assert torch.equal(mask[masked], everyone[masked])
+
+
+def test_each_sequence_is_as_likely_to_be_masked() -> None:
+    generator, draws = seeded(0), 4000
+    counts = sum(random_key_mask(6, 9, 0.5, generator, share=0.5).any(1).double() for _ in range(draws))
+    assert isinstance(counts, Tensor)
+    assert (counts / draws - 0.5).abs().max() < 4.5 * math.sqrt(0.25 / draws)
+
+
 def test_a_quarter_of_255_image_keys_is_64() -> None:
     assert random_key_mask(3, 256, 0.25, seeded(0)).sum(1).tolist() == [64, 64, 64]
 
@@ -83,6 +99,16 @@ def test_positions_are_distinct_ascending_and_in_range(length: int, data: st.Dat
     assert found == sorted(set(found))
     assert found[0] >= 0
     assert found[-1] < length
+
+
+@given(length=st.integers(1, 40), data=st.data(), seed=st.integers(0, 2**32))
+def test_positions_may_begin_later(length: int, data: st.DataObject, seed: int) -> None:
+    first = data.draw(st.integers(0, length - 1))
+    count = data.draw(st.integers(1, length - first))
+    positions = random_positions(length, count, seeded(seed), first=first).tolist()
+    assert positions == sorted(set(positions))
+    assert len(positions) == count
+    assert first <= positions[0] <= positions[-1] < length
 
 
 def test_all_positions_can_be_taken() -> None:

@@ -70,6 +70,7 @@ def naive(student: SelfGuided, teacher: Teacher, draws: Draws, views: int) -> di
                     if student.projector is not None:
                         z.append(student.projector(ours.hidden[layer][0, position]))
                     h.append(theirs.hidden[layer][0, position])
+    assert draws.positions is not None
     shape = (IMAGES, views, len(draws.positions), TINY.dim)
     terms = {
         "ar": equations.next_token_loss(torch.stack(logits), tokens.flatten(0, 1)),
@@ -86,11 +87,13 @@ def naive(student: SelfGuided, teacher: Teacher, draws: Draws, views: int) -> di
     return {"total": equations.total(**terms, alpha=config.alpha, beta=config.beta)} | terms
 
 
-# Every setting of the objective, with a value that is not BASE's. The other three act elsewhere: negatives in the
-# training loop (below), ema_decay and ema_warmup in the teacher (test_teacher.py).
+# Every setting of the objective, with a value that is not BASE's. The others act elsewhere: negatives, every and until in the
+# training loop (below and test_loop.py), ema_decay and ema_warmup in the teacher (test_teacher.py).
 CHANGES: dict[str, Any] = {
     "mask_ratio": 0.6,
     "mask_own_position": False,
+    "masked_share": 0.5,
+    "first_position": 5,
     "alpha": 0.3,
     "beta": 2.0,
     "step_loss": False,
@@ -117,7 +120,7 @@ OTHERS: list[dict[str, Any]] = [
 
 def test_every_setting_is_tried() -> None:
     names = {field.name for field in dataclasses.fields(SelfGuidedConfig)}
-    assert set(CHANGES) == names - {"negatives", "ema_decay", "ema_warmup"}
+    assert set(CHANGES) == names - {"negatives", "every", "until", "ema_decay", "ema_warmup"}
 
 
 @pytest.mark.parametrize("changes", [*({name: value} for name, value in CHANGES.items()), *OTHERS], ids=str)
@@ -162,6 +165,8 @@ def test_every_setting_acts(name: str) -> None:
         ({"positions": 4}, ["step", "view"]),
         ({"mask_ratio": 0.6}, ["ar", "mim", "step", "view"]),
         ({"mask_own_position": False}, ["ar", "mim", "step", "view"]),
+        ({"masked_share": 0.5}, ["ar", "mim", "step", "view"]),
+        ({"first_position": 5}, ["step", "view"]),
     ],
     ids=str,
 )
@@ -202,7 +207,7 @@ def test_plain_training_never_runs_the_teacher_and_is_the_next_token_loss() -> N
     assert ran == []
     assert list(targets) == [None, None]
     logits = student.model(tokens.flatten(0, 1)[:, :-1], labels.repeat_interleave(2)).logits
-    assert torch.equal(losses.total, next_token_loss(logits, tokens.flatten(0, 1)))
+    assert losses.total.item() == pytest.approx(next_token_loss(logits, tokens.flatten(0, 1)).item(), rel=1e-6)
     assert [losses.mim, losses.step, losses.view] == [0, 0, 0]
 
 

@@ -450,7 +450,9 @@ def test_a_checkpoint_without_its_manifest_is_never_listed(folder: Path) -> None
     assert [step for step, _ in list_checkpoints(folder)] == [3]
 
 
-@pytest.mark.parametrize("content", [b"{", b"\xff\x00", b"[]"])
+@pytest.mark.parametrize(
+    "content", [b"{", b"\xff\x00", b"[]", b"[" * 100_000], ids=["cut", "no text", "a list", "deep"]
+)
 def test_an_older_manifest_that_is_damaged_stands_in_nobodys_way(folder: Path, content: bytes) -> None:
     (folder / "step_00000003" / "manifest.json").write_bytes(content)
     checkpoints = Checkpoints(folder, keep=2, keep_least="validation_loss")

@@ -188,6 +188,27 @@ def test_without_self_guidance_it_is_plain_training_bit_for_bit(
     assert_same_weights(load_file(tmp_path / "run" / "export" / "model.safetensors"), plain_training(config, tokens))
 
 
+def test_self_guidance_that_never_begins_is_plain_training_bit_for_bit(tokens: Path, tmp_path: Path) -> None:
+    config = replace(
+        GUIDED_RUN,
+        selfguided=replace(GUIDED_RUN.selfguided, until=0.0),
+        optim=replace(GUIDED_RUN.optim, grad_clip=0.0),
+        checkpoint_every=12,
+    )
+    run = train(config, tokens, tmp_path / "run")
+    assert_same_weights(load_file(run / "export" / "model.safetensors"), plain_training(config, tokens))
+
+
+def test_steps_without_self_guidance_are_plain_and_the_others_are_as_ever(tokens: Path, tmp_path: Path) -> None:
+    config = replace(GUIDED_RUN, selfguided=replace(GUIDED_RUN.selfguided, every=3, until=0.7))
+    log = log_of(train(config, tokens, tmp_path / "run"))
+    guided = [entry for entry in log if entry["loss"] != entry["loss_ar"]]
+    assert [entry["step"] for entry in guided] == [1, 4, 7]  # the last of them within 0.7 of 12 steps
+    for entry in log:
+        terms = [entry[f"loss_{name}"] for name in ("mim", "step", "view")]
+        assert min(terms) > 0 if entry in guided else terms == [0, 0, 0]
+
+
 def seen_by(
     config: TrainConfig, tokens: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> list[tuple[Tensor, Tensor]]:

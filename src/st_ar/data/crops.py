@@ -10,6 +10,7 @@ from st_ar.errors import UserError
 
 LARGEST = 4096
 """Pixels of a crop's side; whole images are no larger than decode.py's limit either."""
+Kind = Literal["center", "center-mirror", "ten"]
 PLACES = ("top-left", "top-right", "bottom-left", "bottom-right", "center")
 
 
@@ -44,14 +45,14 @@ def five_crops(pixels: np.ndarray, size: int) -> np.ndarray:
 class Crops:
     """How an image is cropped: resized and centre-cropped to int(size * range), then cut."""
 
-    kind: Literal["center", "ten"]
-    """The centre alone; or corners and centre of the image and of its mirror image."""
+    kind: Kind
+    """The centre alone, of the image or also of its mirror image; or corners and centre of both."""
     size: int
     """Side of a crop in pixels."""
     range: float
     """Side of the image before cropping, as a multiple of `size`."""
     mirror: bool = True
-    """Whether ten crops include the mirror image's; without it they are five."""
+    """Whether mirror images are taken at all; without them ten crops are five."""
 
     def __post_init__(self) -> None:
         if self.size < 1:
@@ -64,9 +65,16 @@ class Crops:
     @property
     def names(self) -> list[str]:
         """The crops' names, in the order of `cut`."""
-        if self.kind == "center":
-            return ["center"]
-        return [*PLACES, *(f"mirrored-{place}" for place in PLACES)] if self.mirror else [*PLACES]
+        places = PLACES[self._places]
+        return [*places, *(f"mirrored-{place}" for place in places if self._mirrored)]
+
+    @property
+    def _places(self) -> slice:
+        return slice(0 if self.kind == "ten" else PLACES.index("center"), None)
+
+    @property
+    def _mirrored(self) -> bool:
+        return self.mirror and self.kind != "center"
 
     @property
     def side(self) -> int:
@@ -79,9 +87,5 @@ class Crops:
 
     def cut_pixels(self, pixels: np.ndarray) -> np.ndarray:
         """The crops of images that are resized already: [.., side, side, 3] -> [.., crops, size, size, 3]."""
-        crops = five_crops(pixels, self.size)
-        if self.kind == "center":
-            return crops[..., 4:, :, :, :]
-        if not self.mirror:
-            return crops
-        return np.concatenate([crops, five_crops(pixels[..., ::-1, :], self.size)], axis=-4)
+        images = [pixels, pixels[..., ::-1, :]] if self._mirrored else [pixels]
+        return np.concatenate([five_crops(image, self.size)[..., self._places, :, :, :] for image in images], axis=-4)

@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
+from st_ar.data.crops import Kind
 from st_ar.data.decode import read_image
 from st_ar.errors import UserError
 
@@ -83,9 +84,9 @@ class ImageSource:
     content: str = ""
     """Differs if the images or their order do, as far as that is known without reading them."""
 
-    def range_for(self, kind: Literal["center", "ten"]) -> float:
+    def range_for(self, kind: Kind) -> float:
         """The crop range that suits the source, for the centre crop alone or for ten."""
-        return self.center_range if kind == "center" and self.center_range is not None else self.crop_range
+        return self.center_range if kind != "ten" and self.center_range is not None else self.crop_range
 
 
 SOURCES = "folder:PATH, parquet:GLOB, hub:NAME[:SPLIT], photos[:train|:test] or digits[:train|:test]"

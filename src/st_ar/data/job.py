@@ -25,8 +25,8 @@ class Skipped:
 class StoreJob:
     """The writing side of a token store (docs/formats.md).
 
-    A shard's labels are written last and mark it finished; a finished shard is never rewritten; meta.json, written last
-    of all by rank 0, marks the store complete.
+    A shard's checksums are written last and mark it finished; a finished shard is never rewritten; meta.json, written last
+    of all by rank 0, marks the store complete and takes the checksums over.
 
     Args:
         verb: the command that makes it, to be named in errors.
@@ -100,7 +100,7 @@ class StoreJob:
 
     def is_finished(self, index: int) -> bool:
         """Whether a shard is there."""
-        return (self.out / shard_names(index, self.shards)[1]).exists()
+        return self._sums_path(index).exists() and (self.out / shard_names(index, self.shards)[1]).exists()
 
     def write(self, index: int, codes: np.ndarray, labels: np.ndarray, skipped: list[Skipped]) -> None:
         """Write a shard: codes uint16 [n, crops, T], labels int32 [n], and which images it lacks."""
@@ -111,6 +111,7 @@ class StoreJob:
         else:
             self._skipped_path(index).unlink(missing_ok=True)
         save_array(self.out / labels_name, labels)
+        write_json(self._sums_path(index), self._sums(index))
 
     def check_skipped(self, fresh: list[Skipped], images: int) -> None:
         """Stop the job if the finished shards and `fresh` have more unusable images than may be of `images`.
@@ -162,8 +163,7 @@ class StoreJob:
             values = self._labels(index)
             if not names and len(values):
                 classes = max(classes, int(values.max()) + 1)
-            sums = {"codes_sha256": sha256(self.out / codes), "labels_sha256": sha256(self.out / labels)}
-            entries.append({"images": len(values), "codes": codes, "labels": labels, **sums})
+            entries.append({"images": len(values), "codes": codes, "labels": labels, **self._sums(index)})
         images = sum(int(entry["images"]) for entry in entries)
         self.check_skipped([], images + len(skipped))
         if not images:
@@ -184,13 +184,21 @@ class StoreJob:
             skipped=len(skipped),
         ).write(self.out)
         (self.out / JOB).unlink()
-        for path in self.out.glob("skipped-*.jsonl"):
+        for path in (*self.out.glob("skipped-*.jsonl"), *self.out.glob("sums-*.json")):
             path.unlink()
         self.ranks.clear(self.out)
         return TokenStore(self.out)
 
     def _missing(self, shards: int) -> list[int]:
         return [index for index in range(shards) if not self.is_finished(index)]
+
+    def _sums(self, index: int) -> dict[str, str]:
+        """The checksums of a shard's files."""
+        codes, labels = shard_names(index, self.shards)
+        return {"codes_sha256": sha256(self.out / codes), "labels_sha256": sha256(self.out / labels)}
+
+    def _sums_path(self, index: int) -> Path:
+        return self.out / shard_names(index, self.shards)[0].replace("codes", "sums").replace(".npy", ".json")
 
     def _skipped_path(self, index: int) -> Path:
         return self.out / shard_names(index, self.shards)[0].replace("codes", "skipped").replace(".npy", ".jsonl")
@@ -207,12 +215,14 @@ class StoreJob:
             ) from error
 
     def _labels(self, index: int) -> np.ndarray:
-        """The labels of a finished shard, if its codes belong to them."""
+        """The labels of a finished shard, if it is as it was written."""
         codes, labels = (self.out / name for name in shard_names(index, self.shards))
         try:
             values, length = open_array(labels), len(open_array(codes))
             if values.shape != (length,) or values.dtype != np.int32:
                 raise ValueError(f"{values.dtype} {list(values.shape)} for the codes of {length} images")
+            if self._sums(index) != parse_json(self._sums_path(index).read_text()):
+                raise ValueError(f"they are not what {self._sums_path(index).name} says was written")
         except (OSError, ValueError, TypeError) as error:
             raise UserError(
                 f"{labels} or its codes are damaged ({cause(error)}): remove it and give the same command to have its shard made again"

@@ -5,7 +5,7 @@ hidden states; every loss lives elsewhere. B: sequences, T: tokens of an image, 
 positions of the condition (1 for a class, 120 for LlamaGen's captions), whose last predicts the first token.
 """
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 import torch
@@ -89,6 +89,14 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype) * self.weight
+
+
+class Head(nn.Linear):
+    """The vocabulary projection, without bias."""
+
+    def forward(self, input: Tensor, through: Callable[[Tensor, Tensor], Tensor] | None = None) -> Tensor:  # noqa: A002
+        """Logits [.., V] from normalised features [.., D]; or, through a loss that needs none, what it makes of these and the weight."""
+        return F.linear(input, self.weight) if through is None else through(input, self.weight)
 
 
 class DropPath(nn.Module):
@@ -175,7 +183,7 @@ class Transformer(nn.Module):
         rates = torch.linspace(0, config.drop_path, config.n_layers, device="cpu").tolist()
         self.layers = nn.ModuleList(Block(config, rate) for rate in rates)
         self.norm = RMSNorm(config.dim, config.norm_eps)
-        self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
+        self.output = Head(config.dim, config.vocab_size, bias=False)
         self.register_buffer("rope", self.rotary(), persistent=False)
         self.apply(self._initialise)
         nn.init.zeros_(self.output.weight)

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from st_ar.comparison import Spread
 from st_ar.errors import UserError
@@ -15,15 +15,17 @@ from st_ar.training.run import seconds_per_step, trained_config
 TOKENS, TIME = "tokens read (M)", "training (min)"
 """The two budgets."""
 
+Weights = Literal["live", "ema"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Files:
     """Where a row's numbers come from: one of each for each seed."""
 
     runs: list[Path] = field(default_factory=list)
-    evaluations: list[Path] = field(default_factory=list)
-    probes: list[Path] = field(default_factory=list)
-    likelihoods: list[Path] = field(default_factory=list)
+    evaluations: dict[Weights, list[Path]] = field(default_factory=dict)
+    probes: dict[Weights, list[Path]] = field(default_factory=dict)
+    likelihoods: dict[Weights, list[Path]] = field(default_factory=dict)
 
 
 def measurements(files: Files, metrics: Sequence[str]) -> dict[str, Spread]:
@@ -32,17 +34,24 @@ def measurements(files: Files, metrics: Sequence[str]) -> dict[str, Spread]:
     metrics: those of the paper's table; of an evaluation, the distance and those among them.
     """
     found: dict[str, list[float]] = {}
-    for path in files.evaluations:
-        numbers = read_json(path, "an evaluation").get("metrics")
-        if not fits(numbers, dict[str, float]):
-            raise UserError(f"{path} has no metrics that are numbers: remove it, and the evaluation is made again")
-        for name, value in numbers.items():
-            if name.startswith("F") or name.split(" ")[0].lower() in metrics:  # FID, FD-..
-                found.setdefault(name, []).append(value)
-    for path in files.probes:
-        found.setdefault("probe, last step (%)", []).append(100 * probe_curve(path)[1][-1])
-    for path in files.likelihoods:
-        found.setdefault("validation loss", []).append(likelihood(path))
+
+    def add(name: str, weights: Weights, value: float) -> None:
+        found.setdefault(name + (", EMA" if weights == "ema" else ""), []).append(value)
+
+    for weights, paths in files.evaluations.items():
+        for path in paths:
+            numbers = read_json(path, "an evaluation").get("metrics")
+            if not fits(numbers, dict[str, float]):
+                raise UserError(f"{path} has no metrics that are numbers: remove it, and the evaluation is made again")
+            for name, value in numbers.items():
+                if name.startswith("F") or name.split(" ")[0].lower() in metrics:  # FID, FD-..
+                    add(name, weights, value)
+    for weights, paths in files.probes.items():
+        for path in paths:
+            add("probe, last step (%)", weights, 100 * probe_curve(path)[1][-1])
+    for weights, paths in files.likelihoods.items():
+        for path in paths:
+            add("validation loss", weights, likelihood(path))
     for run in files.runs:
         tokens, seconds = budgets(run)
         found.setdefault(TOKENS, []).append(tokens / 1e6)

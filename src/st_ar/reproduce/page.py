@@ -3,6 +3,7 @@
 import shlex
 import statistics
 from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
@@ -58,6 +59,7 @@ def show(name: Name, plan: Plan) -> None:
         "paper": {row.label: dict(row.paper) for row in experiment.rows},
         "measured": {label: {key: spread.describe() for key, spread in found.items()} for label, found in ours.items()},
         "commands": [list(stage.command) for stage in plan.stages],
+        "date": datetime.now(UTC).date().isoformat(),
         "environment": describe(),
     }
     write_json(out.with_suffix(".json"), record)
@@ -104,10 +106,10 @@ def _notes(plan: Plan, ours: Mapping[str, Mapping[str, Spread]]) -> list[str]:
 def _probe_chart(plan: Plan, path: Path) -> str:
     curves: dict[str, tuple[Sequence[float], Sequence[float]]] = {}
     for label, files in plan.files.items():
-        read = [probe_curve(probe) for probe in files.probes]
-        if read:
+        for weights, probes in files.probes.items():
+            read = [probe_curve(probe) for probe in probes]
             mean = [100 * statistics.fmean(values) for values in zip(*(top1 for _, top1 in read), strict=True)]
-            curves[label] = read[0][0], mean
+            curves[label + (", EMA" if weights == "ema" else "")] = read[0][0], mean
     drawing = line_chart(
         curves,
         name="probe accuracy by tokens read",

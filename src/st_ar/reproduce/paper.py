@@ -1,11 +1,25 @@
 """What the paper compares in each table and figure, with its numbers (arXiv 2509.15185; class-conditional ImageNet, 256 px)."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 Size = Literal["B", "L", "XL"]
-Name = Literal["table1", "table2", "table3", "table4", "table5", "table6", "fig1", "fig2", "fig4", "fig5", "questions"]
+Name = Literal[
+    "table1",
+    "table2",
+    "table3",
+    "table4",
+    "table5",
+    "table6",
+    "fig1",
+    "fig2",
+    "fig4",
+    "fig5",
+    "questions",
+    "cheaper",
+    "evidence",
+]
 
 DEPTH = 12
 """Layers of B, which the contrast layers of Table 5 count."""
@@ -26,6 +40,8 @@ class Recipe:
     """Settings of self-guidance (SelfGuidedConfig) that differ from the preset's."""
     accumulate: int = 1
     """Micro-batches of a step."""
+    centered: bool = False
+    """Whether to train on the centre crops and their mirror images alone, instead of ten crops."""
     equal_time: bool = False
     """Whether to train for as long as ST-AR of this size and length takes, instead of for as many steps."""
 
@@ -186,7 +202,41 @@ EXPERIMENTS: dict[Name, Experiment] = {
             _ablated("own position visible", {}, mask_own_position=False),
             _ablated("MIM after the final norm", {}, mim_features="after_norm"),
             _ablated("EMA without warm-up", {}, ema_warmup=False),
+            _ablated("EMA decay 0.99", {}, ema_decay=0.99),
+            _ablated("EMA decay 0.9999", {}, ema_decay=0.9999),
         ),
         metrics=("probe",),
+    ),
+    "cheaper": Experiment(
+        title="Self-guidance for less",
+        rows=(
+            Row(label="ST-AR", recipe=Recipe()),
+            CONTROL,
+            _ablated("in every second step", {}, every=2),
+            _ablated("in the first half of the run", {}, until=0.5),
+            _ablated("in the first 80 % of the run", {}, until=0.8),
+            _ablated("half of the sequences masked", {}, masked_share=0.5),
+            _ablated("nothing masked", {}, mask_ratio=0.0),
+            _ablated("contrast alone", {}, alpha=0.0),
+            _ablated("contrast alone, nothing masked", {}, alpha=0.0, mask_ratio=0.0),
+            _ablated("the same, at a third of the depth", {}, contrast=1 / 3, alpha=0.0, mask_ratio=0.0),
+            _ablated("the same, in every second step", {}, alpha=0.0, mask_ratio=0.0, every=2),
+        ),
+        metrics=("fid", "probe"),
+    ),
+    "evidence": Experiment(
+        title="Does self-guidance pay?",
+        rows=(
+            Row(label="AR on centre crops and their mirror images", recipe=replace(AR_ONCE, centered=True)),
+            CONTROL,
+            EQUAL_TIME,
+            _ablated("+ MIM", {}, beta=0.0),
+            _ablated("+ step", {}, alpha=0.0, mask_ratio=0.0, view_loss=False),
+            _ablated("+ view", {}, alpha=0.0, mask_ratio=0.0, step_loss=False),
+            _ablated("+ MIM + step", {}, view_loss=False),
+            _ablated("+ MIM + view", {}, step_loss=False),
+            _ablated("+ MIM + step + view (ST-AR)", {}),
+        ),
+        metrics=("fid", "precision", "recall", "probe"),
     ),
 }

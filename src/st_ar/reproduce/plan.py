@@ -6,7 +6,7 @@ from pathlib import Path
 
 from st_ar.cost import run_bytes, training_flops
 from st_ar.errors import UserError
-from st_ar.reproduce.measured import Files, budgets
+from st_ar.reproduce.measured import Files, Weights, budgets
 from st_ar.reproduce.paper import Experiment, Recipe
 from st_ar.reproduce.run import Stage, is_done
 from st_ar.reproduce.scales import Scale, options
@@ -33,6 +33,8 @@ class Plan:
         work: folder of everything that is made.
         seeds: of the runs; every row has one for each.
         steps: optimizer steps of 50 epochs at the small scales, if not the preset's.
+        weights: which of a run's are measured.
+        compiled: whether runs are compiled.
 
     Raises:
         UserError: seeds that say nothing, or a scale that needs a tokenizer and was given none.
@@ -47,10 +49,12 @@ class Plan:
         *,
         seeds: Sequence[int] = (0,),
         steps: int | None = None,
+        weights: Sequence[Weights] = ("live",),
+        compiled: bool = False,
     ) -> None:
         if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0:
             raise UserError(f"--seeds must be different numbers of 0 or more, at least one, not {list(seeds)}")
-        self.experiment, self.scale, self.data, self.work = experiment, scale, data, work
+        self.experiment, self.scale, self.data, self.work, self.compiled = experiment, scale, data, work, compiled
         self._stages: dict[Path, Stage] = {}
         self.tokenizer = data.tokenizer or self._train_tokenizer()
         self.tokens = self._tokenize("training", data.images, scale.cut)
@@ -61,12 +65,13 @@ class Plan:
                 run = self._train(row.recipe, seed, steps)
                 files = self.files[row.label]
                 files.runs.append(run)
-                if "fid" in experiment.metrics:
-                    files.evaluations.append(self._evaluate(run, seed))
-                if "probe" in experiment.metrics or experiment.figure in ("probe", "understanding"):
-                    files.probes.append(self._probe(run))
-                if experiment.metrics:
-                    files.likelihoods.append(self._likelihood(run))
+                for which in weights:
+                    if "fid" in experiment.metrics:
+                        files.evaluations.setdefault(which, []).append(self._evaluate(run, seed, which))
+                    if "probe" in experiment.metrics or experiment.figure in ("probe", "understanding"):
+                        files.probes.setdefault(which, []).append(self._probe(run, which))
+                    if experiment.metrics:
+                        files.likelihoods.setdefault(which, []).append(self._likelihood(run, which))
         self.figures: list[Path] = []
         if experiment.figure in ("attention", "understanding"):
             self.figures.append(self._attention())
@@ -99,15 +104,20 @@ class Plan:
     def _train(self, recipe: Recipe, seed: int, steps: int | None) -> Path:
         stretch = self._stretch(recipe, seed) if recipe.equal_time else 1.0
         preset, config = self.scale.config(recipe, seed, steps=steps, stretch=stretch, fit=self.data.fit)
-        run = self._run(recipe, seed)
+        config, run = replace(config, compile=self.compiled), self._run(recipe, seed)
         known = config.steps is not None or self.scale.image_count is not None
         return self._add(
             f"train {run.name}",
             run,
-            *("train", preset, "--tokens", str(self.tokens), "--out", str(run), *options(preset, config)),
+            *("train", preset, "--tokens", str(self._tokens(recipe)), "--out", str(run), *options(preset, config)),
             flops=training_flops(config, self.scale.image_count or 0) if known else 0.0,
             disk=run_bytes(config),
         )
+
+    def _tokens(self, recipe: Recipe) -> Path:
+        if not recipe.centered:
+            return self.tokens
+        return self._tokenize("centered", self.data.images, (*self.scale.cut[:2], "--crops", "center-mirror"))
 
     def _run(self, recipe: Recipe, seed: int) -> Path:
         return self.work / "runs" / f"{run_name(recipe)}-seed{seed}"
@@ -123,7 +133,7 @@ class Plan:
         count = self.scale.image_count or 1
         return training_flops(configs[0], count) / training_flops(configs[1], count)
 
-    def _evaluate(self, run: Path, seed: int) -> Path:
+    def _evaluate(self, run: Path, seed: int, weights: Weights) -> Path:
         scale, guided = self.scale, self.experiment.guidance
         extractor = ("--extractor", scale.extractor)
         reference = self.data.reference
@@ -132,8 +142,9 @@ class Plan:
             reference = str(
                 self._add("reference", made, "reference", self.data.test_images, *extractor, "--out", str(made))
             )
-        samples = run.with_name(f"{run.name}-{'guided' if guided else 'unguided'}.npz")
+        samples = run.with_name(f"{_measured(run, weights)}-{'guided' if guided else 'unguided'}.npz")
         how = ("--model", str(run), "--tokenizer", str(self.tokenizer), *scale.samples, "--seed", str(seed))
+        how += ("--ema",) if weights == "ema" else ()
         guidance = () if guided else ("--cfg-scale", "1")
         disk = scale.sample_count * scale.side**2 * 3
         self._add(f"sample {run.name}", samples, "sample", *how, *guidance, "--out", str(samples), disk=disk)
@@ -141,16 +152,18 @@ class Plan:
         how = (str(samples), "--reference", reference, *extractor, "--json", str(out))
         return self._add(f"evaluate {run.name}", out, "evaluate", *how)
 
-    def _probe(self, run: Path) -> Path:
-        out = run.with_name(f"{run.name}-probe.json")
+    def _probe(self, run: Path, weights: Weights) -> Path:
+        out = run.with_name(f"{_measured(run, weights)}-probe.json")
         stores = ("--tokens", str(self.tokens), "--test-tokens", str(self.test_tokens))
         cache = ("--cache", str(self.work / "cache"))
-        what = ("--model", str(run), *stores, *self.scale.probe_crops, *cache, "--out", str(out))
+        which = ("--weights", "ema") if weights == "ema" else ()
+        what = ("--model", str(run), *stores, *self.scale.probe_crops, *which, *cache, "--out", str(out))
         return self._add(f"probe {run.name}", out, "probe", *what)
 
-    def _likelihood(self, run: Path) -> Path:
-        out = run.with_name(f"{run.name}-likelihood.json")
-        what = ("--model", str(run), "--tokens", str(self.test_tokens), "--out", str(out))
+    def _likelihood(self, run: Path, weights: Weights) -> Path:
+        out = run.with_name(f"{_measured(run, weights)}-likelihood.json")
+        which = ("--weights", "ema") if weights == "ema" else ()
+        what = ("--model", str(run), "--tokens", str(self.test_tokens), *which, "--out", str(out))
         return self._add(f"likelihood {run.name}", out, "likelihood", *what)
 
     def _attention(self) -> Path:
@@ -165,10 +178,16 @@ class Plan:
         return self._add("invariance", out, "invariance", *what)
 
 
+def _measured(run: Path, weights: Weights) -> str:
+    """What the names of a run's measurements begin with."""
+    return run.name if weights == "live" else f"{run.name}-ema"
+
+
 def run_name(recipe: Recipe) -> str:
     """A folder's name that tells a recipe from all others."""
     parts = ["st-ar" if recipe.guided else "ar", recipe.size.lower(), f"{recipe.epochs}-epochs"]
     parts += [] if recipe.views is None else [f"{recipe.views}-views"]
+    parts += ["centered"] if recipe.centered else []
     parts += [] if recipe.contrast is None else [f"depth-{recipe.contrast:g}"]
     parts += [f"{name.replace('_', '-')}-{str(value).lower()}" for name, value in sorted(recipe.changes.items())]
     parts += [] if recipe.accumulate == 1 else [f"{recipe.accumulate}-micro-batches"]

@@ -4,11 +4,12 @@ B: images, M: views of each, T: tokens, K: sampled positions, D: features. Simil
 or better, whatever the inputs' type and whether or not autocast is on: in half precision their norms overflow.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from st_ar.errors import UserError
 
@@ -23,6 +24,59 @@ def next_token_loss(logits: Tensor, tokens: Tensor) -> Tensor:
     """L_AR, Eq. 2: mean cross-entropy of logits [.., T, V] against tokens [.., T]."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return F.cross_entropy(logits.flatten(0, -2), tokens.flatten())
+
+
+def linear_next_token_loss(x: Tensor, weight: Tensor, tokens: Tensor) -> Tensor:
+    """L_AR from what the vocabulary projection reads: `next_token_loss(x @ weight.T, tokens)`, a part of the rows at a time.
+
+    The logits and their gradients, by far a step's largest tensors (4 bytes of each of V entries a token, several times over),
+    are never in memory together. Products are in autocast's type, the softmax in float32.
+
+    Args:
+        x: normalised features [.., T, D]; weight: [V, D]; tokens: int64 [.., T].
+    """
+    if not torch.is_grad_enabled():
+        return next_token_loss(F.linear(x, weight), tokens)
+    device = x.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    loss = _LinearCrossEntropy.apply(x.flatten(0, -2).to(dtype), weight, tokens.flatten())
+    assert isinstance(loss, Tensor)
+    return loss
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Mean cross-entropy of x [n, D] times weight [V, D], in x's type, against targets [n].
+
+    Both gradients are known as soon as a part's logits are, and are kept instead of them (as Liger Kernel does, arXiv 2410.10989).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        count, rows = len(x), max(512, 4 * x.shape[1])  # enough to pay for another sum of weight's gradients
+        wide = torch.promote_types(x.dtype, torch.float32)
+        loss, matrix = x.new_zeros((), dtype=wide), weight.to(x.dtype)
+        of_x, sums = torch.empty_like(x), []
+        with torch.autocast(x.device.type, enabled=False):
+            for part, target, gradient in zip(x.split(rows), targets.split(rows), of_x.split(rows), strict=True):
+                logits = F.linear(part, matrix).requires_grad_()
+                with torch.enable_grad():
+                    term = F.cross_entropy(logits.to(wide), target, reduction="sum") / count
+                (of_logits,) = torch.autograd.grad(term, logits)
+                loss += term.detach()
+                torch.mm(of_logits, matrix, out=gradient)
+                product = (of_logits.T @ part).to(wide)
+                sums = [sums[0].add_(product)] if sums else [product]
+        ctx.save_for_backward(of_x, sums[0].to(weight.dtype))
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride] (the decorator hides the names)
+        ctx: Any, *grad_outputs: Tensor
+    ) -> tuple[Tensor, Tensor, None]:
+        (gradient,) = grad_outputs
+        of_x, of_weight = ctx.saved_tensors
+        return of_x * gradient.to(of_x.dtype), of_weight * gradient.to(of_weight.dtype), None
 
 
 def mim_loss(student: Tensor, teacher: Tensor) -> Tensor:

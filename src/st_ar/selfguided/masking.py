@@ -4,16 +4,18 @@ import torch
 from torch import Tensor
 
 
-def random_key_mask(batch: int, length: int, ratio: float, generator: torch.Generator) -> Tensor:
+def random_key_mask(batch: int, length: int, ratio: float, generator: torch.Generator, *, share: float = 1.0) -> Tensor:
     """Eq. 3's sequence mask as a key mask, True = masked: bool [batch, length].
 
     Exactly round(ratio * (length - 1)) of each sequence's image-token keys are masked, drawn per sequence. Key 0, the
-    class, is always visible, so no query is left without a key.
+    class, is always visible, so no query is left without a key. Of the sequences, round(share * batch) are masked.
     """
     masked = round(ratio * (length - 1))
     order = torch.rand(batch, length - 1, generator=generator).argsort(dim=1)
     key_mask = torch.zeros(batch, length, dtype=torch.bool)
     key_mask[:, 1:] = order < masked  # each row of `order` is a permutation
+    if share < 1:
+        key_mask[torch.randperm(batch, generator=generator)[round(share * batch) :]] = False
     return key_mask
 
 
@@ -23,6 +25,6 @@ def show_own_position(key_mask: Tensor) -> Tensor:
     return key_mask[:, None, :] & ~own
 
 
-def random_positions(length: int, count: int, generator: torch.Generator) -> Tensor:
-    """Eq. 5's K positions, distinct, ascending, shared by the batch: int64 [count] in [0, length)."""
-    return torch.randperm(length, generator=generator)[:count].sort().values
+def random_positions(length: int, count: int, generator: torch.Generator, *, first: int = 0) -> Tensor:
+    """Eq. 5's K positions, distinct, ascending, shared by the batch: int64 [count] in [first, length)."""
+    return first + torch.randperm(length - first, generator=generator)[:count].sort().values

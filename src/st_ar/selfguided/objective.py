@@ -5,6 +5,7 @@ features for L_step and L_view; one teacher pass, unmasked and without gradients
 B: images, M: views of each, T: tokens, K: sampled positions, D: features, V: codebook entries.
 """
 
+from functools import partial
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from st_ar.config import ModelConfig, SelfGuidedConfig
 from st_ar.model.transformer import Transformer
 from st_ar.randomness import Purpose, torch_generator
-from st_ar.selfguided.losses import mim_loss, next_token_loss, step_loss, view_loss
+from st_ar.selfguided.losses import linear_next_token_loss, mim_loss, step_loss, view_loss
 from st_ar.selfguided.masking import random_key_mask, random_positions, show_own_position
 from st_ar.selfguided.teacher import Teacher
 
@@ -39,8 +40,12 @@ class Draws(NamedTuple):
 
     key_mask: Tensor | None
     """Masked keys, bool [B, M, T] or [B, M, T, T]; None when r = 0."""
-    positions: Tensor
-    """The K positions of Eq. 5, int64 [K]."""
+    positions: Tensor | None
+    """The K positions of Eq. 5, int64 [K]; None in a step without self-guidance."""
+
+
+NO_GUIDANCE = Draws(None, None)
+"""What a plain step draws."""
 
 
 class Targets(NamedTuple):
@@ -75,16 +80,18 @@ class SelfGuided(nn.Module):
             Projector(model.config.dim, config.projector_hidden, config.projector_depth) if config.contrast else None
         )
 
-    def teach(self, teacher: Teacher, tokens: Tensor, labels: Tensor, positions: Tensor) -> Targets:
+    def teach(self, teacher: Teacher, tokens: Tensor, labels: Tensor, positions: Tensor | None) -> Targets:
         """The teacher's unmasked pass over tokens [B, M, T] with the student's labels [B, ..]. No gradient, no output head."""
         config = self.config
-        if not config.needs_teacher:
+        if not config.needs_teacher or positions is None:
             return Targets(None, None)
         wanted = {layer for layer, on in ((self.last, config.alpha > 0), (self.mid, config.contrast)) if on}
         with torch.no_grad():
             states = teacher.model.features(*_sequences(tokens, labels), layers=wanted)
         views = tokens.shape[:2]
-        last = self._mim_features(teacher.model, states[self.last]).unflatten(0, views) if config.alpha > 0 else None
+        last = states[self.last].unflatten(0, views) if config.alpha > 0 else None
+        if last is not None and config.mim_features == "after_norm":
+            last = teacher.model.norm(last)
         mid = states[self.mid].unflatten(0, views)[:, :, positions] if config.contrast else None
         return Targets(last, mid)
 
@@ -102,18 +109,20 @@ class SelfGuided(nn.Module):
         config = self.config
         key_mask = None if draws.key_mask is None else draws.key_mask.flatten(0, 1)
         inputs, repeated = _sequences(tokens, labels)
-        logits, hidden = self.model(inputs, repeated, key_mask=key_mask, hidden={self.mid, self.last})
+        hidden = self.model.features(inputs, repeated, key_mask=key_mask, layers={self.mid, self.last})
 
-        ar = next_token_loss(logits.unflatten(0, tokens.shape[:2]), tokens)
+        last = self.model.norm(hidden[self.last])
+        ar = self.model.output(last, partial(linear_next_token_loss, tokens=tokens.flatten(0, 1)))
         total, mim, step, view = ar, *ar.new_zeros(3)
-        if config.alpha > 0:
-            assert targets.last is not None
-            mim = mim_loss(
-                self._mim_features(self.model, hidden[self.last]).unflatten(0, tokens.shape[:2]), targets.last
-            )
+        if targets.last is not None:
+            compared = last if config.mim_features == "after_norm" else hidden[self.last]
+            mim = mim_loss(compared.unflatten(0, tokens.shape[:2]), targets.last)
             total = total + config.alpha * mim
-        if self.projector is not None:
+        if self.projector is not None and candidates is None:  # every weight has a gradient, as DDP expects
+            total = total + sum(0 * parameter.sum() for parameter in self.projector.parameters())
+        elif self.projector is not None:
             assert candidates is not None
+            assert draws.positions is not None
             z = self.projector(hidden[self.mid].unflatten(0, tokens.shape[:2])[:, :, draws.positions])
             temperature, reduction = config.temperature, config.reduction
             if config.step_loss:
@@ -122,9 +131,6 @@ class SelfGuided(nn.Module):
                 view = view_loss(z, candidates, temperature=temperature, reduction=reduction, offset=offset)
             total = total + config.beta * (step + view) / 2
         return Losses(total, ar, mim, step, view)
-
-    def _mim_features(self, model: Transformer, last: Tensor) -> Tensor:
-        return model.norm(last) if self.config.mim_features == "after_norm" else last
 
 
 def _sequences(tokens: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -143,12 +149,13 @@ def draw(
     mine: slice = slice(None),
 ) -> Draws:
     """The choices of step `step` for its whole batch, a pure function of (seed, step); of them the part of the images `mine`."""
-    length = model.sequence_length
-    positions = random_positions(length, config.positions, torch_generator(seed, Purpose.POSITIONS, step))
+    length, generator = model.sequence_length, torch_generator(seed, Purpose.POSITIONS, step)
+    positions = random_positions(length, config.positions, generator, first=config.first_position)
     if config.mask_ratio == 0:
         return Draws(None, positions)
     generator = torch_generator(seed, Purpose.KEY_MASK, step)
-    key_mask = random_key_mask(images * views, length, config.mask_ratio, generator).unflatten(0, (images, views))[mine]
+    key_mask = random_key_mask(images * views, length, config.mask_ratio, generator, share=config.masked_share)
+    key_mask = key_mask.unflatten(0, (images, views))[mine]
     if not config.mask_own_position:
         key_mask = show_own_position(key_mask.flatten(0, 1)).unflatten(0, key_mask.shape[:2])
     return Draws(key_mask, positions)

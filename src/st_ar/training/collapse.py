@@ -80,7 +80,7 @@ class Features:
         draws = next(each for each in given if isinstance(each, Draws))
         if targets.mid is not None:
             self._add("teacher", targets.mid)
-        elif targets.last is not None:
+        elif targets.last is not None and draws.positions is not None:
             self._add("teacher_last", targets.last[:, :, draws.positions])
 
     def _see_student(self, _projector: nn.Module, args: tuple[Tensor, ...], projected: Tensor) -> None:

@@ -15,11 +15,11 @@ from st_ar.data.text import open_text
 from st_ar.data.views import Views
 from st_ar.errors import Interrupted
 from st_ar.files import write_json
-from st_ar.hardware import choose_dtype, moved, require_compiler
+from st_ar.hardware import choose_dtype, keep_freed_memory, moved, require_compiler
 from st_ar.model.transformer import Transformer
 from st_ar.progress import progress
 from st_ar.randomness import Purpose, torch_generator, torch_seed
-from st_ar.selfguided.objective import Draws, Losses, SelfGuided, draw
+from st_ar.selfguided.objective import NO_GUIDANCE, Draws, Losses, SelfGuided, draw
 from st_ar.selfguided.teacher import Teacher
 from st_ar.training.group import everyone, from_first, largest, mean, place, process_group
 from st_ar.training.keep import Keeper
@@ -89,6 +89,7 @@ def _train(
     if captions is not None:
         captions.check_tokens(store)
     dtype = choose_dtype(config.dtype, device)
+    keep_freed_memory()
     if config.compile:
         require_compiler(device)
     total = config.total_steps(len(store))
@@ -144,7 +145,8 @@ def _train(
             null = model.cls_embedding.null(labels)
             labels = drop_labels(labels, null, config.class_dropout, seed=config.seed, step=step, ranks=ranks)
             choices = {"images": config.batch_size, "views": config.views, "seed": config.seed, "step": step}
-            draws = draw(config.selfguided, config.model, **choices, mine=mine)
+            guided = config.selfguided.guides(step, total)
+            draws = draw(config.selfguided, config.model, **choices, mine=mine) if guided else NO_GUIDANCE
             torch.manual_seed(torch_seed(config.seed, Purpose.DROPOUT, step, ranks.rank))
 
             losses = backward(called, teacher, batch, labels, draws, config.accumulate, dtype)
@@ -226,7 +228,7 @@ def backward(
     bare = unshared(student)
     device, size = tokens.device, len(tokens) // pieces
     starts = range(0, len(tokens), size)
-    positions = moved(draws.positions, device)
+    positions = None if draws.positions is None else moved(draws.positions, device)
     key_mask = None if draws.key_mask is None else moved(draws.key_mask, device)
     autocast = torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
     with autocast:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from st_ar.errors import UserError
-from st_ar.files import sha256, write_json
+from st_ar.files import parse_json, sha256, write_json
 
 FORMAT_VERSION = 2
 MANIFEST, TENSORS = "manifest.json", "tensors"
@@ -42,7 +42,7 @@ def read_record(folder: Path) -> dict[str, Any]:
     if _is_version_1(folder):
         return {}
     try:
-        record = json.loads((folder / MANIFEST).read_bytes())
+        record = parse_json((folder / MANIFEST).read_bytes().decode())
     except (OSError, ValueError):  # of an older one, which nobody has asked for
         return {}
     return record if isinstance(record, dict) else {}
@@ -93,7 +93,7 @@ def find_damage(folder: Path) -> str | None:
     if _is_version_1(folder):
         return None
     try:
-        content = json.loads((folder / MANIFEST).read_bytes())
+        content = parse_json((folder / MANIFEST).read_bytes().decode())
         version, files, digest = content["format_version"], content["files"], content.pop("sha256")
     except FileNotFoundError:
         return f"{MANIFEST} is missing"

@@ -114,7 +114,7 @@ def trained_config(run: Path) -> TrainConfig:
 
 
 def seconds_per_step(run: Path) -> float:
-    """The median over a run's log.
+    """The median over a run's log, of the steps while self-guidance lasts and of those after it apart, weighed by their numbers.
 
     Raises:
         UserError: no run, or one that logged no speed.
@@ -124,7 +124,17 @@ def seconds_per_step(run: Path) -> float:
     speeds: list[Any] = [entry["tokens_per_second"] for entry in lines if "tokens_per_second" in entry]
     if not speeds or not fits(speeds, list[float]) or min(speeds) <= 0:
         raise UserError(f"{run / 'log.jsonl'} does not say how fast every step was: train again, or copy it again")
-    return trained.batch_size * trained.views * trained.model.sequence_length / statistics.median(speeds)
+    tokens = trained.batch_size * trained.views * trained.model.sequence_length
+    whole, seconds = lines[-1]["step"], 0.0
+    last = int(trained.selfguided.until * whole)
+    for first, end in ((0, last), (last, whole)):
+        pace = [
+            entry["tokens_per_second"]
+            for entry in lines
+            if "tokens_per_second" in entry and first < entry["step"] <= end
+        ]
+        seconds += (end - first) * tokens / statistics.median(pace or speeds)
+    return seconds / whole
 
 
 def not_finite(terms: Mapping[str, Tensor]) -> str:
