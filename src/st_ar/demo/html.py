@@ -11,6 +11,8 @@ from PIL import Image
 
 from st_ar.demo.drawing import Frame
 from st_ar.demo.recipe import Recipe, to_png
+from st_ar.demo.setup import Seen
+from st_ar.demo.understanding import Guesses, Reading
 from st_ar.report import png_uri
 
 SMALL = 64
@@ -133,3 +135,31 @@ def in_words(recipe: Recipe) -> str:
         f"seed {how.seed}, image {recipe.number} of {len(recipe.labels)}, guidance {how.cfg_scale:g} ({how.cfg_schedule}), "
         f"temperature {how.temperature:g}, top-k {how.top_k}, top-p {how.top_p:g}"
     )
+
+
+def step_words(seen: Seen, token: int, reading: Reading, on_class: float, most: float) -> str:
+    """What there is to say of the step that predicts a token; `most` is the entropy of an even guess."""
+    rows = [
+        ("entropy of its distribution (nats)", f"{reading.entropy[token]:.3f}"),
+        ("of all tokens", f"{reading.entropy.min():.3f} to {reading.entropy.max():.3f}"),
+        ("an even guess", f"{most:.3f}"),
+        ("probability of the token that is there", f"{reading.chance[token]:.4f}"),
+        ("likelier tokens", f"{int(reading.rank[token]):,}"),
+        ("attention on the class", f"{on_class:.3f}"),
+    ]
+    caption = f"The step that predicts token {token}, having read {token} of {len(seen.tokens)} of {seen.title}."
+    return table(("", f"token {token}"), rows, caption)
+
+
+def guess_table(guesses: Guesses, name: str, truth: str | None, length: int) -> str:
+    """What a probe takes an image of `length` tokens for as it is read; `truth` is its class, if it is known."""
+    rows = [
+        (f"{read} of {length}", *(f"{known} ✓" if known == truth else known for known in best))
+        for read, best in guesses.by_step
+    ]
+    places = ("first guess", "second", "third")[: len(rows[0]) - 1]
+    caption = (
+        f"What a linear probe on layer {guesses.layer} of {name}, which is not told the class, takes the image for. Ridge regression "
+        f"on {guesses.total:,} images of the probe's store, not the MAE protocol."
+    )
+    return table(("tokens read", *places), rows, caption)

@@ -1,5 +1,6 @@
 """The weights that the page offers, opened when they are first wanted, and the one thread in which they all compute."""
 
+import contextlib
 import copy
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -156,7 +157,8 @@ class Shelf:
             while (item := self.thread.submit(next, steps, end).result()) is not end:
                 yield item  # pyright: ignore[reportReturnType] -- only the end is no item
         finally:
-            self.thread.submit(steps.close).result()
+            with contextlib.suppress(RuntimeError):  # the thread was given back
+                self.thread.submit(steps.close).result()
 
     def close(self) -> None:
         """Give the thread back."""

@@ -8,51 +8,16 @@ import numpy as np
 
 from st_ar.demo import html, maps
 from st_ar.demo.inputs import whole
-from st_ar.demo.setup import Seen, Setup
-from st_ar.demo.understanding import Reading
+from st_ar.demo.setup import Setup
+from st_ar.demo.understanding import NONE, OWN, label_given
 from st_ar.demo.uploads import read_upload
 from st_ar.demo.widgets import QUEUE, class_choices, gr, told
 from st_ar.errors import UserError
 from st_ar.figures import line_chart
 
 DRAWN, STORED, UPLOADED = "drawn here", "token store", "upload"
-OWN, NONE = -2, -1
-"""Choices of the class that the model is given, beside the classes' numbers: the image's own (none, if it is not known), and none."""
 MEAN = 0
 """Choice of the head, beside their numbers: the average of all."""
-
-
-def heading(seen: Seen, token: int, reading: Reading, weights: np.ndarray, most: float) -> str:
-    """What there is to say of one step in words."""
-    rank = int(reading.rank[token])
-    return html.table(
-        ("", f"token {token}"),
-        [
-            ("entropy of its distribution (nats)", f"{reading.entropy[token]:.3f}"),
-            ("of all tokens", f"{reading.entropy.min():.3f} to {reading.entropy.max():.3f}"),
-            ("an even guess", f"{most:.3f}"),
-            ("probability of the token that is there", f"{reading.chance[token]:.4f}"),
-            ("likelier tokens", f"{rank:,}"),
-            ("attention on the class", f"{float(weights[0]):.3f}"),
-        ],
-        f"The step that predicts token {token}, having read {token} of {len(seen.tokens)} of {seen.title}.",
-    )
-
-
-def label_given(choice: Any, seen: Seen, null: int, *, knows_none: bool) -> int:
-    """The label that a choice stands for: the null class for none.
-
-    Raises:
-        UserError: no such class, or a model that has never been trained without one.
-    """
-    label = whole(choice, "the class", OWN, null - 1)
-    if label == OWN:
-        label = NONE if seen.label is None else seen.label
-    if label == NONE and not knows_none:
-        raise UserError(
-            "this model was trained with --class-dropout 0 and knows no null class: choose a class to read with"
-        )
-    return null if label == NONE else label
 
 
 def understand_tab(setup: Setup, drawn: Any) -> None:
@@ -81,7 +46,7 @@ def understand_tab(setup: Setup, drawn: Any) -> None:
         token = min(whole(token, "the token", 0, shape.sequence_length), len(seen.tokens) - 1)
         layer = min(whole(layer, "the layer", 1, 1 << 10), shape.n_layers)
         head = min(whole(head, "the head", MEAN, 1 << 16), shape.n_heads)
-        label = label_given(given, seen, shape.null_class, knows_none=weights.knows_no_class)
+        label = label_given(given, seen.label, shape.null_class, knows_none=weights.knows_no_class)
         reading = setup.read(name, seen, label)
         rows = reading.attention[layer - 1, :, token].astype(np.float32)
         row = rows.mean(0) if head == MEAN else rows[head - 1]
@@ -91,7 +56,7 @@ def understand_tab(setup: Setup, drawn: Any) -> None:
             maps.attention_map(seen.picture, row, shape.grid, token),
             maps.entropy_map(seen.picture, reading.entropy, shape.grid, token),
             maps.heads_overview(reading, shape.grid, token, (layer, None if head == MEAN else head)),
-            heading(seen, token, reading, row, most),
+            html.step_words(seen, token, reading, float(row[0]), most),
         )
 
     def guess(seen: Any, name: Any) -> Generator[str, None, None]:
@@ -104,23 +69,14 @@ def understand_tab(setup: Setup, drawn: Any) -> None:
                 )
                 continue
             truth = setup.shelf.find(name).class_names[seen.label] if seen.label is not None else None
-            rows = [
-                (f"{read} of {len(seen.tokens)}", *(f"{known} ✓" if known == truth else known for known in best))
-                for read, best in sofar.by_step
-            ]
-            places = ("first guess", "second", "third")[: len(rows[0]) - 1]
-            caption = (
-                f"What a linear probe on layer {sofar.layer} of {name}, which is not told the class, takes the image for. Ridge "
-                f"regression on {sofar.total:,} images of the probe's store, not the MAE protocol."
-            )
-            yield html.table(("tokens read", *places), rows, caption)
+            yield html.guess_table(sofar, name, truth, len(seen.tokens))
 
     def curve(seen: Any, name: Any, given: Any) -> str:
         if seen is None:
             return ""
         weights = setup.shelf.find(name)
         shape = weights.config
-        label = label_given(given, seen, shape.null_class, knows_none=weights.knows_no_class)
+        label = label_given(given, seen.label, shape.null_class, knows_none=weights.knows_no_class)
         entropy = setup.read(name, seen, label).entropy
         drawing = line_chart(
             {name: (list(map(float, range(len(entropy)))), entropy.tolist())},

@@ -4,12 +4,14 @@ import hashlib
 from collections import OrderedDict
 from collections.abc import Generator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from st_ar.data.store import TokenStore
+from st_ar.demo.inputs import whole
 from st_ar.demo.shelf import Opened
 from st_ar.errors import UserError
 from st_ar.evaluation.attention import weights_by_layer
@@ -23,6 +25,26 @@ STEPS = 8
 """At which a probe guesses, uniformly spaced, the last being the last token's."""
 AT_ONCE = 32
 """Images in the network at once."""
+
+
+OWN, NONE = -2, -1
+"""Choices of the class that a model is given, beside the classes' numbers: the image's own (none, if it is not known), and none."""
+
+
+def label_given(choice: Any, own: int | None, null: int, *, knows_none: bool) -> int:
+    """The label that a choice stands for, `own` being the image's class and `null` the null class.
+
+    Raises:
+        UserError: no such class, or none of a model that has never been trained without one.
+    """
+    label = whole(choice, "the class", OWN, null - 1)
+    if label == OWN:
+        label = NONE if own is None else own
+    if label == NONE and not knows_none:
+        raise UserError(
+            "this model was trained with --class-dropout 0 and knows no null class: choose a class to read with"
+        )
+    return null if label == NONE else label
 
 
 @dataclass(frozen=True, kw_only=True)

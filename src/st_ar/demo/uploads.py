@@ -31,7 +31,7 @@ def read_upload(path: object) -> bytes:
         raise UserError("no file is given: drop one, or choose it")
     file = Path(path)
     if (size := file.stat().st_size) > MOST_BYTES:
-        raise UserError(f"the file has {size / 1e6:.0f} MB: give one of at most {MOST_BYTES / 1e6:.0f} MB")
+        raise UserError(f"the file has {size / 2**20:.1f} MiB: give one of at most {MOST_BYTES >> 20} MiB")
     return file.read_bytes()
 
 
