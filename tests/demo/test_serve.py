@@ -103,7 +103,7 @@ def test_what_the_page_does_not_need_does_not_answer(app: Guard, path: str) -> N
 
 
 def test_files_of_the_machine_are_not_served(app: Guard) -> None:
-    for file in ("/etc/passwd", str(Path(__file__).resolve()), "/gradio_api/file=/etc/passwd"):
+    for file in ("/etc/passwd", str(Path(__file__).resolve()), "/gradio_api/file=/etc/passwd", "http://example.org"):
         assert ask(app, f"/gradio_api/file={file}")[0] in (403, 404)
     assert ask(app, "/static/../../../../etc/passwd")[0] in (403, 404)
 
@@ -134,36 +134,38 @@ def test_a_port_that_is_taken_or_none_is_refused() -> None:
         bind("203.0.113.7", 0)
 
 
-def test_the_command_serves_until_it_is_interrupted(line: SmallLine) -> None:
-    command = [
-        "demo",
-        "--model",
-        line.model,
-        "--tokenizer",
-        line.tokenizer,
-        "--tokens",
-        line.tokens,
-        "--port",
-        "0",
-        "--device",
-        "cpu",
-    ]
+@pytest.mark.parametrize(
+    ("signum", "status", "last"),
+    [(signal.SIGINT, 130, "st-ar: interrupted\n"), (signal.SIGTERM, 143, "st-ar: the page is closed\n")],
+)
+def test_the_command_serves_until_it_is_ended(
+    line: SmallLine, tmp_path: Path, signum: signal.Signals, status: int, last: str
+) -> None:
+    (tmp_path / "temporary").mkdir()
+    command = ["demo", "--model", line.model, "--tokenizer", line.tokenizer, "--tokens", line.tokens]
+    command += ["--port", "0", "--device", "cpu"]
     with subprocess.Popen(
-        [sys.executable, "-m", "st_ar", *map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-m", "st_ar", *map(str, command)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"TMPDIR": str(tmp_path / "temporary")},
     ) as process:
         try:
             assert process.stdout is not None
             said = process.stdout.readline()
             found = re.fullmatch(r"the page is at (http://localhost:\d+)  \(Ctrl-C ends it\)\n", said)
             assert found, said
+            assert [each.name[:11] for each in (tmp_path / "temporary").iterdir()] == ["st-ar-demo-"]
             with urllib.request.urlopen(found[1], timeout=60) as answer:
                 assert b"model (EMA)" in answer.read()
-            process.send_signal(signal.SIGINT)
+            process.send_signal(signum)
             out, err = process.communicate(timeout=60)
         finally:
             process.kill()
-    assert (process.returncode, out) == (130, "")
-    assert err == "st-ar: interrupted\n"
+    assert (process.returncode, out) == (status, "")
+    assert err == last
+    assert list((tmp_path / "temporary").iterdir()) == []
 
 
 @pytest.mark.parametrize(

@@ -45,8 +45,6 @@ def test_images_of_known_formats_are_read(kind: str) -> None:
         (encoded((40, 40))[:60], "cannot be read"),
         (bomb(5000, 5000), "5,000 x 5,000 pixels, more than the 16,777,216"),
         (bomb(1 << 20, 1 << 20), "no image of a known format, or too large"),
-        (encoded((LEAST_SIDE - 1, 20)), "at least 8 a side"),
-        (encoded((20, 180)), "not longer than 8 times"),
     ],
 )
 def test_bad_images_are_refused_in_words(data: bytes, match: str) -> None:
@@ -70,3 +68,12 @@ def test_an_upload_is_cut_as_tokenize_cuts_it() -> None:
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 30, 3)).astype(np.uint8))
     expected = Crops(kind="center", size=12, range=1.0).cut(picture)[0]
     np.testing.assert_array_equal(cut_upload(picture, 12), expected)
+
+
+@pytest.mark.parametrize(
+    ("size", "match"),
+    [((LEAST_SIDE - 1, 20), "7 x 20 pixels: give one of at least 8 a side"), ((20, 180), "at most 8 times")],
+)
+def test_shapes_that_would_grow_without_end_are_not_resized(size: tuple[int, int], match: str) -> None:
+    with pytest.raises(UserError, match=match):
+        cut_upload(decode_upload(encoded(size)), 256)

@@ -3,18 +3,20 @@
 import ipaddress
 import os
 import re
+import signal
 import socket
+import tempfile
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
 from st_ar.demo.setup import Setup
 from st_ar.demo.uploads import MOST_BYTES
-from st_ar.errors import UserError
+from st_ar.errors import Interrupted, UserError
 
 SERVED = re.compile(
     r"/(config|theme\.css|favicon\.ico|manifest\.json|robots\.txt|assets/.*|static/.*|svelte/.*"
     r"|gradio_api/(startup-events|app_id|token|info|theme\.css|heartbeat/.*|queue/(join|data)|cancel|reset|upload|upload_progress"
-    r"|file=.*))?/?"
+    r"|file=(?!\w+:).*))?/?"
 )
 """What of Gradio's server the page needs: nothing else of it answers."""
 HEADERS = {
@@ -94,6 +96,9 @@ def require_gradio() -> Any:
     """The module, which tells nobody that it is used; UserError where it is not installed."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before it is imported: it asks then
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+    os.environ["GRADIO_ANALYTICS_CACHE_FREQUENCY"] = str(
+        1 << 31
+    )  # events between its statistics, which nobody sees here
     try:
         import gradio
     except ModuleNotFoundError as error:
@@ -162,12 +167,24 @@ def make_server(setup: Setup, host: str) -> Any:
 
 
 def serve(setup: Setup, host: str, port: int) -> None:
-    """Serve the page until a signal ends it."""
+    """Serve the page until a signal ends it; what visitors have uploaded is removed then.
+
+    Raises:
+        Interrupted: by SIGTERM. (SIGINT raises KeyboardInterrupt.)
+    """
     listening = bind(host, port)
-    server = make_server(setup, host)
-    name = "localhost" if is_local(host) else host
-    print(f"the page is at http://{name}:{listening.getsockname()[1]}  (Ctrl-C ends it)", flush=True)
+    before = signal.signal(signal.SIGTERM, _end)  # the server passes it on when it has closed
     try:
-        server.run(sockets=[listening])
+        with tempfile.TemporaryDirectory(prefix="st-ar-demo-") as folder:  # that no other user of the machine can read
+            os.environ["GRADIO_TEMP_DIR"] = folder
+            server = make_server(setup, host)
+            name = "localhost" if is_local(host) else host
+            print(f"the page is at http://{name}:{listening.getsockname()[1]}  (Ctrl-C ends it)", flush=True)
+            server.run(sockets=[listening])
     finally:
+        signal.signal(signal.SIGTERM, before)
         setup.shelf.close()
+
+
+def _end(signum: int, _frame: object) -> None:
+    raise Interrupted("the page is closed", signum)

@@ -39,7 +39,7 @@ def decode_upload(data: bytes) -> Image.Image:
     """An uploaded image in RGB. Its size is read before any pixel is, so that a small file cannot ask for much memory.
 
     Raises:
-        UserError: no image, of a format that is not known, damaged, too large or of no use.
+        UserError: no image, of a format that is not known, damaged or too large.
     """
     try:
         width, height = Image.open(io.BytesIO(data), formats=FORMATS).size
@@ -50,11 +50,6 @@ def decode_upload(data: bytes) -> Image.Image:
         raise UserError(
             f"the image has {width:,} x {height:,} pixels, more than the {MOST_PIXELS:,} that the page reads: make it smaller"
         )
-    if min(width, height) < LEAST_SIDE or max(width, height) > LONGEST_SHAPE * min(width, height):
-        raise UserError(
-            f"the image has {width:,} x {height:,} pixels: give one of at least {LEAST_SIDE} a side, and not longer than "
-            f"{LONGEST_SHAPE} times its width"
-        )
     try:
         return read_image(data)
     except BrokenImageError as error:
@@ -62,5 +57,15 @@ def decode_upload(data: bytes) -> Image.Image:
 
 
 def cut_upload(image: Image.Image, size: int) -> np.ndarray:
-    """The centre of an image, resized as `st-ar tokenize --crops center` does: uint8 [size, size, 3]."""
+    """The centre of an image, resized as `st-ar tokenize --crops center` does: uint8 [size, size, 3].
+
+    Raises:
+        UserError: it is tiny, or so long that it would take much memory when it is resized.
+    """
+    width, height = image.size
+    if min(width, height) < LEAST_SIDE or max(width, height) > LONGEST_SHAPE * min(width, height):
+        raise UserError(
+            f"the image has {width:,} x {height:,} pixels: give one of at least {LEAST_SIDE} a side, the longer side at most "
+            f"{LONGEST_SHAPE} times the shorter"
+        )
     return center_crop(image, size)
