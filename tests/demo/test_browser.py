@@ -140,6 +140,16 @@ def saved(page: Page, which: str, index: int = 0) -> bytes:
     return Path(download.value.path()).read_bytes()
 
 
+def press(page: Page, which: str, across: float, down: float) -> None:
+    """Click on a picture, at shares of its width and height, when it is there."""
+    image = page.locator(f"#{which} img")
+    page.wait_for_function(f"(i => i && i.complete && i.naturalWidth > 0)(document.querySelector('#{which} img'))")
+    image.scroll_into_view_if_needed()
+    box = image.bounding_box()
+    assert box is not None
+    page.mouse.click(box["x"] + across * box["width"], box["y"] + down * box["height"])
+
+
 def drawn(page: Page) -> None:
     page.click("#generate-go")
     expect(page.locator("#generate-pictures a.save")).to_have_count(4)
@@ -165,7 +175,7 @@ def test_images_are_drawn_saved_and_drawn_again_bit_for_bit(
 
 def test_classes_are_found_by_name_and_settings_are_used(visit: Callable[..., Page], served: Served) -> None:
     page = visit(served)
-    page.locator("#generate-classes").get_by_label("Clear").click()
+    page.locator("#generate-classes .remove-all").click()
     page.locator("#generate-classes input").fill("co")
     page.get_by_role("option", name="cow").click()
     page.keyboard.press("Escape")
@@ -183,9 +193,9 @@ def test_classes_are_found_by_name_and_settings_are_used(visit: Callable[..., Pa
 
 def test_no_class_is_said_on_the_page(visit: Callable[..., Page], served: Served) -> None:
     page = visit(served)
-    page.locator("#generate-classes").get_by_label("Clear").click()
+    page.locator("#generate-classes .remove-all").click()
     page.click("#generate-go")
-    expect(page.get_by_text("no class is chosen: choose one or several")).to_be_visible(timeout=SOON)
+    expect(page.get_by_text("no class is chosen: choose one or several")).to_be_visible()
     page.locator("#generate-classes input").fill("ant")
     page.get_by_role("option", name="ant").click()
     drawn(page)
@@ -208,16 +218,10 @@ def test_a_token_and_a_head_are_clicked_on(visit: Callable[..., Page], served: S
     page.click("#understand-show")
     words = page.locator("#understand-words")
     expect(words).to_contain_text("having read 4 of 9 of image 0 of the store: ant")
-    picture = page.locator("#understand-picture img")
-    box = picture.bounding_box()
-    assert box is not None
-    picture.click(position={"x": box["width"] * 0.5, "y": box["height"] * 0.9})  # the middle of the last row
+    press(page, "understand-picture", 0.5, 0.9)  # the middle of the last row
     expect(words).to_contain_text("The step that predicts token 7")
     before = page.locator("#understand-attention img").get_attribute("src")
-    overview = page.locator("#understand-overview img")
-    box = overview.bounding_box()
-    assert box is not None
-    overview.click(position={"x": box["width"] * 0.75, "y": box["height"] * 0.95})  # head 2 of 2, layer 4 of 4
+    press(page, "understand-overview", 0.75, 0.95)  # head 2 of 2, layer 4 of 4
     expect(page.locator("#understand-layer input[type=number]")).to_have_value("4")
     expect(page.locator("#understand-head input")).to_have_value("2")
     expect(page.locator("#understand-attention img")).not_to_have_attribute("src", before or "")
@@ -230,9 +234,9 @@ def test_a_token_and_a_head_are_clicked_on(visit: Callable[..., Page], served: S
 def test_what_was_drawn_can_be_looked_at(visit: Callable[..., Page], served: Served) -> None:
     page = visit(served)
     tab(page, "Understand")
-    page.get_by_label("drawn here").click()
+    page.locator("#understand-source").get_by_label("drawn here").click()
     page.click("#understand-show")
-    expect(page.get_by_text("nothing is drawn yet")).to_be_visible(timeout=SOON)
+    expect(page.get_by_text("nothing is drawn yet")).to_be_visible()
     tab(page, "Generate")
     drawn(page)
     tab(page, "Understand")
@@ -245,27 +249,23 @@ def test_what_was_drawn_can_be_looked_at(visit: Callable[..., Page], served: Ser
 def test_uploads_are_read_and_bad_ones_refused(visit: Callable[..., Page], served: Served, tmp_path: Path) -> None:
     page = visit(served)
     tab(page, "Understand")
-    page.get_by_label("upload").click()
+    page.locator("#understand-source").get_by_label("upload").click()
     (tmp_path / "bomb.png").write_bytes(bomb(5000, 5000))
     (tmp_path / "words.png").write_text("no image")
     Image.new("RGB", (30, 20), "red").save(tmp_path / "red.png")
     chooser = page.locator("#understand-file input[type=file]")
     chooser.set_input_files(tmp_path / "bomb.png")
-    expect(page.get_by_text("more than the 16,777,216 that the page reads")).to_be_visible(timeout=SOON)
-    page.locator("#understand-file").get_by_label("Remove").or_(
-        page.locator("#understand-file").get_by_label("Clear")
-    ).first.click()
+    expect(page.get_by_text("more than the 16,777,216 that the page reads")).to_be_visible()
+    page.locator("#understand-file").get_by_label("Clear").click()
     chooser.set_input_files(tmp_path / "words.png")
-    expect(page.get_by_text("the file is no image of a known format")).to_be_visible(timeout=SOON)
-    page.locator("#understand-file").get_by_label("Remove").or_(
-        page.locator("#understand-file").get_by_label("Clear")
-    ).first.click()
+    expect(page.get_by_text("the file is no image of a known format")).to_be_visible()
+    page.locator("#understand-file").get_by_label("Clear").click()
     chooser.set_input_files(tmp_path / "red.png")
     expect(page.locator("#understand-words")).to_contain_text("of the uploaded image")
     tab(page, "Generate")
     page.click("#again > button")
     page.set_input_files("#again-file input[type=file]", tmp_path / "red.png")
-    expect(page.get_by_text("does not say how it was drawn")).to_be_visible(timeout=SOON)
+    expect(page.get_by_text("does not say how it was drawn")).to_be_visible()
 
 
 def test_two_visitors_at_once_take_turns_and_get_their_own(visit: Callable[..., Page], slow: Served) -> None:
@@ -313,7 +313,7 @@ def test_a_run_is_followed_live(visit: Callable[..., Page], served: Served) -> N
     page = visit(served)
     tab(page, "Runs")
     curves = page.locator("#runs-curves")
-    expect(curves).to_contain_text("a run: step 5, 100 tokens a second; training.")
+    expect(curves).to_contain_text("a run: step 5, 100 tokens a second; ")
     expect(curves.locator("svg")).to_have_count(1)
     expect(page.locator("#runs-samples")).to_contain_text("keeps no samples")
     run = served.setup.runs["a run"]

@@ -10,7 +10,7 @@ from st_ar.demo.drawing import compare_pictures, draw, find_drawer
 from st_ar.demo.recipe import read_recipe
 from st_ar.demo.setup import Seen, Setup
 from st_ar.demo.uploads import decode_upload, read_upload
-from st_ar.demo.widgets import QUEUE, class_choices, gr, make_fields, order_from, told
+from st_ar.demo.widgets import AT_ONCE, QUEUE, class_choices, gr, make_fields, order_from, told
 
 EMPTY = html.note("Choose classes and press Draw: the images appear here token by token.")
 
@@ -73,7 +73,5 @@ def generate_tab(setup: Setup, drawn: Any) -> None:
         told(start), [weights, *fields.all()], [status, pictures, drawn], show_progress_on=[status], **QUEUE
     )
     stop.click(None, cancels=[event], api_visibility="private")
-    weights.change(
-        told(other_weights), [weights], [fields.classes], queue=False, api_visibility="private", show_progress="hidden"
-    )
+    weights.change(told(other_weights), [weights], [fields.classes], **AT_ONCE)
     file.upload(told(again), [file], [again_status, again_picture], show_progress_on=[again_status], **QUEUE)

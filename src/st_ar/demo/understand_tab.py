@@ -1,7 +1,7 @@
 """The tab that shows what a model does as it reads an image: attention, uncertainty, and what a probe takes it for."""
 
 import math
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ from st_ar.demo.inputs import whole
 from st_ar.demo.setup import Setup
 from st_ar.demo.understanding import NONE, OWN, label_given
 from st_ar.demo.uploads import read_upload
-from st_ar.demo.widgets import QUEUE, class_choices, gr, told
+from st_ar.demo.widgets import AT_ONCE, QUEUE, class_choices, gr, told
 from st_ar.errors import UserError
 from st_ar.figures import line_chart
 
@@ -162,18 +162,17 @@ def understand_tab(setup: Setup, drawn: Any) -> None:
 
     seeing = [chosen, weights, given, token, layer, head]
     shown = [picture, attention, entropy, overview, words]
-    quiet: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
-    source.change(told(other_source), [source], [index, file], **quiet)
+    source.change(told(other_source), [source], [index, file], **AT_ONCE)
     loaded = gr.on(
         [show.click, file.upload], told(load), [source, index, file, weights, drawn], [chosen, token, guesses],
         show_progress_on=[words], **QUEUE,
     )  # fmt: skip
-    changed = weights.change(told(other_weights), [weights], [given, layer, head], **quiet)
+    changed = weights.change(told(other_weights), [weights], [given, layer, head], **AT_ONCE)
     triggers = [loaded.success, changed.success, given.input, token.input, layer.input, head.input]
     for pixels in (picture, attention, entropy):
-        clicked = pixels.select(told(_with_event(on_token)), [weights], [token], **quiet)
+        clicked = pixels.select(told(_with_event(on_token)), [weights], [token], **AT_ONCE)
         triggers.append(clicked.success)
-    triggers.append(overview.select(told(_with_event(on_head)), [weights], [layer, head], **quiet).success)
+    triggers.append(overview.select(told(_with_event(on_head)), [weights], [layer, head], **AT_ONCE).success)
     for trigger in triggers:
         trigger(told(look), seeing, shown, trigger_mode="always_last", show_progress_on=[words], **QUEUE)
     for trigger in (loaded.success, changed.success, given.input):
@@ -181,12 +180,13 @@ def understand_tab(setup: Setup, drawn: Any) -> None:
     ask.click(told(guess), [chosen, weights], [guesses], **QUEUE)
 
 
-def _with_event(work: Any) -> Any:
-    """A handler that is given the event too: Gradio knows by the type of its last argument."""
+def _with_event(work: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    """A handler that is given the event too: Gradio knows it by the type of the argument."""
 
-    def handler(name: Any, event: gr.SelectData) -> Any:
+    def handler(name: Any, event: Any) -> Any:
         return work(name, event)
 
+    handler.__annotations__["event"] = gr.SelectData
     return handler
 
 

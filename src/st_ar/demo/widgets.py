@@ -21,6 +21,8 @@ QUEUE = {"concurrency_id": "models", "concurrency_limit": 1, "api_visibility": "
 """Of all that computes with models: one job at a time, the others wait in line and see it."""
 BESIDE = {"concurrency_id": "files", "concurrency_limit": 2, "api_visibility": "private", "show_progress": "hidden"}
 """Of all that only reads files."""
+AT_ONCE = {"concurrency_id": "page", "concurrency_limit": 8, "api_visibility": "private", "show_progress": "hidden"}
+"""Of what only changes the page's own fields."""
 CLASSES_SHOWN = 100
 """Names in the list before one searches for more."""
 
