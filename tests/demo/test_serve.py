@@ -17,7 +17,6 @@ import pytest
 
 from st_ar import quickstart as module
 from st_ar.cli import run_command
-from st_ar.demo import setup as setup_module
 from st_ar.demo.serve import HEADERS, MOST_BODY, Guard, bind, build_app, is_local
 from st_ar.demo.setup import find_runs, quickstart_setup
 from st_ar.demo.shelf import Shelf
@@ -260,5 +259,5 @@ def test_the_quickstarts_models_are_taken_or_made(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(module, "quickstart", make)
     (folder / "summary.json").unlink()
     with pytest.raises(UserError, match="stopped here"):
-        setup_module.quickstart_setup(folder, device="cpu", dtype="float32", probe_images=50)
+        quickstart_setup(folder, device="cpu", dtype="float32", probe_images=50)
     assert made == [folder]
