@@ -6,9 +6,12 @@ What it needs is imported when it runs, so that help is quick.
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from st_ar.errors import UserError
+
+if TYPE_CHECKING:
+    from st_ar.demo.setup import Setup
 
 
 @dataclass(kw_only=True)
@@ -46,35 +49,37 @@ class Demo:
 
     def run(self) -> None:
         self._check()
-        from st_ar.demo.serve import bind, is_local, require_gradio, serve
-        from st_ar.demo.setup import Setup, find_runs, open_store, quickstart_setup
-        from st_ar.demo.shelf import Shelf
+        from st_ar.demo.serve import bind, private_folder, require_gradio, serve
         from st_ar.figures import require_matplotlib
 
-        require_gradio()
-        require_matplotlib()
-        bind(self.host, self.port).close()  # before anything that takes long
+        with private_folder():
+            require_gradio()
+            require_matplotlib()
+            bind(self.host, self.port).close()  # before anything that takes long
+            serve(self._setup(), self.host, self.port)
+
+    def _setup(self) -> "Setup":
+        from st_ar.demo.serve import is_local
+        from st_ar.demo.setup import Setup, find_runs, open_store, quickstart_setup
+        from st_ar.demo.shelf import Shelf
+
+        if not is_local(self.host):
+            said = "whoever can reach this address may use the page; it asks nobody who they are"
+            print(f"--host {self.host}: {said}", file=sys.stderr)
         if not self.model:
             setup = quickstart_setup(
                 self.quickstart, device=self.device, dtype=self.dtype, probe_images=self.probe_images
             )
             setup.runs = {**setup.runs, **find_runs([], self.runs)}
-        else:
-            assert self.tokenizer is not None
-            runs = find_runs(self.model, self.runs)
-            setup = Setup(
-                shelf=Shelf(self.model, self.tokenizer, names=self.names, device=self.device, dtype=self.dtype),
-                store=open_store(self.tokens) if self.tokens else None,
-                probe_store=open_store(self.probe_tokens) if self.probe_tokens else None,
-                probe_images=self.probe_images,
-                runs=runs,
-            )
-        if not is_local(self.host):
-            print(
-                f"--host {self.host}: whoever can reach this address may use the page; it asks nobody who they are",
-                file=sys.stderr,
-            )
-        serve(setup, self.host, self.port)
+            return setup
+        assert self.tokenizer is not None
+        return Setup(
+            runs=find_runs(self.model, self.runs),
+            shelf=Shelf(self.model, self.tokenizer, names=self.names, device=self.device, dtype=self.dtype),
+            store=open_store(self.tokens) if self.tokens else None,
+            probe_store=open_store(self.probe_tokens) if self.probe_tokens else None,
+            probe_images=self.probe_images,
+        )
 
     def _check(self) -> None:
         if len(self.model) > 2:

@@ -1,12 +1,15 @@
 """The server of the page: on this machine alone unless it is told otherwise, and with no way to anywhere else."""
 
+import asyncio
+import contextlib
 import ipaddress
 import os
 import re
 import signal
 import socket
 import tempfile
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Generator, MutableMapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from st_ar.demo.setup import Setup
@@ -114,21 +117,26 @@ def build_app(setup: Setup, host: str) -> Any:
     from st_ar.demo.page import build_page, style
 
     outer = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
-    mounted = gradio.mount_gradio_app(
-        outer,
-        build_page(setup),
-        path="/",
-        server_name=host,
-        footer_links=[],
-        run_history=False,
-        show_error=False,
-        max_file_size=MOST_BYTES,
-        ssr_mode=False,
-        enable_monitoring=False,
-        pwa=False,
-        mcp_server=False,
-        **style(),
-    )
+
+    async def mount() -> Any:
+        return gradio.mount_gradio_app(
+            outer,
+            build_page(setup),
+            path="/",
+            server_name=host,
+            footer_links=[],
+            run_history=False,
+            show_error=False,
+            max_file_size=MOST_BYTES,
+            ssr_mode=False,
+            enable_monitoring=False,
+            pwa=False,
+            mcp_server=False,
+            **style(),
+        )
+
+    with ThreadPoolExecutor(1) as thread:  # outside of an event loop Gradio makes some that nobody closes
+        mounted = thread.submit(lambda: asyncio.run(mount())).result()
     return Guard(mounted, frozenset({"localhost", "127.0.0.1", "::1"}) if is_local(host) else None)
 
 
@@ -166,8 +174,19 @@ def make_server(setup: Setup, host: str) -> Any:
     )
 
 
+@contextlib.contextmanager
+def private_folder() -> Generator[None]:
+    """Within the block Gradio keeps what visitors upload and see in a folder that no other user can read; it is removed at the end.
+
+    To be entered before Gradio is imported.
+    """
+    with tempfile.TemporaryDirectory(prefix="st-ar-demo-") as folder:
+        os.environ["GRADIO_TEMP_DIR"] = folder
+        yield
+
+
 def serve(setup: Setup, host: str, port: int) -> None:
-    """Serve the page until a signal ends it; what visitors have uploaded is removed then.
+    """Serve the page until a signal ends it.
 
     Raises:
         Interrupted: by SIGTERM. (SIGINT raises KeyboardInterrupt.)
@@ -175,12 +194,11 @@ def serve(setup: Setup, host: str, port: int) -> None:
     listening = bind(host, port)
     before = signal.signal(signal.SIGTERM, _end)  # the server passes it on when it has closed
     try:
-        with tempfile.TemporaryDirectory(prefix="st-ar-demo-") as folder:  # that no other user of the machine can read
-            os.environ["GRADIO_TEMP_DIR"] = folder
-            server = make_server(setup, host)
-            name = "localhost" if is_local(host) else host
-            print(f"the page is at http://{name}:{listening.getsockname()[1]}  (Ctrl-C ends it)", flush=True)
-            server.run(sockets=[listening])
+        server = make_server(setup, host)
+        listening.listen()  # who comes before the server has begun waits for it
+        name = "localhost" if is_local(host) else host
+        print(f"the page is at http://{name}:{listening.getsockname()[1]}  (Ctrl-C ends it)", flush=True)
+        server.run(sockets=[listening])
     finally:
         signal.signal(signal.SIGTERM, before)
         setup.shelf.close()
