@@ -148,4 +148,4 @@ def order_from(setup: Setup, name: str, values: tuple[Any, ...]) -> tuple[list[i
     config = setup.shelf.find(name).config
     chosen = list(classes) if isinstance(classes, list | tuple) else []
     labels = choose_labels(chosen, whole(count, "the number of images", 1, MOST_IMAGES), config.num_classes)
-    return labels, settings_from(*rest, config.vocab_size)
+    return labels, settings_from(*rest, vocab_size=config.vocab_size)
