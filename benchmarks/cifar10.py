@@ -1,4 +1,4 @@
-"""What the line on CIFAR-10 of docs/recipes.md reached, read from the folders that its commands wrote.
+"""What the line on CIFAR-10 of docs/tokenizers.md reached, read from the folders that its commands wrote.
 
     python benchmarks/cifar10.py --tokenizer tokenizer --run ar --test-tokens tokens-test
 

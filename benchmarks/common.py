@@ -71,7 +71,10 @@ def save(name: str, results: Any, folder: Path = RESULTS) -> Path:
     """Write NAME.json with the machine, the versions, the date and the command."""
     path = folder / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    command = " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
+    given = [
+        Path(word).name if word.startswith("/") else word for word in sys.argv[1:]
+    ]  # where things lie is nobody's business
+    command = " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *given])
     record = {
         "command": command,
         "date": datetime.now(UTC).date().isoformat(),

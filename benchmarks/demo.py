@@ -3,7 +3,8 @@
     python benchmarks/demo.py --preset b --name demo-cpu
 
 Models have random weights of the preset's size, the tokenizer is VQ-16 with random weights (of `tiny`, patches of pixels). Cold is from
-the command to the first preview that the browser shows; warm is from the press of the button, when the models have drawn before.
+the command to the first preview that the browser shows; warm is from the press of the button, when the models have drawn before. Previews
+are limited to 12 a second and to a quarter of the time.
 """
 
 import argparse

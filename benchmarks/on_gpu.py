@@ -180,6 +180,7 @@ def vqgan(device: torch.device, small: bool) -> dict[str, Any]:
     found: dict[str, Any] = {"images a step": count}
     for name, start in (("without the adversary", 10**9), ("with the adversary", 0)):
         training = VQTraining(replace(preset, adversary=replace(preset.adversary, start=start)), device)
+        training.share()
         images = torch.rand(count, 3, side, side, device=device) * 2 - 1
         images = images.contiguous(memory_format=training.layout)
         step = iter(range(1, 10**6))
@@ -193,7 +194,7 @@ def features(device: torch.device, small: bool) -> dict[str, Any]:
     """Images/s of Inception's network in float32 at 299 px, and the seconds of FID's and precision's statistics over its features."""
     count, samples = (2, 200) if small else (64, 50_000)
     network = Inception().to(device).eval()
-    images = torch.randint(256, (count, 3, 256, 256), dtype=torch.uint8, device=device)
+    images = torch.randint(256, (count, 256, 256, 3), dtype=torch.uint8, device=device)
     with torch.no_grad():
         taken = time_in_turn({"network": lambda: network(images)}, rounds=5, warmup=2, device=device)["network"]
     found: dict[str, Any] = {"Inception, images/s": count / summarise(taken)["median"]}

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from st_ar import quickstart as module
+from st_ar.cli import run_command
 from st_ar.config import TrainConfig
 from st_ar.data.store import TokenStore
 from st_ar.errors import UserError
@@ -145,14 +146,15 @@ def test_every_artefact_is_what_the_matching_command_would_leave(made: Path) -> 
     assert files == {*names, "quickstart.json", "summary.json", "report.html"}
 
 
-def test_a_second_call_measures_again_without_training_again(copy: Path) -> None:
+def test_a_second_call_measures_again_without_training_again(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     weights = [path for run in RUNS.values() for path in (copy / run / "export").glob("*.safetensors")]
     assert len(weights) == 4
     before, times = exports(copy), [path.stat().st_mtime_ns for path in weights]
     stores = contents(copy / "tokens-train") | contents(copy / "tokenizer")
     first = measures(copy)
     (copy / "report.html").unlink()
-    quickstart(copy, images="digits", steps=3)
+    run_command(["quickstart", "--images", "digits", "--steps", "3", "--out", str(copy), "--json", "-"])
+    assert json.loads(capsys.readouterr().out) == summary_of(copy)
     assert exports(copy) == before
     assert [path.stat().st_mtime_ns for path in weights] == times
     assert contents(copy / "tokens-train") | contents(copy / "tokenizer") == stores

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from st_ar.errors import UserError
-from st_ar.printing import print_table
+from st_ar.printing import check_json, json_alone, keep_json, print_table
 
 
 @dataclass(kw_only=True)
@@ -46,16 +46,20 @@ class Attention:
     """Look at the averaged weights instead of the live ones, of every model."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute."""
+    json: str | None = None
+    """File for what statistics.json holds; - for standard output, instead of the table."""
 
     def run(self) -> None:
         from st_ar.evaluation.attention import ImageMasks
         from st_ar.evaluation.attention_job import Chosen, report_attention
         from st_ar.evaluation.attention_report import table_of
+        from st_ar.files import read_json
 
         if self.mask_ratio == 0 and (self.seed or not self.mask_own_position):
             raise UserError(
                 "--seed and --no-mask-own-position are about masked keys: give --mask-ratio too, or neither"
             )
+        check_json(self.json)
         chosen = Chosen(
             layers=self.layers,
             heads=self.heads,
@@ -74,5 +78,9 @@ class Attention:
             ema=self.ema,
             device=self.device,
         )
-        print_table(*table_of(statistics))
-        print(f"\nthe page: {self.out / 'attention.html'}")
+        if self.json != "-":
+            print_table(*table_of(statistics))
+        with json_alone(self.json):
+            print(f"\nthe page: {self.out / 'attention.html'}")
+        if self.json:
+            keep_json(self.json, read_json(self.out / "statistics.json", "attention's statistics"))

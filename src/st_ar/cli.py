@@ -4,6 +4,7 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, TypeVar
 
@@ -44,6 +45,7 @@ Train LlamaGen-style image generators with and without self-guidance (ST-AR), an
   demo               a web page on this machine: draw, compare, see what models look at, follow runs
   reproduce          the paper's tables and figures, at full size or small
   convert            to and from the weight files of LlamaGen's scripts, models and VQ tokenizers
+  completion         a script with which bash, zsh or fish complete all this
 
 exit status: 0 done, 2 a mistake or trouble that the message explains, 130 or 143 interrupted (training: and saved)
 """
@@ -66,55 +68,58 @@ class Train:
     watching: Annotated[WatchConfig, tyro.conf.arg(name="")] = field(default_factory=WatchConfig)
     config: Annotated[TrainConfig, tyro.conf.arg(name="")]
 
+    def run(self, preset: str) -> None:
+        from st_ar.training.loop import train
 
-def train_verb(arguments: Sequence[str]) -> None:
+        train(
+            self.config,
+            self.tokens,
+            self.out,
+            text=self.text,
+            validation=self.validation,
+            watching=self.watching,
+            resume=self.resume,
+            preset=preset,
+        )
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{self.out}: trained; weights in {self.out / 'export'}")
+
+
+def _read_train(arguments: Sequence[str]) -> Callable[[], None]:
     """`st-ar train PRESET ...`: the preset gives every setting its default."""
     usage = (
         "--tokens STORE [--text TEXT] [--validation STORE] --out RUN [--resume] [--steps N | --epochs N] [any setting]"
     )
     chosen = _choose_preset("train", usage, PRESETS, arguments)
-    if chosen is None:
-        return
+    if isinstance(chosen, str):
+        return partial(print, chosen)
     name, rest = chosen
     default = _with_budget(get_preset(name), rest)
     command = tyro.cli(
         _train_command(default), prog=f"st-ar train {name}", args=rest, description=PRESETS[name].__doc__
     )
-    from st_ar.training.loop import train
-
-    train(
-        command.config,
-        command.tokens,
-        command.out,
-        text=command.text,
-        validation=command.validation,
-        watching=command.watching,
-        resume=command.resume,
-        preset=name,
-    )
-    if os.environ.get("RANK", "0") == "0":
-        print(f"{command.out}: trained; weights in {command.out / 'export'}")
+    return partial(command.run, name)
 
 
-def train_tokenizer_verb(arguments: Sequence[str]) -> None:
+def _read_train_tokenizer(arguments: Sequence[str]) -> Callable[[], None]:
     """`st-ar train-tokenizer PRESET ...`: k-means, or a VQ-GAN whose preset gives every setting its default."""
     presets = {"kmeans": TrainKMeans, **VQ_PRESETS}
     usage = "--images SRC --out DIR [any setting]"
     chosen = _choose_preset("train-tokenizer", usage, presets, arguments)
-    if chosen is None:
-        return
+    if isinstance(chosen, str):
+        return partial(print, chosen)
     name, rest = chosen
     if name == "kmeans":
         command: type[TrainKMeans] | type[TrainVQ] = TrainKMeans
     else:
         command = vq_command(name, _with_budget(VQ_PRESETS[name](), rest))
-    tyro.cli(command, prog=f"st-ar train-tokenizer {name}", args=rest, description=presets[name].__doc__).run()
+    return tyro.cli(command, prog=f"st-ar train-tokenizer {name}", args=rest, description=presets[name].__doc__).run
 
 
 def _choose_preset(
     verb: str, usage: str, presets: Mapping[str, Callable[..., object]], arguments: Sequence[str]
-) -> tuple[str, list[str]] | None:
-    """The preset and the options after it; None if help was asked for and given."""
+) -> tuple[str, list[str]] | str:
+    """The preset and the options after it; or the help, if that was asked for."""
     if arguments and arguments[0] in presets:
         return arguments[0], list(arguments[1:])
     if arguments and not arguments[0].startswith("-"):
@@ -122,11 +127,10 @@ def _choose_preset(
     if not arguments or arguments[0] not in ("-h", "--help"):
         raise UserError(f"{verb} needs a preset before its options: one of {', '.join(presets)}")
     listed = "\n".join(f"  {name:24}{(build.__doc__ or '').splitlines()[0]}" for name, build in presets.items())
-    print(
+    return (
         f"usage: st-ar {verb} PRESET {usage}\n\n"
         f"st-ar {verb} PRESET --help lists every setting with the preset's values. The presets:\n\n{listed}"
     )
-    return None
 
 
 Run = TypeVar("Run", bound=RunConfig)
@@ -148,23 +152,32 @@ def _train_command(default: TrainConfig) -> type[Train]:
     return WithPreset
 
 
+def read_command(arguments: Sequence[str]) -> Callable[[], None]:
+    """What a command line, the verb first, asks for: to be called to have it done.
+
+    Raises:
+        UserError: no such verb or preset.
+        SystemExit: options that the verb does not have, or values that they do not take; the cause is printed.
+    """
+    verb, *rest = arguments
+    if verb == "train":
+        return _read_train(rest)
+    if verb == "train-tokenizer":
+        return _read_train_tokenizer(rest)
+    if verb in VERBS:
+        return tyro.cli(VERBS[verb], prog=f"st-ar {verb}", args=rest).run
+    raise UserError(
+        f"unknown verb {verb!r}: give one of {', '.join(['train', 'train-tokenizer', *VERBS])}; st-ar --help explains them"
+    )
+
+
 def run_command(arguments: Sequence[str]) -> None:
-    """A command line, the verb first.
+    """Do what a command line asks for, the verb first.
 
     Raises:
         UserError, Interrupted: as the verb does.
     """
-    verb, *rest = arguments
-    if verb == "train":
-        train_verb(rest)
-    elif verb == "train-tokenizer":
-        train_tokenizer_verb(rest)
-    elif verb in VERBS:
-        tyro.cli(VERBS[verb], prog=f"st-ar {verb}", args=rest).run()
-    else:
-        raise UserError(
-            f"unknown verb {verb!r}: give one of {', '.join(['train', 'train-tokenizer', *VERBS])}; st-ar --help explains them"
-        )
+    read_command(arguments)()
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -3,17 +3,16 @@
 What a verb needs is imported when it runs, so that help is quick.
 """
 
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import tyro
 
 from st_ar.errors import UserError
 from st_ar.evaluation.names import ExtractorName, Metric
-from st_ar.printing import print_table
+from st_ar.printing import check_json, keep_json, print_table
 
 
 @dataclass(kw_only=True)
@@ -49,6 +48,8 @@ class Evaluate:
     """Where to compute."""
     json: str | None = None
     """File for the result as JSON; - for standard output, instead of the table."""
+    page: Path | None = None
+    """FILE.html for a page with the numbers, the first samples, and what identifies them (extra quickstart)."""
 
     def run(self) -> None:
         from st_ar.evaluation.collect import Place
@@ -61,6 +62,8 @@ class Evaluate:
         metrics = choose_metrics(self.metrics, self.extractor == "inception")
         check_seeds(self.seed, self.shuffle_seed)
         check_side("--resize", self.resize)
+        check_json(self.json)
+        check_page(self.page)
         samples = open_files(self.samples)
         with process_group(self.device) as (ranks, device):
             place = Place(device=device, ranks=ranks, batch_size=self.batch_size)
@@ -78,11 +81,17 @@ class Evaluate:
             )
         if ranks.rank == 0:
             keep_json(self.json, result)
+            if self.page:
+                from st_ar.evaluation.pages import evaluation_page
+
+                evaluation_page(self.page, result, samples)
             for note in result["notes"]:
                 print(f"st-ar: {note}", file=sys.stderr)
             if self.json != "-":
                 print_table(("", "value"), [(k, format_number(k, v)) for k, v in result["metrics"].items()])
                 print(f"\n{one_line(result)}")
+                if self.page:
+                    print(f"the page: {self.page}")
 
 
 @dataclass(kw_only=True)
@@ -164,6 +173,7 @@ class Reconstruct:
         from st_ar.training.group import in_turn, process_group
 
         check_side("--size", self.size)
+        check_json(self.json)
         if self.out and self.out.suffix.lower() != ".png":
             raise UserError(f"--out {self.out}: the picture is a PNG; give a name that ends in .png")
         name = self.extractor
@@ -187,14 +197,12 @@ class Reconstruct:
                 )
 
 
-def keep_json(where: str | None, result: dict[str, Any]) -> None:
-    """Write a result as JSON to a file, or (-) to standard output."""
-    from st_ar.files import write_json
+def check_page(page: Path | None) -> None:
+    """Refuse a --page that could not be written at the end."""
+    if page is not None:
+        from st_ar.report import require_page
 
-    if where == "-":
-        print(json.dumps(result, indent=2))
-    elif where is not None:
-        write_json(Path(where), result)
+        require_page(page)
 
 
 def check_seeds(*seeds: int | None) -> None:

@@ -108,6 +108,11 @@ class Drawing:
         write_json(path.with_suffix(".json"), self.data)
 
 
+def embedded(svg: str) -> str:
+    """The text of an SVG file of `Drawing.save` for a page to take in, in the page's colours."""
+    return svg.replace(f"<style>{_OWN_COLOURS}</style>", "", 1)
+
+
 def line_chart(
     series: Mapping[str, tuple[Sequence[float], Sequence[float]]],
     *,

@@ -9,8 +9,9 @@ from typing import Annotated, Literal
 import tyro
 
 from st_ar.errors import UserError
+from st_ar.evaluation_verbs import check_page
 from st_ar.invariance_config import InvarianceSettings
-from st_ar.printing import print_table
+from st_ar.printing import check_json, json_alone, keep_json, print_table
 
 
 @dataclass(kw_only=True)
@@ -34,6 +35,10 @@ class Invariance:
     """Where a VQ network computes."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of a VQ network's activations."""
+    json: str | None = None
+    """File for what invariance.json holds; - for standard output, instead of the table."""
+    page: Path | None = None
+    """FILE.html for a page with the numbers, curve and pictures (extra quickstart)."""
 
     def run(self) -> None:
         from st_ar.data.ranks import Ranks
@@ -42,6 +47,8 @@ class Invariance:
 
         if (world := Ranks.from_environment().world) > 1:
             raise UserError(f"st-ar invariance runs in one process, not in {world}: start it without torchrun")
+        check_json(self.json)
+        check_page(self.page)
         names = choose_names(self.tokenizer, self.names)
         tokenizers = {
             name: place_tokenizer(path, self.device, self.dtype)
@@ -54,17 +61,24 @@ class Invariance:
             for label in summaries[0]
         ]
         chance = ("different images", *(f"{100 * agreement.chance:.2f}" for agreement in found.values()))
-        print_table(("equal tokens (%)", *names), [*rows, chance])
+        header, rows = ("equal tokens (%)", *names), [*rows, chance]
+        if self.page:
+            from st_ar.evaluation.pages import invariance_page
+
+            invariance_page(self.page, header, rows, result, self.out)
+        if self.json != "-":
+            print_table(header, rows)
         about = result["images"]
         if about["skipped"]:
             print(f"st-ar: {about['skipped']} images that cannot be decoded were left out", file=sys.stderr)
         if about["enlarged"]:
             side = result["settings"]["side"]
             print(f"st-ar: {about['enlarged']} images were smaller than {side} pixels and enlarged", file=sys.stderr)
-        print(
-            f"\n{about['count']:,} images of {about['name']} ({about['sha256'][:8]}), mean ± standard error over them"
-        )
-        print(f"{self.out / 'invariance.json'}: all numbers; the curve is {self.out / 'curve.svg'}")
+        with json_alone(self.json):
+            source = f"{about['name']} ({about['sha256'][:8]})"
+            print(f"\n{about['count']:,} images of {source}, mean ± standard error over them")
+            print(f"{self.out / 'invariance.json'}: all numbers; the curve is {self.out / 'curve.svg'}")
+        keep_json(self.json, result)
 
 
 def _percent(mean: float, error: float) -> str:

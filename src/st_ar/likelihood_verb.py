@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from st_ar.printing import print_table
+from st_ar.printing import check_json, keep_json, print_table
 
 FORMAT_VERSION = 1
 
@@ -32,7 +32,9 @@ class Likelihood:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute."""
     out: Path | None = None
-    """JSON file for the results, with all that identifies them."""
+    """JSON file for the results, with all that identifies them; never written over."""
+    json: str | None = None
+    """File for the same JSON; - for standard output, instead of the table."""
 
     def run(self) -> None:
         from st_ar.data.store import TokenStore
@@ -40,7 +42,9 @@ class Likelihood:
         from st_ar.evaluation.subjects import find_subjects
         from st_ar.files import require_absent, require_place, write_json
         from st_ar.hardware import choose_device, describe
+        from st_ar.progress import progress
 
+        check_json(self.json)
         if self.out:
             require_absent(self.out, "a result")
             require_place(self.out)
@@ -48,13 +52,16 @@ class Likelihood:
         subjects = find_subjects(self.model, self.names, self.weights)
         for subject in subjects:
             subject.check_store(store)
-        losses = {s.name: validation_loss(s.open().to(device), store) for s in subjects}
-        header = ("", "loss (nats per token)", "perplexity")
-        print_table(header, [(name, f"{loss:.4f}", f"{math.exp(loss):.2f}") for name, loss in losses.items()])
-        print(
-            f"\n{len(store):,} images; an even guess among {store.meta.vocab_size:,} tokens: {math.log(store.meta.vocab_size):.4f}"
-        )
+        with progress("likelihood", len(store) * len(subjects), unit="images") as bar:
+            losses = {s.name: validation_loss(s.open().to(device), store, advance=bar.advance) for s in subjects}
+        if self.json != "-":
+            header = ("", "loss (nats per token)", "perplexity")
+            print_table(header, [(name, f"{loss:.4f}", f"{math.exp(loss):.2f}") for name, loss in losses.items()])
+            codes = store.meta.vocab_size
+            print(f"\n{len(store):,} images; an even guess among {codes:,} tokens: {math.log(codes):.4f}")
+        results = [{"model": s.name, "weights": s.describe(), "loss": losses[s.name]} for s in subjects]
+        record = {"format_version": FORMAT_VERSION, "store": store.describe(), "results": results}
+        record |= {"environment": describe()}
         if self.out:
-            results = [{"model": s.name, "weights": s.describe(), "loss": losses[s.name]} for s in subjects]
-            record = {"format_version": FORMAT_VERSION, "store": store.describe(), "results": results}
-            write_json(self.out, record | {"environment": describe()})
+            write_json(self.out, record)
+        keep_json(self.json, record)

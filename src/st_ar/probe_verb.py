@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Literal
 
 from st_ar.errors import UserError
-from st_ar.printing import print_table
+from st_ar.evaluation_verbs import check_page
+from st_ar.printing import check_json, json_alone, keep_json, print_table
 
 
 @dataclass(kw_only=True)
@@ -62,9 +63,13 @@ class Probe:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of the model's matrix products; auto takes bfloat16 on a GPU that has it. The probes are float32."""
     out: Path | None = None
-    """JSON file for the results, with all that identifies them."""
+    """JSON file for the results, with all that identifies them; never written over."""
+    json: str | None = None
+    """File for the same JSON; - for standard output, instead of the table."""
     figure: Path | None = None
     """FILE.svg or FILE.png for the curves; their numbers go beside it as FILE.json."""
+    page: Path | None = None
+    """FILE.html for a page with the numbers, the curves, and what identifies them (extra quickstart)."""
 
     def run(self) -> None:
         from st_ar.data.store import TokenStore
@@ -101,6 +106,7 @@ class Probe:
             store.verify()
         probed: list[Probed] = []
         notes: list[str] = []
+        kept: list[str] = []
         for subject, reading in zip(subjects, readings, strict=True):
             cache = FeatureCache(self.cache or cache_folder() / "features", self.cache_limit * GB, self.cache_dtype)
             results = probe_layers(
@@ -117,22 +123,33 @@ class Probe:
             probed += [Probed(subject=subject, result=result) for result in results]
             found = dict.fromkeys(note for result in results for note in result.notes)
             notes += [f"{subject.name}: {note}" for note in found]
-            notes.append(f"{subject.name}: {describe_cache(cache)}")
+            kept.append(f"{subject.name}: {describe_cache(cache)}")
         first = probed[0].result
-        print(f"{NAMES[self.method]}, {first.train_images:,} training and {first.test_images:,} test images")
-        print_table(*accuracy_table(probed))
-        print("\n" + "\n".join(notes))
+        with json_alone(self.json):
+            print(f"{NAMES[self.method]}, {first.train_images:,} training and {first.test_images:,} test images")
+            if self.json != "-":
+                print_table(*accuracy_table(probed))
+            print("\n" + "\n".join([*notes, *kept]))
+        record = describe_probes(probed, *stores, self.train_crops, method, dtype, self.cache_dtype)
         if self.out:
-            record = describe_probes(probed, *stores, self.train_crops, method, dtype, self.cache_dtype)
             write_json(self.out, record)
+        keep_json(self.json, record)
+        if self.page:
+            from st_ar.evaluation.pages import probe_page
+
+            probe_page(self.page, probed, method, record, notes)
         if self.figure:
             accuracy_figure(probed, method).save(self.figure)
 
     def _check_options(self) -> None:
         """Refuse what could not be kept at the end, and options of another method."""
-        from st_ar.figures import require_drawable
+        from st_ar.figures import require_drawable, require_matplotlib
         from st_ar.files import require_absent, require_place
 
+        check_json(self.json)
+        check_page(self.page)
+        if self.page:
+            require_matplotlib()
         if self.out:
             require_absent(self.out, "a result")
             require_place(self.out)

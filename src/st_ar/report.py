@@ -1,17 +1,23 @@
-"""HTML reports: one self-contained page, everything inline, readable on a phone, light and dark."""
+"""HTML reports: one self-contained page, everything inline, readable on a phone, light and dark, whole when it is printed.
+
+Tables sort by a click on a column's head, figures and pictures open large. The page's policy lets nothing but that script run, and
+nothing be fetched.
+"""
 
 import base64
+import hashlib
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from st_ar.errors import UserError
-from st_ar.files import written_aside
+from st_ar.files import require_place, written_aside
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,17 +67,40 @@ def _kind(part: Table | Chart | Gallery) -> str:
     return type(part).__name__.lower()
 
 
+def require_page(path: Path) -> None:
+    """Refuse, before the work that it is to show, a page that could not be written.
+
+    Raises:
+        UserError: jinja2 is not installed, another kind of file, or its folder may not be written to.
+    """
+    if path.suffix.lower() not in (".html", ".htm"):
+        raise UserError(f"--page {path}: the page is HTML; give a name that ends in .html")
+    _jinja2()
+    require_place(path)
+
+
+def _jinja2() -> Any:
+    try:
+        import jinja2
+    except ModuleNotFoundError as error:
+        raise UserError(f"reports are rendered by jinja2 ({error}): pip install 'st-ar[quickstart]'") from error
+    return jinja2
+
+
 def write_report(path: Path, *, title: str, lead: str, sections: Sequence[Section]) -> None:
     """Write the page, whole or not at all.
 
     Raises:
         UserError: jinja2 is not installed, or the page cannot be written.
     """
-    try:
-        from jinja2 import Environment
-    except ModuleNotFoundError as error:
-        raise UserError(f"reports are rendered by jinja2 ({error}): pip install 'st-ar[quickstart]'") from error
-    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    template = environment.from_string(files("st_ar").joinpath("templates/report.html").read_text())
+    environment = _jinja2().Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    templates = files("st_ar").joinpath("templates")
+    template = environment.from_string(templates.joinpath("report.html").read_text())
+    script = templates.joinpath("report.js").read_text()
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     with written_aside(path) as aside:
-        aside.write_text(template.render(title=title, lead=lead, sections=sections, kind=_kind))
+        aside.write_text(
+            template.render(
+                title=title, lead=lead, sections=sections, kind=_kind, script=script, script_hash=f"sha256-{digest}"
+            )
+        )

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import tyro
 
 from st_ar.errors import UserError
+from st_ar.printing import check_json, json_alone, keep_json
 from st_ar.reproduce.paper import EXPERIMENTS, Name, Row
 from st_ar.reproduce.scales import SCALES, ScaleName
 
@@ -48,14 +49,20 @@ class Reproduce:
     """Train with --compile (needs a C++ compiler on a CPU): faster where a run takes more than a few minutes."""
     dry_run: bool = False
     """Print the commands, what they would cost here, and the disk they need; make nothing."""
+    json: str | None = None
+    """File for the table as JSON, which also lies in --out; - for standard output: everything else goes to standard error."""
 
     def run(self) -> None:
         from st_ar.cli import run_command
+        from st_ar.files import read_json
         from st_ar.reproduce.estimate import print_plan
         from st_ar.reproduce.page import show
         from st_ar.reproduce.plan import Data, Plan
         from st_ar.reproduce.run import run_stages
 
+        if self.dry_run and self.json:
+            raise UserError("--json is for what was measured, and --dry-run measures nothing: leave one of them out")
+        check_json(self.json)
         scale, experiment = SCALES[self.scale], EXPERIMENTS[self.what]
         images, test_images = self.data or scale.images, self.test_data or scale.test_images
         if images is None or test_images is None or (self.data is None) != (self.test_data is None):
@@ -87,10 +94,15 @@ class Reproduce:
             print_plan(plan(experiment.rows), self.out)
             return
         # How long the rows of equal time are is known when the others have been trained.
-        run_stages(plan([row for row in experiment.rows if not row.recipe.equal_time]).stages, self.out, run_command)
-        whole = plan(experiment.rows)
-        run_stages(whole.stages, self.out, run_command)
-        show(self.what, whole)
+        with json_alone(self.json):
+            run_stages(
+                plan([row for row in experiment.rows if not row.recipe.equal_time]).stages, self.out, run_command
+            )
+            whole = plan(experiment.rows)
+            run_stages(whole.stages, self.out, run_command)
+            show(self.what, whole)
+        if self.json:
+            keep_json(self.json, read_json(self.out / f"{self.what}.json", "a table of the paper's"))
 
 
 def _fit(images: str | None, tokenizer: Path | None, side: int) -> dict[str, int]:

@@ -6,7 +6,7 @@ from typing import Literal
 
 from st_ar.evaluation.names import ExtractorName, Metric
 from st_ar.evaluation_verbs import check_side
-from st_ar.printing import print_table
+from st_ar.printing import check_json, json_alone, keep_json, print_table
 
 
 @dataclass(kw_only=True)
@@ -54,16 +54,20 @@ class Sweep:
     """Where to compute."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of the model's weights and activations; auto takes bfloat16 where the hardware has it."""
+    json: str | None = None
+    """File for what sweep.json holds; - for standard output, instead of the table."""
 
     def run(self) -> None:
         from st_ar.evaluation.collect import Place
         from st_ar.evaluation.extractors import load_extractor
         from st_ar.evaluation.generation import choose_metrics, format_number
         from st_ar.evaluation.references import open_reference
-        from st_ar.evaluation.sweep import SweptModel, require_one_rank, settings_of, sweep
+        from st_ar.evaluation.sweep import FILES, SweptModel, require_one_rank, settings_of, sweep
+        from st_ar.files import read_json
         from st_ar.hardware import choose_device
 
         require_one_rank()
+        check_json(self.json)
         check_side("--resize", self.resize)
         is_inception = self.extractor == "inception"
         default: tuple[Metric, ...] = ("fid", "is") if is_inception else ("fd",)
@@ -96,9 +100,13 @@ class Sweep:
             )
             for r in rows
         ]
-        print_table(("guidance", "temperature", "top-k", *labels), cells)
+        if self.json != "-":
+            print_table(("guidance", "temperature", "top-k", *labels), cells)
         best, label = rows[0], extractor.label("fd")
-        print(
-            f"\nbest by {label} of {self.num:,} samples: --cfg-scale {best['cfg_scale']:g} --temperature {best['temperature']:g} "
-            f"--top-k {best['top_k']}; the curve is {self.out / 'distance.svg'}"
-        )
+        with json_alone(self.json):
+            print(
+                f"\nbest by {label} of {self.num:,} samples: --cfg-scale {best['cfg_scale']:g} "
+                f"--temperature {best['temperature']:g} --top-k {best['top_k']}; the curve is {self.out / 'distance.svg'}"
+            )
+        if self.json:
+            keep_json(self.json, read_json(self.out / FILES[0], "a sweep"))

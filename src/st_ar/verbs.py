@@ -16,7 +16,7 @@ from st_ar.demo_verb import Demo
 from st_ar.evaluation_verbs import Evaluate, MakeReference, Reconstruct
 from st_ar.invariance_verb import Invariance
 from st_ar.likelihood_verb import Likelihood
-from st_ar.printing import print_table
+from st_ar.printing import check_json, json_alone, keep_json, print_table
 from st_ar.probe_verb import Probe
 from st_ar.reproduce_verb import Reproduce
 from st_ar.sample_verb import Sample
@@ -39,11 +39,15 @@ class Quickstart:
     """Optimizer steps of each model, if not the preset's."""
     seed: int = 0
     """Seed of everything."""
+    json: str | None = None
+    """File for what summary.json holds; - for standard output, instead of the table."""
 
     def run(self) -> None:
         from st_ar.quickstart import quickstart
 
-        report = quickstart(self.out, images=self.images, steps=self.steps, seed=self.seed)
+        check_json(self.json)
+        with json_alone(self.json):
+            report = quickstart(self.out, images=self.images, steps=self.steps, seed=self.seed)
         summary = json.loads((self.out / "summary.json").read_text())
         ar, guided = summary["AR"], summary["ST-AR"]
         rows = [
@@ -52,8 +56,11 @@ class Quickstart:
             ("FD-regions of samples", *(f"{m['frechet']:.4f}" for m in (ar, guided))),
             ("seconds per training step", *(f"{m['seconds_per_step']:.3f}" for m in (ar, guided))),
         ]
-        print_table(("", "AR", "ST-AR"), rows)
-        print(f"\n{summary['seconds_of_this_call']:.0f} s; the report is {report}")
+        with json_alone(self.json):
+            if self.json != "-":
+                print_table(("", "AR", "ST-AR"), rows)
+            print(f"\n{summary['seconds_of_this_call']:.0f} s; the report is {report}")
+        keep_json(self.json, summary)
 
 
 @dataclass(kw_only=True)
@@ -75,6 +82,19 @@ class Convert:
         print(convert(self.source, self.target, to=self.to, ema=self.ema))
 
 
+@dataclass(kw_only=True)
+class Completion:
+    """Print the script with which a shell completes verbs, presets, options and their choices."""
+
+    shell: tyro.conf.Positional[Literal["bash", "zsh", "fish"]]
+    """Whose script."""
+
+    def run(self) -> None:
+        from st_ar.completion import completion
+
+        print(completion(self.shell), end="")
+
+
 VERBS: dict[str, Any] = {
     "quickstart": Quickstart,
     "tokenize": Tokenize,
@@ -91,4 +111,5 @@ VERBS: dict[str, Any] = {
     "demo": Demo,
     "reproduce": Reproduce,
     "convert": Convert,
+    "completion": Completion,
 }

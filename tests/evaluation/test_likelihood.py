@@ -37,7 +37,10 @@ def test_the_batch_size_changes_nothing(written: tuple[Path, np.ndarray, np.ndar
     store, model = TokenStore(written[0]), random_model()
     expected = validation_loss(model, store)
     for batch_size in (1, 2, 3, 7, 100):  # 2 and 3 leave a smaller last batch
-        assert validation_loss(model, store, batch_size=batch_size) == pytest.approx(expected, rel=1e-5)
+        told: list[int] = []
+        loss = validation_loss(model, store, batch_size=batch_size, advance=told.append)
+        assert loss == pytest.approx(expected, rel=1e-5)
+        assert (sum(told), max(told)) == (7, min(7, batch_size))
 
 
 @pytest.mark.parametrize(("images", "chosen"), [(1, [0]), (3, [0, 3, 6]), (7, range(7)), (100, range(7))])

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import st_ar
 from st_ar.errors import UserError
 from st_ar.evaluation import manifolds
-from st_ar.evaluation.manifolds import compare, neighbour_distances
+from st_ar.evaluation.manifolds import blocks_of, compare, neighbour_distances
 from st_ar.evaluation.metrics import density_coverage, inception_score, kernel_distance, precision_recall
 
 
@@ -191,3 +191,16 @@ def test_scores_that_are_known() -> None:
     assert inception_score(sure) == pytest.approx(10)
     assert inception_score(np.full((100, 10), 0.1)) == pytest.approx(1)
     assert inception_score(np.sort(sure.argmax(1))[:, None] == np.arange(10.0), 10) == pytest.approx(1)  # class-sorted
+
+
+@pytest.mark.parametrize(("real", "drawn"), [(5, 7), (14, 15), (30, 8)])
+@pytest.mark.parametrize("both", [True, False])
+def test_every_block_is_told_of(monkeypatch: pytest.MonkeyPatch, real: int, drawn: int, both: bool) -> None:
+    monkeypatch.setattr(manifolds, "BLOCK", 7)
+    features = torch.randn(real + drawn, 3, generator=torch.Generator().manual_seed(0))
+    told: list[int] = []
+    compare(features[:real], features[real:], k=3 if both else None, density_k=2, advance=told.append)
+    assert sum(told) == len(told) == blocks_of(real, drawn, both)
+    told.clear()
+    kernel_distance(features[:real], features[real:], subsets=4, advance=told.append)
+    assert told == [1, 1, 1, 1]

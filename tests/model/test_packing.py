@@ -30,7 +30,7 @@ def test_a_packed_model_is_the_model(config: ModelConfig, count: int) -> None:
     model = random_model(config)
     expected = logits(model, config, count)
     for rows in (1, count, 64):  # a layout for other batches serves too
-        assert (logits(packed(model, rows), config, count) - expected).norm() <= 1e-6 * expected.norm()
+        assert (logits(packed(model, rows), config, count) - expected).norm() <= 4e-6 * expected.norm()
 
 
 @pytest.mark.parametrize("config", [ODD, MEDIUM], ids=["odd", "medium"])

@@ -78,6 +78,8 @@ def test_a_figure_is_made_beside_the_papers_numbers_and_made_once(
     run_command(["reproduce", *wanted])
     assert "st-ar train" not in capsys.readouterr().out
     assert contents(out).keys() == before.keys()
+    run_command(["reproduce", *wanted, "--json", "-"])
+    assert json.loads(capsys.readouterr().out) == json.loads((out / "fig4.json").read_text())
     with pytest.raises(UserError, match="was made by another command"):
         run_command(["reproduce", *wanted, "--steps", "3"])
 

@@ -9,11 +9,12 @@ from st_ar.errors import UserError
 from st_ar.evaluation.collect import NEIGHBOURS, Collected, Place, collect
 from st_ar.evaluation.extractors import Extractor
 from st_ar.evaluation.image_sets import ImageSet
-from st_ar.evaluation.manifolds import compare
+from st_ar.evaluation.manifolds import blocks_of, compare
 from st_ar.evaluation.metrics import frechet_distance, kernel_distance
 from st_ar.evaluation.names import Metric
 from st_ar.evaluation.references import Reference
 from st_ar.hardware import describe
+from st_ar.progress import progress
 
 K, DENSITY_K = 3, 5
 """Which neighbour gives a ball its radius: for precision and recall, for density and coverage."""
@@ -140,15 +141,20 @@ def _numbers(
         numbers["sfid"] = frechet_distance(*reference.spatial, *found.spatial.result())
     if found.score is not None:
         numbers["is"] = found.score.result()
+    first = place.ranks.rank == 0
     if NEIGHBOURS.intersection(metrics):
         real, drawn = reference.features.to(place.device), found.features.to(place.device)
         if "kid" in metrics:
-            numbers["kid"], numbers["kid std"] = kernel_distance(
-                real, drawn, subsets=SUBSETS, subset_size=SUBSET_SIZE, seed=seed
-            )
+            with progress("KID", SUBSETS, unit="subsets", shown=first) as bar:
+                numbers["kid"], numbers["kid std"] = kernel_distance(
+                    real, drawn, subsets=SUBSETS, subset_size=SUBSET_SIZE, seed=seed, advance=bar.advance
+                )
         wants = [{"precision", "recall"}.intersection(metrics), {"density", "coverage"}.intersection(metrics)]
         if any(wants):
-            pairs = compare(real, drawn, k=K if wants[0] else None, density_k=DENSITY_K if wants[1] else None)
+            chosen = {"k": K if wants[0] else None, "density_k": DENSITY_K if wants[1] else None}
+            total = blocks_of(len(real), len(drawn), bool(wants[0]))
+            with progress("neighbours", total, unit="blocks", shown=first) as bar:
+                pairs = compare(real, drawn, **chosen, advance=bar.advance)
             for pair in pairs:
                 numbers |= {name: value for name, value in (pair._asdict() if pair else {}).items() if name in metrics}
     return numbers

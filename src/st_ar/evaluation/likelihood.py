@@ -1,5 +1,7 @@
 """How well a model predicts images that it has not seen."""
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 
@@ -10,7 +12,12 @@ from st_ar.selfguided.losses import next_token_loss
 
 @torch.no_grad()
 def validation_loss(
-    model: Transformer, store: TokenStore, *, images: int | None = None, batch_size: int = 256
+    model: Transformer,
+    store: TokenStore,
+    *,
+    images: int | None = None,
+    batch_size: int = 256,
+    advance: Callable[[int], object] | None = None,
 ) -> float:
     """Mean of L_AR (Eq. 2) in nats per token over a store's images, last crop each, with their labels, in float32.
 
@@ -18,6 +25,7 @@ def validation_loss(
 
     Args:
         images: how many, at equal distances in the store; by default all.
+        advance: is told how many images more are read.
 
     Raises:
         UserError: a store that is not the model's, or a text model: a token store has no captions.
@@ -35,4 +43,6 @@ def validation_loss(
         tokens = torch.from_numpy(codes.astype(np.int64)).to(device)
         logits = model(tokens[:, :-1], torch.from_numpy(store.labels[here]).to(device)).logits
         total += next_token_loss(logits, tokens).item() * len(tokens)
+        if advance:
+            advance(len(tokens))
     return total / count

@@ -5,6 +5,7 @@ other member. Distances are computed in blocks as float32 matrix products; where
 computed again in float64 from the differences. Nothing of the size of all pairs is ever held.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -109,7 +110,18 @@ class _Nearest:
         self.values[rows], self.indices[rows] = best.values, indices.gather(1, best.indices)
 
 
-def neighbour_distances(features: Tensor, ks: tuple[int, ...], offset: Tensor | None = None) -> Tensor:
+def blocks_of(reference: int, samples: int, both: bool) -> int:
+    """How many blocks of pairs `compare` goes through; `both`: with precision and recall."""
+    ours, theirs = -(-reference // BLOCK), -(-samples // BLOCK)
+    return ours * (ours + 1) // 2 + (theirs * (theirs + 1) // 2 if both else 0) + ours * theirs
+
+
+def neighbour_distances(
+    features: Tensor,
+    ks: tuple[int, ...],
+    offset: Tensor | None = None,
+    advance: Callable[[int], object] | None = None,
+) -> Tensor:
     """Squared distances of each member to its k-th nearest other member: [N, D] -> float64 [N, len(ks)].
 
     Each pair is computed once; a member's twin at another index counts as another at distance 0.
@@ -131,6 +143,8 @@ def neighbour_distances(features: Tensor, ks: tuple[int, ...], offset: Tensor | 
             else:
                 nearest.add(other, distances.T.contiguous(), start)
             nearest.add(start, distances, other)
+            if advance:
+                advance(1)
     exact = torch.empty(nearest.values.shape, dtype=torch.float64, device=features.device)
     rows = max(1, CHUNK // (nearest.keep * features.shape[1]))
     for start in range(0, len(features), rows):
@@ -170,7 +184,14 @@ class Comparison(NamedTuple):
 
 @torch.no_grad()
 @full_precision()
-def compare(reference: Features, samples: Features, *, k: int | None = 3, density_k: int | None = 5) -> Comparison:
+def compare(
+    reference: Features,
+    samples: Features,
+    *,
+    k: int | None = 3,
+    density_k: int | None = 5,
+    advance: Callable[[int], object] | None = None,
+) -> Comparison:
     """Precision and recall with the k-th neighbour, density and coverage with the density_k-th; None leaves a pair out.
 
     Precision and recall: arXiv 1904.06991 as in the evaluator of openai/guided-diffusion; density and coverage: arXiv 2002.09797,
@@ -178,6 +199,7 @@ def compare(reference: Features, samples: Features, *, k: int | None = 3, densit
 
     Args:
         reference: [N, D]. samples: [M, D]; on one device, which computes.
+        advance: is told of each of the `blocks_of` pairs that is done.
 
     Raises:
         UserError: too few members, unequal widths, or numbers that are not finite.
@@ -188,14 +210,16 @@ def compare(reference: Features, samples: Features, *, k: int | None = 3, densit
         raise UserError("there are no samples to compare")
     offset = real.mean(0)
     ks = tuple(each for each in (k, density_k) if each is not None)
-    radii = neighbour_distances(real, ks, offset)
+    radii = neighbour_distances(real, ks, offset, advance)
     in_real = {each: _Inside(real, radii[:, place], drawn) for place, each in enumerate(ks)}
-    in_drawn = _Inside(drawn, neighbour_distances(drawn, (k,), offset)[:, 0], real) if k is not None else None
+    in_drawn = _Inside(drawn, neighbour_distances(drawn, (k,), offset, advance)[:, 0], real) if k is not None else None
     ours, theirs = _Set(real, offset), _Set(drawn, offset)
     for start in ours.starts():
         for other in theirs.starts():
             distances = ours.distances(start, theirs, other)
             doubt = (ours.lengths[start : start + BLOCK, None] + theirs.lengths[other : other + BLOCK]).mul_(DOUBT)
+            if advance:
+                advance(1)
             for inside in in_real.values():
                 inside.add(start, distances, other, doubt)
             if in_drawn:

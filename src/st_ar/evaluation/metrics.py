@@ -1,7 +1,7 @@
 """Numbers from statistics and features, as pure functions."""
 
 import contextlib
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from typing import NamedTuple
 
 import numpy as np
@@ -117,7 +117,13 @@ class KernelDistance(NamedTuple):
 @torch.no_grad()
 @full_precision()
 def kernel_distance(
-    reference: Features, samples: Features, *, subsets: int = 100, subset_size: int = 1000, seed: int = 0
+    reference: Features,
+    samples: Features,
+    *,
+    subsets: int = 100,
+    subset_size: int = 1000,
+    seed: int = 0,
+    advance: Callable[[int], object] | None = None,
 ) -> KernelDistance:
     """KID: the unbiased squared MMD with the kernel (x . y / D + 1)^3 over random subsets (arXiv 1801.01401).
 
@@ -127,6 +133,7 @@ def kernel_distance(
 
     Args:
         reference: features [N, D]. samples: features [M, D]; N and M of 2 or more, on one device, which computes.
+        advance: is told of each subset that is done.
     """
     real, drawn = check_features(reference, samples)
     size = min(subset_size, len(real), len(drawn))
@@ -141,4 +148,6 @@ def kernel_distance(
         xx, yy, xy = (((a @ b.T).double() / x.shape[1] + 1) ** 3 for a, b in ((x, x), (y, y), (x, y)))
         within = sum((kernel.sum() - kernel.trace()).item() for kernel in (xx, yy)) / (size * (size - 1))
         found.append(within - 2 * xy.mean().item())
+        if advance:
+            advance(1)
     return KernelDistance(float(np.mean(found)), float(np.std(found)))

@@ -15,10 +15,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from st_ar.errors import UserError
 from st_ar.training.manifest import (
@@ -30,7 +28,7 @@ from st_ar.training.manifest import (
     read_record,
     write_manifest,
 )
-from st_ar.training.state import State, whole_weights
+from st_ar.training.state import Copier, State, whole_weights
 from st_ar.training.tensor_files import READ_ERRORS, WRITE_ERRORS, read_tensors, reason, write_tensors
 
 Result = TypeVar("Result")
@@ -62,7 +60,7 @@ class Checkpoints:
         self.folder, self.keep, self.keep_every, self.keep_least = folder, keep, keep_every, keep_least
         self._group = group
         self._rank = 0 if group is None else dist.get_rank(group)
-        self._stager = DefaultStager(StagingOptions(torch.cuda.is_available(), False, False, False))
+        self._copier = Copier()
         self._writing: _Background | None = None
 
     def __enter__(self) -> "Checkpoints":
@@ -103,8 +101,7 @@ class Checkpoints:
         """
         self.wait()
         tensors = state.tensors()
-        staged = self._stager.stage(tensors)
-        assert isinstance(staged, dict)
+        staged = self._copier.copy(tensors)
         weights = staged | whole_weights(tensors, keep=self._rank == 0) if then else {}
         self._writing = _Background(
             partial(self._write, step, staged, record or {}, partial(then, weights) if then else None)

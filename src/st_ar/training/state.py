@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
@@ -48,6 +49,26 @@ class State:
         }
         moments = {f"optimizer.{key}": value for key, value in optimizer_state.items() if isinstance(value, Tensor)}
         return tensors | moments
+
+
+class Copier:
+    """Copies tensors into the host's memory, which it takes again for the next copy; pinned, if there is a GPU.
+
+    Before torch 2.13 a stager closes itself after its first copy: there each copy has one of its own, and new memory.
+    """
+
+    _SERVES_ONCE = tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 13)
+
+    def __init__(self) -> None:
+        self._stager: DefaultStager | None = None
+
+    def copy(self, tensors: dict[str, Tensor]) -> dict[str, Any]:
+        """The tensors as they are now, by the same names."""
+        if self._stager is None or self._SERVES_ONCE:
+            self._stager = DefaultStager(StagingOptions(torch.cuda.is_available(), False, False, False))
+        copied = self._stager.stage(tensors)
+        assert isinstance(copied, dict)
+        return copied
 
 
 def whole_weights(tensors: Mapping[str, Tensor], *, keep: bool) -> dict[str, Tensor]:

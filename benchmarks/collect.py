@@ -1,0 +1,60 @@
+"""Keep what `st-ar reproduce` has made: its tables and figures, and each run's settings, log and measurements. Small files, to commit.
+
+    python benchmarks/collect.py reproduced --name reproduced table3 questions
+    python benchmarks/collect.py cifar10 --name cifar10 evidence cheaper --runs
+
+In what is kept the folder has the name given, wherever it lay, and so have the images' files.
+"""
+
+import argparse
+import json
+import re
+from pathlib import Path
+
+from common import RESULTS
+
+FIGURES = ("{}.json", "{}.csv", "{}-probe.svg", "{}-probe.json")
+MEASURED = ("-probe.json", "-likelihood.json", ".evaluation.json")
+
+
+def keep(source: Path, target: Path, work: Path, name: str) -> None:
+    """Copy a text, its paths shortened."""
+    text = source.read_text().replace(str(work.resolve()), name).replace(str(work), name)
+    text = re.sub(r"(?<=[\"' :])/[\w./-]*/(?=[\w*.-]+)", "", text)  # of a path elsewhere the last part
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(text if text.endswith("\n") else f"{text}\n")
+    print(target)
+
+
+def main() -> None:
+    """Copy."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("work", type=Path, help="the --out of reproduce")
+    parser.add_argument("tables", nargs="+", help="table3, questions, ..")
+    parser.add_argument("--name", required=True, help="folder below benchmarks/results")
+    parser.add_argument("--runs", action="store_true", help="also each run's config.json, log.jsonl and measurements")
+    given = parser.parse_args()
+    out = RESULTS / given.name
+    used: set[str] = set()
+    for table in given.tables:
+        for pattern in FIGURES:
+            if (source := given.work / pattern.format(table)).exists():
+                keep(source, out / source.name, given.work, given.name)
+        for command in json.loads((given.work / f"{table}.json").read_text())["commands"]:
+            if command[0] == "train":
+                used.add(Path(command[command.index("--out") + 1]).name)
+    if given.runs:
+        for run in sorted(used):
+            folder = given.work / "runs"
+            for file in ("config.json", "log.jsonl"):
+                keep(folder / run / file, out / "runs" / run / file, given.work, given.name)
+            for source in sorted(folder.glob(f"{run}*")):
+                rest = source.name.removeprefix(run).removeprefix("-ema")
+                if source.name.endswith(MEASURED) and rest.startswith(
+                    ("-probe", "-likelihood", "-unguided", "-guided")
+                ):
+                    keep(source, out / "runs" / source.name, given.work, given.name)
+
+
+if __name__ == "__main__":
+    main()

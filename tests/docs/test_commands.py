@@ -1,0 +1,236 @@
+"""Every command and every snippet of README.md and docs/ is run here, at a tiny size, or read by the command line's own parser."""
+
+import contextlib
+import io
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tomllib
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+import st_ar
+from st_ar.cli import read_command, run_command
+from tests.docs.blocks import ROOT, Block, blocks, pages
+from tests.docs.stand_ins import PARSED, PARSED_PYTHON, SHELL_WORDS, TINY
+
+
+def draw_pictures(folder: Path, classes: int, each: int, seed: int) -> None:
+    """A sub-folder for each class of small pictures: stripes in the class's direction and colour, with noise."""
+    rng = np.random.default_rng(seed)
+    rows, columns = np.mgrid[:36, :36] / 36
+    for label in range(classes):
+        (folder / f"{label:02}").mkdir(parents=True)
+        angle, colour = np.pi * label / classes, np.abs(np.sin(label + np.arange(3)))
+        for number in range(each):
+            wave = np.sin(14 * (rows * np.cos(angle) + columns * np.sin(angle)) + rng.uniform(0, 6))
+            pixels = 128 + 90 * wave[..., None] * colour + rng.normal(0, 12, (36, 36, 3))
+            Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / f"{label:02}/{number:03}.png")
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the pages take as given, as the first page's commands make it."""
+    folder = tmp_path_factory.mktemp("world")
+    for split, each in (("train", 6), ("test", 3)):
+        draw_pictures(folder / "photos" / split, 16, each, seed=each)
+        draw_pictures(folder / "pictures" / split, 2, 10 * each, seed=each)
+    [block] = [b for b in blocks(ROOT / "docs/index.md") if "train-tokenizer kmeans" in b.text]
+    with contextlib.chdir(folder):
+        for command in block.commands[:5]:
+            run_here(command)
+    return folder
+
+
+def tiny(command: str) -> str:
+    """The command as it is run here."""
+    for pattern, replacement in TINY:
+        command = re.sub(pattern, replacement, command).replace("ROOT/", f"{ROOT}/")
+    return command
+
+
+def run_here(command: str) -> None:
+    """In this process, if it is one command of ours; in a shell, if it is more."""
+    command = tiny(command)
+    words = shlex.split(command)
+    if words[0] == "st-ar" and not {"|", ">", "&&"} & set(words):
+        with contextlib.redirect_stdout(io.StringIO()):
+            run_command(words[1:])
+        return
+    shims = Path("shims").absolute()
+    shims.mkdir(exist_ok=True)
+    for name, arguments in (("st-ar", "-m st_ar "), ("python", "")):
+        (shims / name).write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} {arguments}"$@"\n')
+        (shims / name).chmod(0o755)
+    source = Path(st_ar.__file__).parents[1]
+    environment = os.environ | {
+        "PATH": f"{shims}:{os.environ['PATH']}",
+        "HOME": str(Path.cwd()),
+        "PYTHONPATH": f"{source}:{os.environ.get('PYTHONPATH', '')}",
+    }
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", command], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+
+
+def parse(command: str) -> None:
+    """Let the parser of whoever would read it read the command.
+
+    Raises:
+        AssertionError, SystemExit, UserError: a word that it does not know.
+    """
+    words = shlex.split(command)
+    words = words[: next((n for n, word in enumerate(words) if word in ("|", ">", "&&")), len(words))]
+    program, rest = words[0], words[1:]
+    if program == "torchrun":
+        from torch.distributed.run import get_args_parser
+
+        options = get_args_parser().parse_args(rest)
+        assert (options.module, options.training_script) == (True, "st_ar"), command
+        program, rest = "st-ar", options.training_script_args
+    if program == "st-ar":
+        assert callable(read_command(rest))
+    elif program == "pip":
+        parse_pip(rest)
+    elif program == "make":
+        subprocess.run(["make", "-n", *rest], cwd=ROOT, check=True, capture_output=True)
+    elif program == "tensorboard":
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a package inside it
+            from tensorboard import program as tensorboard
+
+            tensorboard.TensorBoard().configure(argv=words)
+    elif program == "python" and rest[0] == "-c":
+        compile(rest[1], command, "exec")
+    else:
+        assert re.match(r"python3? (-m venv|autoregressive/)|\. ", command), f"nothing here can read {command!r}"
+
+
+def parse_pip(arguments: list[str]) -> None:
+    """Files that it names are there, and so are the extras."""
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert arguments[0] == "install"
+    rest = arguments[1:]
+    while rest:
+        word = rest.pop(0)
+        if word == "-c":
+            assert (ROOT / rest.pop(0)).is_file()
+        elif found := re.fullmatch(r"(?:\.|st-ar)\[([\w,]+)\]", word):
+            assert set(found[1].split(",")) <= set(extras), word
+        else:
+            assert word in (".", "-e") or re.fullmatch(r"vllm==[\d.]+", word), word
+
+
+def why_parsed(command: str) -> str:
+    """Why it is not run, or nothing."""
+    return next((why for pattern, why in PARSED if re.search(pattern, command)), "")
+
+
+SHELL = [block for page in pages() for block in blocks(page) if block.kind == "shell"]
+RUN = {str(b): [c for c in b.commands if not why_parsed(c)] for b in SHELL}
+PAGES = sorted(
+    {b.page for b in SHELL if RUN[str(b)]} | {b.page for p in pages() for b in blocks(p) if b.kind == "python"}
+)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_what_a_page_shows_runs_in_its_order(page: str, world: Path, tmp_path: Path) -> None:
+    place = tmp_path / "place"
+    keep = ("photos", "pictures") if page in ("index.md", "own-images.md") else None
+    shutil.copytree(
+        world, place, ignore=lambda at, names: [n for n in names if keep and at == str(world) and n not in keep]
+    )
+    [path] = [p for p in pages() if p.name == page]
+    names: dict[str, Any] = {"st_ar": st_ar, "torch": torch, "numpy": np} | given(page)
+    with contextlib.chdir(place):
+        for block in blocks(path):
+            if block.kind == "shell":
+                for command in RUN[str(block)]:
+                    run_here(command)
+            elif block.kind == "python" and not any(text in block.text for text in PARSED_PYTHON):
+                with contextlib.redirect_stdout(io.StringIO()):
+                    exec(compile("\n" * (block.line - 1) + block.text, page, "exec"), names)
+
+
+def given(page: str) -> dict[str, Any]:
+    """What the page's Python takes as given, small."""
+    made: dict[str, Callable[[], dict[str, Any]]] = {"evaluation.md": for_metrics, "python.md": for_distances}
+    return made[page]() if page in made else {}
+
+
+def for_metrics() -> dict[str, Any]:
+    rng = np.random.default_rng(0)
+    reference, samples = rng.normal(size=(2, 60, 8))
+    means = {"mu1": reference.mean(0), "mu2": samples.mean(0)}
+    covariances = {"sigma1": np.cov(reference.T), "sigma2": np.cov(samples.T)}
+    return means | covariances | {"reference": reference, "samples": samples, "probs": np.full((10, 4), 0.25)}
+
+
+def for_distances() -> dict[str, Any]:
+    return {"others": torch.zeros(2, 3, 32, 32)}
+
+
+@pytest.mark.parametrize("block", SHELL, ids=str)
+def test_every_command_is_one_that_its_parser_takes(block: Block) -> None:
+    for command in block.commands:
+        if why_parsed(command) or command.startswith("st-ar "):
+            parse(command)
+
+
+@pytest.mark.parametrize("block", [b for p in pages() for b in blocks(p) if b.kind in ("script", "yaml")], ids=str)
+def test_the_commands_of_scripts_are_ones_that_their_parsers_take(block: Block) -> None:
+    text = block.text if block.kind == "script" else yaml.safe_load(block.text)["run"]
+    subprocess.run(["bash", "-n"], input=text, text=True, check=True)
+    text = re.sub(r"\\\n\s*", "", text)
+    for pattern, word in SHELL_WORDS:
+        text = re.sub(pattern, word, text)
+    commands = re.findall(r"torchrun .*", text)
+    assert commands
+    for command in commands:
+        parse(command)
+
+
+@pytest.mark.parametrize("block", [b for p in pages() for b in blocks(p) if b.kind == "python"], ids=str)
+def test_every_name_that_a_snippet_imports_of_ours_is_there(block: Block) -> None:
+    compile(block.text, str(block), "exec")
+    for module, names in re.findall(r"from (st_ar[\w.]*) import (.*)", block.text):
+        exec(f"from {module} import {names}", {})
+    for name in re.findall(r"\bst_ar\.(\w+)\b(?! import)", block.text):
+        assert hasattr(st_ar, name) or f"st_ar.{name}" in sys.modules or (ROOT / "src/st_ar" / name).is_dir(), name
+
+
+def test_a_wrong_option_would_be_found() -> None:
+    """The parsers refuse what they should."""
+    for command in (
+        "st-ar train st-ar-b --tokens a --out b --optim.rate 1",
+        "torchrun --nproc-per-node 8 -m st_ar tokenize --images a --tokenizer b",
+        "torchrun --processes 8 -m st_ar tokenize --images a --tokenizer b --out c",
+    ):
+        with (
+            pytest.raises(SystemExit),
+            contextlib.redirect_stderr(io.StringIO()),
+            contextlib.redirect_stdout(io.StringIO()),
+        ):
+            parse(command)
+
+
+def test_what_stands_in_is_used() -> None:
+    """A pattern that finds nothing any more is taken out of the tables."""
+    commands = [c for b in SHELL for c in b.commands]
+    for pattern, why in PARSED:
+        assert any(re.search(pattern, c) for c in commands), (pattern, why)
+    run = [c for some in RUN.values() for c in some]
+    for pattern, _ in TINY:
+        assert any(re.search(pattern, c) for c in run), pattern

@@ -1,0 +1,45 @@
+"""The site: it is built without a warning, and no page of it asks another host for anything."""
+
+import os
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from tests.docs.blocks import ROOT
+
+FETCHED = {"src", "srcset", "poster", "data"}
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder)]
+    environment = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    return folder
+
+
+def test_every_page_is_there(site: Path) -> None:
+    for page in (ROOT / "docs").glob("*.md"):
+        html = (site / f"{page.stem}.html").read_text()
+        assert "<h1" in html
+    assert "frechet_distance" in (site / "api.html").read_text()
+    assert "Losses" in (site / "api.html").read_text()
+
+
+def test_nothing_is_fetched_from_elsewhere(site: Path) -> None:
+    class Fetches(HTMLParser):
+        def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+            for name, value in attrs:
+                if name in FETCHED or (name == "href" and tag in ("link", "base")):
+                    assert not re.match(r"(https?:)?//", value or ""), f"<{tag} {name}={value}>"
+
+    for page in site.rglob("*.html"):
+        Fetches().feed(page.read_text())
+    for sheet in site.rglob("*.css"):
+        assert not re.search(r"(url\(|@import )['\"]?(https?:)?//", sheet.read_text()), sheet

@@ -1,0 +1,153 @@
+"""--json and --page, one habit for every verb that reports numbers: what is written is what is kept, and nothing beside it."""
+
+import json
+import re
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from st_ar.cli import run_command
+from st_ar.errors import UserError
+from st_ar.verbs import VERBS
+from tests.small_line import SmallLine, make_line
+from tests.test_report import Page
+
+Capture = pytest.CaptureFixture[str]
+REPORTING = {
+    "attention",
+    "evaluate",
+    "invariance",
+    "likelihood",
+    "probe",
+    "quickstart",
+    "reconstruct",
+    "reproduce",
+    "sweep",
+}
+PAGED = {"evaluate", "invariance", "probe"}
+"""Attention, quickstart and reproduce write a page in any case."""
+
+
+@pytest.fixture(scope="module")
+def line(tmp_path_factory: pytest.TempPathFactory) -> SmallLine:
+    return make_line(tmp_path_factory.mktemp("line"))
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve pictures of 12 pixels of noise, with blocks of one colour."""
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (12, 3, 3, 3)).repeat(4, axis=1).repeat(4, axis=2)
+    path = tmp_path_factory.mktemp("pictures") / "pictures.npz"
+    np.savez(path, arr_0=pixels.astype(np.uint8))
+    return path
+
+
+def command(verb: str, line: SmallLine, pictures: Path, out: Path) -> list[str]:
+    """A call that reports numbers, in well under a second."""
+    options: dict[str, tuple[object, ...]] = {
+        "attention": (
+            "--model",
+            line.model,
+            "--tokens",
+            line.tokens,
+            "--tokenizer",
+            line.tokenizer,
+            "--out",
+            out / "a",
+        ),
+        "invariance": ("--tokenizer", line.tokenizer, "--images", pictures, "--size", 6, "--out", out / "i"),
+        "likelihood": ("--model", line.model, "--tokens", line.tokens),
+        "probe": ("--model", line.model, "--tokens", line.tokens, "--test-tokens", line.tokens, "--epochs", 2),
+        "evaluate": (
+            pictures,
+            "--reference",
+            pictures,
+            "--extractor",
+            "efficientnet",
+            "--metrics",
+            "precision",
+            "recall",
+        ),
+    }
+    return [verb, *map(str, options[verb])]
+
+
+def test_the_verbs_that_have_it() -> None:
+    assert {name for name, verb in VERBS.items() if "json" in {f.name for f in fields(verb)}} == REPORTING
+    assert {name for name, verb in VERBS.items() if "page" in {f.name for f in fields(verb)}} == PAGED
+
+
+KEPT = {"attention": "a/statistics.json", "invariance": "i/invariance.json"}
+"""verb -> where the folder of its results has the same."""
+
+
+@pytest.mark.parametrize("verb", ["attention", "evaluate", "invariance", "likelihood", "probe"])
+def test_standard_output_is_json_alone_and_the_file_has_the_same(
+    verb: str, line: SmallLine, pictures: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    first.mkdir(), second.mkdir()
+    run_command([*command(verb, line, pictures, first), "--json", "-"])
+    told = json.loads(capsys.readouterr().out)
+    run_command([*command(verb, line, pictures, second), "--json", str(tmp_path / "result.json")])
+    assert re.search(r"\d", capsys.readouterr().out)  # the table is still printed
+    kept = json.loads((tmp_path / "result.json").read_text())
+    assert kept == told
+    if verb in KEPT:
+        assert kept == json.loads((second / KEPT[verb]).read_text())
+    wanted: dict[str, Any] = {"evaluate": "metrics", "likelihood": "results", "probe": "results"}
+    assert kept.get(wanted.get(verb, "environment"), kept)
+
+
+def test_likelihoods_numbers_are_those_of_out(line: SmallLine, tmp_path: Path, capsys: Capture) -> None:
+    options = ["--model", str(line.model), "--tokens", str(line.tokens), "--out", str(tmp_path / "out.json")]
+    run_command(["likelihood", *options, "--json", "-"])
+    assert json.loads(capsys.readouterr().out) == json.loads((tmp_path / "out.json").read_text())
+
+
+@pytest.mark.parametrize("verb", ["evaluate", "likelihood", "probe", "attention", "invariance"])
+def test_a_place_that_cannot_be_written_is_found_before_the_work(
+    verb: str, line: SmallLine, pictures: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"cannot write .*file/result\.json"):
+        run_command([*command(verb, line, pictures, tmp_path), "--json", str(tmp_path / "file" / "result.json")])
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize(
+    ("verb", "heads"),
+    [
+        ("evaluate", ["Numbers", "In a line, for a paper", "Samples", "What identifies these numbers"]),
+        ("invariance", ["Equal tokens", "What identifies these numbers"]),
+        ("probe", ["Accuracy", "Weights", "What identifies these numbers"]),
+    ],
+)
+def test_the_page_has_the_numbers_that_are_printed(
+    verb: str, heads: list[str], line: SmallLine, pictures: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    run_command([*command(verb, line, pictures, tmp_path), "--page", str(tmp_path / "page.html")])
+    printed = capsys.readouterr().out
+    html = (tmp_path / "page.html").read_text()
+    page = Page(html)
+    assert page.within("h2") == heads
+    numbers = [text for text in page.within("td") if re.fullmatch(r"[\d.]+( ± [\d.]+)?", text) and text in printed]
+    assert len(numbers) >= 2
+    assert "<style>svg{" not in html  # figures have the page's colours, not a file's own
+    assert html.count("<svg") == {"evaluate": 0, "invariance": 2, "probe": 1}[verb]
+    assert sum(tag == "img" for tag, _ in page.tags) == (12 if verb == "evaluate" else 0)
+
+
+def test_another_kind_of_page_is_refused(line: SmallLine, pictures: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"page.pdf: the page is HTML; give a name that ends in .html"):
+        run_command([*command("probe", line, pictures, tmp_path), "--page", str(tmp_path / "page.pdf")])
+
+
+def test_a_dry_run_has_no_numbers(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--json is for what was measured"):
+        run_command(["reproduce", "table3", "--out", str(tmp_path / "out"), "--dry-run", "--json", "-"])
+    assert not (tmp_path / "out").exists()
