@@ -1,5 +1,6 @@
 """What the page has to work with: weights, a tokenizer, stores of images and runs; given, or the quickstart's."""
 
+import sys
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -124,7 +125,7 @@ def quickstart_setup(folder: Path, *, device: str, dtype: str, probe_images: int
     if not (folder / "summary.json").exists():
         from st_ar.quickstart import quickstart
 
-        print(f"{folder} holds no finished quickstart: making it, which takes some minutes once")
+        print(f"{folder} holds no finished quickstart: making it, which takes some minutes once", file=sys.stderr)
         quickstart(folder)
     runs = {method: folder / prefix for method, prefix in METHODS.items()}
     return Setup(
