@@ -235,6 +235,7 @@ def test_what_was_drawn_can_be_looked_at(visit: Callable[..., Page], served: Ser
     page = visit(served)
     tab(page, "Understand")
     page.locator("#understand-source").get_by_label("drawn here").click()
+    expect(page.locator("#understand-index input[type=range]")).to_have_attribute("max", "15")  # the page has answered
     page.click("#understand-show")
     expect(page.get_by_text("nothing is drawn yet")).to_be_visible()
     tab(page, "Generate")
