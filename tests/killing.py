@@ -19,6 +19,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -68,8 +69,10 @@ def end(pid: int) -> bool:
 
 
 def half_written(folder: Path) -> list[str]:
-    """Files and folders that have not got their names yet."""
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob(".*.partial"))
+    """Files and folders that have not got their names yet; they may get them or vanish while one looks."""
+    below = [(Path(place), names) for place, *kinds in os.walk(folder) for names in kinds]
+    partial = [place / name for place, names in below for name in names if fnmatch(name, ".*.partial")]
+    return sorted(str(path.relative_to(folder)) for path in partial)
 
 
 def die(pid: int, folder: Path, after: float, draws: random.Random, *, writing: bool) -> None:

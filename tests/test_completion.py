@@ -1,15 +1,16 @@
 """Completion: what the scripts offer is what the parsers take, as the shells themselves complete it."""
 
 import re
-import shutil
 import subprocess
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
-from st_ar.completion import completion, read_verbs
+from st_ar.completion import Shell, completion, read_verbs
 from st_ar.presets import PRESETS
 from st_ar.verbs import VERBS
+from tests.programs import find_program
 
 LINES = [
     (["st-ar", "tok"], {"tokenize"}),
@@ -40,51 +41,36 @@ def test_every_verb_with_every_option_is_there() -> None:
     )
 
 
-@pytest.mark.parametrize(
-    ("words", "wanted"), LINES, ids=lambda value: " ".join(value) if isinstance(value, list) else ""
-)
-def test_bash_completes(words: list[str], wanted: set[str], tmp_path: Path) -> None:
-    script = tmp_path / "st-ar"
-    script.write_text(completion("bash"))
+def said_by(command: list[str]) -> list[str]:
+    """Lines of a shell that has nothing to complain of."""
+    done = subprocess.run([find_program(command[0]), *command[1:]], capture_output=True, text=True, check=True)
+    assert done.stderr == ""
+    return done.stdout.splitlines()
+
+
+def offered(shell: Shell, words: list[str], folder: Path) -> set[str]:
+    """What a shell offers for the last word after it has read the script; zsh's line editor has stand-ins."""
+    script = folder / "st-ar"
+    script.write_text(completion(shell))
     typed = " ".join(f"'{word}'" for word in words)
-    call = f"source {script}; COMP_WORDS=({typed}); COMP_CWORD={len(words) - 1}; _st_ar; printf '%s\\n' \"${{COMPREPLY[@]}}\""
-    done = subprocess.run(["bash", "-uc", call], capture_output=True, text=True, check=True)
-    assert (set(done.stdout.split()), done.stderr) == (wanted, "")
+    if shell == "bash":
+        state = f"COMP_WORDS=({typed}); COMP_CWORD={len(words) - 1}"
+        lines = said_by(["bash", "-uc", f"source {script}; {state}; _st_ar; printf '%s\\n' \"${{COMPREPLY[@]}}\""])
+    elif shell == "zsh":
+        state = f"words=({typed}); CURRENT={len(words)}"
+        editor = 'compadd() { shift; print -l -- "$@" }; _files() { print FILES }'
+        lines = said_by(["zsh", "-fc", f"{editor}; {state}; source {script}"])
+    else:
+        lines = said_by(["fish", "-N", "-c", f"source {script}; complete -C '{' '.join(words)}'"])
+    return {word for line in lines if (word := line.split("\t")[0]).startswith(words[-1])}
 
 
-@pytest.mark.skipif(shutil.which("fish") is None, reason="there is no fish here")
-@pytest.mark.parametrize(
-    ("words", "wanted"),
-    [
-        line for line in LINES if "--metrics" not in line[0]
-    ],  # fish offers choices for the first word after an option alone
-    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
-)
-def test_fish_completes(words: list[str], wanted: set[str], tmp_path: Path) -> None:
-    script = tmp_path / "st-ar.fish"
-    script.write_text(completion("fish"))
-    call = f"source {script}; complete -C '{' '.join(words)}'"
-    done = subprocess.run(["fish", "-N", "-c", call], capture_output=True, text=True, check=True, cwd=tmp_path)
-    offered = {line.split("\t")[0] for line in done.stdout.splitlines()}
-    assert (wanted <= offered, done.stderr) == (True, "")
-
-
-@pytest.mark.skipif(shutil.which("zsh") is None, reason="there is no zsh here")
-@pytest.mark.parametrize(
-    ("words", "wanted"), LINES, ids=lambda value: " ".join(value) if isinstance(value, list) else ""
-)
-def test_zsh_completes(words: list[str], wanted: set[str], tmp_path: Path) -> None:
-    """Its function is called with stand-ins for what zsh's line editor provides."""
-    script = tmp_path / "_st-ar"
-    script.write_text(completion("zsh"))
-    typed = " ".join(f"'{word}'" for word in words)
-    call = (
-        f'compadd() {{ shift; print -l -- "$@" }}; _files() {{ print FILES }}; words=({typed}); CURRENT={len(words)}; '
-        f"source {script}"
-    )
-    done = subprocess.run(["zsh", "-fc", call], capture_output=True, text=True, check=True)
-    offered = {word for word in done.stdout.split() if word.startswith(words[-1])}
-    assert (offered, done.stderr) == (wanted, "")
+@pytest.mark.parametrize("shell", get_args(Shell))
+@pytest.mark.parametrize(("words", "wanted"), LINES, ids=[" ".join(words) for words, _ in LINES])
+def test_shells_complete(shell: Shell, words: list[str], wanted: set[str], tmp_path: Path) -> None:
+    if shell == "fish" and "--metrics" in words:
+        wanted = set()  # fish offers choices for the first word after an option alone
+    assert offered(shell, words, tmp_path) == wanted
 
 
 def test_help_lists_the_verbs_that_complete(capsys: pytest.CaptureFixture[str]) -> None:

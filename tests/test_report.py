@@ -4,7 +4,6 @@ import base64
 import hashlib
 import io
 import re
-import shutil
 import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
@@ -17,6 +16,7 @@ from st_ar.errors import UserError
 from st_ar.figures import line_chart
 from st_ar.report import Chart, Gallery, Section, Table, png_uri, write_report
 from tests.disk import contents, full_disk, refused
+from tests.programs import find_program
 
 NASTY = """<script>alert("1")</script> & 'AT&T' <b>"""
 
@@ -179,18 +179,14 @@ def test_a_page_that_cannot_be_written_is_the_users_to_mend(tmp_path: Path) -> N
     assert list(tmp_path.rglob("*")) == [tmp_path / "page.html"]
 
 
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
-
-
 def seen_by_a_browser(page: Path, tmp_path: Path) -> str:
     """The page after its script has run."""
-    assert CHROMIUM is not None
     options = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom"]
-    done = subprocess.run([CHROMIUM, *options, page.as_uri()], capture_output=True, text=True, check=True, timeout=60)
+    command = [find_program("chromium", "google-chrome"), *options, page.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
     return done.stdout
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="there is no browser here")
 def test_a_browser_lets_the_pages_own_script_run_and_no_other(tmp_path: Path, html: str) -> None:
     page = tmp_path / "page.html"
     page.write_text(html.replace("</body>", "<script>document.title = 'foreign'</script></body>"))
@@ -200,7 +196,6 @@ def test_a_browser_lets_the_pages_own_script_run_and_no_other(tmp_path: Path, ht
     assert "<title>AR and ST-AR</title>" in seen
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="there is no browser here")
 def test_a_click_sorts_and_a_click_on_a_picture_shows_it_large(tmp_path: Path) -> None:
     rows = [["b", "2.5 ± 0.1", "x"], ["a", "-", "y"], ["c", "1,000", ""], ["d", "-3", "z"]]
     sections = [Section(title="Table", parts=[Table(columns=["", "n", "w"], rows=rows), *SECTIONS[1].parts])]

@@ -3,7 +3,6 @@
 What a verb needs is imported when it runs, so that help is quick.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -43,12 +42,13 @@ class Quickstart:
     """File for what summary.json holds; - for standard output, instead of the table."""
 
     def run(self) -> None:
+        from st_ar.files import read_json
         from st_ar.quickstart import quickstart
 
         check_json(self.json)
         with json_alone(self.json):
             report = quickstart(self.out, images=self.images, steps=self.steps, seed=self.seed)
-        summary = json.loads((self.out / "summary.json").read_text())
+        summary = read_json(self.out / "summary.json", "a finished quickstart")
         ar, guided = summary["AR"], summary["ST-AR"]
         rows = [
             ("probe accuracy, last step (%)", *(f"{100 * m['probe']['top1'][-1]:.1f}" for m in (ar, guided))),

@@ -154,6 +154,17 @@ def test_a_job_killed_before_a_shard_was_whole_goes_on(unfinished: Path, tmp_pat
     assert contents(unfinished) == contents(tmp_path / "straight")
 
 
+def test_a_job_killed_while_it_cleared_up_is_cleared_up_by_the_same_command(unfinished: Path, tmp_path: Path) -> None:
+    left = {path.name: path.read_bytes() for path in (unfinished / "job.json", *unfinished.glob("sums-*.json"))}
+    assert len(left) > 1
+    tokenize_tiny(tmp_path / "straight")
+    tokenize_tiny(unfinished)
+    for name, content in left.items():
+        (unfinished / name).write_bytes(content)
+    tokenize_tiny(unfinished)
+    assert contents(unfinished) == contents(tmp_path / "straight")
+
+
 def test_what_a_kill_left_half_written_is_cleared_away(unfinished: Path, tmp_path: Path) -> None:
     tokenize_tiny(tmp_path / "straight")
     (unfinished / ".codes-00001-of-00003.npy.partial").write_bytes(b"half")

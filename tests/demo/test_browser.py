@@ -3,7 +3,6 @@
 import io
 import os
 import re
-import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -23,6 +22,7 @@ from st_ar.sampling import sample_images
 from st_ar.training.log import append_log
 from tests.demo.small_page import LONG, small_setup
 from tests.demo.test_uploads import bomb
+from tests.programs import find_program
 
 SOON = 120_000
 """Milliseconds that a busy machine may take."""
@@ -30,12 +30,7 @@ SOON = 120_000
 
 @pytest.fixture(scope="module")
 def chromium() -> Iterator[Browser]:
-    path = shutil.which("chromium")
-    if path is None:
-        said = "there is no chromium to drive: apt-get install chromium"
-        if os.environ.get("ST_AR_NEEDS_CHROMIUM"):
-            pytest.fail(said)
-        pytest.skip(said)
+    path = find_program("chromium")
     expect.set_options(timeout=SOON)
     with sync_playwright() as playwright:
         as_root = ["--no-sandbox"] if os.geteuid() == 0 else []

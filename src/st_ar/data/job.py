@@ -68,9 +68,13 @@ class StoreJob:
         return (self.out / META).exists()
 
     def _claim(self, settings: dict[str, object], needed: int) -> None:
+        begun = (self.out / JOB).exists()
+        if self.is_complete and begun:  # killed while it cleared up
+            self._compare(settings)
+            self._clear()
+            return
         if self.is_complete:
             raise UserError(f"{self.out} is a finished token store already: choose another --out or remove it")
-        begun = (self.out / JOB).exists()
         if begun:
             self._compare(settings)
         elif is_taken(self.out):
@@ -183,11 +187,15 @@ class StoreJob:
             shards=entries,
             skipped=len(skipped),
         ).write(self.out)
-        (self.out / JOB).unlink()
+        self._clear()
+        return TokenStore(self.out)
+
+    def _clear(self) -> None:
+        """Remove what only an unfinished store has; its job.json last."""
         for path in (*self.out.glob("skipped-*.jsonl"), *self.out.glob("sums-*.json")):
             path.unlink()
         self.ranks.clear(self.out)
-        return TokenStore(self.out)
+        (self.out / JOB).unlink()
 
     def _missing(self, shards: int) -> list[int]:
         return [index for index in range(shards) if not self.is_finished(index)]

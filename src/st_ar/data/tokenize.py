@@ -82,7 +82,7 @@ def tokenize(
         max_skipped=max_skipped,
         ranks=ranks,
     )
-    if job.is_complete:  # by rank 0, before this rank began
+    if job.is_complete:  # by rank 0, before this rank began, or but for what it had to clear up
         return TokenStore(out)
     mine = None if shards is None else range(ranks.rank, shards, ranks.world)
     title = "tokenize" if ranks.world == 1 else f"tokenize (rank {ranks.rank} of {ranks.world})"
