@@ -104,10 +104,11 @@ def visit(chromium: Browser) -> Iterator[Callable[..., Page]]:
     def on_request(request: Request) -> None:
         asked.append(request.url)
 
-    def opened(served: Served, **options: Any) -> Page:
+    def opened(served: Served, script: str = "", **options: Any) -> Page:
         context = chromium.new_context(**({"viewport": {"width": 1280, "height": 900}} | options))
         contexts.append(context)
         page = context.new_page()
+        page.add_init_script(script)
         page.set_default_timeout(SOON)
         page.on("request", on_request)
         page.on("pageerror", lambda error: failed.append(str(error)))
@@ -226,11 +227,39 @@ def test_a_token_and_a_head_are_clicked_on(visit: Callable[..., Page], served: S
     expect(page.locator("#understand-guesses tbody tr")).to_have_count(8)
 
 
+SLOW_CLOSE = """
+const real = window.fetch;
+window.fetch = async (...asked) => {
+  const answer = await real(...asked);
+  if (!String(asked[0].url ?? asked[0]).includes('/queue/data')) return answer;
+  const held = new TransformStream({async transform(chunk, next) {
+    if (window.atClose && new TextDecoder().decode(chunk).includes('close_stream')) {
+      const press = window.atClose;
+      window.atClose = null;
+      document.querySelector(press).click();
+      await new Promise(done => setTimeout(done, 1000));
+    }
+    next.enqueue(chunk);
+  }});
+  return new Response(answer.body.pipeThrough(held), answer);
+};
+"""
+"""Presses `atClose` when the server has closed the stream of its messages, of which the page then learns a second later."""
+
+
+def test_a_click_while_the_last_answer_ends_is_answered_too(visit: Callable[..., Page], served: Served) -> None:
+    page = visit(served, script=SLOW_CLOSE)
+    tab(page, "Understand")
+    page.evaluate("window.atClose = '#understand-show'")
+    page.locator("#understand-source").get_by_label("drawn here").click()
+    expect(page.get_by_text("nothing is drawn yet")).to_be_visible()
+    assert page.evaluate("window.atClose") is None  # by that press
+
+
 def test_what_was_drawn_can_be_looked_at(visit: Callable[..., Page], served: Served) -> None:
     page = visit(served)
     tab(page, "Understand")
     page.locator("#understand-source").get_by_label("drawn here").click()
-    expect(page.locator("#understand-index input[type=range]")).to_have_attribute("max", "15")  # the page has answered
     page.click("#understand-show")
     expect(page.get_by_text("nothing is drawn yet")).to_be_visible()
     tab(page, "Generate")

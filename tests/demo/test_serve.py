@@ -114,6 +114,7 @@ def test_other_hosts_names_and_large_requests_are_refused(app: Guard) -> None:
         assert ask(app, "/", host=host)[0] == 200
     assert ask(app, "/gradio_api/upload", method="POST", content_length=str(MOST_BODY + 1))[0] == 413
     assert ask(app, "/gradio_api/upload", method="POST", content_length="x")[0] == 413
+    assert ask(app, "/gradio_api/upload", method="POST", transfer_encoding="chunked")[0] == 411
 
 
 def test_local_addresses_are_known() -> None:

@@ -8,11 +8,12 @@ import re
 import signal
 import socket
 import tempfile
-from collections.abc import Awaitable, Callable, Generator, MutableMapping
+from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from st_ar.demo.setup import Setup
+from st_ar.demo.streams import App, JobsAfterClosing, Message
 from st_ar.demo.uploads import MOST_BYTES
 from st_ar.errors import Interrupted, UserError
 
@@ -35,8 +36,6 @@ HEADERS = {
 MOST_BODY = MOST_BYTES + (1 << 20)
 """Bytes of a request."""
 
-Message = MutableMapping[str, Any]
-
 
 class Guard:
     """Around the page's server: other paths, other hosts' names and larger requests are refused; HEADERS are added.
@@ -46,7 +45,7 @@ class Guard:
             address, and would be let in otherwise.
     """
 
-    def __init__(self, app: Callable[..., Awaitable[None]], hosts: frozenset[str] | None) -> None:
+    def __init__(self, app: App, hosts: frozenset[str] | None) -> None:
         self.app, self.hosts = app, hosts
 
     async def __call__(self, scope: Message, receive: Callable[..., Any], send: Callable[..., Any]) -> None:
@@ -76,6 +75,8 @@ class Guard:
             return 421, "this page answers to localhost alone"
         if not SERVED.fullmatch(scope["path"]):
             return 404, "there is nothing here"
+        if "transfer-encoding" in headers:
+            return 411, "a request must say how long it is"
         length = headers.get("content-length", "0")
         if not length.isdecimal() or int(length) > MOST_BODY:
             return 413, f"more than {MOST_BODY} bytes"
@@ -137,7 +138,7 @@ def build_app(setup: Setup, host: str) -> Any:
 
     with ThreadPoolExecutor(1) as thread:  # outside of an event loop Gradio makes some that nobody closes
         mounted = thread.submit(lambda: asyncio.run(mount())).result()
-    return Guard(mounted, frozenset({"localhost", "127.0.0.1", "::1"}) if is_local(host) else None)
+    return Guard(JobsAfterClosing(mounted), frozenset({"localhost", "127.0.0.1", "::1"}) if is_local(host) else None)
 
 
 def bind(host: str, port: int) -> socket.socket:
