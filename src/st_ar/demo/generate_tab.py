@@ -46,8 +46,10 @@ def generate_tab(setup: Setup, drawn: Any) -> None:
                 shown = html.gallery(html.only(frame, recipe.number), [recipe.class_name], name)
                 yield html.note(f"{verdict} Drawn by {name}, {html.in_words(recipe)}."), shown
 
-    def other_weights(name: str) -> Any:
-        return gr.update(choices=class_choices(setup, name))
+    def other_weights(name: str, classes: Any) -> Any:
+        choices = class_choices(setup, name)
+        known = [label for _, label in choices]
+        return gr.update(choices=choices, value=[label for label in classes or [] if label in known])
 
     with gr.Row():
         with gr.Column(scale=1, min_width=300):
@@ -73,5 +75,5 @@ def generate_tab(setup: Setup, drawn: Any) -> None:
         told(start), [weights, *fields.all()], [status, pictures, drawn], show_progress_on=[status], **QUEUE
     )
     stop.click(None, cancels=[event], api_visibility="private")
-    weights.change(told(other_weights), [weights], [fields.classes], **AT_ONCE)
+    weights.change(told(other_weights), [weights, fields.classes], [fields.classes], **AT_ONCE)
     file.upload(told(again), [file], [again_status, again_picture], show_progress_on=[again_status], **QUEUE)

@@ -86,12 +86,16 @@ def understand_tab(setup: Setup, drawn: Any) -> None:
             drawing.svg(), f"How unsure {name} is of each token; its mean is {float(entropy.mean()):.3f} nats."
         )
 
-    def other_weights(name: Any) -> tuple[Any, Any, Any]:
+    def other_weights(name: Any, given: Any, layer: Any, head: Any) -> tuple[Any, Any, Any]:
         shape = setup.shelf.find(name).config
+        classes = _given_choices(setup, name)
         return (
-            gr.update(choices=_given_choices(setup, name)),
-            gr.update(maximum=shape.n_layers),
-            gr.update(choices=_head_choices(shape.n_heads)),
+            gr.update(choices=classes, value=given if given in [label for _, label in classes] else OWN),
+            gr.update(maximum=shape.n_layers, value=min(whole(layer, "the layer", 1, 1 << 10), shape.n_layers)),
+            gr.update(
+                choices=_head_choices(shape.n_heads),
+                value=head if whole(head, "the head", MEAN, 1 << 16) <= shape.n_heads else MEAN,
+            ),
         )
 
     def on_token(name: Any, event: Any) -> int:
@@ -167,7 +171,7 @@ def understand_tab(setup: Setup, drawn: Any) -> None:
         [show.click, file.upload], told(load), [source, index, file, weights, drawn], [chosen, token, guesses],
         show_progress_on=[words], **QUEUE,
     )  # fmt: skip
-    changed = weights.change(told(other_weights), [weights], [given, layer, head], **AT_ONCE)
+    changed = weights.change(told(other_weights), [weights, given, layer, head], [given, layer, head], **AT_ONCE)
     triggers = [loaded.success, changed.success, given.input, token.input, layer.input, head.input]
     for pixels in (picture, attention, entropy):
         clicked = pixels.select(told(_with_event(on_token)), [weights], [token], **AT_ONCE)
