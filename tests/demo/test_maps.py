@@ -77,7 +77,7 @@ def test_the_overview_has_each_head_where_a_click_finds_it() -> None:
         for head in range(3):
             top, left = layer * height, head * width
             assert maps.head_at(left + width // 2, top + height // 2, 3, 3) == (layer + 1, head + 1)
-            inside = shown[top + 1 : top + height - 1, left + 1 : left + width - 1]
+            inside = shown[top + maps.RIM : top + height - maps.RIM, left + maps.RIM : left + width - maps.RIM]
             light = [int(at(inside, place).sum()) for place in range(9)]
             assert light.index(max(light)) == layer * 3 + head
             framed = tuple(shown[top, left]) == maps.TARGET

@@ -140,9 +140,9 @@ def in_words(recipe: Recipe) -> str:
 def step_words(seen: Seen, token: int, reading: Reading, on_class: float, most: float) -> str:
     """What there is to say of the step that predicts a token; `most` is the entropy of an even guess."""
     rows = [
-        ("entropy of its distribution (nats)", f"{reading.entropy[token]:.3f}"),
-        ("of all tokens", f"{reading.entropy.min():.3f} to {reading.entropy.max():.3f}"),
-        ("an even guess", f"{most:.3f}"),
+        ("entropy (nats)", f"{reading.entropy[token]:.3f}"),
+        ("entropy of all tokens", f"{reading.entropy.min():.3f} to {reading.entropy.max():.3f}"),
+        ("entropy of an even guess", f"{most:.3f}"),
         ("probability of the token that is there", f"{reading.chance[token]:.4f}"),
         ("likelier tokens", f"{int(reading.rank[token]):,}"),
         ("attention on the class", f"{on_class:.3f}"),

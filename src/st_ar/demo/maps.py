@@ -10,6 +10,8 @@ SIDE = 512
 """Pixels of a picture's side at least, so that tokens can be hit."""
 TARGET, NEWEST = (0, 208, 255), (255, 255, 255)
 """Colours of frames: of the token that is predicted, and of the last that was read."""
+RIM = 2
+"""Pixels around a small map: a page may show it smaller."""
 VEIL = 0.65
 """How much of the heat covers the picture."""
 
@@ -34,7 +36,7 @@ def token_at(x: int, y: int, grid: int) -> int:
 
 def head_at(x: int, y: int, grid: int, heads: int) -> tuple[int, int]:
     """Which layer and head of `heads_overview`, counted from 1, lie at this pixel."""
-    cell = _cell(grid, heads) + 2
+    cell = _cell(grid, heads) + 2 * RIM
     return int(y) // cell + 1, int(x) // cell + 1
 
 
@@ -83,17 +85,20 @@ def heads_overview(reading: Reading, grid: int, token: int, chosen: tuple[int, i
     """
     layers, heads = reading.attention.shape[:2]
     cell, colours = _cell(grid, heads), _colours("inferno")
-    canvas = np.full((layers * (cell + 2), heads * (cell + 2), 3), 128, np.uint8)
+    pitch = cell + 2 * RIM
+    canvas = np.full((layers * pitch, heads * pitch, 3), 128, np.uint8)
     for layer in range(layers):
         for head in range(heads):
             past = reading.attention[layer, head, token, 1 : token + 1].astype(np.float32)
             share = np.zeros(grid * grid, np.float32)
             share[:token] = past / max(float(past.max(initial=0.0)), 1e-12)
             small = np.repeat(np.repeat(share.reshape(grid, grid), cell // grid, 0), cell // grid, 1)
-            top, left = layer * (cell + 2), head * (cell + 2)
+            top, left = layer * pitch, head * pitch
             if layer + 1 == chosen[0] and chosen[1] in (None, head + 1):
-                canvas[top : top + cell + 2, left : left + cell + 2] = TARGET
-            canvas[top + 1 : top + 1 + cell, left + 1 : left + 1 + cell] = colours[(small * 255).astype(np.uint8)]
+                canvas[top : top + pitch, left : left + pitch] = TARGET
+            canvas[top + RIM : top + RIM + cell, left + RIM : left + RIM + cell] = colours[
+                (small * 255).astype(np.uint8)
+            ]
     return canvas
 
 

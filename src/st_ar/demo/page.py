@@ -3,10 +3,12 @@
 from importlib.resources import files
 from typing import Any
 
+from st_ar.demo import html
 from st_ar.demo.compare_tab import compare_tab
 from st_ar.demo.generate_tab import generate_tab
 from st_ar.demo.runs_tab import runs_tab
 from st_ar.demo.setup import Setup
+from st_ar.demo.shelf import Shelf
 from st_ar.demo.understand_tab import understand_tab
 from st_ar.demo.widgets import gr
 
@@ -17,15 +19,21 @@ FORGET = 3600
 """Seconds after which files of the page's pictures and uploads are removed."""
 
 
+def describe(shelf: Shelf) -> str:
+    """The weights that the page offers, those of one shape together, and what draws with them."""
+    shapes: dict[str, list[str]] = {}
+    for name in shelf.names:
+        config = shelf.find(name).config
+        shape = f"{config.n_layers} layers of {config.dim}, {config.grid} x {config.grid} tokens"
+        shapes.setdefault(shape, []).append(name)
+    models = [f"{', '.join(names)}: {shape}" for shape, names in shapes.items()]
+    return "; ".join([*models, f"{shelf.device.type}, {str(shelf.dtype).removeprefix('torch.')}"])
+
+
 def build_page(setup: Setup) -> Any:
     """The page as Gradio's Blocks, with a queue."""
     with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(FORGET, FORGET)) as page:
-        config = next(iter(setup.shelf.weights.values())).config
-        gr.HTML(
-            f"<h1>st-ar</h1><p class='quiet'>{', '.join(setup.shelf.names)}: {config.n_layers} layers of {config.dim}, "
-            f"{config.grid} x {config.grid} tokens; {setup.shelf.device.type}, {str(setup.shelf.dtype).removeprefix('torch.')}</p>",
-            elem_id="head",
-        )
+        gr.HTML(f"<h1>{TITLE}</h1>{html.note(describe(setup.shelf))}", elem_id="head")
         drawn = gr.State(None, time_to_live=FORGET)
         with gr.Tab("Generate"):
             generate_tab(setup, drawn)

@@ -146,7 +146,7 @@ def understand_tab(setup: Setup, drawn: Any) -> None:
                 attention = _picture("What the step that predicts it looks at", "understand-attention")
             with gr.Row():
                 entropy = _picture("How unsure the model is of each token", "understand-entropy")
-                overview = _picture("All heads (columns) of all layers (rows): click on one", "understand-overview")
+                overview = _picture("Heads (columns), layers (rows): click on one", "understand-overview")
             gr.HTML(
                 html.note(
                     "Blue frame: the token that is predicted. White frame: the newest that was read. Brighter: more weight, or more "
