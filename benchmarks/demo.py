@@ -125,6 +125,8 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=0)
     parser.add_argument("--name", default="demo-cpu")
     given = parser.parse_args()
+    if given.rounds < 2:
+        parser.error("--rounds must be at least 2: the quartiles of fewer say nothing")
     results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         config = make_model(Path(folder), given.preset)
