@@ -141,7 +141,7 @@ def step_words(seen: Seen, token: int, reading: Reading, on_class: float, most: 
     """What there is to say of the step that predicts a token; `most` is the entropy of an even guess."""
     rows = [
         ("entropy (nats)", f"{reading.entropy[token]:.3f}"),
-        ("entropy of all tokens", f"{reading.entropy.min():.3f} to {reading.entropy.max():.3f}"),
+        ("entropy of all tokens", f"{reading.entropy.min():.3f}\u00a0to\u00a0{reading.entropy.max():.3f}"),
         ("entropy of an even guess", f"{most:.3f}"),
         ("probability of the token that is there", f"{reading.chance[token]:.4f}"),
         ("likelier tokens", f"{int(reading.rank[token]):,}"),
@@ -154,12 +154,12 @@ def step_words(seen: Seen, token: int, reading: Reading, on_class: float, most: 
 def guess_table(guesses: Guesses, name: str, truth: str | None, length: int) -> str:
     """What a probe takes an image of `length` tokens for as it is read; `truth` is its class, if it is known."""
     rows = [
-        (f"{read} of {length}", *(f"{known} ✓" if known == truth else known for known in best))
+        (str(read), *(f"{known}\u00a0✓" if known == truth else known for known in best))
         for read, best in guesses.by_step
     ]
     places = ("first guess", "second", "third")[: len(rows[0]) - 1]
     caption = (
-        f"What a linear probe on layer {guesses.layer} of {name}, which is not told the class, takes the image for. Ridge regression "
-        f"on {guesses.total:,} images of the probe's store, not the MAE protocol."
+        f"What a linear probe on layer {guesses.layer} of {name}, which is not told the class, takes the image of {length} tokens for. "
+        f"Ridge regression on {guesses.total:,} images of the probe's store, not the MAE protocol."
     )
     return table(("tokens read", *places), rows, caption)

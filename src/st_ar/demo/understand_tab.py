@@ -227,4 +227,4 @@ def _given_choices(setup: Setup, name: str) -> list[tuple[str, int]]:
 
 
 def _head_choices(heads: int) -> list[tuple[str, int]]:
-    return [("all, averaged", MEAN), *((str(head), head) for head in range(1, heads + 1))]
+    return [("average", MEAN), *((str(head), head) for head in range(1, heads + 1))]
