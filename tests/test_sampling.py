@@ -126,6 +126,18 @@ def test_the_default_guidance_is_used() -> None:
 # Images
 
 
+def test_steps_show_the_tokens_so_far_and_end_with_them_all() -> None:
+    labels = [2, 0, 1, 1]
+    sampler = Sampler(random_model(), random_tokenizer(), SampleSettings(seed=3))
+    whole = sampler.tokens(range(1, 4), labels)
+    assert [tokens.tolist() for tokens in sampler.steps(range(1, 4), labels)] == [
+        whole[:, :drawn].tolist() for drawn in range(1, 10)
+    ]
+    told: list[int] = []
+    assert torch.equal(sampler.tokens(range(1, 4), labels, told.append), whole)
+    assert (len(told), sum(told)) == (9, 3)
+
+
 def painted(codes: torch.Tensor) -> np.ndarray:
     """Pictures of codes [B, 9], pixel by pixel: ADM's clamp(127.5 x + 128), truncated."""
     codebook = random_tokenizer().codebook.double().numpy().reshape(11, 3, 2, 2)

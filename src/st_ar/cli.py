@@ -42,6 +42,7 @@ Train LlamaGen-style image generators with and without self-guidance (ST-AR), an
   likelihood         how well a model predicts images that it has not seen
   probe              what a model's features say about an image, token by token
   attention          what a model looks at
+  demo               a web page on this machine: draw, compare, see what models look at, follow runs
   reproduce          the paper's tables and figures, at full size or small
   convert            to and from the weight files of LlamaGen's scripts, models and VQ tokenizers
   completion         a script with which bash, zsh or fish complete all this

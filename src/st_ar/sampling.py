@@ -1,6 +1,6 @@
 """Sampling: classes or captions -> tokens -> pictures, in memory or as files that say how they were made."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -78,12 +78,17 @@ def open_model_and_tokenizer(
     place = local_device(choose_device(device))
     network, info = open_model(model, ema=ema, grid=grid)
     painter = place_tokenizer(tokenizer, device, "float32")
+    require_own_tokenizer(info, model, painter, tokenizer)
+    return network.to(place, choose_dtype(dtype, place)), info, painter
+
+
+def require_own_tokenizer(info: ModelInfo, model: Path, painter: Tokenizer, tokenizer: Path) -> None:
+    """Refuse a tokenizer that a model was not trained with; `model` and `tokenizer` are where the two are from."""
     if info.tokenizer and painter.fingerprint != info.tokenizer:
         raise UserError(
             f"{model} speaks the codes of tokenizer {info.tokenizer[:12]}, {tokenizer} is {painter.fingerprint[:12]}: "
             "give the tokenizer that made the model's token store"
         )
-    return network.to(place, choose_dtype(dtype, place)), info, painter
 
 
 class Sampler:
@@ -139,16 +144,26 @@ class Sampler:
         advance: called after each token with how many images more that makes.
         """
         count, length = len(numbers), self.model.config.sequence_length
+        tokens = torch.empty(0)
+        for tokens in self.steps(numbers, labels):
+            if advance:
+                drawn = tokens.shape[1]
+                advance(count * drawn // length - count * (drawn - 1) // length)
+        return tokens.clone()
+
+    def steps(self, numbers: Sequence[int], labels: Sequence[int]) -> Generator[Tensor, None, None]:
+        """What `tokens` does, token by token: the tokens so far [n, 1], [n, 2] .. [n, T], a view of memory that is written on.
+
+        It may be left at any token, and is over when other images are drawn.
+        """
+        count = len(numbers)
         conditions = self._conditions([labels[number] for number in numbers]).to(self.device)
         if self.drawer is None or self.drawer[0] != count:
             self.drawer = None  # its memory makes room for the next
             self.drawer = count, TokenSampler(self.model, count, self.settings, compiled=self.compiled)
-
-        def on_token(drawn: int) -> None:
-            if advance:
-                advance(count * drawn // length - count * (drawn - 1) // length)
-
-        return self.drawer[1].draw(conditions, np.array(numbers), self.seed, on_token=on_token)
+        drawer = self.drawer[1]
+        for drawn in drawer.steps(conditions, np.array(numbers), self.seed):
+            yield drawer.tokens[:, :drawn]
 
     def pictures(self, tokens: Tensor, on_some: Callable[[], None] | None = None) -> np.ndarray:
         """Tokens [n, T] -> uint8 [n, H, W, 3]; a few at a time, since a VQ network needs much memory for each."""

@@ -11,6 +11,7 @@ import tyro
 
 from st_ar.attention_verb import Attention
 from st_ar.data_verbs import ImportTokens, Tokenize
+from st_ar.demo_verb import Demo
 from st_ar.evaluation_verbs import Evaluate, MakeReference, Reconstruct
 from st_ar.invariance_verb import Invariance
 from st_ar.likelihood_verb import Likelihood
@@ -107,6 +108,7 @@ VERBS: dict[str, Any] = {
     "likelihood": Likelihood,
     "probe": Probe,
     "attention": Attention,
+    "demo": Demo,
     "reproduce": Reproduce,
     "convert": Convert,
     "completion": Completion,

@@ -23,6 +23,7 @@ PARSED: list[tuple[str, str]] = [
     (r"^torchrun ", "several processes or machines"),
     (r"^(make|pip|python3 -m venv|\. )", "installs"),
     (r"^tensorboard ", "serves until it is stopped"),
+    (r"^st-ar demo", "serves until it is stopped; the page has tests of its own"),
     (
         r"imagenet|vq_ds16_c2i|c2i_B_256|samples-256|my-run|\bvq-16\b",
         "needs ImageNet, published weights or a large tokenizer",

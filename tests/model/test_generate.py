@@ -295,6 +295,30 @@ def test_drawn_tokens_are_those_of_a_naive_decode() -> None:
     assert torch.equal(tokens, drawn)
 
 
+def test_steps_are_a_draw_token_by_token() -> None:
+    model, numbers = random_model(), np.arange(3)
+    sampler = TokenSampler(model, 3, SampleSettings(cfg_scale=2.0))
+    whole = sampler.draw(LABELS, numbers, 5)
+    told: list[int] = []
+    assert torch.equal(sampler.draw(LABELS, numbers, 5, on_token=told.append), whole)
+    assert told == [*range(1, 10)]
+    for drawn in sampler.steps(LABELS, numbers, 5):
+        assert torch.equal(sampler.tokens[:, :drawn], whole[:, :drawn])
+    assert [*sampler.steps(LABELS, numbers, 5, num_tokens=4)] == [1, 2, 3, 4]
+    assert torch.equal(sampler.tokens[:, :4], whole[:, :4])
+
+
+def test_a_draw_that_is_left_changes_no_other_and_cannot_be_taken_up_again() -> None:
+    sampler = TokenSampler(random_model(), 3, SampleSettings())
+    whole = sampler.draw(LABELS, np.arange(3), 5)
+    left = sampler.steps(LABELS, np.arange(3), 6)
+    assert [next(left), next(left)] == [1, 2]
+    assert torch.equal(sampler.draw(LABELS, np.arange(3), 5), whole)
+    with pytest.raises(AssertionError, match="another draw of this sampler has begun"):
+        next(left)
+    assert torch.is_grad_enabled()
+
+
 def naive(
     model: Transformer, images: list[int], seed: int, scale: Callable[[int], float], temperature: float, top_k: int
 ) -> Tensor:

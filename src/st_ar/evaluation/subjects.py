@@ -50,6 +50,20 @@ class Subject:
         return {"file": str(info.source), "sha256": self.sha256, "ema": info.ema, "step": info.step}
 
 
+def call_models(models: Sequence[Path], names: Sequence[str]) -> Sequence[str]:
+    """What some models are called: the names given, or their paths' last parts, in full where those are alike.
+
+    Raises:
+        UserError: no models, or not one name each.
+    """
+    if not models:
+        raise UserError("give at least one --model")
+    if names and len(names) != len(models):
+        raise UserError(f"{len(names)} --names for {len(models)} models: give one each, or none")
+    last = [path.resolve().name for path in models]
+    return names or [short if last.count(short) == 1 else str(path) for short, path in zip(last, models, strict=True)]
+
+
 def find_subjects(
     models: Sequence[Path], names: Sequence[str], weights: Literal["live", "ema", "both"]
 ) -> list[Subject]:
@@ -58,12 +72,7 @@ def find_subjects(
     Raises:
         UserError: none, one twice, not one name each, or as `open_model`.
     """
-    if not models:
-        raise UserError("give at least one --model")
-    if names and len(names) != len(models):
-        raise UserError(f"{len(names)} --names for {len(models)} models: give one each, or none")
-    last = [path.resolve().name for path in models]
-    called = names or [short if last.count(short) == 1 else str(path) for short, path in zip(last, models, strict=True)]
+    called = call_models(models, names)
     found: list[Subject] = []
     for path, name in zip(models, called, strict=True):
         for ema in {"live": [False], "ema": [True], "both": [False, True]}[weights]:

@@ -5,7 +5,7 @@ The rule is LlamaGen's: guided logits, then temperature, then top-k, then top-p.
 
 import math
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Literal
 
 import numpy as np
@@ -84,6 +84,7 @@ class TokenSampler:
         self.scales = torch.tensor(scales, device=device)
         self.position = torch.zeros(1, dtype=torch.int64, device=device)  # of the token to be drawn
         self.graphs: dict[tuple[bool, int], torch.cuda.CUDAGraph] = {}
+        self.turn = 0  # of draws that have begun
 
     @torch.no_grad()
     def draw(
@@ -104,9 +105,24 @@ class TokenSampler:
         Raises:
             UserError: a label, the seed or num_tokens out of range, or a model whose logits are not finite.
         """
+        drawn = 0
+        for drawn in self.steps(labels, images, seed, num_tokens=num_tokens):
+            if on_token:
+                on_token(drawn)
+        return self.tokens[:, :drawn].clone()
+
+    @torch.no_grad()
+    def steps(
+        self, labels: Tensor, images: np.ndarray, seed: int, *, num_tokens: int | None = None
+    ) -> Generator[int, None, None]:
+        """What `draw` does, token by token: yields how many tokens each image has, and `tokens` [batch, T] holds them.
+
+        It may be left at any token, and is over when another draw of this sampler begins. Arguments and errors are `draw`'s.
+        """
         count = self.model.config.sequence_length if num_tokens is None else num_tokens
         _check_request(self.model, labels, images, seed, count)
         assert len(labels) == len(self.tokens)
+        self.turn = turn = self.turn + 1
         if not self.greedy:
             self.noise.copy_(uniforms(seed, images, self.noise.shape[1]))
         null = [self.model.cls_embedding.null(labels)] if self.is_guided else []
@@ -117,8 +133,8 @@ class TokenSampler:
         self._choose(logits, self.is_guided)
         interval = self.settings.cfg_interval
         for position in range(1, count):
-            if on_token:
-                on_token(position)
+            yield position
+            assert turn == self.turn, "another draw of this sampler has begun"
             guided = self.is_guided and not (interval > -1 and position > interval + 1)
             self.position.fill_(position)
             length = self.decoder.seek(position - 1)
@@ -126,9 +142,7 @@ class TokenSampler:
                 self._replay(guided, length)
             else:
                 self._advance(guided, length)
-        if on_token:
-            on_token(count)
-        return self.tokens[:, :count].clone()
+        yield count
 
     def _advance(self, guided: bool, length: int) -> None:
         """Read the last token and draw the next; nothing waits for the device."""

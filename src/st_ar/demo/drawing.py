@@ -1,0 +1,197 @@
+"""Images that are drawn for the page, and what can be seen of them while they are drawn token by token."""
+
+import time
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from st_ar.demo.recipe import MOST_IMAGES, Recipe, WeightsRecord
+from st_ar.demo.shelf import Opened, Shelf
+from st_ar.errors import UserError
+from st_ar.sample_config import SampleSettings
+from st_ar.sampling import Sampler
+from st_ar.tokenizer import to_uint8
+
+MOST_MODELS = 2
+"""Weights that draw side by side."""
+MOST_FRAMES = 12
+"""Previews a second at most: more would only keep the browser busy."""
+SHARE = 0.25
+"""Of the time that previews may take from the drawing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Frame:
+    """What there is to see of some images."""
+
+    drawn: int
+    """Tokens of each."""
+    total: int
+    pictures: np.ndarray
+    """uint8 [n, H, W, 4], transparent where no token is drawn yet; whole images are [n, H, W, 3]."""
+    seconds: float
+    """Since the drawing began."""
+    tokens: Tensor | None = None
+    """int64 [n, T] when all are drawn."""
+    recipes: tuple[Recipe, ...] = ()
+    """How each was drawn, when all are."""
+
+
+class Pace:
+    """When another preview is due: not too often for the browser, nor for the drawing.
+
+    Args:
+        most: a second. share: of the time that previews may take.
+    """
+
+    def __init__(self, most: float = MOST_FRAMES, share: float = SHARE) -> None:
+        self.most, self.share, self.due = most, share, 0.0
+
+    def is_due(self) -> bool:
+        """Whether it is time for one."""
+        return time.perf_counter() >= self.due
+
+    def made(self, seconds: float) -> None:
+        """One has been made, and took so long."""
+        self.due = time.perf_counter() + max(1 / self.most, seconds * (1 - self.share) / self.share)
+
+
+def choose_labels(classes: Sequence[Any], count: Any, known: int) -> list[int]:
+    """The classes of `count` images: those chosen, in turn.
+
+    Raises:
+        UserError: none is chosen, one that the model does not know, or more images than the page draws at once.
+    """
+    if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= MOST_IMAGES:
+        raise UserError(f"the page draws 1 to {MOST_IMAGES} images at once, not {count}; st-ar sample draws any number")
+    if not classes:
+        raise UserError("no class is chosen: choose one or several, by their names")
+    if wrong := [c for c in classes if isinstance(c, bool) or not isinstance(c, int) or not 0 <= c < known]:
+        raise UserError(f"there is no class {wrong[0]}: the model knows classes 0 to {known - 1}")
+    return [int(classes[index % len(classes)]) for index in range(count)]
+
+
+def draw(
+    shelf: Shelf, names: Sequence[str], labels: Sequence[int], settings: SampleSettings, pace: Pace | None = None
+) -> Generator[list[Frame], None, None]:
+    """Draw an image for each label with each of some weights, all with the same draws, token by token in turn.
+
+    Yields a frame for each of the weights whenever `pace` finds it time, and at last the whole images with their tokens.
+
+    Args:
+        names: of one or two weights of the shelf. labels: as of `choose_labels`.
+
+    Raises:
+        UserError: other names, the same twice, or a label or a setting that does not suit the weights.
+    """
+    if not 1 <= len(names) <= MOST_MODELS or len(set(names)) < len(names):
+        raise UserError(f"choose {'two different weights' if len(names) > 1 else 'weights'} to draw with")
+    if len(labels) > MOST_IMAGES:
+        raise UserError(f"the page draws {MOST_IMAGES} images at most at once, not {len(labels)}")
+    for name in names:
+        shelf.find(name)
+    return shelf.each(_draw(shelf, names, labels, settings, pace or Pace()))
+
+
+def _draw(
+    shelf: Shelf, names: Sequence[str], labels: Sequence[int], settings: SampleSettings, pace: Pace
+) -> Generator[list[Frame], None, None]:
+    begun = time.perf_counter()
+    opened = [shelf.open(name) for name in names]
+    samplers = [each.sampler_for(shelf.tokenizer, settings) for each in opened]
+    for sampler in samplers:
+        sampler.check(labels, len(labels))
+    total = max(sampler.model.config.sequence_length for sampler in samplers)
+    steps = [sampler.steps(range(len(labels)), labels) for sampler in samplers]
+    sofar = [torch.empty(0)] * len(samplers)
+    for drawn in range(1, total + 1):
+        sofar = [next(more, last) for more, last in zip(steps, sofar, strict=True)]
+        if drawn < total and pace.is_due():
+            made = time.perf_counter()
+            yield [_frame(sampler, tokens, made - begun) for sampler, tokens in zip(samplers, sofar, strict=True)]
+            pace.made(time.perf_counter() - made)
+    yield [
+        Frame(
+            drawn=tokens.shape[1],
+            total=tokens.shape[1],
+            pictures=sampler.pictures(tokens),
+            seconds=time.perf_counter() - begun,
+            tokens=tokens.cpu().clone(),
+            recipes=tuple(_recipe(shelf, each, sampler, labels, number) for number in range(len(labels))),
+        )
+        for each, sampler, tokens in zip(opened, samplers, sofar, strict=True)
+    ]
+
+
+def _frame(sampler: Sampler, tokens: Tensor, seconds: float) -> Frame:
+    """A preview: the tokens that are to come stand for code 0, and are cut out of the picture."""
+    grid, drawn = sampler.model.config.grid, tokens.shape[1]
+    total = grid * grid
+    codes = F.pad(tokens, (0, total - drawn)).unflatten(1, (grid, grid)).cpu()
+    pictures = to_uint8(sampler.tokenizer.decode(codes)).numpy()
+    alpha = np.where(np.arange(total) < drawn, 255, 0).astype(np.uint8).reshape(grid, grid)
+    side = pictures.shape[1] // grid
+    cut = np.broadcast_to(alpha.repeat(side, 0).repeat(side, 1)[None, ..., None], (*pictures.shape[:3], 1))
+    return Frame(drawn=drawn, total=total, pictures=np.concatenate([pictures, cut], axis=-1), seconds=seconds)
+
+
+def _recipe(shelf: Shelf, opened: Opened, sampler: Sampler, labels: Sequence[int], number: int) -> Recipe:
+    info, names = opened.info, opened.weights.class_names
+    return Recipe(
+        weights=WeightsRecord(file=info.source.name, sha256=opened.sha256, ema=info.ema, step=info.step),
+        tokenizer=shelf.tokenizer.fingerprint,
+        settings=sampler.settings,
+        labels=tuple(labels),
+        number=number,
+        class_name=names[labels[number]],
+        dtype=str(opened.dtype).removeprefix("torch."),
+        device=shelf.device.type,
+        threads=torch.get_num_threads(),
+        torch=torch.__version__,
+    )
+
+
+def find_drawer(shelf: Shelf, recipe: Recipe) -> str:
+    """The name of the weights that a recipe was drawn with; call it in the models' thread.
+
+    Raises:
+        UserError: they are not here, or not with the tokenizer or the type that the recipe says.
+    """
+    wanted = recipe.weights
+    if recipe.tokenizer != shelf.tokenizer.fingerprint:
+        raise UserError(
+            f"the picture was painted by tokenizer {recipe.tokenizer[:12]}, the page has {shelf.tokenizer.fingerprint[:12]}: "
+            "start it with the picture's --model and --tokenizer"
+        )
+    alike = [name for name in shelf.names if shelf.weights[name].ema == wanted.ema]
+    found = next((name for name in alike if shelf.open(name).sha256 == wanted.sha256), None)
+    if found is None:
+        raise UserError(
+            f"the picture was drawn with {'averaged' if wanted.ema else 'live'} weights of step {wanted.step} ({wanted.file}, "
+            f"SHA-256 {wanted.sha256[:12]}), which the page does not have: start it with their --model"
+        )
+    dtype = str(shelf.dtype).removeprefix("torch.")
+    if recipe.dtype != dtype:
+        raise UserError(
+            f"the picture was drawn in {recipe.dtype}, the page draws in {dtype}: start it with --dtype {recipe.dtype}"
+        )
+    return found
+
+
+def compare_pictures(drawn: np.ndarray, given: np.ndarray, recipe: Recipe, shelf: Shelf) -> str:
+    """In words, whether a picture was drawn again bit for bit, and if not, what may be the cause."""
+    if drawn.shape == given.shape and (drawn == given).all():
+        return "The same image, bit for bit."
+    here = {"device": shelf.device.type, "threads": torch.get_num_threads(), "torch": torch.__version__}
+    other = [
+        f"{name} {getattr(recipe, name)} then, {now} now" for name, now in here.items() if getattr(recipe, name) != now
+    ]
+    cause = "; ".join(other) if other else "the picture was changed after it was saved"
+    if drawn.shape != given.shape:
+        return f"Another size than the picture's: {cause}."
+    return f"{int((drawn != given).any(-1).sum())} of {given[..., 0].size} pixels differ: {cause}."

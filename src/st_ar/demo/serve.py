@@ -1,0 +1,209 @@
+"""The server of the page: on this machine alone unless it is told otherwise, and with no way to anywhere else."""
+
+import asyncio
+import contextlib
+import ipaddress
+import os
+import re
+import signal
+import socket
+import tempfile
+from collections.abc import Callable, Generator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from st_ar.demo.setup import Setup
+from st_ar.demo.streams import App, JobsAfterClosing, Message
+from st_ar.demo.uploads import MOST_BYTES
+from st_ar.errors import Interrupted, UserError
+
+SERVED = re.compile(
+    r"/(config|theme\.css|favicon\.ico|manifest\.json|robots\.txt|assets/.*|static/.*|svelte/.*"
+    r"|gradio_api/(startup-events|app_id|token|info|theme\.css|heartbeat/.*|queue/(join|data)|cancel|reset|upload|upload_progress"
+    r"|file=(?!\w+:).*))?/?"
+)
+"""What of Gradio's server the page needs: nothing else of it answers."""
+HEADERS = {
+    "content-security-policy": (
+        "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; style-src 'self' 'unsafe-inline'; "
+        "img-src 'self' data: blob:; font-src 'self' data:; connect-src 'self' data: blob:; worker-src 'self' blob:; "
+        "object-src 'none'; base-uri 'self'; form-action 'self'; frame-ancestors 'none'"
+    ),
+    "referrer-policy": "no-referrer",
+    "x-content-type-options": "nosniff",
+}
+"""The browser itself refuses whatever would leave for another host."""
+MOST_BODY = MOST_BYTES + (1 << 20)
+"""Bytes of a request."""
+
+
+class Guard:
+    """Around the page's server: other paths, other hosts' names and larger requests are refused; HEADERS are added.
+
+    Args:
+        hosts: names by which the page may be called; any, if None. A page elsewhere could give its own name this machine's
+            address, and would be let in otherwise.
+    """
+
+    def __init__(self, app: App, hosts: frozenset[str] | None) -> None:
+        self.app, self.hosts = app, hosts
+
+    async def __call__(self, scope: Message, receive: Callable[..., Any], send: Callable[..., Any]) -> None:
+        if scope["type"] != "http":
+            if scope["type"] == "lifespan":
+                await self.app(scope, receive, send)
+            return
+        if refusal := self._refusal(scope):
+            status, text = refusal
+            start = {"type": "http.response.start", "status": status, "headers": [(b"content-type", b"text/plain")]}
+            await send(start)
+            await send({"type": "http.response.body", "body": text.encode()})
+            return
+
+        async def send_with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                ours = [(name.encode(), value.encode()) for name, value in HEADERS.items()]
+                kept = [pair for pair in message["headers"] if pair[0].lower().decode() not in HEADERS]
+                message = {**message, "headers": [*kept, *ours]}
+            await send(message)
+
+        await self.app(scope, receive, send_with_headers)
+
+    def _refusal(self, scope: Message) -> tuple[int, str] | None:
+        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+        if self.hosts is not None and _hostname(headers.get("host", "")) not in self.hosts:
+            return 421, "this page answers to localhost alone"
+        if not SERVED.fullmatch(scope["path"]):
+            return 404, "there is nothing here"
+        if "transfer-encoding" in headers:
+            return 411, "a request must say how long it is"
+        length = headers.get("content-length", "0")
+        if not length.isdecimal() or int(length) > MOST_BODY:
+            return 413, f"more than {MOST_BODY} bytes"
+        return None
+
+
+def _hostname(host: str) -> str:
+    """Without the port."""
+    return re.sub(r":\d+$", "", host).strip("[]").lower()
+
+
+def is_local(host: str) -> bool:
+    """Whether an address is this machine's own, that no other can reach."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def require_gradio() -> Any:
+    """The module, which tells nobody that it is used; UserError where it is not installed."""
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before it is imported: it asks then
+    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+    os.environ["GRADIO_ANALYTICS_CACHE_FREQUENCY"] = str(
+        1 << 31
+    )  # events between its statistics, which nobody sees here
+    try:
+        import gradio
+    except ModuleNotFoundError as error:
+        raise UserError(f"the page is made with Gradio ({error}): pip install 'st-ar[demo]'") from error
+    return gradio
+
+
+def build_app(setup: Setup, host: str) -> Any:
+    """The page's server as an ASGI application."""
+    gradio = require_gradio()
+    from fastapi import FastAPI
+
+    from st_ar.demo.page import build_page, style
+
+    outer = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+
+    async def mount() -> Any:
+        return gradio.mount_gradio_app(
+            outer,
+            build_page(setup),
+            path="/",
+            server_name=host,
+            footer_links=[],
+            run_history=False,
+            show_error=False,
+            max_file_size=MOST_BYTES,
+            ssr_mode=False,
+            enable_monitoring=False,
+            pwa=False,
+            mcp_server=False,
+            **style(),
+        )
+
+    with ThreadPoolExecutor(1) as thread:  # outside of an event loop Gradio makes some that nobody closes
+        mounted = thread.submit(lambda: asyncio.run(mount())).result()
+    return Guard(JobsAfterClosing(mounted), frozenset({"localhost", "127.0.0.1", "::1"}) if is_local(host) else None)
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A socket that listens there; port 0 takes a free one.
+
+    Raises:
+        UserError: the port is taken, or no such address is this machine's.
+    """
+    if not 0 <= port < 1 << 16:
+        raise UserError(f"--port must lie between 0 (any that is free) and 65535, not {port}")
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listening = socket.socket(family, socket.SOCK_STREAM)
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listening.bind(address)
+        except OSError:
+            listening.close()
+            raise
+    except OSError as error:
+        raise UserError(
+            f"cannot serve on {host}, port {port}: {error.strerror or error}; give another --port (0 takes a free one) or --host"
+        ) from error
+    return listening
+
+
+def make_server(setup: Setup, host: str) -> Any:
+    """A uvicorn server of the page; it is given the socket when it is run."""
+    app = build_app(setup, host)
+    import uvicorn
+
+    return uvicorn.Server(
+        uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=2, server_header=False, ws="none")
+    )
+
+
+@contextlib.contextmanager
+def private_folder() -> Generator[None]:
+    """Within the block Gradio keeps what visitors upload and see in a folder that no other user can read; it is removed at the end.
+
+    To be entered before Gradio is imported.
+    """
+    with tempfile.TemporaryDirectory(prefix="st-ar-demo-") as folder:
+        os.environ["GRADIO_TEMP_DIR"] = folder
+        yield
+
+
+def serve(setup: Setup, host: str, port: int) -> None:
+    """Serve the page until a signal ends it.
+
+    Raises:
+        Interrupted: by SIGTERM. (SIGINT raises KeyboardInterrupt.)
+    """
+    listening = bind(host, port)
+    before = signal.signal(signal.SIGTERM, _end)  # the server passes it on when it has closed
+    try:
+        server = make_server(setup, host)
+        listening.listen()  # who comes before the server has begun waits for it
+        name = "localhost" if is_local(host) else host
+        print(f"the page is at http://{name}:{listening.getsockname()[1]}  (Ctrl-C ends it)", flush=True)
+        server.run(sockets=[listening])
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        setup.shelf.close()
+
+
+def _end(signum: int, _frame: object) -> None:
+    raise Interrupted("the page is closed", signum)

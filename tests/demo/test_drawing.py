@@ -1,0 +1,200 @@
+"""Drawing for the page: previews that grow, images that the command line would draw, and what is refused."""
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from st_ar.demo.drawing import Frame, Pace, choose_labels, compare_pictures, draw, find_drawer
+from st_ar.demo.recipe import MOST_IMAGES, Recipe, read_recipe, to_png
+from st_ar.demo.setup import Setup
+from st_ar.demo.shelf import Shelf
+from st_ar.errors import UserError
+from st_ar.files import sha256
+from st_ar.model.weights import load_model
+from st_ar.sample_config import SampleSettings
+from st_ar.sampling import sample_images
+from st_ar.tokenizer import load_tokenizer
+from tests.demo.small_page import export, small_setup
+from tests.toys import TINY
+
+SETTINGS = SampleSettings(cfg_scale=2.0, top_k=9, temperature=0.9, seed=4)
+
+
+class EveryToken(Pace):
+    """A preview at each of them."""
+
+    def is_due(self) -> bool:
+        return True
+
+
+@pytest.fixture
+def setup(tmp_path: Path) -> Iterator[Setup]:
+    with small_setup(tmp_path) as (found, _):
+        yield found
+
+
+def last(setup: Setup, *names: str, labels: list[int], settings: SampleSettings = SETTINGS) -> list[Frame]:
+    return [*draw(setup.shelf, names, labels, settings)][-1]
+
+
+def test_the_page_draws_what_the_command_draws(setup: Setup, tmp_path: Path) -> None:
+    [frame] = last(setup, "first", labels=[0, 1, 2, 0])
+    expected = sample_images(
+        load_model(tmp_path / "first"), load_tokenizer(tmp_path / "tokenizer"), [0, 1, 2, 0], SETTINGS
+    )
+    np.testing.assert_array_equal(frame.pictures, expected)
+    assert frame.tokens is not None
+    assert frame.tokens.shape == (4, 9)
+    averaged = last(setup, "first (EMA)", labels=[0, 1, 2, 0])[0]
+    np.testing.assert_array_equal(
+        averaged.pictures,
+        sample_images(
+            load_model(tmp_path / "first", ema=True), load_tokenizer(tmp_path / "tokenizer"), [0, 1, 2, 0], SETTINGS
+        ),
+    )
+
+
+def test_previews_show_the_tokens_that_are_drawn_and_nothing_of_the_others(setup: Setup) -> None:
+    frames = [frame for [frame] in draw(setup.shelf, ["first"], [0, 1], SETTINGS, EveryToken())]
+    assert [frame.drawn for frame in frames] == [*range(1, 10)]
+    whole = frames[-1].pictures
+    for frame in frames[:-1]:
+        assert (frame.tokens, frame.recipes, frame.total) == (None, (), 9)
+        there = frame.pictures[..., 3] == 255
+        token = np.arange(9).reshape(3, 3).repeat(2, 0).repeat(2, 1)
+        np.testing.assert_array_equal(there, np.broadcast_to(token < frame.drawn, (2, 6, 6)))
+        np.testing.assert_array_equal(frame.pictures[..., :3][there], whole[there])
+
+
+def test_two_models_draw_with_the_same_numbers_side_by_side(setup: Setup) -> None:
+    both = last(setup, "first", "second", labels=[0, 1])
+    for name, frame in zip(("first", "second"), both, strict=True):
+        np.testing.assert_array_equal(frame.pictures, last(setup, name, labels=[0, 1])[0].pictures)
+    assert not np.array_equal(both[0].pictures, both[1].pictures)
+
+
+def test_another_seed_and_another_setting_draw_otherwise_with_the_same_memory(setup: Setup) -> None:
+    first = last(setup, "first", labels=[0, 1])[0].pictures
+    opened = setup.shelf.run(lambda: setup.shelf.open("first"))
+    assert opened.sampler is not None
+    drawer = opened.sampler.drawer
+    other = last(
+        setup, "first", labels=[0, 1], settings=SampleSettings(cfg_scale=2.0, top_k=9, temperature=0.9, seed=5)
+    )
+    assert opened.sampler.drawer is drawer
+    assert not np.array_equal(first, other[0].pictures)
+    last(setup, "first", labels=[0, 1], settings=SampleSettings(cfg_scale=3.0, seed=4))
+    assert opened.sampler.drawer is not drawer
+    np.testing.assert_array_equal(last(setup, "first", labels=[0, 1])[0].pictures, first)
+
+
+def test_a_drawing_that_is_left_ends_and_the_next_one_is_whole(setup: Setup) -> None:
+    expected = last(setup, "first", labels=[0, 1])[0].pictures
+    left = draw(setup.shelf, ["first"], [1, 0], SETTINGS, EveryToken())
+    assert next(left)[0].drawn == 1
+    left.close()
+    assert [*left] == []
+    np.testing.assert_array_equal(last(setup, "first", labels=[0, 1])[0].pictures, expected)
+
+
+def test_an_image_is_drawn_again_from_its_file_bit_for_bit(setup: Setup) -> None:
+    [frame] = last(setup, "second (EMA)", labels=[2, 0, 1])
+    data = to_png(frame.pictures[2], frame.recipes[2])
+    recipe = read_recipe(data)
+    assert recipe == frame.recipes[2]
+    assert (recipe.number, recipe.class_name, recipe.settings) == (2, "bee", SETTINGS)
+    name = setup.shelf.run(lambda: find_drawer(setup.shelf, recipe))
+    assert name == "second (EMA)"
+    assert recipe.weights.sha256 == sha256(setup.shelf.find(name).path)
+    [again] = last(setup, name, labels=list(recipe.labels), settings=recipe.settings)
+    assert compare_pictures(again.pictures[2], frame.pictures[2], recipe, setup.shelf) == "The same image, bit for bit."
+
+
+def test_a_picture_that_was_changed_or_drawn_elsewhere_is_said_to_differ(setup: Setup) -> None:
+    [frame] = last(setup, "first", labels=[0])
+    changed, recipe = frame.pictures[0].copy(), frame.recipes[0]
+    changed[0, :2] ^= 1
+    said = compare_pictures(frame.pictures[0], changed, recipe, setup.shelf)
+    assert said == "2 of 36 pixels differ: the picture was changed after it was saved."
+    elsewhere = Recipe(**{**vars(recipe), "threads": recipe.threads + 1})
+    said = compare_pictures(frame.pictures[0], changed, elsewhere, setup.shelf)
+    assert said == f"2 of 36 pixels differ: threads {recipe.threads + 1} then, {recipe.threads} now."
+    said = compare_pictures(frame.pictures[0], changed[:4], recipe, setup.shelf)
+    assert said.startswith("Another size than the picture's")
+
+
+def test_other_weights_tokenizers_and_types_than_the_files_are_named(setup: Setup, tmp_path: Path) -> None:
+    [frame] = last(setup, "first", labels=[0])
+    recipe = frame.recipes[0]
+    other = Shelf([export(tmp_path / "third", TINY, 30)], tmp_path / "tokenizer", device="cpu", dtype="float32")
+    half = Shelf([tmp_path / "first"], tmp_path / "tokenizer", device="cpu", dtype="bfloat16")
+    try:
+        with pytest.raises(UserError, match=r"drawn with live weights of step 10 .* start it with their --model"):
+            find_drawer(other, recipe)
+        with pytest.raises(UserError, match="drawn in float32, the page draws in bfloat16"):
+            find_drawer(half, recipe)
+        with pytest.raises(UserError, match="painted by tokenizer abc, the page has"):
+            find_drawer(other, Recipe(**{**vars(recipe), "tokenizer": "abc"}))
+    finally:
+        other.close()
+        half.close()
+
+
+def test_labels_are_the_chosen_classes_in_turn() -> None:
+    assert choose_labels([2, 0], 5, 3) == [2, 0, 2, 0, 2]
+    assert choose_labels([1], 1, 3) == [1]
+
+
+@pytest.mark.parametrize(
+    ("classes", "count", "match"),
+    [
+        ([], 4, "no class is chosen"),
+        ([3], 4, "there is no class 3: the model knows classes 0 to 2"),
+        ([-1], 4, "there is no class -1"),
+        (["ant"], 4, "there is no class ant"),
+        ([True], 4, "there is no class True"),
+        ([0], 0, "draws 1 to 16 images at once, not 0"),
+        ([0], MOST_IMAGES + 1, "draws 1 to 16 images at once, not 17"),
+        ([0], True, "draws 1 to 16 images"),
+    ],
+)
+def test_classes_and_counts_out_of_range_are_refused(classes: list[Any], count: int, match: str) -> None:
+    with pytest.raises(UserError, match=match):
+        choose_labels(classes, count, 3)
+
+
+def test_names_and_labels_that_are_not_there_are_refused(setup: Setup) -> None:
+    with pytest.raises(UserError, match="no weights are called 'third': choose one of first, second, first"):
+        draw(setup.shelf, ["third"], [0], SETTINGS)
+    with pytest.raises(UserError, match="two different weights"):
+        draw(setup.shelf, ["first", "first"], [0], SETTINGS)
+    with pytest.raises(UserError, match="16 images at most at once, not 17"):
+        draw(setup.shelf, ["first"], [0] * 17, SETTINGS)
+    with pytest.raises(UserError, match="label 9 is out of range"):
+        last(setup, "first", labels=[9])
+    with pytest.raises(UserError, match="top-k must lie between 0"):
+        last(setup, "first", labels=[0], settings=SampleSettings(top_k=12))
+
+
+def test_previews_leave_most_of_the_time_to_the_drawing() -> None:
+    pace = Pace(most=10, share=0.25)
+    assert pace.is_due()
+    pace.made(1.0)
+    assert not pace.is_due()
+    assert pace.due - time.perf_counter() == pytest.approx(3.0, abs=0.2)
+    pace.made(0.0)
+    assert pace.due - time.perf_counter() == pytest.approx(0.1, abs=0.09)
+
+
+def test_all_work_of_the_models_is_done_in_one_thread(setup: Setup) -> None:
+    import threading
+
+    names = {setup.shelf.run(lambda: threading.current_thread().name) for _ in range(3)}
+    assert len(names) == 1
+    assert names.pop().startswith("models")
+    assert torch.is_grad_enabled()

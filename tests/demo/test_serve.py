@@ -1,0 +1,264 @@
+"""The page's server: what answers, to whom, and the command that starts it."""
+
+import asyncio
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from st_ar import quickstart as module
+from st_ar.cli import run_command
+from st_ar.demo.serve import HEADERS, MOST_BODY, Guard, bind, build_app, is_local
+from st_ar.demo.setup import find_runs, quickstart_setup
+from st_ar.demo.shelf import Shelf
+from st_ar.errors import UserError
+from st_ar.quickstart import quickstart
+from tests.demo.small_page import export, small_setup
+from tests.disk import refused
+from tests.small_line import SmallLine, make_line
+from tests.test_quickstart import small_preset
+from tests.toys import TINY, TINY_TEXT, random_model
+
+
+@pytest.fixture
+def line(tmp_path: Path) -> SmallLine:
+    return make_line(tmp_path)
+
+
+def ask(
+    app: Any, path: str, *, host: str = "localhost:7860", method: str = "GET", **headers: str
+) -> tuple[int, dict[str, str], bytes]:
+    """What an ASGI application answers."""
+    sent: list[dict[str, Any]] = []
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    async def send(message: dict[str, Any]) -> None:
+        sent.append(message)
+
+    pairs = [(name.replace("_", "-").encode(), value.encode()) for name, value in ({"host": host} | headers).items()]
+    scope = {
+        "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": method, "path": path, "raw_path": path.encode(),
+        "query_string": b"", "root_path": "", "scheme": "http", "headers": pairs, "client": ("127.0.0.1", 1), "server": ("127.0.0.1", 7860),
+    }  # fmt: skip
+    asyncio.run(app(scope, receive, send))
+    answered = {name.decode(): value.decode() for name, value in sent[0]["headers"]}
+    return sent[0]["status"], answered, b"".join(message.get("body", b"") for message in sent[1:])
+
+
+@pytest.fixture(scope="module")
+def app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    with small_setup(tmp_path_factory.mktemp("served")) as (setup, _):
+        yield build_app(setup, "127.0.0.1")
+
+
+def test_the_page_is_served_with_headers_that_keep_it_here(app: Guard) -> None:
+    status, headers, body = ask(app, "/")
+    assert status == 200
+    assert b"gradio" in body
+    assert {name: headers[name] for name in HEADERS} == HEADERS
+    assert "default-src 'self'" in headers["content-security-policy"]
+    assert os.environ["GRADIO_ANALYTICS_ENABLED"] == "False"
+    config = json.loads(ask(app, "/config")[2])
+    assert config["analytics_enabled"] is False
+    assert not re.search(
+        r"fonts\.googleapis|https?://(?!localhost|www\.w3\.org|api\.gradio|huggingface)", config["css"] or ""
+    )
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        *(
+            "/monitoring",
+            "/docs",
+            "/openapi.json",
+            "/login",
+            "/gradio_api/vibe-edit",
+            "/gradio_api/proxy=http://example.org",
+        ),
+        *(
+            "/gradio_api/runs",
+            "/gradio_api/process_recording",
+            "/gradio_api/run/start",
+            "/gradio_api/call/start",
+            "/gradio_api/dev/reload",
+        ),
+        *("/gradio_api/component_server", "/gradio_api/custom_component/1/2/3/4", "/gradio_api/profiling/traces"),
+    ],
+)
+def test_what_the_page_does_not_need_does_not_answer(app: Guard, path: str) -> None:
+    assert ask(app, path)[::2] == (404, b"there is nothing here")
+
+
+def test_files_of_the_machine_are_not_served(app: Guard) -> None:
+    for file in ("/etc/passwd", str(Path(__file__).resolve()), "/gradio_api/file=/etc/passwd", "http://example.org"):
+        assert ask(app, f"/gradio_api/file={file}")[0] in (403, 404)
+    assert ask(app, "/static/../../../../etc/passwd")[0] in (403, 404)
+
+
+def test_other_hosts_names_and_large_requests_are_refused(app: Guard) -> None:
+    for host in ("evil.example", "evil.example:7860", "localhost.evil.example", ""):
+        assert ask(app, "/", host=host)[0] == 421
+    for host in ("localhost", "LOCALHOST:1", "127.0.0.1:7860", "[::1]:7860"):
+        assert ask(app, "/", host=host)[0] == 200
+    assert ask(app, "/gradio_api/upload", method="POST", content_length=str(MOST_BODY + 1))[0] == 413
+    assert ask(app, "/gradio_api/upload", method="POST", content_length="x")[0] == 413
+    assert ask(app, "/gradio_api/upload", method="POST", transfer_encoding="chunked")[0] == 411
+
+
+def test_local_addresses_are_known() -> None:
+    assert [is_local(host) for host in ("127.0.0.1", "127.8.8.8", "::1", "localhost")] == [True] * 4
+    assert [is_local(host) for host in ("0.0.0.0", "::", "192.168.0.7", "example.org")] == [False] * 4
+
+
+def test_a_port_that_is_taken_or_none_is_refused() -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        with pytest.raises(UserError, match=r"cannot serve on 127.0.0.1, port \d+: .*give another --port"):
+            bind("127.0.0.1", other.getsockname()[1])
+    with pytest.raises(UserError, match=r"--port must lie between 0 .* and 65535, not 65536"):
+        bind("127.0.0.1", 65536)
+    with pytest.raises(UserError, match=r"cannot serve on 203\.0.113.7"):
+        bind("203.0.113.7", 0)
+
+
+@pytest.mark.parametrize(
+    ("signum", "status", "last"),
+    [(signal.SIGINT, 130, "st-ar: interrupted\n"), (signal.SIGTERM, 143, "st-ar: the page is closed\n")],
+)
+def test_the_command_serves_until_it_is_ended(
+    line: SmallLine, tmp_path: Path, signum: signal.Signals, status: int, last: str
+) -> None:
+    (tmp_path / "temporary").mkdir()
+    command = ["demo", "--model", line.model, "--tokenizer", line.tokenizer, "--tokens", line.tokens]
+    command += ["--port", "0", "--device", "cpu"]
+    with subprocess.Popen(
+        [sys.executable, "-m", "st_ar", *map(str, command)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"TMPDIR": str(tmp_path / "temporary")},
+    ) as process:
+        try:
+            assert process.stdout is not None
+            said = process.stdout.readline()
+            found = re.fullmatch(r"the page is at (http://localhost:\d+)  \(Ctrl-C ends it\)\n", said)
+            assert found, said
+            assert [each.name[:11] for each in (tmp_path / "temporary").iterdir()] == ["st-ar-demo-"]
+            with urllib.request.urlopen(found[1], timeout=60) as answer:
+                assert b"model (EMA)" in answer.read()
+            process.send_signal(signum)
+            out, err = process.communicate(timeout=60)
+        finally:
+            process.kill()
+    assert (process.returncode, out) == (status, "")
+    assert err == last
+    assert list((tmp_path / "temporary").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        (("--model", "model"), "--model needs --tokenizer"),
+        (("--model", "a", "b", "c", "--tokenizer", "tokenizer"), "names 3 models: the page compares two at most"),
+        (("--tokenizer", "tokenizer"), "--tokenizer is for a --model of yours"),
+        (("--probe-tokens", "tokens"), "--probe-tokens is for a --model of yours"),
+        (
+            ("--model", "model", "--tokenizer", "tokenizer", "--quickstart", "other"),
+            "--quickstart is for the page without --model",
+        ),
+        (("--model", "model", "--tokenizer", "tokenizer", "--probe-images", "1"), "--probe-images must be at least 2"),
+        (("--model", "model", "--tokenizer", "tokenizer", "--runs", "tokens"), "is not a run"),
+        (("--model", "nothing", "--tokenizer", "tokenizer"), "nothing does not exist"),
+        (("--model", "model", "--tokenizer", "tokenizer", "--host", ""), "--host must name an address"),
+        (("--model", "model", "model", "--tokenizer", "tokenizer"), "two models are called"),
+        (("--model", "model", "--tokenizer", "tokenizer", "--names", "a", "b"), "2 --names for 1 models"),
+    ],
+)
+def test_mistakes_cost_nothing(line: SmallLine, tmp_path: Path, options: tuple[str, ...], match: str) -> None:
+    known = {"model": line.model, "tokenizer": line.tokenizer, "tokens": line.tokens, "nothing": tmp_path / "nothing"}
+    with refused(tmp_path, match):
+        run_command(["demo", "--port", "0", *(str(known.get(option, option)) for option in options)])
+
+
+def test_models_that_do_not_suit_are_refused(line: SmallLine, tmp_path: Path) -> None:
+    from st_ar.model.weights import save_export
+    from tests.small_line import random_tokenizer
+
+    random_tokenizer(11, seed=1).save(tmp_path / "other")
+    with pytest.raises(UserError, match="give the tokenizer that made the model's token store"):
+        Shelf([line.model], tmp_path / "other", device="cpu")
+    text = random_model(TINY_TEXT)
+    save_export(tmp_path / "text", text, text, {"step": 0, "preset": "toy"})
+    with pytest.raises(UserError, match="text models are not supported there"):
+        Shelf([tmp_path / "text"], line.tokenizer, device="cpu")
+    random_tokenizer(12).save(tmp_path / "larger")
+    info = random_model(TINY)
+    save_export(tmp_path / "silent", info, info, {"step": 0, "preset": "toy"})
+    with pytest.raises(UserError, match=r"speaks of 11 codes, .* has 12"):
+        Shelf([tmp_path / "silent"], tmp_path / "larger", device="cpu")
+
+
+def test_weights_that_became_another_model_are_refused_when_they_are_opened(tmp_path: Path) -> None:
+    from dataclasses import replace
+
+    with small_setup(tmp_path) as (setup, _):
+        export(tmp_path / "first", replace(TINY, n_layers=2), 10)
+        with pytest.raises(UserError, match="is another model than when the page was started"):
+            setup.shelf.run(lambda: setup.shelf.open("first (EMA)"))
+
+
+def test_runs_are_found_among_the_models_and_named(line: SmallLine, tmp_path: Path) -> None:
+    from st_ar.files import write_json
+    from st_ar.presets import get_preset
+    from st_ar.settings import to_dict
+
+    runs = [tmp_path / "a" / "run", tmp_path / "b" / "run"]
+    for run in runs:
+        write_json(run / "config.json", {"config": to_dict(get_preset("st-ar-photos"))})
+        (run / "log.jsonl").touch()
+    assert find_runs([line.model, runs[0]], []) == {"run": runs[0]}
+    assert find_runs([runs[0]], [runs[0], runs[1]]) == {str(run): run for run in runs}
+    assert find_runs([line.model], []) == {}
+
+
+def test_the_quickstarts_models_are_taken_or_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import dataclasses
+
+    monkeypatch.setattr(module, "get_preset", small_preset)
+    monkeypatch.setattr(module, "PROBE", dataclasses.replace(module.PROBE, epochs=2, warmup_epochs=1))
+    monkeypatch.setattr(module, "SAMPLES", 20)
+    folder = quickstart(tmp_path / "quickstart", images="digits", steps=2).parent
+    monkeypatch.setattr(module, "quickstart", None)  # a finished one is not made again
+    setup = quickstart_setup(folder, device="cpu", dtype="float32", probe_images=50)
+    try:
+        assert setup.shelf.names == ["AR", "ST-AR", "AR (EMA)", "ST-AR (EMA)"]
+        assert {name: run.name for name, run in setup.runs.items()} == {"AR": "llamagen", "ST-AR": "st-ar"}
+        assert setup.store is not None
+        image = setup.from_store(0)
+        assert [*setup.guess("ST-AR", image)][-1].total == 50
+    finally:
+        setup.shelf.close()
+    made: list[Path] = []
+
+    def make(out: Path) -> Path:
+        made.append(out)
+        raise UserError("stopped here")
+
+    monkeypatch.setattr(module, "quickstart", make)
+    (folder / "summary.json").unlink()
+    with pytest.raises(UserError, match="stopped here"):
+        quickstart_setup(folder, device="cpu", dtype="float32", probe_images=50)
+    assert made == [folder]

@@ -1,0 +1,157 @@
+"""What the page says of a model that reads an image: attention, entropy and guesses, by other ways to compute them."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from st_ar.data.store import TokenStore
+from st_ar.demo.setup import Seen, Setup
+from st_ar.demo.shelf import Shelf
+from st_ar.demo.understanding import KEPT, NONE, OWN, Guesser, Readings, label_given
+from st_ar.errors import UserError
+from st_ar.evaluation.attention import attention_maps, first_crops
+from st_ar.evaluation.hidden import uniform_steps
+from st_ar.model.weights import load_model
+from tests.demo.small_page import export, small_setup
+from tests.toys import TINY
+
+
+@pytest.fixture
+def setup(tmp_path: Path) -> Iterator[Setup]:
+    with small_setup(tmp_path) as (found, _):
+        yield found
+
+
+def seen(setup: Setup, image: int = 1) -> Seen:
+    return setup.from_store(image)
+
+
+def test_a_reading_is_the_models_attention_and_likelihood(setup: Setup, tmp_path: Path) -> None:
+    image = seen(setup)
+    assert (image.title, image.label) == ("image 1 of the store: bee", 1)
+    found = setup.read("second", image, 1)
+    model = load_model(tmp_path / "second")
+    tokens, labels = image.tokens[None], torch.tensor([1])
+    maps = attention_maps(model, tokens[:, :-1], labels, layers=range(1, 5))
+    assert found.attention.shape == (4, 2, 9, 9)
+    for layer in range(1, 5):
+        np.testing.assert_allclose(found.attention[layer - 1], maps[layer][0].numpy(), atol=1e-3)
+    with torch.no_grad():
+        chances = model(tokens[:, :-1], labels).logits[0].double().softmax(-1)
+    for place, token in enumerate(image.tokens.tolist()):
+        row = chances[place]
+        assert found.entropy[place] == pytest.approx(-(row * row.log()).sum().item(), rel=1e-4)
+        assert found.chance[place] == pytest.approx(row[token].item(), rel=1e-4)
+        assert found.rank[place] == (row > row[token]).sum().item()
+
+
+def test_a_class_none_and_another_model_are_other_readings_and_few_are_kept(setup: Setup) -> None:
+    image = seen(setup)
+    first = setup.read("first", image, 1)
+    assert setup.read("first", image, 1) is first
+    assert not np.array_equal(setup.read("first", image, TINY.null_class).entropy, first.entropy)
+    assert not np.array_equal(setup.read("second", image, 1).entropy, first.entropy)
+    for other in range(2, 2 + KEPT):
+        setup.read("first", seen(setup, other), 0)
+    assert len(setup.readings.kept) == KEPT
+    assert setup.read("first", image, 1) is not first
+
+
+def test_images_of_other_models_and_classes_that_are_not_there_are_refused(setup: Setup) -> None:
+    image = seen(setup)
+    opened = setup.shelf.open("first")
+    with pytest.raises(UserError, match="first reads 9 tokens of 11 codes, and the image is another"):
+        Readings().read(opened, image.tokens[:8], 0)
+    with pytest.raises(UserError, match="first reads 9 tokens of 11 codes"):
+        Readings().read(opened, image.tokens + 11, 0)
+    with pytest.raises(UserError, match="label 4 is out of range"):
+        setup.read("first", image, 4)
+    with pytest.raises(UserError, match="has images 0 to 7, and no 8"):
+        setup.from_store(8)
+    with pytest.raises(UserError, match="no weights are called 'x'"):
+        setup.read("x", image, 0)
+
+
+def test_the_class_that_a_model_is_given() -> None:
+    assert [label_given(choice, 1, 3, knows_none=True) for choice in (OWN, NONE, 0, 2)] == [1, 3, 0, 2]
+    assert label_given(OWN, None, 3, knows_none=True) == 3
+    assert label_given(OWN, 1, 3, knows_none=False) == 1
+    with pytest.raises(UserError, match="knows no null class: choose a class"):
+        label_given(OWN, None, 3, knows_none=False)
+    with pytest.raises(UserError, match="the class must lie between -2 and 2, not 3"):
+        label_given(3, 1, 3, knows_none=True)
+    with pytest.raises(UserError, match="the class must be a whole number"):
+        label_given("bee", 1, 3, knows_none=True)
+
+
+def test_guesses_are_those_of_scikit_learns_ridge_regression(setup: Setup) -> None:
+    from sklearn.linear_model import RidgeClassifier
+    from sklearn.preprocessing import StandardScaler
+
+    image = seen(setup, 2)
+    told = [*setup.guess("first", image)]
+    assert (told[0].read, told[0].total, told[0].by_step) == (0, 8, ())
+    assert [*setup.guess("first", image)] == told[-1:]  # fitted once
+    store = setup.store
+    assert store is not None
+    model, steps = setup.shelf.opened["first"].network, uniform_steps(9)
+    tokens, labels = first_crops(store, range(8))
+    with torch.no_grad():
+        states = model.features(tokens[:, :-1], model.null_condition(8), layers=[2])[2].numpy()
+    assert [read for read, _ in told[-1].by_step] == [step - 1 for step in steps]
+    for step, (_, names) in zip(steps, told[-1].by_step, strict=True):
+        scaler = StandardScaler().fit(states[:, step - 1])
+        ridge = RidgeClassifier(solver="cholesky").fit(scaler.transform(states[:, step - 1]), labels.numpy())
+        scores = ridge.decision_function(scaler.transform(states[2:3, step - 1]))[0]
+        assert list(names) == [store.meta.class_names[c] for c in np.argsort(-scores)]
+
+
+def test_a_fit_that_is_left_is_begun_anew(setup: Setup) -> None:
+    left = setup.guess("first", seen(setup))
+    next(left)
+    left.close()
+    assert setup.guessers == {}
+    assert [*setup.guess("first", seen(setup))][-1].by_step
+
+
+def test_what_no_probe_can_be_fitted_on_is_refused(setup: Setup, tmp_path: Path) -> None:
+    image = seen(setup)
+    setup.probe_store = None
+    with pytest.raises(UserError, match="start it with --probe-tokens STORE"):
+        [*setup.guess("first", image)]
+    store = TokenStore(tmp_path / "tokens")
+    store.labels[:] = 1
+    with pytest.raises(UserError, match="images of one class alone"):
+        Guesser(setup.shelf.open("first"), store, 8)
+
+
+def test_a_model_without_a_null_class_is_probed_by_none(tmp_path: Path) -> None:
+    import json
+
+    with small_setup(tmp_path) as (setup, line):
+        card = export(tmp_path / "sure", TINY, 1) / "config.json"
+        card.write_text(json.dumps(json.loads(card.read_text()) | {"class_dropout": 0.0}))
+        shelf = Shelf([tmp_path / "sure"], line.tokenizer, device="cpu")
+        assert setup.store is not None
+        try:
+            with pytest.raises(UserError, match="--class-dropout 0 and knows no null class"):
+                Guesser(shelf.open("sure"), setup.store, 8)
+        finally:
+            shelf.close()
+
+
+def test_an_upload_becomes_the_tokens_of_its_centre(setup: Setup) -> None:
+    import io
+
+    from PIL import Image
+
+    codebook = setup.shelf.tokenizer.decode(torch.arange(9).view(1, 3, 3))
+    pixels = ((codebook[0].permute(1, 2, 0) + 1) * 127.5).round().clamp(0, 255).byte().numpy()
+    file = io.BytesIO()
+    Image.fromarray(pixels.repeat(8, 0).repeat(8, 1)).save(file, format="PNG")
+    found = setup.from_upload(file.getvalue(), "first")
+    assert found.label is None
+    assert found.tokens.tolist() == [*range(9)]
