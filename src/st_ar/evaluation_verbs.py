@@ -4,6 +4,7 @@ What a verb needs is imported when it runs, so that help is quick.
 """
 
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -161,6 +162,9 @@ class Reconstruct:
     """Type of a VQ network's activations."""
     out: Path | None = None
     """PNG file for some of the images, each above its reconstruction."""
+    save: Path | None = None
+    """Folder for every reconstruction as a PNG: `st-ar evaluate` measures it like samples, as the best that a generator could
+    do with this tokenizer, or takes it for the reference."""
     json: str | None = None
     """File for the result as JSON; - for standard output, instead of the table."""
 
@@ -171,6 +175,7 @@ class Reconstruct:
         from st_ar.evaluation.generation import format_number
         from st_ar.evaluation.image_sets import open_set
         from st_ar.evaluation.tokenizer_quality import measure_tokenizer
+        from st_ar.files import require_absent
         from st_ar.training.group import in_turn, process_group
 
         check_side("--size", self.size)
@@ -180,14 +185,16 @@ class Reconstruct:
         name = self.extractor
         if name == "none" and self.inception:
             raise UserError("--inception names Inception's weights, and --extractor is none: leave one of them out")
+        if self.save:
+            require_absent(self.save, "a folder of images", flag="--save")
         images = open_set(self.images, size=self.size)
-        with process_group(self.device) as (ranks, device):
+        with process_group(self.device) as (ranks, device), self._folder(ranks.world) as folder:
             place = Place(device=device, ranks=ranks, batch_size=self.batch_size)
             tokenizer = place_tokenizer(self.tokenizer, self.device, self.dtype)
             extractor = (
                 None if name == "none" else in_turn(lambda: load_extractor(name, device, inception=self.inception))
             )
-            result = measure_tokenizer(tokenizer, images, extractor, place, picture=self.out)
+            result = measure_tokenizer(tokenizer, images, extractor, place, picture=self.out, folder=folder)
         if ranks.rank == 0:
             keep_json(self.json, result)
             if self.json != "-":
@@ -197,6 +204,14 @@ class Reconstruct:
                 print(
                     f"\n{about['count']:,} images of {about['name']} ({about['sha256'][:8]}), tokenizer {fingerprint[:12]}"
                 )
+
+    def _folder(self, ranks: int) -> AbstractContextManager[Path | None]:
+        """Where reconstructions go until there are all of them."""
+        from st_ar.files import folder_aside
+
+        if self.save and ranks > 1:
+            raise UserError("--save writes with one process: give the command without torchrun")
+        return folder_aside(self.save) if self.save else nullcontext()
 
 
 def check_page(page: Path | None) -> None:

@@ -16,6 +16,7 @@ from st_ar.evaluation.image_sets import of_source, open_files
 from st_ar.evaluation.metrics import frechet_distance, mean_and_covariance
 from st_ar.evaluation.reconstruction import FaithfulnessMeter, psnr, reconstruct, ssim
 from st_ar.evaluation.tokenizer_quality import measure_tokenizer
+from tests.disk import contents
 from tests.evaluation.test_generation import pictures, toy
 from tests.small_line import random_source, random_tokenizer
 
@@ -62,6 +63,40 @@ def test_the_picture_shows_each_image_above_its_reconstruction(tmp_path: Path) -
     np.testing.assert_array_equal(shown[-12:, -12:], made[99])
 
 
+def test_every_reconstruction_is_kept_as_an_image_that_evaluate_reads(tmp_path: Path, capsys: Capture) -> None:
+    np.savez(tmp_path / "a.npz", arr_0=pictures(7))
+    random_tokenizer().save(tmp_path / "t")
+    command = [
+        "reconstruct",
+        "--tokenizer",
+        str(tmp_path / "t"),
+        "--images",
+        str(tmp_path / "a.npz"),
+        "--extractor",
+        "none",
+    ]
+    command += ["--batch-size", "3", "--device", "cpu", "--save", str(tmp_path / "made")]
+    main(command)
+    made, _ = reconstruct(random_tokenizer(), pictures(7))
+    kept = open_files(str(tmp_path / "made"))
+    np.testing.assert_array_equal(np.stack([image for _, image in kept.read(0, 1)]), made)
+    before = contents(tmp_path / "made")
+    with pytest.raises(SystemExit):
+        main(command)
+    assert "choose another --save" in capsys.readouterr().err
+    assert contents(tmp_path / "made") == before
+
+
+def test_a_reconstruction_that_fails_leaves_no_folder(tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", arr_0=pictures(7))
+    random_tokenizer().save(tmp_path / "t")
+    options = ["--tokenizer", str(tmp_path / "t"), "--images", str(tmp_path / "a.npz"), "--extractor", "none"]
+    options += ["--device", "cpu", "--save", str(tmp_path / "made"), "--out", str(tmp_path / "a.npz" / "x.png")]
+    with pytest.raises(SystemExit):
+        main(["reconstruct", *options])
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["a.npz", "t"]
+
+
 def test_images_that_do_not_suit_the_tokenizer_are_refused() -> None:
     with pytest.raises(UserError, match="5 pixels are no whole number of 2-pixel patches"):
         measure_tokenizer(random_tokenizer(), of_source(random_source(size=6), 5), None, Place())
@@ -83,7 +118,7 @@ def test_reconstruct_by_command_never_says_fid_of_another_network(tmp_path: Path
         [*command, "--extractor", "efficientnet", "--json", str(tmp_path / "r.json"), "--out", str(tmp_path / "r.png")]
     )
     out = capsys.readouterr().out
-    assert re.search(r"^rFD-EfficientNet-Lite0 +\d+\.\d{4}$", out, flags=re.MULTILINE)
+    assert re.search(r"^rFD-EfficientNet-Lite0 +\d+\.\d{3}$", out, flags=re.MULTILINE)
     assert "FID" not in out
     result = json.loads((tmp_path / "r.json").read_text())
     assert result["images"]["count"] == 12

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from st_ar.errors import UserError
@@ -50,13 +51,20 @@ class _Picture:
 
 @torch.no_grad()
 def measure_tokenizer(
-    tokenizer: Tokenizer, images: ImageSet, extractor: Extractor | None, place: Place, *, picture: Path | None = None
+    tokenizer: Tokenizer,
+    images: ImageSet,
+    extractor: Extractor | None,
+    place: Place,
+    *,
+    picture: Path | None = None,
+    folder: Path | None = None,
 ) -> dict[str, Any]:
     """Encode and decode every image; the same on all ranks.
 
     Args:
         extractor: whose Frechet distance is taken; none if None.
         picture: PNG file for some of the images, each above its reconstruction (rank 0 writes it).
+        folder: for every reconstruction as a PNG, named by the image's number; each rank writes its own.
 
     Returns:
         metrics (label -> number), images, tokenizer, extractor, environment.
@@ -80,6 +88,9 @@ def measure_tokenizer(
             made = to_uint8(tokenizer.decode(codes)).cpu()
             meter.update(codes, there, made)
             shown.add(indices, there, made)
+            if folder:
+                for index, image in zip(indices, made.numpy(), strict=True):
+                    Image.fromarray(image).save(folder / f"{index:06d}.png")
             if extractor:
                 real.update(extractor.extract(there.to(place.device)).features)
                 drawn.update(extractor.extract(made.to(place.device)).features)
