@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,14 @@ from st_ar.demo.setup import Setup
 from st_ar.demo.shelf import Shelf
 from st_ar.errors import UserError
 from st_ar.files import sha256
-from st_ar.model.weights import load_model
+from st_ar.model.weights import load_model, save_export
 from st_ar.sample_config import SampleSettings
 from st_ar.sampling import sample_images
-from st_ar.tokenizer import load_tokenizer
+from st_ar.tokenizer import load_tokenizer, to_uint8
+from st_ar.tokenizer.vq import VQTokenizer
 from tests.demo.small_page import export, small_setup
-from tests.toys import TINY
+from tests.tokenizer.test_vq import SMALL, random_tensors
+from tests.toys import TINY, random_model
 
 SETTINGS = SampleSettings(cfg_scale=2.0, top_k=9, temperature=0.9, seed=4)
 
@@ -69,6 +72,22 @@ def test_previews_show_the_tokens_that_are_drawn_and_nothing_of_the_others(setup
         token = np.arange(9).reshape(3, 3).repeat(2, 0).repeat(2, 1)
         np.testing.assert_array_equal(there, np.broadcast_to(token < frame.drawn, (2, 6, 6)))
         np.testing.assert_array_equal(frame.pictures[..., :3][there], whole[there])
+
+
+def test_previews_are_painted_in_the_type_that_draws_and_whole_images_exactly(tmp_path: Path) -> None:
+    tokenizer = VQTokenizer(SMALL, random_tensors())
+    tokenizer.save(tmp_path / "tokenizer")
+    config = replace(TINY, vocab_size=SMALL.codebook_size)
+    save_export(tmp_path / "model", random_model(config, 1), random_model(config, 2), {"step": 1, "preset": "toy"})
+    shelf = Shelf([tmp_path / "model"], tmp_path / "tokenizer", device="cpu", dtype="bfloat16")
+    *before, [whole] = draw(shelf, ["model"], [0, 1], SETTINGS, EveryToken())
+    shelf.close()
+    assert whole.tokens is not None
+    codes = whole.tokens.view(2, 3, 3)
+    np.testing.assert_array_equal(whole.pictures, to_uint8(tokenizer.decode(codes)).numpy())
+    codes[:, -1, -1] = 0  # the last preview lacks the last token, and has code 0 in its place
+    rounded = to_uint8(tokenizer.to(torch.device("cpu"), torch.bfloat16).decode(codes)).numpy()
+    np.testing.assert_array_equal(before[-1][0].pictures[..., :3], rounded)
 
 
 def test_two_models_draw_with_the_same_numbers_side_by_side(setup: Setup) -> None:

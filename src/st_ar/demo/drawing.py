@@ -15,7 +15,7 @@ from st_ar.demo.shelf import Opened, Shelf
 from st_ar.errors import UserError
 from st_ar.sample_config import SampleSettings
 from st_ar.sampling import Sampler
-from st_ar.tokenizer import to_uint8
+from st_ar.tokenizer import Tokenizer, to_uint8
 
 MOST_MODELS = 2
 """Weights that draw side by side."""
@@ -113,7 +113,10 @@ def _draw(
         sofar = [next(more, last) for more, last in zip(steps, sofar, strict=True)]
         if drawn < total and pace.is_due():
             made = time.perf_counter()
-            yield [_frame(sampler, tokens, made - begun) for sampler, tokens in zip(samplers, sofar, strict=True)]
+            yield [
+                _frame(shelf.previewer, tokens, sampler.model.config.grid, made - begun)
+                for sampler, tokens in zip(samplers, sofar, strict=True)
+            ]
             pace.made(time.perf_counter() - made)
     yield [
         Frame(
@@ -128,12 +131,11 @@ def _draw(
     ]
 
 
-def _frame(sampler: Sampler, tokens: Tensor, seconds: float) -> Frame:
+def _frame(previewer: Tokenizer, tokens: Tensor, grid: int, seconds: float) -> Frame:
     """A preview: the tokens that are to come stand for code 0, and are cut out of the picture."""
-    grid, drawn = sampler.model.config.grid, tokens.shape[1]
-    total = grid * grid
+    total, drawn = grid * grid, tokens.shape[1]
     codes = F.pad(tokens, (0, total - drawn)).unflatten(1, (grid, grid)).cpu()
-    pictures = to_uint8(sampler.tokenizer.decode(codes)).numpy()
+    pictures = to_uint8(previewer.decode(codes)).numpy()
     alpha = np.where(np.arange(total) < drawn, 255, 0).astype(np.uint8).reshape(grid, grid)
     side = pictures.shape[1] // grid
     cut = np.broadcast_to(alpha.repeat(side, 0).repeat(side, 1)[None, ..., None], (*pictures.shape[:3], 1))
