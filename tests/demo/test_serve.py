@@ -156,7 +156,7 @@ def test_the_command_serves_until_it_is_ended(
             said = process.stdout.readline()
             found = re.fullmatch(r"the page is at (http://localhost:\d+)  \(Ctrl-C ends it\)\n", said)
             assert found, said
-            assert [each.name[:11] for each in (tmp_path / "temporary").iterdir()] == ["st-ar-demo-"]
+            assert len([*(tmp_path / "temporary").glob("st-ar-demo-*")]) == 1
             with urllib.request.urlopen(found[1], timeout=60) as answer:
                 assert b"model (EMA)" in answer.read()
             process.send_signal(signum)
@@ -165,7 +165,7 @@ def test_the_command_serves_until_it_is_ended(
             process.kill()
     assert (process.returncode, out) == (status, "")
     assert err == last
-    assert list((tmp_path / "temporary").iterdir()) == []
+    assert list((tmp_path / "temporary").glob("st-ar-demo-*")) == []
 
 
 @pytest.mark.parametrize(

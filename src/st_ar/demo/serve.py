@@ -193,7 +193,9 @@ def serve(setup: Setup, host: str, port: int) -> None:
         Interrupted: by SIGTERM. (SIGINT raises KeyboardInterrupt.)
     """
     listening = bind(host, port)
-    before = signal.signal(signal.SIGTERM, _end)  # the server passes it on when it has closed
+    # The server passes signals on to these when it has closed. A shell's background jobs would ignore SIGINT.
+    ours = {signal.SIGTERM: _end, signal.SIGINT: signal.default_int_handler}
+    before = {number: signal.signal(number, handler) for number, handler in ours.items()}
     try:
         server = make_server(setup, host)
         listening.listen()  # who comes before the server has begun waits for it
@@ -201,7 +203,8 @@ def serve(setup: Setup, host: str, port: int) -> None:
         print(f"the page is at http://{name}:{listening.getsockname()[1]}  (Ctrl-C ends it)", flush=True)
         server.run(sockets=[listening])
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
         setup.shelf.close()
 
 
