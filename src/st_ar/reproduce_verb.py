@@ -12,7 +12,7 @@ import tyro
 
 from st_ar.errors import UserError
 from st_ar.printing import check_json, json_alone, keep_json
-from st_ar.reproduce.paper import EXPERIMENTS, Name, Row
+from st_ar.reproduce.paper import EXPERIMENTS, Experiment, Name, Row
 from st_ar.reproduce.scales import SCALES, ScaleName
 
 
@@ -39,6 +39,8 @@ class Reproduce:
     """One that is there, instead of training the scale's; imagenet needs one (LlamaGen's vq_ds16_c2i.pt)."""
     reference: str | None = None
     """What samples are measured against; ADM's VIRTUAL_imagenet256_labeled.npz for the paper's numbers."""
+    rows: tuple[str, ...] = ()
+    """Rows to make, by their labels in the table; all by default."""
     seeds: tuple[int, ...] = (0,)
     """Seeds; every row is trained with each, and the table shows mean and standard deviation."""
     steps: int | None = None
@@ -63,7 +65,7 @@ class Reproduce:
         if self.dry_run and self.json:
             raise UserError("--json is for what was measured, and --dry-run measures nothing: leave one of them out")
         check_json(self.json)
-        scale, experiment = SCALES[self.scale], EXPERIMENTS[self.what]
+        scale, experiment = SCALES[self.scale], self._experiment()
         images, test_images = self.data or scale.images, self.test_data or scale.test_images
         if images is None or test_images is None or (self.data is None) != (self.test_data is None):
             raise UserError(
@@ -103,6 +105,17 @@ class Reproduce:
             show(self.what, whole)
         if self.json:
             keep_json(self.json, read_json(self.out / f"{self.what}.json", "a table of the paper's"))
+
+    def _experiment(self) -> Experiment:
+        """What was asked for, with the rows that were asked for."""
+        experiment = EXPERIMENTS[self.what]
+        labels = [row.label for row in experiment.rows]
+        if unknown := [label for label in self.rows if label not in labels]:
+            raise UserError(
+                f"{self.what} has no row {unknown[0]!r}: --rows takes some of {', '.join(map(repr, labels))}"
+            )
+        chosen = tuple(row for row in experiment.rows if not self.rows or row.label in self.rows)
+        return replace(experiment, rows=chosen)
 
 
 def _fit(images: str | None, tokenizer: Path | None, side: int) -> dict[str, int]:

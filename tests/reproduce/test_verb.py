@@ -82,6 +82,12 @@ def test_a_figure_is_made_beside_the_papers_numbers_and_made_once(
     assert json.loads(capsys.readouterr().out) == json.loads((out / "fig4.json").read_text())
     with pytest.raises(UserError, match="was made by another command"):
         run_command(["reproduce", *wanted, "--steps", "3"])
+    run_command(["reproduce", *wanted, "--rows", "ST-AR", "AR"])
+    assert "st-ar train" not in capsys.readouterr().out
+    assert [row[0] for row in csv.reader((out / "fig4.csv").read_text().splitlines())] == ["", "AR", "ST-AR"]
+    assert json.loads((out / "fig4.json").read_text())["measured"] == {
+        label: found["measured"][label] for label in ("AR", "ST-AR")
+    }
 
 
 def test_a_dry_run_makes_nothing_and_says_what_it_would_cost(tmp_path: Path, capsys: Capture) -> None:
@@ -112,6 +118,7 @@ def test_full_size_is_planned(tmp_path: Path, capsys: Capture) -> None:
     [
         (["--scale", "small"], "--scale small needs --data and --test-data, both"),
         (["--data", "photos:train"], "--scale tiny needs --data and --test-data, both"),
+        (["--rows", "AR", "ST-AR"], "table3 has no row 'ST-AR': --rows takes some of 'AR', 'AR on the same"),
         (["--steps", "0"], "--steps must be at least 1"),
         (["--seeds", "1", "1"], "--seeds must be different numbers"),
         (

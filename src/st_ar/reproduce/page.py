@@ -16,7 +16,7 @@ from st_ar.hardware import describe
 from st_ar.printing import print_table
 from st_ar.report import Chart, Gallery, Section, Table, png_uri, write_report
 from st_ar.reproduce.measured import TIME, TOKENS, measurements, probe_curve
-from st_ar.reproduce.paper import CONTROL, EXPERIMENTS, Name
+from st_ar.reproduce.paper import CONTROL, Name
 from st_ar.reproduce.plan import Plan
 
 PAPER = {
@@ -34,7 +34,7 @@ DIGITS = {"probe": 1, "precision": 3, "recall": 3, "validation": 3, TOKENS: 2, T
 
 def show(name: Name, plan: Plan) -> None:
     """Print the table, and write NAME.html, .json and .csv into the plan's folder."""
-    experiment = EXPERIMENTS[name]
+    experiment = plan.experiment
     ours = {label: measurements(files, experiment.metrics) for label, files in plan.files.items()}
     papers = {row.label: {key: Spread((value,)) for key, value in row.paper.items()} for row in experiment.rows}
     keys = list(dict.fromkeys(key for found in ours.values() for key in found))
