@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from st_ar.demo.drawing import Frame, Pace, choose_labels, compare_pictures, draw, find_drawer
+from st_ar.demo.drawing import Frame, Pace, Preview, choose_labels, compare_pictures, draw, find_drawer
 from st_ar.demo.recipe import MOST_IMAGES, Recipe, read_recipe, to_png
 from st_ar.demo.setup import Setup
 from st_ar.demo.shelf import Shelf
@@ -85,9 +85,23 @@ def test_previews_are_painted_in_the_type_that_draws_and_whole_images_exactly(tm
     assert whole.tokens is not None
     codes = whole.tokens.view(2, 3, 3)
     np.testing.assert_array_equal(whole.pictures, to_uint8(tokenizer.decode(codes)).numpy())
-    codes[:, -1, -1] = 0  # the last preview lacks the last token, and has code 0 in its place
-    rounded = to_uint8(tokenizer.to(torch.device("cpu"), torch.bfloat16).decode(codes)).numpy()
-    np.testing.assert_array_equal(before[-1][0].pictures[..., :3], rounded)
+    near = tokenizer.to(torch.device("cpu"), torch.bfloat16)
+    codes[:, 2, 2] = 0  # the last preview lacks the last token, and has code 0 in its place
+    for row, drawn in enumerate((2, 5, 8)):
+        sofar = torch.where(torch.arange(9).view(3, 3) < drawn, codes, 0)[:, : row + 1]
+        expected = to_uint8(near.decode(sofar)).numpy()[:, 2 * row :]
+        np.testing.assert_array_equal(before[drawn - 1][0].pictures[:, 2 * row : 2 * row + 2, :, :3], expected)
+
+
+def test_a_preview_paints_two_rows_above_the_new_ones_with_them() -> None:
+    tokenizer, codes = VQTokenizer(SMALL, random_tensors()), torch.arange(2 * 36).view(2, 36) % SMALL.codebook_size
+    preview = Preview(tokenizer, 6)
+    preview.paint(codes[:, :19])
+    found = preview.paint(codes[:, :27])  # rows 3 and 4 are new, and are painted with rows 1 and 2
+    sofar = torch.where(torch.arange(30).view(5, 6) < 27, codes[:, :30].unflatten(1, (5, 6)), 0)
+    expected = to_uint8(tokenizer.decode(sofar[:, 1:])).numpy()[:, 4:]
+    np.testing.assert_array_equal(found[:, 6:10, :, :3], expected)
+    np.testing.assert_array_equal(found[:, ::2, ::2, 3].reshape(2, 36) == 255, (torch.arange(36) < 27).expand(2, 36))
 
 
 def test_two_models_draw_with_the_same_numbers_side_by_side(setup: Setup) -> None:

@@ -23,6 +23,8 @@ MOST_FRAMES = 12
 """Previews a second at most: more would only keep the browser busy."""
 SHARE = 0.25
 """Of the time that previews may take from the drawing."""
+ABOVE = 2
+"""Rows of tokens above the new ones that are painted with them: how a token looks depends on those around it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +61,36 @@ class Pace:
     def made(self, seconds: float) -> None:
         """One has been made, and took so long."""
         self.due = time.perf_counter() + max(1 / self.most, seconds * (1 - self.share) / self.share)
+
+
+class Preview:
+    """Pictures that grow with their tokens: only the rows of tokens that are new are painted, with some above them.
+
+    They are near the whole pictures, not equal to them: a VQ network's attention and norms see the rows alone that they are given.
+
+    Args:
+        tokenizer: that paints. grid: tokens of a side.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, grid: int) -> None:
+        self.tokenizer, self.grid, self.painted = tokenizer, grid, 0
+        self.pictures = np.empty(0, np.uint8)
+
+    def paint(self, tokens: Tensor) -> np.ndarray:
+        """The pictures uint8 [n, H, W, 4] of the tokens so far [n, drawn], more than the last time; transparent where none is."""
+        grid, drawn = self.grid, tokens.shape[1]
+        first, end = self.painted // grid, -(-drawn // grid)
+        top = max(0, first - ABOVE)
+        codes = F.pad(tokens, (0, end * grid - drawn))[:, top * grid :].unflatten(1, (end - top, grid))
+        made = to_uint8(self.tokenizer.decode(codes.cpu())).numpy()
+        side = made.shape[2] // grid
+        if not self.painted:
+            self.pictures = np.zeros((len(tokens), grid * side, grid * side, 4), np.uint8)
+        self.pictures[:, first * side : end * side, :, :3] = made[:, (first - top) * side :]
+        there = (np.arange(grid * grid) < drawn).reshape(grid, grid).repeat(side, 0).repeat(side, 1)
+        self.pictures[..., 3] = 255 * there.astype(np.uint8)
+        self.painted = drawn
+        return self.pictures.copy()
 
 
 def choose_labels(classes: Sequence[Any], count: Any, known: int) -> list[int]:
@@ -106,6 +138,7 @@ def _draw(
     samplers = [each.sampler_for(shelf.tokenizer, settings) for each in opened]
     for sampler in samplers:
         sampler.check(labels, len(labels))
+    previews = [Preview(shelf.previewer, sampler.model.config.grid) for sampler in samplers]
     total = max(sampler.model.config.sequence_length for sampler in samplers)
     steps = [sampler.steps(range(len(labels)), labels) for sampler in samplers]
     sofar = [torch.empty(0)] * len(samplers)
@@ -114,8 +147,10 @@ def _draw(
         if drawn < total and pace.is_due():
             made = time.perf_counter()
             yield [
-                _frame(shelf.previewer, tokens, sampler.model.config.grid, made - begun)
-                for sampler, tokens in zip(samplers, sofar, strict=True)
+                Frame(
+                    drawn=tokens.shape[1], total=preview.grid**2, pictures=preview.paint(tokens), seconds=made - begun
+                )
+                for preview, tokens in zip(previews, sofar, strict=True)
             ]
             pace.made(time.perf_counter() - made)
     yield [
@@ -129,17 +164,6 @@ def _draw(
         )
         for each, sampler, tokens in zip(opened, samplers, sofar, strict=True)
     ]
-
-
-def _frame(previewer: Tokenizer, tokens: Tensor, grid: int, seconds: float) -> Frame:
-    """A preview: the tokens that are to come stand for code 0, and are cut out of the picture."""
-    total, drawn = grid * grid, tokens.shape[1]
-    codes = F.pad(tokens, (0, total - drawn)).unflatten(1, (grid, grid)).cpu()
-    pictures = to_uint8(previewer.decode(codes)).numpy()
-    alpha = np.where(np.arange(total) < drawn, 255, 0).astype(np.uint8).reshape(grid, grid)
-    side = pictures.shape[1] // grid
-    cut = np.broadcast_to(alpha.repeat(side, 0).repeat(side, 1)[None, ..., None], (*pictures.shape[:3], 1))
-    return Frame(drawn=drawn, total=total, pictures=np.concatenate([pictures, cut], axis=-1), seconds=seconds)
 
 
 def _recipe(shelf: Shelf, opened: Opened, sampler: Sampler, labels: Sequence[int], number: int) -> Recipe:
