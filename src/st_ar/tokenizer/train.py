@@ -230,7 +230,7 @@ def train_tokenizer(
             tokenizer = training.tokenizer()
             checkpoints.save(step, training.state(step), then=lambda _: tokenizer.write(out, step=step))
 
-        with pixels, stop_on_signal() as stop, checkpoints:
+        with stop_on_signal() as stop, pixels, checkpoints:
             pixels.prepare(start)
             clock, clock_step, quality = time.perf_counter(), start, ""
             with progress(out.name, steps, unit="steps", done=start) as bar:

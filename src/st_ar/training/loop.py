@@ -133,9 +133,9 @@ def _train(
     remedy = f"train with --dtype float32, or skip more such steps than --skip-nonfinite {config.skip_nonfinite}"
     mine = ranks.share(config.batch_size)
     with (
+        stop_on_signal() as stop,  # around all, so that what ends a run is told though torchrun ends this rank for it too
         progress(out.name, total, unit="steps", done=start, shown=first) as bar,
         watch.follow(student, record, start),
-        stop_on_signal() as stop,
         checkpoints,
     ):
         for step in range(start + 1, total + 1):
