@@ -63,19 +63,17 @@ def test_the_picture_shows_each_image_above_its_reconstruction(tmp_path: Path) -
     np.testing.assert_array_equal(shown[-12:, -12:], made[99])
 
 
+def reconstruct_command(folder: Path, count: int, size: int = 12) -> list[str]:
+    """The command for a tokenizer and a file of pictures that this writes."""
+    np.savez(folder / "a.npz", arr_0=pictures(count, size=size))
+    random_tokenizer().save(folder / "t")
+    files = f"--tokenizer {folder / 't'} --images {folder / 'a.npz'}"
+    return ["reconstruct", *files.split(), "--device", "cpu"]
+
+
 def test_every_reconstruction_is_kept_as_an_image_that_evaluate_reads(tmp_path: Path, capsys: Capture) -> None:
-    np.savez(tmp_path / "a.npz", arr_0=pictures(7))
-    random_tokenizer().save(tmp_path / "t")
-    command = [
-        "reconstruct",
-        "--tokenizer",
-        str(tmp_path / "t"),
-        "--images",
-        str(tmp_path / "a.npz"),
-        "--extractor",
-        "none",
-    ]
-    command += ["--batch-size", "3", "--device", "cpu", "--save", str(tmp_path / "made")]
+    command = reconstruct_command(tmp_path, 7)
+    command += ["--extractor", "none", "--batch-size", "3", "--save", str(tmp_path / "made")]
     main(command)
     made, _ = reconstruct(random_tokenizer(), pictures(7))
     kept = open_files(str(tmp_path / "made"))
@@ -88,12 +86,10 @@ def test_every_reconstruction_is_kept_as_an_image_that_evaluate_reads(tmp_path: 
 
 
 def test_a_reconstruction_that_fails_leaves_no_folder(tmp_path: Path) -> None:
-    np.savez(tmp_path / "a.npz", arr_0=pictures(7))
-    random_tokenizer().save(tmp_path / "t")
-    options = ["--tokenizer", str(tmp_path / "t"), "--images", str(tmp_path / "a.npz"), "--extractor", "none"]
-    options += ["--device", "cpu", "--save", str(tmp_path / "made"), "--out", str(tmp_path / "a.npz" / "x.png")]
+    command = reconstruct_command(tmp_path, 7)
+    saved = ["--save", str(tmp_path / "made"), "--out", str(tmp_path / "a.npz" / "x.png")]
     with pytest.raises(SystemExit):
-        main(["reconstruct", *options])
+        main([*command, "--extractor", "none", *saved])
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["a.npz", "t"]
 
 
@@ -103,17 +99,7 @@ def test_images_that_do_not_suit_the_tokenizer_are_refused() -> None:
 
 
 def test_reconstruct_by_command_never_says_fid_of_another_network(tmp_path: Path, capsys: Capture) -> None:
-    np.savez(tmp_path / "a.npz", arr_0=pictures(12, size=32))
-    random_tokenizer().save(tmp_path / "t")
-    command = [
-        "reconstruct",
-        "--tokenizer",
-        str(tmp_path / "t"),
-        "--images",
-        str(tmp_path / "a.npz"),
-        "--device",
-        "cpu",
-    ]
+    command = reconstruct_command(tmp_path, 12, size=32)
     main(
         [*command, "--extractor", "efficientnet", "--json", str(tmp_path / "r.json"), "--out", str(tmp_path / "r.png")]
     )
