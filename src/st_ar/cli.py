@@ -88,11 +88,15 @@ class Train:
     def _print_best(self) -> None:
         """Say when the averaged weights had the lowest validation loss, and where they are."""
         from st_ar.files import read_json
+        from st_ar.settings import fits
 
         best = self.out / "best"
-        if self.validation is not None and (best / "config.json").exists():
-            info = read_json(best / "config.json", "an export folder")
-            print(f"{best}: its lowest validation loss, {info['validation_loss']:.4f}, at step {info['step']}")
+        if self.validation is None or not (best / "config.json").exists():
+            return
+        info = read_json(best / "config.json", "an export folder")
+        loss, step = info.get("validation_loss"), info.get("step")
+        if fits(loss, float) and fits(step, int):
+            print(f"{best}: its lowest validation loss, {loss:.4f}, at step {step}")
 
 
 def _read_train(arguments: Sequence[str]) -> Callable[[], None]:

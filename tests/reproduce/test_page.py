@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from st_ar.evaluation.attention import STATISTICS
 from st_ar.files import write_json
 from st_ar.reproduce.page import measurements, probe_curve
 from st_ar.reproduce.plan import Files
@@ -75,3 +76,22 @@ def test_a_probe_without_a_curve_is_refused(tmp_path: Path, results: object) -> 
     write_json(tmp_path / "x.json", {"results": results})
     with refused(tmp_path, r"x\.json has no shares of right guesses by step: remove it"):
         probe_curve(tmp_path / "x.json")
+
+
+@pytest.mark.parametrize(
+    "models",
+    [
+        None,
+        {},
+        {"run": {}},
+        {"run": {"layers": {}}},
+        {"run": {"layers": {"1": None}}},
+        {"run": {"layers": {"1": {"over_heads": []}}}},
+        {"run": {"layers": {"1": {"over_heads": {"mean": {"distance": 1.0}}}}}},
+        {"run": {"layers": {"1": {"over_heads": {"mean": dict.fromkeys(STATISTICS)}}}}},
+    ],
+)
+def test_statistics_of_attention_without_numbers_are_refused(tmp_path: Path, models: object) -> None:
+    write_json(tmp_path / "statistics.json", {"models": models})
+    with refused(tmp_path, r"statistics\.json has no statistics of a layer: remove"):
+        measurements(Files(attentions={"live": [tmp_path]}), ["attention"])

@@ -10,6 +10,7 @@ import tyro
 from st_ar.config import TrainConfig
 from st_ar.cost import parameters, training_flops, training_flops_per_token
 from st_ar.errors import UserError
+from st_ar.evaluation.attention import STATISTICS
 from st_ar.files import write_json
 from st_ar.presets import PRESETS, get_preset
 from st_ar.reproduce.measured import Files, measurements
@@ -143,11 +144,12 @@ def test_the_averaged_weights_are_measured_apart() -> None:
         (files.evaluations, ()),
         (files.probes, ("--weights", "ema")),
         (files.likelihoods, ("--weights", "ema")),
+        (files.attentions, ("--ema",)),
     ):
         assert kind["live"][0].name.startswith(f"{run}-")
         assert kind["ema"][0].name.startswith(f"{run}-ema-")
         assert set(option) <= set(commands[kind["ema"][0]])
-        assert "ema" not in commands[kind["live"][0]]
+        assert not {"ema", "--ema"} & set(commands[kind["live"][0]])
     sampled = [
         stage.command for stage in plan.stages if stage.command[0] == "sample" and str(files.runs[0]) in stage.command
     ]
@@ -206,12 +208,23 @@ def test_a_rows_numbers_are_read_from_what_its_commands_left(tmp_path: Path) -> 
             path = tmp_path / f"{name}{seed}.json"
             write_json(path, content)
             kept.setdefault("live", []).append(path)
+        folder = tmp_path / f"attention{seed}"
+        layers = {
+            str(layer): {"over_heads": {"mean": dict.fromkeys(STATISTICS, float(layer + seed))}}
+            for layer in range(1, 6)
+        }
+        write_json(folder / "statistics.json", {"models": {"run": {"layers": layers}}})
+        files.attentions.setdefault("ema", []).append(folder)
     found = {name: spread.values for name, spread in measurements(files, ("fid", "precision")).items()}
     assert found == {
         "FD-toy": (2, 3),
         "precision": (0.5, 0.5),
         "probe, last step (%)": pytest.approx((70, 80)),
         "validation loss": (2.5, 2.25),
+        **{
+            f"attention at half depth: {name}, EMA": (2, 3)
+            for name in ("on the class", "on the 3 x 3", "distance (tokens)", "entropy (nats)")
+        },
     }
 
 

@@ -3,6 +3,7 @@
 import csv
 import json
 import statistics
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,11 @@ from PIL import Image
 
 from st_ar.cli import run_command
 from st_ar.errors import UserError
+from st_ar.reproduce.page import show
+from st_ar.reproduce.paper import CONTROL, EXPERIMENTS
+from st_ar.reproduce.plan import Data, Plan
+from st_ar.reproduce.run import run_stages
+from st_ar.reproduce.scales import SCALES
 from st_ar.training.log import read_log
 from tests.disk import contents
 
@@ -88,6 +94,35 @@ def test_a_figure_is_made_beside_the_papers_numbers_and_made_once(
     assert json.loads((out / "fig4.json").read_text())["measured"] == {
         label: found["measured"][label] for label in ("AR", "ST-AR")
     }
+
+
+def test_what_rows_look_at_is_a_table_of_its_own(images: Path, tmp_path: Path, capsys: Capture) -> None:
+    out, source = tmp_path / "work", f"folder:{images}"
+    kmeans = ["--images", source, "--size", "32", "--out", str(tmp_path / "tokenizer")]
+    run_command(["train-tokenizer", "kmeans", *kmeans])
+    evidence = EXPERIMENTS["evidence"]
+    assert "attention" in evidence.metrics
+    asked = replace(evidence, rows=(CONTROL,), metrics=("attention",))
+    data = Data(
+        images=source, test_images=source, tokenizer=tmp_path / "tokenizer", fit={"vocab_size": 256, "num_classes": 3}
+    )
+    plan = Plan(asked, SCALES["small"], data, out, steps=1, weights=("live", "ema"))
+    run_stages(plan.stages, out, run_command)
+    capsys.readouterr()
+    show("evidence", plan)
+    said = capsys.readouterr().out
+    looks = said[said.index("What the layer at half depth looks at") :].splitlines()
+    assert looks[2].split("  ")[-1].strip() == "entropy (nats), EMA"
+    layers = json.loads((out / "runs" / "ar-b-50-epochs-2-views-seed0-attention" / "statistics.json").read_text())
+    (model,) = layers["models"].values()
+    third = model["layers"]["3"]["over_heads"]["mean"]
+    row = next(line for line in looks if line.startswith(CONTROL.label))
+    assert f"{third['class_weight']:.3f}" in row
+    assert f"{third['distance']:.2f}" in row
+    page = (out / "evidence.html").read_text()
+    assert page.count("<table") == 2
+    assert "On the class: weight on the class position" in page
+    assert (out / "evidence.csv").read_text().count("attention at half depth: distance (tokens), EMA") == 1
 
 
 def test_a_dry_run_makes_nothing_and_says_what_it_would_cost(tmp_path: Path, capsys: Capture) -> None:

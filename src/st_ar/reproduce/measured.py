@@ -7,6 +7,8 @@ from typing import Any, Literal
 
 from st_ar.comparison import Spread
 from st_ar.errors import UserError
+from st_ar.evaluation.attention import STATISTICS
+from st_ar.evaluation.attention_report import COLUMNS
 from st_ar.files import read_json
 from st_ar.settings import fits
 from st_ar.training.log import read_log
@@ -14,6 +16,9 @@ from st_ar.training.run import seconds_per_step, trained_config
 
 TOKENS, TIME = "tokens read (M)", "training (min)"
 """The two budgets."""
+
+ATTENTION = "attention at half depth"
+"""What the names of its numbers begin with."""
 
 Weights = Literal["live", "ema"]
 
@@ -26,10 +31,12 @@ class Files:
     evaluations: dict[Weights, list[Path]] = field(default_factory=dict)
     probes: dict[Weights, list[Path]] = field(default_factory=dict)
     likelihoods: dict[Weights, list[Path]] = field(default_factory=dict)
+    attentions: dict[Weights, list[Path]] = field(default_factory=dict)
 
 
 def measurements(files: Files, metrics: Sequence[str]) -> dict[str, Spread]:
-    """A row's numbers: what `evaluate` calls them, probe accuracy at the last step in per cent, validation loss, both budgets.
+    """A row's numbers: what `evaluate` calls them, probe accuracy at the last step in per cent, validation loss, what the layer at
+    half depth looks at, both budgets.
 
     metrics: those of the paper's table; of an evaluation, the distance and those among them.
     """
@@ -52,6 +59,10 @@ def measurements(files: Files, metrics: Sequence[str]) -> dict[str, Spread]:
     for weights, paths in files.likelihoods.items():
         for path in paths:
             add("validation loss", weights, likelihood(path))
+    for weights, paths in files.attentions.items():
+        for path in paths:
+            for name, value in attention(path).items():
+                add(f"{ATTENTION}: {name}", weights, value)
     for run in files.runs:
         tokens, seconds = budgets(run)
         found.setdefault(TOKENS, []).append(tokens / 1e6)
@@ -74,6 +85,19 @@ def likelihood(path: Path) -> float:
     if not fits(loss, float):
         raise UserError(f"{path} has no loss: remove it, and it is measured again")
     return float(loss)
+
+
+def attention(folder: Path) -> dict[str, float]:
+    """What the layer at half depth looks at, averaged over heads and images, as the columns of `st-ar attention` name it."""
+    path = folder / "statistics.json"
+    models = read_json(path, "what `st-ar attention` has written").get("models")
+    layers = next(iter(models.values())).get("layers") if fits(models, dict[str, dict[str, Any]]) and models else None
+    if fits(layers, dict[str, dict[str, Any]]):
+        found: Any = layers.get(str(max(1, len(layers) // 2)), {}).get("over_heads", {})
+        means: Any = found.get("mean") if isinstance(found, dict) else None
+        if fits(means, dict[str, float]) and set(STATISTICS) <= set(means):
+            return {column: float(means[name]) for column, name in zip(COLUMNS, STATISTICS, strict=True)}
+    raise UserError(f"{path} has no statistics of a layer: remove {folder}, and they are made again")
 
 
 def _first_result(path: Path, what: str) -> dict[str, Any]:

@@ -10,12 +10,13 @@ import numpy as np
 from PIL import Image
 
 from st_ar.comparison import Column, Spread, difference, is_noise, table_rows
+from st_ar.evaluation.attention_report import WORDS
 from st_ar.figures import line_chart
 from st_ar.files import write_csv, write_json
 from st_ar.hardware import describe
 from st_ar.printing import print_table
 from st_ar.report import Chart, Gallery, Section, Table, png_uri, write_report
-from st_ar.reproduce.measured import TIME, TOKENS, measurements, probe_curve
+from st_ar.reproduce.measured import ATTENTION, TIME, TOKENS, measurements, probe_curve
 from st_ar.reproduce.paper import CONTROL, Name
 from st_ar.reproduce.plan import Plan
 
@@ -27,9 +28,10 @@ PAPER = {
     "recall": Column(key="recall", label="paper: recall", digits=2),
     "probe": Column(key="probe", label="paper: probe, %", digits=2),
 }
+LOOKS = "What the layer at half depth looks at"
 SHOWN = ("layer-*-mean.png", "curve.png", "views.png")
 """Of what `attention` and `invariance` draw, what belongs on the page."""
-DIGITS = {"probe": 1, "precision": 3, "recall": 3, "validation": 3, TOKENS: 2, TIME: 2}
+DIGITS = {f"{ATTENTION}: on the": 3, "probe": 1, "precision": 3, "recall": 3, "validation": 3, TOKENS: 2, TIME: 2}
 
 
 def show(name: Name, plan: Plan) -> None:
@@ -40,14 +42,20 @@ def show(name: Name, plan: Plan) -> None:
     keys = list(dict.fromkeys(key for found in ours.values() for key in found))
     known = [PAPER[key] for key in PAPER if any(key in paper for paper in papers.values())]
     columns = [*known, *(Column(key=key, label=key, digits=_digits(key)) for key in keys)]
-    rows = table_rows(columns, {label: {**papers[label], **ours[label]} for label in ours})
-    header = ["", *(column.label for column in columns)]
-    print(f"\n{experiment.title}\n")
-    print_table(header, rows)
+    found = {label: {**papers[label], **ours[label]} for label in ours}
+    header, rows = ["", *(column.label for column in columns)], table_rows(columns, found)
+    looks = [column for column in columns if column.key.startswith(ATTENTION)]
+    tables = [
+        _table([column for column in columns if column not in looks], found, caption=""),
+        *([_table(looks, found, caption=f"{LOOKS}. {WORDS}")] if looks else []),
+    ]
+    for title, table in zip((experiment.title, LOOKS), tables, strict=False):
+        print(f"\n{title}\n")
+        print_table(table.columns, table.rows)
     notes = _notes(plan, ours)
     pictures = [picture for folder in plan.figures for pattern in SHOWN for picture in sorted(folder.glob(pattern))]
     print("\n" + "\n".join(notes))
-    parts: list[Table | Chart | Gallery] = [Table(columns=header, rows=rows, caption="")]
+    parts: list[Table | Chart | Gallery] = [*tables]
     out = plan.work / f"{name}.html"
     if any(files.probes for files in plan.files.values()):
         parts.append(
@@ -72,6 +80,11 @@ def show(name: Name, plan: Plan) -> None:
     write_report(out, title=experiment.title, lead=lead, sections=sections)
     for path in [out, *plan.figures]:
         print(path)
+
+
+def _table(columns: Sequence[Column], found: Mapping[str, Mapping[str, Spread]], *, caption: str) -> Table:
+    header = ["", *(column.label.removeprefix(f"{ATTENTION}: ") for column in columns)]
+    return Table(columns=header, rows=table_rows(columns, found), caption=caption)
 
 
 def _picture(path: Path) -> Gallery:

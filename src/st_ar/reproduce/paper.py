@@ -63,7 +63,7 @@ class Experiment:
     title: str
     rows: tuple[Row, ...]
     metrics: tuple[str, ...] = ()
-    """Columns: fid, sfid, is, precision, recall, probe."""
+    """Columns: fid, sfid, is, precision, recall, probe, attention."""
     guidance: bool = False
     """Whether samples are guided, each size by its published scale."""
     figure: Literal["", "understanding", "attention", "probe"] = ""
@@ -237,6 +237,6 @@ EXPERIMENTS: dict[Name, Experiment] = {
             _ablated("+ MIM + view", {}, step_loss=False),
             _ablated("+ MIM + step + view (ST-AR)", {}),
         ),
-        metrics=("fid", "precision", "recall", "probe"),
+        metrics=("fid", "precision", "recall", "probe", "attention"),
     ),
 }

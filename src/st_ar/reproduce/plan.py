@@ -70,11 +70,15 @@ class Plan:
                         files.evaluations.setdefault(which, []).append(self._evaluate(run, seed, which))
                     if "probe" in experiment.metrics or experiment.figure in ("probe", "understanding"):
                         files.probes.setdefault(which, []).append(self._probe(run, which))
+                    if "attention" in experiment.metrics:
+                        files.attentions.setdefault(which, []).append(self._look(run, which))
                     if experiment.metrics:
                         files.likelihoods.setdefault(which, []).append(self._likelihood(run, which))
         self.figures: list[Path] = []
         if experiment.figure in ("attention", "understanding"):
-            self.figures.append(self._attention())
+            runs = {label: files.runs[0] for label, files in self.files.items()}
+            out = work / f"attention-{'-'.join(run.name for run in runs.values())}"
+            self.figures.append(self._attention("attention", runs, out))
         if experiment.figure == "understanding":
             self.figures.append(self._invariance())
 
@@ -165,11 +169,16 @@ class Plan:
         what = ("--model", str(run), "--tokens", str(self.test_tokens), *which, "--out", str(out))
         return self._add(f"likelihood {run.name}", out, "likelihood", *what)
 
-    def _attention(self) -> Path:
-        out = self.work / f"attention-{'-'.join(files.runs[0].name for files in self.files.values())}"
-        models = ("--model", *(str(files.runs[0]) for files in self.files.values()), "--names", *self.files)
+    def _look(self, run: Path, weights: Weights) -> Path:
+        out = run.with_name(f"{_measured(run, weights)}-attention")
+        return self._attention(
+            f"attention of {run.name}", {run.name: run}, out, *(("--ema",) if weights == "ema" else ())
+        )
+
+    def _attention(self, name: str, runs: Mapping[str, Path], out: Path, *which: str) -> Path:
+        models = ("--model", *map(str, runs.values()), "--names", *runs, *which)
         what = (*models, "--tokens", str(self.test_tokens), "--tokenizer", str(self.tokenizer), "--out", str(out))
-        return self._add("attention", out, "attention", *what)
+        return self._add(name, out, "attention", *what)
 
     def _invariance(self) -> Path:
         out = self.work / "invariance"
