@@ -66,7 +66,7 @@ class RunConfig:
     keep: int = 2
     """Newest checkpoints to keep."""
     keep_every: int = 0
-    """Also keep, for good, the checkpoints whose step is a multiple of this; 0 for none."""
+    """Also keep, for good, the checkpoints whose step is a multiple of this, and their weights in OUT/kept; 0 for none."""
 
     def __post_init__(self) -> None:
         require_types(self, "--")

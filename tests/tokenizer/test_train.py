@@ -418,6 +418,20 @@ def test_the_run_is_a_tokenizer_with_the_averaged_weights(straight: Path) -> Non
     assert json.loads((straight / "tokenizer.json").read_text())["step"] == 12
 
 
+def test_tokenizers_are_kept_every_so_many_steps(straight: Path, tmp_path: Path) -> None:
+    config = replace(TOY_GAN, checkpoint_every=3, keep=1, keep_every=6)
+    train_tokenizer(config, colours(), tmp_path / "run", preset="toy")
+    kept = tmp_path / "run" / "kept"
+    assert sorted(path.name for path in kept.iterdir()) == ["step_00000006", "step_00000012"]
+    last = contents(kept / "step_00000012")
+    assert last == {name: content for name, content in contents(straight).items() if name in last}
+    assert json.loads((kept / "step_00000006" / "tokenizer.json").read_text())["step"] == 6
+    assert load_tokenizer(kept / "step_00000006").fingerprint != load_tokenizer(kept / "step_00000012").fingerprint
+    (kept / "step_00000012" / "tokenizer.json").unlink()
+    train_tokenizer(config, colours(), tmp_path / "run", resume=True, preset="toy")
+    assert contents(kept / "step_00000012") == last
+
+
 def test_a_step_by_hand_is_the_runs(tmp_path: Path) -> None:
     train_tokenizer(replace(TOY_GAN, steps=7), colours(), tmp_path / "run")
     training = training_of()

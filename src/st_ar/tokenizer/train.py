@@ -214,8 +214,9 @@ def train_tokenizer(
         if writes:
             write_json(out / "config.json", record)
             rewind_log(out / "log.jsonl", start)
-            if start and _exported_step(out) != start:  # killed between its checkpoint and its export
-                training.tokenizer().write(out, step=start)
+            for folder in _folders(out, start, config):
+                if _exported_step(folder) != start:  # killed between its checkpoint and its export
+                    training.tokenizer().write(folder, step=start)
         training.share()
 
         def evaluate(step: int) -> str:
@@ -228,7 +229,12 @@ def train_tokenizer(
 
         def save(step: int) -> None:
             tokenizer = training.tokenizer()
-            checkpoints.save(step, training.state(step), then=lambda _: tokenizer.write(out, step=step))
+
+            def write(_: object) -> None:
+                for folder in _folders(out, step, config):
+                    tokenizer.write(folder, step=step)
+
+            checkpoints.save(step, training.state(step), then=write)
 
         with stop_on_signal() as stop, pixels, checkpoints:
             pixels.prepare(start)
@@ -275,6 +281,12 @@ def train_tokenizer(
     return out
 
 
+def _folders(out: Path, step: int, config: VQTrainConfig) -> list[Path]:
+    """Where the tokenizer of a step belongs."""
+    kept = config.keep_every and step % config.keep_every == 0
+    return [out, *([out / "kept" / f"step_{step:08d}"] if kept else [])] if step else []
+
+
 def _exported_step(out: Path) -> int | None:
-    """The step of the tokenizer in the run's folder; None if there is none that is whole."""
+    """The step of the tokenizer in a folder; None if there is none that is whole."""
     return read_json(out / CONFIG, "a tokenizer").get("step") if (out / CONFIG).exists() else None

@@ -1,4 +1,6 @@
-"""What a run keeps of itself: checkpoints, the newest weights in export/, and the best by validation in best/."""
+"""What a run keeps of itself: checkpoints, the newest weights in export/, the best by validation in best/, and those of every
+so many steps in kept/.
+"""
 
 from collections.abc import Mapping
 from functools import partial
@@ -40,9 +42,7 @@ class Keeper:
         step = from_first(self.checkpoints.newest)
         self.checkpoints.restore(step, self.state)
         measured = self.checkpoints.recorded(step, LOSS)
-        late = ["best"] if self.validated.improves(measured) else []
-        if step and exported_step(self.out / "export") != step:
-            late.append("export")
+        late = [folder for folder in self._folders(step, measured) if exported_step(self.out / folder) != step]
         if late := from_first(lambda: late):
             tensors = self.state.tensors()
             weights = tensors | whole_weights(tensors, keep=place() == 0)
@@ -52,8 +52,16 @@ class Keeper:
 
     def save(self, step: int, measured: Mapping[str, float]) -> None:
         """Begin to write everything as it is now; `measured` on the validation store, if it was."""
-        folders = ["export", "best"] if self.validated.improves(measured) else ["export"]
-        self.checkpoints.save(step, self.state, measured, then=partial(self._export, folders, step, measured))
+        then = partial(self._export, self._folders(step, measured), step, measured)
+        self.checkpoints.save(step, self.state, measured, then=then)
+
+    def _folders(self, step: int, measured: Mapping[str, float]) -> list[str]:
+        """Where the weights of a step belong."""
+        if not step:
+            return []
+        kept = self.config.keep_every and step % self.config.keep_every == 0
+        best = ["best"] if self.validated.improves(measured) else []
+        return ["export", *best, *([f"kept/step_{step:08d}"] if kept else [])]
 
     def _export(
         self, folders: list[str], step: int, measured: Mapping[str, float], tensors: Mapping[str, Tensor]

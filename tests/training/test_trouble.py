@@ -1,0 +1,208 @@
+"""A full disk, a loss that is not finite, too little memory: what a run makes of them."""
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from st_ar.errors import UserError
+from st_ar.model.weights import open_model
+from st_ar.selfguided.objective import Losses, SelfGuided, draw
+from st_ar.training import loop
+from st_ar.training.loop import backward, train
+from st_ar.training.manifest import list_checkpoints
+from tests.disk import contents, full_disk
+from tests.training.toy_runs import GUIDED_RUN, PLAIN_RUN, assert_same_result, assert_same_weights, log_of, saved_state
+
+# Trouble on the way
+
+
+def test_a_full_disk_stops_the_run_and_leaves_the_last_checkpoint(tokens: Path, straight: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    train(replace(GUIDED_RUN, steps=4), tokens, out, preset="toy")
+    before = contents(out / "checkpoints") | contents(out / "export")
+    with (
+        full_disk(1 << 16),
+        pytest.raises(ValueError, match=r"(?s)checkpoint of step 8 .*step_00000004 is intact.*--resume"),
+    ):
+        train(GUIDED_RUN, tokens, out, resume=True, preset="toy")
+    assert contents(out / "checkpoints") | contents(out / "export") == before
+    train(GUIDED_RUN, tokens, out, resume=True, preset="toy")
+    assert_same_result(out, straight)
+
+
+EXPLODING = replace(PLAIN_RUN, optim=replace(PLAIN_RUN.optim, lr=1e38))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_last_checkpoint(tokens: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"not finite at step 2 .*step_00000001; lower --optim.lr"):
+        train(replace(EXPLODING, checkpoint_every=1), tokens, tmp_path / "run")
+    assert open_model(tmp_path / "run")[1].step == 1
+    assert [entry["step"] for entry in log_of(tmp_path / "run")] == [1]
+
+
+def test_a_loss_that_is_not_finite_before_any_checkpoint_says_so(tokens: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"not finite at step 2 .*there is no checkpoint yet"):
+        train(EXPLODING, tokens, tmp_path / "run")
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_weights_that_explode_later_leave_a_checkpoint_to_go_on_from(
+    tokens: Path, straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "learning_rate", lambda optim, step, total: 1e38 if step == 6 else optim.lr)
+        with pytest.raises(ValueError, match=r"not finite at step 7 .*the last good checkpoint is .*step_00000004"):
+            train(GUIDED_RUN, tokens, tmp_path / "run", preset="toy")
+    train(GUIDED_RUN, tokens, tmp_path / "run", resume=True, preset="toy")
+    assert_same_result(tmp_path / "run", straight)
+
+
+# Steps that are skipped
+
+
+def poisoned(patch: pytest.MonkeyPatch, **steps: float) -> None:
+    """Add to a gradient at step s, for each s=value, what makes the norm not finite."""
+    poison = {int(name.removeprefix("at_")): value for name, value in steps.items()}
+    current = 0
+
+    def seen(config: Any, model: Any, *, step: int, **rest: Any) -> Any:
+        nonlocal current
+        current = step
+        return draw(config, model, step=step, **rest)
+
+    def armed(student: SelfGuided, *rest: Any) -> Losses:
+        losses = backward(student, *rest)
+        if current in poison:
+            gradient = student.model.tok_embeddings.weight.grad
+            assert gradient is not None
+            gradient[3, 5] = poison[current]
+        return losses
+
+    patch.setattr(loop, "draw", seen)
+    patch.setattr(loop, "backward", armed)
+
+
+SKIPPING = replace(GUIDED_RUN, skip_nonfinite=2, checkpoint_every=1, keep=20)
+
+
+@pytest.fixture(scope="module")
+def skipped(tokens: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that has skipped steps 4 and 9."""
+    with pytest.MonkeyPatch.context() as patch:
+        poisoned(patch, at_4=math.nan, at_9=math.inf)
+        return train(SKIPPING, tokens, tmp_path_factory.mktemp("skipped") / "run", preset="toy")
+
+
+def test_a_skipped_step_changes_nothing_but_the_number_of_steps(skipped: Path) -> None:
+    for step in (4, 9):
+        assert_same_weights(saved_state(skipped, step), saved_state(skipped, step - 1))
+        after = saved_state(skipped, step + 1)
+        assert not torch.equal(
+            after["student.model.output.weight"], saved_state(skipped, step)["student.model.output.weight"]
+        )
+    assert {float(value) for name, value in saved_state(skipped, 12).items() if name.endswith(".step")} == {10.0}
+
+
+def test_skipped_steps_are_reported(skipped: Path) -> None:
+    log = [json.loads(line) for line in (skipped / "log.jsonl").read_text().splitlines()]
+    assert [entry["step"] for entry in log] == list(range(1, 13))
+    assert {entry["step"]: entry for entry in log if "skipped" in entry} == {
+        4: {"step": 4, "skipped": "gradient norm is nan"},
+        9: {"step": 9, "skipped": "gradient norm is inf"},
+    }
+
+
+def test_steps_that_are_finite_are_those_of_a_run_that_may_skip_none(
+    tokens: Path, straight: Path, tmp_path: Path
+) -> None:
+    train(replace(GUIDED_RUN, skip_nonfinite=3), tokens, tmp_path / "run", preset="toy")
+    assert_same_result(tmp_path / "run", straight)
+
+
+@pytest.mark.parametrize("stopped", [3, 4, 7])
+def test_a_run_that_skips_is_resumed_to_the_same_end(
+    tokens: Path, skipped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stopped: int
+) -> None:
+    poisoned(monkeypatch, at_4=math.nan, at_9=math.inf)
+    train(replace(SKIPPING, steps=stopped), tokens, tmp_path / "run", preset="toy")
+    train(SKIPPING, tokens, tmp_path / "run", resume=True, preset="toy")
+    assert_same_result(tmp_path / "run", skipped)
+
+
+def test_more_than_may_be_skipped_stop_the_run_also_when_it_was_resumed_in_between(
+    tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poisoned(monkeypatch, at_4=math.nan, at_5=math.nan, at_9=math.nan)
+    train(replace(SKIPPING, steps=7), tokens, tmp_path / "run", preset="toy")
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"at step 9 \(gradient norm is nan\).*skip more such steps than .* 2$"):
+            train(SKIPPING, tokens, tmp_path / "run", resume=True, preset="toy")
+        assert list_checkpoints(tmp_path / "run" / "checkpoints")[-1][0] == 8
+    train(replace(SKIPPING, skip_nonfinite=3), tokens, tmp_path / "run", resume=True, preset="toy")
+    assert sum("skipped" in entry for entry in log_of(tmp_path / "run")) == 3
+
+
+def test_a_loss_is_read_no_more_often_than_before_if_none_may_be_skipped(
+    tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(loop, "not_finite", lambda terms: asked.append(1) or "")
+    train(replace(PLAIN_RUN, steps=3), tokens, tmp_path / "run")
+    assert asked == []
+
+
+# Memory
+
+
+def test_a_network_too_large_for_memory_is_an_error_that_names_the_settings(tokens: Path, tmp_path: Path) -> None:
+    guided = replace(GUIDED_RUN.selfguided)
+    object.__setattr__(guided, "projector_hidden", 1 << 44)  # beyond what may be asked for, so that no machine has it
+    huge = replace(GUIDED_RUN, selfguided=guided)
+    with pytest.raises(
+        UserError,
+        match=r"^out of memory \(2251799813685248 bytes more could not be had\): give --activation-checkpointing full, which "
+        r"may also be given with --resume; or give --accumulate 2, for micro-batches of 3 x 2 sequences; or give a smaller "
+        r"--batch-size than 6 or a smaller --model$",
+    ):
+        train(huge, tokens, tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    "fail",
+    [
+        lambda: torch.empty(1 << 55),  # asks for it
+        lambda: np.empty(1 << 55),
+        lambda: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0")),
+    ],
+)
+def test_a_step_too_large_for_memory_is_too(
+    tokens: Path, straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fail: Any
+) -> None:
+    def greedy(*args: Any) -> Losses:
+        if (tmp_path / "run" / "export").is_dir():
+            list(fail())
+        return backward(*args)
+
+    smallest = replace(GUIDED_RUN, accumulate=6, activation_checkpointing="full", checkpoint_every=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "backward", greedy)
+        with pytest.raises(
+            UserError, match=r"^out of memory.*: give a smaller --batch-size than 6 or a smaller --model$"
+        ):
+            train(smallest, tokens, tmp_path / "run")
+    assert list_checkpoints(tmp_path / "run" / "checkpoints")
+
+
+def test_another_error_is_left_as_it_is(tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*args: Any) -> Losses:
+        raise RuntimeError("shapes do not fit")
+
+    monkeypatch.setattr(loop, "backward", broken)
+    with pytest.raises(RuntimeError, match="shapes do not fit"):
+        train(PLAIN_RUN, tokens, tmp_path / "run")
