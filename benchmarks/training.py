@@ -15,6 +15,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +27,7 @@ from torch import nn
 from common import flop_limit, ratio, save, summarise, synchronise, time_in_turn
 from st_ar.config import PLAIN, TrainConfig
 from st_ar.cost import training_flops_per_token
-from st_ar.hardware import choose_device, choose_dtype, keep_freed_memory, peak_flops
+from st_ar.hardware import choose_device, choose_dtype, freed_memory_kept, peak_flops
 from st_ar.model.transformer import Transformer
 from st_ar.presets import get_preset
 from st_ar.selfguided.objective import SelfGuided, draw
@@ -251,15 +252,14 @@ def main() -> None:
         return
     device = choose_device("auto")
     dtype = choose_dtype("auto", device)
-    if given.keep_freed:
-        keep_freed_memory()
     results: dict[str, Any] = {}
-    for preset in given.presets:
-        small = get_preset(f"llamagen-{preset}").model.sequence_length < 256
-        sequences = given.sequences or (None if small else 4)
-        found = measure(preset, sequences, given.rounds, device, dtype, given.compile, given.llamagen, given.profile)
-        results[preset] = found
-        show(preset, found)
+    with freed_memory_kept() if given.keep_freed else nullcontext():
+        for preset in given.presets:
+            small = get_preset(f"llamagen-{preset}").model.sequence_length < 256
+            sequences = given.sequences or (None if small else 4)
+            chosen = (given.rounds, device, dtype, given.compile, given.llamagen, given.profile)
+            results[preset] = measure(preset, sequences, *chosen)
+            show(preset, results[preset])
     save(given.name, results)
 
 

@@ -1,5 +1,7 @@
 """What the hardware is asked for, and work beside other work."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -82,3 +84,32 @@ def test_work_beside_other_work_is_done_at_once_on_a_cpu() -> None:
             beside.run(lambda: done.append(1 // 0))
         beside.run(lambda: done.append(2))
     assert done == [1, 2]
+
+
+MEMORY = """
+import resource, torch
+from st_ar.hardware import freed_memory_kept
+
+def held():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * resource.getpagesize() >> 20
+
+def use():
+    tensors = [torch.ones(40 << 18) for _ in range(10)]  # 40 MiB each
+    del tensors
+    return held()
+
+base = use()
+with freed_memory_kept():
+    within = use()
+print(base, within, held(), use())
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads Linux's /proc")
+def test_freed_memory_is_kept_for_as_long_as_it_is_wanted() -> None:
+    done = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True)
+    base, within, after, later = map(int, done.stdout.split())
+    assert within > base + 300
+    assert after < base + 100
+    assert later < base + 100

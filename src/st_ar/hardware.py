@@ -54,18 +54,31 @@ def _cpu_has_bfloat16() -> bool:
     return torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
-def keep_freed_memory() -> None:
-    """From now on this process keeps the host memory that it frees, for its next tensors (glibc alone; elsewhere nothing happens).
+@contextlib.contextmanager
+def freed_memory_kept() -> Generator[None]:
+    """Within, this process keeps the host memory that it frees, for its next tensors (glibc alone; elsewhere nothing happens).
 
     Otherwise each large tensor of each step is mapped anew, and the system clears its pages again (benchmarks/training.py).
+    Afterwards the system gets back what is free: whatever comes next asks for other sizes, and would add to it.
     """
-    with contextlib.suppress(OSError, AttributeError):
+    try:
         libc = ctypes.CDLL(None)
-        libc.mallopt(M_MMAP_MAX, 0)
-        libc.mallopt(M_TRIM_THRESHOLD, -1)
+        choose, trim = libc.mallopt, libc.malloc_trim
+    except (OSError, AttributeError):
+        yield
+        return
+    choose(M_MMAP_MAX, 0)
+    choose(M_TRIM_THRESHOLD, -1)
+    try:
+        yield
+    finally:
+        choose(M_MMAP_MAX, 1 << 16)  # glibc's own
+        choose(M_MMAP_THRESHOLD, 32 << 20)  # these two: where glibc's own move to while large blocks come and go
+        choose(M_TRIM_THRESHOLD, 64 << 20)
+        trim(0)
 
 
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4
 """Of glibc's malloc.h."""
 
 PEAK_BFLOAT16 = {

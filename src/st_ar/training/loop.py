@@ -15,7 +15,7 @@ from st_ar.data.text import open_text
 from st_ar.data.views import Views
 from st_ar.errors import Interrupted
 from st_ar.files import write_json
-from st_ar.hardware import choose_dtype, keep_freed_memory, moved, require_compiler
+from st_ar.hardware import choose_dtype, freed_memory_kept, moved, require_compiler
 from st_ar.model.transformer import Transformer
 from st_ar.progress import progress
 from st_ar.randomness import Purpose, torch_generator, torch_seed
@@ -63,8 +63,12 @@ def train(
             settings or are lost.
         Interrupted: SIGINT or SIGTERM came to this rank or another; a checkpoint of the last finished step was written.
     """
-    with process_group(config.device, config.rank_timeout) as (ranks, device), enough_memory(config, ranks.world):
-        stores = (tokens, text, validation)
+    stores = (tokens, text, validation)
+    with (
+        process_group(config.device, config.rank_timeout) as (ranks, device),
+        enough_memory(config, ranks.world),
+        freed_memory_kept(),
+    ):
         return _train(config, *stores, out, ranks, device, watching or WatchConfig(), resume=resume, preset=preset)
 
 
@@ -89,7 +93,6 @@ def _train(
     if captions is not None:
         captions.check_tokens(store)
     dtype = choose_dtype(config.dtype, device)
-    keep_freed_memory()
     if config.compile:
         require_compiler(device)
     total = config.total_steps(len(store))
