@@ -156,6 +156,40 @@ def test_the_averaged_weights_are_measured_apart() -> None:
     assert ["--ema" in command for command in sampled] == [False, True]
 
 
+def test_the_quarters_of_a_long_run_are_measured_one_by_one() -> None:
+    plan = Plan(EXPERIMENTS["length"], SCALES["small"], PHOTOS, WORK, steps=1202, weights=("ema",))
+    train = [stage.command for stage in plan.stages if stage.command[0] == "train"]
+    assert len(train) == 3
+    for command in train:
+        assert command[command.index("--keep-every") + 1] == "300"
+        assert command[command.index("--checkpoint-every") + 1] == "100"  # divides 300, as the preset's 500 does not
+    run = WORK / "runs" / "ar-b-50-epochs-2-views-kept-seed0"
+    for quarter, step in enumerate((300, 600, 900, 1200), start=1):
+        files = plan.files[f"control, after {quarter}/4"]
+        assert files.runs == [run]
+        assert files.share == quarter / 4
+        assert files.probes == {"ema": [run.with_name(f"{run.name}-step{step}-ema-probe.json")]}
+        model = str(run / "kept" / f"step_{step:08d}")
+        read = {stage.command[0] for stage in plan.stages if model in stage.command}
+        assert read == {"sample", "probe", "likelihood"}
+
+
+def test_a_run_too_short_for_quarters_is_refused() -> None:
+    with pytest.raises(UserError, match="--steps must be at least 4"):
+        Plan(EXPERIMENTS["length"], SCALES["small"], PHOTOS, WORK, steps=3)
+
+
+def test_a_part_of_a_run_has_its_share_of_the_budgets(tmp_path: Path) -> None:
+    config = get_preset("llamagen-photos")
+    write_json(tmp_path / "config.json", {"config": to_dict(config)})
+    append_log(tmp_path / "log.jsonl", {"step": 200, "tokens_per_second": 1000.0})
+    whole, half = (measurements(Files(runs=[tmp_path], share=share), ()) for share in (1.0, 0.5))
+    assert whole["tokens read (M)"].mean == 200 * config.batch_size * config.views * 64 / 1e6
+    assert {name: spread.mean for name, spread in half.items()} == {
+        name: spread.mean / 2 for name, spread in whole.items()
+    }
+
+
 def test_what_reads_images_of_a_small_size_is_told_it() -> None:
     plan = Plan(EXPERIMENTS["evidence"], SCALES["small"], PHOTOS, WORK)
     reading = [stage.command for stage in plan.stages if stage.command[0] in ("tokenize", "reference")]

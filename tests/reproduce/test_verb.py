@@ -3,6 +3,7 @@
 import csv
 import json
 import statistics
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from PIL import Image
 from st_ar.cli import run_command
 from st_ar.errors import UserError
 from st_ar.reproduce.page import show
-from st_ar.reproduce.paper import CONTROL, EXPERIMENTS
+from st_ar.reproduce.paper import CONTROL, EXPERIMENTS, Name, Row
 from st_ar.reproduce.plan import Data, Plan
 from st_ar.reproduce.run import run_stages
 from st_ar.reproduce.scales import SCALES
@@ -96,18 +97,47 @@ def test_a_figure_is_made_beside_the_papers_numbers_and_made_once(
     }
 
 
-def test_what_rows_look_at_is_a_table_of_its_own(images: Path, tmp_path: Path, capsys: Capture) -> None:
-    out, source = tmp_path / "work", f"folder:{images}"
-    kmeans = ["--images", source, "--size", "32", "--out", str(tmp_path / "tokenizer")]
-    run_command(["train-tokenizer", "kmeans", *kmeans])
-    evidence = EXPERIMENTS["evidence"]
-    assert "attention" in evidence.metrics
-    asked = replace(evidence, rows=(CONTROL,), metrics=("attention",))
-    data = Data(
-        images=source, test_images=source, tokenizer=tmp_path / "tokenizer", fit={"vocab_size": 256, "num_classes": 3}
+def shown(name: Name, rows: Sequence[Row], images: Path, out: Path, *, steps: int, metrics: Sequence[str]) -> Plan:
+    """Some rows of a table of ours, trained and measured without samples."""
+    source = f"folder:{images}"
+    run_command(
+        ["train-tokenizer", "kmeans", "--images", source, "--size", "32", "--out", str(out.parent / "tokenizer")]
     )
-    plan = Plan(asked, SCALES["small"], data, out, steps=1, weights=("live", "ema"))
+    asked = replace(EXPERIMENTS[name], rows=tuple(rows), metrics=tuple(metrics))
+    fit = {"vocab_size": 256, "num_classes": 3}
+    data = Data(images=source, test_images=source, tokenizer=out.parent / "tokenizer", fit=fit)
+    plan = Plan(asked, SCALES["small"], data, out, steps=steps, weights=("live", "ema"))
     run_stages(plan.stages, out, run_command)
+    return plan
+
+
+def test_what_a_long_run_is_worth_after_each_quarter_is_a_curve(images: Path, tmp_path: Path, capsys: Capture) -> None:
+    rows = EXPERIMENTS["length"].rows[:4]
+    plan = shown("length", rows, images, tmp_path / "work", steps=4, metrics=["likelihood"])
+    capsys.readouterr()
+    show("length", plan)
+    said = capsys.readouterr().out
+    losses = {
+        (weights, step): json.loads((plan.work / "runs" / f"{name}-step{step}-{kind}likelihood.json").read_text())
+        for name in ["ar-b-50-epochs-2-views-kept-seed0"]
+        for weights, kind in (("control", ""), ("control, EMA", "ema-"))
+        for step in (1, 2, 3, 4)
+    }
+    drawn = json.loads((plan.work / "length-loss.json").read_text())["series"]
+    assert drawn.keys() == {"control", "control, EMA"}
+    for weights, curve in drawn.items():
+        assert curve["x"] == pytest.approx([step * 64 * 2 * 64 / 1e6 for step in (1, 2, 3, 4)])
+        expected = [losses[weights, step]["results"][0]["loss"] for step in (1, 2, 3, 4)]
+        assert curve["y"] == pytest.approx(expected)
+        assert len(set(expected)) == 4
+    assert "control, after 3/4" in said
+    assert "<svg" in (plan.work / "length.html").read_text()
+
+
+def test_what_rows_look_at_is_a_table_of_its_own(images: Path, tmp_path: Path, capsys: Capture) -> None:
+    assert "attention" in EXPERIMENTS["evidence"].metrics
+    plan = shown("evidence", [CONTROL], images, tmp_path / "work", steps=1, metrics=["attention"])
+    out = plan.work
     capsys.readouterr()
     show("evidence", plan)
     said = capsys.readouterr().out

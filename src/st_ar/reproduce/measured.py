@@ -27,6 +27,8 @@ Weights = Literal["live", "ema"]
 class Files:
     """Where a row's numbers come from: one of each for each seed."""
 
+    share: float = 1.0
+    """How much of its runs a row stands for."""
     runs: list[Path] = field(default_factory=list)
     evaluations: dict[Weights, list[Path]] = field(default_factory=dict)
     probes: dict[Weights, list[Path]] = field(default_factory=dict)
@@ -65,8 +67,8 @@ def measurements(files: Files, metrics: Sequence[str]) -> dict[str, Spread]:
                 add(f"{ATTENTION}: {name}", weights, value)
     for run in files.runs:
         tokens, seconds = budgets(run)
-        found.setdefault(TOKENS, []).append(tokens / 1e6)
-        found.setdefault(TIME, []).append(seconds / 60)
+        found.setdefault(TOKENS, []).append(files.share * tokens / 1e6)
+        found.setdefault(TIME, []).append(files.share * seconds / 60)
     return {name: Spread(tuple(values)) for name, values in found.items()}
 
 

@@ -57,7 +57,9 @@ def show(name: Name, plan: Plan) -> None:
     print("\n" + "\n".join(notes))
     parts: list[Table | Chart | Gallery] = [*tables]
     out = plan.work / f"{name}.html"
-    if any(files.probes for files in plan.files.values()):
+    if experiment.figure == "length":
+        parts += [Chart(svg=svg) for svg in _length_charts(plan, ours, out)]
+    elif any(files.probes for files in plan.files.values()):
         parts.append(
             Chart(svg=_probe_chart(plan, out.with_name(f"{name}-probe.svg")), caption="Probe accuracy by tokens read.")
         )
@@ -114,6 +116,27 @@ def _notes(plan: Plan, ours: Mapping[str, Mapping[str, Spread]]) -> list[str]:
                 if is_noise(paired):
                     notes.append(f"{label}, {key}: the difference from {base} is within the seeds' spread.")
     return notes
+
+
+def _length_charts(plan: Plan, ours: Mapping[str, Mapping[str, Spread]], page: Path) -> list[str]:
+    """Each measurement over the tokens read, a curve for each method and kind of weights."""
+    drawn: list[str] = []
+    for start, short in (("F", "distance"), ("probe", "probe"), ("validation", "loss")):
+        curves: dict[str, tuple[list[float], list[float]]] = {}
+        what = ""
+        for row in plan.experiment.rows:
+            for key, spread in ours[row.label].items():
+                if key.startswith(start):
+                    what, averaged, _ = key.partition(", EMA")
+                    xs, ys = curves.setdefault(row.method + averaged, ([], []))
+                    xs.append(ours[row.label][TOKENS].mean)
+                    ys.append(spread.mean)
+        if curves:
+            name = f"{what} by tokens read"
+            drawing = line_chart(curves, name=name, x=TOKENS, y=what, legend_above=len(curves) > 3)
+            drawing.save(page.with_name(f"{page.stem}-{short}.svg"))
+            drawn.append(drawing.svg())
+    return drawn
 
 
 def _probe_chart(plan: Plan, path: Path) -> str:

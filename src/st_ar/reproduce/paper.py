@@ -19,6 +19,7 @@ Name = Literal[
     "questions",
     "cheaper",
     "evidence",
+    "length",
 ]
 
 DEPTH = 12
@@ -44,6 +45,8 @@ class Recipe:
     """Whether to train on the centre crops and their mirror images alone, instead of ten crops."""
     equal_time: bool = False
     """Whether to train for as long as ST-AR of this size and length takes, instead of for as many steps."""
+    keeps: bool = False
+    """Whether the run keeps the weights of each of its quarters."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +57,10 @@ class Row:
     recipe: Recipe
     paper: Mapping[str, float] = field(default_factory=dict)
     """The paper's numbers by column; none for a row that is ours."""
+    quarter: int = 4
+    """Its weights are those after so many quarters of a run that keeps them; 4 is the end of any."""
+    method: str = ""
+    """The curve that it is a point of, in a figure over the length of training."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +73,7 @@ class Experiment:
     """Columns: fid, sfid, is, precision, recall, probe, attention."""
     guidance: bool = False
     """Whether samples are guided, each size by its published scale."""
-    figure: Literal["", "understanding", "attention", "probe"] = ""
+    figure: Literal["", "understanding", "attention", "probe", "length"] = ""
 
 
 ADM = ("fid", "sfid", "is", "precision", "recall")
@@ -112,6 +119,15 @@ def _row(size: Size, epochs: int, guided: bool, paper: Mapping[str, float]) -> R
 
 def _ablated(label: str, paper: Mapping[str, float], contrast: float | None = None, **changes: Any) -> Row:
     return Row(label=label, recipe=Recipe(contrast=contrast, changes=changes), paper=paper)
+
+
+def _quarters(method: str, recipe: Recipe) -> tuple[Row, ...]:
+    """A row for each quarter of one run."""
+    kept = replace(recipe, keeps=True)
+    return tuple(
+        Row(label=f"{method}, after {quarter}/4", recipe=kept, quarter=quarter, method=method)
+        for quarter in range(1, 5)
+    )
 
 
 EXPERIMENTS: dict[Name, Experiment] = {
@@ -238,5 +254,15 @@ EXPERIMENTS: dict[Name, Experiment] = {
             _ablated("+ MIM + step + view (ST-AR)", {}),
         ),
         metrics=("fid", "precision", "recall", "probe", "attention"),
+    ),
+    "length": Experiment(
+        title="When does self-guidance pay?",
+        rows=(
+            *_quarters("control", CONTROL.recipe),
+            *_quarters("ST-AR", Recipe()),
+            *_quarters("contrast alone", Recipe(changes={"alpha": 0.0, "mask_ratio": 0.0})),
+        ),
+        metrics=("fid", "precision", "recall", "probe"),
+        figure="length",
     ),
 }

@@ -2,12 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from math import gcd
 from pathlib import Path
 
 from st_ar.cost import run_bytes, training_flops
 from st_ar.errors import UserError
 from st_ar.reproduce.measured import Files, Weights, budgets
-from st_ar.reproduce.paper import Experiment, Recipe
+from st_ar.reproduce.paper import Experiment, Recipe, Row
 from st_ar.reproduce.run import Stage, is_done
 from st_ar.reproduce.scales import Scale, options
 
@@ -59,21 +60,21 @@ class Plan:
         self.tokenizer = data.tokenizer or self._train_tokenizer()
         self.tokens = self._tokenize("training", data.images, scale.crops)
         self.test_tokens = self._tokenize("test", data.test_images, ("--crops", "center"))
-        self.files = {row.label: Files() for row in experiment.rows}
+        self.files = {row.label: Files(share=row.quarter / 4) for row in experiment.rows}
         for row in experiment.rows:
             for seed in seeds:
-                run = self._train(row.recipe, seed, steps)
+                run, model = self._train(row, seed, steps)
                 files = self.files[row.label]
                 files.runs.append(run)
                 for which in weights:
                     if "fid" in experiment.metrics:
-                        files.evaluations.setdefault(which, []).append(self._evaluate(run, seed, which))
+                        files.evaluations.setdefault(which, []).append(self._evaluate(model, seed, which))
                     if "probe" in experiment.metrics or experiment.figure in ("probe", "understanding"):
-                        files.probes.setdefault(which, []).append(self._probe(run, which))
+                        files.probes.setdefault(which, []).append(self._probe(model, which))
                     if "attention" in experiment.metrics:
-                        files.attentions.setdefault(which, []).append(self._look(run, which))
+                        files.attentions.setdefault(which, []).append(self._look(model, which))
                     if experiment.metrics:
-                        files.likelihoods.setdefault(which, []).append(self._likelihood(run, which))
+                        files.likelihoods.setdefault(which, []).append(self._likelihood(model, which))
         self.figures: list[Path] = []
         if experiment.figure in ("attention", "understanding"):
             runs = {label: files.runs[0] for label, files in self.files.items()}
@@ -105,18 +106,30 @@ class Plan:
         disk = 0 if self.scale.image_count is None or kind == "test" else self.scale.image_count * views * 512
         return self._add(f"tokens of the {kind} images", out, "tokenize", *what, disk=disk)
 
-    def _train(self, recipe: Recipe, seed: int, steps: int | None) -> Path:
+    def _train(self, row: Row, seed: int, steps: int | None) -> tuple[Path, "_Model"]:
+        """A run, and which of its weights are the row's."""
+        recipe = row.recipe
         stretch = self._stretch(recipe, seed) if recipe.equal_time else 1.0
         preset, config = self.scale.config(recipe, seed, steps=steps, stretch=stretch, fit=self.data.fit)
         config, run = replace(config, compile=self.compiled), self._run(recipe, seed)
         known = config.steps is not None or self.scale.image_count is not None
-        return self._add(
+        quarter = 0
+        if recipe.keeps:
+            quarter = config.total_steps(self.scale.image_count or 0) // 4
+            if not quarter:
+                raise UserError("--steps must be at least 4 for a run to have quarters")
+            config = replace(config, keep_every=quarter, checkpoint_every=gcd(quarter, config.checkpoint_every))
+        self._add(
             f"train {run.name}",
             run,
             *("train", preset, "--tokens", str(self._tokens(recipe)), "--out", str(run), *options(preset, config)),
             flops=training_flops(config, self.scale.image_count or 0) if known else 0.0,
             disk=run_bytes(config),
         )
+        if not quarter:
+            return run, _Model(run, run)
+        step = quarter * row.quarter
+        return run, _Model(run / "kept" / f"step_{step:08d}", run.with_name(f"{run.name}-step{step}"))
 
     def _tokens(self, recipe: Recipe) -> Path:
         if not recipe.centered:
@@ -137,7 +150,7 @@ class Plan:
         count = self.scale.image_count or 1
         return training_flops(configs[0], count) / training_flops(configs[1], count)
 
-    def _evaluate(self, run: Path, seed: int, weights: Weights) -> Path:
+    def _evaluate(self, model: "_Model", seed: int, weights: Weights) -> Path:
         scale, guided = self.scale, self.experiment.guidance
         extractor = ("--extractor", scale.extractor)
         reference = self.data.reference
@@ -145,35 +158,33 @@ class Plan:
             made = self.work / f"reference-{scale.extractor}.npz"
             images = (self.data.test_images, *scale.size)
             reference = str(self._add("reference", made, "reference", *images, *extractor, "--out", str(made)))
-        samples = run.with_name(f"{_measured(run, weights)}-{'guided' if guided else 'unguided'}.npz")
-        how = ("--model", str(run), "--tokenizer", str(self.tokenizer), *scale.samples, "--seed", str(seed))
+        samples = model.beside(weights, f"{'guided' if guided else 'unguided'}.npz")
+        how = ("--model", str(model.path), "--tokenizer", str(self.tokenizer), *scale.samples, "--seed", str(seed))
         how += ("--ema",) if weights == "ema" else ()
         guidance = () if guided else ("--cfg-scale", "1")
         disk = scale.sample_count * scale.side**2 * 3
-        self._add(f"sample {run.name}", samples, "sample", *how, *guidance, "--out", str(samples), disk=disk)
+        self._add(f"sample {model.name}", samples, "sample", *how, *guidance, "--out", str(samples), disk=disk)
         out = samples.with_suffix(".evaluation.json")
         how = (str(samples), "--reference", reference, *extractor, "--json", str(out))
-        return self._add(f"evaluate {run.name}", out, "evaluate", *how)
+        return self._add(f"evaluate {model.name}", out, "evaluate", *how)
 
-    def _probe(self, run: Path, weights: Weights) -> Path:
-        out = run.with_name(f"{_measured(run, weights)}-probe.json")
+    def _probe(self, model: "_Model", weights: Weights) -> Path:
+        out = model.beside(weights, "probe.json")
         stores = ("--tokens", str(self.tokens), "--test-tokens", str(self.test_tokens))
         cache = ("--cache", str(self.work / "cache"))
         which = ("--weights", "ema") if weights == "ema" else ()
-        what = ("--model", str(run), *stores, *self.scale.probe_crops, *which, *cache, "--out", str(out))
-        return self._add(f"probe {run.name}", out, "probe", *what)
+        what = ("--model", str(model.path), *stores, *self.scale.probe_crops, *which, *cache, "--out", str(out))
+        return self._add(f"probe {model.name}", out, "probe", *what)
 
-    def _likelihood(self, run: Path, weights: Weights) -> Path:
-        out = run.with_name(f"{_measured(run, weights)}-likelihood.json")
+    def _likelihood(self, model: "_Model", weights: Weights) -> Path:
+        out = model.beside(weights, "likelihood.json")
         which = ("--weights", "ema") if weights == "ema" else ()
-        what = ("--model", str(run), "--tokens", str(self.test_tokens), *which, "--out", str(out))
-        return self._add(f"likelihood {run.name}", out, "likelihood", *what)
+        what = ("--model", str(model.path), "--tokens", str(self.test_tokens), *which, "--out", str(out))
+        return self._add(f"likelihood {model.name}", out, "likelihood", *what)
 
-    def _look(self, run: Path, weights: Weights) -> Path:
-        out = run.with_name(f"{_measured(run, weights)}-attention")
-        return self._attention(
-            f"attention of {run.name}", {run.name: run}, out, *(("--ema",) if weights == "ema" else ())
-        )
+    def _look(self, model: "_Model", weights: Weights) -> Path:
+        out, which = model.beside(weights, "attention"), ("--ema",) if weights == "ema" else ()
+        return self._attention(f"attention of {model.name}", {model.name: model.path}, out, *which)
 
     def _attention(self, name: str, runs: Mapping[str, Path], out: Path, *which: str) -> Path:
         models = ("--model", *map(str, runs.values()), "--names", *runs, *which)
@@ -186,9 +197,20 @@ class Plan:
         return self._add("invariance", out, "invariance", *what)
 
 
-def _measured(run: Path, weights: Weights) -> str:
-    """What the names of a run's measurements begin with."""
-    return run.name if weights == "live" else f"{run.name}-ema"
+@dataclass(frozen=True)
+class _Model:
+    """What is measured: a run, or the weights of one of its steps."""
+
+    path: Path
+    stem: Path
+    """What the paths of its measurements begin with."""
+
+    @property
+    def name(self) -> str:
+        return self.stem.name
+
+    def beside(self, weights: Weights, what: str) -> Path:
+        return self.stem.with_name(f"{self.name}-{'ema-' if weights == 'ema' else ''}{what}")
 
 
 def run_name(recipe: Recipe) -> str:
@@ -200,4 +222,5 @@ def run_name(recipe: Recipe) -> str:
     parts += [f"{name.replace('_', '-')}-{str(value).lower()}" for name, value in sorted(recipe.changes.items())]
     parts += [] if recipe.accumulate == 1 else [f"{recipe.accumulate}-micro-batches"]
     parts += ["equal-time"] if recipe.equal_time else []
+    parts += ["kept"] if recipe.keeps else []
     return "-".join(parts)
