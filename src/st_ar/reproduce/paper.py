@@ -18,6 +18,7 @@ Name = Literal[
     "fig5",
     "questions",
     "cheaper",
+    "remedies",
     "evidence",
     "length",
 ]
@@ -239,6 +240,24 @@ EXPERIMENTS: dict[Name, Experiment] = {
             _ablated("the same, in every second step", {}, alpha=0.0, mask_ratio=0.0, every=2),
         ),
         metrics=("fid", "probe"),
+    ),
+    "remedies": Experiment(
+        title="Self-guidance that costs the samples less",
+        rows=(
+            Row(label="ST-AR", recipe=Recipe()),
+            CONTROL,
+            _ablated("half of the sequences masked", {}, masked_share=0.5),
+            _ablated("a mask of r = 0.1", {}, mask_ratio=0.1),
+            _ablated("own position visible", {}, mask_own_position=False),
+            _ablated("a quarter of alpha and beta", {}, alpha=0.25, beta=0.125),
+            _ablated("temperature 0.5", {}, temperature=0.5),
+            _ablated("positions from the 17th on", {}, first_position=16),
+            _ablated("in the first half of the run", {}, until=0.5),
+            _ablated("contrast alone, nothing masked", {}, alpha=0.0, mask_ratio=0.0),
+            _ablated("the same, at temperature 0.5", {}, alpha=0.0, mask_ratio=0.0, temperature=0.5),
+            _ablated("the same, at half the weight", {}, alpha=0.0, mask_ratio=0.0, beta=0.25),
+        ),
+        metrics=("fid", "precision", "recall", "probe"),
     ),
     "evidence": Experiment(
         title="Does self-guidance pay?",
