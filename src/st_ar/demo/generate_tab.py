@@ -47,9 +47,7 @@ def generate_tab(setup: Setup, drawn: Any) -> None:
                 yield html.note(f"{verdict} Drawn by {name}, {html.in_words(recipe)}."), shown
 
     def other_weights(name: str, classes: Any) -> Any:
-        choices = class_choices(setup, name)
-        known = [label for _, label in choices]
-        return gr.update(choices=choices, value=[label for label in classes or [] if label in known])
+        return still_known(setup, name, classes)
 
     with gr.Row():
         with gr.Column(scale=1, min_width=300):
@@ -77,3 +75,10 @@ def generate_tab(setup: Setup, drawn: Any) -> None:
     stop.click(None, cancels=[event], api_visibility="private")
     weights.change(told(other_weights), [weights, fields.classes], [fields.classes], **AT_ONCE)
     file.upload(told(again), [file], [again_status, again_picture], show_progress_on=[again_status], **QUEUE)
+
+
+def still_known(setup: Setup, name: str, classes: Any) -> Any:
+    """The classes of other weights, of which those stay chosen that they know."""
+    choices = class_choices(setup, name)
+    known = [label for _, label in choices]
+    return gr.update(choices=choices, value=[label for label in classes or [] if label in known])

@@ -87,16 +87,7 @@ def understand_tab(setup: Setup, drawn: Any) -> None:
         )
 
     def other_weights(name: Any, given: Any, layer: Any, head: Any) -> tuple[Any, Any, Any]:
-        shape = setup.shelf.find(name).config
-        classes = _given_choices(setup, name)
-        return (
-            gr.update(choices=classes, value=given if given in [label for _, label in classes] else OWN),
-            gr.update(maximum=shape.n_layers, value=min(whole(layer, "the layer", 1, 1 << 10), shape.n_layers)),
-            gr.update(
-                choices=_head_choices(shape.n_heads),
-                value=head if whole(head, "the head", MEAN, 1 << 16) <= shape.n_heads else MEAN,
-            ),
-        )
+        return still_there(setup, name, given, layer, head)
 
     def on_token(name: Any, event: Any) -> int:
         return maps.token_at(*_place(event), setup.shelf.find(name).config.grid)
@@ -182,6 +173,20 @@ def understand_tab(setup: Setup, drawn: Any) -> None:
     for trigger in (loaded.success, changed.success, given.input):
         trigger(told(curve), [chosen, weights, given], [curves], **QUEUE | {"show_progress": "hidden"})
     ask.click(told(guess), [chosen, weights], [guesses], **QUEUE)
+
+
+def still_there(setup: Setup, name: Any, given: Any, layer: Any, head: Any) -> tuple[Any, Any, Any]:
+    """The classes, layers and heads of other weights, of which the chosen ones stay as far as they have them."""
+    shape = setup.shelf.find(name).config
+    classes = _given_choices(setup, name)
+    return (
+        gr.update(choices=classes, value=given if given in [label for _, label in classes] else OWN),
+        gr.update(maximum=shape.n_layers, value=min(whole(layer, "the layer", 1, 1 << 10), shape.n_layers)),
+        gr.update(
+            choices=_head_choices(shape.n_heads),
+            value=head if whole(head, "the head", MEAN, 1 << 16) <= shape.n_heads else MEAN,
+        ),
+    )
 
 
 def _with_event(work: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
