@@ -34,6 +34,9 @@ def parameters(config: ModelConfig) -> int:
     return config.n_layers * block + 2 * config.vocab_size * config.dim + classes + config.dim
 
 
-def run_bytes(config: TrainConfig) -> int:
-    """Disk that a class model's run takes at most: checkpoints (weights, average, AdamW's two moments) and export, float32."""
-    return parameters(config.model) * 4 * (4 * (config.keep + 1) + 2)
+def run_bytes(config: TrainConfig, images: int = 0) -> int:
+    """Disk that a class model's run takes at most, in float32: checkpoints (weights, average, AdamW's two moments) and exports, the
+    newest and, on a store of so many images, those that --keep-every keeps. The best by a validation store is not counted.
+    """
+    kept = config.total_steps(images) // config.keep_every if config.keep_every else 0
+    return parameters(config.model) * 4 * (4 * (config.keep + 1 + kept) + 2 * (1 + kept))

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from st_ar import load_model
+from st_ar.cost import parameters, run_bytes
 from st_ar.data.store import TokenStore
 from st_ar.errors import Interrupted
 from st_ar.evaluation.likelihood import validation_loss
@@ -21,7 +22,7 @@ from st_ar.training.loop import train
 from st_ar.training.manifest import list_checkpoints, read_record
 from tests.data.random_store import random_store
 from tests.disk import contents, refused
-from tests.training.toy_runs import GUIDED_RUN, assert_same_result, assert_same_weights, log_of, saved_state
+from tests.training.toy_runs import GUIDED_RUN, PLAIN_RUN, assert_same_result, assert_same_weights, log_of, saved_state
 
 # The best by a validation store
 
@@ -141,3 +142,17 @@ def test_kept_weights_are_written_by_the_next_start_if_a_kill_prevented_it(token
 
 def test_nothing_is_kept_unasked(straight: Path) -> None:
     assert not (straight / "kept").exists()
+
+
+def test_the_disk_that_a_run_takes_is_known_beforehand(tokens: Path, tmp_path: Path) -> None:
+    model = replace(GUIDED_RUN.model, dim=128, n_layers=4, n_heads=2)  # large beside what the files say of themselves
+    config = replace(PLAIN_RUN, model=model, steps=4, checkpoint_every=1, keep=1, keep_every=2)
+    run = train(config, tokens, tmp_path / "run", preset="toy")
+    found = sum(path.stat().st_size for path in run.rglob("*") if path.is_file())
+    whole = run_bytes(config)
+    assert whole == parameters(model) * 4 * (4 * 4 + 2 * 3)
+    one = (
+        parameters(model) * 4 * 4
+    )  # step 4's checkpoint counts as the newest and as one that is kept; one more is being written
+    assert whole - 2 * one < found < whole
+    assert run_bytes(replace(config, steps=None, epochs=2.0), images=60) == whole + 8 * (one + parameters(model) * 8)

@@ -124,7 +124,7 @@ class Plan:
             run,
             *("train", preset, "--tokens", str(self._tokens(recipe)), "--out", str(run), *options(preset, config)),
             flops=training_flops(config, self.scale.image_count or 0) if known else 0.0,
-            disk=run_bytes(config),
+            disk=run_bytes(config, self.scale.image_count or 0),
         )
         if not quarter:
             return run, _Model(run, run)
