@@ -20,7 +20,7 @@ MEASURED = ("-probe.json", "-likelihood.json", ".evaluation.json")
 def keep(source: Path, target: Path, work: Path, name: str) -> None:
     """Copy a text, its paths shortened."""
     text = source.read_text().replace(str(work.resolve()), name).replace(str(work), name)
-    text = re.sub(r"(?<=[\"' :])/[\w./-]*/(?=[\w*.-]+)", "", text)  # of a path elsewhere the last part
+    text = re.sub(r"(?<=[\"' :(])/[\w./-]*/(?=[\w*.-]+)", "", text)  # of a path elsewhere the last part
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(text if text.endswith("\n") else f"{text}\n")
     print(target)

@@ -75,10 +75,11 @@ def show(name: Name, plan: Plan) -> None:
     write_json(out.with_suffix(".json"), record)
     write_csv(out.with_suffix(".csv"), header, rows)
     sections = [
-        Section(title="Measured, beside the paper", paragraphs=notes, parts=parts),
+        Section(title="Measured, beside the paper" if known else "Measured", paragraphs=notes, parts=parts),
         Section(title="Commands", commands=[f"st-ar {shlex.join(stage.command)}" for stage in plan.stages]),
     ]
-    lead = "The paper's numbers are of ImageNet at 256 pixels; ours are of the data and the sizes that the commands below name."
+    lead = "The paper's numbers are of ImageNet at 256 pixels; ours are" if known else "The numbers are"
+    lead += " of the data and the sizes that the commands below name."
     write_report(out, title=experiment.title, lead=lead, sections=sections)
     for path in [out, *plan.figures]:
         print(path)
