@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import os
+import pathlib
 import pickle
 import re
 import shutil
@@ -621,6 +622,21 @@ def replace_index(folder: Path, index: bytes, version: int = 2) -> None:
     """Write another index into the newest checkpoint, with a manifest that fits."""
     newest(folder, "tensors/.metadata").write_bytes(index)
     (as_version_1 if version == 1 else sealed)(newest(folder, ""))
+
+
+@pytest.mark.parametrize("module", ["pathlib", "pathlib._local"])
+def test_an_index_written_by_another_python_is_read(folder: Path, module: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    index = pickle.loads(newest(folder, "tensors/.metadata").read_bytes())
+    with monkeypatch.context() as patch:  # Python 3.13 calls it pathlib._local
+        patch.setitem(sys.modules, module, pathlib)
+        patch.setattr(pathlib.PosixPath, "__module__", module)
+        written = pickle.dumps(index)
+    assert module.encode() + b"\x94" in written
+    replace_index(folder, written)
+    expected = Run(folder).train(range(5)).state()
+    fresh = Run(folder, seed=1)
+    assert fresh.restore() == 5
+    assert_equal_bits(fresh.state(), expected)
 
 
 def test_an_index_cannot_reach_into_modules_either(folder: Path) -> None:

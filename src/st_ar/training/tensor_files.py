@@ -31,8 +31,9 @@ ALLOWED = {
     ("torch", "Size"),
     ("torch", "float32"),
     ("pathlib", "PosixPath"),
+    ("pathlib._local", "PosixPath"),
 }
-"""All that the index of a checkpoint may name."""
+"""All that the index of a checkpoint may name; the last as Python 3.13 calls it."""
 
 WRITE_ERRORS = (OSError, dcp.CheckpointException)
 READ_ERRORS = (OSError, EOFError, RuntimeError, pickle.UnpicklingError, dcp.CheckpointException)
@@ -41,7 +42,7 @@ READ_ERRORS = (OSError, EOFError, RuntimeError, pickle.UnpicklingError, dcp.Chec
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module_name: str, global_name: str) -> Any:
         if (module_name, global_name) in ALLOWED:
-            return super().find_class(module_name, global_name)
+            return super().find_class(module_name.removesuffix("._local"), global_name)
         raise pickle.UnpicklingError(f"it names {module_name}.{global_name}, which no checkpoint of ours does")
 
 
