@@ -39,7 +39,7 @@ def tokenizer_training(folder: Path) -> None:
 
 
 def tokenizing(folder: Path) -> None:
-    if not (folder / "meta.json").exists():
+    if (folder / "job.json").exists() or not (folder / "meta.json").exists():
         crops = Crops(kind="ten", size=6, range=1.5)
         tokenize(random_source(150, size=10), random_tokenizer(), crops, folder, batch_size=16, images_per_shard=8)
 
