@@ -2,11 +2,13 @@
 
 import io
 import json
+import os
 import re
+import subprocess
 import sys
-import types
 import zipfile
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +19,7 @@ from PIL import Image
 from st_ar.cli import main
 from st_ar.errors import UserError
 from st_ar.evaluation import collect as collect_module
-from st_ar.evaluation import extractors, references
+from st_ar.evaluation import references
 from st_ar.evaluation.collect import Place, collect, image_digest, resize_as_llamagen
 from st_ar.evaluation.extractors import Extracted, Extractor, load_extractor, resize_bicubic
 from st_ar.evaluation.generation import check_sizes, choose_metrics, evaluate, format_number, is_class_sorted, one_line
@@ -482,7 +484,7 @@ def test_an_images_digest_tells_sizes_apart() -> None:
     assert image_digest(flat) != image_digest(flat.reshape(4, 4, 3))
 
 
-# DINOv2, which cannot be run here: how it is asked for
+# DINOv2: the library's own network with random weights, in the place of the large one that it would download
 
 
 def test_dinov2_without_its_package_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -491,35 +493,47 @@ def test_dinov2_without_its_package_names_the_extra(monkeypatch: pytest.MonkeyPa
         load_extractor("dinov2", torch.device("cpu"))
 
 
-def test_dinov2s_class_token_is_taken_of_normalised_images(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[object] = []
+CACHED = """
+import sys, torch, transformers
+from pathlib import Path
+from st_ar.evaluation.extractors import load_extractor, resize_bicubic
 
-    class Network(torch.nn.Linear):
-        config = types.SimpleNamespace(hidden_size=3)
+transformers.utils.logging.disable_progress_bar()
+torch.manual_seed(0)
+config = transformers.Dinov2Config(hidden_size=12, num_hidden_layers=2, num_attention_heads=2, image_size=224, patch_size=14)
+network = transformers.Dinov2Model(config).eval()
+place = Path(sys.argv[1], "models--facebook--dinov2-large")
+network.save_pretrained(place / "snapshots" / "0")
+(place / "refs").mkdir()
+(place / "refs" / "main").write_text("0")
+extractor = load_extractor("dinov2", torch.device("cpu"))
+images = torch.randint(0, 256, (3, 8, 8, 3), dtype=torch.uint8)
+mean, std = (torch.tensor(v).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+with torch.no_grad():
+    expected = network(pixel_values=(resize_bicubic(images, 224) / 255 - mean) / std).pooler_output  # normed class token
+assert torch.equal(extractor.run(images).features, expected)
+assert (extractor.name, extractor.dim, len(extractor.weights)) == ("DINOv2", 12, 64)
+"""
 
-        def forward(self, pixel_values: torch.Tensor) -> object:
-            assert list(pixel_values.shape[1:]) == [3, 224, 224]
-            first = pixel_values.mean((2, 3))
-            return types.SimpleNamespace(last_hidden_state=torch.stack([first, first * 0], 1))
 
-    class Library:
-        class Dinov2Model:
-            @staticmethod
-            def from_pretrained(name: str, **settings: object) -> Network:
-                asked.extend([name, settings])
-                if len(asked) > 2:
-                    raise OSError("no network\nand more")
-                return Network(2, 2)
+def in_cache(folder: Path, code: str) -> subprocess.CompletedProcess[str]:
+    """Python code, where `folder` is the cache of the Hugging Face hub and there is no network."""
+    environment = os.environ | {"HF_HUB_CACHE": str(folder), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, "-c", code, folder], env=environment, capture_output=True, text=True)
 
-    monkeypatch.setitem(sys.modules, "transformers", Library)
-    extractor = load_extractor("dinov2", torch.device("cpu"))
-    assert asked == [extractors.DINOV2, {"use_safetensors": True}]
-    assert (extractor.name, extractor.dim, len(extractor.weights)) == ("DINOv2", 3, 64)
-    found = extractor.run(torch.full((2, 8, 8, 3), 255, dtype=torch.uint8)).features
-    expected = (1 - torch.tensor([0.485, 0.456, 0.406])) / torch.tensor([0.229, 0.224, 0.225])
-    torch.testing.assert_close(found, expected.expand(2, 3))
-    with pytest.raises(UserError, match=r"facebook/dinov2-large cannot be had \(no network\): download it"):
-        load_extractor("dinov2", torch.device("cpu"))
+
+@pytest.mark.skipif(find_spec("transformers") is None, reason="needs the extra dinov2")
+def test_dinov2s_class_token_is_taken_of_normalised_images(tmp_path: Path) -> None:
+    done = in_cache(tmp_path, CACHED)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(find_spec("transformers") is None, reason="needs the extra dinov2")
+def test_dinov2_that_cannot_be_downloaded_says_what_to_do(tmp_path: Path) -> None:
+    code = 'import torch; from st_ar.evaluation.extractors import load_extractor; load_extractor("dinov2", torch.device("cpu"))'
+    done = in_cache(tmp_path, code)
+    assert "UserError: facebook/dinov2-large cannot be had (" in done.stderr
+    assert "download it where there is a network and copy the cache" in done.stderr
 
 
 # Several ranks
