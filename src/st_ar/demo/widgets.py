@@ -95,7 +95,15 @@ def make_fields(setup: Setup, name: str, key: str) -> Fields:
     )
     with gr.Row():
         count = gr.Slider(
-            1, MOST_IMAGES, 4, step=1, label="Images", info="the classes in turn", elem_id=f"{key}-count", min_width=140
+            1,
+            MOST_IMAGES,
+            4,
+            step=1,
+            label="Images",
+            info="the classes in turn",
+            elem_id=f"{key}-count",
+            scale=3,
+            min_width=160,
         )
         seed = gr.Number(
             0,
@@ -105,7 +113,8 @@ def make_fields(setup: Setup, name: str, key: str) -> Fields:
             label="Seed",
             info="the same again",
             elem_id=f"{key}-seed",
-            min_width=140,
+            scale=2,
+            min_width=100,
         )
     scale = gr.Slider(
         1,
