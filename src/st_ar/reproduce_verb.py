@@ -26,7 +26,7 @@ class Reproduce:
 
     what: tyro.conf.Positional[Name]
     """Which table or figure. Ours: questions, what the paper leaves open, one setting changed at a time; cheaper, self-guidance
-    for less; remedies, weaker forms that cost the samples less; evidence, each loss alone and with the others; length, one long run
+    for less; remedies, weaker forms and what they cost the samples; evidence, each loss alone and with the others; length, one long run
     of each method, measured after each quarter."""
     out: Path
     """Folder of everything that is made."""

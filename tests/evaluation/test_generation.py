@@ -8,7 +8,6 @@ import subprocess
 import sys
 import zipfile
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -522,13 +521,11 @@ def in_cache(folder: Path, code: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code, folder], env=environment, capture_output=True, text=True)
 
 
-@pytest.mark.skipif(find_spec("transformers") is None, reason="needs the extra dinov2")
 def test_dinov2s_class_token_is_taken_of_normalised_images(tmp_path: Path) -> None:
     done = in_cache(tmp_path, CACHED)
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.skipif(find_spec("transformers") is None, reason="needs the extra dinov2")
 def test_dinov2_that_cannot_be_downloaded_says_what_to_do(tmp_path: Path) -> None:
     code = 'import torch; from st_ar.evaluation.extractors import load_extractor; load_extractor("dinov2", torch.device("cpu"))'
     done = in_cache(tmp_path, code)

@@ -194,7 +194,7 @@ def tracked(name: str, out: Path, steps: tuple[int, int], logged: int = 0, **env
     return done.stdout.splitlines()[-1] + done.stderr
 
 
-# A run needs neither. The rules that hold for any tracker are tested above, with trackers of our own.
+# A run needs neither, and `make test-oldest` has neither. The rules that hold for any tracker are tested above, with trackers of our own.
 needs_wandb = pytest.mark.skipif(find_spec("wandb") is None, reason="needs the extra tracking")
 needs_trackio = pytest.mark.skipif(find_spec("trackio") is None, reason="needs the extra trackio")
 

@@ -242,7 +242,7 @@ EXPERIMENTS: dict[Name, Experiment] = {
         metrics=("fid", "probe"),
     ),
     "remedies": Experiment(
-        title="Self-guidance that costs the samples less",
+        title="Weaker self-guidance",
         rows=(
             Row(label="ST-AR", recipe=Recipe()),
             CONTROL,
