@@ -2,6 +2,7 @@
 
     python benchmarks/training.py --llamagen PATH       the photographs' preset, and B at 4 x 256 tokens
     python benchmarks/training.py --presets b l xl --sequences 64 --compile --llamagen PATH --name training-h100
+    python benchmarks/training.py --presets cifar10 b --cheaper --name training-cheaper-cpu
 
 All train on the same batches, in turn, each as its run would: forward, backward, clipping, AdamW, EMA. LlamaGen's is its own
 `Transformer` and `update_ema` with the step that its train_c2i.py takes, compiled as a whole with --compile as it is there; our
@@ -38,13 +39,21 @@ from st_ar.training.parallel import spread
 
 Step = Callable[[], object]
 
+GUIDED: dict[str, dict[str, Any]] = {
+    "ST-AR": {},
+    "nothing masked": {"mask_ratio": 0.0},
+    "contrast alone": {"alpha": 0.0, "mask_ratio": 0.0},
+}
+"""The methods with self-guidance: what differs from ST-AR's settings. The last two are measured with --cheaper."""
+
 
 def configure(preset: str, method: str, sequences: int | None, compiled: bool) -> TrainConfig:
     """A method's settings; LlamaGen's are AR's."""
     guided = replace(get_preset(f"st-ar-{preset}"), compile=compiled)
     if sequences is not None:
         guided = replace(guided, batch_size=sequences // guided.views)
-    return guided if method == "ST-AR" else replace(guided, selfguided=PLAIN)
+    changes = GUIDED.get(method)
+    return replace(guided, selfguided=PLAIN if changes is None else replace(guided.selfguided, **changes))
 
 
 def our_step(config: TrainConfig, device: torch.device, dtype: torch.dtype) -> Step:
@@ -176,9 +185,10 @@ def measure(
     compiled: bool,
     llamagen: Path | None = None,
     profiled: bool = False,
+    cheaper: bool = False,
 ) -> dict[str, Any]:
     """Every method for one preset, and how they compare, round by round."""
-    methods = ["AR", "ST-AR", *(["LlamaGen"] if llamagen else [])]
+    methods = ["AR", *(GUIDED if cheaper else ["ST-AR"]), *(["LlamaGen"] if llamagen else [])]
     configs = {method: configure(preset, method, sequences, compiled) for method in methods}
     steps = {method: make_step(method, config, llamagen, device, dtype) for method, config in configs.items()}
     times = time_in_turn(steps, rounds=rounds, warmup=3, device=device)
@@ -193,8 +203,7 @@ def measure(
         "flop_limit": flop_limit(guided.model),
         "peak_flop_per_second": peak,
     }
-    if llamagen:
-        found["LlamaGen over AR"] = ratio(times["LlamaGen"], times["AR"])
+    found |= {f"{method} over AR": ratio(times[method], times["AR"]) for method in methods[2:]}
     for method, config in configs.items():
         taken = summarise(times[method])
         flops = tokens * training_flops_per_token(config) / taken["median"]
@@ -242,6 +251,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--llamagen", type=Path, help="a checkout of LlamaGen, to train beside ours")
+    parser.add_argument("--cheaper", action="store_true", help="also ST-AR without a mask, and its contrast alone")
     parser.add_argument("--keep-freed", action=argparse.BooleanOptionalAction, default=True, help="as runs on a CPU do")
     parser.add_argument("--profile", action="store_true", help="also what each step's time goes to")
     parser.add_argument("--name", default="training-cpu")
@@ -257,7 +267,7 @@ def main() -> None:
         for preset in given.presets:
             small = get_preset(f"llamagen-{preset}").model.sequence_length < 256
             sequences = given.sequences or (None if small else 4)
-            chosen = (given.rounds, device, dtype, given.compile, given.llamagen, given.profile)
+            chosen = (given.rounds, device, dtype, given.compile, given.llamagen, given.profile, given.cheaper)
             results[preset] = measure(preset, sequences, *chosen)
             show(preset, results[preset])
     save(given.name, results)
@@ -266,18 +276,20 @@ def main() -> None:
 def show(preset: str, found: dict[str, Any]) -> None:
     """One preset's numbers."""
     print(f"{preset}, {found['tokens_per_step']:,} tokens a step, {found['dtype']}")
-    for method in ("AR", "ST-AR", "LlamaGen"):
+    for method in ("AR", *GUIDED, "LlamaGen"):
         if method in found:
             one = found[method]
             print(
-                f"  {method:10}{one['seconds']['median']:9.4f} s{one['tokens_per_second']:12,.0f} tokens/s"
+                f"  {method:15}{one['seconds']['median']:9.4f} s{one['tokens_per_second']:12,.0f} tokens/s"
                 f"{100 * one['share_of_peak']:7.1f} % of peak{one['peak_gib']:8.2f} GiB"
             )
             for row in one.get("profile", []):
                 print(f"      {100 * row['share']:5.1f} %  {row['operation']}")
-    for name, each in (("ST-AR over AR", found["ratio"]), ("LlamaGen over AR", found.get("LlamaGen over AR"))):
-        if each:
-            print(f"  {name}: {each['median']:.3f} ({each['quartile_low']:.3f} to {each['quartile_high']:.3f})")
+    ratios = {"ST-AR over AR": found["ratio"]} | {
+        name: each for name, each in found.items() if name.endswith(" over AR")
+    }
+    for name, each in ratios.items():
+        print(f"  {name}: {each['median']:.3f} ({each['quartile_low']:.3f} to {each['quartile_high']:.3f})")
     print(f"  limit of ST-AR over AR by FLOPs: {found['flop_limit']:.3f}")
 
 

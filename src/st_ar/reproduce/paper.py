@@ -253,6 +253,7 @@ EXPERIMENTS: dict[Name, Experiment] = {
             _ablated("temperature 0.5", {}, temperature=0.5),
             _ablated("positions from the 17th on", {}, first_position=16),
             _ablated("in the first half of the run", {}, until=0.5),
+            _ablated("in the first 80 % of the run", {}, until=0.8),
             _ablated("contrast alone, nothing masked", {}, alpha=0.0, mask_ratio=0.0),
             _ablated("the same, at temperature 0.5", {}, alpha=0.0, mask_ratio=0.0, temperature=0.5),
             _ablated("the same, at half the weight", {}, alpha=0.0, mask_ratio=0.0, beta=0.25),
