@@ -115,7 +115,11 @@ def test_trains_help_lists_every_preset(capsys: Capture, monkeypatch: pytest.Mon
 @pytest.mark.parametrize("preset", ["llamagen-b", "st-ar-digits"])
 def test_a_presets_help_explains_every_setting(capsys: Capture, monkeypatch: pytest.MonkeyPatch, preset: str) -> None:
     text = helped(capsys, monkeypatch, "train", preset, "--help")
-    own = [f"--{field.name}" for field in dataclasses.fields(Train) if field.name not in ("config", "watching")]
+    own = [
+        f"--{field.name.replace('_', '-')}"
+        for field in dataclasses.fields(Train)
+        if field.name not in ("config", "watching")
+    ]
     for flag in [*own, *flags(WatchConfig), *flags(TrainConfig)]:
         assert re.search(rf"(?m)^\W*{flag}\b", text), flag
     width = PRESETS[preset]().model.dim

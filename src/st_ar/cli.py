@@ -61,6 +61,10 @@ class Train:
     """Captions' features for a text model (--model.condition text): a .safetensors file, or a folder of them."""
     validation: Path | None = None
     """A token store to measure the averaged weights on at each checkpoint; the best so far are kept, in OUT/best."""
+    init: Path | None = None
+    """A model to begin with instead of random weights: a run, an export folder, .safetensors, LlamaGen's .pt, hub:OWNER/NAME."""
+    init_ema: bool = False
+    """Begin with the averaged instead of the live weights of --init."""
     out: Path
     """Folder of the run."""
     resume: bool = False
@@ -77,6 +81,8 @@ class Train:
             self.out,
             text=self.text,
             validation=self.validation,
+            init=self.init,
+            init_ema=self.init_ema,
             watching=self.watching,
             resume=self.resume,
             preset=preset,
@@ -102,7 +108,8 @@ class Train:
 def _read_train(arguments: Sequence[str]) -> Callable[[], None]:
     """`st-ar train PRESET ...`: the preset gives every setting its default."""
     usage = (
-        "--tokens STORE [--text TEXT] [--validation STORE] --out RUN [--resume] [--steps N | --epochs N] [any setting]"
+        "--tokens STORE [--text TEXT] [--validation STORE] [--init MODEL] --out RUN [--resume] [--steps N | --epochs N] "
+        "[any setting]"
     )
     chosen = _choose_preset("train", usage, PRESETS, arguments)
     if isinstance(chosen, str):

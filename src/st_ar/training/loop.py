@@ -22,6 +22,7 @@ from st_ar.randomness import Purpose, torch_generator, torch_seed
 from st_ar.selfguided.objective import NO_GUIDANCE, Draws, Losses, SelfGuided, draw
 from st_ar.selfguided.teacher import Teacher
 from st_ar.training.group import everyone, from_first, largest, mean, place, process_group
+from st_ar.training.initial import Initial
 from st_ar.training.keep import Keeper
 from st_ar.training.log import append_log, rewind_log, skipped_steps
 from st_ar.training.memory import enough_memory
@@ -42,34 +43,40 @@ def train(
     *,
     text: Path | None = None,
     validation: Path | None = None,
+    init: Path | None = None,
+    init_ema: bool = False,
     watching: WatchConfig | None = None,
     resume: bool = False,
     preset: str = "",
 ) -> Path:
     """Train on the token store `tokens` and keep everything in the run folder `out`; returns `out`.
 
-    Sets torch's global seed. The run is a function of the config and the stores: stopped at any instant and resumed, it
+    Sets torch's global seed. The run is a function of the config, the stores and `init`: stopped at any instant and resumed, it
     ends with the same weights, bit for bit on a CPU. Under torchrun all ranks call this and share each batch; without
     dropout the result is that of one, but for rounding (with dropout inside the network, each rank draws its own).
 
     Args:
         text: the captions of the token store's images, for a text model and no other.
         validation: a token store to measure the averaged weights on at each checkpoint; the best are kept in best/.
+        init: a model whose weights to begin with instead of random ones, for student and teacher; any that `open_model` takes.
+            AdamW's moments, the projector, the average and the count of steps begin anew.
+        init_ema: begin with its averaged instead of its live weights.
         watching: what is shown of the run; it has no part in the weights. TensorBoard's curves alone if None.
 
     Raises:
-        UserError: a store, captions or their absence that do not suit the model, a run already there, a resume with other
-            settings or captions, a full disk, too little memory, a loss that is not finite, ranks that do not suit the
-            settings or are lost.
+        UserError: a store, captions or their absence, or weights to begin with that do not suit the model, a run already
+            there, a resume with other settings or data, a full disk, too little memory, a loss that is not finite, ranks
+            that do not suit the settings or are lost.
         Interrupted: SIGINT or SIGTERM came to this rank or another; a checkpoint of the last finished step was written.
     """
-    stores = (tokens, text, validation)
+    given = (tokens, text, validation, init)
     with (
         process_group(config.device, config.rank_timeout) as (ranks, device),
         enough_memory(config, ranks.world),
         freed_memory_kept(),
     ):
-        return _train(config, *stores, out, ranks, device, watching or WatchConfig(), resume=resume, preset=preset)
+        watching = watching or WatchConfig()
+        return _train(config, *given, out, ranks, device, watching, init_ema=init_ema, resume=resume, preset=preset)
 
 
 def _train(
@@ -77,11 +84,13 @@ def _train(
     tokens: Path,
     text: Path | None,
     validation: Path | None,
+    init: Path | None,
     out: Path,
     ranks: Ranks,
     device: torch.device,
     watching: WatchConfig,
     *,
+    init_ema: bool,
     resume: bool,
     preset: str,
 ) -> Path:
@@ -89,7 +98,8 @@ def _train(
     first = ranks.rank == 0
     store = TokenStore(tokens)
     store.check_model(config.model)
-    captions = open_text(text, config.model)
+    initial = Initial(init, ema=init_ema, config=config.model, trained_on=store)
+    captions = open_text(text, config.model, initial.encoder)
     if captions is not None:
         captions.check_tokens(store)
     dtype = choose_dtype(config.dtype, device)
@@ -107,7 +117,7 @@ def _train(
         if captions is not None:
             captions.verify()
         read = {"tokens": store.describe()} | ({} if captions is None else {"text": captions.describe()})
-        data = read | validated.describe()
+        data = read | validated.describe() | initial.describe()
         record = describe_run(config, data, dtype, preset)
         claim(out, record, config, len(store), resume=resume)
         return record
@@ -117,6 +127,7 @@ def _train(
 
     torch.manual_seed(torch_seed(config.seed, Purpose.INITIALISATION))
     model = Transformer(config.model)
+    initial.give(model)
     teacher = Teacher(model, config.selfguided)
     student = SelfGuided(model, config.selfguided).train()
     called = spread(student, teacher, config, parallel, device, dtype)

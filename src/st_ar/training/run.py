@@ -73,7 +73,7 @@ def claim(out: Path, record: dict[str, Any], config: RunConfig, images: int, *, 
         for name, values in differences(to_dict(begun_config), record["config"]).items()
         if name not in MAY_CHANGE
     }
-    for part in ("tokens", "text", "validation", "images"):
+    for part in ("tokens", "text", "validation", "init", "images"):
         there = begun.get(part) if isinstance(begun.get(part), dict) else {}
         changed |= differences(there or {}, record.get(part) or {}, f"{part}.")
     if begun.get("dtype") != record["dtype"]:
