@@ -14,7 +14,7 @@ from pathlib import Path
 from common import RESULTS
 
 FIGURES = ("{}.json", "{}.csv", "{}-probe.svg", "{}-probe.json")
-MEASURED = ("-probe.json", "-likelihood.json", ".evaluation.json")
+MEASURED = r"(-step\d+)?(-ema)?-(probe|likelihood|(un)?guided.*\.evaluation)\.json"
 
 
 def keep(source: Path, target: Path, work: Path, name: str) -> None:
@@ -49,10 +49,7 @@ def main() -> None:
             for file in ("config.json", "log.jsonl"):
                 keep(folder / run / file, out / "runs" / run / file, given.work, given.name)
             for source in sorted(folder.glob(f"{run}*")):
-                rest = source.name.removeprefix(run).removeprefix("-ema")
-                if source.name.endswith(MEASURED) and rest.startswith(
-                    ("-probe", "-likelihood", "-unguided", "-guided")
-                ):
+                if re.fullmatch(MEASURED, source.name.removeprefix(run)):
                     keep(source, out / "runs" / source.name, given.work, given.name)
 
 

@@ -10,7 +10,11 @@ import numpy as np
 import pytest
 
 from st_ar.cli import run_command
+from st_ar.data.store import TokenStore
 from st_ar.errors import UserError
+from st_ar.evaluation.attention import ImageMasks
+from st_ar.evaluation.likelihood import validation_loss
+from st_ar.model.weights import load_model
 from st_ar.verbs import VERBS
 from tests.small_line import SmallLine, make_line
 from tests.test_report import Page
@@ -104,9 +108,17 @@ def test_standard_output_is_json_alone_and_the_file_has_the_same(
 
 
 def test_likelihoods_numbers_are_those_of_out(line: SmallLine, tmp_path: Path, capsys: Capture) -> None:
-    options = ["--model", str(line.model), "--tokens", str(line.tokens), "--out", str(tmp_path / "out.json")]
-    run_command(["likelihood", *options, "--json", "-"])
-    assert json.loads(capsys.readouterr().out) == json.loads((tmp_path / "out.json").read_text())
+    options = ["--model", str(line.model), "--tokens", str(line.tokens)]
+    run_command(["likelihood", *options, "--out", str(tmp_path / "out.json"), "--json", "-"])
+    kept = json.loads((tmp_path / "out.json").read_text())
+    assert json.loads(capsys.readouterr().out) == kept
+    assert "masks" not in kept
+    run_command(["likelihood", *options, "--mask-ratio", "0.5", "--seed", "1", "--out", str(tmp_path / "masked.json")])
+    assert "50% of the keys masked; an even guess" in capsys.readouterr().out
+    masked = json.loads((tmp_path / "masked.json").read_text())
+    assert masked["masks"] == {"ratio": 0.5, "seed": 1, "own_position": True}
+    expected = validation_loss(load_model(line.model), TokenStore(line.tokens), masks=ImageMasks(ratio=0.5, seed=1))
+    assert masked["results"][0]["loss"] == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize("verb", ["evaluate", "likelihood", "probe", "attention", "invariance"])

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from st_ar.errors import UserError
 from st_ar.printing import check_json, json_alone, keep_json, print_table
 
 
@@ -55,10 +54,6 @@ class Attention:
         from st_ar.evaluation.attention_report import table_of
         from st_ar.files import read_json
 
-        if self.mask_ratio == 0 and (self.seed or not self.mask_own_position):
-            raise UserError(
-                "--seed and --no-mask-own-position are about masked keys: give --mask-ratio too, or neither"
-            )
         check_json(self.json)
         chosen = Chosen(
             layers=self.layers,

@@ -4,7 +4,7 @@ What it needs is imported when it runs, so that help is quick.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -29,6 +29,12 @@ class Likelihood:
     """What to call the models, one name each; by default their paths' last parts."""
     weights: Literal["live", "ema", "both"] = "live"
     """The live weights, the averaged ones, or both."""
+    mask_ratio: float = 0.0
+    """Mask so large a share of the keys at random, as ST-AR's training does (it masks 0.25); 0 for no mask."""
+    mask_own_position: bool = True
+    """Whether a masked token is also hidden from its own query, as --selfguided.mask-own-position."""
+    seed: int = 0
+    """Seed of the masks."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute."""
     out: Path | None = None
@@ -38,6 +44,7 @@ class Likelihood:
 
     def run(self) -> None:
         from st_ar.data.store import TokenStore
+        from st_ar.evaluation.attention import ImageMasks
         from st_ar.evaluation.likelihood import validation_loss
         from st_ar.evaluation.subjects import find_subjects
         from st_ar.files import require_absent, require_place, write_json
@@ -48,19 +55,25 @@ class Likelihood:
         if self.out:
             require_absent(self.out, "a result")
             require_place(self.out)
+        masks = ImageMasks(ratio=self.mask_ratio, seed=self.seed, own_position=self.mask_own_position)
         device, store = choose_device(self.device), TokenStore(self.tokens)
         subjects = find_subjects(self.model, self.names, self.weights)
         for subject in subjects:
             subject.check_store(store)
         with progress("likelihood", len(store) * len(subjects), unit="images") as bar:
-            losses = {s.name: validation_loss(s.open().to(device), store, advance=bar.advance) for s in subjects}
+            losses = {
+                subject.name: validation_loss(subject.open().to(device), store, masks=masks, advance=bar.advance)
+                for subject in subjects
+            }
         if self.json != "-":
             header = ("", "loss (nats per token)", "perplexity")
             print_table(header, [(name, f"{loss:.4f}", f"{math.exp(loss):.2f}") for name, loss in losses.items()])
             codes = store.meta.vocab_size
-            print(f"\n{len(store):,} images; an even guess among {codes:,} tokens: {math.log(codes):.4f}")
+            hidden = f", {self.mask_ratio:.0%} of the keys masked" if self.mask_ratio else ""
+            print(f"\n{len(store):,} images{hidden}; an even guess among {codes:,} tokens: {math.log(codes):.4f}")
         results = [{"model": s.name, "weights": s.describe(), "loss": losses[s.name]} for s in subjects]
         record = {"format_version": FORMAT_VERSION, "store": store.describe(), "results": results}
+        record |= {"masks": asdict(masks)} if self.mask_ratio else {}
         record |= {"environment": describe()}
         if self.out:
             write_json(self.out, record)

@@ -9,6 +9,7 @@ import torch
 
 from st_ar.data.store import TokenStore
 from st_ar.errors import UserError
+from st_ar.evaluation.attention import ImageMasks
 from st_ar.evaluation.likelihood import validation_loss
 from st_ar.model.transformer import Transformer
 from tests.data.random_store import random_store, write_store
@@ -31,6 +32,23 @@ def test_it_is_the_mean_surprise_at_each_token_of_the_last_crop(written: tuple[P
             logits = model(read, torch.tensor([label])).logits[0, -1].double()
             surprises.append(math.log(logits.exp().sum().item()) - logits[token].item())
     assert validation_loss(model, TokenStore(folder)) == pytest.approx(sum(surprises) / (7 * 9), rel=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("own", [True, False])
+def test_masked_keys_are_hidden_as_in_training(written: tuple[Path, np.ndarray, np.ndarray], own: bool) -> None:
+    folder, codes, labels = written
+    model = random_model()
+    masks = ImageMasks(ratio=0.5, seed=3, own_position=own)
+    surprises: list[float] = []
+    for image, (tokens, label) in enumerate(zip(codes[:, -1].astype(int), labels, strict=True)):
+        mask = masks.draw([image], 9)
+        assert mask is not None
+        logits = model(torch.tensor(tokens[:-1])[None], torch.tensor([label]), key_mask=mask).logits[0].double()
+        surprises += (-logits.log_softmax(-1)[range(9), tokens]).tolist()
+    found = validation_loss(model, TokenStore(folder), masks=masks, batch_size=4)
+    assert found == pytest.approx(sum(surprises) / (7 * 9), rel=1e-5)
+    assert found != pytest.approx(validation_loss(model, TokenStore(folder)), rel=1e-4)
 
 
 def test_the_batch_size_changes_nothing(written: tuple[Path, np.ndarray, np.ndarray]) -> None:

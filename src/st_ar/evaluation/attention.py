@@ -143,6 +143,10 @@ class ImageMasks:
             raise UserError(f"--mask-ratio must lie in [0, 1), not {self.ratio}")
         if self.seed < 0:
             raise UserError(f"--seed must be 0 or more, not {self.seed}")
+        if self.ratio == 0 and (self.seed or not self.own_position):
+            raise UserError(
+                "--seed and --no-mask-own-position are about masked keys: give --mask-ratio too, or neither"
+            )
 
     def draw(self, images: Sequence[int], length: int) -> Tensor | None:
         """True where attention may not look: bool [n, T], or [n, T, T] where each query sees its own token; None for no mask."""

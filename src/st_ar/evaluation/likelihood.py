@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from st_ar.data.store import TokenStore
+from st_ar.evaluation.attention import NO_MASKS, ImageMasks
 from st_ar.model.transformer import Transformer
 from st_ar.selfguided.losses import next_token_loss
 
@@ -17,6 +18,7 @@ def validation_loss(
     *,
     images: int | None = None,
     batch_size: int = 256,
+    masks: ImageMasks = NO_MASKS,
     advance: Callable[[int], object] | None = None,
 ) -> float:
     """Mean of L_AR (Eq. 2) in nats per token over a store's images, last crop each, with their labels, in float32.
@@ -25,6 +27,7 @@ def validation_loss(
 
     Args:
         images: how many, at equal distances in the store; by default all.
+        masks: keys that are hidden from the model, as in training (Eq. 3); none by default.
         advance: is told how many images more are read.
 
     Raises:
@@ -41,7 +44,9 @@ def validation_loss(
         here = chosen[start : start + batch_size]
         codes = store.codes(here, np.full((len(here), 1), crop))[:, 0]
         tokens = torch.from_numpy(codes.astype(np.int64)).to(device)
-        logits = model(tokens[:, :-1], torch.from_numpy(store.labels[here]).to(device)).logits
+        mask = masks.draw(here.tolist(), tokens.shape[1])
+        key_mask = None if mask is None else mask.to(device)
+        logits = model(tokens[:, :-1], torch.from_numpy(store.labels[here]).to(device), key_mask=key_mask).logits
         total += next_token_loss(logits, tokens).item() * len(tokens)
         if advance:
             advance(len(tokens))
