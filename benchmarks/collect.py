@@ -13,7 +13,7 @@ from pathlib import Path
 
 from common import RESULTS
 
-FIGURES = ("{}.json", "{}.csv", "{}-probe.svg", "{}-probe.json")
+FIGURES = ("{}.json", "{}.csv", "{}-*.svg", "{}-*.json")
 MEASURED = r"(-step\d+)?(-ema)?-(probe|likelihood|(un)?guided.*\.evaluation)\.json"
 
 
@@ -38,7 +38,7 @@ def main() -> None:
     used: set[str] = set()
     for table in given.tables:
         for pattern in FIGURES:
-            if (source := given.work / pattern.format(table)).exists():
+            for source in sorted(given.work.glob(pattern.format(table))):
                 keep(source, out / source.name, given.work, given.name)
         for command in json.loads((given.work / f"{table}.json").read_text())["commands"]:
             if command[0] == "train":
