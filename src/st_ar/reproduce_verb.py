@@ -12,7 +12,7 @@ import tyro
 
 from st_ar.errors import UserError
 from st_ar.printing import check_json, json_alone, keep_json
-from st_ar.reproduce.paper import EXPERIMENTS, Experiment, Name, Row
+from st_ar.reproduce.paper import EXPERIMENTS, Experiment, Name, Row, Size
 from st_ar.reproduce.scales import SCALES, ScaleName
 
 
@@ -41,6 +41,8 @@ class Reproduce:
     """One that is there, instead of training the scale's; imagenet needs one (LlamaGen's vq_ds16_c2i.pt)."""
     reference: str | None = None
     """What samples are measured against; ADM's VIRTUAL_imagenet256_labeled.npz for the paper's numbers."""
+    size: Size = "B"
+    """Size of the models of a table that does not compare sizes: the scale's B, L or XL. Files of another than B are named WHAT-SIZE."""
     rows: tuple[str, ...] = ()
     """Rows to make, by their labels in the table; all by default."""
     seeds: tuple[int, ...] = (0,)
@@ -104,9 +106,10 @@ class Reproduce:
             )
             whole = plan(experiment.rows)
             run_stages(whole.stages, self.out, run_command)
-            show(self.what, whole)
+            name = self.what if self.size == "B" else f"{self.what}-{self.size.lower()}"
+            show(name, whole)
         if self.json:
-            keep_json(self.json, read_json(self.out / f"{self.what}.json", "a table of the paper's"))
+            keep_json(self.json, read_json(self.out / f"{name}.json", "a table of the paper's"))
 
     def _experiment(self) -> Experiment:
         """What was asked for, with the rows that were asked for."""
@@ -117,7 +120,12 @@ class Reproduce:
                 f"{self.what} has no row {unknown[0]!r}: --rows takes some of {', '.join(map(repr, labels))}"
             )
         chosen = tuple(row for row in experiment.rows if not self.rows or row.label in self.rows)
-        return replace(experiment, rows=chosen)
+        if self.size == "B":
+            return replace(experiment, rows=chosen)
+        if any(row.recipe.size != "B" for row in experiment.rows):
+            raise UserError(f"{self.what} compares sizes: choose among them with --rows, and leave out --size")
+        others = tuple(replace(row, recipe=replace(row.recipe, size=self.size), paper={}) for row in chosen)
+        return replace(experiment, title=f"{experiment.title}, size {self.size}", rows=others)
 
 
 def _fit(images: str | None, tokenizer: Path | None, side: int) -> dict[str, int]:

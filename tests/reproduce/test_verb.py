@@ -18,6 +18,7 @@ from st_ar.reproduce.paper import CONTROL, EXPERIMENTS, Name, Row
 from st_ar.reproduce.plan import Data, Plan
 from st_ar.reproduce.run import run_stages
 from st_ar.reproduce.scales import SCALES
+from st_ar.reproduce_verb import Reproduce
 from st_ar.training.log import read_log
 from tests.disk import contents
 
@@ -197,3 +198,30 @@ def test_what_cannot_be_planned_is_refused(tmp_path: Path, given: list[str], mes
     with pytest.raises(UserError, match=message):
         run_command(["reproduce", "table3", "--out", str(tmp_path / "work"), *given])
     assert not list(tmp_path.iterdir())
+
+
+def test_a_table_of_another_size_has_files_of_its_own(images: Path, tmp_path: Path, capsys: Capture) -> None:
+    out = tmp_path / "work"
+    kmeans = ["--images", f"folder:{images}", "--size", "32", "--out", str(tmp_path / "tokenizer")]
+    run_command(["train-tokenizer", "kmeans", *kmeans])
+    control = "AR on the same two views (control)"
+    wanted = ["fig4", "--scale", "small", "--steps", "1", "--rows", control, *options(images, out)]
+    run_command(["reproduce", *wanted])
+    of_b = (out / "fig4.json").read_text()
+    run_command(["reproduce", *wanted, "--size", "L", "--json", str(tmp_path / "table.json")])
+    assert "Figure 4: linear probing over the steps, size L" in capsys.readouterr().out
+    assert (out / "fig4.json").read_text() == of_b
+    assert (tmp_path / "table.json").read_text() == (out / "fig4-l.json").read_text()
+    run = json.loads((out / "runs" / "ar-l-50-epochs-2-views-seed0" / "config.json").read_text())
+    assert [run["config"]["model"][key] for key in ("dim", "n_layers", "n_heads")] == [384, 8, 12]
+
+
+def test_a_size_shows_no_numbers_of_the_papers_b(tmp_path: Path) -> None:
+    chosen = Reproduce(what="table3", out=tmp_path, size="XL")._experiment()
+    assert [(row.recipe.size, row.paper) for row in chosen.rows] == [("XL", {})] * len(EXPERIMENTS["table3"].rows)
+
+
+@pytest.mark.parametrize("what", ["table1", "table2"])
+def test_a_table_that_compares_sizes_has_no_other(what: Name, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=f"{what} compares sizes: choose among them with --rows"):
+        run_command(["reproduce", what, "--size", "L", "--out", str(tmp_path), "--dry-run"])

@@ -17,7 +17,7 @@ from st_ar.hardware import describe
 from st_ar.printing import print_table
 from st_ar.report import Chart, Gallery, Section, Table, png_uri, write_report
 from st_ar.reproduce.measured import ATTENTION, TIME, TOKENS, measurements, probe_curve
-from st_ar.reproduce.paper import CONTROL, Name
+from st_ar.reproduce.paper import CONTROL
 from st_ar.reproduce.plan import Plan
 
 PAPER = {
@@ -34,7 +34,7 @@ SHOWN = ("layer-*-mean.png", "curve.png", "views.png")
 DIGITS = {f"{ATTENTION}: on the": 3, "probe": 1, "precision": 3, "recall": 3, "validation": 3, TOKENS: 2, TIME: 2}
 
 
-def show(name: Name, plan: Plan) -> None:
+def show(name: str, plan: Plan) -> None:
     """Print the table, and write NAME.html, .json and .csv into the plan's folder."""
     experiment = plan.experiment
     ours = {label: measurements(files, experiment.metrics) for label, files in plan.files.items()}
