@@ -46,7 +46,7 @@ class Likelihood:
         from st_ar.data.store import TokenStore
         from st_ar.evaluation.attention import ImageMasks
         from st_ar.evaluation.likelihood import validation_loss
-        from st_ar.evaluation.subjects import find_subjects
+        from st_ar.evaluation.subjects import check_store, find_subjects
         from st_ar.files import require_absent, require_place, write_json
         from st_ar.hardware import choose_device, describe
         from st_ar.progress import progress
@@ -59,7 +59,7 @@ class Likelihood:
         device, store = choose_device(self.device), TokenStore(self.tokens)
         subjects = find_subjects(self.model, self.names, self.weights)
         for subject in subjects:
-            subject.check_store(store)
+            check_store(subject.info, store)
         with progress("likelihood", len(store) * len(subjects), unit="images") as bar:
             losses = {
                 subject.name: validation_loss(subject.open().to(device), store, masks=masks, advance=bar.advance)

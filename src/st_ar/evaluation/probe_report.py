@@ -12,7 +12,7 @@ from st_ar.evaluation.feature_cache import FeatureCache
 from st_ar.evaluation.hidden import Reading
 from st_ar.evaluation.probe import ProbeMethod, ProbeResult, choose_reading
 from st_ar.evaluation.shallow import NAMES
-from st_ar.evaluation.subjects import Subject
+from st_ar.evaluation.subjects import Subject, check_store
 from st_ar.figures import COLOURS, Drawing, line_chart
 from st_ar.hardware import describe
 
@@ -31,7 +31,7 @@ def choose_subjects_reading(
     """What is read of a model; no layers or steps stand for those that `choose_reading` takes by default.
 
     Raises:
-        UserError: as `choose_reading` and `Subject.check_store`; or a model that has never been trained without its condition,
+        UserError: as `choose_reading` and `check_store`; or a model that has never been trained without its condition,
             whose null condition means nothing.
     """
     chosen = range(1, subject.info.config.n_layers + 1) if isinstance(layers, str) else layers
@@ -45,7 +45,7 @@ def choose_subjects_reading(
         dtype=dtype,
     )
     for store in (train_store, test_store):
-        subject.check_store(store)
+        check_store(subject.info, store)
     if subject.info.class_dropout == 0:
         raise UserError(
             f"{subject.info.source} was trained with --class-dropout 0 and knows no null class, which probes give it so that no "

@@ -22,15 +22,6 @@ class Subject:
     sha256: str
     """Of the file of weights."""
 
-    def check_store(self, store: TokenStore) -> None:
-        """UserError if the store is of another tokenizer than the model's, or names its classes otherwise."""
-        store.check_model(self.info.config, self.info.tokenizer)
-        names = self.info.class_names
-        if self.info.config.condition == "class" and names and not same_names(names, store.meta.class_names):
-            raise UserError(
-                f"{store.folder} names its classes otherwise than {self.info.source}: give the store that the model was made for"
-            )
-
     def open(self) -> Transformer:
         """The network, float32 on the CPU.
 
@@ -48,6 +39,16 @@ class Subject:
         """Which weights, as plain JSON values."""
         info = self.info
         return {"file": str(info.source), "sha256": self.sha256, "ema": info.ema, "step": info.step}
+
+
+def check_store(info: ModelInfo, store: TokenStore) -> None:
+    """UserError if the store is of another tokenizer than the model's, or names its classes otherwise."""
+    store.check_model(info.config, info.tokenizer)
+    names = info.class_names
+    if info.config.condition == "class" and names and not same_names(names, store.meta.class_names):
+        raise UserError(
+            f"{store.folder} names its classes otherwise than {info.source}: give the store that the model was made for"
+        )
 
 
 def call_models(models: Sequence[Path], names: Sequence[str]) -> Sequence[str]:

@@ -6,7 +6,7 @@ from typing import Any
 from st_ar.config import ModelConfig
 from st_ar.data.store import TokenStore
 from st_ar.errors import UserError
-from st_ar.evaluation.subjects import Subject
+from st_ar.evaluation.subjects import check_store
 from st_ar.files import sha256
 from st_ar.model.transformer import Transformer
 from st_ar.model.weights import open_model
@@ -50,7 +50,7 @@ class Initial:
             raise UserError(
                 f"{self.info.source} is not of the model to be trained: {listed}; give its settings, or its preset"
             )
-        Subject(name="", info=self.info, sha256="").check_store(trained_on)
+        check_store(self.info, trained_on)
 
     @property
     def encoder(self) -> str:
