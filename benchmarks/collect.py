@@ -19,7 +19,9 @@ MEASURED = r"(-step\d+)?(-ema)?-(probe|likelihood|(un)?guided.*\.evaluation)\.js
 
 def keep(source: Path, target: Path, work: Path, name: str) -> None:
     """Copy a text, its paths shortened."""
-    text = source.read_text().replace(str(work.resolve()), name).replace(str(work), name)
+    text = source.read_text()
+    for path in (work.resolve(), work):
+        text = re.sub(rf"(?<![\w./-]){re.escape(str(path))}(?![\w.-])", name, text)  # not a part of another name
     text = re.sub(r"(?<=[\"' :(])/[\w./-]*/(?=[\w*.-]+)", "", text)  # of a path elsewhere the last part
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(text if text.endswith("\n") else f"{text}\n")

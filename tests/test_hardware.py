@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from st_ar.errors import UserError
-from st_ar.hardware import Beside, choose_device, choose_dtype, peak_flops, require_compiler
+from st_ar.hardware import Beside, choose_device, choose_dtype, describe, peak_flops, require_compiler
 
 CPU = torch.device("cpu")
 
@@ -73,6 +73,13 @@ def test_compiling_without_a_compiler_is_refused(tmp_path: Path, monkeypatch: py
     (tmp_path / "mine").touch(mode=0o755)
     monkeypatch.setenv("CXX", "mine")
     require_compiler(CPU)
+
+
+def test_a_machine_is_described_with_what_its_cpu_multiplies_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "AVX512")
+    for has, instructions in ((True, "AVX512 + bfloat16"), (False, "AVX512")):
+        cpu_with(monkeypatch, "x86_64", avx512=has)
+        assert describe()["instructions"] == instructions
 
 
 def test_work_beside_other_work_is_done_at_once_on_a_cpu() -> None:

@@ -188,11 +188,18 @@ def describe() -> dict[str, Any]:
         "torch": torch.__version__,
         "python": platform.python_version(),
         "cpu": _cpu_name(),
+        "instructions": _cpu_instructions(),
         "threads": torch.get_num_threads(),
     }
     if torch.cuda.is_available():
         described["gpu"] = torch.cuda.get_device_name()
     return described
+
+
+def _cpu_instructions() -> str:
+    """What torch's kernels use of the CPU, which its name does not always tell: AVX2, or AVX512 + bfloat16, say."""
+    capability = torch.backends.cpu.get_cpu_capability()
+    return f"{capability} + bfloat16" if _cpu_has_bfloat16() else capability
 
 
 def _cpu_name() -> str:
