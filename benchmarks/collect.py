@@ -53,6 +53,8 @@ def main() -> None:
             for source in sorted(folder.glob(f"{run}*")):
                 if re.fullmatch(MEASURED, source.name.removeprefix(run)):
                     keep(source, out / "runs" / source.name, given.work, given.name)
+            for source in sorted(folder.glob(f"{run}*-attention/statistics.json")):
+                keep(source, out / "runs" / f"{source.parent.name}.json", given.work, given.name)
 
 
 if __name__ == "__main__":
