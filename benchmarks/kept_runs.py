@@ -1,6 +1,6 @@
 """A table of all runs that benchmarks/collect.py has kept in a folder of results, whenever and wherever each was made.
 
-    python benchmarks/tabulate.py cifar10-kmeans
+    python benchmarks/kept_runs.py cifar10-kmeans
 
 A line for each recipe and its weights, with the mean and standard deviation over its seeds. Runs of one folder share their
 tokenizer and reference, which is checked here.

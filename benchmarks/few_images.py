@@ -1,6 +1,6 @@
 """Does self-guidance pay where plain training overfits? CIFAR-10's presets on few images, longer than suits the control.
 
-    python benchmarks/little_data.py --images 'cifar10/train*.parquet' --test-images 'cifar10/test*.parquet' --count 2000 --out little
+    python benchmarks/few_images.py --images 'cifar10/train*.parquet' --test-images 'cifar10/test*.parquet' --count 2000 --out few
 
 The first --count images alone are trained on (k-means tokens, ten crops, a constant learning rate). The averaged weights of every
 so many steps are measured on all test images: validation loss, probe, and samples against the decoded tokens of the test images.
@@ -19,6 +19,7 @@ import pyarrow.parquet
 
 from common import save
 from st_ar.cli import run_command
+from st_ar.figures import line_chart
 from st_ar.reproduce.measured import likelihood, probe_curve
 from st_ar.reproduce.run import Stage, run_stages
 
@@ -28,6 +29,8 @@ METHODS = {
     "contrast alone": ("st-ar-cifar10", "--selfguided.alpha", "0", "--selfguided.mask-ratio", "0"),
 }
 CODES = 512
+SAMPLES = 5000
+LOSSES = "validation loss by step"
 CHECKED = 50
 """Steps between two measurements of the validation loss."""
 
@@ -95,7 +98,7 @@ def method_stages(out: Path, method: str, seed: int, steps: int, every: int) -> 
     for step in range(every, steps + 1, every):
         files = Measured(run, step)
         model = ("--model", str(run / "kept" / f"step_{step:08d}"))
-        how = ("--num", "10000", "--cfg-scale", "1", "--seed", str(seed), "--ema")
+        how = ("--num", str(SAMPLES), "--cfg-scale", "1", "--seed", str(seed), "--ema")
         drawn = ("--tokenizer", str(out / "tokenizer"), *how)
         judged = ("--reference", str(out / "reference.npz"), "--extractor", "efficientnet")
         probed = ("--tokens", str(out / "tokens-few"), "--test-tokens", str(out / "tokens-test"), "--weights", "ema")
@@ -128,7 +131,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--every", type=int, default=250, help="measure after every so many steps")
-    parser.add_argument("--name", default="little-data")
+    parser.add_argument("--figure", type=Path, help="SVG of the validation losses from step 200 on")
+    parser.add_argument("--name", default="few-images")
     given = parser.parse_args()
     out: Path = given.out
     (out / "runs").mkdir(parents=True, exist_ok=True)
@@ -141,7 +145,7 @@ def main() -> None:
         run_stages([*stages, run, *measured], out, run_command)
         steps = range(given.every, given.steps + 1, given.every)
         results[method] = {
-            "validation loss by step": curve(run.makes),
+            LOSSES: curve(run.makes),
             "measured after": {step: Measured(run.makes, step).read() for step in steps},
         }
     print(f"\n{'':16}{'steps':>6}{'FD':>8}{'recall':>8}{'loss':>8}{'probe':>7}")
@@ -150,6 +154,13 @@ def main() -> None:
             distance, recall = (next(v for k, v in numbers.items() if k.startswith(start)) for start in ("F", "recall"))
             last = numbers["probe, %"][-1]
             print(f"{method:16}{step:6}{distance:8.2f}{recall:8.3f}{numbers['validation loss']:8.3f}{last:7.1f}")
+    if given.figure:
+        late = {
+            method: ([step for step in found[LOSSES] if step >= 200], [v for s, v in found[LOSSES].items() if s >= 200])
+            for method, found in results.items()
+        }
+        name = f"Validation loss of the averaged weights, trained on {given.count:,} images"
+        line_chart(late, name=name, x="step", y="validation loss (nats per token)").save(given.figure)
     save(given.name, results)
 
 
