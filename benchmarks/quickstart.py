@@ -64,6 +64,7 @@ def main() -> None:
     """Measure, print, save."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", choices=["photos", "digits"], default="photos")
+    parser.add_argument("--name", help="of the result; quickstart-IMAGES by default")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     given = parser.parse_args()
     runs = {seed: run(given.images, seed) for seed in given.seeds}
@@ -80,7 +81,7 @@ def main() -> None:
             values = [pick(r[method]) for r in runs.values()]
             summary[f"{method} {name}"] = Spread(tuple(values)).describe()
             print(f"{method:6} {name:18} " + " ".join(f"{value:.4f}" for value in values))
-    save(f"quickstart-{given.images}", {"runs": runs, "summary": summary})
+    save(given.name or f"quickstart-{given.images}", {"runs": runs, "summary": summary})
 
 
 if __name__ == "__main__":
