@@ -19,6 +19,7 @@ import pyarrow.parquet
 
 from common import save
 from st_ar.cli import run_command
+from st_ar.errors import UserError
 from st_ar.figures import line_chart
 from st_ar.reproduce.measured import likelihood, probe_curve
 from st_ar.reproduce.run import Stage, run_stages
@@ -43,7 +44,7 @@ def first_images(pattern: str, count: int, out: Path) -> None:
     pyarrow.parquet.write_table(pyarrow.concat_tables(map(pyarrow.parquet.read_table, paths)).slice(0, count), out)
 
 
-def data_stages(out: Path, train: str, test: str) -> list[Stage]:
+def data_stages(out: Path, train: str, few: Path, test: str) -> list[Stage]:
     """Tokens, and what samples are measured against."""
     tokenizer, decoded = str(out / "tokenizer"), str(out / "decoded")
     size = ("--size", "32")
@@ -60,7 +61,7 @@ def data_stages(out: Path, train: str, test: str) -> list[Stage]:
     reference = str(out / "reference.npz")
     return [
         stage("tokenizer", "train-tokenizer", "kmeans", *images, "--out", tokenizer),
-        tokens("tokens-few", f"parquet:{out / 'few.parquet'}", "--crop-range", "1.125"),
+        tokens("tokens-few", f"parquet:{few}", "--crop-range", "1.125"),
         tokens("tokens-test", test, "--crops", "center"),
         stage("decoded", "reconstruct", *rebuilt),
         stage("reference.npz", "reference", decoded, "--extractor", "efficientnet", "--out", reference),
@@ -130,19 +131,24 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=1000)
-    parser.add_argument("--every", type=int, default=250, help="measure after every so many steps")
+    parser.add_argument(
+        "--every", type=int, default=250, help=f"measure after every so many steps, a multiple of {CHECKED}"
+    )
     parser.add_argument("--figure", type=Path, help="SVG of the validation losses from step 200 on")
     parser.add_argument("--name", default="few-images")
     given = parser.parse_args()
     out: Path = given.out
     (out / "runs").mkdir(parents=True, exist_ok=True)
-    if not (out / "few.parquet").exists():
-        first_images(given.images, given.count, out / "few.parquet")
-    stages = data_stages(out, f"parquet:{given.images}", f"parquet:{given.test_images}")
+    few = out / f"first-{given.count}.parquet"
+    first_images(given.images, given.count, few)
+    stages = data_stages(out, f"parquet:{given.images}", few, f"parquet:{given.test_images}")
     results: dict[str, Any] = {}
     for method in given.methods:
         run, *measured = method_stages(out, method, given.seed, given.steps, given.every)
-        run_stages([*stages, run, *measured], out, run_command)
+        try:
+            run_stages([*stages, run, *measured], out, run_command)
+        except UserError as error:
+            sys.exit(str(error))
         steps = range(given.every, given.steps + 1, given.every)
         results[method] = {
             LOSSES: curve(run.makes),

@@ -51,7 +51,7 @@ def _cpu_has_bfloat16() -> bool:
     """Whether it multiplies in bfloat16 itself; oneDNN also imitates that on others, slowly."""
     if platform.machine() in ("x86_64", "AMD64"):
         return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 @contextlib.contextmanager
