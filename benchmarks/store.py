@@ -29,16 +29,16 @@ Choice = tuple[np.ndarray, np.ndarray]
 CPU = torch.device("cpu")
 
 
-def write(folder: Path, images: int, crops: int, tokens: int) -> None:
+def write(folder: Path, images: int, crops: int, tokens: int, vocab_size: int = VOCAB, classes: int = CLASSES) -> None:
     """Both layouts below `folder`: codes/, labels/, store/."""
     rng = np.random.default_rng(0)
     for name in ("codes", "labels"):
         (folder / name).mkdir()
     for image in range(images):
-        np.save(folder / "codes" / f"{image}.npy", rng.integers(0, VOCAB, (1, crops, tokens)))
-        np.save(folder / "labels" / f"{image}.npy", rng.integers(0, CLASSES, 1))
+        np.save(folder / "codes" / f"{image}.npy", rng.integers(0, vocab_size, (1, crops, tokens)))
+        np.save(folder / "labels" / f"{image}.npy", rng.integers(0, classes, 1))
     import_tokens(
-        folder / "codes", folder / "labels", folder / "store", vocab_size=VOCAB, num_classes=CLASSES, max_skipped=0
+        folder / "codes", folder / "labels", folder / "store", vocab_size=vocab_size, num_classes=classes, max_skipped=0
     )
 
 

@@ -4,11 +4,20 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+from st_ar import hardware
+from st_ar.data.store import TokenStore
 from st_ar.errors import UserError
+from st_ar.evaluation.collect import Place, collect
+from st_ar.evaluation.extractors import Extracted, Extractor
+from st_ar.evaluation.image_sets import open_files
+from st_ar.evaluation.likelihood import validation_loss
 from st_ar.hardware import Beside, choose_device, choose_dtype, describe, peak_flops, require_compiler
+from tests.data.random_store import random_store
+from tests.toys import random_model
 
 CPU = torch.device("cpu")
 
@@ -101,15 +110,18 @@ def held():
     with open("/proc/self/statm") as file:
         return int(file.read().split()[1]) * resource.getpagesize() >> 20
 
-def use():
-    tensors = [torch.ones(40 << 18) for _ in range(10)]  # 40 MiB each
+def use(megabytes, times):
+    tensors = [torch.ones(megabytes << 18) for _ in range(times)]
     del tensors
     return held()
 
-base = use()
+base = use(40, 10)
 with freed_memory_kept():
-    within = use()
-print(base, within, held(), use())
+    with freed_memory_kept():
+        pass
+    within = use(40, 10)
+after = held()
+print(base, within, after, use(600, 1))  # larger than any hole the others can have left
 """
 
 
@@ -120,3 +132,26 @@ def test_freed_memory_is_kept_for_as_long_as_it_is_wanted() -> None:
     assert within > base + 300
     assert after < base + 100
     assert later < base + 100
+
+
+def test_what_reads_many_images_keeps_the_memory_that_it_frees(tmp_path: Path) -> None:
+    folder, _, _ = random_store(tmp_path / "tokens", images=4, crops=1, grid=3, vocab_size=11, num_classes=3)
+    store, model, seen = TokenStore(folder), random_model(), list[int]()
+    np.savez(tmp_path / "images.npz", arr_0=np.zeros((4, 8, 8, 3), np.uint8))
+
+    def run(images: torch.Tensor) -> Extracted:
+        seen.append(len(hardware._within))
+        return Extracted(images.flatten(1).float()[:, :2])
+
+    model.layers[0].register_forward_hook(lambda *_: seen.append(len(hardware._within)))
+    for work in (
+        lambda: validation_loss(model, store),
+        lambda: collect(
+            open_files(str(tmp_path / "images.npz")), Extractor(name="x", weights="", dim=2, run=run), ["fd"], Place()
+        ),
+    ):
+        seen.clear()
+        work()
+        assert seen
+        assert set(seen) == {1}
+        assert not hardware._within

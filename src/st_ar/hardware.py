@@ -5,6 +5,7 @@ import ctypes
 import os
 import platform
 import shutil
+import threading
 from collections.abc import Callable, Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -54,12 +55,18 @@ def _cpu_has_bfloat16() -> bool:
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
+_within: list[object] = []
+"""One for each that is within `freed_memory_kept`: one in another, or threads beside each other."""
+_lock = threading.Lock()
+
+
 @contextlib.contextmanager
 def freed_memory_kept() -> Generator[None]:
     """Within, this process keeps the host memory that it frees, for its next tensors (glibc alone; elsewhere nothing happens).
 
-    Otherwise each large tensor of each step is mapped anew, and the system clears its pages again (benchmarks/training.py).
-    Afterwards the system gets back what is free: whatever comes next asks for other sizes, and would add to it.
+    Otherwise each large tensor of each step is mapped anew, and the system clears its pages again (benchmarks/training.py,
+    benchmarks/evaluation.py). Once nobody is within any more the system gets back what is free: whatever comes next asks for
+    other sizes, and would add to it.
     """
     try:
         libc = ctypes.CDLL(None)
@@ -67,15 +74,22 @@ def freed_memory_kept() -> Generator[None]:
     except (OSError, AttributeError):
         yield
         return
-    choose(M_MMAP_MAX, 0)
-    choose(M_TRIM_THRESHOLD, -1)
+    with _lock:
+        _within.append(libc)
+        choose(M_MMAP_MAX, 0)
+        choose(M_TRIM_THRESHOLD, -1)
     try:
         yield
     finally:
-        choose(M_MMAP_MAX, 1 << 16)  # glibc's own
-        choose(M_MMAP_THRESHOLD, 32 << 20)  # these two: where glibc's own move to while large blocks come and go
-        choose(M_TRIM_THRESHOLD, 64 << 20)
-        trim(0)
+        with _lock:
+            _within.pop()
+            if not _within:
+                choose(M_MMAP_MAX, 1 << 16)  # glibc's own
+                choose(
+                    M_MMAP_THRESHOLD, 32 << 20
+                )  # these two: where glibc's own move to while large blocks come and go
+                choose(M_TRIM_THRESHOLD, 64 << 20)
+                trim(0)
 
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4

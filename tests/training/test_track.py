@@ -171,24 +171,27 @@ SCRIPT = """
 import sys, time
 from pathlib import Path
 import numpy as np
+from st_ar.training import track
 from st_ar.training.track import close_all, open_trackers
-name, out, first, last, logged = sys.argv[1], Path(sys.argv[2]), *map(int, sys.argv[3:])
+name, out, first, last, logged, track.PATIENCE = sys.argv[1], Path(sys.argv[2]), *map(int, sys.argv[3:])
 (tracker,) = open_trackers([name], out, {"lr": 1e-3}, start=first - 1, logged=logged)
 begun = time.monotonic()
 for step in range(first, last + 1):
     tracker.log(step, {"loss": 1 / step})
 tracker.images(last, "samples", np.zeros((8, 8, 3), np.uint8))
-assert time.monotonic() - begun < 1, "training had to wait"
+assert time.monotonic() - begun < 5, "training had to wait"
 close_all([tracker])
 print("off" if tracker.off else "on", tracker.left_out)
 """
 
 
-def tracked(name: str, out: Path, steps: tuple[int, int], logged: int = 0, **environment: str) -> str:
-    """A process that tracks; what it says."""
-    command = [sys.executable, "-c", SCRIPT, name, str(out), *map(str, (*steps, logged))]
+def tracked(
+    name: str, out: Path, steps: tuple[int, int], logged: int = 0, patience: int = 60, **environment: str
+) -> str:
+    """A process that tracks and waits so many seconds in the end; what it says."""
+    command = [sys.executable, "-c", SCRIPT, name, str(out), *map(str, (*steps, logged, patience))]
     done = subprocess.run(
-        command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, check=False, timeout=60
+        command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, check=False, timeout=120
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()[-1] + done.stderr
@@ -216,7 +219,8 @@ def test_wandb_without_an_address_ends_in_time(tmp_path: Path) -> None:
     with socket.socket() as closed:  # nobody listens there
         closed.bind(("127.0.0.1", 0))
         address = f"http://127.0.0.1:{closed.getsockname()[1]}"
-        said = tracked("wandb", tmp_path / "run", (1, 300), WANDB_BASE_URL=address, WANDB_API_KEY="0" * 40)
+        said = tracked("wandb", tmp_path / "run", (1, 300), patience=2, WANDB_BASE_URL=address, WANDB_API_KEY="0" * 40)
+    assert "has not finished within 2 s" in said
     assert "log.jsonl has everything" in said
 
 

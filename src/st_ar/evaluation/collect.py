@@ -18,6 +18,7 @@ from st_ar.errors import UserError
 from st_ar.evaluation.extractors import Extractor
 from st_ar.evaluation.image_sets import ImageSet
 from st_ar.evaluation.statistics import FeatureStatistics, InceptionScore
+from st_ar.hardware import freed_memory_kept
 from st_ar.progress import progress
 from st_ar.randomness import Purpose
 from st_ar.training.group import joined
@@ -112,6 +113,7 @@ def batches(images: ImageSet, place: Place) -> Iterator[tuple[list[int], np.ndar
         yield indices, np.stack(pixels)
 
 
+@freed_memory_kept()
 def collect(
     images: ImageSet,
     extractor: Extractor,

@@ -7,10 +7,12 @@ import torch
 
 from st_ar.data.store import TokenStore
 from st_ar.evaluation.attention import NO_MASKS, ImageMasks
+from st_ar.hardware import freed_memory_kept
 from st_ar.model.transformer import Transformer
 from st_ar.selfguided.losses import next_token_loss
 
 
+@freed_memory_kept()
 @torch.no_grad()
 def validation_loss(
     model: Transformer,
