@@ -251,6 +251,7 @@ EXPERIMENTS: dict[Name, Experiment] = {
             _ablated("own position visible", {}, mask_own_position=False),
             _ablated("a quarter of alpha and beta", {}, alpha=0.25, beta=0.125),
             _ablated("temperature 0.5", {}, temperature=0.5),
+            _ablated("temperature 0.5, in the first 80 % of the run", {}, temperature=0.5, until=0.8),
             _ablated("positions from the 17th on", {}, first_position=16),
             _ablated("in the first half of the run", {}, until=0.5),
             _ablated("in the first 80 % of the run", {}, until=0.8),
