@@ -1,6 +1,7 @@
 """What the benchmarks share: timing in turn, the machine, and where results are saved."""
 
 import json
+import resource
 import statistics
 import sys
 import time
@@ -22,6 +23,11 @@ def flop_limit(config: ModelConfig) -> float:
     """ST-AR's training FLOPs over AR's at equal tokens: one more forward pass of the blocks."""
     body, head = flops_per_token(config)
     return (3 * (body + head) + body) / (3 * (body + head))
+
+
+def peak_rss() -> float:
+    """GB that this process has held at most."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 
 def synchronise(device: torch.device) -> None:

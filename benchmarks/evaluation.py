@@ -7,8 +7,6 @@ not timed. At the end the Frechet distance beside the formula with scipy's sqrtm
 
 import argparse
 import os
-import resource
-import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -18,17 +16,12 @@ import torch
 from scipy.linalg import sqrtm
 from torch import Tensor
 
-from common import save, summarise
+from common import peak_rss, save, summarise
 from st_ar.evaluation.manifolds import compare
 from st_ar.evaluation.metrics import frechet_distance, kernel_distance
 from st_ar.evaluation.statistics import FeatureStatistics, Gaussian, InceptionScore
 
 DIM, SPATIAL, CLASSES, FACTORS = 2048, 2023, 1008, 256
-
-
-def peak_rss() -> float:
-    """GB that this process has held at most."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 
 def batches(count: int, dim: int, shift: float, seed: int, batch: int) -> Iterator[Tensor]:

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from common import ratio, save, summarise, time_in_turn
+from common import peak_rss, ratio, save, summarise, time_in_turn
 from st_ar.data.store import TokenStore
 from st_ar.evaluation.collect import Place, collect
 from st_ar.evaluation.extractors import load_extractor
@@ -98,7 +98,7 @@ def main() -> None:
                     f"  {how:9}{one['seconds']['median']:8.2f} s by the clock,{one['own_seconds']:8.2f} s of its own and"
                     f"{one['system_seconds']:7.2f} s of the system's on all cores"
                 )
-    results["peak_rss_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    results["peak_rss_gb"] = peak_rss()
     save(given.name, results)
 
 

@@ -65,7 +65,7 @@ def freed_memory_kept() -> Generator[None]:
     """Within, this process keeps the host memory that it frees, for its next tensors (glibc alone; elsewhere nothing happens).
 
     Otherwise each large tensor of each step is mapped anew, and the system clears its pages again (benchmarks/training.py,
-    benchmarks/evaluation.py). Once nobody is within any more the system gets back what is free: whatever comes next asks for
+    benchmarks/reading.py). Once nobody is within any more the system gets back what is free: whatever comes next asks for
     other sizes, and would add to it.
     """
     try:
@@ -85,9 +85,8 @@ def freed_memory_kept() -> Generator[None]:
             _within.pop()
             if not _within:
                 choose(M_MMAP_MAX, 1 << 16)  # glibc's own
-                choose(
-                    M_MMAP_THRESHOLD, 32 << 20
-                )  # these two: where glibc's own move to while large blocks come and go
+                # these two: where glibc's own move to while large blocks come and go
+                choose(M_MMAP_THRESHOLD, 32 << 20)
                 choose(M_TRIM_THRESHOLD, 64 << 20)
                 trim(0)
 

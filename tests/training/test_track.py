@@ -179,7 +179,7 @@ begun = time.monotonic()
 for step in range(first, last + 1):
     tracker.log(step, {"loss": 1 / step})
 tracker.images(last, "samples", np.zeros((8, 8, 3), np.uint8))
-assert time.monotonic() - begun < 5, "training had to wait"
+assert time.monotonic() - begun < 1, "training had to wait"
 close_all([tracker])
 print("off" if tracker.off else "on", tracker.left_out)
 """
@@ -220,7 +220,6 @@ def test_wandb_without_an_address_ends_in_time(tmp_path: Path) -> None:
         closed.bind(("127.0.0.1", 0))
         address = f"http://127.0.0.1:{closed.getsockname()[1]}"
         said = tracked("wandb", tmp_path / "run", (1, 300), patience=2, WANDB_BASE_URL=address, WANDB_API_KEY="0" * 40)
-    assert "has not finished within 2 s" in said
     assert "log.jsonl has everything" in said
 
 
