@@ -149,8 +149,46 @@ def test_steps_may_not_be_added_once_the_rate_has_fallen_for_the_old_end(
     # No run from the beginning has these rates: the result would be a function of when it was stopped.
     config = replace(PLAIN_RUN, steps=4, optim=replace(PLAIN_RUN.optim, schedule=schedule))
     train(config, tokens, tmp_path / "run")
-    with refused(tmp_path, "steps was 4, now 8"):
+    message = f"steps was 4, now 8, and with --optim.schedule {schedule} the 4 steps already taken would have had other learning rates"
+    with refused(tmp_path, message):
         train(replace(config, steps=8), tokens, tmp_path / "run", resume=True)
+
+
+def lasting(until: float, steps: int = 12) -> TrainConfig:
+    """Self-guidance for a part of so many steps."""
+    return replace(GUIDED_RUN, steps=steps, selfguided=replace(GUIDED_RUN.selfguided, until=until))
+
+
+def test_self_guidance_may_be_ended_early_in_a_run_that_goes_on(tokens: Path, tmp_path: Path) -> None:
+    early = train(lasting(7 / 12), tokens, tmp_path / "early")
+    train(lasting(1.0, steps=7), tokens, tmp_path / "run")
+    train(lasting(7 / 12), tokens, tmp_path / "run", resume=True)
+    assert_same_result(tmp_path / "run", early)
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["config"]["selfguided"]["until"] == 7 / 12
+
+
+@pytest.mark.parametrize(
+    ("begun", "now", "message"),
+    [
+        (
+            lasting(1.0, steps=7),
+            lasting(0.5),
+            "steps was 7, now 12; selfguided.until was 1.0, now 0.5, and step 7 is already taken, with",
+        ),
+        (lasting(0.5, steps=8), lasting(0.5), "steps was 8, now 12, and step 5 is already taken, without"),
+        (
+            lasting(0.5, steps=8),
+            lasting(1.0, steps=8),
+            "selfguided.until was 0.5, now 1.0, and step 5 is already taken, without",
+        ),
+    ],
+)
+def test_self_guidance_may_not_be_begun_or_ended_in_the_past(
+    tokens: Path, tmp_path: Path, begun: TrainConfig, now: TrainConfig, message: str
+) -> None:
+    train(begun, tokens, tmp_path / "run")
+    with refused(tmp_path, f"{message} self-guidance. Give the old ones to resume it"):
+        train(now, tokens, tmp_path / "run", resume=True)
 
 
 CHANGES: dict[str, tuple[TrainConfig, str]] = {

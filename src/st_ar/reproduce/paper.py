@@ -256,6 +256,7 @@ EXPERIMENTS: dict[Name, Experiment] = {
             _ablated("in the first half of the run", {}, until=0.5),
             _ablated("in the first 80 % of the run", {}, until=0.8),
             _ablated("contrast alone, nothing masked", {}, alpha=0.0, mask_ratio=0.0),
+            _ablated("the same, in the first 80 % of the run", {}, alpha=0.0, mask_ratio=0.0, until=0.8),
             _ablated("the same, at temperature 0.5", {}, alpha=0.0, mask_ratio=0.0, temperature=0.5),
             _ablated("the same, at half the weight", {}, alpha=0.0, mask_ratio=0.0, beta=0.25),
         ),

@@ -25,8 +25,9 @@ MAY_CHANGE = (
     *("steps", "epochs", "log_every", "checkpoint_every", "keep", "keep_every", "device", "compile"),
     "skip_nonfinite",
     *("parallel", "shard_size", "activation_checkpointing", "rank_timeout", "evaluate_every", "evaluate_images"),
+    "selfguided.until",
 )
-"""Settings that a resumed run may change: none of them alters a step already taken (of the length, `claim` makes sure)."""
+"""Settings that a resumed run may change: none of them alters a step already taken (of the first two and the last, `claim` makes sure)."""
 
 
 def describe_run(config: RunConfig, data: dict[str, Any], dtype: torch.dtype, preset: str) -> dict[str, Any]:
@@ -83,23 +84,31 @@ def claim(out: Path, record: dict[str, Any], config: RunConfig, images: int, *, 
         raise UserError(
             f"{out} was begun with other settings: {listed}. Give the old ones to resume it, or choose another --out"
         )
-    _check_length(out, begun_config.total_steps(images), config, images, step)
+    _check_past(out, begun_config, config, images, step)
 
 
-def _check_length(out: Path, before: int, config: RunConfig, images: int, step: int) -> None:
-    """A run may be made longer or shorter as long as the steps already taken would have had the same learning rates."""
-    now = config.total_steps(images)
+def _check_past(out: Path, begun: RunConfig, config: RunConfig, images: int, step: int) -> None:
+    """The length, and that of self-guidance, may change as long as all of the `step` steps taken would have been the same."""
+    before, now = begun.total_steps(images), config.total_steps(images)
     if now < step:
         raise UserError(
             f"{out} has done {step} steps already, more than the {now} asked for: raise --steps, or sample what is there"
         )
-    taken = range(1, step + 1)
-    if now != before and any(
-        learning_rate(config.optim, s, before) != learning_rate(config.optim, s, now) for s in taken
-    ):
+    decides = ("steps", "epochs", "selfguided.until")
+    changed = {name: values for name, values in differences(to_dict(begun), to_dict(config)).items() if name in decides}
+    taken, trouble = range(1, step + 1) if changed else (), ""
+    if any(learning_rate(config.optim, s, before) != learning_rate(config.optim, s, now) for s in taken):
+        rates = "would have had other learning rates"
+        trouble = f"with --optim.schedule {config.optim.schedule} the {step} steps already taken {rates}"
+    elif isinstance(begun, TrainConfig) and isinstance(config, TrainConfig):
+        old, new = begun.selfguided, config.selfguided
+        if other := [s for s in taken if old.guides(s, before) != new.guides(s, now)]:
+            guided = "with" if old.guides(other[0], before) else "without"
+            trouble = f"step {other[0]} is already taken, {guided} self-guidance"
+    if trouble:
+        listed = "; ".join(f"{name} was {was}, now {is_now}" for name, (was, is_now) in changed.items())
         raise UserError(
-            f"{out} was begun with other settings: steps was {before}, now {now}, and with --optim.schedule {config.optim.schedule} "
-            f"the {step} steps already taken would have had other learning rates. Give the old length to resume it, or choose another --out"
+            f"{out} was begun with other settings: {listed}, and {trouble}. Give the old ones to resume it, or choose another --out"
         )
 
 
