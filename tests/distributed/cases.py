@@ -60,6 +60,8 @@ CAPTIONS = replace(
     class_dropout=0.3,
 )
 """Of two ranks, with the text store beside the token store."""
+INITIAL = replace(GUIDED, **FSDP, steps=1)
+"""Of two ranks, from the weights that "ddp" ends with."""
 COMPILED = {
     f"{parallel}-{again}": replace(GUIDED, parallel=parallel, activation_checkpointing=again, compile=True)
     for parallel in ("ddp", "fsdp")

@@ -18,7 +18,18 @@ from st_ar.training.loop import train
 from st_ar.training.manifest import list_checkpoints
 from st_ar.training.tensor_files import _Reader
 from tests.data.random_store import random_store
-from tests.distributed.cases import CAPTIONS, CASES, COMPILED, GUIDED, RELAY, CalmAdamW, alone, first_gradients, place
+from tests.distributed.cases import (
+    CAPTIONS,
+    CASES,
+    COMPILED,
+    GUIDED,
+    INITIAL,
+    RELAY,
+    CalmAdamW,
+    alone,
+    first_gradients,
+    place,
+)
 from tests.ranks import checked_torchrun
 
 EXACT = [(world, name) for world, cases in CASES.items() for name in cases if cases[name].dtype == "float32"]
@@ -107,6 +118,14 @@ def test_a_run_is_that_of_one_rank(out: Path, tmp_path: Path, world: int, name: 
 def test_a_text_model_is_that_of_one_rank(out: Path, tmp_path: Path) -> None:
     config, text = alone(CAPTIONS, 2), out / "text.safetensors"
     assert_same_run(out / "captions", train(config, out / "tokens", tmp_path / "run", text=text, preset="toy"))
+
+
+def test_weights_to_begin_with_are_every_ranks(out: Path, tmp_path: Path) -> None:
+    given = place(out, 2, "ddp")
+    alone_there = train(alone(INITIAL, 2), out / "tokens", tmp_path / "run", init=given, preset="toy")
+    assert_same_run(out / "initial", alone_there)
+    begun, random = (read_log(run / "log.jsonl")[0]["loss"] for run in (out / "initial", given))
+    assert begun < random - 0.01
 
 
 def test_in_bfloat16_sharded_gradients_are_those_of_one_rank_to_its_precision(out: Path) -> None:

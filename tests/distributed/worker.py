@@ -25,7 +25,18 @@ from st_ar.model import weights
 from st_ar.training import loop, optim
 from st_ar.training.group import process_group
 from tests.calls import Calls
-from tests.distributed.cases import CAPTIONS, CASES, COMPILED, FSDP, GUIDED, RELAY, CalmAdamW, first_gradients, place
+from tests.distributed.cases import (
+    CAPTIONS,
+    CASES,
+    COMPILED,
+    FSDP,
+    GUIDED,
+    INITIAL,
+    RELAY,
+    CalmAdamW,
+    first_gradients,
+    place,
+)
 
 
 def counted(patch: pytest.MonkeyPatch) -> dict[str, int]:
@@ -109,6 +120,7 @@ def main(tokens: Path, out: Path) -> None:
         loop.train(RELAY[world], tokens, out / "relay", resume=world == 4, preset="toy")
         if world == 2:
             loop.train(CAPTIONS, tokens, out / "captions", text=tokens.parent / "text.safetensors", preset="toy")
+            loop.train(INITIAL, tokens, out / "initial", init=place(out, 2, "ddp"), preset="toy")
             found["stopped"] = stopped_and_resumed(tokens, out / "stopped", rank)
             found["broken"] = broken(tokens, out / "broken", rank)
     print(json.dumps(found))

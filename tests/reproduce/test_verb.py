@@ -50,7 +50,7 @@ def test_a_figure_is_made_beside_the_papers_numbers_and_made_once(
     out = tmp_path / "work"
     kmeans = ["--images", f"folder:{images}", "--size", "32", "--out", str(tmp_path / "tokenizer")]
     run_command(["train-tokenizer", "kmeans", *kmeans])
-    wanted = ["fig4", "--scale", "small", "--steps", "2", "--seeds", "0", "1", *options(images, out)]
+    wanted = ["fig4", "--scale", "small", "--steps", "1", "--seeds", "0", "1", *options(images, out)]
     run_command(["reproduce", *wanted])
     said = capsys.readouterr().out
     rows = list(csv.reader((out / "fig4.csv").read_text().splitlines()))
@@ -89,7 +89,7 @@ def test_a_figure_is_made_beside_the_papers_numbers_and_made_once(
     run_command(["reproduce", *wanted, "--json", "-"])
     assert json.loads(capsys.readouterr().out) == json.loads((out / "fig4.json").read_text())
     with pytest.raises(UserError, match="was made by another command"):
-        run_command(["reproduce", *wanted, "--steps", "3"])
+        run_command(["reproduce", *wanted, "--steps", "2"])
     run_command(["reproduce", *wanted, "--rows", "ST-AR", "AR"])
     assert "st-ar train" not in capsys.readouterr().out
     assert [row[0] for row in csv.reader((out / "fig4.csv").read_text().splitlines())] == ["", "AR", "ST-AR"]

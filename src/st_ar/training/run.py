@@ -94,8 +94,8 @@ def _check_past(out: Path, begun: RunConfig, config: RunConfig, images: int, ste
         raise UserError(
             f"{out} has done {step} steps already, more than the {now} asked for: raise --steps, or sample what is there"
         )
-    decides = ("steps", "epochs", "selfguided.until")
-    changed = {name: values for name, values in differences(to_dict(begun), to_dict(config)).items() if name in decides}
+    changes = differences(to_dict(begun), to_dict(config))
+    changed = {name: changes[name] for name in ("steps", "epochs", "selfguided.until") if name in changes}
     taken, trouble = range(1, step + 1) if changed else (), ""
     if any(learning_rate(config.optim, s, before) != learning_rate(config.optim, s, now) for s in taken):
         rates = "would have had other learning rates"
