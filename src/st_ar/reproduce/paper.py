@@ -236,8 +236,10 @@ EXPERIMENTS: dict[Name, Experiment] = {
             _ablated("nothing masked", {}, mask_ratio=0.0),
             _ablated("contrast alone", {}, alpha=0.0),
             _ablated("contrast alone, nothing masked", {}, alpha=0.0, mask_ratio=0.0),
-            _ablated("the same, at a third of the depth", {}, contrast=1 / 3, alpha=0.0, mask_ratio=0.0),
-            _ablated("the same, in every second step", {}, alpha=0.0, mask_ratio=0.0, every=2),
+            _ablated(
+                "contrast alone, nothing masked, at a third of the depth", {}, contrast=1 / 3, alpha=0.0, mask_ratio=0.0
+            ),
+            _ablated("contrast alone, nothing masked, in every second step", {}, alpha=0.0, mask_ratio=0.0, every=2),
         ),
         metrics=("fid", "probe"),
     ),
@@ -256,9 +258,13 @@ EXPERIMENTS: dict[Name, Experiment] = {
             _ablated("in the first half of the run", {}, until=0.5),
             _ablated("in the first 80 % of the run", {}, until=0.8),
             _ablated("contrast alone, nothing masked", {}, alpha=0.0, mask_ratio=0.0),
-            _ablated("the same, in the first 80 % of the run", {}, alpha=0.0, mask_ratio=0.0, until=0.8),
-            _ablated("the same, at temperature 0.5", {}, alpha=0.0, mask_ratio=0.0, temperature=0.5),
-            _ablated("the same, at half the weight", {}, alpha=0.0, mask_ratio=0.0, beta=0.25),
+            _ablated(
+                "contrast alone, nothing masked, in the first 80 % of the run", {}, alpha=0.0, mask_ratio=0.0, until=0.8
+            ),
+            _ablated(
+                "contrast alone, nothing masked, at temperature 0.5", {}, alpha=0.0, mask_ratio=0.0, temperature=0.5
+            ),
+            _ablated("contrast alone, nothing masked, at half the weight", {}, alpha=0.0, mask_ratio=0.0, beta=0.25),
         ),
         metrics=("fid", "precision", "recall", "probe"),
     ),
