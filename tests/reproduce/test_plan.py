@@ -14,7 +14,7 @@ from st_ar.evaluation.attention import STATISTICS
 from st_ar.files import write_json
 from st_ar.presets import PRESETS, get_preset
 from st_ar.reproduce.measured import Files, measurements
-from st_ar.reproduce.paper import CONTROL, EXPERIMENTS, Recipe
+from st_ar.reproduce.paper import CONTROL, EQUAL_TIME, EXPERIMENTS, Recipe
 from st_ar.reproduce.plan import Data, Plan, run_name
 from st_ar.reproduce.scales import SCALES, Scale, options
 from st_ar.settings import to_dict
@@ -307,3 +307,7 @@ def test_a_teacher_costs_what_it_runs() -> None:
     assert over_plain(every=4) == pytest.approx(whole / 4)
     assert over_plain(until=0.5) == pytest.approx(whole / 2)
     assert over_plain(alpha=0.0, beta=0.0) == 0
+
+
+def test_a_run_for_the_time_of_a_faster_one_has_a_step_at_least() -> None:
+    assert SCALES["tiny"].config(EQUAL_TIME.recipe, 0, steps=1, stretch=0.3)[1].steps == 1

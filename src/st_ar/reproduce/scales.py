@@ -65,7 +65,8 @@ class Scale:
         config = replace(get_preset(name), seed=seed)
         model = replace(config.model, **self.shapes.get(recipe.size, {}), **(fit or {}))
         if config.steps is not None:
-            config = replace(config, steps=round((steps or config.steps) * recipe.epochs / 50 * stretch))
+            whole = (steps or config.steps) * recipe.epochs / 50 * stretch
+            config = replace(config, steps=max(1, round(whole)))
         else:
             config = replace(config, epochs=recipe.epochs * stretch)
         guided = replace(config.selfguided, **recipe.changes)
