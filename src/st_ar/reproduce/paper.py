@@ -259,6 +259,9 @@ EXPERIMENTS: dict[Name, Experiment] = {
             _ablated("in the first 80 % of the run", {}, until=0.8),
             _ablated("contrast alone, nothing masked", {}, alpha=0.0, mask_ratio=0.0),
             _ablated(
+                "contrast alone, nothing masked, in the first half of the run", {}, alpha=0.0, mask_ratio=0.0, until=0.5
+            ),
+            _ablated(
                 "contrast alone, nothing masked, in the first 80 % of the run", {}, alpha=0.0, mask_ratio=0.0, until=0.8
             ),
             _ablated(
