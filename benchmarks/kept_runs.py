@@ -1,9 +1,11 @@
 """A table of all runs that benchmarks/collect.py has kept in a folder of results, whenever and wherever each was made.
 
     python benchmarks/kept_runs.py cifar10-kmeans
+    python benchmarks/kept_runs.py cifar10-kmeans --price docs/images/cifar10-price.svg --curves docs/images/cifar10-probe.svg
 
 A line for each recipe and its weights, with the mean and standard deviation over its seeds. Runs of one folder share their
-tokenizer and reference, which is checked here.
+tokenizer and reference, which is checked here. Figures are of the live weights after the last step: what each recipe gains over the
+control in the probe and what it costs in distance, a point for each seed; and the probe's accuracy over what has been read.
 """
 
 import argparse
@@ -12,21 +14,36 @@ import re
 import sys
 from collections import defaultdict
 from pathlib import Path
+from statistics import mean
 
 from common import RESULTS
 from st_ar.comparison import Spread
+from st_ar.figures import line_chart
 from st_ar.reproduce.measured import likelihood, probe_curve
+from st_ar.reproduce.paper import CONTROL, EXPERIMENTS
+from st_ar.reproduce.plan import run_name
 
 NAME = re.compile(
-    r"(?P<recipe>.+)-seed\d+(?P<weights>(-step\d+)?(-ema)?)-(?P<kind>probe|likelihood|unguided\.evaluation)\.json"
+    r"(?P<recipe>.+)-seed(?P<seed>\d+)(-step(?P<step>\d+))?(?P<ema>-ema)?-(?P<kind>probe|likelihood|unguided\.evaluation)\.json"
 )
-COLUMNS = {"FD": 2, "precision": 3, "recall": 3, "validation loss": 3, "probe, last step, %": 1}
+COLUMNS = {"FD": 2, "precision": 3, "recall": 3, "validation loss": 3}
+PROBE = "probe after 8, 16, .. 64 tokens, %"
+FIRST = ("evidence", "remedies", "cheaper", "questions", "length")  # the order of the rows, and whose labels they have
+
+
+def labels() -> dict[str, str]:
+    """Runs' names without their seeds, and what the tables call them; in the tables' order."""
+    named: dict[str, str] = {}
+    for table in dict.fromkeys((*FIRST, *EXPERIMENTS)):
+        for row in EXPERIMENTS[table].rows:
+            named.setdefault(run_name(row.recipe), row.method or row.label)
+    return named
 
 
 def numbers(path: Path, kind: str) -> dict[str, float]:
-    """What a file says."""
+    """What a file says, by column; of a probe each step."""
     if kind == "probe":
-        return {"probe, last step, %": 100 * probe_curve(path)[1][-1]}
+        return {f"{PROBE} {number:02}": 100 * accuracy for number, accuracy in enumerate(probe_curve(path)[1])}
     if kind == "likelihood":
         return {"validation loss": likelihood(path)}
     metrics: dict[str, float] = json.loads(path.read_text())["metrics"]
@@ -42,28 +59,92 @@ def identity(path: Path, kind: str) -> str:
     return said[part][key]
 
 
-def main() -> None:
-    """Read, check, print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", help="folder below benchmarks/results")
-    runs = RESULTS / parser.parse_args().name / "runs"
-    rows: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+def read(folder: Path) -> dict[str, dict[int, dict[str, float]]]:
+    """Label -> seed -> column -> number, of all runs of a folder, in the tables' order."""
+    named = labels()
+    found: dict[tuple[int, int, str], dict[int, dict[str, float]]] = defaultdict(lambda: defaultdict(dict))
     measured_on: dict[str, tuple[str, str]] = {}
-    for path in sorted(runs.glob("*.json")):
-        if not (found := NAME.fullmatch(path.name)):
+    for path in sorted(folder.glob("*.json")):
+        if not (part := NAME.fullmatch(path.name)):
             continue
-        recipe, weights, kind = found["recipe"], found["weights"], found["kind"]
+        kind, recipe, step = part["kind"], part["recipe"], int(part["step"] or 0)
         first = measured_on.setdefault(kind, (identity(path, kind), path.name))
         if identity(path, kind) != first[0]:
             sys.exit(f"{path.name} and {first[1]} were not measured on the same: they do not compare")
-        for column, value in numbers(path, kind).items():
-            rows[recipe + weights.replace("-", ", ")][column].append(value)
-    if not rows:
-        sys.exit(f"{runs} holds no measurements: benchmarks/collect.py --runs keeps them")
-    print(f"| | seeds | {' | '.join(COLUMNS)} |\n|---|---|{'---|' * len(COLUMNS)}")
-    for label, row in rows.items():
-        cells = [Spread(tuple(row[column])).text(digits) if row[column] else "-" for column, digits in COLUMNS.items()]
-        print(f"| {label} | {max(map(len, row.values()))} | {' | '.join(cells)} |")
+        label = named.get(recipe, recipe)
+        label += f", after {step:,} steps" if step else ""
+        label += ", averaged weights" if part["ema"] else ""
+        place = list(named).index(recipe) if recipe in named else len(named)
+        found[place, step, label][int(part["seed"])] |= numbers(path, kind)
+    if not found:
+        sys.exit(f"{folder} holds no measurements: benchmarks/collect.py --runs keeps them")
+    return {key[-1]: found[key] for key in sorted(found)}
+
+
+def spread(seeds: dict[int, dict[str, float]], column: str, digits: int) -> str:
+    """Mean and standard deviation over the seeds."""
+    values = tuple(measured[column] for measured in seeds.values() if column in measured)
+    return Spread(values).text(digits) if values else "-"
+
+
+def price(rows: dict[str, dict[int, dict[str, float]]], target: Path) -> None:
+    """Draw what each recipe gains and costs."""
+    last = probe_columns(rows)[-1]
+    points = {
+        label: [(found["FD"], found[last]) for found in seeds.values() if "FD" in found and last in found]
+        for label, seeds in rows.items()
+    }
+    distance, probe = (mean(point[axis] for point in points[CONTROL.label]) for axis in (0, 1))
+    series = {
+        label: ([100 * (x / distance - 1) for x, _ in found], [y - probe for _, y in found])
+        for label, found in points.items()
+        if found
+    }
+    name = "What each form of self-guidance gains in understanding and costs in samples"
+    x, y = "Frechet distance above the control's, %", "probe, points above the control's"
+    line_chart(series, name=name, x=x, y=y, legend_above=True).save(target)
+    print(target)
+
+
+def probe_columns(rows: dict[str, dict[int, dict[str, float]]]) -> list[str]:
+    """The probe's steps in order."""
+    return sorted(
+        {column for seeds in rows.values() for found in seeds.values() for column in found if PROBE in column}
+    )
+
+
+def curves(rows: dict[str, dict[int, dict[str, float]]], target: Path) -> None:
+    """Draw the probe's accuracy over what has been read, the mean over the seeds."""
+    columns = probe_columns(rows)
+    read = [8.0 * (number + 1) for number in range(len(columns))]
+    series = {
+        label: (read, [mean(found[column] for found in seeds.values() if column in found) for column in columns])
+        for label, seeds in rows.items()
+        if any(columns[0] in found for found in seeds.values())
+    }
+    name = "Accuracy of a linear probe over the tokens read"
+    line_chart(series, name=name, x="tokens read", y="probe, %", x_ticks=read, legend_above=True).save(target)
+    print(target)
+
+
+def main() -> None:
+    """Read, check, print, draw."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", help="folder below benchmarks/results")
+    parser.add_argument("--price", type=Path, metavar="FILE.svg", help="draw gains and costs")
+    parser.add_argument("--curves", type=Path, metavar="FILE.svg", help="draw the probe over what has been read")
+    given = parser.parse_args()
+    rows = read(RESULTS / given.name / "runs")
+    print(f"| | seeds | {' | '.join(COLUMNS)} | {PROBE} |\n|---|---|{'---|' * (len(COLUMNS) + 1)}")
+    for label, seeds in rows.items():
+        cells = [spread(seeds, column, digits) for column, digits in COLUMNS.items()]
+        curve = " ".join(spread(seeds, column, 1).replace(" ± ", "±") for column in probe_columns({label: seeds}))
+        print(f"| {label} | {len(seeds)} | {' | '.join(cells)} | {curve or '-'} |")
+    ended = {label: seeds for label, seeds in rows.items() if ", after " not in label and "averaged" not in label}
+    if given.price:
+        price(ended, given.price)
+    if given.curves:
+        curves(ended, given.curves)
 
 
 if __name__ == "__main__":

@@ -144,7 +144,8 @@ def line_chart(
         axes = figure.subplots()
         for index, (label, (xs, ys)) in enumerate(series.items()):
             turn, place = divmod(index, len(COLOURS))
-            marker, dashes = MARKERS[place] if markers else None, DASHES[turn % len(DASHES)]
+            dashes = DASHES[turn % len(DASHES)]
+            marker = MARKERS[(place + turn) % len(MARKERS)] if markers else None
             axes.plot(xs, ys, label=label, color=COLOURS[place], marker=marker, markersize=6, linestyle=dashes)
             if spread and label in spread:
                 low, high = (np.add(ys, np.multiply(sign, spread[label])) for sign in (-1, 1))
