@@ -363,11 +363,19 @@ def test_ranks_share_the_shards_and_write_the_same_bytes(tmp_path: Path) -> None
     )
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", code], cwd=ROOT, env=os.environ | {"RANK": str(rank), "WORLD_SIZE": "2"}
+            [sys.executable, "-X", "faulthandler", "-c", code],
+            cwd=ROOT,
+            env=os.environ | {"RANK": str(rank), "WORLD_SIZE": "2"},
         )
         for rank in range(2)
     ]
-    assert [process.wait(timeout=60) for process in processes] == [0, 0]
+    try:
+        assert [process.wait(timeout=240) for process in processes] == [0, 0]
+    finally:
+        for process in processes:
+            if process.poll() is None:
+                process.send_signal(signal.SIGABRT)  # says where it stood
+                process.wait()
     assert contents(tmp_path / "shared") == contents(tmp_path / "alone")
     assert contents(tmp_path / "shared-stream") == contents(tmp_path / "alone-stream")
 
