@@ -27,7 +27,7 @@ NAME = re.compile(
     r"(?P<recipe>.+)-seed(?P<seed>\d+)(-step(?P<step>\d+))?(?P<ema>-ema)?-(?P<kind>probe|likelihood|unguided\.evaluation)\.json"
 )
 COLUMNS = {"FD": 2, "precision": 3, "recall": 3, "validation loss": 3}
-PROBE = "probe after 8, 16, .. 64 tokens, %"
+PROBE = "probe by tokens read, %"
 FIRST = ("evidence", "remedies", "cheaper", "questions", "length")  # the order of the rows, and whose labels they have
 
 
@@ -43,7 +43,7 @@ def labels() -> dict[str, str]:
 def numbers(path: Path, kind: str) -> dict[str, float]:
     """What a file says, by column; of a probe each step."""
     if kind == "probe":
-        return {f"{PROBE} {number:02}": 100 * accuracy for number, accuracy in enumerate(probe_curve(path)[1])}
+        return {f"{PROBE} {read:05.0f}": 100 * accuracy for read, accuracy in zip(*probe_curve(path), strict=True)}
     if kind == "likelihood":
         return {"validation loss": likelihood(path)}
     metrics: dict[str, float] = json.loads(path.read_text())["metrics"]
@@ -94,6 +94,8 @@ def price(rows: dict[str, dict[int, dict[str, float]]], target: Path) -> None:
         label: [(found["FD"], found[last]) for found in seeds.values() if "FD" in found and last in found]
         for label, seeds in rows.items()
     }
+    if not points.get(CONTROL.label):
+        sys.exit("there is no control to compare with")
     distance, probe = (mean(point[axis] for point in points[CONTROL.label]) for axis in (0, 1))
     series = {
         label: ([100 * (x / distance - 1) for x, _ in found], [y - probe for _, y in found])
@@ -116,7 +118,7 @@ def probe_columns(rows: dict[str, dict[int, dict[str, float]]]) -> list[str]:
 def curves(rows: dict[str, dict[int, dict[str, float]]], target: Path) -> None:
     """Draw the probe's accuracy over what has been read, the mean over the seeds."""
     columns = probe_columns(rows)
-    read = [8.0 * (number + 1) for number in range(len(columns))]
+    read = [float(column.removeprefix(PROBE)) for column in columns]
     series = {
         label: (read, [mean(found[column] for found in seeds.values() if column in found) for column in columns])
         for label, seeds in rows.items()
