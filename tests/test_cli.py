@@ -2,8 +2,10 @@
 
 import contextlib
 import dataclasses
+import errno
 import io
 import json
+import os
 import re
 import subprocess
 import sys
@@ -35,6 +37,21 @@ from st_ar.watch_config import WatchConfig
 from tests.disk import contents
 
 Capture = pytest.CaptureFixture[str]
+
+
+def test_a_place_that_may_not_be_read_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    real = Path.is_dir
+
+    def is_dir(path: Path) -> bool:  # as for a user who may not enter the folder: root may always
+        if path.name == "hidden":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return real(path)
+
+    monkeypatch.setattr(Path, "is_dir", is_dir)
+    with pytest.raises(SystemExit) as stop:
+        main(["tokenize", "--images", "folder:a/hidden", "--tokenizer", "t", "--out", "o"])
+    message = "st-ar: a/hidden: Permission denied; give a path that you may read and write\n"
+    assert (stop.value.code, *capsys.readouterr()) == (2, "", message)
 
 
 def run_st_ar(*arguments: str) -> subprocess.CompletedProcess[str]:

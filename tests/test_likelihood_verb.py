@@ -12,7 +12,7 @@ from st_ar.evaluation.likelihood import validation_loss
 from st_ar.files import sha256
 from st_ar.model.weights import load_model
 from tests.data.random_store import random_store
-from tests.disk import refused
+from tests.disk import flip_byte, refused
 from tests.small_line import SmallLine, make_line
 
 Capture = pytest.CaptureFixture[str]
@@ -55,5 +55,10 @@ def test_stores_of_others_and_taken_places_are_refused(line: SmallLine, tmp_path
     (tmp_path / "taken.json").write_text("{}")
     with refused(tmp_path, "taken.json exists already"):
         run_command(command(line, "--out", tmp_path / "taken.json"))
+    shard = next(line.tokens.glob("codes-*.npy"))
+    flip_byte(shard, shard.stat().st_size - 1)
+    with refused(tmp_path, "does not match the checksum"):
+        run_command(command(line))
+    flip_byte(shard, shard.stat().st_size - 1)
     with refused(tmp_path, "2 --names for 1 models"):
         run_command(command(line, "--names", "a", "b"))

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,7 @@ def test_both_weights_of_all_layers_come_in_one_call(line: SmallLine, tmp_path: 
     assert saved["settings"] == {
         **dataclasses.asdict(ProbeConfig(epochs=2)),
         "mean_over_steps": True,
+        "test_crop": "center",
         "train_crops": [0],
         "dtype": "float32",
         "cache_dtype": "float32",
@@ -139,6 +141,17 @@ def test_a_sweep_of_more_lines_than_colours_is_drawn_over_the_layers(line: Small
         "model": {"x": [1, 2, 3, 4], "y": shares[:4]},
         "model (EMA)": {"x": [1, 2, 3, 4], "y": shares[4:]},
     }
+
+
+def test_any_number_of_models_of_one_layer_is_drawn_over_the_steps(line: SmallLine, tmp_path: Path) -> None:
+    others = [tmp_path / f"m{number}" for number in range(7)]
+    for other in others:
+        shutil.copytree(line.model, other)
+    main(command(line, *others, "--steps", "1", "9", "--method", "ridge", "--figure", tmp_path / "many.svg"))
+    drawn = json.loads((tmp_path / "many.json").read_text())
+    assert drawn["x"] == "tokens read"
+    assert list(drawn["series"]) == ["model", *(f"m{number}" for number in range(7))]
+    assert all(len(curve["x"]) == 2 for curve in drawn["series"].values())
 
 
 @pytest.mark.parametrize("method", ["ridge", "logistic"])

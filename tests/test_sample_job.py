@@ -275,6 +275,11 @@ def test_an_empty_folder_is_taken(line: SmallLine, straight: Path, tmp_path: Pat
     assert contents(tmp_path) == contents(straight / "samples")
 
 
+def test_a_folder_may_be_named_for_a_number(line: SmallLine, straight: Path, tmp_path: Path) -> None:
+    draw(line.model, tmp_path / "samples-cfg1.5")
+    assert contents(tmp_path / "samples-cfg1.5") == contents(straight / "samples" / "samples")
+
+
 @pytest.mark.parametrize("name", ["samples.png", "samples.NPZ", "samples.v2"])
 def test_another_kind_of_file_is_refused(line: SmallLine, tmp_path: Path, name: str) -> None:
     with refused(tmp_path, "to a .npz file or to a folder of PNGs"):

@@ -88,6 +88,18 @@ def test_what_is_said_is_checked_too(file: Path) -> None:
         read_safetensors(file)
 
 
+def test_who_may_read_other_files_may_read_ours(file: Path, tmp_path: Path) -> None:
+    (tmp_path / "other").touch()
+    assert file.stat().st_mode == (tmp_path / "other").stat().st_mode
+
+
+def test_a_file_that_may_not_be_read_is_not_called_damaged(file: Path) -> None:
+    file.unlink()
+    file.mkdir()
+    with refused(file.parent, "x.safetensors cannot be read: Is a directory"):
+        read_safetensors(file)
+
+
 def test_files_of_other_programs_carry_no_checksum_and_are_read(file: Path) -> None:
     save_file(TENSORS, file, metadata={"format": "pt"})
     assert read_safetensors(file)[1] == {}

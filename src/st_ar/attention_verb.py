@@ -20,7 +20,7 @@ class Attention:
     names: tuple[str, ...] = ()
     """What to call them; by default their folders' names."""
     tokens: Path
-    """Token store with the images to read (their first crops)."""
+    """Token store with the images to read (their centre crops)."""
     tokenizer: Path
     """The tokenizer that made the store."""
     out: Path

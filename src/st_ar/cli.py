@@ -1,5 +1,6 @@
 """The command line: `st-ar VERB ...`, one verb for each arrow between artefacts."""
 
+import io
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -205,6 +206,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of `st-ar` and `python -m st_ar`."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     rank = os.environ.get("RANK", "0") if os.environ.get("WORLD_SIZE", "1") != "1" else ""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # of names that are no text
     try:
         if not arguments or arguments[0] in ("-h", "--help"):
             print(HELP, end="")
@@ -222,6 +226,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         print("st-ar: interrupted", file=sys.stderr)
         sys.exit(130)
+    except PermissionError as error:
+        print(f"st-ar: {error.filename}: {error.strerror}; give a path that you may read and write", file=sys.stderr)
+        sys.exit(2)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)

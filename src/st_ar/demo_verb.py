@@ -31,7 +31,7 @@ class Demo:
     tokens: Path | None = None
     """Token store whose images can be looked at."""
     probe_tokens: Path | None = None
-    """Token store with classes that quick probes are fitted on (its first crops), to guess an image's class as it is read."""
+    """Token store with classes that quick probes are fitted on (its centre crops), to guess an image's class as it is read."""
     probe_images: int = 4000
     """Images of it that a probe is fitted on at most."""
     runs: tuple[Path, ...] = ()

@@ -55,8 +55,8 @@ class Evaluate:
     def run(self) -> None:
         from st_ar.evaluation.collect import Place
         from st_ar.evaluation.extractors import load_extractor
-        from st_ar.evaluation.generation import choose_metrics, evaluate, format_number, one_line
-        from st_ar.evaluation.image_sets import open_files
+        from st_ar.evaluation.generation import check_sizes, choose_metrics, evaluate, format_number, one_line
+        from st_ar.evaluation.image_sets import metadata_of, open_files
         from st_ar.evaluation.references import open_reference
         from st_ar.training.group import in_turn, process_group
 
@@ -66,10 +66,21 @@ class Evaluate:
         check_json(self.json)
         check_page(self.page)
         samples = open_files(self.samples)
+        told = metadata_of(Path(self.samples).expanduser())
+        if self.json and samples.metadata and Path(self.json).absolute() == told.absolute():
+            raise UserError(f"--json {self.json} says how the samples were made: give the result another name")
         with process_group(self.device) as (ranks, device):
             place = Place(device=device, ranks=ranks, batch_size=self.batch_size)
             extractor = in_turn(lambda: load_extractor(self.extractor, device, inception=self.inception))
-            reference = open_reference(self.reference, extractor, metrics, place, size=self.size, seed=self.seed)
+            reference = open_reference(
+                self.reference,
+                extractor,
+                metrics,
+                place,
+                size=self.size,
+                seed=self.seed,
+                check=lambda size: check_sizes(samples.size, size, self.resize),
+            )
             result = evaluate(
                 samples,
                 reference,
@@ -123,10 +134,12 @@ class MakeReference:
         from st_ar.evaluation.collect import Place
         from st_ar.evaluation.extractors import load_extractor
         from st_ar.evaluation.references import write_reference
+        from st_ar.files import require_place
         from st_ar.training.group import in_turn, process_group
 
         check_seeds(self.seed)
         check_side("--size", self.size)
+        require_place(self.out)
         with process_group(self.device) as (ranks, device):
             place = Place(device=device, ranks=ranks, batch_size=self.batch_size)
             extractor = in_turn(lambda: load_extractor(self.extractor, device, inception=self.inception))
@@ -175,11 +188,13 @@ class Reconstruct:
         from st_ar.evaluation.generation import format_number
         from st_ar.evaluation.image_sets import open_set
         from st_ar.evaluation.tokenizer_quality import measure_tokenizer
-        from st_ar.files import require_absent
+        from st_ar.files import require_absent, require_place
         from st_ar.training.group import in_turn, process_group
 
         check_side("--size", self.size)
         check_json(self.json)
+        for place in filter(None, (self.out, self.save)):
+            require_place(place)
         if self.out and self.out.suffix.lower() != ".png":
             raise UserError(f"--out {self.out}: the picture is a PNG; give a name that ends in .png")
         name = self.extractor

@@ -67,6 +67,11 @@ def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]
         aside.write_text(text.getvalue())
 
 
+def printable(name: str) -> str:
+    """A file's name as text: bytes of it that are no UTF-8 are escaped, so that it can be printed, and written as JSON."""
+    return os.fsencode(name).decode(errors="backslashreplace")
+
+
 def parse_json(text: str) -> Any:
     """A JSON value.
 

@@ -17,7 +17,7 @@ FORMAT_VERSION = 1
 class Likelihood:
     """The validation loss: how well models predict the tokens of images that they have not seen, given their classes.
 
-    The mean next-token loss in nats per token over the centre crop of each image (mirrored, in a ten-crop store), in float32, and
+    The mean next-token loss in nats per token over the centre crop of each image, in float32, and
     its exponential, the perplexity: among so many equally likely tokens a guess would be as hard. Only models of one tokenizer compare.
     """
 
@@ -60,6 +60,7 @@ class Likelihood:
         subjects = find_subjects(self.model, self.names, self.weights)
         for subject in subjects:
             check_store(subject.info, store)
+        store.verify()
         with progress("likelihood", len(store) * len(subjects), unit="images") as bar:
             losses = {
                 subject.name: validation_loss(subject.open().to(device), store, masks=masks, advance=bar.advance)

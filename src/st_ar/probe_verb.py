@@ -25,7 +25,7 @@ class Probe:
     tokens: Path
     """Token store to train the probes on."""
     test_tokens: Path
-    """Token store to test them on (its first crop)."""
+    """Token store to test them on (its centre crop)."""
     names: tuple[str, ...] = ()
     """What to call the models, one name each; by default their paths' last parts."""
     weights: Literal["live", "ema", "both"] = "live"

@@ -146,7 +146,7 @@ def _decoded(tokenizer: Tokenizer, store: TokenStore, count: int) -> np.ndarray:
     from st_ar.tokenizer import to_uint8
 
     images = np.arange(min(count, len(store)))
-    codes = store.codes(images, np.full((len(images), 1), CENTRE))[:, 0].astype(np.int64)
+    codes = store.center_codes(images).astype(np.int64)
     grid = store.meta.grid
     return to_uint8(tokenizer.decode(torch.from_numpy(codes).unflatten(1, (grid, grid)))).numpy()
 

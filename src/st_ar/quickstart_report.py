@@ -204,7 +204,7 @@ def _attention_section(shown: Shown, measured: Mapping[str, Measured], test_stor
     contrast = real.std(axis=(1, 2, 3))
     wanted = np.argsort(contrast)[-len(contrast) // 5 :]  # pictures with something to look at
     chosen = wanted[_first_of_classes(test_store.labels[wanted], 3)]
-    codes = torch.from_numpy(test_store.codes(chosen, np.zeros((len(chosen), 1), int))[:, 0].astype(np.int64))
+    codes = torch.from_numpy(test_store.center_codes(chosen).astype(np.int64))
     labels = torch.from_numpy(test_store.labels[chosen])
     maps = {
         method: attention_maps(model, codes[:, :-1], labels, layers=[layer])[layer].mean(1).numpy()

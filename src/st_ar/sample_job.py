@@ -16,11 +16,11 @@ from PIL import Image
 from st_ar.data.decode import BrokenImageError, read_image
 from st_ar.data.ranks import Ranks
 from st_ar.errors import UserError, cause
+from st_ar.evaluation.image_sets import JOB, METADATA
 from st_ar.figures import strip
 from st_ar.files import open_array, read_json, require_absent, save_array, sha256, write_json, written_aside
 from st_ar.hardware import describe
 
-JOB, METADATA = "job.json", "metadata.json"
 PREVIEW = 64
 """Images of the preview."""
 
@@ -41,7 +41,7 @@ class SampleJob:
     """
 
     def __init__(self, out: Path, count: int, record: dict[str, Any], batch_size: int, ranks: Ranks) -> None:
-        if out.suffix and out.suffix != ".npz":
+        if out.suffix[1:2].isalpha() and out.suffix != ".npz":  # a folder may be called cfg1.5
             raise UserError(
                 f"--out {out}: samples are written to a .npz file or to a folder of PNGs, not to {out.suffix}"
             )

@@ -60,9 +60,9 @@ class Sweep:
     def run(self) -> None:
         from st_ar.evaluation.collect import Place
         from st_ar.evaluation.extractors import load_extractor
-        from st_ar.evaluation.generation import choose_metrics, format_number
+        from st_ar.evaluation.generation import check_sizes, choose_metrics, format_number
         from st_ar.evaluation.references import open_reference
-        from st_ar.evaluation.sweep import FILES, SweptModel, require_one_rank, settings_of, sweep
+        from st_ar.evaluation.sweep import FILES, SweptModel, check_sweep, require_one_rank, settings_of, sweep
         from st_ar.files import read_json
         from st_ar.hardware import choose_device
 
@@ -87,8 +87,17 @@ class Sweep:
             device=self.device,
             dtype=self.dtype,
         )
+        check_sweep(sampler, grid, self.out)
         extractor = load_extractor(self.extractor, device, inception=self.inception)
-        reference = open_reference(self.reference, extractor, metrics, place, size=self.size, seed=self.seed)
+        reference = open_reference(
+            self.reference,
+            extractor,
+            metrics,
+            place,
+            size=self.size,
+            seed=self.seed,
+            check=lambda size: check_sizes(sampler.size, size, self.resize),
+        )
         rows = sweep(sampler, grid, reference, extractor, metrics, self.out, place, resize=self.resize)
         labels = list(rows[0]["metrics"])
         cells = [

@@ -61,6 +61,8 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], **said: Any) -> None
             scratch.mkdir()
             # One entry of metadata: several would be written in random order.
             save_file(kept, scratch / path.name, metadata={OURS: json.dumps(said, sort_keys=True)})
+            (scratch / "mode").touch()  # as the umask has it; the library lets nobody else read what it writes
+            (scratch / path.name).chmod((scratch / "mode").stat().st_mode)
             os.replace(scratch / path.name, aside)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
@@ -73,6 +75,10 @@ def opened_safetensors(path: Path) -> Generator[tuple[Any, dict[str, Any]]]:
     Raises:
         UserError: no such file, or damaged; also where the block reads what is damaged.
     """
+    try:
+        open(path, "rb").close()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
     try:
         with safe_open(path, framework="pt") as file:
             said = parse_json((file.metadata() or {}).get(OURS, "{}"))

@@ -27,7 +27,7 @@ class WatchConfig:
     """Optimizer steps between quick probes: ridge regression (not the MAE protocol) at the last step's half-depth features of at most
     4,000 images each to train and to test on; 0 for none. Needs scikit-learn (extra quickstart)."""
     probe_test_tokens: Path | None = None
-    """Token store that they are tested on (its first crop)."""
+    """Token store that they are tested on (its centre crop)."""
 
     def __post_init__(self) -> None:
         names = get_args(TrackerName)

@@ -1,6 +1,7 @@
 """Token stores of random codes, written as docs/formats.md says: by NumPy and json alone."""
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +12,16 @@ FINGERPRINT = "0123456789abcdef" * 4
 
 
 def write_store(
-    folder: Path, codes: np.ndarray, labels: np.ndarray, *, vocab_size: int, num_classes: int, shards: int = 1
+    folder: Path,
+    codes: np.ndarray,
+    labels: np.ndarray,
+    *,
+    vocab_size: int,
+    num_classes: int,
+    shards: int = 1,
+    crop_names: Sequence[str] = (),
 ) -> Path:
-    """Write codes [n, crops, T] and labels [n] as a store of `shards` shards, as even as can be."""
+    """Write codes [n, crops, T] and labels [n] as a store of `shards` shards, as even as can be; with such names of the crops."""
     folder.mkdir(parents=True)
     entries: list[dict[str, str | int]] = []
     cut = zip(np.array_split(codes, shards), np.array_split(labels, shards), strict=True)
@@ -28,7 +36,7 @@ def write_store(
         tokenizer=FINGERPRINT,
         vocab_size=vocab_size,
         grid=round(codes.shape[2] ** 0.5),
-        crops=[f"crop-{crop}" for crop in range(codes.shape[1])],
+        crops=list(crop_names) or [f"crop-{crop}" for crop in range(codes.shape[1])],
         class_names=[f"class-{label}" for label in range(num_classes)],
         images=len(codes),
         shards=entries,
@@ -46,12 +54,15 @@ def random_store(
     num_classes: int = 3,
     shards: int = 1,
     seed: int = 0,
+    crop_names: Sequence[str] = (),
 ) -> tuple[Path, np.ndarray, np.ndarray]:
     """A store of uniform codes; the codes [n, crops, T] and labels [n] come with it."""
     rng = np.random.default_rng(seed)
     codes = rng.integers(0, vocab_size, (images, crops, grid**2)).astype(np.uint16)
     labels = rng.integers(0, num_classes, images)
-    write_store(folder, codes, labels, vocab_size=vocab_size, num_classes=num_classes, shards=shards)
+    write_store(
+        folder, codes, labels, vocab_size=vocab_size, num_classes=num_classes, shards=shards, crop_names=crop_names
+    )
     return folder, codes, labels
 
 

@@ -1,14 +1,19 @@
 """A folder of class sub-folders: which images, in which order, of which class."""
 
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from st_ar.data.crops import Crops
 from st_ar.data.images import open_images
+from st_ar.data.store import TokenStore
+from st_ar.data.tokenize import tokenize
 from tests.data.pictures import encoded
 from tests.disk import refused
+from tests.small_line import random_tokenizer
 
 
 def plain(colour: str) -> bytes:
@@ -44,6 +49,20 @@ def test_classes_and_images_come_in_the_order_of_their_names(animals: Path) -> N
     ]
     assert source.count == 7
     assert [example.name for example in source.examples(5)] == ["dog/2020/z.png", "eel/x.tif"]
+
+
+def test_names_that_are_no_text_are_escaped_and_their_images_read(tmp_path: Path) -> None:
+    latin = os.fsdecode(b"caf\xe9")
+    make_folder(tmp_path / latin, {f"{latin}/{latin}.png": plain("red"), "été/1.png": plain("blue")})
+    source = open_images(f"folder:{tmp_path / latin}")
+    assert source.name == f"folder:{tmp_path}/caf\\xe9"
+    assert source.class_names == ["été", "caf\\xe9"] or source.class_names == ["caf\\xe9", "été"]
+    found = {example.name: np.asarray(example.read())[0, 0].tolist() for example in source.examples(0)}
+    assert found == {"caf\\xe9/caf\\xe9.png": [255, 0, 0], "été/1.png": [0, 0, 255]}
+    tokenizer = random_tokenizer()
+    out = tmp_path / "store"
+    tokenize(source, tokenizer, Crops(kind="center", size=6, range=1.0), out)
+    assert TokenStore(out).meta.class_names == list(source.class_names)
 
 
 def test_images_are_read_from_their_files(tmp_path: Path) -> None:

@@ -109,7 +109,14 @@ def test_columns_are_found_by_type_then_by_name(features: Any, options: dict[str
         ({"label": LABEL}, {}, r"has no columns that could be its image: name one by x#image=COLUMN; it has label"),
         ({"img": IMAGE, "text": datasets.Value("string")}, {}, r"no columns that could be its label.*text \(string\)"),
         ({"a": IMAGE, "b": IMAGE, "label": LABEL}, {}, "has 2 columns that could be its image"),
-        ({"img": IMAGE, "label": LABEL}, {"label": "img"}, "has no label column 'img'"),
+        ({"img": IMAGE}, {}, r"no columns that could be its label: .*or #label=none to take all images as one class"),
+        ({"img": IMAGE, "label": LABEL}, {"label": "lable"}, r"has no column 'lable': name one by .*; it has img"),
+        (
+            {"img": IMAGE, "label": datasets.Value("string")},
+            {"label": "label"},
+            r"column 'label' is string, a label column holds whole numbers \(a ClassLabel or int\): .*#label=none",
+        ),
+        ({"img": IMAGE, "label": LABEL}, {"image": "label"}, "an? image column holds images or the bytes of files"),
     ],
 )
 def test_columns_that_leave_a_doubt_are_refused(features: Any, options: dict[str, str], match: str) -> None:
@@ -125,6 +132,8 @@ def test_options_follow_a_hash(files: Path) -> None:
 
 
 def test_mistakes_with_parquet_files_are_explained(files: Path) -> None:
+    with refused(files, r"\S+ is a folder; give its files in quotes: 'parquet:.*/\*.parquet'"):
+        open_images(f"parquet:{files}")
     with refused(files, "matches no file here"):
         open_images(f"parquet:{files}/test-*.parquet")
     write(files / "other" / "b.parquet", table(3, datasets.ClassLabel(names=["x", "y", "z"])))

@@ -295,7 +295,9 @@ def test_a_share_out_of_bounds_is_refused(tmp_path: Path, share: float) -> None:
 
 def test_a_source_without_a_usable_image_is_refused(tmp_path: Path) -> None:
     source = mixed_source(count=1, examples=lambda start: iter([Example(b"", 0, "nothing.png")][start:]))
-    with pytest.raises(UserError, match=r"noise:train has no image that can be used: see .*skipped.jsonl"):
+    with pytest.raises(
+        UserError, match=r"noise:train has no image that can be used, .*skipped.jsonl says why: mend them"
+    ):
         tokenize_mixed(tmp_path / "store", source, max_skipped=1)
 
 

@@ -12,7 +12,7 @@ from st_ar.demo.setup import Seen, Setup
 from st_ar.demo.shelf import Shelf
 from st_ar.demo.understanding import KEPT, NONE, OWN, Guesser, Readings, label_given
 from st_ar.errors import UserError
-from st_ar.evaluation.attention import attention_maps, first_crops
+from st_ar.evaluation.attention import attention_maps, center_crops
 from st_ar.evaluation.hidden import uniform_steps
 from st_ar.model.weights import load_model
 from tests.demo.small_page import export, small_setup
@@ -98,7 +98,7 @@ def test_guesses_are_those_of_scikit_learns_ridge_regression(setup: Setup) -> No
     store = setup.store
     assert store is not None
     model, steps = setup.shelf.opened["first"].network, uniform_steps(9)
-    tokens, labels = first_crops(store, range(8))
+    tokens, labels = center_crops(store, range(8))
     with torch.no_grad():
         states = model.features(tokens[:, :-1], model.null_condition(8), layers=[2])[2].numpy()
     assert [read for read, _ in told[-1].by_step] == [step - 1 for step in steps]

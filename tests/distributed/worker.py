@@ -115,7 +115,8 @@ def main(tokens: Path, out: Path) -> None:
         found["writes"] = counted(patch)
         for name, config in CASES[world].items():
             found["collectives"][name] = save_gradients(config, world, rank, out / f"{world}-{name}")
-            loop.train(config, tokens, place(out, world, name), preset="toy")
+            others = tokens.parent / "others" if name == "fsdp-bfloat16" else None
+            loop.train(config, tokens, place(out, world, name), validation=others, preset="toy")
         found["seed"] = torch.initial_seed()
         loop.train(RELAY[world], tokens, out / "relay", resume=world == 4, preset="toy")
         if world == 2:

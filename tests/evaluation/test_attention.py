@@ -25,7 +25,7 @@ from st_ar.evaluation.attention import (
     attention_statistics,
     attention_steps,
     average_statistics,
-    first_crops,
+    center_crops,
     head_statistics,
 )
 from st_ar.model.transformer import attention_bias
@@ -288,7 +288,7 @@ def test_means_and_spreads_are_those_of_a_loop_over_images_whatever_the_batch(
     for layer, statistics in found.items():
         by_head = np.empty((len(images), 2, len(STATISTICS)))
         for row, image in enumerate(images):
-            tokens, labels = first_crops(store, [image])
+            tokens, labels = center_crops(store, [image])
             mask = masks.draw([image], 9)
             weights = attention_maps(model, tokens[:, :-1], labels, layers=[layer], key_mask=mask)[layer].numpy()
             for head in range(2):
@@ -319,9 +319,9 @@ def test_a_single_image_has_no_spread(line: SmallLine) -> None:
     assert all(s.over_heads.std is None and s.by_head[0].std is None for s in found.values())
 
 
-def test_first_crops_are_the_stores(line: SmallLine) -> None:
+def test_center_crops_are_the_stores(line: SmallLine) -> None:
     store = TokenStore(line.tokens)
-    tokens, labels = first_crops(store, [5, 1])
+    tokens, labels = center_crops(store, [5, 1])
     assert tokens.dtype == torch.int64
     assert tokens.tolist() == [store.codes(np.array([i]), np.array([[0]]))[0, 0].tolist() for i in (5, 1)]
     assert labels.tolist() == [store.labels[5], store.labels[1]]

@@ -250,15 +250,20 @@ def test_features_that_exceed_the_limit_are_refused_before_anything_is_removed(
     assert contents(tmp_path / "cache") == before
 
 
-def test_a_disk_that_is_too_small_makes_others_go_and_then_is_refused(
+def test_a_disk_that_is_too_small_is_refused_before_anything_is_removed(
     tmp_path: Path, model: Transformer, store: TokenStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     extract(model, store, FeatureCache(tmp_path / "cache", 1e6), Reading(layers=[1], steps=[3, 9]))
     usage = namedtuple("usage", ["free"])
-    monkeypatch.setattr(feature_cache.shutil, "disk_usage", lambda _: usage(2 * SIZE - 1))
-    with pytest.raises(UserError, match=r"take 4.86e-06 GB more, and the disk of .*cache has 4.86e-06 GB left: free"):
+    before = contents(tmp_path / "cache")
+    there = sum(file.stat().st_size for file in (tmp_path / "cache").glob("*/features.npy"))
+    monkeypatch.setattr(feature_cache.shutil, "disk_usage", lambda _: usage(2 * SIZE - 1 - there))
+    with pytest.raises(UserError, match=r"take 4.86e-06 GB more, and the disk of .*cache has \S+ GB left: free"):
         extract(model, store, FeatureCache(tmp_path / "cache", 1e6))
-    assert entries(tmp_path / "cache") == []
+    assert contents(tmp_path / "cache") == before
+    monkeypatch.setattr(feature_cache.shutil, "disk_usage", lambda _: usage(2 * SIZE - there))
+    extract(model, store, FeatureCache(tmp_path / "cache", 1e6))
+    assert len(entries(tmp_path / "cache")) == 2
 
 
 def test_a_disk_that_fills_up_is_an_error_that_leaves_nothing_unfinished(

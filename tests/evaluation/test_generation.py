@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import tracemalloc
 import zipfile
 from functools import partial
 from pathlib import Path
@@ -245,8 +246,31 @@ def test_adms_batches_statistics_are_used_and_their_images_serve_neighbours_only
     np.testing.assert_array_equal(reference.spatial.covariance, sigma_s)
     assert len(reference.features) == 20
     assert open_reference(str(path), toy(), ["fid"], Place()).features.shape == (0, 6)
+    np.savez(tmp_path / "alone.npz", mu=mu, sigma=sigma)  # another evaluator's, for FID alone
+    alone = open_reference(str(tmp_path / "alone.npz"), toy(), ["fid"], Place())
+    assert alone.size is None
+    np.savez(tmp_path / "s.npz", arr_0=pictures(20))
+    distance = evaluate(open_files(str(tmp_path / "s.npz")), alone, toy(), ["fid"], Place())["metrics"]["FID"]
+    features = toy().run(torch.from_numpy(pictures(20))).features.numpy()
+    assert distance == pytest.approx(frechet_distance(mu, sigma, *mean_and_covariance(features)), rel=1e-4)
+    with pytest.raises(UserError, match=r"no mu_s and sigma_s: leave sfid out"):
+        open_reference(str(tmp_path / "alone.npz"), toy(), ["fid", "sfid"], Place())
+    with pytest.raises(UserError, match=r"statistics and no images: leave precision recall out of --metrics"):
+        open_reference(str(tmp_path / "alone.npz"), toy(), ["fid", "recall", "precision"], Place())
     other = open_reference(str(path), toy("EfficientNet-Lite0"), ["fd"], Place())  # their statistics are of Inception
     assert other.statistics == "20 images"
+
+
+@pytest.mark.parametrize("keep", [None, 8])
+def test_of_the_images_no_more_stays_in_memory_than_is_kept(tmp_path: Path, keep: int | None) -> None:
+    np.savez(tmp_path / "s.npz", arr_0=np.random.default_rng(0).integers(0, 256, (512, 64, 64, 3)).astype(np.uint8))
+    images = open_files(str(tmp_path / "s.npz"))
+    tracemalloc.start()
+    found = collect(images, toy(), ["precision"], Place(batch_size=4), keep=keep)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(found.features) == (keep or 512)
+    assert peak < 200 * 64 * 64 * 3  # 64 are read at once
 
 
 # Names
@@ -270,6 +294,7 @@ def test_other_networks_numbers_never_carry_fids_name() -> None:
 def test_the_line_for_a_paper_names_all_that_identifies_the_numbers(tmp_path: Path) -> None:
     np.savez(tmp_path / "a.npz", arr_0=pictures(40))
     settings = {"cfg_scale": 1.75, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "seed": 7}
+    settings |= {"cfg_schedule": "power-cosine", "cfg_power": 2.75, "cfg_interval": 9}
     weights = {"sha256": "abcdef0123456789", "ema": True}
     metadata = {"settings": settings, "weights": weights, "label_mode": "balanced"}
     (tmp_path / "a.json").write_text(json.dumps(metadata))
@@ -279,7 +304,9 @@ def test_the_line_for_a_paper_names_all_that_identifies_the_numbers(tmp_path: Pa
     content = reference.content[:8]
     for part in (
         "FID 0.000 (40 samples " + content, "guidance 1.75, temperature 1.0", "seed 7", "balanced labels",
-        "EMA weights abcdef01", f"a.npz {content}, 40 images", "Inception 01234567", f"torch {torch.__version__}",
+        "EMA weights abcdef01",
+        "power-cosine guidance schedule of power 2.75", "guidance interval 9", f"a.npz {content}, 40 images",
+        "Inception 01234567", f"torch {torch.__version__}",
     ):  # fmt: skip
         assert part in line, part
     assert result["samples"]["metadata"] == metadata
@@ -315,7 +342,7 @@ def test_samples_of_another_size_need_an_explicit_resize(tmp_path: Path) -> None
     with pytest.raises(UserError, match=r"samples have 24x24 pixels, the reference 12x12.*--resize 12"):
         evaluate(samples, reference, toy(), ["fid"], Place())
     with pytest.raises(UserError, match=r"24x24 \(resized to 16\) pixels"):
-        check_sizes(samples, (12, 12), 16)
+        check_sizes(samples.size, (12, 12), 16)
     result = evaluate(samples, reference, toy(), ["fid"], Place(), resize=12)
     small = resize_as_llamagen(torch.from_numpy(pictures(20, size=24)), 12)
     statistics = mean_and_covariance(toy().run(small).features.numpy())
@@ -415,6 +442,40 @@ def test_mistakes_are_one_line_with_a_remedy(line: Path, capsys: Capture, tmp_pa
     against("good.npz", "--batch-size must be at least 1", "--batch-size", "0")
     against("good.npz", "seeds must be 0 or more", "--seed", "-1")
     against("good.npz", "--resize must be at least 1", "--resize", "0")
+
+
+def test_work_is_refused_before_it_is_done(line: Path, capsys: Capture, tmp_path: Path) -> None:
+    np.savez(tmp_path / "s.npz", arr_0=pictures(6, size=24))
+    (tmp_path / "file").write_text("")
+    evaluated = ("evaluate", tmp_path / "s.npz", *OFFLINE, "--reference")
+    fails(capsys, "samples have 24x24 pixels, the reference 32x32", *evaluated, line / "others")
+    below = tmp_path / "file" / "x.npz"
+    fails(capsys, "cannot write .*file is no folder", "reference", line / "others", "--out", below, *OFFLINE)
+
+
+def test_a_result_does_not_take_the_place_of_what_the_samples_say(line: Path, capsys: Capture, tmp_path: Path) -> None:
+    np.savez(tmp_path / "s.npz", arr_0=pictures(6, size=32))
+    said = {"settings": {"cfg_scale": 2.0, "seed": 5}, "weights": {"sha256": "ab", "ema": False}, "labels": [0] * 6}
+    (tmp_path / "s.json").write_text(json.dumps(said))
+    command = ("evaluate", tmp_path / "s.npz", "--reference", line / "reference.npz", *OFFLINE, "--metrics", "fd")
+    fails(capsys, "says how the samples were made: give the result", *command, "--json", tmp_path / "s.json")
+    assert json.loads((tmp_path / "s.json").read_text()) == said
+    (tmp_path / "s.json").unlink()
+    for _ in range(2):  # a result there is no metadata, and may be made again
+        st_ar(*command, "--json", tmp_path / "s.json")
+    capsys.readouterr()
+    assert open_files(str(tmp_path / "s.npz")).metadata == {}
+    (tmp_path / "s.json").write_text("[1]")
+    assert open_files(str(tmp_path / "s.npz")).metadata == {}
+    (tmp_path / "s.json").write_text("{")
+    fails(capsys, "s.json is unreadable .* remove it, or copy it again", *command)
+
+
+def test_unfinished_samples_are_no_set(tmp_path: Path) -> None:
+    folder = save_folder(tmp_path / "f", pictures(3))
+    (folder / "job.json").write_text("{}")
+    with pytest.raises(UserError, match="holds unfinished samples: give the same `st-ar sample` again"):
+        open_files(str(folder))
 
 
 def test_damaged_references_are_refused(line: Path, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from PIL import Image
 
 from st_ar.cli import main
 from st_ar.data.images import Example, ImageSource
+from st_ar.evaluation import invariance_job
 from st_ar.evaluation.invariance import (
     DIRECTIONS,
     IDENTITY,
@@ -376,6 +377,15 @@ def test_what_does_not_suit_is_refused_before_anything_is_written(
 ) -> None:
     with refused_call(tmp_path, match):
         measure_invariance({"a": mean_tokenizer(4)}, images, tmp_path / "out", replace(SMALL, **changes))
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_anything_is_encoded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(invariance_job, "measure", lambda *_, **__: pytest.fail("it was measured"))
+    (tmp_path / "file").write_text("")
+    with refused_call(tmp_path, "cannot write .*file is no folder"):
+        measure_invariance({"a": mean_tokenizer(4)}, "photos:test", tmp_path / "file" / "out", SMALL)
 
 
 @pytest.mark.parametrize("usable", [0, 1])

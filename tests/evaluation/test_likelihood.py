@@ -18,15 +18,18 @@ from tests.toys import TINY, random_model
 
 @pytest.fixture
 def written(tmp_path: Path) -> tuple[Path, np.ndarray, np.ndarray]:
-    return random_store(tmp_path / "tokens", images=7, crops=3, grid=3, vocab_size=11, num_classes=3, shards=2)
+    names = ("top-left", "center", "mirrored-center")
+    return random_store(
+        tmp_path / "tokens", images=7, crops=3, grid=3, vocab_size=11, num_classes=3, shards=2, crop_names=names
+    )
 
 
 @torch.no_grad()
-def test_it_is_the_mean_surprise_at_each_token_of_the_last_crop(written: tuple[Path, np.ndarray, np.ndarray]) -> None:
+def test_it_is_the_mean_surprise_at_each_token_of_the_centre_crop(written: tuple[Path, np.ndarray, np.ndarray]) -> None:
     folder, codes, labels = written
     model = random_model()
     surprises: list[float] = []
-    for image, label in zip(codes[:, -1].astype(int), labels, strict=True):
+    for image, label in zip(codes[:, 1].astype(int), labels, strict=True):
         for place, token in enumerate(image):
             read = torch.tensor(image[:place])[None]  # nothing after the token can help
             logits = model(read, torch.tensor([label])).logits[0, -1].double()
@@ -41,7 +44,7 @@ def test_masked_keys_are_hidden_as_in_training(written: tuple[Path, np.ndarray, 
     model = random_model()
     masks = ImageMasks(ratio=0.5, seed=3, own_position=own)
     surprises: list[float] = []
-    for image, (tokens, label) in enumerate(zip(codes[:, -1].astype(int), labels, strict=True)):
+    for image, (tokens, label) in enumerate(zip(codes[:, 1].astype(int), labels, strict=True)):
         mask = masks.draw([image], 9)
         assert mask is not None
         logits = model(torch.tensor(tokens[:-1])[None], torch.tensor([label]), key_mask=mask).logits[0].double()
@@ -66,7 +69,7 @@ def test_some_of_the_images_are_taken_from_all_over_the_store(
     written: tuple[Path, np.ndarray, np.ndarray], tmp_path: Path, images: int, chosen: list[int]
 ) -> None:
     _, codes, labels = written
-    those = write_store(tmp_path / "those", codes[chosen], labels[chosen], vocab_size=11, num_classes=3)
+    those = write_store(tmp_path / "those", codes[chosen][:, 1:2], labels[chosen], vocab_size=11, num_classes=3)
     model = random_model()
     expected = validation_loss(model, TokenStore(those))
     assert validation_loss(model, TokenStore(written[0]), images=images, batch_size=2) == pytest.approx(

@@ -67,6 +67,24 @@ def test_all_the_crops_asked_for_are_read(telling: tuple[TokenStore, TokenStore]
     assert (result.train_images, result.test_images) == (192, 30)
 
 
+def test_it_is_tested_on_the_centre_crops(tmp_path: Path, telling: tuple[TokenStore, TokenStore]) -> None:
+    labels = np.random.default_rng(0).integers(0, 3, 30)
+    crops = {
+        shown: np.broadcast_to(code[:, None, None], (30, 1, 9))
+        for shown, code in (("wrong", (labels + 1) % 3), ("right", labels))
+    }
+
+    def accuracy(name: str, codes: np.ndarray, *names: str) -> list[float]:
+        folder = write_store(tmp_path / name, codes, labels, vocab_size=11, num_classes=3, crop_names=names)
+        return probe(random_model(), telling[0], TokenStore(folder), steps=[9], config=SHORT).top1
+
+    alone = {shown: accuracy(shown, codes) for shown, codes in crops.items()}
+    both = np.concatenate(list(crops.values()), axis=1)
+    assert accuracy("second", both, "top-left", "center") == alone["right"]
+    assert accuracy("first", both, "center", "mirrored-center") == alone["wrong"]
+    assert alone["right"] > alone["wrong"]
+
+
 def test_the_network_is_left_as_it_was(telling: tuple[TokenStore, TokenStore]) -> None:
     model = random_model()
     before = {name: value.clone() for name, value in model.state_dict().items()}

@@ -135,7 +135,7 @@ def test_usage_and_perplexity_count_codes_over_all_images() -> None:
     shares = [12 / 18, 3 / 18, 3 / 18]
     assert found.usage == 0.75
     assert found.perplexity == pytest.approx(math.exp(-sum(share * math.log(share) for share in shares)))
-    assert (found.psnr, found.ssim) == (math.inf, 1.0)
+    assert (found.psnr, found.ssim) == (pytest.approx(10 * math.log10(255**2 * images[0].size), rel=1e-6), 1.0)
 
 
 @pytest.mark.parametrize(("codes", "perplexity"), [([2] * 9, 1.0), ([0, 1, 3] * 3, 3.0)])
@@ -153,6 +153,17 @@ def test_what_is_measured_is_the_mean_over_images_whatever_the_batch(batch_size:
     pairs = list(zip(images, expected, strict=True))
     assert found.psnr == pytest.approx(np.mean([peak_signal_noise_ratio(a, b) for a, b in pairs]), rel=1e-5)
     assert found.ssim == pytest.approx(np.mean([expected_ssim(a, b) for a, b in pairs]), abs=1e-6)
+
+
+def test_an_image_that_comes_back_exactly_counts_as_off_by_one_level() -> None:
+    images = np.stack([np.full((12, 12, 3), 128, np.uint8), center_crop(Image.fromarray(photographs()[0]), 12)])
+    tokenizer = grey_tokenizer()
+    exact = to_uint8(tokenizer.decode(tokenizer.encode(to_pixels(torch.from_numpy(images[:1]))))).numpy()
+    images[0] = exact[0]
+    made, found = reconstruct(tokenizer, images)
+    np.testing.assert_array_equal(made[0], images[0])
+    other = peak_signal_noise_ratio(images[1], made[1])
+    assert found.psnr == pytest.approx((10 * np.log10(255**2 * 12 * 12 * 3) + other) / 2, rel=1e-5)
 
 
 # Images to measure on

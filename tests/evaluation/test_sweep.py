@@ -114,6 +114,36 @@ def test_what_cannot_be_swept_is_refused(line: SmallLine, reference: Reference, 
     (tmp_path / "taken" / "thesis.txt").write_text("x")
     with refused(tmp_path, "holds something else than a sweep"):
         sweep(sampler(line, tmp_path / "taken"), GRID, reference, toy(), ["fid"], tmp_path / "taken", Place())
+    with refused(tmp_path, "the 11 tokens of the codebook, not 12"):  # the last setting, before the first is drawn
+        settings = settings_of([1.0], [1.0], [0, 12])
+        sweep(sampler(line, tmp_path / "out"), settings, reference, toy(), ["fid"], tmp_path / "out", Place())
+
+
+def test_a_reference_of_another_size_is_refused_before_anything_is_drawn(
+    line: SmallLine, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    np.savez(tmp_path / "r.npz", arr_0=pictures(8, size=7))
+    command = ["sweep", "--model", line.model, "--tokenizer", line.tokenizer, "--reference", tmp_path / "r.npz"]
+    command += ["--cfg-scales", "1", "--num", "6", "--out", tmp_path / "out", "--extractor", "efficientnet"]
+    with pytest.raises(SystemExit):
+        main([str(argument) for argument in [*command, "--device", "cpu"]])
+    assert "samples have 6x6 pixels, the reference 7x7" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_samples_killed_while_their_parts_were_cleared_are_finished(
+    line: SmallLine, reference: Reference, tmp_path: Path
+) -> None:
+    swept = sampler(line, tmp_path)
+    path = swept.draw(GRID[0])
+    before = contents(tmp_path)
+    parts = path.with_name(f"{path.name}.parts")
+    parts.mkdir()
+    record = json.loads(path.with_suffix(".json").read_text())
+    record.pop("environment")
+    (parts / "job.json").write_text(json.dumps(record))
+    assert swept.draw(GRID[0]) == path
+    assert contents(tmp_path) == before
 
 
 def test_the_sweep_by_command(

@@ -32,6 +32,20 @@ def test_a_share_of_the_sequences_is_masked_and_the_others_are_not(batch: int, s
     assert torch.equal(mask[masked], everyone[masked])
 
 
+@given(
+    batch=st.integers(1, 12),
+    share=st.floats(0, 1),
+    seed=st.integers(0, 2**32),
+    cut=st.tuples(st.integers(0, 12), st.integers(0, 12)),
+)
+def test_a_part_of_the_batch_is_masked_as_it_is_in_the_whole(
+    batch: int, share: float, seed: int, cut: tuple[int, int]
+) -> None:
+    mine = slice(min(cut), max(cut))
+    whole = random_key_mask(batch, 9, 0.5, seeded(seed), share=share)
+    assert torch.equal(random_key_mask(batch, 9, 0.5, seeded(seed), share=share, mine=mine), whole[mine])
+
+
 def test_each_sequence_is_as_likely_to_be_masked() -> None:
     generator, draws = seeded(0), 4000
     counts = sum(random_key_mask(6, 9, 0.5, generator, share=0.5).any(1).double() for _ in range(draws))

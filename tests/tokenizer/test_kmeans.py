@@ -2,6 +2,8 @@
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from st_ar import load_tokenizer
+from st_ar.data.decode import MAX_PIXELS
 from st_ar.data.images import Example, ImageSource
 from st_ar.errors import UserError
 from st_ar.tokenizer import to_pixels, to_uint8
@@ -226,6 +229,14 @@ def test_training_is_a_function_of_the_seed() -> None:
 def test_too_few_different_patches_are_refused_with_both_numbers() -> None:
     with pytest.raises(UserError, match="tiles:train has 4 different patches, too few for 5 codes: lower --vocab-size"):
         train_kmeans(source_of(tiles(4)), vocab_size=5, patch=3)
+
+
+def test_an_image_that_would_become_too_large_is_left_out() -> None:
+    source = source_of(tiles(6))
+    strip = Example(Image.new("L", (MAX_PIXELS // 36 + 1, 1)), 0)  # enlarged 6 times
+    longer = replace(source, examples=lambda start: chain([strip], source.examples(start)), count=41)
+    expected, found = (train_kmeans(each, vocab_size=4, patch=3, max_patches=10**9) for each in (source, longer))
+    assert expected.fingerprint == found.fingerprint
 
 
 def test_bytes_become_pixels_between_minus_one_and_one() -> None:

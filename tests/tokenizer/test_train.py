@@ -356,7 +356,7 @@ def assert_same_result(run: Path, expected: Path) -> None:
 
 def test_a_run_is_what_the_design_says(straight: Path) -> None:
     assert sorted(path.name for path in straight.iterdir()) == [
-        *("checkpoints", "config.json", "log.jsonl", "reconstructions", "tokenizer.json", "vq.safetensors")
+        *(".lock", "checkpoints", "config.json", "log.jsonl", "reconstructions", "tokenizer.json", "vq.safetensors")
     ]
     assert [step for step, _ in list_checkpoints(straight / "checkpoints")] == [8, 12]
     saved = json.loads((straight / "config.json").read_text())
@@ -609,6 +609,18 @@ def test_what_is_there_is_not_written_over(run: Path, tmp_path: Path) -> None:
     (tmp_path / "thesis" / "thesis.tex").write_text("precious")
     with refused(tmp_path, "exists already and is no run of ours: choose another --out"):
         train_tokenizer(TOY_GAN, colours(), tmp_path / "thesis")
+
+
+def test_images_that_cannot_be_read_leave_no_run_behind(tmp_path: Path) -> None:
+    broken = replace(colours(), examples=lambda start: (Example(b"", 0) for _ in range(start, 8)))
+    with refused(tmp_path, "has no image that can be read"):
+        train_tokenizer(TOY_GAN, colours(), tmp_path / "run", test_images=broken)
+
+
+def test_a_tokenizer_without_a_checkpoint_is_not_begun_anew(run: Path) -> None:
+    shutil.rmtree(run / "checkpoints")
+    with refused(run, "has weights of step 12 and no checkpoint to go on from"):
+        train_tokenizer(TOY_GAN, colours(), run, resume=True, preset="toy")
 
 
 @pytest.mark.parametrize("name", ["nowhere", "."])

@@ -21,7 +21,7 @@ from st_ar.training.log import append_log
 from st_ar.training.loop import train
 from st_ar.training.manifest import list_checkpoints, read_record
 from tests.data.random_store import random_store
-from tests.disk import contents, refused
+from tests.disk import contents, flip_byte, refused
 from tests.training.toy_runs import GUIDED_RUN, PLAIN_RUN, assert_same_result, assert_same_weights, log_of, saved_state
 
 # The best by a validation store
@@ -107,6 +107,15 @@ def test_a_validation_store_that_does_not_suit_is_refused_before_anything_is_wri
     other = random_store(tmp_path / "other", images=9, crops=1, vocab_size=32)[0]
     with refused(tmp_path, "has 32 tokens in the codebook, the model 16"):
         train(MEASURED, tokens, tmp_path / "run", validation=other)
+    named = random_store(tmp_path / "named", images=9, crops=1)[0]
+    saved = json.loads((named / "meta.json").read_text())
+    (named / "meta.json").write_text(json.dumps(saved | {"class_names": ["class-0", "class-2", "class-1"]}))
+    with refused(tmp_path, r"names its classes otherwise than .* \(class 1 is 'class-1' and 'class-2'\)"):
+        train(MEASURED, tokens, tmp_path / "run", validation=named)
+    damaged = random_store(tmp_path / "damaged", images=9, crops=1)[0]
+    flip_byte(next(damaged.glob("codes-*")), 200)
+    with refused(tmp_path, "damaged: its content does not match the checksum"):
+        train(MEASURED, tokens, tmp_path / "run", validation=damaged)
     saved = json.loads((other / "meta.json").read_text())
     (other / "meta.json").write_text(json.dumps(saved | {"vocab_size": 16, "tokenizer": "f" * 64}))
     with refused(tmp_path, "was made by tokenizer ffffffffffff"):

@@ -234,7 +234,7 @@ def test_a_share_of_zero_drops_no_label() -> None:
 
 
 def test_a_run_is_what_the_design_says(straight: Path) -> None:
-    left = ["checkpoints", "config.json", "export", "log.jsonl", "tensorboard"]
+    left = [".lock", "checkpoints", "config.json", "export", "log.jsonl", "tensorboard"]
     assert sorted(path.name for path in straight.iterdir()) == left
     assert sorted(path.name for path in (straight / "checkpoints").iterdir()) == ["step_00000008", "step_00000012"]
     saved = json.loads((straight / "config.json").read_text())

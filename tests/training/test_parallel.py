@@ -11,6 +11,7 @@ from st_ar.config import TrainConfig
 from st_ar.errors import UserError
 from st_ar.selfguided.objective import SelfGuided, draw
 from st_ar.selfguided.teacher import Teacher
+from st_ar.training.group import process_group
 from st_ar.training.loop import backward
 from st_ar.training.parallel import choose_parallel, spread
 from tests.calls import Calls
@@ -39,6 +40,16 @@ UNSUITABLE: dict[str, tuple[int, TrainConfig, str]] = {
     "shards": (6, replace(GUIDED_RUN, parallel="fsdp", shard_size=4), "--shard-size 4 does not divide the 6 ranks"),
     "negatives": (3, replace(LOCAL, accumulate=2), "--selfguided.negatives local .* larger --batch-size than 6"),
 }
+
+
+def test_a_rank_that_nobody_can_meet_says_how_to_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    message = "RANK and WORLD_SIZE say .* MASTER_ADDR .*: start them by torchrun, or unset both"
+    with pytest.raises(UserError, match=message), process_group("cpu", 60):
+        pass
 
 
 @pytest.mark.parametrize("what", UNSUITABLE)

@@ -10,8 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from st_ar.config import TrainConfig
+from st_ar.data.store import TokenStore
+from st_ar.hardware import choose_dtype
 from st_ar.model.weights import open_model
 from st_ar.training import loop
 from st_ar.training.log import append_log
@@ -191,11 +194,64 @@ def test_self_guidance_may_not_be_begun_or_ended_in_the_past(
         train(now, tokens, tmp_path / "run", resume=True)
 
 
+def test_weights_without_a_checkpoint_are_not_begun_anew(tokens: Path, run: Path) -> None:
+    shutil.rmtree(run / "checkpoints")
+    with refused(run, "has weights of step 12 and no checkpoint to go on from: put its checkpoints back, or choose"):
+        train(replace(GUIDED_RUN, steps=20), tokens, run, resume=True, preset="toy")
+
+
+def test_a_folder_is_trained_in_by_one_process_at_a_time(tokens: Path, run: Path) -> None:
+    hold = "import fcntl, sys; file = open(sys.argv[1], 'ab'); fcntl.lockf(file, fcntl.LOCK_EX); print('held', flush=True); input()"
+    command = [sys.executable, "-c", hold, str(run / ".lock")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "held\n"
+        with refused(run, "another process is training in .*run: wait for its end, or stop it first"):
+            train(replace(GUIDED_RUN, steps=20), tokens, run, resume=True, preset="toy")
+        other.communicate("\n")
+    train(GUIDED_RUN, tokens, run, resume=True, preset="toy")  # the lock ends with who held it
+
+
+def test_the_type_may_be_named_or_left_to_the_machine(tokens: Path, tmp_path: Path) -> None:
+    dtype = str(choose_dtype("auto", torch.device("cpu"))).removeprefix("torch.")
+    begun = replace(PLAIN_RUN, dtype="auto", steps=4)
+    train(begun, tokens, tmp_path / "run", preset="toy")
+    train(replace(begun, dtype=dtype), tokens, tmp_path / "run", resume=True, preset="toy")
+
+
+def test_micro_batches_may_change_as_long_as_the_negatives_do_not(tokens: Path, tmp_path: Path) -> None:
+    config = replace(GUIDED_RUN, steps=4, model=replace(GUIDED_RUN.model, **NO_DROPOUT))
+    straight = train(replace(config, steps=6), tokens, tmp_path / "straight", preset="toy")
+    train(config, tokens, tmp_path / "run", preset="toy")
+    train(replace(config, steps=6, accumulate=3), tokens, tmp_path / "run", resume=True, preset="toy")
+    found, expected = (open_model(run)[0].state_dict() for run in (tmp_path / "run", straight))
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=0, atol=1e-4)
+    local = replace(config, selfguided=replace(config.selfguided, negatives="local"))
+    train(local, tokens, tmp_path / "local", preset="toy")
+    with refused(tmp_path / "local", "accumulate was 1, now 3"):
+        train(replace(local, accumulate=3), tokens, tmp_path / "local", resume=True, preset="toy")
+
+
+def test_an_exports_folder_is_no_run(tokens: Path, run: Path) -> None:
+    with refused(run, "export exists already and is no run of ours"):
+        train(GUIDED_RUN, tokens, run / "export", preset="toy")
+    with refused(run, "export holds no run to resume, its config.json is of something else"):
+        train(GUIDED_RUN, tokens, run / "export", resume=True, preset="toy")
+
+
+def test_images_are_not_negatives_of_themselves(tokens: Path, tmp_path: Path) -> None:
+    large = 2 * len(TokenStore(tokens))
+    with refused(
+        tmp_path, f"--batch-size {large} is more than the {large // 2} images of .*: give at most {large // 2}"
+    ):
+        train(replace(GUIDED_RUN, batch_size=large), tokens, tmp_path / "run")
+
+
 CHANGES: dict[str, tuple[TrainConfig, str]] = {
     "batch size": (replace(GUIDED_RUN, batch_size=4), "batch_size was 6, now 4"),
     "seed": (replace(GUIDED_RUN, seed=1), "seed was 0, now 1"),
     "views": (replace(GUIDED_RUN, views=3), "views was 2, now 3"),
-    "accumulate": (replace(GUIDED_RUN, accumulate=2), "accumulate was 1, now 2"),
     "label dropout": (replace(GUIDED_RUN, class_dropout=0.2), "class_dropout was 0.1, now 0.2"),
     "rate": (replace(GUIDED_RUN, optim=replace(GUIDED_RUN.optim, lr=1e-3)), "optim.lr was 0.003, now 0.001"),
     "depth": (replace(GUIDED_RUN, model=replace(GUIDED_RUN.model, n_layers=3)), "model.n_layers was 2, now 3"),

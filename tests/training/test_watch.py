@@ -110,7 +110,9 @@ def assert_same_weights(run: Path, expected: Path) -> None:
 
 def test_a_watched_run_ends_with_the_same_weights_bit_for_bit(watched: Path, unseen: Path) -> None:
     assert_same_weights(watched, unseen)
-    assert sorted(path.name for path in unseen.iterdir()) == ["checkpoints", "config.json", "export", "log.jsonl"]
+    assert sorted(path.name for path in unseen.iterdir()) == [
+        *(".lock", "checkpoints", "config.json", "export", "log.jsonl")
+    ]
 
 
 def test_seldom_logged_or_always_the_weights_are_the_same(line: Path, unseen: Path, tmp_path: Path) -> None:

@@ -44,11 +44,18 @@ def find_columns(features: Any, options: dict[str, str], where: str) -> Columns:
 
     def choose(what: str, candidates: list[str], names: Sequence[str]) -> str:
         listed = ", ".join(f"{column} ({_kind(kind)})" for column, kind in features.items())
-        remedy = f"name one by {where}#{what}=COLUMN; it has {listed}"
+        none = ", or #label=none to take all images as one class" if what == "label" else ""
+        remedy = f"name one by {where}#{what}=COLUMN{none}; it has {listed}"
         if what in options:
-            if options[what] not in candidates:
-                raise UserError(f"{where} has no {what} column {options[what]!r}: {remedy}")
-            return options[what]
+            name = options[what]
+            if name not in features:
+                raise UserError(f"{where} has no column {name!r}: {remedy}")
+            if name not in candidates:
+                kinds = {"image": "images or the bytes of files", "label": "whole numbers (a ClassLabel or int)"}[what]
+                raise UserError(
+                    f"{where}: column {name!r} is {_kind(features[name])}, a {what} column holds {kinds}: {remedy}"
+                )
+            return name
         if len(candidates) == 1:
             return candidates[0]
         named = [name for name in names if name in candidates]

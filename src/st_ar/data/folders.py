@@ -7,6 +7,7 @@ from pathlib import Path
 
 from st_ar.data.images import Example, ImageSource
 from st_ar.errors import UserError
+from st_ar.files import printable
 
 SUFFIXES = frozenset(
     (
@@ -64,11 +65,11 @@ def open_folder(path: str) -> ImageSource:
 
     def examples(start: int) -> Iterator[Example]:
         for index in range(start, len(paths)):
-            yield Example(root / paths[index], labels[index], paths[index])
+            yield Example(root / paths[index], labels[index], printable(paths[index]))
 
     return ImageSource(
-        name=f"folder:{path}",
-        class_names=names,
+        name=printable(f"folder:{path}"),
+        class_names=list(map(printable, names)),
         count=len(paths),
         examples=examples,
         size=LARGE_SIZE,

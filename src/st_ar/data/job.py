@@ -170,12 +170,15 @@ class StoreJob:
             entries.append({"images": len(values), "codes": codes, "labels": labels, **self._sums(index)})
         images = sum(int(entry["images"]) for entry in entries)
         self.check_skipped([], images + len(skipped))
-        if not images:
-            raise UserError(f"{source} has no image that can be used: see {self.out / SKIPPED}")
         if skipped:
             _write_lines(self.out / SKIPPED, skipped)
         else:
             (self.out / SKIPPED).unlink(missing_ok=True)
+        if not images:
+            raise UserError(
+                f"{source} has no image that can be used, {self.out / SKIPPED} says why: mend them, and choose another --out or remove "
+                "this one"
+            )
         StoreMeta(
             source=source,
             tokenizer=tokenizer,

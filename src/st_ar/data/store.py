@@ -1,6 +1,7 @@
 """The token store: images' codes on disk, in a folder that says what it is (docs/formats.md)."""
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from st_ar.config import ModelConfig
+from st_ar.data.crops import PLACES
 from st_ar.errors import UserError
 from st_ar.files import open_array, read_json, sha256, write_json
 from st_ar.settings import from_dict, require_types
@@ -50,6 +52,20 @@ class StoreMeta:
     def write(self, folder: Path) -> None:
         """Write meta.json: from then on the folder is a complete store."""
         write_json(folder / META, asdict(self))
+
+
+def same_names(ours: Sequence[str], theirs: Sequence[str]) -> bool:
+    """Whether two lists of class names agree; numbers alone are no names, and agree with all."""
+    numbers = [str(index) for index in range(len(ours))]
+    return list(ours) == list(theirs) or numbers in (list(ours), list(theirs))
+
+
+def difference(ours: Sequence[str], theirs: Sequence[str]) -> str:
+    """Where two lists of class names first differ."""
+    for index, (a, b) in enumerate(zip(ours, theirs, strict=False)):
+        if a != b:
+            return f"class {index} is {a!r} and {b!r}"
+    return "the first of which have the same names"
 
 
 class TokenStore:
@@ -140,6 +156,15 @@ class TokenStore:
             here = shards == shard
             out[here] = self._codes(int(shard))[rows[here][:, None], crops[here]]
         return out
+
+    @property
+    def center(self) -> int:
+        """Which of the crops is the centre, not mirrored: what evaluation reads. The first where none is called so."""
+        return next((i for i, name in enumerate(self.meta.crops) if name == PLACES[-1]), 0)
+
+    def center_codes(self, images: np.ndarray) -> np.ndarray:
+        """Codes uint16 [n, T] of the centre crops of chosen images [n]."""
+        return self.codes(images, np.full((len(images), 1), self.center))[:, 0]
 
     @property
     def fingerprint(self) -> str:

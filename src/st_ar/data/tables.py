@@ -13,6 +13,7 @@ from st_ar.data.columns import Columns, find_columns, split_options, to_example
 from st_ar.data.folders import CENTER_RANGE, LARGE_SIZE, TEN_RANGE
 from st_ar.data.images import MAX_CLASSES, Example, ImageSource
 from st_ar.errors import UserError
+from st_ar.files import printable
 
 ROWS = 64
 """Rows read at once."""
@@ -39,6 +40,10 @@ def open_parquet(spec: str) -> ImageSource:
     digest = hashlib.sha256()
     highest = 0
     for path in paths:
+        if Path(path).is_dir():
+            raise UserError(
+                f"parquet:{pattern}: {path} is a folder; give its files in quotes: 'parquet:{path}/*.parquet'"
+            )
         try:
             with parquet.ParquetFile(path) as file:
                 found = find_columns(datasets.Features.from_arrow_schema(file.schema_arrow), options, f"parquet:{path}")
@@ -70,7 +75,7 @@ def open_parquet(spec: str) -> ImageSource:
                 continue
             try:
                 for row, values in _rows(parquet, path, wanted, start):
-                    yield to_example(values, columns, f"{Path(path).name}:{row}")
+                    yield to_example(values, columns, printable(f"{Path(path).name}:{row}"))
             except (arrow.ArrowException, OSError) as error:
                 raise UserError(
                     f"{path} is damaged: {_one_line(error)}; fetch it again, then give the same command to go on"
@@ -78,7 +83,7 @@ def open_parquet(spec: str) -> ImageSource:
             start = 0
 
     return ImageSource(
-        name=f"parquet:{spec}",
+        name=printable(f"parquet:{spec}"),
         class_names=columns.class_names or [str(label) for label in range(highest + 1)],
         count=sum(counts),
         examples=examples,

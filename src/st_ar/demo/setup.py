@@ -9,12 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from st_ar.data.store import TokenStore
+from st_ar.data.store import TokenStore, difference, same_names
 from st_ar.demo.shelf import Shelf
 from st_ar.demo.understanding import Guesser, Guesses, Reading, Readings
 from st_ar.demo.uploads import cut_upload, decode_upload
 from st_ar.errors import UserError
-from st_ar.evaluation.attention import first_crops
+from st_ar.evaluation.attention import center_crops
 from st_ar.evaluation.subjects import call_models
 from st_ar.quickstart_report import METHODS
 from st_ar.tokenizer import to_pixels, to_uint8
@@ -53,18 +53,23 @@ class Setup:
     def __post_init__(self) -> None:
         for store in (self.store, self.probe_store):
             if store is not None:
-                for weights in self.shelf.weights.values():
+                for name, weights in self.shelf.weights.items():
                     store.check_model(
                         weights.config, self.shelf.tokenizer.fingerprint if store.meta.tokenizer else None
                     )
+                    if weights.class_names and not same_names(weights.class_names, store.meta.class_names):
+                        differ = difference(weights.class_names, store.meta.class_names)
+                        raise UserError(
+                            f"{store.folder} names its classes otherwise than {name} ({differ}): give stores of one data set"
+                        )
 
     def from_store(self, image: int) -> Seen:
-        """An image of the store, first crop."""
+        """An image of the store, centre crop."""
         if self.store is None:
             raise UserError("the page has no token store: start it with --tokens STORE")
         if not 0 <= image < len(self.store):
             raise UserError(f"{self.store.folder} has images 0 to {len(self.store) - 1}, and no {image}")
-        tokens, labels = first_crops(self.store, [image])
+        tokens, labels = center_crops(self.store, [image])
         label = int(labels[0])
         name = self.store.meta.class_names[label]
         return self.shelf.run(lambda: self._seen(f"image {image} of the store: {name}", tokens[0], label))

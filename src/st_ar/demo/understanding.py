@@ -121,7 +121,7 @@ class Guesser:
     `st-ar probe` keeps accuracies and no classifiers, so that this one is fitted when it is first asked.
 
     Args:
-        store: of whose images, first crops, up to `images` are what it is fitted on.
+        store: of whose images, centre crops, up to `images` are what it is fitted on.
 
     Raises:
         UserError: scikit-learn is missing, a store of other tokens or without classes, or a model that knows no null class.
@@ -162,7 +162,7 @@ class Guesser:
         for start in range(0, len(self.images), AT_ONCE):
             yield self._sofar(start)
             some = self.images[start : start + AT_ONCE]
-            codes = self.store.codes(some, np.zeros((len(some), 1), np.int64))[:, 0].astype(np.int64)
+            codes = self.store.center_codes(some).astype(np.int64)
             rows.append(self._features(torch.from_numpy(codes)).numpy())
         labels, classes = torch.from_numpy(self.store.labels[self.images]), len(self.store.meta.class_names)
         self.classify = ShallowClassifiers(np.concatenate(rows), labels, classes, "ridge", 1.0, mean_over_steps=False)

@@ -160,9 +160,9 @@ class ImageMasks:
 NO_MASKS = ImageMasks()
 
 
-def first_crops(store: TokenStore, images: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Tokens int64 [n, T] and labels [n] of the first crops of a store's images."""
-    codes = store.codes(np.array(images), np.zeros((len(images), 1), int))[:, 0]
+def center_crops(store: TokenStore, images: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Tokens int64 [n, T] and labels [n] of the centre crops of a store's images."""
+    codes = store.center_codes(np.array(images))
     return torch.from_numpy(codes.astype(np.int64)), torch.from_numpy(store.labels[list(images)])
 
 
@@ -175,7 +175,7 @@ def store_maps(
     masks: ImageMasks = NO_MASKS,
 ) -> Iterator[tuple[int, Tensor]]:
     """The maps of `weights_by_layer` over a store's images, computed where the model lies."""
-    tokens, labels = first_crops(store, images)
+    tokens, labels = center_crops(store, images)
     device = model.output.weight.device
     mask = masks.draw(images, tokens.shape[1])
     key_mask = None if mask is None else mask.to(device)

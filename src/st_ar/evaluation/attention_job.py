@@ -14,12 +14,12 @@ from st_ar.evaluation.attention import (
     LayerStatistics,
     attention_steps,
     average_statistics,
-    first_crops,
+    center_crops,
     require_between,
 )
 from st_ar.evaluation.attention_report import Looked, write_curves, write_maps, write_page, write_statistics
 from st_ar.figures import require_matplotlib
-from st_ar.files import folder_aside, require_absent
+from st_ar.files import folder_aside, require_absent, require_place
 from st_ar.hardware import choose_device
 from st_ar.model.transformer import Transformer
 from st_ar.model.weights import EMA, LIVE, ModelInfo, open_model
@@ -99,7 +99,7 @@ def report_attention(
 
     Args:
         paths: of models, as for `open_model`.
-        tokens: the store whose first crops are read.
+        tokens: the store whose centre crops are read.
         names: of the models; by default those of their folders, with "(EMA)" for averaged weights.
         ema, device: of every model.
 
@@ -111,6 +111,7 @@ def report_attention(
             range, or `out` exists.
     """
     require_absent(out, "a folder of attention maps")
+    require_place(out)
     require_matplotlib()
     models, infos = _open_models(paths, names, ema)
     store, painter = _open_images(tokens, tokenizer, infos, device)
@@ -130,7 +131,7 @@ def report_attention(
         averaged=chosen.average,
         masks=chosen.masks,
     )
-    codes = first_crops(store, chosen.images)[0].unflatten(1, (store.meta.grid, store.meta.grid))
+    codes = center_crops(store, chosen.images)[0].unflatten(1, (store.meta.grid, store.meta.grid))
     pictures = to_uint8(painter.decode(codes)).numpy()
     with folder_aside(out) as folder:
         write_statistics(folder, looked)

@@ -214,7 +214,7 @@ def write_page(out: Path, looked: Looked, maps: Sequence[Section], curves: Seque
 def _sources(looked: Looked) -> list[str]:
     meta = looked.store.meta
     store = (
-        f"Images: {looked.averaged:,} of the {len(looked.store):,} of {looked.store.folder}, evenly spaced; the first crop "
+        f"Images: {looked.averaged:,} of the {len(looked.store):,} of {looked.store.folder}, evenly spaced; the centre crop "
         f"({meta.crops[0]}) of each, {meta.grid} x {meta.grid} tokens."
     )
     weights = [

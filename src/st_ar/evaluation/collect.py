@@ -79,11 +79,14 @@ class _Chosen:
 
     def add(self, index: int, features: Tensor, pixels: Tensor) -> None:
         drawn = np.random.SeedSequence([self.seed, Purpose.EVALUATION, index]).generate_state(1, np.uint64)[0]
-        entry = (-(int(drawn) >> 1), index, features, pixels if self.with_pixels else pixels[:0])
-        if self.keep is None or len(self.heap) < self.keep:
-            heapq.heappush(self.heap, entry)
-        elif entry > self.heap[0]:
-            heapq.heapreplace(self.heap, entry)
+        number = -(int(drawn) >> 1)
+        full = self.keep is not None and len(self.heap) >= self.keep
+        if full and (not self.heap or (number, index) < self.heap[0][:2]):
+            return
+        # copies: a view would keep its whole batch alive
+        kept = pixels.clone() if self.with_pixels else torch.empty(0, *pixels.shape[1:], dtype=pixels.dtype)
+        push = heapq.heapreplace if full else heapq.heappush
+        push(self.heap, (number, index, features.clone(), kept))
 
     def gather(self, dim: int, size: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor]:
         """Features and pixels of the chosen of all ranks, in the order of their images."""

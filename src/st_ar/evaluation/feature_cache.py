@@ -81,16 +81,18 @@ class FeatureCache:
         there = self._entries()
         missing = sum(size for name, size in self.wanted.items() if name not in there)
         taken = sum(there.values()) + missing
-        for name in [name for name in there if name not in self.wanted]:
-            if taken <= self.limit and missing <= shutil.disk_usage(self.folder).free:
-                break
-            shutil.rmtree(self.folder / name, ignore_errors=True)
-            taken -= there[name]
-        if missing > (free := shutil.disk_usage(self.folder).free):
+        others = [name for name in there if name not in self.wanted]
+        free = shutil.disk_usage(self.folder).free
+        if missing > free + sum(there[name] for name in others):
             raise UserError(
                 f"the features take {_gigabytes(missing)} more, and the disk of {self.folder} has {_gigabytes(free)} left: "
                 f"free some space, or give a --cache on another disk{less}"
             )
+        for name in others:
+            if taken <= self.limit and missing <= shutil.disk_usage(self.folder).free:
+                break
+            shutil.rmtree(self.folder / name, ignore_errors=True)
+            taken -= there[name]
 
     def _entries(self) -> dict[str, int]:
         """Whole entries and their bytes, the longest unused first."""

@@ -52,11 +52,11 @@ def is_class_sorted(images: ImageSet) -> bool:
     return bool((np.diff(labels) >= 0).all()) and 1 < len(np.unique(labels)) < len(labels) / 2
 
 
-def check_sizes(samples: ImageSet, size: tuple[int, int], resize: int | None) -> None:
-    """Refuse samples of another size than the reference's images, unless a resize to just that is asked for."""
-    evaluated = samples.size if resize is None else (resize, resize)
+def check_sizes(samples: tuple[int, int], size: tuple[int, int], resize: int | None) -> None:
+    """Refuse samples of another height and width than the reference's, unless a resize to just that is asked for."""
+    evaluated = samples if resize is None else (resize, resize)
     if evaluated != size:
-        was = "x".join(map(str, samples.size)) + (f" (resized to {resize})" if resize is not None else "")
+        was = "x".join(map(str, samples)) + (f" (resized to {resize})" if resize is not None else "")
         raise UserError(
             f"the samples have {was} pixels, the reference {size[0]}x{size[1]}: give a reference of the samples' size, or --resize "
             f"{size[0]} to have them resized bicubically, as LlamaGen's evaluation does"
@@ -88,7 +88,8 @@ def evaluate(
     Raises:
         UserError: sizes that differ, too few images, or damaged ones.
     """
-    check_sizes(samples, reference.size, resize)
+    if reference.size is not None:
+        check_sizes(samples.size, reference.size, resize)
     assert samples.count is not None
     order = None if shuffle_seed is None else np.random.default_rng(shuffle_seed).permutation(samples.count)
     found = collect(samples, extractor, metrics, place, resize=resize, order=order)
@@ -105,7 +106,10 @@ def evaluate(
         shuffled = "as given" if shuffle_seed is None else f"shuffled with seed {shuffle_seed}"
         settings |= {"is_split": SPLIT, "is_order": shuffled}
     if "kid" in metrics:
-        settings |= {"kid_subsets": SUBSETS, "kid_subset_size": min(SUBSET_SIZE, found.count, len(reference.features))}
+        size = min(SUBSET_SIZE, found.count, len(reference.features))
+        settings |= {"kid_subsets": SUBSETS, "kid_subset_size": size}
+        if found.count == len(reference.features) == size:
+            notes.append("KID's subsets are all images of either set, always the same: its std says nothing")
     return {
         "metrics": {extractor.label(name): value for name, value in numbers.items()},
         "samples": {
@@ -121,7 +125,7 @@ def evaluate(
             "sha256": reference.content,
             "statistics": reference.statistics,
             "neighbours": len(reference.features),
-            "size": list(reference.size),
+            "size": None if reference.size is None else list(reference.size),
         },
         "extractor": {"name": extractor.name, "sha256": extractor.weights},
         "settings": settings,
@@ -173,6 +177,11 @@ def describe_samples(metadata: dict[str, Any]) -> list[str]:
             "seed": "seed",
         }
         parts += [f"{name} {settings[key]}" for key, name in names.items() if key in settings]
+        if (schedule := settings.get("cfg_schedule", "constant")) != "constant":
+            power = f" of power {settings.get('cfg_power')}" if schedule == "power-cosine" else ""
+            parts.append(f"{schedule} guidance schedule{power}")
+        if settings.get("cfg_interval", -1) != -1:
+            parts.append(f"guidance interval {settings['cfg_interval']}")
     mode = metadata.get("label_mode", settings.get("label_mode") if isinstance(settings, dict) else None)
     if mode is not None:
         parts.append(f"{mode} labels")

@@ -18,9 +18,11 @@ from st_ar.data.decode import BrokenImageError, read_image
 from st_ar.data.images import MAX_CLASSES, Example, ImageSource, open_images
 from st_ar.data.pool import default_workers, open_decoder
 from st_ar.errors import UserError, cause
-from st_ar.files import read_json
+from st_ar.files import parse_json
 from st_ar.settings import fits
 
+JOB, METADATA = "job.json", "metadata.json"
+"""In a folder of samples: marks them as unfinished, and says how they were made."""
 CHUNK = 64
 """Images that are read at once."""
 _SOURCE = re.compile(r"(folder|parquet|hub):.|(photos|digits)(:\w+)?$")
@@ -157,7 +159,7 @@ def _open_archive(path: Path) -> ImageSet:
             if mine.stop == shape[0]:
                 file.read(1)  # the end, where the checksum is compared
 
-    metadata, listed = _metadata(path.with_suffix(".json"), shape[0])
+    metadata, listed = _metadata(metadata_of(path), shape[0])
     labels = read_array(path, "arr_1") if "arr_1" in array_names(path) else listed
     if labels is not None and (labels.shape != shape[:1] or labels.dtype.kind not in "iu"):
         labels = None
@@ -170,6 +172,8 @@ def _open_archive(path: Path) -> ImageSet:
 
 
 def _open_folder(path: Path) -> ImageSet:
+    if (path / JOB).exists():
+        raise UserError(f"{path} holds unfinished samples: give the same `st-ar sample` again to finish them")
     files = sorted(file for file in path.iterdir() if file.suffix.lower() == ".png" and not file.name.startswith("."))
     if not files:
         raise UserError(
@@ -194,16 +198,28 @@ def _open_folder(path: Path) -> ImageSet:
                 )
             yield index, pixels
 
-    metadata, labels = _metadata(path / "metadata.json", len(files))
+    metadata, labels = _metadata(metadata_of(path), len(files))
     height, width = size
     return ImageSet(name=str(path), count=len(files), size=(height, width), read=read, labels=labels, metadata=metadata)
 
 
+def metadata_of(samples: Path) -> Path:
+    """Where `st-ar sample` says how samples in a file or a folder were made."""
+    return samples / METADATA if samples.is_dir() else samples.with_suffix(".json")
+
+
 def _metadata(path: Path, count: int) -> tuple[dict[str, Any], np.ndarray | None]:
-    """What `st-ar sample` writes beside its images, and the labels in it; not the list of captions."""
+    """What `st-ar sample` writes beside its images, and the labels in it; not the list of captions. Other JSON says nothing."""
     if not path.is_file():
         return {}, None
-    found = read_json(path, "a set of samples' metadata")
+    try:
+        found = parse_json(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{path} is unreadable ({cause(error)}), and should say how the samples beside it were made: remove it, or copy it again"
+        ) from error
+    if not isinstance(found, dict) or "metrics" in found:  # something else, or an evaluation's result
+        return {}, None
     labels, _ = found.pop("labels", None), found.pop("captions", None)
     known = fits(labels, list[int]) and len(labels) == count and 0 <= min(labels) <= max(labels) < MAX_CLASSES
     return found, np.array(labels) if known else None

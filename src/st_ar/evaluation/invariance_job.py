@@ -21,8 +21,8 @@ from st_ar.evaluation.invariance import (
     whole_tokens,
 )
 from st_ar.evaluation.pictures import Pictures, open_pictures
-from st_ar.figures import Drawing, line_chart
-from st_ar.files import folder_aside, require_absent, write_csv, write_json
+from st_ar.figures import Drawing, line_chart, require_matplotlib
+from st_ar.files import folder_aside, require_absent, require_place, write_csv, write_json
 from st_ar.hardware import describe
 from st_ar.invariance_config import InvarianceSettings
 from st_ar.progress import progress
@@ -57,6 +57,8 @@ def measure_invariance(
         UserError: settings or images that do not suit, or `out` is taken.
     """
     require_absent(out, "a measurement of invariance")
+    require_place(out)
+    require_matplotlib()
     source = open_pictures(images)
     size = source.size if settings.size is None else settings.size
     patches = [patch_of(tokenizer, size) for tokenizer in tokenizers.values()]
@@ -131,7 +133,7 @@ def summarise(agreement: Agreement) -> dict[str, tuple[float, float] | None]:
 def _describe(name: str, tokenizer: Tokenizer, agreement: Agreement) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
     for change in agreement.changes:
-        mean, error = agreement.mean(lambda c, this=change: c == this) or (float("nan"), float("nan"))
+        mean, error = agreement.mean(lambda c, this=change: c == this) or (None, None)
         tokens = {"tokens": whole_tokens(int(change.amount), agreement.patch)} if change.kind == "shift" else {}
         rows.append(asdict(change) | tokens | {"agreement": mean, "standard_error": error})
     summary = {

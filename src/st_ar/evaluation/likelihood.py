@@ -23,9 +23,7 @@ def validation_loss(
     masks: ImageMasks = NO_MASKS,
     advance: Callable[[int], object] | None = None,
 ) -> float:
-    """Mean of L_AR (Eq. 2) in nats per token over a store's images, last crop each, with their labels, in float32.
-
-    A store of centre crops has one crop; in a ten-crop store the last is a mirrored centre.
+    """Mean of L_AR (Eq. 2) in nats per token over a store's images, the centre crop of each, with their labels, in float32.
 
     Args:
         images: how many, at equal distances in the store; by default all.
@@ -37,15 +35,13 @@ def validation_loss(
     """
     model.config.require_classes("the validation loss")
     store.check_model(model.config)
-    crop = len(store.meta.crops) - 1
     device = model.output.weight.device
     count = len(store) if images is None else min(images, len(store))
     chosen = np.linspace(0, len(store) - 1, count).round().astype(np.int64)
     total = 0.0
     for start in range(0, count, batch_size):
         here = chosen[start : start + batch_size]
-        codes = store.codes(here, np.full((len(here), 1), crop))[:, 0]
-        tokens = torch.from_numpy(codes.astype(np.int64)).to(device)
+        tokens = torch.from_numpy(store.center_codes(here).astype(np.int64)).to(device)
         mask = masks.draw(here.tolist(), tokens.shape[1])
         key_mask = None if mask is None else mask.to(device)
         logits = model(tokens[:, :-1], torch.from_numpy(store.labels[here]).to(device), key_mask=key_mask).logits

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from st_ar.config import ModelConfig
-from st_ar.data.store import TokenStore
+from st_ar.data.store import TokenStore, difference, same_names
 from st_ar.errors import UserError
 from st_ar.evaluation.feature_cache import FeatureCache
 from st_ar.evaluation.hidden import Features, Reading, describe_features, extract_features, uniform_steps
@@ -84,23 +84,10 @@ def require_classes(train_store: TokenStore, test_store: TokenStore) -> None:
     if len(names) != len(test_store.meta.class_names) or not same_names(names, test_store.meta.class_names):
         raise UserError(
             f"{train_store.folder} and {test_store.folder} have other classes ({len(names)} and "
-            f"{len(test_store.meta.class_names)}, {_difference(names, test_store.meta.class_names)}): give stores of one data set"
+            f"{len(test_store.meta.class_names)}, {difference(names, test_store.meta.class_names)}): give stores of one data set"
         )
     if len(np.unique(train_store.labels)) < 2:
         raise UserError(f"all images of {train_store.folder} are of one class: there is nothing for a probe to tell")
-
-
-def same_names(ours: Sequence[str], theirs: Sequence[str]) -> bool:
-    """Whether two lists of class names agree; numbers alone are no names, and agree with all."""
-    numbers = [str(index) for index in range(len(ours))]
-    return list(ours) == list(theirs) or numbers in (list(ours), list(theirs))
-
-
-def _difference(ours: Sequence[str], theirs: Sequence[str]) -> str:
-    for index, (a, b) in enumerate(zip(ours, theirs, strict=False)):
-        if a != b:
-            return f"class {index} is {a!r} and {b!r}"
-    return "the first of which have the same names"
 
 
 def accuracies(
@@ -134,9 +121,10 @@ def choose_reading(
     )
     crops = range(len(train_store.meta.crops)) if train_crops is None else train_crops
     reading.check(config, train_store, crops)
-    reading.check(config, test_store, (0,))
+    tested = (test_store.center,)
+    reading.check(config, test_store, tested)
     require_classes(train_store, test_store)
-    return reading, (crops, (0,))
+    return reading, (crops, tested)
 
 
 def probe_layers(
@@ -152,7 +140,7 @@ def probe_layers(
     cache: FeatureCache | None = None,
     weights: str = "",
 ) -> list[ProbeResult]:
-    """Probe accuracies of each layer: classifiers trained on the stored crops, tested on the test store's first crop.
+    """Probe accuracies of each layer: classifiers trained on the stored crops, tested on the test store's centre crop.
 
     Each store is read once for all layers, and all of a method's classifiers see each feature once an epoch. They run where
     the model is.

@@ -89,11 +89,11 @@ def describe_cache(cache: FeatureCache) -> str:
 
 
 def accuracy_figure(probed: Sequence[Probed], method: ProbeMethod) -> Drawing:
-    """Top-1 accuracies in %: over the tokens read, a line for each layer of each weights, or, where they are more than there
-    are colours, over the layers after the last step, a line for each weights.
+    """Top-1 accuracies in %: over the tokens read, a line for each layer of each weights, or, where several layers make
+    more of them than there are colours, over the layers after the last step, a line for each weights.
     """
-    sweep = len(probed) > len(COLOURS)
     several = len({each.result.layer for each in probed}) > 1
+    sweep = several and len(probed) > len(COLOURS)
     series: dict[str, tuple[list[float], list[float]]] = {}
     for each in probed:
         result = each.result
@@ -130,6 +130,7 @@ def describe_probes(
             **own,
             "mean_over_steps": method.mean_over_steps,
             "train_crops": list(crops),
+            "test_crop": test_store.meta.crops[test_store.center],
             "dtype": str(dtype).removeprefix("torch."),
             "cache_dtype": stored,
         },

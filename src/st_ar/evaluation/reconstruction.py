@@ -1,5 +1,6 @@
 """How faithful a tokenizer is: PSNR, SSIM, and how much of its codebook it uses."""
 
+import math
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -56,7 +57,7 @@ class Faithfulness(NamedTuple):
     """Of a tokenizer on some images."""
 
     psnr: float
-    """Mean over images, dB."""
+    """Mean over images, dB; an image that comes back exactly counts as if one of its values were off by one level."""
     ssim: float
     """Mean over images."""
     usage: float
@@ -75,7 +76,14 @@ class FaithfulnessMeter:
     def update(self, codes: Tensor, images: Tensor, made: Tensor) -> None:
         """Take codes int64 [B, h, w], and uint8 [B, H, W, 3] before and after."""
         self._codes += torch.bincount(codes.flatten().cpu(), minlength=len(self._codes))
-        sums = [psnr(images, made).double().sum().item(), ssim(images, made).double().sum().item(), len(images)]
+        exact = 10 * math.log10(
+            255**2 * images[0].numel()
+        )  # as if one value were off by one level, so that means are finite
+        sums = [
+            psnr(images, made).clamp(max=exact).double().sum().item(),
+            ssim(images, made).double().sum().item(),
+            len(images),
+        ]
         self._sums += torch.tensor(sums, dtype=torch.float64)
 
     def reduce(self, device: torch.device | str = "cpu") -> None:

@@ -1,7 +1,7 @@
 """What samples are measured against: statistics of a data set, and some of its images for precision, recall and the like."""
 
 import json
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,8 +44,8 @@ class Reference:
     """SHA-256: of the file for a batch of ADM's, else over the images (Collected.content)."""
     statistics: str
     """What mean and covariance are of."""
-    size: tuple[int, int]
-    """Height and width of its images in pixels."""
+    size: tuple[int, int] | None
+    """Height and width of its images in pixels; None of statistics that say nothing of it."""
     gaussian: Gaussian
     spatial: Gaussian | None
     features: Tensor
@@ -60,11 +60,14 @@ def open_reference(
     *,
     size: int | None = None,
     seed: int = 0,
+    check: Callable[[tuple[int, int]], None] = lambda _: None,
 ) -> Reference:
-    """Statistics made by `st-ar reference`, a batch of ADM's, or any images, whose features are computed here.
+    """Statistics made by `st-ar reference`, a batch of ADM's, statistics for FID alone (mu and sigma), or any images, whose
+    features are computed here.
 
     Args:
         size: as for `open_set`. seed: draws the images that neighbours are looked for among, if there are more than KEEP.
+        check: refuses images of a height and width that do not suit, before any feature is computed.
 
     Raises:
         UserError: nothing there, damaged, or made with another extractor.
@@ -72,10 +75,16 @@ def open_reference(
     path = Path(spec).expanduser()
     names = array_names(path) if path.is_file() and path.suffix == ".npz" else set[str]()
     if META in names:
-        return _read_ours(path, extractor, metrics, size)
+        return _read_ours(path, extractor, metrics, size, check)
+    adm = {"mu", "sigma"} <= names and extractor.is_inception
+    if adm and "arr_0" not in names:
+        if needed := NEIGHBOURS.intersection(metrics):
+            raise UserError(f"{path} has statistics and no images: leave {' '.join(sorted(needed))} out of --metrics")
+        return _read_adm(path, names, None, extractor, metrics, place)
     images = open_set(spec, size=size)
+    check(images.size)
     keep = KEEP if NEIGHBOURS.intersection(metrics) else 0
-    if {"mu", "sigma"} <= names and extractor.is_inception:
+    if adm:
         return _read_adm(path, names, images, extractor, metrics, place)
     found = collect(images, extractor, {m for m in metrics if m != "is"}, place, keep=keep, seed=seed)
     return Reference(
@@ -100,25 +109,31 @@ def _gaussian(path: Path, mean: str, covariance: str, dim: int) -> Gaussian:
 
 
 def _read_adm(
-    path: Path, names: set[str], images: ImageSet, extractor: Extractor, metrics: Collection[str], place: Place
+    path: Path, names: set[str], images: ImageSet | None, extractor: Extractor, metrics: Collection[str], place: Place
 ) -> Reference:
     if "sfid" in metrics and not {"mu_s", "sigma_s"} <= names:
         raise UserError(f"{path} has mu and sigma but no mu_s and sigma_s: leave sfid out of --metrics")
     features = torch.empty(0, extractor.dim)
-    if needed := NEIGHBOURS.intersection(metrics):
+    if images and (needed := NEIGHBOURS.intersection(metrics)):
         features = collect(images, extractor, needed, place).features
     return Reference(
         name=str(path),
         content=sha256(path),
         statistics="mu and sigma in the file",
-        size=images.size,
+        size=images.size if images else None,
         gaussian=_gaussian(path, "mu", "sigma", extractor.dim),
         spatial=_gaussian(path, "mu_s", "sigma_s", extractor.spatial_dim) if "sfid" in metrics else None,
         features=features,
     )
 
 
-def _read_ours(path: Path, extractor: Extractor, metrics: Collection[str], size: int | None) -> Reference:
+def _read_ours(
+    path: Path,
+    extractor: Extractor,
+    metrics: Collection[str],
+    size: int | None,
+    check: Callable[[tuple[int, int]], None],
+) -> Reference:
     meta = read_meta(path)
     if meta["extractor"] != {"name": extractor.name, "sha256": extractor.weights}:
         raise UserError(
@@ -128,6 +143,7 @@ def _read_ours(path: Path, extractor: Extractor, metrics: Collection[str], size:
     height, width = meta["size"]
     if size is not None and (height, width) != (size, size):
         raise UserError(f"{path} is of images of {height} x {width} pixels, --size is {size}: leave --size out")
+    check((height, width))
     features = _features(path, extractor.dim) if NEIGHBOURS.intersection(metrics) else None
     return Reference(
         name=f"{path} ({meta['source']})",

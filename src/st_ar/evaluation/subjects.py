@@ -5,9 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from st_ar.data.store import TokenStore
+from st_ar.data.store import TokenStore, same_names
 from st_ar.errors import UserError
-from st_ar.evaluation.probe import same_names
 from st_ar.files import sha256
 from st_ar.model.transformer import Transformer
 from st_ar.model.weights import ModelInfo, open_model

@@ -2,22 +2,25 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from st_ar.data.ranks import Ranks
 from st_ar.errors import UserError
 from st_ar.evaluation.collect import Place
 from st_ar.evaluation.extractors import Extractor
-from st_ar.evaluation.generation import check_sizes, evaluate
+from st_ar.evaluation.generation import evaluate
 from st_ar.evaluation.image_sets import open_set
 from st_ar.evaluation.names import Metric
 from st_ar.evaluation.references import Reference
-from st_ar.figures import line_chart
-from st_ar.files import is_taken, read_json, sha256, write_csv, write_json
+from st_ar.figures import line_chart, require_matplotlib
+from st_ar.files import is_taken, read_json, require_place, sha256, write_csv, write_json
 from st_ar.sample_config import SampleSettings
 from st_ar.sampling import Sampler, choose_conditions, open_model_and_tokenizer, sample_to
 from st_ar.settings import fits
@@ -80,13 +83,30 @@ class SweptModel:
         """Tells samples of other weights, numbers or settings apart."""
         return key_of({"what": self.what, "settings": asdict(settings)})
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the samples in pixels."""
+        grid = math.isqrt(self.info.config.sequence_length)
+        side = self.tokenizer.decode(torch.zeros(1, grid, grid, dtype=torch.int64)).shape[-1]
+        return side, side
+
     def draw(self, settings: SampleSettings) -> Path:
         """The .npz file of a setting's samples; the metadata beside it, written last, mark it whole."""
         path = self.folder / f"{self.key(settings)}.npz"
-        if not (path.exists() and path.with_suffix(".json").exists()):
+        if not (path.exists() and path.with_suffix(".json").exists()) or path.with_name(f"{path.name}.parts").exists():
             sampler = Sampler(self.model, self.tokenizer, settings)
             sample_to(path, sampler, self.labels, self.info, label_mode=self.label_mode, batch_size=self.batch_size)
         return path
+
+
+def check_sweep(sampler: SweptModel, grid: Sequence[SampleSettings], out: Path) -> None:
+    """Refuse a setting that the model has not, and a place that is taken, before anything is drawn."""
+    for settings in grid:
+        settings.resolved(sampler.info.config)
+    require_matplotlib()
+    require_place(out)
+    if is_taken(out, besides=("samples", "results", *FILES)):
+        raise UserError(f"{out} holds something else than a sweep: choose another --out")
 
 
 def sweep(
@@ -110,13 +130,11 @@ def sweep(
     Raises:
         UserError: as sampling and evaluating, or `out` holds something else.
     """
-    if is_taken(out, besides=("samples", "results", *FILES)):
-        raise UserError(f"{out} holds something else than a sweep: choose another --out")
+    check_sweep(sampler, grid, out)
     rows: list[dict[str, Any]] = []
     distance = extractor.label("fd")
     for settings in grid:
         samples = open_set(str(sampler.draw(settings)))
-        check_sizes(samples, reference.size, resize)
         compared = [reference.content, extractor.weights, list(metrics), resize]
         kept = out / "results" / f"{sampler.key(settings)}-{key_of(compared)}.json"
         if not kept.exists():

@@ -23,7 +23,7 @@ def convert(source: Path, target: Path, *, to: Literal["llamagen", "st-ar"], ema
     Raises:
         UserError: a source that is neither, a target that exists or has the wrong form.
     """
-    require_absent(target, "a converted model")
+    require_absent(target, "a converted model", flag="target")
     if (to == "llamagen") != (target.suffix == ".pt"):
         raise UserError(
             f"{target}: give a name that ends in .pt with --to llamagen, and a folder's name with --to st-ar"

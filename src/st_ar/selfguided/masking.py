@@ -1,21 +1,32 @@
 """What the student may not see (Eq. 3) and where its steps are compared (Eq. 5)."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
-def random_key_mask(batch: int, length: int, ratio: float, generator: torch.Generator, *, share: float = 1.0) -> Tensor:
-    """Eq. 3's sequence mask as a key mask, True = masked: bool [batch, length].
+def random_key_mask(
+    batch: int,
+    length: int,
+    ratio: float,
+    generator: torch.Generator,
+    *,
+    share: float = 1.0,
+    mine: slice = slice(None),
+) -> Tensor:
+    """Eq. 3's sequence mask as a key mask, True = masked: bool [batch, length], of it the sequences `mine`.
 
     Exactly round(ratio * (length - 1)) of each sequence's image-token keys are masked, drawn per sequence. Key 0, the
     class, is always visible, so no query is left without a key. Of the sequences, round(share * batch) are masked.
     """
     masked = round(ratio * (length - 1))
-    order = torch.rand(batch, length - 1, generator=generator).argsort(dim=1)
-    key_mask = torch.zeros(batch, length, dtype=torch.bool)
-    key_mask[:, 1:] = order < masked  # each row of `order` is a permutation
+    drawn = torch.rand(batch, length - 1, generator=generator)
+    order = drawn[mine].argsort(dim=1)  # each row is a permutation
+    key_mask = F.pad(order < masked, (1, 0))
     if share < 1:
-        key_mask[torch.randperm(batch, generator=generator)[round(share * batch) :]] = False
+        seeing = torch.ones(batch, dtype=torch.bool)
+        seeing[torch.randperm(batch, generator=generator)[: round(share * batch)]] = False
+        key_mask[seeing[mine]] = False
     return key_mask
 
 

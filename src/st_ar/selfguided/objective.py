@@ -154,8 +154,11 @@ def draw(
     if config.mask_ratio == 0:
         return Draws(None, positions)
     generator = torch_generator(seed, Purpose.KEY_MASK, step)
-    key_mask = random_key_mask(images * views, length, config.mask_ratio, generator, share=config.masked_share)
-    key_mask = key_mask.unflatten(0, (images, views))[mine]
+    first, last, _ = mine.indices(images)
+    rows = slice(first * views, last * views)
+    key_mask = random_key_mask(
+        images * views, length, config.mask_ratio, generator, share=config.masked_share, mine=rows
+    ).unflatten(0, (-1, views))
     if not config.mask_own_position:
         key_mask = show_own_position(key_mask.flatten(0, 1)).unflatten(0, key_mask.shape[:2])
     return Draws(key_mask, positions)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from st_ar.data.crops import Crops, center_crop
-from st_ar.data.decode import BrokenImageError
+from st_ar.data.decode import BrokenImageError, check_pixels
 from st_ar.data.images import ImageSource
 from st_ar.errors import UserError, cause
 from st_ar.files import read_json, require_absent, write_json
@@ -143,6 +143,8 @@ def train_kmeans(
             bar.advance(1)
             try:
                 image = example.read()
+                scale = side / min(image.size)
+                check_pixels(image.width * scale, image.height * scale)
             except BrokenImageError:
                 continue
             pixels = np.asarray(center_crop(image, side), np.float32) / 127.5 - 1

@@ -1,5 +1,6 @@
 """Training of a VQ-GAN: one step in `Training.step`, the run around it in `train_tokenizer`."""
 
+import contextlib
 import copy
 import json
 import math
@@ -26,7 +27,7 @@ from st_ar.training.group import everyone, from_first, mean, process_group, shar
 from st_ar.training.log import append_log, rewind_log
 from st_ar.training.memory import enough_memory
 from st_ar.training.optim import adamw, learning_rate
-from st_ar.training.run import claim, describe_run, require_finite
+from st_ar.training.run import alone, claim, describe_run, require_finite
 from st_ar.training.state import State
 from st_ar.training.stopping import stop_on_signal
 from st_ar.vq_config import VQTrainConfig
@@ -186,7 +187,11 @@ def train_tokenizer(
             that is not finite.
         Interrupted: SIGINT or SIGTERM came; a checkpoint of the last finished step was written.
     """
-    with process_group(config.device) as (ranks, device), enough_memory(config, ranks.world):
+    with (
+        process_group(config.device) as (ranks, device),
+        enough_memory(config, ranks.world),
+        contextlib.ExitStack() as held,
+    ):
         writes = ranks.rank == 0
         if config.batch_size % ranks.world:
             raise UserError(f"--batch-size {config.batch_size} is no multiple of the {ranks.world} ranks")
@@ -204,10 +209,11 @@ def train_tokenizer(
         training = Training(config, device)
         data = {"images": {"source": images.name, "images": pixels.images, "content": images.content}}
         record = describe_run(config, data, training.dtype, preset)
-        if writes:
-            claim(out, record, config, pixels.images, resume=resume)
         measured_on = test_images or images
         examples = evaluation_images(measured_on, config.size, config.evaluate_images) if writes else None
+        if writes:
+            claim(out, record, config, pixels.images, resume=resume, exported=_exported_step(out))
+            held.enter_context(alone(out))
         checkpoints = Checkpoints(out / "checkpoints", keep=config.keep, keep_every=config.keep_every)
         start = from_first(checkpoints.newest)
         checkpoints.restore(start, training.state(start))

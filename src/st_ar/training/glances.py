@@ -102,7 +102,7 @@ def spread_labels(known: int, count: int) -> list[int]:
 class QuickProbe:
     """Ridge regression on the last step's features of some images: not the MAE protocol, but seconds.
 
-    Which images is drawn once, with the seed: of the training store's first crops, and of the test store's.
+    Which images is drawn once, with the seed: of the centre crops of the training store, and of the test store.
 
     Raises:
         UserError: stores that do not belong together or have no classes, or scikit-learn is missing.
@@ -137,7 +137,7 @@ class QuickProbe:
         """The state at the last position without a condition, float32 [n, 1, D]."""
         rows: list[Tensor] = []
         for some in np.split(images, range(AT_ONCE, len(images), AT_ONCE)):
-            codes = store.codes(some, np.zeros((len(some), 1), np.int64))[:, 0].astype(np.int64)
+            codes = store.center_codes(some).astype(np.int64)
             tokens = torch.from_numpy(codes[:, :-1]).to(network.output.weight.device)
             states = network.features(tokens, network.null_condition(len(some)), layers=[self.layer])
             rows.append(states[self.layer][:, -1:].float().cpu())

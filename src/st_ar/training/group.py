@@ -52,7 +52,13 @@ def process_group(device: str, timeout: float = 1800) -> Generator[tuple[Ranks, 
         return
     # Tensors on the CPU go by gloo beside NCCL: hosts agree without waiting for their GPUs.
     backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+    try:
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+    except ValueError as error:
+        raise UserError(
+            f"RANK and WORLD_SIZE say that this is one of several ranks, and they cannot meet ({error}): start them by torchrun, or "
+            "unset both"
+        ) from error
     try:
         with warnings.catch_warnings():  # of a layout that costs a copy for 1 x 1 convolutions, which are small
             warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")

@@ -1,5 +1,6 @@
 """The training loop, top to bottom: plain autoregressive and self-guided training are the same loop."""
 
+import contextlib
 import time
 from functools import partial
 from pathlib import Path
@@ -13,10 +14,11 @@ from st_ar.data.ranks import Ranks
 from st_ar.data.store import TokenStore
 from st_ar.data.text import open_text
 from st_ar.data.views import Views
-from st_ar.errors import Interrupted
+from st_ar.errors import Interrupted, UserError
 from st_ar.files import write_json
 from st_ar.hardware import choose_dtype, freed_memory_kept, moved, require_compiler
 from st_ar.model.transformer import Transformer
+from st_ar.model.weights import exported_step
 from st_ar.progress import progress
 from st_ar.randomness import Purpose, torch_generator, torch_seed
 from st_ar.selfguided.objective import NO_GUIDANCE, Draws, Losses, SelfGuided, draw
@@ -28,7 +30,7 @@ from st_ar.training.log import append_log, rewind_log, skipped_steps
 from st_ar.training.memory import enough_memory
 from st_ar.training.optim import adamw, clip_gradients, learning_rate
 from st_ar.training.parallel import choose_parallel, gradient_sync, spread, unshared
-from st_ar.training.run import claim, describe_run, not_finite, require_finite
+from st_ar.training.run import alone, claim, describe_run, not_finite, require_finite
 from st_ar.training.state import State
 from st_ar.training.stopping import stop_on_signal
 from st_ar.training.validation import Validation
@@ -74,9 +76,12 @@ def train(
         process_group(config.device, config.rank_timeout) as (ranks, device),
         enough_memory(config, ranks.world),
         freed_memory_kept(),
+        contextlib.ExitStack() as held,
     ):
         watching = watching or WatchConfig()
-        return _train(config, *given, out, ranks, device, watching, init_ema=init_ema, resume=resume, preset=preset)
+        return _train(
+            config, *given, out, ranks, device, watching, held, init_ema=init_ema, resume=resume, preset=preset
+        )
 
 
 def _train(
@@ -89,6 +94,7 @@ def _train(
     ranks: Ranks,
     device: torch.device,
     watching: WatchConfig,
+    held: contextlib.ExitStack,
     *,
     init_ema: bool,
     resume: bool,
@@ -102,6 +108,11 @@ def _train(
     captions = open_text(text, config.model, initial.encoder)
     if captions is not None:
         captions.check_tokens(store)
+    if config.selfguided.contrast and config.batch_size > len(store):
+        raise UserError(
+            f"--batch-size {config.batch_size} is more than the {len(store)} images of {tokens}, which would be negatives of themselves: "
+            f"give at most {len(store)}"
+        )
     dtype = choose_dtype(config.dtype, device)
     if config.compile:
         require_compiler(device)
@@ -113,13 +124,13 @@ def _train(
     validated = Validation(validation, store, config, out / "best")
 
     def begin() -> dict[str, Any]:
-        store.verify()
-        if captions is not None:
-            captions.verify()
-        read = {"tokens": store.describe()} | ({} if captions is None else {"text": captions.describe()})
-        data = read | validated.describe() | initial.describe()
+        for read in filter(None, (store, captions, validated.store)):
+            read.verify()
+        data = {"tokens": store.describe()} | ({} if captions is None else {"text": captions.describe()})
+        data |= validated.describe() | initial.describe()
         record = describe_run(config, data, dtype, preset)
-        claim(out, record, config, len(store), resume=resume)
+        claim(out, record, config, len(store), resume=resume, exported=exported_step(out / "export"))
+        held.enter_context(alone(out))
         return record
 
     watch = Watch(watching, config, out, store, captions, device, dtype)
@@ -199,7 +210,8 @@ def _train(
                 if not skipping:
                     require_finite(terms, step, checkpoints, remedy=remedy)
                 # Not on interruption: that would be late, and the best would depend on it.
-                measured = validated.measure(teacher.model, len(batch) // config.accumulate) if due else {}
+                shards = dtype if parallel == "fsdp" else torch.float32
+                measured = validated.measure(teacher.model, len(batch) // config.accumulate, shards) if due else {}
                 if measured and first:
                     append_log(out / "log.jsonl", {"step": step, **measured})
                     watch.send(step, measured)

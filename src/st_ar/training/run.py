@@ -1,7 +1,9 @@
 """The run folder: whose it is, and whether it may be continued."""
 
+import contextlib
+import fcntl
 import statistics
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +24,14 @@ from st_ar.training.optim import learning_rate
 
 FORMAT_VERSION = 1
 MAY_CHANGE = (
-    *("steps", "epochs", "log_every", "checkpoint_every", "keep", "keep_every", "device", "compile"),
+    *("steps", "epochs", "log_every", "checkpoint_every", "keep", "keep_every", "device", "dtype", "compile"),
     "skip_nonfinite",
     *("parallel", "shard_size", "activation_checkpointing", "rank_timeout", "evaluate_every", "evaluate_images"),
-    "selfguided.until",
+    *("accumulate", "selfguided.until"),
 )
-"""Settings that a resumed run may change: none of them alters a step already taken (of the first two and the last, `claim` makes sure)."""
+"""Settings that a resumed run may change: none of them alters a step already taken. `claim` makes sure of it, of the first two and
+the last, that the type of the products stays, and that the negatives do."""
+LOCK = ".lock"
 
 
 def describe_run(config: RunConfig, data: dict[str, Any], dtype: torch.dtype, preset: str) -> dict[str, Any]:
@@ -42,8 +46,13 @@ def describe_run(config: RunConfig, data: dict[str, Any], dtype: torch.dtype, pr
     }
 
 
-def claim(out: Path, record: dict[str, Any], config: RunConfig, images: int, *, resume: bool) -> None:
+def claim(
+    out: Path, record: dict[str, Any], config: RunConfig, images: int, *, resume: bool, exported: int | None
+) -> None:
     """Begin a run in `out`, or make sure that this is the run to be continued there.
+
+    Args:
+        exported: the step of the weights that lie there beside the checkpoints; None if there are none.
 
     Raises:
         UserError: a run or something else is there; nothing is there to resume; or it was begun with other settings.
@@ -52,7 +61,7 @@ def claim(out: Path, record: dict[str, Any], config: RunConfig, images: int, *, 
     done = list_checkpoints(out / "checkpoints")
     step = done[-1][0] if done else 0
     if not resume:
-        if file.exists():
+        if file.exists() and "config" in read_json(file, "a run"):
             state = f"with a checkpoint of step {step}" if done else "without a checkpoint yet"
             raise UserError(
                 f"{out} holds a run already, {state}: give --resume to continue it, or choose another --out"
@@ -61,9 +70,15 @@ def claim(out: Path, record: dict[str, Any], config: RunConfig, images: int, *, 
             raise UserError(f"{out} exists already and is no run of ours: choose another --out")
         write_json(file, record)
         return
+    if not done and exported:
+        raise UserError(
+            f"{out} has weights of step {exported} and no checkpoint to go on from: put its checkpoints back, or choose another --out"
+        )
     if not file.exists():
         raise UserError(f"{out} holds no run to resume: leave out --resume to begin one, or check --out")
     begun = read_json(file, "a run")
+    if "config" not in begun:
+        raise UserError(f"{out} holds no run to resume, its config.json is of something else: check --out")
     if begun.get("format_version") != FORMAT_VERSION:
         raise UserError(
             f"{file} has format version {begun.get('format_version')}; this st-ar continues {FORMAT_VERSION}"
@@ -72,7 +87,7 @@ def claim(out: Path, record: dict[str, Any], config: RunConfig, images: int, *, 
     changed = {
         name: values
         for name, values in differences(to_dict(begun_config), record["config"]).items()
-        if name not in MAY_CHANGE
+        if name not in MAY_CHANGE or (name == "accumulate" and _few_negatives(config))
     }
     for part in ("tokens", "text", "validation", "init", "images"):
         there = begun.get(part) if isinstance(begun.get(part), dict) else {}
@@ -85,6 +100,28 @@ def claim(out: Path, record: dict[str, Any], config: RunConfig, images: int, *, 
             f"{out} was begun with other settings: {listed}. Give the old ones to resume it, or choose another --out"
         )
     _check_past(out, begun_config, config, images, step)
+
+
+def _few_negatives(config: RunConfig) -> bool:
+    """Whether the images of a micro-batch are each other's only negatives."""
+    return isinstance(config, TrainConfig) and config.selfguided.contrast and config.selfguided.negatives == "local"
+
+
+@contextlib.contextmanager
+def alone(out: Path) -> Generator[None]:
+    """Hold a run's folder as long as it is trained in; where the file system has no locks, hold nothing.
+
+    Raises:
+        UserError: another process holds it.
+    """
+    with open(out / LOCK, "ab") as lock:
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise UserError(f"another process is training in {out}: wait for its end, or stop it first") from None
+        except OSError:
+            pass
+        yield
 
 
 def _check_past(out: Path, begun: RunConfig, config: RunConfig, images: int, step: int) -> None:

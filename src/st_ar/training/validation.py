@@ -5,8 +5,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from st_ar.config import TrainConfig
-from st_ar.data.store import TokenStore
+from st_ar.data.store import TokenStore, difference, same_names
+from st_ar.errors import UserError
 from st_ar.evaluation.likelihood import validation_loss
 from st_ar.files import read_json
 from st_ar.model.transformer import Transformer
@@ -33,6 +36,11 @@ class Validation:
         config.model.require_classes("--validation")
         self.store = TokenStore(tokens)
         self.store.check_model(config.model, trained_on.meta.tokenizer)
+        ours, theirs = trained_on.meta.class_names, self.store.meta.class_names
+        if not same_names(ours, theirs):
+            raise UserError(
+                f"{tokens} names its classes otherwise than {trained_on.folder} ({difference(ours, theirs)}): give stores of one data set"
+            )
         if (best / "config.json").exists():
             self.best = float(read_json(best / "config.json", "an export folder").get(LOSS, math.inf))
 
@@ -40,12 +48,13 @@ class Validation:
         """What a run records of the store; nothing without one."""
         return {} if self.store is None else {"validation": self.store.describe()}
 
-    def measure(self, averaged: Transformer, batch_size: int) -> dict[str, float]:
-        """What to record of the averaged weights as they are now."""
+    def measure(self, averaged: Transformer, batch_size: int, dtype: torch.dtype = torch.float32) -> dict[str, float]:
+        """What to record of the averaged weights as they are now; of shards that are gathered in `dtype`, in that type."""
         if self.store is None:
             return {}
-        images = self.config.validation_images
-        return {LOSS: validation_loss(averaged, self.store, images=images, batch_size=batch_size)}
+        images, device = self.config.validation_images, averaged.output.weight.device
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            return {LOSS: validation_loss(averaged, self.store, images=images, batch_size=batch_size)}
 
     def improves(self, record: Mapping[str, Any]) -> bool:
         """Whether what was measured is the best so far, which it is from then on."""

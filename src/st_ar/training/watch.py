@@ -8,6 +8,7 @@ import math
 import resource
 import sys
 from collections.abc import Callable, Generator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,8 @@ class Watch:
         """Before step `step` of `total`: whether it is to be logged, and `look` called after it, by every rank."""
         log = step % self.training.log_every == 0 or step == total or self.config.looks_at(step)
         self.features.begin(log)
+        guided = replace(self.training.selfguided, until=float(step <= int(self.training.selfguided.until * total)))
+        self._flops = training_flops_per_token(replace(self.training, selfguided=guided))
         return log
 
     def look(self, step: int, entry: dict[str, float]) -> dict[str, float]:
@@ -111,7 +114,7 @@ class Watch:
             resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
             found = {"memory_gb": resident * (1 if sys.platform == "darwin" else 1024) / 1e9}
         if self.peak is not None and self.training.model.condition == "class":  # captions' positions are not counted
-            found["mfu"] = tokens_per_second * training_flops_per_token(self.training) / (self.peak * self.ranks)
+            found["mfu"] = tokens_per_second * self._flops / (self.peak * self.ranks)
         return found
 
     def _glance(self, step: int) -> dict[str, float]:
