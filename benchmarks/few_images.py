@@ -137,6 +137,8 @@ def main() -> None:
     parser.add_argument("--figure", type=Path, help="SVG of the validation losses from step 200 on")
     parser.add_argument("--name", default="few-images")
     given = parser.parse_args()
+    if given.every % CHECKED:
+        parser.error(f"--every {given.every} is no multiple of {CHECKED}")
     out: Path = given.out
     (out / "runs").mkdir(parents=True, exist_ok=True)
     few = out / f"first-{given.count}.parquet"

@@ -26,7 +26,7 @@ from st_ar.reproduce.plan import run_name
 NAME = re.compile(
     r"(?P<recipe>.+)-seed(?P<seed>\d+)(-step(?P<step>\d+))?(?P<ema>-ema)?-(?P<kind>probe|likelihood|unguided\.evaluation)\.json"
 )
-COLUMNS = {"FD": 2, "precision": 3, "recall": 3, "validation loss": 3}
+COLUMNS = {"FID": 2, "FD": 2, "precision": 3, "recall": 3, "validation loss": 3}
 PROBE = "probe by tokens read, %"
 FIRST = ("evidence", "remedies", "cheaper", "questions", "length")  # the order of the rows, and whose labels they have
 
@@ -47,7 +47,7 @@ def numbers(path: Path, kind: str) -> dict[str, float]:
     if kind == "likelihood":
         return {"validation loss": likelihood(path)}
     metrics: dict[str, float] = json.loads(path.read_text())["metrics"]
-    return {next(column for column in COLUMNS if name.startswith(column)): value for name, value in metrics.items()}
+    return {column: value for name, value in metrics.items() for column in COLUMNS if name.startswith(column)}
 
 
 def identity(path: Path, kind: str) -> str:
@@ -89,7 +89,10 @@ def spread(seeds: dict[int, dict[str, float]], column: str, digits: int) -> str:
 
 def price(rows: dict[str, dict[int, dict[str, float]]], target: Path) -> None:
     """Draw what each recipe gains and costs."""
-    last = probe_columns(rows)[-1]
+    columns = probe_columns(rows)
+    if not columns:
+        sys.exit("there are no probes to draw")
+    last = columns[-1]
     points = {
         label: [(found["FD"], found[last]) for found in seeds.values() if "FD" in found and last in found]
         for label, seeds in rows.items()
@@ -118,6 +121,8 @@ def probe_columns(rows: dict[str, dict[int, dict[str, float]]]) -> list[str]:
 def curves(rows: dict[str, dict[int, dict[str, float]]], target: Path) -> None:
     """Draw the probe's accuracy over what has been read, the mean over the seeds."""
     columns = probe_columns(rows)
+    if not columns:
+        sys.exit("there are no probes to draw")
     read = [float(column.removeprefix(PROBE)) for column in columns]
     series = {
         label: (read, [mean(found[column] for found in seeds.values() if column in found) for column in columns])
@@ -137,9 +142,11 @@ def main() -> None:
     parser.add_argument("--curves", type=Path, metavar="FILE.svg", help="draw the probe over what has been read")
     given = parser.parse_args()
     rows = read(RESULTS / given.name / "runs")
-    print(f"| | seeds | {' | '.join(COLUMNS)} | {PROBE} |\n|---|---|{'---|' * (len(COLUMNS) + 1)}")
+    there = {column for seeds in rows.values() for found in seeds.values() for column in found}
+    columns = {column: digits for column, digits in COLUMNS.items() if column in there}
+    print(f"| | seeds | {' | '.join(columns)} | {PROBE} |\n|---|---|{'---|' * (len(columns) + 1)}")
     for label, seeds in rows.items():
-        cells = [spread(seeds, column, digits) for column, digits in COLUMNS.items()]
+        cells = [spread(seeds, column, digits) for column, digits in columns.items()]
         curve = " ".join(spread(seeds, column, 1).replace(" ± ", "±") for column in probe_columns({label: seeds}))
         print(f"| {label} | {len(seeds)} | {' | '.join(cells)} | {curve or '-'} |")
     ended = {label: seeds for label, seeds in rows.items() if ", after " not in label and "averaged" not in label}

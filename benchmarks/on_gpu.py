@@ -23,6 +23,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -56,6 +57,8 @@ from training import measure, our_step
 
 CENTRE = 4
 """The crop that probes read."""
+Keep = Callable[[dict[str, Any]], object]
+"""Saves what a slice has so far, in case its time ends."""
 
 
 def check(device: torch.device, small: bool) -> dict[str, Any]:
@@ -89,15 +92,15 @@ def check(device: torch.device, small: bool) -> dict[str, Any]:
     return found
 
 
-def training(device: torch.device, small: bool, llamagen: Path | None) -> dict[str, Any]:
+def training(device: torch.device, small: bool, llamagen: Path | None, keep: Keep) -> dict[str, Any]:
     """Step times at 64 sequences of 256 tokens (XL: 32)."""
     if small:
         return {"photos": measure("photos", 8, 3, device, torch.bfloat16, False, llamagen, True)}
-    sizes = {"b": 64, "l": 64, "xl": 32}
-    return {
-        preset: measure(preset, count, 20, device, torch.bfloat16, True, llamagen, True)
-        for preset, count in sizes.items()
-    }
+    found: dict[str, Any] = {}
+    for preset, count in {"b": 64, "l": 64, "xl": 32}.items():
+        found[preset] = measure(preset, count, 20, device, torch.bfloat16, True, llamagen, True)
+        keep(found)
+    return found
 
 
 def bandwidth(device: torch.device, small: bool) -> float:
@@ -108,13 +111,13 @@ def bandwidth(device: torch.device, small: bool) -> float:
     return 2 * source.nbytes / statistics.median(times)
 
 
-def sampling(device: torch.device, small: bool, llamagen: Path | None) -> dict[str, Any]:
+def sampling(device: torch.device, small: bool, llamagen: Path | None, keep: Keep) -> dict[str, Any]:
     """Images/s with guidance 2 in bfloat16, eager attention and compiled, beside LlamaGen's if its checkout is given; each as a share
     of what the memory's bandwidth allows; and what a batch's time goes to.
     """
     speed = bandwidth(device, small)
     found: dict[str, Any] = {"bytes per second of a copy": speed}
-    cases = {"b": (1, 8, 32, 256), "l": (1, 8, 256), "xl": (256,)}
+    cases = {"b": (1, 8, 32, 256), "l": (1, 8, 256), "xl": (128,)}
     for preset, batches in {"photos": (8,)}.items() if small else cases.items():
         config = get_preset(f"llamagen-{preset}").model
         for batch in batches:
@@ -126,6 +129,7 @@ def sampling(device: torch.device, small: bool, llamagen: Path | None) -> dict[s
                 if "images_per_second" in result:
                     result["share of the bound"] = result["images_per_second"] / bound
             found[f"{preset}, batch {batch}"] = {"images/s that the bandwidth allows": bound, **case}
+            keep(found)
     found["profile"] = profile(device, "photos" if small else "b", 8 if small else 256, compiled=not small)
     return found
 
@@ -290,7 +294,9 @@ def main() -> None:
     if device.type != "cuda" and not given.small:
         sys.exit("torch sees no GPU here; --small tries the script on a CPU")
     name = "small" if given.small else torch.cuda.get_device_name().lower().replace(" ", "-")
+    given.out.mkdir(parents=True, exist_ok=True)
     for part in given.slices:
+        keep = partial(save, f"{name}-{part}", folder=given.out)
         begun = time.perf_counter()
         stores = {
             "tokens": given.tokens,
@@ -299,13 +305,13 @@ def main() -> None:
             "seed": given.seed,
         }
         extra = {
-            "training": {"llamagen": given.llamagen},
-            "sampling": {"llamagen": given.llamagen},
+            "training": {"llamagen": given.llamagen, "keep": keep},
+            "sampling": {"llamagen": given.llamagen, "keep": keep},
             "cifar10": stores | {"out": given.out},
         }
         results = SLICES[part](device, given.small, **extra.get(part, {}))
         print(json.dumps(results, indent=1)[:3000])
-        save(f"{name}-{part}", results, given.out)
+        keep(results)
         print(f"{part}: {time.perf_counter() - begun:.0f} s")
 
 

@@ -1,6 +1,7 @@
 r"""What samples could reach at best, and whether they are taken for what they were to be.
 
-    st-ar reconstruct TOKENIZER --images TEST --save decoded; st-ar reference decoded --extractor efficientnet --out reference.npz
+    st-ar reconstruct --tokenizer TOKENIZER --images TEST --size 32 --extractor none --save decoded
+    st-ar reference decoded --extractor efficientnet --out reference.npz
     python benchmarks/recognised.py --reference reference.npz --tokens tokens-test \
         --training-tokens tokens-train --tokenizer TOKENIZER control=a.npz ST-AR=b.npz
 

@@ -12,7 +12,7 @@ import tyro
 
 from st_ar.errors import UserError
 from st_ar.printing import check_json, json_alone, keep_json
-from st_ar.reproduce.paper import EXPERIMENTS, Experiment, Name, Row, Size
+from st_ar.reproduce.paper import EXPERIMENTS, Experiment, Name, Recipe, Row, Size
 from st_ar.reproduce.scales import SCALES, ScaleName
 
 
@@ -124,8 +124,14 @@ class Reproduce:
             return replace(experiment, rows=chosen)
         if any(row.recipe.size != "B" for row in experiment.rows):
             raise UserError(f"{self.what} compares sizes: choose among them with --rows, and leave out --size")
-        others = tuple(replace(row, recipe=replace(row.recipe, size=self.size), paper={}) for row in chosen)
+        others = tuple(replace(row, recipe=resized(row.recipe, self.size, self.what), paper={}) for row in chosen)
         return replace(experiment, title=f"{experiment.title}, size {self.size}", rows=others)
+
+
+def resized(recipe: Recipe, size: Size, what: str) -> Recipe:
+    """A recipe at another size than B; Table 5's default, half the depth, is not that of L's and XL's presets."""
+    contrast = 0.5 if what == "table5" and recipe.contrast is None else recipe.contrast
+    return replace(recipe, size=size, contrast=contrast)
 
 
 def _fit(images: str | None, tokenizer: Path | None, side: int) -> dict[str, int]:

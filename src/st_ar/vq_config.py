@@ -178,7 +178,7 @@ def vq_8() -> VQTrainConfig:
 
 
 def vq_cifar10() -> VQTrainConfig:
-    """CIFAR-10, 32 px to 8 x 8 tokens: about half an hour on two cores."""
+    """CIFAR-10, 32 px to 8 x 8 tokens: about 40 minutes on two cores."""
     return VQTrainConfig(
         model=VQConfig(channels=32, multipliers=(1, 2, 4), residual_blocks=1, z_channels=128, codebook_size=1024),
         adversary=AdversaryConfig(start=2000, channels=32, layers=2, weight=0.3),

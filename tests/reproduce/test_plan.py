@@ -229,6 +229,11 @@ def test_equal_time_is_as_many_steps_as_self_guided_training_takes(tmp_path: Pat
     assert steps_of_equal_time() == by_flops  # one of the two is still under way
     write_json(tmp_path / "done" / "st-ar-b-50-epochs-seed3.json", {"command": ["train"], "seconds": 9.0})
     assert steps_of_equal_time() == 300
+    begun = replace(get_preset("llamagen-photos"), views=2, steps=271)  # when it was not known how long the others take
+    write_json(
+        tmp_path / "runs" / "ar-b-50-epochs-2-views-equal-time-seed3" / "config.json", {"config": to_dict(begun)}
+    )
+    assert steps_of_equal_time() == 271
 
 
 def test_a_rows_numbers_are_read_from_what_its_commands_left(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from PIL import Image
 from st_ar.cli import run_command
 from st_ar.errors import UserError
 from st_ar.reproduce.page import show
-from st_ar.reproduce.paper import CONTROL, EXPERIMENTS, Name, Row
+from st_ar.reproduce.paper import CONTROL, EXPERIMENTS, Name, Row, Size
 from st_ar.reproduce.plan import Data, Plan
 from st_ar.reproduce.run import run_stages
 from st_ar.reproduce.scales import SCALES
@@ -214,6 +214,14 @@ def test_a_table_of_another_size_has_files_of_its_own(images: Path, tmp_path: Pa
     assert (tmp_path / "table.json").read_text() == (out / "fig4-l.json").read_text()
     run = json.loads((out / "runs" / "ar-l-50-epochs-2-views-seed0" / "config.json").read_text())
     assert [run["config"]["model"][key] for key in ("dim", "n_layers", "n_heads")] == [384, 8, 12]
+
+
+@pytest.mark.parametrize("size", ["L", "XL"])
+def test_half_the_depth_is_that_at_every_size(tmp_path: Path, size: Size) -> None:
+    rows = Reproduce(what="table5", out=tmp_path, size=size)._experiment().rows
+    configs = [SCALES["imagenet"].config(row.recipe, 0)[1] for row in rows]
+    depth = configs[0].model.n_layers
+    assert [config.selfguided.layer(depth) for config in configs] == [depth // 4, depth // 2, 3 * depth // 4, depth]
 
 
 def test_a_size_shows_no_numbers_of_the_papers_b(tmp_path: Path) -> None:

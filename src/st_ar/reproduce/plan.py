@@ -11,6 +11,7 @@ from st_ar.reproduce.measured import Files, Weights, budgets
 from st_ar.reproduce.paper import Experiment, Recipe, Row
 from st_ar.reproduce.run import Stage, is_done
 from st_ar.reproduce.scales import Scale, options
+from st_ar.training.run import trained_config
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,6 +113,9 @@ class Plan:
         stretch = self._stretch(recipe, seed) if recipe.equal_time else 1.0
         preset, config = self.scale.config(recipe, seed, steps=steps, stretch=stretch, fit=self.data.fit)
         config, run = replace(config, compile=self.compiled), self._run(recipe, seed)
+        if recipe.equal_time and (run / "config.json").exists():  # begun when less, or nothing, was known of the times
+            begun = trained_config(run)
+            config = replace(config, steps=begun.steps, epochs=begun.epochs)
         known = config.steps is not None or self.scale.image_count is not None
         quarter = 0
         if recipe.keeps:
