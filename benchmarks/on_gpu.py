@@ -304,7 +304,7 @@ def main() -> None:
             "minutes": given.minutes,
             "seed": given.seed,
         }
-        extra = {
+        extra: dict[str, dict[str, Any]] = {
             "training": {"llamagen": given.llamagen, "keep": keep},
             "sampling": {"llamagen": given.llamagen, "keep": keep},
             "cifar10": stores | {"out": given.out},

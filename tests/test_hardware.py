@@ -16,7 +16,7 @@ from st_ar.evaluation.collect import Place, collect
 from st_ar.evaluation.extractors import Extracted, Extractor
 from st_ar.evaluation.image_sets import open_files
 from st_ar.evaluation.likelihood import validation_loss
-from st_ar.hardware import Beside, choose_device, choose_dtype, describe, peak_flops, require_compiler
+from st_ar.hardware import Beside, choose_device, choose_dtype, describe, peak_flops, require_compiler, revision
 from tests.data.random_store import random_store
 from tests.toys import random_model
 
@@ -86,6 +86,20 @@ def test_compiling_without_a_compiler_is_refused(tmp_path: Path, monkeypatch: py
     (tmp_path / "mine").touch(mode=0o755)
     monkeypatch.setenv("CXX", "mine")
     require_compiler(CPU)
+
+
+def test_the_codes_commit_is_told_where_it_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clone = Path(hardware.__file__).parents[2]
+    command = ["git", "-C", clone, "rev-parse", "HEAD"]
+    head = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    if (clone / ".git").exists() and head:
+        assert (revision() or "").removesuffix("-dirty") == head == describe()["revision"].removesuffix("-dirty")
+    monkeypatch.setattr(hardware, "__file__", str(tmp_path / "lib" / "st_ar" / "hardware.py"))
+    told = '{"url": "https://host.example/st-ar", "vcs_info": {"vcs": "git", "commit_id": "0123abcd"}}'
+    monkeypatch.setattr(hardware.importlib.metadata.PathDistribution, "read_text", lambda *_: told)
+    assert revision.__wrapped__() == "0123abcd"
+    monkeypatch.setattr(hardware.importlib.metadata.PathDistribution, "read_text", lambda *_: None)
+    assert revision.__wrapped__() is None
 
 
 def test_a_machine_is_described_with_what_its_cpu_multiplies_in(monkeypatch: pytest.MonkeyPatch) -> None:

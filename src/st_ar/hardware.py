@@ -2,12 +2,17 @@
 
 import contextlib
 import ctypes
+import importlib.metadata
+import json
 import os
 import platform
 import shutil
+import subprocess
 import threading
 from collections.abc import Callable, Generator
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -194,10 +199,28 @@ class Beside:
             self.wait()
 
 
+@cache
+def revision() -> str | None:
+    """The commit of this code: of the clone that it runs from, "-dirty" if files there have changed since, or of the repository that
+    it was installed from; None if neither is known.
+    """
+    clone = Path(__file__).parents[2]
+    if (clone / ".git").exists():
+        command = ["git", "-C", str(clone), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        with contextlib.suppress(OSError):
+            done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 -- no words of others
+            return done.stdout.strip() or None
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError, ValueError):
+        told = importlib.metadata.distribution("st-ar").read_text("direct_url.json")
+        return json.loads(told or "{}").get("vcs_info", {}).get("commit_id")
+    return None
+
+
 def describe() -> dict[str, Any]:
     """The machine and the versions, for whoever reads the numbers later."""
     described: dict[str, Any] = {
         "st_ar": st_ar.__version__,
+        **({"revision": found} if (found := revision()) else {}),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "cpu": _cpu_name(),

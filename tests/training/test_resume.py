@@ -67,7 +67,7 @@ def test_a_run_killed_twenty_times_ends_as_if_it_had_never_stopped(tmp_path: Pat
         assert contents(run / "kept") == contents(straight / "kept")
         assert sorted(path.name for path in (run / "kept").iterdir()) == [f"step_{step:08d}" for step in (8, 16, 24)]
         assert [step for step, _ in list_checkpoints(run / "checkpoints")] == sorted({best, 8, 16, 22, 24})
-        assert {path.name for path in run.rglob(".*")} == {".metadata"}  # and nothing half written
+        assert {path.name for path in run.rglob(".*")} == {".lock", ".metadata"}  # and nothing half written
 
 
 @pytest.mark.parametrize(("name", "instant"), [("SIGTERM", "backward"), ("SIGINT", "log")])

@@ -112,9 +112,13 @@ def alone(out: Path) -> Generator[None]:
     """Hold a run's folder as long as it is trained in; where the file system has no locks, hold nothing.
 
     Raises:
-        UserError: another process holds it.
+        UserError: another process holds it, or its lock is no file that can be written.
     """
-    with open(out / LOCK, "ab") as lock:
+    try:
+        file = open(out / LOCK, "ab")  # noqa: SIM115 -- closed below
+    except OSError as error:
+        raise UserError(f"{out / LOCK} cannot be opened ({error.strerror}): remove it") from error
+    with file as lock:
         try:
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
