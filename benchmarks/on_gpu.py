@@ -95,7 +95,8 @@ def check(device: torch.device, small: bool) -> dict[str, Any]:
 def training(device: torch.device, small: bool, llamagen: Path | None, keep: Keep) -> dict[str, Any]:
     """Step times at 64 sequences of 256 tokens (XL: 32)."""
     if small:
-        return {"photos": measure("photos", 8, 3, device, torch.bfloat16, False, llamagen, True)}
+        dtype = choose_dtype("auto", device)  # bfloat16 is no type to wait for on a CPU that lacks it
+        return {"photos": measure("photos", 8, 3, device, dtype, False, llamagen, True)}
     found: dict[str, Any] = {}
     for preset, count in {"b": 64, "l": 64, "xl": 32}.items():
         found[preset] = measure(preset, count, 20, device, torch.bfloat16, True, llamagen, True)
