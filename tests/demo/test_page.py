@@ -1,17 +1,21 @@
 """What the page says of the weights that it offers."""
 
+import json
 from collections.abc import Generator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from st_ar.data.store import TokenStore
 from st_ar.demo.generate_tab import still_known
 from st_ar.demo.page import describe
 from st_ar.demo.setup import Setup
 from st_ar.demo.shelf import Shelf
 from st_ar.demo.understand_tab import still_there
 from st_ar.demo.understanding import NONE, OWN
+from st_ar.errors import UserError
+from tests.data.random_store import random_store
 from tests.demo.small_page import export
 from tests.small_line import make_line
 from tests.toys import TINY
@@ -35,6 +39,22 @@ def setup(tmp_path_factory: pytest.TempPathFactory) -> Generator[Setup]:
     ]
     shelf = Shelf(models, make_line(folder).tokenizer, device="cpu", dtype="float32")
     yield Setup(shelf=shelf, store=None, probe_store=None)
+    shelf.close()
+
+
+def test_a_store_that_names_other_classes_is_refused(setup: Setup, tmp_path: Path) -> None:
+    names = ["bee", "ant"]
+    shelf = Shelf(
+        [export(tmp_path / "m", replace(TINY, num_classes=2), 1, ["ant", "bee"])],
+        make_line(tmp_path).tokenizer,
+        device="cpu",
+    )
+    store = random_store(tmp_path / "store", images=2, grid=TINY.grid, vocab_size=TINY.vocab_size, num_classes=2)[0]
+    meta = json.loads((store / "meta.json").read_text())
+    meta |= {"class_names": names, "tokenizer": setup.shelf.tokenizer.fingerprint}
+    (store / "meta.json").write_text(json.dumps(meta))
+    with pytest.raises(UserError, match=r"names its classes otherwise than m \(class 0 is 'ant' and 'bee'\)"):
+        Setup(shelf=shelf, store=TokenStore(store), probe_store=None)
     shelf.close()
 
 

@@ -270,6 +270,12 @@ def test_mfu_is_the_models_operations_over_the_peak(
     body, head = flops_per_token(RUN.model)
     expected = entry["tokens_per_second"] * (3 * (body + head) + body) / 1e12
     assert entry["mfu"] == pytest.approx(expected)
+    ended = replace(RUN, steps=4, log_every=1, selfguided=replace(RUN.selfguided, until=0.5))
+    run = train(ended, line / "tokens", tmp_path / "ended", watching=NOTHING)
+    entries = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    operations = [1e12 * entry["mfu"] / entry["tokens_per_second"] for entry in entries]
+    guided, plain = 3 * (body + head) + body, 3 * (body + head)
+    assert operations == pytest.approx([guided, guided, plain, plain])
     assert training_flops(RUN, 20) == 12 * 6 * 2 * 16 * (4 * body + 3 * head)
 
 

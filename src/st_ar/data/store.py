@@ -183,6 +183,14 @@ class TokenStore:
             "fingerprint": self.fingerprint,
         }
 
+    def check_classes(self, names: Sequence[str], whose: object) -> None:
+        """Refuse a store whose classes have other names than `whose` have; UserError with the first that differs."""
+        ours = self.meta.class_names
+        if not same_names(names, ours):
+            raise UserError(
+                f"{self.folder} names its classes otherwise than {whose} ({difference(names, ours)}): give stores of one data set"
+            )
+
     def verify(self) -> None:
         """Compare every shard with its checksum, and its codes with the size of the codebook; names the one that differs."""
         for shard in self.meta.shards:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from st_ar.data.store import TokenStore, difference, same_names
+from st_ar.data.store import TokenStore
 from st_ar.demo.shelf import Shelf
 from st_ar.demo.understanding import Guesser, Guesses, Reading, Readings
 from st_ar.demo.uploads import cut_upload, decode_upload
@@ -57,11 +57,7 @@ class Setup:
                     store.check_model(
                         weights.config, self.shelf.tokenizer.fingerprint if store.meta.tokenizer else None
                     )
-                    if weights.class_names and not same_names(weights.class_names, store.meta.class_names):
-                        differ = difference(weights.class_names, store.meta.class_names)
-                        raise UserError(
-                            f"{store.folder} names its classes otherwise than {name} ({differ}): give stores of one data set"
-                        )
+                    store.check_classes(weights.class_names, name)
 
     def from_store(self, image: int) -> Seen:
         """An image of the store, centre crop."""

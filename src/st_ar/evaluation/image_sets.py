@@ -19,10 +19,9 @@ from st_ar.data.images import MAX_CLASSES, Example, ImageSource, open_images
 from st_ar.data.pool import default_workers, open_decoder
 from st_ar.errors import UserError, cause
 from st_ar.files import parse_json
+from st_ar.sample_job import JOB, METADATA
 from st_ar.settings import fits
 
-JOB, METADATA = "job.json", "metadata.json"
-"""In a folder of samples: marks them as unfinished, and says how they were made."""
 CHUNK = 64
 """Images that are read at once."""
 _SOURCE = re.compile(r"(folder|parquet|hub):.|(photos|digits)(:\w+)?$")

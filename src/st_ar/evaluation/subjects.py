@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from st_ar.data.store import TokenStore, same_names
+from st_ar.data.store import TokenStore
 from st_ar.errors import UserError
 from st_ar.files import sha256
 from st_ar.model.transformer import Transformer
@@ -43,11 +43,8 @@ class Subject:
 def check_store(info: ModelInfo, store: TokenStore) -> None:
     """UserError if the store is of another tokenizer than the model's, or names its classes otherwise."""
     store.check_model(info.config, info.tokenizer)
-    names = info.class_names
-    if info.config.condition == "class" and names and not same_names(names, store.meta.class_names):
-        raise UserError(
-            f"{store.folder} names its classes otherwise than {info.source}: give the store that the model was made for"
-        )
+    if info.config.condition == "class" and info.class_names:
+        store.check_classes(info.class_names, info.source)
 
 
 def call_models(models: Sequence[Path], names: Sequence[str]) -> Sequence[str]:

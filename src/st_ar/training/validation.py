@@ -8,8 +8,7 @@ from typing import Any
 import torch
 
 from st_ar.config import TrainConfig
-from st_ar.data.store import TokenStore, difference, same_names
-from st_ar.errors import UserError
+from st_ar.data.store import TokenStore
 from st_ar.evaluation.likelihood import validation_loss
 from st_ar.files import read_json
 from st_ar.model.transformer import Transformer
@@ -36,11 +35,7 @@ class Validation:
         config.model.require_classes("--validation")
         self.store = TokenStore(tokens)
         self.store.check_model(config.model, trained_on.meta.tokenizer)
-        ours, theirs = trained_on.meta.class_names, self.store.meta.class_names
-        if not same_names(ours, theirs):
-            raise UserError(
-                f"{tokens} names its classes otherwise than {trained_on.folder} ({difference(ours, theirs)}): give stores of one data set"
-            )
+        self.store.check_classes(trained_on.meta.class_names, trained_on.folder)
         if (best / "config.json").exists():
             self.best = float(read_json(best / "config.json", "an export folder").get(LOSS, math.inf))
 
