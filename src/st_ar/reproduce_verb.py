@@ -31,8 +31,8 @@ class Reproduce:
     out: Path
     """Folder of everything that is made."""
     scale: ScaleName = "tiny"
-    """tiny: 1.1M parameters on the embedded photographs, minutes a run on two cores. small: 3.1M on --data of 32 pixels, hours.
-    imagenet: the paper's models and lengths."""
+    """tiny: 1.1M parameters on the embedded photographs or --data, minutes a run on two cores. small: 3.1M on --data, hours. Both
+    take images at 32 pixels. imagenet: the paper's models and lengths."""
     data: str | None = None
     """Image source of the training images (folder:PATH, parquet:GLOB, hub:NAME:SPLIT); tiny has the photographs."""
     test_data: str | None = None

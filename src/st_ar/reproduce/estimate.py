@@ -40,7 +40,7 @@ def print_plan(plan: Plan, work: Path) -> None:
 def training_rate(config: ModelConfig, *, seconds: float = 3.0) -> float:
     """FLOP/s of forward and backward of a few sequences on this machine, in the type that training takes."""
     device = choose_device("auto")
-    count = 64 if device.type == "cuda" else max(1, 512 // config.sequence_length)  # B takes a CPU seconds
+    count = 64 if device.type == "cuda" else max(1, 256 // config.sequence_length)  # B takes a CPU seconds
     model = Transformer(config).to(device)
     tokens = torch.randint(config.vocab_size, (count, config.sequence_length), device=device)
     labels = torch.zeros(count, dtype=torch.int64, device=device)

@@ -58,8 +58,10 @@ class Plan:
             raise UserError(f"--seeds must be different numbers of 0 or more, at least one, not {list(seeds)}")
         self.experiment, self.scale, self.data, self.work, self.compiled = experiment, scale, data, work, compiled
         self._stages: dict[Path, Stage] = {}
+        given = data.images != scale.images
+        self.size, crops = (scale.size, scale.crops) if given else ((), ())
         self.tokenizer = data.tokenizer or self._train_tokenizer()
-        self.tokens = self._tokenize("training", data.images, scale.crops)
+        self.tokens = self._tokenize("training", data.images, crops)
         self.test_tokens = self._tokenize("test", data.test_images, ("--crops", "center"))
         self.files = {row.label: Files(share=row.quarter / 4) for row in experiment.rows}
         for row in experiment.rows:
@@ -97,12 +99,13 @@ class Plan:
         if self.scale.tokenizer is None:
             raise UserError("this scale takes a tokenizer that is there: give --tokenizer (LlamaGen's vq_ds16_c2i.pt)")
         out = self.work / "tokenizer"
-        images = ("--images", self.data.images)
+        size = self.size if "kmeans" in self.scale.tokenizer else ()  # VQ presets have one
+        images = ("--images", self.data.images, *size)
         return self._add("tokenizer", out, "train-tokenizer", *self.scale.tokenizer, *images, "--out", str(out))
 
     def _tokenize(self, kind: str, images: str, crops: Sequence[str]) -> Path:
         out = self.work / f"tokens-{kind}"
-        what = ("--images", images, "--tokenizer", str(self.tokenizer), *self.scale.size, *crops, "--out", str(out))
+        what = ("--images", images, "--tokenizer", str(self.tokenizer), *self.size, *crops, "--out", str(out))
         views = 1 if kind == "test" else 10
         disk = 0 if self.scale.image_count is None or kind == "test" else self.scale.image_count * views * 512
         return self._add(f"tokens of the {kind} images", out, "tokenize", *what, disk=disk)
@@ -160,7 +163,7 @@ class Plan:
         reference = self.data.reference
         if reference is None:
             made = self.work / f"reference-{scale.extractor}.npz"
-            images = (self.data.test_images, *scale.size)
+            images = (self.data.test_images, *self.size)
             reference = str(self._add("reference", made, "reference", *images, *extractor, "--out", str(made)))
         samples = model.beside(weights, f"{'guided' if guided else 'unguided'}.npz")
         how = ("--model", str(model.path), "--tokenizer", str(self.tokenizer), *scale.samples, "--seed", str(seed))

@@ -28,9 +28,9 @@ class Scale:
     tokenizer: tuple[str, ...] | None
     """Preset and options of the tokenizer to train; none: one has to be given."""
     size: tuple[str, ...] = ()
-    """Option of `st-ar tokenize` and `st-ar reference` that says how large images are, if not as their source has it."""
+    """Option that says how large images are that are not the scale's own, if not as their source has it."""
     crops: tuple[str, ...] = ()
-    """Options of `st-ar tokenize` for the training images' crops."""
+    """Options of `st-ar tokenize` for the training images' crops, if the images are not the scale's own."""
     samples: tuple[str, ...] = ("--num", "1024")
     """Options of `st-ar sample` that say how many images."""
     extractor: str = "efficientnet"
@@ -88,6 +88,8 @@ SCALES: dict[ScaleName, Scale] = {
         images="photos:train",
         test_images="photos:test",
         tokenizer=("kmeans",),
+        size=("--size", "32"),
+        crops=("--crop-range", "1.125"),
         probe_crops=("--train-crops", "4"),
     ),
     "small": Scale(
