@@ -1,3 +1,4 @@
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -5,6 +6,7 @@ import torch
 from hypothesis import settings
 
 torch.set_num_threads(1)  # sizes are tiny: more threads only wait for one another
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # in the processes that tests start too
 
 settings.register_profile("st-ar", deadline=None, max_examples=40, derandomize=True)
 settings.load_profile("st-ar")
