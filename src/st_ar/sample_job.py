@@ -21,6 +21,7 @@ from st_ar.files import open_array, read_json, require_absent, save_array, sha25
 from st_ar.hardware import describe
 
 JOB, METADATA = "job.json", "metadata.json"
+"""In a folder of samples: marks them as unfinished, and says how they were made."""
 PREVIEW = 64
 """Images of the preview."""
 
