@@ -40,7 +40,10 @@ def print_plan(plan: Plan, work: Path) -> None:
 def training_rate(config: ModelConfig, *, seconds: float = 3.0) -> float:
     """FLOP/s of forward and backward of a few sequences on this machine, in the type that training takes."""
     device = choose_device("auto")
-    count = 64 if device.type == "cuda" else max(1, 256 // config.sequence_length)  # B takes a CPU seconds
+    flops = 3 * sum(flops_per_token(config))
+    count = 64
+    if device.type == "cpu":  # B takes one seconds
+        count = min(count, max(1, int(3e11 / (flops * config.sequence_length))))
     model = Transformer(config).to(device)
     tokens = torch.randint(config.vocab_size, (count, config.sequence_length), device=device)
     labels = torch.zeros(count, dtype=torch.int64, device=device)
@@ -58,4 +61,4 @@ def training_rate(config: ModelConfig, *, seconds: float = 3.0) -> float:
     while steps == 0 or time.perf_counter() - begun < seconds:
         step()
         steps += 1
-    return steps * tokens.numel() * 3 * sum(flops_per_token(config)) / (time.perf_counter() - begun)
+    return steps * tokens.numel() * flops / (time.perf_counter() - begun)
