@@ -16,7 +16,7 @@ from st_ar.presets import PRESETS, get_preset
 from st_ar.reproduce.measured import Files, measurements
 from st_ar.reproduce.paper import CONTROL, EQUAL_TIME, EXPERIMENTS, Recipe
 from st_ar.reproduce.plan import Data, Plan, run_name
-from st_ar.reproduce.scales import SCALES, Scale, options
+from st_ar.reproduce.scales import SCALES, Scale, ScaleName, options
 from st_ar.settings import to_dict
 from st_ar.training.log import append_log
 
@@ -104,6 +104,30 @@ def test_runs_that_tables_share_are_the_same_in_the_same_place() -> None:
         plans[name].files[row].runs for name, row in (("table4", "r = 0.25"), ("table6", "K = 4"), ("fig4", "ST-AR"))
     ]
     assert st_ar[0] == st_ar[1] == st_ar[2] == [WORK / "runs" / "st-ar-b-50-epochs-seed0"]
+
+
+@pytest.mark.parametrize("scale", ["tiny", "small"])
+def test_images_that_are_not_the_scales_own_are_taken_at_32_pixels(scale: ScaleName) -> None:
+    own = Data(images="folder:train", test_images="folder:test")
+    stages = {
+        stage.makes.name: " ".join(stage.command)
+        for stage in Plan(EXPERIMENTS["table3"], SCALES[scale], own, WORK).stages
+    }
+    assert "--size 32 --crop-range 1.125" in stages["tokens-training"]
+    assert "--size 32 --crops center" in stages["tokens-test"]
+    assert "folder:test --size 32" in stages["reference-efficientnet.npz"]
+    assert ("--size 32" in stages["tokenizer"]) == (scale == "tiny")  # a VQ preset has its size
+    photos = Plan(EXPERIMENTS["table3"], SCALES["tiny"], PHOTOS, WORK).stages
+    assert not any("--size" in stage.command or "--crop-range" in stage.command for stage in photos)
+
+
+def test_the_papers_probe_numbers_stand_beside_figure_4() -> None:
+    assert {row.label: row.paper.get("probe") for row in EXPERIMENTS["fig4"].rows} == {
+        "AR": 18.68,
+        "AR on the same two views (control)": None,
+        "control, for the time of ST-AR": None,
+        "ST-AR": 45.27,
+    }
 
 
 @pytest.mark.parametrize("name", list(EXPERIMENTS))
