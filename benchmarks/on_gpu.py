@@ -12,8 +12,9 @@ st-ar. Each slice saves its figures as soon as it has them, under the device's n
     tokenizing   images/s of VQ-16's encoder against the plain reading of the architecture
     vqgan        images/s of training VQ-16, before the adversary and with it
     features     images/s of Inception's network (random weights) and of the statistics of 50,000 samples
-    cifar10      AR and ST-AR for equal steps on --tokens and --test-tokens, stores of CIFAR-10: losses, probe, seconds a step, and
-                 samples' tokens to decode and evaluate elsewhere; --minutes for each of the two, --seed
+    cifar10      AR, ST-AR and the inter-view contrast alone for equal steps on --tokens and --test-tokens, stores of CIFAR-10 (ten
+                 crops as .tar.xz are a quarter as large to carry): losses, probe, seconds a step, and samples' tokens, which
+                 decoded.py makes images of; --minutes of training for each of --methods, --seed
     quickstart   the photographs, trained and compared on the GPU
 """
 
@@ -23,7 +24,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -57,6 +58,12 @@ from training import measure, our_step
 
 CENTRE = 4
 """The crop that probes read."""
+METHODS = {
+    "control": PLAIN,
+    "st-ar": get_preset("st-ar-cifar10").selfguided,
+    "view": replace(get_preset("st-ar-cifar10").selfguided, alpha=0.0, mask_ratio=0.0, step_loss=False),
+}
+"""What the slice cifar10 compares: plain training on the same views, the full method, the inter-view contrast alone."""
 Keep = Callable[[dict[str, Any]], object]
 """Saves what a slice has so far, in case its time ends."""
 
@@ -221,15 +228,18 @@ def cifar10(
     small: bool,
     tokens: Path | None,
     test_tokens: Path | None,
+    methods: Sequence[str],
     minutes: float,
     seed: int,
     out: Path,
+    keep: Keep,
 ) -> dict[str, Any]:
-    """The augmentation-only control and ST-AR, B's network on 8 x 8 tokens, as many steps of 256 images as `minutes` allow ST-AR."""
+    """The `methods`, B's network on 8 x 8 tokens, as many steps of 256 images for each as `minutes` allow ST-AR."""
     if tokens is None or test_tokens is None:
         sys.exit("the slice cifar10 needs --tokens and --test-tokens")
     store, test_store = TokenStore(tokens), TokenStore(test_tokens)
     guided = replace(get_preset("st-ar-cifar10"), seed=seed, compile=device.type == "cuda", log_every=100)
+    guided = replace(guided, model=replace(guided.model, vocab_size=store.meta.vocab_size))
     if not small:
         guided = replace(guided, model=replace(guided.model, dim=768, n_layers=12, n_heads=12), batch_size=256)
     guided = replace(
@@ -240,22 +250,24 @@ def cifar10(
     del step
     steps = max(20, round(60 * minutes / pace / 10) * 10)
     found: dict[str, Any] = {"steps": steps, "seed": seed}
-    for name, config in (("control", replace(guided, selfguided=PLAIN)), ("ST-AR", guided)):
+    samples: dict[str, np.ndarray] = {}
+    for name in methods:
+        config = replace(guided, selfguided=METHODS[name], steps=steps, checkpoint_every=steps)
         with tempfile.TemporaryDirectory() as folder:
-            run = train(replace(config, steps=steps, checkpoint_every=steps), tokens, Path(folder) / "run")
+            run = train(config, tokens, Path(folder) / "run")
             result: dict[str, Any] = {"seconds_per_step": seconds_per_step(run)}
             for weights in ("live", "EMA"):
                 model = load_model(run, ema=weights == "EMA").to(device)
                 labels = torch.arange(100 if small else 10_000, device=device) % model.config.num_classes
                 drawn = [generate(model, part, seed=seed, images=part_of) for part, part_of in _parts(labels, 1000)]
-                np.save(
-                    out / f"cifar10-{name}-{weights}-seed{seed}.npy", torch.cat(drawn).cpu().numpy().astype(np.uint16)
-                )
+                samples[f"{name}-{weights}"] = torch.cat(drawn).cpu().numpy().astype(np.uint16)
                 result[weights] = {
                     "validation loss": validation_loss(model, test_store),
                     "probe": probe(model, store, test_store, train_crops=[CENTRE]).top1,
                 }
             found[name] = result
+        np.savez_compressed(out / f"cifar10-samples-seed{seed}.npz", **samples)
+        keep(found)
     return found
 
 
@@ -285,7 +297,10 @@ def main() -> None:
     parser.add_argument("--llamagen", type=Path, help="a checkout of LlamaGen, to train and sample with beside ours")
     parser.add_argument("--tokens", type=Path, help="token store of CIFAR-10's training images")
     parser.add_argument("--test-tokens", type=Path, help="token store of its test images")
-    parser.add_argument("--minutes", type=float, default=3.5, help="training of each method in the slice cifar10")
+    parser.add_argument(
+        "--methods", nargs="+", choices=list(METHODS), default=list(METHODS), help="of the slice cifar10"
+    )
+    parser.add_argument("--minutes", type=float, default=2.2, help="training of each method in the slice cifar10")
     parser.add_argument("--seed", type=int, default=0, help="of the slice cifar10")
     parser.add_argument(
         "--small", action="store_true", help="tiny sizes on whatever is here, to see that the script works"
@@ -302,8 +317,10 @@ def main() -> None:
         stores = {
             "tokens": given.tokens,
             "test_tokens": given.test_tokens,
+            "methods": given.methods,
             "minutes": given.minutes,
             "seed": given.seed,
+            "keep": keep,
         }
         extra: dict[str, dict[str, Any]] = {
             "training": {"llamagen": given.llamagen, "keep": keep},

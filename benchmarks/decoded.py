@@ -1,0 +1,37 @@
+"""Images of the tokens that the slice cifar10 of on_gpu.py has drawn.
+
+    python benchmarks/decoded.py cifar10-samples-seed0.npz --tokenizer km --out samples
+
+A file for each model in it, which `st-ar evaluate` takes.
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from st_ar.tokenizer import load_tokenizer, to_uint8
+
+
+def main() -> None:
+    """Decode and save."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tokens", type=Path, help="arrays [images, tokens] by model")
+    parser.add_argument("--tokenizer", type=Path, required=True, help="what made the tokens")
+    parser.add_argument("--out", type=Path, required=True)
+    given = parser.parse_args()
+    painter = load_tokenizer(given.tokenizer)
+    given.out.mkdir(parents=True, exist_ok=True)
+    with np.load(given.tokens) as file:
+        for name, tokens in file.items():
+            grid = round(tokens.shape[1] ** 0.5)
+            codes = torch.from_numpy(tokens.astype(np.int64)).view(-1, grid, grid)
+            pixels = torch.cat([to_uint8(painter.decode(part)) for part in codes.split(500)])
+            path = given.out / f"{given.tokens.stem}-{name}.npz"
+            np.savez(path, arr_0=pixels.numpy())
+            print(f"saved {path}: {len(pixels)} images")
+
+
+if __name__ == "__main__":
+    main()
