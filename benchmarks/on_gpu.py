@@ -239,16 +239,17 @@ def cifar10(
         sys.exit("the slice cifar10 needs --tokens and --test-tokens")
     store, test_store = TokenStore(tokens), TokenStore(test_tokens)
     guided = replace(get_preset("st-ar-cifar10"), seed=seed, compile=device.type == "cuda", log_every=100)
-    guided = replace(guided, model=replace(guided.model, vocab_size=store.meta.vocab_size))
-    if not small:
-        guided = replace(guided, model=replace(guided.model, dim=768, n_layers=12, n_heads=12), batch_size=256)
+    sizes = {"dim": 64, "n_layers": 2, "n_heads": 2} if small else {"dim": 768, "n_layers": 12, "n_heads": 12}
     guided = replace(
-        guided, optim=replace(guided.optim, lr=4e-4 if not small else 1e-3, warmup_steps=10 if small else 500)
+        guided,
+        model=replace(guided.model, vocab_size=store.meta.vocab_size, **sizes),
+        batch_size=8 if small else 256,
+        optim=replace(guided.optim, lr=1e-3 if small else 4e-4, warmup_steps=10 if small else 500),
     )
     step = our_step(guided, device, choose_dtype("auto", device))
     pace = summarise(time_in_turn({"step": step}, rounds=3 if small else 20, warmup=5, device=device)["step"])["median"]
     del step
-    steps = max(20, round(60 * minutes / pace / 10) * 10)
+    steps = 20 if small else max(20, round(60 * minutes / pace / 10) * 10)
     found: dict[str, Any] = {"steps": steps, "seed": seed}
     samples: dict[str, np.ndarray] = {}
     for name in methods:
