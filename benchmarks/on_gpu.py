@@ -251,7 +251,7 @@ def cifar10(
     del step
     steps = 20 if small else max(20, round(60 * minutes / pace / 10) * 10)
     found: dict[str, Any] = {"steps": steps, "seed": seed}
-    samples: dict[str, np.ndarray] = {}
+    samples: dict[str, Any] = {}
     for name in methods:
         config = replace(guided, selfguided=METHODS[name], steps=steps, checkpoint_every=steps)
         with tempfile.TemporaryDirectory() as folder:
