@@ -1,6 +1,7 @@
 """What the benchmarks share: timing in turn, the machine, and where results are saved."""
 
 import json
+import math
 import resource
 import statistics
 import sys
@@ -10,11 +11,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from st_ar.config import ModelConfig
 from st_ar.cost import flops_per_token
 from st_ar.hardware import describe
+from st_ar.tokenizer import Tokenizer, to_uint8
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -71,6 +74,13 @@ def summarise(times: Sequence[float]) -> dict[str, float]:
 def ratio(a: Sequence[float], b: Sequence[float]) -> dict[str, float]:
     """Of a over b, round by round: the median and quartiles of the paired ratios."""
     return summarise([x / y for x, y in zip(a, b, strict=True)])
+
+
+def pictures(painter: Tokenizer, tokens: np.ndarray) -> np.ndarray:
+    """Tokens [images, tokens] as what the tokenizer shows: uint8 [images, H, W, 3]."""
+    grid = math.isqrt(tokens.shape[1])
+    codes = torch.from_numpy(tokens.astype(np.int64)).view(-1, grid, grid)
+    return torch.cat([to_uint8(painter.decode(part)) for part in codes.split(500)]).numpy()
 
 
 def save(name: str, results: Any, folder: Path = RESULTS) -> Path:

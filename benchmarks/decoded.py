@@ -9,9 +9,9 @@ import argparse
 from pathlib import Path
 
 import numpy as np
-import torch
 
-from st_ar.tokenizer import load_tokenizer, to_uint8
+from common import pictures
+from st_ar.tokenizer import load_tokenizer
 
 
 def main() -> None:
@@ -25,12 +25,9 @@ def main() -> None:
     given.out.mkdir(parents=True, exist_ok=True)
     with np.load(given.tokens) as file:
         for name, tokens in file.items():
-            grid = round(tokens.shape[1] ** 0.5)
-            codes = torch.from_numpy(tokens.astype(np.int64)).view(-1, grid, grid)
-            pixels = torch.cat([to_uint8(painter.decode(part)) for part in codes.split(500)])
             path = given.out / f"{given.tokens.stem}-{name}.npz"
-            np.savez(path, arr_0=pixels.numpy())
-            print(f"saved {path}: {len(pixels)} images")
+            np.savez(path, arr_0=pictures(painter, tokens))
+            print(f"saved {path}: {len(tokens)} images")
 
 
 if __name__ == "__main__":

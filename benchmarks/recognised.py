@@ -23,13 +23,13 @@ from sklearn.linear_model import RidgeClassifierCV
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from common import save
+from common import pictures, save
 from st_ar.data.store import TokenStore
 from st_ar.evaluation.collect import Place, collect
 from st_ar.evaluation.extractors import load_extractor
 from st_ar.evaluation.image_sets import open_files, read_array
 from st_ar.evaluation.metrics import frechet_distance, precision_recall
-from st_ar.tokenizer import load_tokenizer, to_uint8
+from st_ar.tokenizer import load_tokenizer
 
 TRAINING = "training views"
 
@@ -44,9 +44,7 @@ def write_views(tokens: Path, tokenizer: Path, count: int, out: Path) -> None:
     store, painter, rng = TokenStore(tokens), load_tokenizer(tokenizer), np.random.default_rng(0)
     images = rng.integers(0, len(store), count)
     codes = store.codes(images, rng.integers(0, len(store.meta.crops), (count, 1)))[:, 0]
-    grids = torch.from_numpy(codes.astype(np.int64)).view(count, store.meta.grid, store.meta.grid)
-    pixels = torch.cat([to_uint8(painter.decode(part)) for part in grids.split(500)])
-    np.savez(out, arr_0=pixels.numpy(), arr_1=np.asarray(store.labels)[images])
+    np.savez(out, arr_0=pictures(painter, codes), arr_1=np.asarray(store.labels)[images])
 
 
 def main() -> None:
