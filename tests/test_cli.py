@@ -188,6 +188,18 @@ def test_the_shell_sees_status_2_and_no_traceback() -> None:
     assert done.stderr.count("\n") == 1
 
 
+ALONE = sorted(set(VERBS) - {"tokenize", "sample", "reference", "evaluate", "reconstruct", "completion"})
+
+
+@pytest.mark.parametrize("command", [*([verb] for verb in ALONE), ["train-tokenizer", "kmeans"]], ids=" ".join)
+def test_ranks_that_would_all_do_the_same_are_refused(
+    capsys: Capture, monkeypatch: pytest.MonkeyPatch, command: list[str]
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    refused(capsys, f"st-ar {' '.join(command)} runs in one process, not in 2: start it without torchrun", *command)
+
+
 def test_an_unknown_option_is_named_with_status_2() -> None:
     done = run_st_ar("train", "st-ar-digits", "--tokens", "x", "--out", "y", "--optim.learning-rate", "1")
     assert done.returncode == 2

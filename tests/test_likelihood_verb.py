@@ -41,6 +41,8 @@ def test_both_weights_with_their_losses(line: SmallLine, tmp_path: Path, capsys:
         assert f"{loss:.4f}" in said
         assert f"{math.exp(loss):.2f}" in said
     assert record["results"][0]["loss"] != record["results"][1]["loss"]
+    run_command(command(line, "--ema", "--names", "one", "--out", tmp_path / "averaged.json"))
+    assert json.loads((tmp_path / "averaged.json").read_text())["results"] == record["results"][1:]
     assert record["store"] == store.describe()
     assert f"{len(store)} images; an even guess among 11 tokens: {math.log(11):.4f}" in said
 
@@ -60,5 +62,7 @@ def test_stores_of_others_and_taken_places_are_refused(line: SmallLine, tmp_path
     with refused(tmp_path, "does not match the checksum"):
         run_command(command(line))
     flip_byte(shard, shard.stat().st_size - 1)
+    with refused(tmp_path, "--ema is short for --weights ema"):
+        run_command(command(line, "--weights", "both", "--ema"))
     with refused(tmp_path, "2 --names for 1 models"):
         run_command(command(line, "--names", "a", "b"))

@@ -13,6 +13,7 @@ import tyro
 
 from st_ar import __version__
 from st_ar.config import TrainConfig
+from st_ar.data.ranks import Ranks
 from st_ar.data_verbs import TrainKMeans, TrainVQ, vq_command
 from st_ar.errors import Interrupted, UserError
 from st_ar.presets import PRESETS, get_preset, unknown_preset
@@ -132,10 +133,22 @@ def _read_train_tokenizer(arguments: Sequence[str]) -> Callable[[], None]:
         return partial(print, chosen)
     name, rest = chosen
     if name == "kmeans":
+        _require_one_rank("train-tokenizer kmeans")
         command: type[TrainKMeans] | type[TrainVQ] = TrainKMeans
     else:
         command = vq_command(name, _with_budget(VQ_PRESETS[name](), rest))
     return tyro.cli(command, prog=f"st-ar train-tokenizer {name}", args=rest, description=presets[name].__doc__).run
+
+
+SHARED = ("tokenize", "sample", "reference", "evaluate", "reconstruct", "completion")
+"""Verbs whose work several ranks share (as they do the training of models and VQ tokenizers), or that have none to share."""
+
+
+def _require_one_rank(verb: str) -> None:
+    if (world := Ranks.from_environment().world) > 1:
+        raise UserError(
+            f"st-ar {verb} runs in one process, not in {world}: start it without torchrun, WORLD_SIZE unset"
+        )
 
 
 def _choose_preset(
@@ -178,7 +191,7 @@ def read_command(arguments: Sequence[str]) -> Callable[[], None]:
     """What a command line, the verb first, asks for: to be called to have it done.
 
     Raises:
-        UserError: no such verb or preset.
+        UserError: no such verb or preset, or several ranks that would each do the same.
         SystemExit: options that the verb does not have, or values that they do not take; the cause is printed.
     """
     verb, *rest = arguments
@@ -187,6 +200,8 @@ def read_command(arguments: Sequence[str]) -> Callable[[], None]:
     if verb == "train-tokenizer":
         return _read_train_tokenizer(rest)
     if verb in VERBS:
+        if verb not in SHARED:
+            _require_one_rank(verb)
         return tyro.cli(VERBS[verb], prog=f"st-ar {verb}", args=rest).run
     raise UserError(
         f"unknown verb {verb!r}: give one of {', '.join(['train', 'train-tokenizer', *VERBS])}; st-ar --help explains them"

@@ -41,12 +41,9 @@ class Invariance:
     """FILE.html for a page with the numbers, curve and pictures (extra quickstart)."""
 
     def run(self) -> None:
-        from st_ar.data.ranks import Ranks
         from st_ar.data.tokenize import place_tokenizer
         from st_ar.evaluation.invariance_job import measure_invariance, summarise
 
-        if (world := Ranks.from_environment().world) > 1:
-            raise UserError(f"st-ar invariance runs in one process, not in {world}: start it without torchrun")
         check_json(self.json)
         check_page(self.page)
         names = choose_names(self.tokenizer, self.names)

@@ -29,6 +29,8 @@ class Likelihood:
     """What to call the models, one name each; by default their paths' last parts."""
     weights: Literal["live", "ema", "both"] = "live"
     """The live weights, the averaged ones, or both."""
+    ema: bool = False
+    """The same as --weights ema."""
     mask_ratio: float = 0.0
     """Mask so large a share of the keys at random, as ST-AR's training does (it masks 0.25); 0 for no mask."""
     mask_own_position: bool = True
@@ -57,7 +59,7 @@ class Likelihood:
             require_place(self.out)
         masks = ImageMasks(ratio=self.mask_ratio, seed=self.seed, own_position=self.mask_own_position)
         device, store = choose_device(self.device), TokenStore(self.tokens)
-        subjects = find_subjects(self.model, self.names, self.weights)
+        subjects = find_subjects(self.model, self.names, self.weights, ema=self.ema)
         for subject in subjects:
             check_store(subject.info, store)
         store.verify()

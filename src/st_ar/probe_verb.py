@@ -30,6 +30,8 @@ class Probe:
     """What to call the models, one name each; by default their paths' last parts."""
     weights: Literal["live", "ema", "both"] = "live"
     """Probe the live weights, the averaged ones, or both."""
+    ema: bool = False
+    """The same as --weights ema."""
     layers: tuple[int, ...] | Literal["all"] = ()
     """Layers to probe, counted from 1, or all; half the depth by default."""
     steps: tuple[int, ...] = ()
@@ -98,7 +100,7 @@ class Probe:
         device = choose_device(self.device)
         dtype = choose_dtype("float32" if (self.dtype, device.type) == ("auto", "cpu") else self.dtype, device)
         stores = TokenStore(self.tokens), TokenStore(self.test_tokens)
-        subjects = find_subjects(self.model, self.names, self.weights)
+        subjects = find_subjects(self.model, self.names, self.weights, ema=self.ema)
         readings = [
             choose_subjects_reading(s, *stores, self.layers, self.steps, self.train_crops, dtype) for s in subjects
         ]

@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import Generator
 from contextvars import ContextVar
+from importlib.util import find_spec
 from typing import Protocol
 
 _within = ContextVar("_within", default=False)
@@ -76,7 +77,7 @@ def progress(what: str, total: int | None, *, unit: str, done: int = 0, shown: b
 
 @contextlib.contextmanager
 def _shown(what: str, total: int | None, unit: str, done: int) -> Generator[Progress]:
-    if not sys.stderr.isatty():
+    if not sys.stderr.isatty() or find_spec("rich") is None:  # training itself needs torch, numpy and safetensors alone
         yield _Lines(what, total, unit, done)
         return
     from rich import progress as rich

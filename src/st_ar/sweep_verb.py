@@ -62,11 +62,10 @@ class Sweep:
         from st_ar.evaluation.extractors import load_extractor
         from st_ar.evaluation.generation import check_sizes, choose_metrics, format_number
         from st_ar.evaluation.references import open_reference
-        from st_ar.evaluation.sweep import FILES, SweptModel, check_sweep, require_one_rank, settings_of, sweep
+        from st_ar.evaluation.sweep import FILES, SweptModel, check_sweep, settings_of, sweep
         from st_ar.files import read_json
         from st_ar.hardware import choose_device
 
-        require_one_rank()
         check_json(self.json)
         check_side("--resize", self.resize)
         is_inception = self.extractor == "inception"

@@ -75,11 +75,13 @@ class Convert:
     """What to write."""
     ema: bool = False
     """Take the averaged weights instead of the live ones."""
+    grid: int | None = None
+    """Tokens a side (--to st-ar), if a .pt file's are not the 16 of 256 pixels: 24 for LlamaGen's weights of 384 pixels."""
 
     def run(self) -> None:
         from st_ar.model.convert import convert
 
-        print(convert(self.source, self.target, to=self.to, ema=self.ema))
+        print(convert(self.source, self.target, to=self.to, ema=self.ema, grid=self.grid))
 
 
 @dataclass(kw_only=True)

@@ -24,6 +24,7 @@ from st_ar.evaluation.attention_job import Chosen, report_attention
 from st_ar.evaluation.attention_report import table_of
 from st_ar.files import sha256
 from st_ar.model.weights import load_model, save_export
+from st_ar.tokenizer import load_tokenizer
 from tests.disk import contents, refused
 from tests.small_line import SmallLine, make_line, random_source, random_tokenizer
 from tests.test_report import Page
@@ -300,6 +301,15 @@ def test_what_was_stopped_half_way_leaves_nothing_and_is_done_anew(
     look(line, tmp_path / "maps", images=(0,), steps=(3,))
     assert (tmp_path / "maps" / "attention.html").exists()
     assert not (tmp_path / "maps" / "left.png").exists()
+
+
+def test_of_ten_crops_the_centre_is_read_and_named(line: SmallLine, tmp_path: Path) -> None:
+    crops = Crops(kind="ten", size=6, range=1.0)
+    tokenizer = load_tokenizer(line.tokenizer)
+    store = tokenize(random_source(), tokenizer, crops, tmp_path / "tokens")
+    assert look(replace(line, tokens=store.folder), tmp_path / "maps") == look(line, tmp_path / "same")
+    page = " ".join((tmp_path / "maps" / "attention.html").read_text().split())
+    assert "the centre crop (center) of each" in page
 
 
 def test_a_store_of_another_tokenizer_than_the_models_is_refused(line: SmallLine, tmp_path: Path) -> None:

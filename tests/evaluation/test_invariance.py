@@ -457,13 +457,6 @@ def test_mistakes_in_the_options(
     assert not (tmp_path / "out").exists()
 
 
-def test_it_is_one_process(
-    tmp_path: Path, command: list[str | Path], capsys: Capture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    refused(capsys, "runs in one process, not in 2", *command, "--tokenizer", tmp_path / "a" / "tokenizer")
-
-
 def test_tokenizers_of_one_name_are_called_by_their_paths(
     tmp_path: Path, command: list[str | Path], capsys: Capture
 ) -> None:

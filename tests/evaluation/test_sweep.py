@@ -146,9 +146,7 @@ def test_samples_killed_while_their_parts_were_cleared_are_finished(
     assert contents(tmp_path) == before
 
 
-def test_the_sweep_by_command(
-    line: SmallLine, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_sweep_by_command(line: SmallLine, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     np.savez(tmp_path / "r.npz", arr_0=pictures(8, size=6))
     command = ["sweep", "--model", line.model, "--tokenizer", line.tokenizer, "--reference", tmp_path / "r.npz"]
     command += ["--cfg-scales", "1", "1.5", "--num", "6", "--out", tmp_path / "out", "--extractor", "efficientnet"]
@@ -160,11 +158,6 @@ def test_the_sweep_by_command(
     assert not (tmp_path / "out" / "is.svg").exists()
     main([*command, "--json", "-"])
     assert json.loads(capsys.readouterr().out) == json.loads((tmp_path / "out" / "sweep.json").read_text())
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("RANK", "0")
-    with pytest.raises(SystemExit):
-        main(command)
-    assert "st-ar sweep runs in one process, not in 2" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

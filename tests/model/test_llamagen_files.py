@@ -16,6 +16,7 @@ from st_ar.model.transformer import Transformer
 from st_ar.model.weights import HEADS, infer_config, open_model, save_export, save_llamagen
 from st_ar.presets import get_preset
 from tests.disk import contents, refused
+from tests.small_line import random_tokenizer
 from tests.toys import FIXTURES, NO_DROPOUT, TINY, TINY_TEXT, random_captions, random_model, random_sequences
 
 INFO = {"step": 7, "preset": "toy", "class_names": ["a", "b", "c"], "tokenizer": "abc"}
@@ -79,6 +80,8 @@ def test_a_file_of_llamagens_for_captions_loads_and_goes_back(tmp_path: Path, mo
     with torch.no_grad():
         found = smaller(tokens[:, :-1], captions).logits
         assert torch.equal(found, random_model(TINY_TEXT)(tokens[:, :-1], captions).logits)
+    convert(tmp_path / "t2i.pt", tmp_path / "larger", to="st-ar", grid=24)
+    assert open_model(tmp_path / "larger")[1].config == replace(info.config, grid=24)
     assert "captions of 5 x 6 features" in convert(tmp_path / "t2i.pt", tmp_path / "ours", to="st-ar")
     convert(tmp_path / "ours", tmp_path / "back.pt", to="llamagen")
     back = torch.load(tmp_path / "back.pt", weights_only=True)["model"]
@@ -188,6 +191,7 @@ def test_a_target_that_exists_or_has_the_wrong_form_is_refused(tmp_path: Path) -
     model = random_model()
     save_export(tmp_path / "export", model, model, INFO)
     (tmp_path / "there.pt").write_text("mine")
+    random_tokenizer().save(tmp_path / "tokenizer")
     before = contents(tmp_path)
     for target, to, message in (
         ("there.pt", "llamagen", "exists already"),
@@ -197,4 +201,9 @@ def test_a_target_that_exists_or_has_the_wrong_form_is_refused(tmp_path: Path) -
     ):
         with pytest.raises(ValueError, match=message):
             convert(tmp_path / "export", tmp_path / target, to=to)
+    with pytest.raises(ValueError, match="keep no grid: --grid is for --to st-ar"):
+        convert(tmp_path / "export", tmp_path / "model.pt", to="llamagen", grid=24)
+    for option in ({"ema": True}, {"grid": 24}):
+        with pytest.raises(ValueError, match="is a tokenizer: leave out --ema and --grid"):
+            convert(tmp_path / "tokenizer", tmp_path / "vq", to="st-ar", **option)
     assert contents(tmp_path) == before

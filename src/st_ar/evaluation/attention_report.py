@@ -215,7 +215,7 @@ def _sources(looked: Looked) -> list[str]:
     meta = looked.store.meta
     store = (
         f"Images: {looked.averaged:,} of the {len(looked.store):,} of {looked.store.folder}, evenly spaced; the centre crop "
-        f"({meta.crops[0]}) of each, {meta.grid} x {meta.grid} tokens."
+        f"({meta.crops[looked.store.center]}) of each, {meta.grid} x {meta.grid} tokens."
     )
     weights = [
         f"{name}: {'averaged' if info.ema else 'live'} weights of step {info.step:,}, {info.config.n_layers} layers of "

@@ -62,13 +62,19 @@ def call_models(models: Sequence[Path], names: Sequence[str]) -> Sequence[str]:
 
 
 def find_subjects(
-    models: Sequence[Path], names: Sequence[str], weights: Literal["live", "ema", "both"]
+    models: Sequence[Path], names: Sequence[str], weights: Literal["live", "ema", "both"], *, ema: bool = False
 ) -> list[Subject]:
     """The weights of some models, read once to be sure that they can be.
 
+    Args:
+        ema: a short way to say that `weights` is "ema".
+
     Raises:
-        UserError: none, one twice, not one name each, or as `open_model`.
+        UserError: none, one twice, not one name each, `ema` beside other weights, or as `open_model`.
     """
+    if ema and weights == "both":
+        raise UserError("--ema is short for --weights ema: leave it out for both")
+    weights = "ema" if ema else weights
     called = call_models(models, names)
     found: list[Subject] = []
     for path, name in zip(models, called, strict=True):

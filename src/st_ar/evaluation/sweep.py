@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 import torch
 
-from st_ar.data.ranks import Ranks
 from st_ar.errors import UserError
 from st_ar.evaluation.collect import Place
 from st_ar.evaluation.extractors import Extractor
@@ -175,9 +174,3 @@ def _lines(rows: Sequence[dict[str, Any]], label: str) -> dict[str, tuple[list[f
         name = f"temperature {row['temperature']:g}, {top_k}"
         lines.setdefault(name, []).append((row["cfg_scale"], row["metrics"][label]))
     return {name: tuple(map(list, zip(*sorted(points), strict=True))) for name, points in sorted(lines.items())}  # pyright: ignore[reportReturnType] -- pairs
-
-
-def require_one_rank() -> None:
-    """A sweep runs in one process."""
-    if (world := Ranks.from_environment().world) > 1:
-        raise UserError(f"st-ar sweep runs in one process, not in {world}: start it without torchrun")

@@ -12,16 +12,19 @@ from st_ar.tokenizer.vq import VQTokenizer
 from st_ar.torch_files import read_tensors
 
 
-def convert(source: Path, target: Path, *, to: Literal["llamagen", "st-ar"], ema: bool = False) -> str:
+def convert(
+    source: Path, target: Path, *, to: Literal["llamagen", "st-ar"], ema: bool = False, grid: int | None = None
+) -> str:
     """Convert a model or a VQ tokenizer; returns what was written, in words.
 
     Args:
         source: anything that `load_model` or `load_tokenizer` takes.
         target: a new .pt file for LlamaGen, a new folder for st-ar.
         ema: a run's averaged instead of its live weights.
+        grid: tokens a side of a model for st-ar, if not the source's (`open_model`).
 
     Raises:
-        UserError: a source that is neither, a target that exists or has the wrong form.
+        UserError: a source that is neither, a target that exists or has the wrong form, or an option that is not for it.
     """
     require_absent(target, "a converted model", flag="target")
     if (to == "llamagen") != (target.suffix == ".pt"):
@@ -29,6 +32,8 @@ def convert(source: Path, target: Path, *, to: Literal["llamagen", "st-ar"], ema
             f"{target}: give a name that ends in .pt with --to llamagen, and a folder's name with --to st-ar"
         )
     if _is_tokenizer(source):
+        if ema or grid is not None:
+            raise UserError(f"{source} is a tokenizer: leave out --ema and --grid, which are for models")
         tokenizer = load_tokenizer(source)
         if not isinstance(tokenizer, VQTokenizer):
             raise UserError(f"{source} is a {tokenizer.kind} tokenizer: LlamaGen has VQ-GANs only")
@@ -37,7 +42,9 @@ def convert(source: Path, target: Path, *, to: Literal["llamagen", "st-ar"], ema
         else:
             tokenizer.save(target)
         return f"{target}: VQ tokenizer, {tokenizer.vocab_size} codes of {tokenizer.config.patch} x {tokenizer.config.patch} pixels"
-    model, info = open_model(source, ema=ema)
+    if grid is not None and to == "llamagen":
+        raise UserError("LlamaGen's files keep no grid: --grid is for --to st-ar")
+    model, info = open_model(source, ema=ema, grid=grid)
     if to == "llamagen":
         save_llamagen(target, model.state_dict())
     else:
