@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tyro
 
@@ -178,6 +179,31 @@ def test_the_averaged_weights_are_measured_apart() -> None:
         stage.command for stage in plan.stages if stage.command[0] == "sample" and str(files.runs[0]) in stage.command
     ]
     assert ["--ema" in command for command in sampled] == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("name", "layers"), [("fig1", ["1", "2", "3", "4"]), ("fig2", ["1", "2", "3", "4"]), ("fig5", None)]
+)
+def test_a_figures_maps_are_of_the_weights_and_layers_it_is_about(name: str, layers: list[str] | None) -> None:
+    plan = Plan(EXPERIMENTS[name], SCALES["tiny"], PHOTOS, WORK, weights=("live", "ema"))
+    live, averaged = [stage for stage in plan.stages if stage.command[0] == "attention"]
+    assert plan.figures[:2] == [live.makes, averaged.makes]
+    assert live.makes.name.replace("attention-", "attention-ema-") == averaged.makes.name
+    assert ["--ema" in stage.command for stage in (live, averaged)] == [False, True]
+    for command in (live.command, averaged.command):
+        at = command.index("--layers") if "--layers" in command else None
+        assert (None if at is None else list(command[at + 1 : at + 5])) == layers
+
+
+def test_the_features_of_all_of_imagenets_crops_fit_into_their_cache() -> None:
+    own = Data(images="folder:train", test_images="folder:val", tokenizer=Path("vq.pt"), reference="r.npz")
+    plan = Plan(EXPERIMENTS["fig4"], SCALES["imagenet"], own, WORK)
+    probes = [stage for stage in plan.stages if stage.command[0] == "probe"]
+    limit = float(probes[0].command[probes[0].command.index("--cache-limit") + 1]) * 1e9
+    images = 1_281_167 * 10 + 50_000
+    stored = np.dtype(probes[0].command[probes[0].command.index("--cache-dtype") + 1]).itemsize
+    assert images * 8 * get_preset("llamagen-xl").model.dim * stored < limit
+    assert [stage.disk for stage in probes] == [limit] + [0] * (len(probes) - 1)
 
 
 def test_the_quarters_of_a_long_run_are_measured_one_by_one() -> None:

@@ -81,14 +81,16 @@ def test_what_was_whole_when_it_was_stopped_is_not_made_again(tmp_path: Path) ->
     assert calls == []
 
 
-def test_half_a_folder_that_no_verb_continues_is_thrown_away(tmp_path: Path) -> None:
-    out = tmp_path / "maps"
-    stage = Stage(name="maps", command=("attention", "--out", str(out)), makes=out)
+def test_a_codebook_that_was_whole_when_it_was_stopped_is_kept(tmp_path: Path) -> None:
+    out = tmp_path / "tokenizer"
+    stage = Stage(name="tokenizer", command=("train-tokenizer", "kmeans", "--out", str(out)), makes=out)
+    calls: list[list[str]] = []
     with pytest.raises(KeyboardInterrupt):
-        run_stages([stage], tmp_path, write([], "attention"))
-    (out / "half.png").write_text("")
-    run_stages([stage], tmp_path, write([]))
-    assert not (out / "half.png").exists()
+        run_stages([stage], tmp_path, write(calls, "train-tokenizer"))
+    (out / "tokenizer.json").write_text("{}")
+    run_stages([stage], tmp_path, write(calls))
+    assert len(calls) == 1
+    assert is_done(out, tmp_path)
 
 
 def test_what_another_command_has_made_is_refused(tmp_path: Path) -> None:

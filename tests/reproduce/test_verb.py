@@ -167,6 +167,14 @@ def test_a_dry_run_makes_nothing_and_says_what_it_would_cost(tmp_path: Path, cap
     assert "39 commands" in said
     assert "device-hours" in said
     assert "GB are free" in said
+    (tmp_path / "work" / "done").mkdir(parents=True)
+    for name, seconds in (("tokens-training", 3.0), ("ar-b-50-epochs-1-views-seed0", None)):  # that one was stopped
+        mark = {"command": ["train"], "seconds": seconds}
+        (tmp_path / "work" / "done" / f"{name}.json").write_text(json.dumps(mark))
+    run_command(["reproduce", "table3", "--out", str(tmp_path / "work"), "--dry-run"])
+    said = capsys.readouterr().out
+    assert said.count("st-ar train ") == 7
+    assert "38 commands (1 more are done)" in said
 
 
 def test_full_size_is_planned(tmp_path: Path, capsys: Capture) -> None:

@@ -13,12 +13,13 @@ from st_ar.hardware import choose_device, choose_dtype, describe
 from st_ar.model.transformer import Transformer
 from st_ar.reproduce.paper import Recipe
 from st_ar.reproduce.plan import Plan
+from st_ar.reproduce.run import is_done
 from st_ar.selfguided.losses import next_token_loss
 
 
 def print_plan(plan: Plan, work: Path) -> None:
-    """The commands that are left, the hours that training takes on this machine, and the disk."""
-    left = [stage for stage in plan.stages if not (work / "done" / f"{stage.makes.name}.json").exists()]
+    """The commands that are left, those that were stopped among them, the hours of their training on this machine, and the disk."""
+    left = [stage for stage in plan.stages if not is_done(stage.makes, work)]
     print("\n".join(f"st-ar {shlex.join(stage.command)}" for stage in left))
     done = len(plan.stages) - len(left)
     flops, disk = sum(stage.flops for stage in left), sum(stage.disk for stage in left)
@@ -26,7 +27,7 @@ def print_plan(plan: Plan, work: Path) -> None:
     rate = training_rate(config)
     machine = describe()
     where = machine.get("gpu", f"{machine['cpu']}, {machine['threads']} threads")
-    print(f"\n{len(left)} commands" + (f" ({done} more are begun or done)" if done else ""))
+    print(f"\n{len(left)} commands" + (f" ({done} more are done)" if done else ""))
     print(
         f"training: {flops:.3g} FLOPs; at the {rate:.3g} FLOP/s that a step of the smallest model reaches here ({where}), "
         f"{flops / rate / 3600:,.1f} device-hours, without tokenizing, sampling and measuring"

@@ -75,6 +75,8 @@ class Experiment:
     guidance: bool = False
     """Whether samples are guided, each size by its published scale."""
     figure: Literal["", "understanding", "attention", "probe", "length"] = ""
+    by_layer: bool = False
+    """Whether the maps of its figure are of four depths, instead of half the depth."""
 
 
 ADM = ("fid", "sfid", "is", "precision", "recall")
@@ -184,11 +186,13 @@ EXPERIMENTS: dict[Name, Experiment] = {
         title="Figure 1: what plain autoregressive training learns",
         rows=(Row(label="AR", recipe=AR_ONCE),),
         figure="understanding",
+        by_layer=True,
     ),
     "fig2": Experiment(
         title="Figure 2: attention of plain autoregressive training, by layer and step",
         rows=(Row(label="AR", recipe=AR_ONCE),),
         figure="attention",
+        by_layer=True,
     ),
     "fig4": Experiment(
         title="Figure 4: linear probing over the steps",

@@ -80,9 +80,7 @@ class Plan:
                         files.likelihoods.setdefault(which, []).append(self._likelihood(model, which))
         self.figures: list[Path] = []
         if experiment.figure in ("attention", "understanding"):
-            runs = {label: files.runs[0] for label, files in self.files.items()}
-            out = work / f"attention-{'-'.join(run.name for run in runs.values())}"
-            self.figures.append(self._attention("attention", runs, out))
+            self.figures += [self._maps(which) for which in weights]
         if experiment.figure == "understanding":
             self.figures.append(self._invariance())
 
@@ -180,8 +178,9 @@ class Plan:
         stores = ("--tokens", str(self.tokens), "--test-tokens", str(self.test_tokens))
         cache = ("--cache", str(self.work / "cache"))
         which = ("--weights", "ema") if weights == "ema" else ()
-        what = ("--model", str(model.path), *stores, *self.scale.probe_crops, *which, *cache, "--out", str(out))
-        return self._add(f"probe {model.name}", out, "probe", *what)
+        what = ("--model", str(model.path), *stores, *self.scale.probe, *which, *cache, "--out", str(out))
+        first = not any(stage.command[0] == "probe" for stage in self.stages)  # they share the cache
+        return self._add(f"probe {model.name}", out, "probe", *what, disk=self.scale.features if first else 0)
 
     def _likelihood(self, model: "_Model", weights: Weights) -> Path:
         out = model.beside(weights, "likelihood.json")
@@ -192,6 +191,16 @@ class Plan:
     def _look(self, model: "_Model", weights: Weights) -> Path:
         out, which = model.beside(weights, "attention"), ("--ema",) if weights == "ema" else ()
         return self._attention(f"attention of {model.name}", {model.name: model.path}, out, *which)
+
+    def _maps(self, weights: Weights) -> Path:
+        """Attention of every row beside each other; by layer (Figures 1a and 2) at the depths of Table 5."""
+        runs = {label: files.runs[0] for label, files in self.files.items()}
+        which = ["--ema"] if weights == "ema" else []
+        if self.experiment.by_layer:
+            layers = self.scale.config(self.experiment.rows[0].recipe, 0)[1].model.n_layers
+            which += ["--layers", *dict.fromkeys(str(max(1, round(layers * part / 4))) for part in range(1, 5))]
+        name = "-".join(["attention", *(["ema"] if weights == "ema" else []), *(run.name for run in runs.values())])
+        return self._attention("attention", runs, self.work / name, *which)
 
     def _attention(self, name: str, runs: Mapping[str, Path], out: Path, *which: str) -> Path:
         models = ("--model", *map(str, runs.values()), "--names", *runs, *which)

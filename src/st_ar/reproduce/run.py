@@ -1,7 +1,6 @@
 """Giving a plan's commands one after the other; what is done stays done, and what was stopped goes on."""
 
 import shlex
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,9 +10,6 @@ from typing import Any
 from st_ar.errors import UserError
 from st_ar.files import read_json, write_json
 from st_ar.settings import fits
-
-CONTINUED = ("train", "train-tokenizer", "tokenize", "sample")
-"""Verbs that continue what they began; of the others half of a folder is thrown away."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,28 +79,24 @@ def read_mark(path: Path) -> dict[str, Any]:
 
 
 def _continued(stage: Stage) -> list[str]:
-    """The command, with --resume where a run is to be continued."""
-    verb, path = stage.command[0], stage.makes
-    is_run = verb == "train" or (verb == "train-tokenizer" and stage.command[1] != "kmeans")
-    if is_run:
-        return [*stage.command, *(["--resume"] if (path / "config.json").exists() else [])]
-    if path.is_dir() and (verb not in CONTINUED or verb == "train-tokenizer"):
-        shutil.rmtree(path)
-    return list(stage.command)
+    """The command, with --resume where a run is to be continued; other verbs continue what they began, or leave nothing."""
+    begun = _is_run(stage) and (stage.makes / "config.json").exists()
+    return [*stage.command, *(["--resume"] if begun else [])]
 
 
 def _is_whole(stage: Stage) -> bool:
-    """Whether a command that was stopped had in fact done everything: it writes what is looked for here last."""
+    """Whether a command that was stopped had in fact done everything."""
     verb, path = stage.command[0], stage.makes
-    if verb in ("evaluate", "probe", "likelihood", "reference"):
-        return path.exists()
-    last = {
+    last = {  # of what is not written at once
+        "train-tokenizer": path / "tokenizer.json",
         "tokenize": path / "meta.json",
         "sample": path.with_suffix(".json"),
-        "attention": path / "attention.html",
-        "invariance": path / "invariance.json",
     }
-    return verb in last and last[verb].exists()
+    return not _is_run(stage) and last.get(verb, path).exists()
+
+
+def _is_run(stage: Stage) -> bool:
+    return stage.command[0] == "train" or (stage.command[0] == "train-tokenizer" and stage.command[1] != "kmeans")
 
 
 def is_done(path: Path, work: Path) -> bool:

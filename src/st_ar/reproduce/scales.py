@@ -34,8 +34,10 @@ class Scale:
     samples: tuple[str, ...] = ("--num", "1024")
     """Options of `st-ar sample` that say how many images."""
     extractor: str = "efficientnet"
-    probe_crops: tuple[str, ...] = ()
+    probe: tuple[str, ...] = ()
     """Options of `st-ar probe`."""
+    features: float = 0.0
+    """Bytes that the probes' features may take in their cache, where that is worth counting."""
     image_count: int | None = None
     """Training images, where the length of a run follows from them."""
     sample_count: int = 1024
@@ -90,7 +92,7 @@ SCALES: dict[ScaleName, Scale] = {
         tokenizer=("kmeans",),
         size=("--size", "32"),
         crops=("--crop-range", "1.125"),
-        probe_crops=("--train-crops", "4"),
+        probe=("--train-crops", "4"),
     ),
     "small": Scale(
         plain="llamagen-cifar10",
@@ -107,7 +109,7 @@ SCALES: dict[ScaleName, Scale] = {
         crops=("--crop-range", "1.125"),
         samples=("--num", "10000"),
         sample_count=10_000,
-        probe_crops=("--train-crops", "4"),
+        probe=("--train-crops", "4"),
     ),
     "imagenet": Scale(
         plain="llamagen-b",
@@ -119,6 +121,8 @@ SCALES: dict[ScaleName, Scale] = {
         samples=("--per-class", "50"),
         sample_count=50_000,
         extractor="inception",
+        probe=("--cache-dtype", "float16", "--cache-limit", "280"),  # all ten crops: 263 GB of XL's, 157 GB of B's
+        features=280e9,
         image_count=1_281_167,
         side=256,
     ),
