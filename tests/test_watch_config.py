@@ -34,6 +34,10 @@ def test_samples_and_probes_are_due_at_their_own_steps() -> None:
         ({"sample_tokenizer": T}, "--sample-tokenizer does nothing without --sample-every"),
         ({"sample_labels": (0,)}, "--sample-labels does nothing without --sample-every"),
         ({"sample_cfg_scale": 2.0}, "--sample-cfg-scale does nothing without --sample-every"),
+        (
+            {"sample_every": 5, "sample_tokenizer": T, "sample_cfg_scale": 0.5},
+            "--sample-cfg-scale must be at least 1",
+        ),
         ({"probe_test_tokens": T}, "--probe-test-tokens does nothing without --probe-every"),
     ],
 )

@@ -75,11 +75,12 @@ def require_page(path: Path) -> None:
     """
     if path.suffix.lower() not in (".html", ".htm"):
         raise UserError(f"--page {path}: the page is HTML; give a name that ends in .html")
-    _jinja2()
+    require_reports()
     require_place(path)
 
 
-def _jinja2() -> Any:
+def require_reports() -> Any:
+    """The library that renders pages; UserError: it is not installed."""
     try:
         import jinja2
     except ModuleNotFoundError as error:
@@ -93,7 +94,7 @@ def write_report(path: Path, *, title: str, lead: str, sections: Sequence[Sectio
     Raises:
         UserError: jinja2 is not installed, or the page cannot be written.
     """
-    environment = _jinja2().Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment = require_reports().Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     templates = files("st_ar").joinpath("templates")
     template = environment.from_string(templates.joinpath("report.html").read_text())
     script = templates.joinpath("report.js").read_text()

@@ -60,7 +60,9 @@ class Reproduce:
 
     def run(self) -> None:
         from st_ar.cli import run_command
+        from st_ar.figures import require_matplotlib
         from st_ar.files import read_json
+        from st_ar.report import require_reports
         from st_ar.reproduce.estimate import print_plan
         from st_ar.reproduce.page import show
         from st_ar.reproduce.plan import Data, Plan
@@ -99,6 +101,8 @@ class Reproduce:
         if self.dry_run:
             print_plan(plan(experiment.rows), self.out)
             return
+        require_reports()
+        require_matplotlib()
         # How long the rows of equal time are is known when the others have been trained.
         with json_alone(self.json):
             run_stages(

@@ -213,7 +213,11 @@ def sample_to(
     left = [part for part in mine if not job.is_finished(part)]
     total, todo = (sum(len(job.numbers(part)) for part in parts) for parts in (mine, left))
     pace = Pace("images")
-    with progress("sample", total, unit="images", done=total - todo) as bar, Beside(sampler.device) as beside:
+    first = ranks.rank == 0
+    with (
+        progress("sample", total, unit="images", done=total - todo, shown=first) as bar,
+        Beside(sampler.device) as beside,
+    ):
 
         def advance(images: int) -> None:
             job.beat()
@@ -222,7 +226,7 @@ def sample_to(
         for part in left:
             tokens = sampler.tokens(job.numbers(part), labels, advance)
             beside.run(partial(_paint, job, sampler, part, tokens))
-    if ranks.rank == 0:
+    if first:
         job.finish(labels)
 
 

@@ -46,6 +46,10 @@ class WatchConfig:
             not self.probe_every or self.probe_test_tokens is not None,
             f"--probe-every {self.probe_every} needs --probe-test-tokens: images that the model is not trained on",
         )
+        scale = self.sample_cfg_scale
+        require(
+            scale is None or 1 <= scale < float("inf"), f"--sample-cfg-scale must be at least 1 (none), not {scale}"
+        )
         needs = {
             "sample_tokenizer": "sample_every",
             "sample_labels": "sample_every",

@@ -353,6 +353,10 @@ def test_a_run_is_followed_live(visit: Callable[..., Page], served: Served) -> N
     slider.fill("0")
     slider.press("Enter")
     expect(page.locator("#runs-samples")).to_contain_text("Samples after step 3")
+    append_log(run / "log.jsonl", {"step": 7, "loss_ar": 0.9, "tokens_per_second": 120.0})
+    expect(curves).to_contain_text("a run: step 7")
+    assert slider.input_value() == "0"  # whoever looks at an older grid stays there
+    expect(page.locator("#runs-samples")).to_contain_text("Samples after step 3")
 
 
 def brightness(page: Page) -> float:

@@ -321,6 +321,14 @@ def test_a_store_of_another_tokenizer_than_the_models_is_refused(line: SmallLine
         report_attention([line.model], store.folder, tmp_path / "tokenizer", tmp_path / "maps")
 
 
+def test_a_store_of_other_classes_than_the_models_is_refused(line: SmallLine, tmp_path: Path) -> None:
+    others = replace(random_source(), class_names=["ant", "bee", "dog"])
+    tokenizer = load_tokenizer(line.tokenizer)
+    store = tokenize(others, tokenizer, Crops(kind="center", size=6, range=1.0), tmp_path / "tokens")
+    with refused(tmp_path, "model cannot read the images: .*dog"):
+        look(replace(line, tokens=store.folder), tmp_path / "maps")
+
+
 def test_another_tokenizer_than_the_stores_is_refused(line: SmallLine, tmp_path: Path) -> None:
     other = random_tokenizer(seed=1)
     other.save(tmp_path / "other")

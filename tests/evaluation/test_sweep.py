@@ -106,6 +106,7 @@ def test_other_numbers_seeds_or_references_are_not_mixed_up(
 def test_what_cannot_be_swept_is_refused(line: SmallLine, reference: Reference, tmp_path: Path) -> None:
     for match, given in (
         (r"--cfg-scales must name each value once, and at least one: not \[1.0, 1.0\]", ([1.0, 1.0], [1.0], [0])),
+        (r"--cfg-scales must be at least 1 \(none\), not 0.5", ([1.0, 0.5], [1.0], [0])),
         ("--temperatures must name", ([1.0], [], [0])),
     ):
         with pytest.raises(UserError, match=match):

@@ -75,7 +75,7 @@ class Pixels:
         self.source, self.images, self.size, self.seed = source, count, size, seed
         self.side = int(size * crop_range + 1e-6)
         self.mirror, self.batch_size = mirror and source.mirror, batch_size
-        self.mine = ranks.share(batch_size)
+        self.mine, self.shown = ranks.share(batch_size), ranks.rank == 0
         fitting = memory // (self.side**2 * 3)
         self.spans = 0 if count <= fitting else max(1, fitting // SPAN)
         """Spans of a window; 0 if one window holds the whole source."""
@@ -99,7 +99,7 @@ class Pixels:
     def prepare(self, step: int) -> None:
         """Decode what step `step` needs, with a progress bar."""
         window = self._find(step * self.batch_size)
-        with progress("decode", len(window.images), unit="images") as bar:
+        with progress("decode", len(window.images), unit="images", shown=self.shown) as bar:
             loading = self._loaded[self._key(window)] = self._thread.submit(self._load, window, bar)
             loading.result()
 

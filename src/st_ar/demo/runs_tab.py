@@ -49,7 +49,9 @@ def runs_tab(setup: Setup) -> None:
         charts = [html.chart(drawing.svg(), title.capitalize()) for title, drawing in history.charts.items()]
         steps = history.samples
         newest = len(steps) - 1
-        slider = gr.update(maximum=max(1, newest), value=max(0, newest), visible=newest > 0)
+        slider: Any = gr.skip()  # stays where it is until there is a newer grid
+        if before is None or (before[0], before[-1]) != (now[0], now[-1]):
+            slider = gr.update(maximum=max(1, newest), value=max(0, newest), visible=newest > 0)
         return html.note(describe(history)) + html.row(charts), now, slider
 
     def show(name: Any, which: Any, _stamp: Any) -> Any:

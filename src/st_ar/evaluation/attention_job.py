@@ -18,11 +18,13 @@ from st_ar.evaluation.attention import (
     require_between,
 )
 from st_ar.evaluation.attention_report import Looked, write_curves, write_maps, write_page, write_statistics
+from st_ar.evaluation.subjects import check_store
 from st_ar.figures import require_matplotlib
 from st_ar.files import folder_aside, require_absent, require_place
 from st_ar.hardware import choose_device
 from st_ar.model.transformer import Transformer
 from st_ar.model.weights import EMA, LIVE, ModelInfo, open_model
+from st_ar.report import require_reports
 from st_ar.tokenizer import Tokenizer, to_uint8
 
 
@@ -113,6 +115,7 @@ def report_attention(
     require_absent(out, "a folder of attention maps")
     require_place(out)
     require_matplotlib()
+    require_reports()
     models, infos = _open_models(paths, names, ema)
     store, painter = _open_images(tokens, tokenizer, infos, device)
     chosen = (chosen or Chosen()).resolved({name: info.config for name, info in infos.items()}, store)
@@ -176,7 +179,7 @@ def _open_images(
     store = TokenStore(tokens)
     for name, info in infos.items():
         try:
-            store.check_model(info.config, info.tokenizer)
+            check_store(info, store)
         except UserError as error:
             raise UserError(f"{name} cannot read the images: {error}") from error
     painter = place_tokenizer(tokenizer, device, "float32")

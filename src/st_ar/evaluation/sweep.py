@@ -40,6 +40,8 @@ def settings_of(
     for flag, values in (("--cfg-scales", cfg_scales), ("--temperatures", temperatures), ("--top-ks", top_ks)):
         if not values or len(set(values)) < len(values):
             raise UserError(f"{flag} must name each value once, and at least one: not {list(values)}")
+    if wrong := [scale for scale in cfg_scales if not 1 <= scale < float("inf")]:
+        raise UserError(f"--cfg-scales must be at least 1 (none), not {wrong[0]:g}")
     combinations = product(temperatures, top_ks, cfg_scales)
     return [SampleSettings(cfg_scale=c, temperature=t, top_k=k, **rest) for t, k, c in combinations]
 

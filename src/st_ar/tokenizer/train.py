@@ -245,7 +245,7 @@ def train_tokenizer(
         with stop_on_signal() as stop, pixels, checkpoints:
             pixels.prepare(start)
             clock, clock_step, quality = time.perf_counter(), start, ""
-            with progress(out.name, steps, unit="steps", done=start) as bar:
+            with progress(out.name, steps, unit="steps", done=start, shown=writes) as bar:
                 for step in range(start + 1, steps + 1):
                     batch = to_pixels(pixels.batch(step - 1).to(device)).contiguous(memory_format=training.layout)
                     rate = learning_rate(config.optim, step, steps)
