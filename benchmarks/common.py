@@ -6,6 +6,7 @@ import resource
 import statistics
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -74,6 +75,22 @@ def summarise(times: Sequence[float]) -> dict[str, float]:
 def ratio(a: Sequence[float], b: Sequence[float]) -> dict[str, float]:
     """Of a over b, round by round: the median and quartiles of the paired ratios."""
     return summarise([x / y for x, y in zip(a, b, strict=True)])
+
+
+def time_by_operation(profiler: torch.profiler.profile, device: torch.device) -> list[tuple[str, float, int]]:
+    """What time goes to, most first: names, seconds and calls of a GPU's kernels, or of a CPU's operations without those they call."""
+    seconds: Counter[str] = Counter()
+    calls: Counter[str] = Counter()
+    for event in profiler.key_averages():
+        if device.type != "cuda":
+            taken = event.self_cpu_time_total
+        elif event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation:
+            taken = event.self_device_time_total  # operations that start kernels are listed with the kernels' time too
+        else:
+            continue
+        seconds[event.key] += taken / 1e6
+        calls[event.key] += event.count
+    return [(name, taken, calls[name]) for name, taken in seconds.most_common()]
 
 
 def pictures(painter: Tokenizer, tokens: np.ndarray) -> np.ndarray:

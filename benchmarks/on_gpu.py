@@ -3,7 +3,7 @@
     PYTHONPATH=src python benchmarks/on_gpu.py check training sampling tokenizing quickstart --out results-folder
 
 Needs no more than torch, numpy, safetensors, pillow, scikit-learn, scikit-image, matplotlib and jinja2, and no installation of
-st-ar. Each slice saves its figures as soon as it has them, under the device's name.
+st-ar. Each slice saves its figures as soon as it has them, under the device's name; one that fails says why, and the others go on.
 
     check        recorded outputs and CPU results agree on the GPU, in float32 and bfloat16
     training     AR and ST-AR step time, tokens/s, model FLOP/s, share of the peak, memory and profile: B, L, XL in bfloat16, compiled
@@ -15,7 +15,7 @@ st-ar. Each slice saves its figures as soon as it has them, under the device's n
     cifar10      AR, ST-AR and the inter-view contrast alone for equal steps on --tokens and --test-tokens, stores of CIFAR-10 (ten
                  crops as .tar.xz are a quarter as large to carry): losses, probe, seconds a step, and samples' tokens, which
                  decoded.py makes images of; --minutes of training for each of --methods, --seed
-    quickstart   the photographs, trained and compared on the GPU
+    quickstart   the photographs: trained on the GPU, compared on the CPU
 """
 
 import argparse
@@ -24,6 +24,7 @@ import statistics
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -33,18 +34,20 @@ from typing import Any
 import numpy as np
 import torch
 
-from common import RESULTS, save, summarise, synchronise, time_in_turn
+from common import RESULTS, save, summarise, synchronise, time_by_operation, time_in_turn
 from sampling import bytes_per_image, random_model
 from sampling import measure as measure_sampling
 from st_ar import load_model
 from st_ar.config import PLAIN, ModelConfig
 from st_ar.data.store import TokenStore
+from st_ar.errors import cause
 from st_ar.evaluation.inception import Inception
 from st_ar.evaluation.likelihood import validation_loss
 from st_ar.evaluation.manifolds import compare
-from st_ar.evaluation.metrics import frechet_distance, mean_and_covariance
+from st_ar.evaluation.metrics import frechet_distance
 from st_ar.evaluation.probe import probe
-from st_ar.hardware import choose_device, choose_dtype
+from st_ar.evaluation.statistics import FeatureStatistics, Gaussian
+from st_ar.hardware import choose_device, choose_dtype, full_precision
 from st_ar.model.generate import TokenSampler, generate
 from st_ar.model.transformer import Transformer
 from st_ar.presets import get_preset
@@ -64,6 +67,8 @@ METHODS = {
     "view": replace(get_preset("st-ar-cifar10").selfguided, alpha=0.0, mask_ratio=0.0, step_loss=False),
 }
 """What the slice cifar10 compares: plain training on the same views, the full method, the inter-view contrast alone."""
+SEQUENCES = {"b": 64, "l": 64, "xl": 32}
+"""Of a step of the slice training."""
 Keep = Callable[[dict[str, Any]], object]
 """Saves what a slice has so far, in case its time ends."""
 
@@ -99,14 +104,16 @@ def check(device: torch.device, small: bool) -> dict[str, Any]:
     return found
 
 
-def training(device: torch.device, small: bool, llamagen: Path | None, keep: Keep) -> dict[str, Any]:
+def training(
+    device: torch.device, small: bool, llamagen: Path | None, presets: Sequence[str], keep: Keep
+) -> dict[str, Any]:
     """Step times at 64 sequences of 256 tokens (XL: 32)."""
     if small:
         dtype = choose_dtype("auto", device)  # bfloat16 is no type to wait for on a CPU that lacks it
         return {"photos": measure("photos", 8, 3, device, dtype, False, llamagen, True)}
     found: dict[str, Any] = {}
-    for preset, count in {"b": 64, "l": 64, "xl": 32}.items():
-        found[preset] = measure(preset, count, 20, device, torch.bfloat16, True, llamagen, True)
+    for preset in presets:
+        found[preset] = measure(preset, SEQUENCES[preset], 20, device, torch.bfloat16, True, llamagen, True)
         keep(found)
     return found
 
@@ -119,18 +126,32 @@ def bandwidth(device: torch.device, small: bool) -> float:
     return 2 * source.nbytes / statistics.median(times)
 
 
-def sampling(device: torch.device, small: bool, llamagen: Path | None, keep: Keep) -> dict[str, Any]:
+def sampling(
+    device: torch.device,
+    small: bool,
+    llamagen: Path | None,
+    llamagen_compiled: bool,
+    presets: Sequence[str],
+    keep: Keep,
+) -> dict[str, Any]:
     """Images/s with guidance 2 in bfloat16, eager attention and compiled, beside LlamaGen's if its checkout is given; each as a share
     of what the memory's bandwidth allows; and what a batch's time goes to.
     """
     speed = bandwidth(device, small)
     found: dict[str, Any] = {"bytes per second of a copy": speed}
-    cases = {"b": (1, 8, 32, 256), "l": (1, 8, 256), "xl": (128,)}
+    cases = {preset: {"b": (1, 8, 32, 256), "l": (1, 8, 256), "xl": (128,)}[preset] for preset in presets}
     for preset, batches in {"photos": (8,)}.items() if small else cases.items():
         config = get_preset(f"llamagen-{preset}").model
         for batch in batches:
             case = measure_sampling(
-                preset, batch, 3, device, llamagen=llamagen, dtypes=(torch.bfloat16,), compiled=not small
+                preset,
+                batch,
+                3,
+                device,
+                llamagen=llamagen,
+                dtypes=(torch.bfloat16,),
+                compiled=not small,
+                llamagen_compiled=llamagen_compiled,
             )
             bound = speed / bytes_per_image(config, batch)
             for result in case.values():
@@ -151,16 +172,8 @@ def profile(device: torch.device, preset: str, batch: int, *, compiled: bool) ->
     with torch.profiler.profile() as profiler:
         sampler.draw(labels, numbers, 0)
         synchronise(device)
-    on_gpu = device.type == "cuda"
-    rows = [
-        {
-            "kernel": event.key[:120],
-            "ms": (event.self_device_time_total if on_gpu else event.self_cpu_time_total) / 1e3,
-            "calls": event.count,
-        }
-        for event in profiler.key_averages()
-    ]
-    return sorted(rows, key=lambda row: -row["ms"])[:20]
+    times = time_by_operation(profiler, device)
+    return [{"kernel": name[:200], "ms": 1e3 * taken, "calls": calls} for name, taken, calls in times[:20]]
 
 
 def photographs(_device: torch.device, small: bool) -> dict[str, Any]:
@@ -207,17 +220,22 @@ def features(device: torch.device, small: bool) -> dict[str, Any]:
     count, samples = (2, 200) if small else (64, 50_000)
     network = Inception().to(device).eval()
     images = torch.randint(256, (count, 256, 256, 3), dtype=torch.uint8, device=device)
-    with torch.no_grad():
+    with torch.no_grad(), full_precision():  # as `st-ar evaluate` has it
         taken = time_in_turn({"network": lambda: network(images)}, rounds=5, warmup=2, device=device)["network"]
     found: dict[str, Any] = {"Inception, images/s": count / summarise(taken)["median"]}
     generator = torch.Generator(device).manual_seed(0)
     sets = [torch.randn(n, 2048, generator=generator, device=device).abs() for n in (samples, max(100, samples // 5))]
     begun = time.perf_counter()
-    moments = [mean_and_covariance(each.double().cpu().numpy()) for each in sets]
+    moments: list[Gaussian] = []
+    for each in sets:
+        seen = FeatureStatistics(2048, device)
+        for part in each.split(count):
+            seen.update(part)
+        moments.append(seen.result())
     frechet_distance(*moments[0], *moments[1])
     found["FID from features, s"] = time.perf_counter() - begun
     begun = time.perf_counter()
-    compare(sets[1], sets[0], k=3)
+    compare(sets[1], sets[0], k=3, density_k=None)
     synchronise(device)
     found["precision and recall, s"] = time.perf_counter() - begun
     return found
@@ -226,8 +244,8 @@ def features(device: torch.device, small: bool) -> dict[str, Any]:
 def cifar10(
     device: torch.device,
     small: bool,
-    tokens: Path | None,
-    test_tokens: Path | None,
+    tokens: Path,
+    test_tokens: Path,
     methods: Sequence[str],
     minutes: float,
     seed: int,
@@ -235,8 +253,6 @@ def cifar10(
     keep: Keep,
 ) -> dict[str, Any]:
     """The `methods`, B's network on 8 x 8 tokens, as many steps of 256 images for each as `minutes` allow ST-AR."""
-    if tokens is None or test_tokens is None:
-        sys.exit("the slice cifar10 needs --tokens and --test-tokens")
     store, test_store = TokenStore(tokens), TokenStore(test_tokens)
     guided = replace(get_preset("st-ar-cifar10"), seed=seed, compile=device.type == "cuda", log_every=100)
     sizes = {"dim": 64, "n_layers": 2, "n_heads": 2} if small else {"dim": 768, "n_layers": 12, "n_heads": 12}
@@ -296,6 +312,13 @@ def main() -> None:
     parser.add_argument("slices", nargs="+", choices=list(SLICES))
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--llamagen", type=Path, help="a checkout of LlamaGen, to train and sample with beside ours")
+    parser.add_argument(
+        "--llamagen-compiled", action="store_true", help="sample with LlamaGen's compiled too: minutes more"
+    )
+    parser.add_argument(
+        "--presets", nargs="+", choices=list(SEQUENCES), default=list(SEQUENCES), help="of training and sampling"
+    )
+    parser.add_argument("--revision", help="commit of this code, where there is no clone to ask")
     parser.add_argument("--tokens", type=Path, help="token store of CIFAR-10's training images")
     parser.add_argument("--test-tokens", type=Path, help="token store of its test images")
     parser.add_argument(
@@ -307,14 +330,23 @@ def main() -> None:
         "--small", action="store_true", help="tiny sizes on whatever is here, to see that the script works"
     )
     given = parser.parse_args()
+    if "cifar10" in given.slices and None in (given.tokens, given.test_tokens):
+        parser.error("the slice cifar10 needs --tokens and --test-tokens")
     device = choose_device("auto")
     if device.type != "cuda" and not given.small:
         sys.exit("torch sees no GPU here; --small tries the script on a CPU")
     name = "small" if given.small else torch.cuda.get_device_name().lower().replace(" ", "-")
     given.out.mkdir(parents=True, exist_ok=True)
+    failed: list[str] = []
     for part in given.slices:
-        keep = partial(save, f"{name}-{part}", folder=given.out)
+        last: dict[str, Any] = {"revision": given.revision} if given.revision else {}
+
+        def keep(found: dict[str, Any], part: str = part, last: dict[str, Any] = last) -> None:
+            last.update(found)
+            save(f"{name}-{part}", last, folder=given.out)
+
         begun = time.perf_counter()
+        sizes = {"llamagen": given.llamagen, "presets": given.presets}
         stores = {
             "tokens": given.tokens,
             "test_tokens": given.test_tokens,
@@ -324,14 +356,21 @@ def main() -> None:
             "keep": keep,
         }
         extra: dict[str, dict[str, Any]] = {
-            "training": {"llamagen": given.llamagen, "keep": keep},
-            "sampling": {"llamagen": given.llamagen, "keep": keep},
+            "training": sizes | {"keep": keep},
+            "sampling": sizes | {"llamagen_compiled": given.llamagen_compiled, "keep": keep},
             "cifar10": stores | {"out": given.out},
         }
-        results = SLICES[part](device, given.small, **extra.get(part, {}))
-        print(json.dumps(results, indent=1)[:3000])
-        keep(results)
-        print(f"{part}: {time.perf_counter() - begun:.0f} s")
+        try:
+            results = SLICES[part](device, given.small, **extra.get(part, {}))
+            print(json.dumps(results, indent=1)[:3000])
+            keep(results)
+        except Exception as error:
+            traceback.print_exc()
+            keep({"failed": cause(error)})
+            failed.append(part)
+        print(f"{part}: {time.perf_counter() - begun:.0f} s", flush=True)
+    if failed:
+        sys.exit(f"failed: {', '.join(failed)}")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,8 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ import torch
 
 from common import ratio, save, summarise, synchronise, time_in_turn
 from st_ar.config import ModelConfig
+from st_ar.errors import cause
 from st_ar.hardware import choose_device
 from st_ar.model.generate import TokenSampler
 from st_ar.model.transformer import Transformer
@@ -33,7 +36,8 @@ DTYPES = (torch.float32, torch.bfloat16)
 def random_model(config: ModelConfig) -> Transformer:
     """Weights that give every token a chance."""
     torch.manual_seed(0)
-    model = Transformer(config).eval()
+    with choose_device("auto"):
+        model = Transformer(config).eval()
     torch.nn.init.normal_(model.output.weight, std=0.02)
     return model
 
@@ -69,18 +73,22 @@ def measure(
     tokens: int | None = None,
     dtypes: tuple[torch.dtype, ...] = DTYPES,
     compiled: bool = False,
+    llamagen_compiled: bool = False,
 ) -> dict[str, Any]:
-    """Seconds and images/s of each implementation and type, and LlamaGen's best over our best."""
+    """Seconds and images/s of each implementation and type, and LlamaGen's best over our best.
+
+    LlamaGen's is eager, as its sample_c2i.py has it by default; `llamagen_compiled` measures it compiled too, as sample_c2i_ddp.py has
+    it. What it cannot do is said under "failed".
+    """
     config = get_preset(f"llamagen-{preset}").model
     model, labels, numbers = random_model(config), torch.arange(batch, device=device), np.arange(batch)
     count = tokens or config.sequence_length
     actions: dict[str, Callable[[], object]] = {}
     first: dict[str, float] = {}
+    failed: dict[str, str] = {}
 
     def add_ours(name: str, dtype: torch.dtype, compiled: bool) -> None:
-        ours = Transformer(config).eval()
-        ours.load_state_dict(model.state_dict())
-        ours = ours.to(device, dtype)
+        ours = deepcopy(model).to(device, dtype)
         begun = time.perf_counter()
         sampler = TokenSampler(ours, batch, SampleSettings(cfg_scale=2.0), compiled=compiled)
         sampler.draw(labels, numbers, 0, num_tokens=count)
@@ -96,10 +104,23 @@ def measure(
         if llamagen is not None:
             twin, their_generate = theirs(llamagen, model)
             twin = twin.to(device, dtype)
-            actions[f"LlamaGen, {name}"] = lambda m=twin, g=their_generate: g(
-                m, labels, count, cfg_scale=2.0, temperature=1.0, top_k=0, top_p=1.0, sample_logits=True
-            )
-    times = time_in_turn(actions, rounds=rounds, warmup=0, device=device)
+
+            def draw(m: Any = twin, g: Callable[..., torch.Tensor] = their_generate) -> torch.Tensor:
+                return g(m, labels, count, cfg_scale=2.0, temperature=1.0, top_k=0, top_p=1.0, sample_logits=True)
+
+            actions[f"LlamaGen, {name}"] = draw
+            if llamagen_compiled:  # as its sample_c2i_ddp.py does
+                begun = time.perf_counter()
+                called = partial(draw, torch.compile(deepcopy(twin), mode="reduce-overhead", fullgraph=True))
+                try:
+                    called()
+                except Exception as error:
+                    failed[f"LlamaGen, {name}, compiled"] = cause(error)
+                else:
+                    synchronise(device)
+                    first[f"LlamaGen, {name}, compiled"] = time.perf_counter() - begun
+                    actions[f"LlamaGen, {name}, compiled"] = called
+    times = time_in_turn(actions, rounds=rounds, warmup=int(device.type == "cuda"), device=device)
     found: dict[str, Any] = {
         name: {"seconds": summarise(taken), "images_per_second": batch / summarise(taken)["median"]}
         for name, taken in times.items()
@@ -116,7 +137,7 @@ def measure(
             "of": list(best.values()),
             **ratio(times[best["LlamaGen"]], times[best["ours"]]),
         }
-    return found
+    return found | ({"failed": failed} if failed else {})
 
 
 def main() -> None:
@@ -128,6 +149,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, help="tokens of an image; by default all 256")
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
     parser.add_argument("--compiled", action="store_true", help="measure compiled steps too")
+    parser.add_argument("--llamagen-compiled", action="store_true", help="measure LlamaGen's compiled too")
     parser.add_argument("--name", default="sampling-cpu")
     given = parser.parse_args()
     warnings.filterwarnings("ignore", category=FutureWarning)  # LlamaGen's
@@ -145,8 +167,11 @@ def main() -> None:
             tokens=given.tokens,
             dtypes=tuple(dtype for dtype in DTYPES if str(dtype).removeprefix("torch.") in given.dtypes),
             compiled=given.compiled,
+            llamagen_compiled=given.llamagen_compiled,
         )
         for name, r in results[key].items():
+            if name == "failed":
+                continue
             text = f"{r['images_per_second']:.3f} images/s" if "seconds" in r else f"{r['median']:.2f}"
             print(f"{key:14}{name:54}{text}", flush=True)
     save(given.name, results)

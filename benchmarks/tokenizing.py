@@ -50,6 +50,7 @@ def measure_encoding(
     tokenizer: VQTokenizer, images: torch.Tensor, rounds: int, device: torch.device
 ) -> dict[str, dict[str, Any]]:
     """Images/s of each way of encoding images [B, 3, S, S], and how many of its codes equal the plain one's."""
+    torch.compiler.reset()  # or what another batch's size was would be compiled for too
     dtype = choose_dtype("auto", device)
     plain = Reader(tokenizer.config).requires_grad_(False)
     plain.load_state_dict({name: tokenizer.tensors[name] for name in plain.state_dict()})

@@ -11,6 +11,7 @@ product reaches here. Memory is the peak of a process of its own for each method
 """
 
 import argparse
+import gc
 import importlib
 import json
 import subprocess
@@ -25,7 +26,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from common import flop_limit, ratio, save, summarise, synchronise, time_in_turn
+from common import flop_limit, ratio, save, summarise, synchronise, time_by_operation, time_in_turn
 from st_ar.config import PLAIN, TrainConfig
 from st_ar.cost import training_flops_per_token
 from st_ar.hardware import choose_device, choose_dtype, freed_memory_kept, peak_flops
@@ -58,7 +59,8 @@ def configure(preset: str, method: str, sequences: int | None, compiled: bool) -
 
 def our_step(config: TrainConfig, device: torch.device, dtype: torch.dtype) -> Step:
     """One optimizer step on the same random batch, drawn as in training."""
-    model = Transformer(config.model)
+    with device:
+        model = Transformer(config.model)
     teacher = Teacher(model, config.selfguided)
     student = SelfGuided(model, config.selfguided).train()
     called = spread(student, teacher, config, "none", device, dtype)
@@ -100,6 +102,8 @@ def their_step(path: Path, config: TrainConfig, device: torch.device, dtype: tor
             ffn_dropout_p=c.ffn_dropout,
         )
     ).to(device)
+    if device.type == "cuda":  # its first pass moves them, after which torch.compile begins again
+        model.freqs_cis = model.freqs_cis.to(device)
     average = deepcopy(model).eval().requires_grad_(False)
     called: Any = torch.compile(model) if config.compile else model
     called.train()
@@ -140,11 +144,12 @@ def make_step(
 
 def peak_memory(step: Callable[[], Step], device: torch.device) -> float:
     """GiB that three steps have held at most, everything built included."""
-    before = most_held()
+    on_cpu = device.type == "cpu"
+    before = most_held() if on_cpu else 0.0
     action = step()
     for _ in range(3):
         action()
-    return (torch.cuda.max_memory_allocated() if device.type == "cuda" else most_held() - before) / 2**30
+    return (most_held() - before if on_cpu else torch.cuda.max_memory_allocated()) / 2**30
 
 
 def most_held() -> float:
@@ -166,14 +171,9 @@ def profile(step: Step, device: torch.device, top: int = 12) -> list[dict[str, A
         for _ in range(3):
             step()
         synchronise(device)
-    on_gpu = device.type == "cuda"
-    times = {
-        event.key[:100]: (event.self_device_time_total if on_gpu else event.self_cpu_time_total)
-        for event in profiler.key_averages()
-    }
-    whole = sum(times.values())
-    shares = sorted(((name, taken / whole) for name, taken in times.items()), key=lambda each: -each[1])
-    return [{"operation": name, "share": share} for name, share in shares[:top]]
+    times = time_by_operation(profiler, device)
+    whole = sum(taken for _, taken, _ in times)
+    return [{"operation": name[:200], "share": taken / whole} for name, taken, _ in times[:top]]
 
 
 def measure(
@@ -217,6 +217,7 @@ def measure(
             found[method]["profile"] = profile(steps[method], device)
     steps.clear()
     if device.type == "cuda":
+        gc.collect()  # compiled blocks point at themselves
         torch.cuda.empty_cache()
     for method in methods:
         found[method]["peak_gib"] = memory_of(method, preset, sequences, dtype, compiled, llamagen)

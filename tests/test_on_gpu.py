@@ -1,9 +1,11 @@
 """benchmarks/on_gpu.py at its small size: what needs no GPU to be wrong."""
 
+import importlib
 import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -57,3 +59,24 @@ def test_samples_become_images_to_evaluate(out: Path, tmp_path: Path) -> None:
     images = read_array(tmp_path / "cifar10-samples-seed0-view-EMA.npz", "arr_0")
     assert np.array_equal(images, to_uint8(decoded).numpy())
     assert len(list(tmp_path.glob("*.npz"))) == 6
+
+
+def test_a_slice_that_fails_says_why_and_the_others_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    on_gpu = importlib.import_module("on_gpu")
+
+    def broken(*_: Any, keep: Any, **__: Any) -> None:
+        keep({"half": 1})
+        raise RuntimeError("no such kernel")
+
+    monkeypatch.setitem(on_gpu.SLICES, "training", broken)
+    monkeypatch.setitem(on_gpu.SLICES, "features", lambda *_: {"whole": 2})
+    given = ["training", "features", "--small", "--revision", "abc", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["on_gpu.py", *given])
+    with pytest.raises(SystemExit, match="failed: training"):
+        on_gpu.main()
+    found = {path.stem: json.loads(path.read_text())["results"] for path in tmp_path.glob("*.json")}
+    assert found == {
+        "small-training": {"revision": "abc", "half": 1, "failed": "no such kernel"},
+        "small-features": {"revision": "abc", "whole": 2},
+    }

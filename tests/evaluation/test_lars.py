@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from st_ar.errors import UserError
+from st_ar.evaluation import lars
 from st_ar.evaluation.lars import Classifiers, Lars, ProbeConfig, fit_classifiers, probe_rate, read_rows
 from st_ar.randomness import Purpose, torch_generator
 
@@ -207,6 +208,21 @@ def test_features_on_disk_train_the_same_classifiers(tmp_path: Path) -> None:
     mapped = np.load(tmp_path / "features.npy", mmap_mode="r")
     classify = fit_classifiers([mapped], labels, 3, SHORT)[0]
     assert torch.equal(classify(features), fit(features, labels, SHORT)(features))
+
+
+@pytest.mark.parametrize("stored", [np.float32, np.float16])
+def test_features_held_on_the_device_train_the_same_classifiers(
+    monkeypatch: pytest.MonkeyPatch, stored: type[np.generic]
+) -> None:
+    features, labels = separable(96, 0)
+    array = features.numpy().astype(stored)
+    expected = fit_classifiers([array, -array], labels, 3, SHORT)
+    held = lars.hold(array, torch.device("cpu"), rows=40)
+    assert held.dtype == torch.float32
+    np.testing.assert_array_equal(held.numpy(), array.astype(np.float32))
+    monkeypatch.setattr(lars, "on_device", lambda features, device, share: lars.hold(features, device))
+    found = fit_classifiers([array, -array], labels, 3, SHORT)
+    assert all(torch.equal(a(features), b(features)) for a, b in zip(found, expected, strict=True))
 
 
 @pytest.mark.parametrize(("epochs", "said"), [(2, True), (3, True), (4, False)])

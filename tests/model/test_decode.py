@@ -1,6 +1,8 @@
 """The key-value cache: the logits of the whole forward pass, token by token."""
 
 from collections.abc import Generator
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -45,6 +47,24 @@ def test_fewer_sequences_than_there_is_room_for() -> None:
 @pytest.mark.parametrize("bucket", [1, 4])
 def test_compiled_steps_give_the_same_logits(bucket: int) -> None:
     check(random_model(), bucket=bucket, compiled=True)
+
+
+def test_what_one_decoder_was_compiled_for_is_no_matter_of_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or each would be compiled for every number of sequences, and some steps twice."""
+    graphs: list[Any] = []
+
+    def count(graph: Any, _inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=count))
+    found: list[int] = []
+    for rows in (2, 4, 8):
+        graphs.clear()
+        tokens, labels = random_sequences(TINY, rows)
+        list(decoded(Decoder(random_model(), rows, bucket=4, compiled=True), tokens, labels))
+        found.append(len(graphs))
+    assert found == [found[0]] * 3
 
 
 def test_half_precision_is_as_near_as_the_whole_forward_in_it() -> None:

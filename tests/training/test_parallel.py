@@ -2,20 +2,23 @@
 
 from collections import Counter
 from dataclasses import replace
+from functools import partialmethod
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from st_ar.config import TrainConfig
 from st_ar.errors import UserError
+from st_ar.model.transformer import Transformer
 from st_ar.selfguided.objective import SelfGuided, draw
 from st_ar.selfguided.teacher import Teacher
 from st_ar.training.group import process_group
 from st_ar.training.loop import backward
 from st_ar.training.parallel import choose_parallel, spread
 from tests.calls import Calls
-from tests.toys import random_model
+from tests.toys import random_model, random_sequences
 from tests.training.toy_runs import GUIDED_RUN
 
 CPU = torch.device("cpu")
@@ -50,6 +53,29 @@ def test_a_rank_that_nobody_can_meet_says_how_to_start(monkeypatch: pytest.Monke
     message = "RANK and WORLD_SIZE say .* MASTER_ADDR .*: start them by torchrun, or unset both"
     with pytest.raises(UserError, match=message), process_group("cpu", 60):
         pass
+
+
+def test_every_run_of_a_process_is_compiled_however_many_there_were_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.compile keeps a number of compilations of one code, and then leaves the rest to the interpreter."""
+    graphs: list[Any] = []
+
+    def count(graph: Any, _inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph
+
+    monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend=count))
+    found: list[int] = []
+    for width in range(1, 11):
+        graphs.clear()
+        config = replace(GUIDED_RUN, compile=True, model=replace(GUIDED_RUN.model, dim=8 * width, n_heads=2))
+        model = Transformer(config.model)
+        student = SelfGuided(model, config.selfguided)
+        spread(student, Teacher(model, config.selfguided), config, "none", CPU, torch.float32)
+        tokens, labels = random_sequences(config.model, 2)
+        with torch.no_grad():
+            model(tokens[:, :-1], labels)
+        found.append(len(graphs))
+    assert found == [1] * 10
 
 
 @pytest.mark.parametrize("what", UNSUITABLE)

@@ -43,9 +43,8 @@ def resize_bilinear(images: Tensor, side: int = SIDE) -> Tensor:
     """
 
     def places(size: int) -> tuple[Tensor, Tensor, Tensor]:
-        source = torch.arange(side, device=images.device, dtype=torch.float32) * (
-            torch.tensor(size, dtype=torch.float32, device=images.device) / side
-        )
+        scale = (torch.tensor(size, dtype=torch.float32) / side).item()  # as float32 has it; nothing waits for a GPU
+        source = torch.arange(side, device=images.device, dtype=torch.float32) * scale
         low = source.floor().long().clamp(max=size - 1)
         return low, (low + 1).clamp(max=size - 1), (source - low).to(images.dtype)
 

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from st_ar.errors import UserError
+from st_ar.hardware import moved
 from st_ar.progress import progress
 from st_ar.randomness import Purpose, torch_generator
 from st_ar.settings import require_most, require_types
@@ -119,7 +120,7 @@ class Classifiers:
         self.norm.train()
         x = self._normalised(features)
         logits = torch.baddbmm(self.biases[:, None], x, self.weights.transpose(1, 2))  # (S, n, C)
-        error = (logits.softmax(-1) - F.one_hot(labels.to(x.device), self.num_classes)) / len(labels)
+        error = (logits.softmax(-1) - F.one_hot(moved(labels, x.device), self.num_classes)) / len(labels)
         gradients = (error.transpose(1, 2) @ x, error.sum(1))  # of the mean cross-entropy
         self.optimizer.step(gradients, lr)
 
@@ -137,8 +138,24 @@ class Classifiers:
         return torch.baddbmm(self.biases[:, None], x, self.weights.transpose(1, 2)).transpose(0, 1)
 
 
-def read_rows(features: np.ndarray, rows: Tensor) -> Tensor:
-    """Rows [n] of features [N, S, D], float32 [n, S, D]; of a file they are read in its order."""
+def on_device(features: np.ndarray, device: torch.device, share: float) -> np.ndarray | Tensor:
+    """Features on a GPU if they fit into a share of its free memory; otherwise where they are."""
+    fits = device.type == "cuda" and 4 * features.size <= share * torch.cuda.mem_get_info(device)[0]
+    return hold(features, device) if fits else features
+
+
+def hold(features: np.ndarray, device: torch.device, rows: int = 4096) -> Tensor:
+    """All features [N, S, D] as float32 on a device, so many rows at a time."""
+    held = torch.empty(features.shape, device=device)
+    for part, numbers in zip(held.split(rows), torch.arange(len(features)).split(rows), strict=True):
+        part.copy_(read_rows(features, numbers))
+    return held
+
+
+def read_rows(features: np.ndarray | Tensor, rows: Tensor) -> Tensor:
+    """Rows [n] of features [N, S, D], float32 [n, S, D], where the features are; of a file they are read in its order."""
+    if isinstance(features, Tensor):
+        return features[moved(rows, features.device)]
     ordered, order = rows.sort()
     found = np.empty((len(rows), *features.shape[1:]), np.float32)
     found[order.numpy()] = features[ordered.numpy()]
@@ -154,7 +171,7 @@ def fit_classifiers(
     mean_over_steps: bool = False,
     device: torch.device | None = None,
 ) -> list[Classifiers]:
-    """Train the classifiers of all layers in one pass over their features; only a batch at a time is in memory.
+    """Train the classifiers of all layers in one pass over their features; of a file only a batch at a time is in memory.
 
     Every layer's begin with the same weights and see the same batches: they are what they would be without the others.
 
@@ -177,6 +194,8 @@ def fit_classifiers(
         mean = nn.init.trunc_normal_(torch.empty(1, num_classes, dim), std=0.01, generator=own)
         weights = torch.cat([weights, mean])
     fitted = [Classifiers(weights.to(device), config, mean_over_steps=mean_over_steps) for _ in layers]
+    place = fitted[0].weights.device
+    held = [on_device(features, place, 0.5 / len(layers)) for features in layers]
     per_epoch = count // batch_size
     with progress("train probes", config.epochs * per_epoch, unit="steps") as bar:
         for epoch in range(config.epochs):
@@ -184,7 +203,7 @@ def fit_classifiers(
             for index in range(per_epoch):
                 chosen = order[index * batch_size : (index + 1) * batch_size]
                 lr = probe_rate(config, epoch + index / per_epoch, batch_size)
-                for classifiers, features in zip(fitted, layers, strict=True):
+                for classifiers, features in zip(fitted, held, strict=True):
                     classifiers.step(read_rows(features, chosen), labels[chosen], lr)
                 bar.advance(1)
     return fitted

@@ -4,6 +4,7 @@ Everything that a step touches is allocated once and stays where it is, and a st
 it as a CUDA graph. B: sequences, H: heads, V: codebook entries, N: positions of the condition.
 """
 
+import itertools
 from collections.abc import Callable
 from types import FunctionType
 
@@ -84,9 +85,15 @@ class Decoder:
 
 
 def _copy(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The function with a code object of its own: by that torch.compile counts and keeps its compilations, not by decoder."""
+    """The function with a code object and a name of its own: by the one torch.compile counts and keeps its compilations, by the
+    other what it has seen vary from call to call, not by decoder.
+    """
     assert isinstance(function, FunctionType)
-    return FunctionType(function.__code__.replace(), function.__globals__)
+    code = function.__code__
+    return FunctionType(code.replace(co_name=f"{code.co_name}_{next(_COPIES)}"), function.__globals__)
+
+
+_COPIES = itertools.count()
 
 
 def _step(block: Block, x: Tensor, rope: Tensor, keys: Tensor, values: Tensor, places: Tensor, bias: Tensor) -> Tensor:

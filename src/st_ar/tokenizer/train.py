@@ -16,7 +16,7 @@ from st_ar.data.pixels import Pixels
 from st_ar.errors import Interrupted, UserError
 from st_ar.evaluation.reconstruction import evaluation_images, reconstruct, save_picture
 from st_ar.files import read_json, write_json, written_aside
-from st_ar.hardware import choose_dtype
+from st_ar.hardware import choose_dtype, moved
 from st_ar.progress import progress
 from st_ar.randomness import Purpose, torch_generator, torch_seed
 from st_ar.tokenizer import to_pixels
@@ -99,7 +99,7 @@ class Training:
         shares = counts / counts.sum()
         return {
             **{f"loss_{name}": term.detach() for name, term in losses.items()},
-            "adversarial_weight": torch.as_tensor(weight, device=self.device),
+            "adversarial_weight": weight,
             "grad_norm": norm,
             "perplexity": torch.special.entr(shares).sum().exp(),
             "codes_in_use": (self.network.idle < (config.revive_after or 100)).float().mean(),
@@ -110,7 +110,8 @@ class Training:
         """Move the average, and count which codes were used [V]."""
         decay = min(self.config.ema_decay, (1 + step) / (10 + step))
         torch._foreach_lerp_(list(self.ema.parameters()), list(self.network.parameters()), 1 - decay)
-        counts = total(torch.bincount(codes.flatten(), minlength=self.config.model.codebook_size))
+        used, counts = codes.flatten(), codes.new_zeros(self.config.model.codebook_size)
+        counts = total(counts.scatter_add_(0, used, torch.ones_like(used)))  # for bincount the host waits for a GPU
         self.network.idle.add_(1).masked_fill_(counts > 0, 0)
         return counts
 
@@ -129,7 +130,7 @@ class Training:
         return VQTokenizer(self.config.model, {name: tensor.clone() for name, tensor in self.ema.tensors().items()})
 
 
-def backward(losses: dict[str, Tensor], made: Tensor, last_layer: Tensor, config: VQTrainConfig) -> Tensor | float:
+def backward(losses: dict[str, Tensor], made: Tensor, last_layer: Tensor, config: VQTrainConfig) -> Tensor:
     """Add the gradients of the weighted losses; returns the adversarial loss's weight.
 
     Adaptive (VQGAN, arXiv 2012.09841, Eq. 7): that weight is multiplied by the ratio of the two gradients' lengths at the
@@ -138,10 +139,10 @@ def backward(losses: dict[str, Tensor], made: Tensor, last_layer: Tensor, config
     weights = {"l1": config.l1_weight, "l2": config.l2_weight, "perceptual": config.perceptual_weight}
     likeness = torch.stack([weights[name] * loss for name, loss in losses.items() if name in weights]).sum()
     (gradient,) = torch.autograd.grad(likeness, made)
-    weight: Tensor | float = 0.0
+    weight = torch.zeros((), device=made.device)
     if "adversarial" in losses:
         (against,) = torch.autograd.grad(losses["adversarial"], made)
-        weight = config.adversary.weight
+        weight.fill_(config.adversary.weight)
         if config.adversary.adaptive:
             ours, theirs = (
                 mean(torch.autograd.grad(made, last_layer, towards, retain_graph=True)[0]).norm()
@@ -247,7 +248,7 @@ def train_tokenizer(
             clock, clock_step, quality = time.perf_counter(), start, ""
             with progress(out.name, steps, unit="steps", done=start, shown=writes) as bar:
                 for step in range(start + 1, steps + 1):
-                    batch = to_pixels(pixels.batch(step - 1).to(device)).contiguous(memory_format=training.layout)
+                    batch = to_pixels(moved(pixels.batch(step - 1), device)).contiguous(memory_format=training.layout)
                     rate = learning_rate(config.optim, step, steps)
                     found = training.step(batch, step, rate)
 

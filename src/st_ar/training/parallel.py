@@ -82,6 +82,7 @@ def spread(
         student.to(device)
         teacher.to(device)
     if config.compile:
+        torch.compiler.reset()  # it keeps 8 compilations of the blocks' code, of all runs of this process together, and makes no more
         for block in [*student.model.layers, *teacher.model.layers]:
             block.compile()
     if parallel == "fsdp":

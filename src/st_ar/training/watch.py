@@ -70,6 +70,8 @@ class Watch:
         logged = read_log(out / "log.jsonl")
         self.logged = logged[-1]["step"] if logged else 0
         self.peak = peak_flops(device, dtype)
+        plain, guided = (replace(training.selfguided, until=share) for share in (0.0, 1.0))
+        self.flops = [training_flops_per_token(replace(training, selfguided=each)) for each in (plain, guided)]
         self.trackers: list[Background] = []
 
     @contextlib.contextmanager
@@ -90,8 +92,7 @@ class Watch:
         """Before step `step` of `total`: whether it is to be logged, and `look` called after it, by every rank."""
         log = step % self.training.log_every == 0 or step == total or self.config.looks_at(step)
         self.features.begin(log)
-        guided = replace(self.training.selfguided, until=float(step <= int(self.training.selfguided.until * total)))
-        self._flops = training_flops_per_token(replace(self.training, selfguided=guided))
+        self._flops = self.flops[step <= int(self.training.selfguided.until * total)]
         return log
 
     def look(self, step: int, entry: dict[str, float]) -> dict[str, float]:
