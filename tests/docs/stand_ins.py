@@ -25,7 +25,7 @@ PARSED: list[tuple[str, str]] = [
     (r"^tensorboard ", "serves until it is stopped"),
     (r"^st-ar demo", "serves until it is stopped; the page has tests of its own"),
     (
-        r"imagenet|vq_ds16_c2i|c2i_B_256|samples-256|my-run|\bvq-16\b",
+        r"imagenet|vq_ds16_c2i|c2i_B_(256|384)|samples-256|my-run|\bvq-16\b",
         "needs ImageNet, published weights or a large tokenizer",
     ),
     (r"^st-ar train (st-ar|llamagen)-(b|xl|xl-t2i) ", "a model for GPUs"),
