@@ -121,7 +121,6 @@ def line_chart(
     y: str,
     markers: bool = True,
     x_ticks: Sequence[float] | None = None,
-    log_x: bool = False,
     spread: Mapping[str, Sequence[float]] | None = None,
     legend_above: bool = False,
 ) -> Drawing:
@@ -152,8 +151,6 @@ def line_chart(
                 axes.fill_between(xs, low, high, color=COLOURS[place], alpha=0.15, linewidth=0)
         axes.set_xlabel(x)
         axes.set_ylabel(y)
-        if log_x:
-            axes.set_xscale("log")
         if x_ticks is not None:
             axes.set_xticks(list(x_ticks))
         if legend_above:

@@ -45,20 +45,6 @@ def test_pieces_give_np_cov_and_not_a_bit_depends_on_them(
     np.testing.assert_allclose(found.covariance, expected, rtol=1e-9, atol=1e-9)
 
 
-@given(st.integers(2, 50), st.integers(0, 50), st.integers(0, 1000))
-def test_merging_parts_in_either_order_is_the_whole(count: int, cut: int, seed: int) -> None:
-    rows = features(count, 3, seed, 100)
-    parts = [rows[:cut], rows[cut:]]
-    for order in (parts, parts[::-1]):
-        first, second = FeatureStatistics(3), FeatureStatistics(3)
-        first.update(torch.from_numpy(order[0]))
-        second.update(torch.from_numpy(order[1]))
-        first.merge(second)
-        mean, covariance = first.result()
-        np.testing.assert_allclose(mean, rows.astype(np.float64).mean(0), rtol=1e-12)
-        np.testing.assert_allclose(covariance, np.cov(rows.astype(np.float64), rowvar=False), rtol=1e-9, atol=1e-9)
-
-
 def test_features_far_from_0_keep_their_digits() -> None:
     rows = np.random.default_rng(0).normal(size=(5000, 4)) + 1e7
     found = streamed(rows, [1000] * 4)

@@ -495,15 +495,6 @@ def sealed(path: Path) -> Path:
     return path
 
 
-def as_version_1(path: Path) -> Path:
-    """Turn a checkpoint into what st-ar wrote before there were manifests."""
-    for file in (path / "tensors").iterdir():
-        file.rename(path / file.name)
-    (path / "tensors").rmdir()
-    (path / "manifest.json").unlink()
-    return path
-
-
 def test_the_manifest_says_what_is_there(folder: Path) -> None:
     path = newest(folder, "")
     assert sorted(contents(path)) == FILES
@@ -521,32 +512,14 @@ def test_what_is_recorded_with_a_checkpoint_is_read_again(folder: Path) -> None:
     with run.checkpoints:
         run.checkpoints.save(7, run.now, {"validation_loss": 0.1})
     assert read_record(folder / "step_00000007")["validation_loss"] == 0.1
-    assert read_record(as_version_1(folder / "step_00000007")) == {}
-
-
-def test_checkpoints_of_version_1_are_read(folder: Path) -> None:
-    as_version_1(newest(folder, ""))
-    assert [step for step, _ in list_checkpoints(folder)] == [3, 5]
-    run = Run(folder, seed=1)
-    assert run.restore() == 5
-    assert_equal_bits(run.train(range(5, 8)).state(), Run(folder).train(range(8)).state())
-
-
-@pytest.mark.parametrize("left", [0, 10, 0.5, -1])
-def test_version_1_is_refused_with_the_remedy_if_it_cannot_be_read(folder: Path, left: float) -> None:
-    file = as_version_1(newest(folder, "")) / "__0_0.distcp"
-    whole = file.read_bytes()
-    file.write_bytes(whole[: round(left * len(whole)) if left == 0.5 else int(left)])
-    with refused(folder, r"step_00000005 is damaged .*; remove it to resume from the one before"):
-        Run(folder).restore()
+    (folder / "step_00000007" / "manifest.json").unlink()
+    assert read_record(folder / "step_00000007") == {}
 
 
 def test_a_newer_version_is_refused(folder: Path) -> None:
     path = newest(folder, "manifest.json")
     path.write_text(path.read_text().replace('"format_version": 2', '"format_version": 3'))
-    with refused(
-        folder, "step_00000005 has format version 3; this st-ar reads 1 and 2: continue the run with the st-ar"
-    ):
+    with refused(folder, "step_00000005 has format version 3; this st-ar reads 2: continue the run with the st-ar"):
         Run(folder).restore()
 
 
@@ -593,7 +566,6 @@ def pickled_call_of_old(module: str, name: str, argument: str) -> bytes:
     return f"c{module}\n{name}\n(V{argument}\ntR.".encode()
 
 
-@pytest.mark.parametrize("version", [1, 2])
 @pytest.mark.parametrize(
     ("module", "name"),
     [
@@ -608,20 +580,20 @@ def pickled_call_of_old(module: str, name: str, argument: str) -> bytes:
 )
 @pytest.mark.parametrize("pickled", [pickled_call, pickled_call_of_old])
 def test_an_index_that_would_run_code_is_refused_and_does_not(
-    folder: Path, tmp_path: Path, module: str, name: str, pickled: Callable[[str, str, str], bytes], version: int
+    folder: Path, tmp_path: Path, module: str, name: str, pickled: Callable[[str, str, str], bytes]
 ) -> None:
     trace = tmp_path / "trace"
     command = f"open({str(trace)!r}, 'w')" if name.endswith("eval") else f"touch {trace}"
-    replace_index(folder, pickled(module, name, command), version)
+    replace_index(folder, pickled(module, name, command))
     with refused(folder, "step_00000005 is damaged or not of this run"):
         Run(folder).restore()
     assert not trace.exists()
 
 
-def replace_index(folder: Path, index: bytes, version: int = 2) -> None:
+def replace_index(folder: Path, index: bytes) -> None:
     """Write another index into the newest checkpoint, with a manifest that fits."""
     newest(folder, "tensors/.metadata").write_bytes(index)
-    (as_version_1 if version == 1 else sealed)(newest(folder, ""))
+    sealed(newest(folder, ""))
 
 
 @pytest.mark.parametrize("module", ["pathlib", "pathlib._local"])

@@ -11,7 +11,6 @@ from torch import Tensor
 from st_ar.errors import UserError
 from st_ar.evaluation.manifolds import DensityCoverage, Features, PrecisionRecall, check_features, compare
 from st_ar.evaluation.statistics import FeatureStatistics, InceptionScore
-from st_ar.hardware import full_precision
 
 Array = np.ndarray
 
@@ -115,7 +114,6 @@ class KernelDistance(NamedTuple):
 
 
 @torch.no_grad()
-@full_precision()
 def kernel_distance(
     reference: Features,
     samples: Features,
@@ -129,7 +127,7 @@ def kernel_distance(
 
     Subsets are drawn without replacement, of both sets alike and as large as the smaller set if that is below `subset_size`.
 
-    Products are computed in the features' own precision and summed in float64.
+    Computed in float64.
 
     Args:
         reference: features [N, D]. samples: features [M, D]; N and M of 2 or more, on one device, which computes.
@@ -145,7 +143,7 @@ def kernel_distance(
         x, y = (
             s[torch.from_numpy(rng.choice(len(s), size, replace=False)).to(s.device)].double() for s in (real, drawn)
         )
-        xx, yy, xy = (((a @ b.T).double() / x.shape[1] + 1) ** 3 for a, b in ((x, x), (y, y), (x, y)))
+        xx, yy, xy = ((a @ b.T / x.shape[1] + 1) ** 3 for a, b in ((x, x), (y, y), (x, y)))
         within = sum((kernel.sum() - kernel.trace()).item() for kernel in (xx, yy)) / (size * (size - 1))
         found.append(within - 2 * xy.mean().item())
         if advance:

@@ -72,14 +72,6 @@ class FeatureStatistics:
             self._absorb(torch.cat(self._rest))
         self._rest, self._waiting = [], 0
 
-    def merge(self, other: "FeatureStatistics") -> None:
-        """Take over what another has seen; afterwards `other` may not be used."""
-        self._flush()
-        other._flush()
-        if other.count:
-            self._squares += other._squares.to(self._mean)
-            self._move(other.count, other._mean.to(self._mean))
-
     def reduce(self) -> None:
         """Take over what all ranks have seen; every rank has to call it."""
         self._flush()

@@ -19,6 +19,8 @@ from st_ar.progress import progress
 from st_ar.torch_files import read_tensors, save_tensors
 
 FORMAT_VERSION = 1
+MOST_IMAGES = 50_000
+"""Whose patches are clustered."""
 CONFIG, CODEBOOK = "tokenizer.json", "codebook.safetensors"
 
 
@@ -110,7 +112,7 @@ def train_kmeans(
     """A codebook from the patches of a source's images, by scikit-learn's MiniBatchKMeans.
 
     Images are resized and centre-cropped as they are before ten crops are cut. Those that cannot be decoded are passed
-    over; of a source that does not know its length the first 10,000 are taken.
+    over. At most 50,000 are taken, evenly spaced, of a source that does not know its length the first 10,000.
 
     Args:
         size: side in pixels of the crops that will be tokenized; by default the source's.
@@ -137,9 +139,11 @@ def train_kmeans(
     rng = np.random.default_rng(seed)
     side = Crops(kind="ten", size=size, range=source.crop_range).side
     images = source.count or min(source.expected or 10_000, 10_000)
-    share = min(1.0, max_patches / (images * (size // patch) ** 2))
-    with progress("train tokenizer", images, unit="images") as bar:
-        for example in islice(source.examples(0), images):
+    apart = -(-images // MOST_IMAGES)
+    taken = -(-images // apart)
+    share = min(1.0, max_patches / (taken * (size // patch) ** 2))
+    with progress("train tokenizer", taken, unit="images") as bar:
+        for example in islice(source.examples(0), 0, images, apart):
             bar.advance(1)
             try:
                 image = example.read()
@@ -153,7 +157,7 @@ def train_kmeans(
             cut = cut.reshape(h * w, -1)
             rows.append(cut[rng.random(len(cut)) < share])
         if not rows:
-            raise UserError(f"{source.name} has no image that can be decoded among its first {images}")
+            raise UserError(f"{source.name} has no image that can be decoded among {taken} of its first {images}")
         patches = np.concatenate(rows)
         distinct = len(np.unique(patches, axis=0))
         if distinct < vocab_size:

@@ -141,9 +141,8 @@ class Checkpoints:
         if not step:
             return
         path = self._path(step)
-        tensors = path / TENSORS if (path / TENSORS).is_dir() else path
         try:
-            state.load(partial(read_tensors, tensors))
+            state.load(partial(read_tensors, path / TENSORS))
         except READ_ERRORS as error:
             raise UserError(
                 f"{path} is damaged or not of this run ({reason(error)}); remove it to resume from the one before"

@@ -38,9 +38,7 @@ def write_manifest(folder: Path, files: Files, record: Mapping[str, Any]) -> Non
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """What was recorded with a checkpoint; nothing with those of version 1, or where it is damaged."""
-    if _is_version_1(folder):
-        return {}
+    """What was recorded with a checkpoint; nothing where it is damaged."""
     try:
         record = parse_json((folder / MANIFEST).read_bytes().decode())
     except (OSError, ValueError):  # of an older one, which nobody has asked for
@@ -50,7 +48,7 @@ def read_record(folder: Path) -> dict[str, Any]:
 
 def list_checkpoints(folder: Path) -> list[tuple[int, Path]]:
     """Complete checkpoints, oldest first, with their steps."""
-    return [(step, path) for step, path in _step_folders(folder) if _is_version_1(path) or (path / MANIFEST).is_file()]
+    return [(step, path) for step, path in _step_folders(folder) if (path / MANIFEST).is_file()]
 
 
 def newest_whole(folder: Path) -> int:
@@ -90,8 +88,6 @@ def find_damage(folder: Path) -> str | None:
     Raises:
         UserError: a file cannot be read, or the checkpoint is of a newer format.
     """
-    if _is_version_1(folder):
-        return None
     try:
         content = parse_json((folder / MANIFEST).read_bytes().decode())
         version, files, digest = content["format_version"], content["files"], content.pop("sha256")
@@ -101,7 +97,7 @@ def find_damage(folder: Path) -> str | None:
         return f"{MANIFEST} is no manifest"
     if version != FORMAT_VERSION and isinstance(version, int):
         raise UserError(
-            f"{folder} has format version {version}; this st-ar reads 1 and {FORMAT_VERSION}: continue the run with the "
+            f"{folder} has format version {version}; this st-ar reads {FORMAT_VERSION}: continue the run with the "
             "st-ar that wrote it"
         )
     if digest != _digest(content):
@@ -131,10 +127,6 @@ def _step_folders(folder: Path) -> list[tuple[int, Path]]:
         return []
     found = [(re.fullmatch(r"step_(\d+)", path.name), path) for path in folder.iterdir()]
     return sorted((int(match[1]), path) for match, path in found if match)
-
-
-def _is_version_1(folder: Path) -> bool:
-    return (folder / ".metadata").is_file()
 
 
 def _digest(content: Mapping[str, Any]) -> str:
