@@ -1,7 +1,6 @@
 """What the benchmarks share: timing in turn, the machine, and where results are saved."""
 
 import json
-import math
 import resource
 import statistics
 import sys
@@ -18,7 +17,7 @@ import torch
 from st_ar.config import ModelConfig
 from st_ar.cost import flops_per_token
 from st_ar.hardware import describe
-from st_ar.tokenizer import Tokenizer, to_uint8
+from st_ar.tokenizer import Tokenizer, paint
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -95,9 +94,7 @@ def time_by_operation(profiler: torch.profiler.profile, device: torch.device) ->
 
 def pictures(painter: Tokenizer, tokens: np.ndarray) -> np.ndarray:
     """Tokens [images, tokens] as what the tokenizer shows: uint8 [images, H, W, 3]."""
-    grid = math.isqrt(tokens.shape[1])
-    codes = torch.from_numpy(tokens.astype(np.int64)).view(-1, grid, grid)
-    return torch.cat([to_uint8(painter.decode(part)) for part in codes.split(500)]).numpy()
+    return np.concatenate([paint(painter, part) for part in torch.from_numpy(tokens.astype(np.int64)).split(500)])
 
 
 def save(name: str, results: Any, folder: Path = RESULTS) -> Path:

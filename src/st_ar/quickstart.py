@@ -35,7 +35,7 @@ from st_ar.sample_config import SampleSettings
 from st_ar.sampling import sample_images
 from st_ar.settings import to_dict
 from st_ar.tokenizer import CONFIG as TOKENIZER_CONFIG
-from st_ar.tokenizer import Tokenizer, load_tokenizer
+from st_ar.tokenizer import Tokenizer, load_tokenizer, paint
 from st_ar.tokenizer.kmeans import train_kmeans
 from st_ar.training.loop import train
 from st_ar.training.run import seconds_per_step
@@ -143,12 +143,8 @@ def _center(image: Any, source: ImageSource) -> np.ndarray:
 
 def _decoded(tokenizer: Tokenizer, store: TokenStore, count: int) -> np.ndarray:
     """Training images as the tokenizer gives them back: what a perfect model would draw."""
-    from st_ar.tokenizer import to_uint8
-
-    images = np.arange(min(count, len(store)))
-    codes = store.center_codes(images).astype(np.int64)
-    grid = store.meta.grid
-    return to_uint8(tokenizer.decode(torch.from_numpy(codes).unflatten(1, (grid, grid)))).numpy()
+    codes = store.center_codes(np.arange(min(count, len(store))))
+    return paint(tokenizer, torch.from_numpy(codes.astype(np.int64)))
 
 
 def _frechet(images: np.ndarray, reference: np.ndarray) -> float:

@@ -50,7 +50,6 @@ class Sample:
     """Compile the transformer's blocks with torch.compile: faster after some seconds (needs a C++ compiler on a CPU)."""
 
     def run(self) -> None:
-        import torch
 
         from st_ar.data.ranks import Ranks
         from st_ar.data.text import open_text
@@ -73,5 +72,5 @@ class Sample:
         sampler = Sampler(model, tokenizer, self.settings, text, compiled=self.compile)
         sample_to(self.out, sampler, labels, info, label_mode=self.label_mode, batch_size=self.batch_size, ranks=ranks)
         if ranks.rank == 0:
-            size = tokenizer.decode(torch.zeros(1, info.config.grid, info.config.grid, dtype=torch.int64)).shape[-1]
+            size = info.config.grid * tokenizer.patch
             print(f"{self.out}: {len(labels):,} images of {size} x {size} pixels")

@@ -24,7 +24,7 @@ from st_ar.progress import Pace, progress
 from st_ar.randomness import Purpose, torch_seed
 from st_ar.sample_config import SampleSettings
 from st_ar.sample_job import SampleJob
-from st_ar.tokenizer import Tokenizer, to_uint8
+from st_ar.tokenizer import Tokenizer, paint
 
 PICTURES_AT_ONCE = 16
 MOST = 10_000_000
@@ -167,10 +167,9 @@ class Sampler:
 
     def pictures(self, tokens: Tensor, on_some: Callable[[], None] | None = None) -> np.ndarray:
         """Tokens [n, T] -> uint8 [n, H, W, 3]; a few at a time, since a VQ network needs much memory for each."""
-        grid = self.model.config.grid
         pictures: list[np.ndarray] = []
-        for some in tokens.unflatten(1, (grid, grid)).cpu().split(PICTURES_AT_ONCE):
-            pictures.append(to_uint8(self.tokenizer.decode(some)).numpy())
+        for some in tokens.split(PICTURES_AT_ONCE):
+            pictures.append(paint(self.tokenizer, some))
             if on_some:
                 on_some()
         return np.concatenate(pictures)

@@ -17,7 +17,7 @@ from st_ar.errors import UserError
 from st_ar.evaluation.attention import center_crops
 from st_ar.evaluation.subjects import call_models
 from st_ar.quickstart_report import METHODS
-from st_ar.tokenizer import to_pixels, to_uint8
+from st_ar.tokenizer import paint, to_pixels
 from st_ar.training.run import trained_config
 
 
@@ -74,11 +74,7 @@ class Setup:
         """An uploaded image, its centre cut, resized and tokenized to the grid of some weights."""
         grid = self.shelf.find(weights_name).config.grid
         image = decode_upload(data)
-        return self.shelf.run(lambda: self._tokenized(cut_upload(image, self._side(grid)), grid))
-
-    def _side(self, grid: int) -> int:
-        """Pixels of an image of so many tokens a side."""
-        return self.shelf.tokenizer.decode(torch.zeros(1, grid, grid, dtype=torch.int64)).shape[-1]
+        return self.shelf.run(lambda: self._tokenized(cut_upload(image, grid * self.shelf.tokenizer.patch), grid))
 
     def _tokenized(self, pixels: np.ndarray, grid: int) -> Seen:
         codes = self.shelf.tokenizer.encode(to_pixels(torch.from_numpy(pixels.copy())[None])).cpu()
@@ -86,9 +82,7 @@ class Setup:
         return self._seen("the uploaded image, as the tokenizer has it", codes.flatten(), None)
 
     def _seen(self, title: str, tokens: Tensor, label: int | None) -> Seen:
-        grid = round(len(tokens) ** 0.5)
-        picture = to_uint8(self.shelf.tokenizer.decode(tokens.view(1, grid, grid))).cpu().numpy()[0]
-        return Seen(title=title, tokens=tokens, label=label, picture=picture)
+        return Seen(title=title, tokens=tokens, label=label, picture=paint(self.shelf.tokenizer, tokens[None])[0])
 
     def read(self, name: str, seen: Seen, label: int) -> Reading:
         """What some weights do as they read an image of that class."""

@@ -25,7 +25,7 @@ from st_ar.hardware import choose_device
 from st_ar.model.transformer import Transformer
 from st_ar.model.weights import EMA, LIVE, ModelInfo, open_model
 from st_ar.report import require_reports
-from st_ar.tokenizer import Tokenizer, to_uint8
+from st_ar.tokenizer import Tokenizer, paint
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,8 +134,7 @@ def report_attention(
         averaged=chosen.average,
         masks=chosen.masks,
     )
-    codes = center_crops(store, chosen.images)[0].unflatten(1, (store.meta.grid, store.meta.grid))
-    pictures = to_uint8(painter.decode(codes)).numpy()
+    pictures = paint(painter, center_crops(store, chosen.images)[0])
     with folder_aside(out) as folder:
         write_statistics(folder, looked)
         maps = write_maps(

@@ -2,14 +2,11 @@
 
 import hashlib
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import product
 from pathlib import Path
 from typing import Any, Literal
-
-import torch
 
 from st_ar.errors import UserError
 from st_ar.evaluation.collect import Place
@@ -87,8 +84,7 @@ class SweptModel:
     @property
     def size(self) -> tuple[int, int]:
         """Height and width of the samples in pixels."""
-        grid = math.isqrt(self.info.config.sequence_length)
-        side = self.tokenizer.decode(torch.zeros(1, grid, grid, dtype=torch.int64)).shape[-1]
+        side = self.info.config.grid * self.tokenizer.patch
         return side, side
 
     def draw(self, settings: SampleSettings) -> Path:

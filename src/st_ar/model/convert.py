@@ -41,7 +41,7 @@ def convert(
             save_llamagen(target, tokenizer.tensors)
         else:
             tokenizer.save(target)
-        return f"{target}: VQ tokenizer, {tokenizer.vocab_size} codes of {tokenizer.config.patch} x {tokenizer.config.patch} pixels"
+        return f"{target}: VQ tokenizer, {tokenizer.vocab_size} codes of {tokenizer.patch} x {tokenizer.patch} pixels"
     if grid is not None and to == "llamagen":
         raise UserError("LlamaGen's files keep no grid: --grid is for --to st-ar")
     model, info = open_model(source, ema=ema, grid=grid)

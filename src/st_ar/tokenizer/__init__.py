@@ -1,8 +1,10 @@
 """Tokenizers: images [B, 3, H, W] in [-1, 1] <-> codes [B, h, w]. Each is a folder that says what it is."""
 
+import math
 from pathlib import Path
 from typing import ClassVar, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,6 +27,11 @@ class Tokenizer(Protocol):
     @property
     def vocab_size(self) -> int:
         """Entries of the codebook."""
+        ...
+
+    @property
+    def patch(self) -> int:
+        """Side in pixels of what a code stands for."""
         ...
 
     def grid(self, size: int) -> int:
@@ -69,3 +76,9 @@ def to_pixels(images: Tensor) -> Tensor:
 def to_uint8(images: Tensor) -> Tensor:
     """Float [B, 3, H, W] in [-1, 1] -> uint8 [B, H, W, 3], as LlamaGen and ADM do: clamp(127.5 x + 128) truncated."""
     return (127.5 * images + 128).clamp(0, 255).permute(0, 2, 3, 1).to(torch.uint8)
+
+
+def paint(tokenizer: Tokenizer, tokens: Tensor) -> np.ndarray:
+    """Tokens [n, T] of square images as the tokenizer shows them: uint8 [n, H, W, 3]."""
+    grid = math.isqrt(tokens.shape[1])
+    return to_uint8(tokenizer.decode(tokens.cpu().unflatten(1, (grid, grid)))).numpy()

@@ -84,6 +84,10 @@ class VQTokenizer:
         return self.config.codebook_size
 
     @property
+    def patch(self) -> int:
+        return self.config.patch
+
+    @property
     def fingerprint(self) -> str:
         return self._fingerprint
 
@@ -96,11 +100,11 @@ class VQTokenizer:
         return digest.hexdigest()
 
     def grid(self, size: int) -> int:
-        if size % self.config.patch:
+        if size % self.patch:
             raise UserError(
-                f"images of {size} pixels are no whole number of {self.config.patch}-pixel codes: choose another --size"
+                f"images of {size} pixels are no whole number of {self.patch}-pixel codes: choose another --size"
             )
-        return size // self.config.patch
+        return size // self.patch
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
