@@ -349,11 +349,15 @@ def test_several_models_must_all_read_the_store(line: SmallLine, tmp_path: Path)
 
 def test_names_must_tell_the_models_apart(line: SmallLine, tmp_path: Path) -> None:
     shutil.copytree(line.model, tmp_path / "model")
-    with refused(tmp_path, "two models are called 'model': tell them apart with --names"):
-        look(line, tmp_path / "maps", line.model, tmp_path / "model")
-    with refused(tmp_path, "--names must have a name for each model: 1 for 2"):
+    assert list(look(line, tmp_path / "both", line.model, tmp_path / "model", average=1)) == [
+        str(line.model),
+        str(tmp_path / "model"),
+    ]
+    with refused(tmp_path, "two models are called .*model: give different --names, and each model once"):
+        look(line, tmp_path / "maps", line.model, line.model)
+    with refused(tmp_path, "1 --names for 2 models"):
         look(line, tmp_path / "maps", line.model, tmp_path / "model", names=("one",))
-    with refused(tmp_path, "--model must name at least one model"):
+    with refused(tmp_path, "give at least one --model"):
         report_attention([], line.tokens, line.tokenizer, tmp_path / "maps")
 
 

@@ -18,12 +18,10 @@ from st_ar.evaluation.attention import (
     require_between,
 )
 from st_ar.evaluation.attention_report import Looked, write_curves, write_maps, write_page, write_statistics
-from st_ar.evaluation.subjects import check_store
+from st_ar.evaluation.subjects import Subject, check_store, find_subjects
 from st_ar.figures import require_matplotlib
 from st_ar.files import folder_aside, require_absent, require_place
 from st_ar.hardware import choose_device
-from st_ar.model.transformer import Transformer
-from st_ar.model.weights import EMA, LIVE, ModelInfo, open_model
 from st_ar.report import require_reports
 from st_ar.tokenizer import Tokenizer, paint
 
@@ -102,7 +100,7 @@ def report_attention(
     Args:
         paths: of models, as for `open_model`.
         tokens: the store whose centre crops are read.
-        names: of the models; by default those of their folders, with "(EMA)" for averaged weights.
+        names: of the models; by default as `call_models` has it, with "(EMA)" for averaged weights.
         ema, device: of every model.
 
     Returns:
@@ -116,16 +114,17 @@ def report_attention(
     require_place(out)
     require_matplotlib()
     require_reports()
-    models, infos = _open_models(paths, names, ema)
-    store, painter = _open_images(tokens, tokenizer, infos, device)
-    chosen = (chosen or Chosen()).resolved({name: info.config for name, info in infos.items()}, store)
+    subjects = find_subjects(paths, names, "ema" if ema else "live")
+    for subject in subjects:
+        subject.info.config.require_classes("st-ar attention")
+    store, painter = _open_images(tokens, tokenizer, subjects, device)
+    chosen = (chosen or Chosen()).resolved({subject.name: subject.info.config for subject in subjects}, store)
     place = choose_device(device)
-    for model in models.values():
-        model.to(place)
+    models = {subject.name: subject.open().to(place) for subject in subjects}
     averaged = [number * len(store) // chosen.average for number in range(chosen.average)]
     looked = Looked(
+        subjects=subjects,
         models=models,
-        infos=infos,
         store=store,
         statistics={
             name: average_statistics(model, store, averaged, masks=chosen.masks, name=name)
@@ -144,43 +143,16 @@ def report_attention(
     return looked.statistics
 
 
-def _open_models(
-    paths: Sequence[Path], names: Sequence[str], ema: bool
-) -> tuple[dict[str, Transformer], dict[str, ModelInfo]]:
-    if not paths:
-        raise UserError("--model must name at least one model")
-    if names and len(names) != len(paths):
-        raise UserError(f"--names must have a name for each model: {len(names)} for {len(paths)}")
-    models: dict[str, Transformer] = {}
-    infos: dict[str, ModelInfo] = {}
-    for number, path in enumerate(paths):
-        model, info = open_model(path, ema=ema)
-        info.config.require_classes("st-ar attention")
-        name = names[number] if names else _name_of(path, info)
-        if name in models:
-            raise UserError(f"two models are called {name!r}: tell them apart with --names")
-        models[name], infos[name] = model, info
-    return models, infos
-
-
-def _name_of(path: Path, info: ModelInfo) -> str:
-    """What the run or the file is called."""
-    place = path.parent if path.name in (LIVE, EMA) else path
-    place = place.parent if place.name == "export" else place
-    name = place.stem if place.is_file() else place.name
-    return (name or place.resolve().name) + (" (EMA)" if info.ema else "")
-
-
 def _open_images(
-    tokens: Path, tokenizer: Path, infos: Mapping[str, ModelInfo], device: str
+    tokens: Path, tokenizer: Path, subjects: Sequence[Subject], device: str
 ) -> tuple[TokenStore, Tokenizer]:
     """A store that every model can read, and its tokenizer."""
     store = TokenStore(tokens)
-    for name, info in infos.items():
+    for subject in subjects:
         try:
-            check_store(info, store)
+            check_store(subject.info, store)
         except UserError as error:
-            raise UserError(f"{name} cannot read the images: {error}") from error
+            raise UserError(f"{subject.name} cannot read the images: {error}") from error
     painter = place_tokenizer(tokenizer, device, "float32")
     if painter.fingerprint != store.meta.tokenizer:
         raise UserError(

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from st_ar.data.store import TokenStore
 from st_ar.evaluation.attention import STATISTICS, Averaged, ImageMasks, LayerStatistics, store_maps
+from st_ar.evaluation.subjects import Subject
 from st_ar.figures import Drawing, line_chart
-from st_ar.files import sha256, write_csv, write_json
+from st_ar.files import write_csv, write_json
 from st_ar.model.transformer import Transformer
-from st_ar.model.weights import ModelInfo
 from st_ar.progress import progress
 from st_ar.report import Chart, Section, Table, write_report
 from st_ar.token_figures import attention_figure
@@ -36,8 +36,9 @@ WORDS = (
 class Looked:
     """Models, what they read, and what they looked at."""
 
+    subjects: Sequence[Subject]
     models: Mapping[str, Transformer]
-    infos: Mapping[str, ModelInfo]
+    """By the subjects' names."""
     store: TokenStore
     statistics: dict[str, dict[int, LayerStatistics]]
     averaged: int
@@ -84,16 +85,11 @@ def _cells(averaged: Averaged) -> list[str]:
 def write_statistics(out: Path, looked: Looked) -> None:
     """Write statistics.json, with what was read by which weights, and statistics.csv, a line for each layer and head."""
     models = {
-        name: {
-            "weights": {
-                "file": str(info.source),
-                "sha256": sha256(info.source),
-                "ema": info.ema,
-                "step": info.step,
-            },
-            "layers": {str(layer): asdict(found) for layer, found in looked.statistics[name].items()},
+        subject.name: {
+            "weights": subject.describe(),
+            "layers": {str(layer): asdict(found) for layer, found in looked.statistics[subject.name].items()},
         }
-        for name, info in looked.infos.items()
+        for subject in looked.subjects
     }
     read = {"tokens": looked.store.describe(), "images": looked.averaged, "masks": asdict(looked.masks)}
     write_json(out / "statistics.json", {**read, "models": models})
@@ -218,9 +214,10 @@ def _sources(looked: Looked) -> list[str]:
         f"({meta.crops[looked.store.center]}) of each, {meta.grid} x {meta.grid} tokens."
     )
     weights = [
-        f"{name}: {'averaged' if info.ema else 'live'} weights of step {info.step:,}, {info.config.n_layers} layers of "
+        f"{subject.name}: {'averaged' if info.ema else 'live'} weights of step {info.step:,}, {info.config.n_layers} layers of "
         f"{info.config.n_heads} heads, {info.source}."
-        for name, info in looked.infos.items()
+        for subject in looked.subjects
+        for info in [subject.info]
     ]
     return [
         store,

@@ -9,7 +9,7 @@ from st_ar.data.store import TokenStore
 from st_ar.errors import UserError
 from st_ar.files import sha256
 from st_ar.model.transformer import Transformer
-from st_ar.model.weights import ModelInfo, open_model
+from st_ar.model.weights import EMA, LIVE, ModelInfo, open_model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +48,8 @@ def check_store(info: ModelInfo, store: TokenStore) -> None:
 
 
 def call_models(models: Sequence[Path], names: Sequence[str]) -> Sequence[str]:
-    """What some models are called: the names given, or their paths' last parts, in full where those are alike.
+    """What some models are called: the names given, or the last parts of their paths (of a run's files the run's), in full where those
+    are alike.
 
     Raises:
         UserError: no models, or not one name each.
@@ -57,8 +58,14 @@ def call_models(models: Sequence[Path], names: Sequence[str]) -> Sequence[str]:
         raise UserError("give at least one --model")
     if names and len(names) != len(models):
         raise UserError(f"{len(names)} --names for {len(models)} models: give one each, or none")
-    last = [path.resolve().name for path in models]
-    return names or [short if last.count(short) == 1 else str(path) for short, path in zip(last, models, strict=True)]
+    short = [(_place(path).resolve().name, path.name == EMA) for path in models]
+    return names or [each[0] if short.count(each) == 1 else str(path) for each, path in zip(short, models, strict=True)]
+
+
+def _place(path: Path) -> Path:
+    """The folder of a run's or an export's weights; other files stand for themselves."""
+    place = path.parent if path.name in (LIVE, EMA) else path
+    return place.parent if place.name == "export" else place
 
 
 def find_subjects(
@@ -74,12 +81,12 @@ def find_subjects(
     """
     if ema and weights == "both":
         raise UserError("--ema is short for --weights ema: leave it out for both")
-    weights = "ema" if ema else weights
+    wanted = {"live": [False], "ema": [True], "both": [False, True]}["ema" if ema else weights]
     called = call_models(models, names)
     found: list[Subject] = []
     for path, name in zip(models, called, strict=True):
-        for ema in {"live": [False], "ema": [True], "both": [False, True]}[weights]:
-            info = open_model(path, ema=ema)[1]
+        for averaged in wanted:
+            info = open_model(path, ema=averaged)[1]
             label = f"{name} (EMA)" if info.ema else name
             if any(label == subject.name for subject in found):
                 raise UserError(f"two models are called {label}: give different --names, and each model once")
