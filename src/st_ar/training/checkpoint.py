@@ -15,6 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -236,11 +237,14 @@ class _Background(threading.Thread):
         super().__init__(name="checkpoint", daemon=True)
         self._action: Callable[[], None] | None = action
         self._error: BaseException | None = None
+        self._device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
         self.start()
 
     def run(self) -> None:
         try:
             assert self._action is not None
+            if self._device is not None:
+                torch.cuda.set_device(self._device)  # a new thread's is the first
             self._action()
         except BaseException as error:
             self._error = error
