@@ -14,7 +14,7 @@ class OptimConfig:
     """AdamW as LlamaGen sets it, and the learning-rate schedule."""
 
     lr: float = 1e-4
-    """Peak learning rate."""
+    """Peak learning rate. A preset's is for its own batch size, and stays the same for another --batch-size."""
     betas: tuple[float, float] = (0.9, 0.95)
     """AdamW's betas."""
     weight_decay: float = 0.05
