@@ -23,9 +23,8 @@ $(VENV)/.quickstart: pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[quickstart]'
 	@touch $@
 
-# Many tests wait for processes that they start: one more at once than there are cores keeps the cores busy. A file's tests share what
-# they need, so one process runs them all.
-PARALLEL := -n $(shell echo $$(($$(getconf _NPROCESSORS_ONLN) + 1))) --dist loadfile
+# Many tests wait for processes that they start: one more at once than there are cores keeps the cores busy.
+WORKERS := $(shell echo $$(($$(getconf _NPROCESSORS_ONLN) + 1)))
 
 $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
@@ -35,10 +34,10 @@ quickstart: $(VENV)/.quickstart
 	$(BIN)/st-ar quickstart --out quickstart
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest $(PARALLEL) -m 'not slow'
+	$(BIN)/python -m pytest -n $(WORKERS) -m 'not slow'
 
 test-slow: $(VENV)/.dev
-	$(BIN)/python -m pytest $(PARALLEL)
+	$(BIN)/python -m pytest -n $(WORKERS)
 
 test-package: $(VENV)/.dev
 	PYTHON=$(PYTHON) .ci/package
@@ -56,7 +55,7 @@ CORE_TESTS := tests/selfguided tests/model tests/tokenizer tests/data tests/trai
   tests/test_presets.py tests/test_cli.py tests/test_hub.py tests/test_report.py tests/test_figures.py
 
 test-oldest: $(OLDEST)/.installed
-	$(OLDEST)/bin/python -m pytest $(PARALLEL) -m 'not slow' -W ignore::DeprecationWarning $(CORE_TESTS) # old packages among new ones
+	$(OLDEST)/bin/python -m pytest -n $(WORKERS) -m 'not slow' -W ignore::DeprecationWarning $(CORE_TESTS) # old packages among new ones
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
