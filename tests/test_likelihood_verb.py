@@ -42,7 +42,7 @@ def test_both_weights_with_their_losses(line: SmallLine, tmp_path: Path, capsys:
         assert f"{math.exp(loss):.2f}" in said
     assert record["results"][0]["loss"] != record["results"][1]["loss"]
     run_command(command(line, "--ema", "--names", "one", "--out", tmp_path / "averaged.json"))
-    assert json.loads((tmp_path / "averaged.json").read_text())["results"] == record["results"][1:]
+    assert json.loads((tmp_path / "averaged.json").read_text())["results"] == [record["results"][1] | {"model": "one"}]
     assert record["store"] == store.describe()
     assert f"{len(store)} images; an even guess among 11 tokens: {math.log(11):.4f}" in said
 

@@ -10,15 +10,18 @@ def flops_per_token(config: ModelConfig) -> tuple[float, float]:
     return config.n_layers * (2 * per_block + attention), 2 * config.dim * config.vocab_size
 
 
-def training_flops_per_token(config: TrainConfig) -> float:
+def training_flops_per_token(config: TrainConfig, *, until: float | None = None) -> float:
     """Three passes of everything, and the teacher's over the blocks up to the last that it is asked for, in the steps that have one.
 
     What activation checkpointing repeats is not counted, nor the projector and the losses.
+
+    Args:
+        until: share of the run that has self-guidance, if not the config's.
     """
     body, head = flops_per_token(config.model)
     guided, depth = config.selfguided, config.model.n_layers
     layers = depth if guided.alpha > 0 else guided.layer(depth) if guided.contrast else 0
-    return 3 * (body + head) + body * layers / depth * guided.until / guided.every
+    return 3 * (body + head) + body * layers / depth * (guided.until if until is None else until) / guided.every
 
 
 def training_flops(config: TrainConfig, images: int) -> float:

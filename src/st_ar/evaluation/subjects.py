@@ -71,7 +71,7 @@ def _place(path: Path) -> Path:
 def find_subjects(
     models: Sequence[Path], names: Sequence[str], weights: Literal["live", "ema", "both"], *, ema: bool = False
 ) -> list[Subject]:
-    """The weights of some models, read once to be sure that they can be.
+    """The weights of some models, read once to be sure that they can be; averaged ones say so in their names, if those were not given.
 
     Args:
         ema: a short way to say that `weights` is "ema".
@@ -87,7 +87,7 @@ def find_subjects(
     for path, name in zip(models, called, strict=True):
         for averaged in wanted:
             info = open_model(path, ema=averaged)[1]
-            label = f"{name} (EMA)" if info.ema else name
+            label = name if not info.ema or (names and weights != "both") else f"{name} (EMA)"
             if any(label == subject.name for subject in found):
                 raise UserError(f"two models are called {label}: give different --names, and each model once")
             found.append(Subject(name=label, info=info, sha256=sha256(info.source)))

@@ -8,7 +8,6 @@ import math
 import resource
 import sys
 from collections.abc import Callable, Generator, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -70,8 +69,7 @@ class Watch:
         logged = read_log(out / "log.jsonl")
         self.logged = logged[-1]["step"] if logged else 0
         self.peak = peak_flops(device, dtype)
-        plain, guided = (replace(training.selfguided, until=share) for share in (0.0, 1.0))
-        self.flops = [training_flops_per_token(replace(training, selfguided=each)) for each in (plain, guided)]
+        self.flops = [training_flops_per_token(training, until=share) for share in (0.0, 1.0)]
         self.trackers: list[Background] = []
 
     @contextlib.contextmanager
