@@ -3,6 +3,7 @@
 import csv
 import json
 import statistics
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -207,6 +208,16 @@ def test_full_size_is_planned(tmp_path: Path, capsys: Capture) -> None:
 def test_what_cannot_be_planned_is_refused(tmp_path: Path, given: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         run_command(["reproduce", "table3", "--out", str(tmp_path / "work"), *given])
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("missing", ["jinja2", "matplotlib"])
+def test_a_library_that_draws_the_table_is_missed_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, missing: str
+) -> None:
+    monkeypatch.setitem(sys.modules, missing, None)  # importing it raises
+    with pytest.raises(UserError, match=missing):
+        run_command(["reproduce", "fig4", "--steps", "1", "--out", str(tmp_path / "work")])
     assert not list(tmp_path.iterdir())
 
 

@@ -19,7 +19,7 @@ from st_ar import load_tokenizer
 from st_ar.data.decode import MAX_PIXELS
 from st_ar.data.images import Example, ImageSource
 from st_ar.errors import UserError
-from st_ar.tokenizer import to_pixels, to_uint8
+from st_ar.tokenizer import kmeans, to_pixels, to_uint8
 from st_ar.tokenizer.kmeans import KMeansTokenizer, train_kmeans
 from tests.disk import contents, flip_byte, full_disk, refused
 
@@ -263,3 +263,25 @@ def test_every_byte_survives_the_way_to_pixels_and_back() -> None:
 def test_pixels_become_bytes_as_llamagen_does(value: float, byte: int) -> None:
     # clamp(127.5 x + 128, 0, 255), truncated.
     assert to_uint8(torch.full((1, 3, 1, 1), value)).flatten().tolist() == [byte] * 3
+
+
+def test_of_many_images_some_that_are_evenly_spaced_are_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kmeans, "MOST_IMAGES", 10)
+    pixels = np.random.default_rng(0).integers(0, 256, (25, 6, 6, 3)).astype(np.uint8)
+    decoded: list[int] = []
+
+    class Watched(Example):
+        def read(self) -> Image.Image:
+            decoded.append(self.label)
+            return super().read()
+
+    def examples(start: int) -> Iterator[Example]:
+        for index in range(start, 25):
+            yield Watched(Image.fromarray(pixels[index]), index)
+
+    names = [str(index) for index in range(25)]
+    source = ImageSource(
+        name="noise", class_names=names, count=25, examples=examples, size=6, crop_range=1.0, mirror=True
+    )
+    assert train_kmeans(source, vocab_size=4, patch=3).vocab_size == 4
+    assert decoded == list(range(0, 25, 3))

@@ -85,12 +85,15 @@ def tokenize(
     if job.is_complete:  # by rank 0, before this rank began, or but for what it had to clear up
         return TokenStore(out)
     mine = None if shards is None else range(ranks.rank, shards, ranks.world)
-    title = "tokenize" if ranks.world == 1 else f"tokenize (rank {ranks.rank} of {ranks.world})"
     total, done = expected, 0
     if source.count is not None and mine is not None:
         sizes = {index: min(images_per_shard, source.count - index * images_per_shard) for index in mine}
         total, done = sum(sizes.values()), sum(size for index, size in sizes.items() if job.is_finished(index))
-    with open_decoder(crops.side, workers) as decoder, progress(title, total, unit="images", done=done) as bar:
+    first = ranks.rank == 0
+    with (
+        open_decoder(crops.side, workers) as decoder,
+        progress("tokenize", total, unit="images", done=done, shown=first) as bar,
+    ):
         work = _Work(source, tokenizer, crops, job, decoder, bar, batch_size, images_per_shard)
         for index in count(ranks.rank, ranks.world) if mine is None else mine:
             if not job.is_finished(index) and not work.make_shard(index):
