@@ -13,14 +13,16 @@ import json
 import re
 import sys
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 from statistics import mean
+from typing import get_args
 
 from common import RESULTS
 from st_ar.comparison import Spread
 from st_ar.figures import line_chart
 from st_ar.reproduce.measured import likelihood, probe_curve
-from st_ar.reproduce.paper import CONTROL, EXPERIMENTS
+from st_ar.reproduce.paper import CONTROL, EXPERIMENTS, Size
 from st_ar.reproduce.plan import run_name
 
 NAME = re.compile(
@@ -32,11 +34,13 @@ FIRST = ("evidence", "remedies", "cheaper", "questions", "length")  # the order 
 
 
 def labels() -> dict[str, str]:
-    """Runs' names without their seeds, and what the tables call them; in the tables' order."""
+    """Runs' names without their seeds, and what the tables call them; in the tables' order. Those of --size say so."""
     named: dict[str, str] = {}
-    for table in dict.fromkeys((*FIRST, *EXPERIMENTS)):
-        for row in EXPERIMENTS[table].rows:
-            named.setdefault(run_name(row.recipe), row.method or row.label)
+    for size in get_args(Size):
+        for table in dict.fromkeys((*FIRST, *EXPERIMENTS)):
+            for row in EXPERIMENTS[table].rows:
+                larger = "" if size == "B" else f", size {size}"
+                named.setdefault(run_name(replace(row.recipe, size=size)), (row.method or row.label) + larger)
     return named
 
 
