@@ -13,7 +13,6 @@ import json
 import re
 import sys
 from collections import defaultdict
-from dataclasses import replace
 from pathlib import Path
 from statistics import mean
 from typing import get_args
@@ -24,6 +23,7 @@ from st_ar.figures import line_chart
 from st_ar.reproduce.measured import likelihood, probe_curve
 from st_ar.reproduce.paper import CONTROL, EXPERIMENTS, Size
 from st_ar.reproduce.plan import run_name
+from st_ar.reproduce_verb import resized
 
 NAME = re.compile(
     r"(?P<recipe>.+)-seed(?P<seed>\d+)(-step(?P<step>\d+))?(?P<ema>-ema)?-(?P<kind>probe|likelihood|unguided\.evaluation)\.json"
@@ -34,13 +34,15 @@ FIRST = ("evidence", "remedies", "cheaper", "questions", "length")  # the order 
 
 
 def labels() -> dict[str, str]:
-    """Runs' names without their seeds, and what the tables call them; in the tables' order. Those of --size say so."""
+    """Runs' names without their seeds, and what the tables call them; in the tables' order. After them those of --size."""
+    tables = {what: EXPERIMENTS[what].rows for what in (*FIRST, *EXPERIMENTS)}
     named: dict[str, str] = {}
+    for row in (row for rows in tables.values() for row in rows):
+        named.setdefault(run_name(row.recipe), row.method or row.label)
+    of_one_size = {what: rows for what, rows in tables.items() if all(row.recipe.size == "B" for row in rows)}
     for size in get_args(Size):
-        for table in dict.fromkeys((*FIRST, *EXPERIMENTS)):
-            for row in EXPERIMENTS[table].rows:
-                larger = "" if size == "B" else f", size {size}"
-                named.setdefault(run_name(replace(row.recipe, size=size)), (row.method or row.label) + larger)
+        for what, row in ((what, row) for what, rows in of_one_size.items() for row in rows):
+            named.setdefault(run_name(resized(row.recipe, size, what)), f"{row.method or row.label}, size {size}")
     return named
 
 
