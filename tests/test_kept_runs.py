@@ -1,0 +1,128 @@
+"""benchmarks/kept_runs.py: one table of runs kept from several tables, and the pages' own tables against it."""
+
+import importlib
+import json
+import re
+import statistics
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from st_ar.reproduce.paper import CONTROL
+from tests.ranks import ROOT
+
+ST_AR = "+ MIM + step + view (ST-AR)"
+
+
+@pytest.fixture
+def kept_runs(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    return importlib.import_module("kept_runs")
+
+
+def keep(folder: Path, run: str, *, probe: float, distance: float, loss: float, test: str = "the test store") -> None:
+    """What `reproduce` leaves of a run, as far as it is read; the probe has half as much after the first of two steps."""
+    files: dict[str, dict[str, Any]] = {
+        "probe": {"test": {"fingerprint": test}, "results": [{"steps": [8, 64], "top1": [probe / 2, probe]}]},
+        "likelihood": {"store": {"fingerprint": test}, "results": [{"loss": loss}]},
+        "unguided.evaluation": {
+            "reference": {"sha256": "theirs"},
+            "metrics": {"FD-Network": distance, "precision (Network)": 0.75, "recall (Network)": 0.5},
+        },
+    }
+    for kind, said in files.items():
+        (folder / f"{run}-{kind}.json").write_text(json.dumps(said))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    keep(tmp_path, "st-ar-b-50-epochs-seed0", probe=0.5, distance=6.0, loss=3.75)
+    keep(tmp_path, "ar-b-50-epochs-2-views-seed0", probe=0.25, distance=3.0, loss=3.5)
+    keep(tmp_path, "ar-b-50-epochs-2-views-seed2", probe=0.375, distance=5.0, loss=3.25)
+    keep(tmp_path, "ar-b-50-epochs-2-views-seed2-ema", probe=0.125, distance=7.0, loss=3.0)
+    keep(tmp_path, "ar-l-50-epochs-2-views-seed0", probe=0.625, distance=2.0, loss=3.0)
+    keep(tmp_path, "of-no-table-seed0", probe=0.625, distance=2.0, loss=3.0)
+    return tmp_path
+
+
+def test_runs_have_their_tables_labels_and_order_and_every_seed_counts(kept_runs: ModuleType, folder: Path) -> None:
+    rows = kept_runs.read(folder)
+    assert [(label, list(seeds)) for label, seeds in rows.items()] == [
+        (CONTROL.label, [0, 2]),
+        (f"{CONTROL.label}, averaged weights", [2]),
+        (ST_AR, [0]),
+        (f"{CONTROL.label}, size L", [0]),
+        ("of-no-table", [0]),
+    ]
+    steps = {"probe by tokens read, % 00008": 12.5, "probe by tokens read, % 00064": 25.0}
+    assert rows[CONTROL.label][0] == {"FD": 3.0, "precision": 0.75, "recall": 0.5, "validation loss": 3.5} | steps
+    deviation = statistics.stdev([3.0, 5.0])
+    assert kept_runs.spread(rows[CONTROL.label], "FD", 2) == f"4.00 ± {deviation:.2f}"
+    assert kept_runs.spread(rows[ST_AR], "FD", 2) == "6.00"
+
+
+def test_gains_and_costs_are_over_the_controls_mean(
+    kept_runs: ModuleType, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: dict[str, Any] = {}
+    draw = kept_runs.line_chart
+    monkeypatch.setattr(kept_runs, "line_chart", lambda series, **rest: (drawn.update(series), draw(series, **rest))[1])
+    kept_runs.price(kept_runs.read(folder), folder / "price.svg")
+    distances, probes = drawn[CONTROL.label]
+    assert distances == pytest.approx([-25.0, 25.0])
+    assert probes == pytest.approx([-6.25, 6.25])
+    distances, probes = drawn[ST_AR]
+    assert distances == pytest.approx([50.0])
+    assert probes == pytest.approx([18.75])
+    assert "<svg" in (folder / "price.svg").read_text()
+
+
+def test_what_was_measured_on_something_else_is_refused(kept_runs: ModuleType, folder: Path) -> None:
+    keep(folder, "st-ar-b-50-epochs-seed1", probe=0.5, distance=6.0, loss=3.75, test="another")
+    with pytest.raises(SystemExit, match=r"st-ar-b-50-epochs-seed1-\w+\.json and .* were not measured on the same"):
+        kept_runs.read(folder)
+
+
+def test_a_folder_without_measurements_says_what_keeps_them(kept_runs: ModuleType, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=r"holds no measurements: benchmarks/collect\.py --runs keeps them"):
+        kept_runs.read(tmp_path)
+
+
+def numbers(text: str) -> list[str]:
+    """Means, and deviations where there are some."""
+    return re.findall(r"\d+\.\d+", text)
+
+
+def page_rows(headings: str) -> list[list[str]]:
+    """The numbers of each row of those of CIFAR-10's tables that have these headings."""
+    text = (
+        (ROOT / "docs" / "cifar10.md").read_text().partition("\n## On few images")[0]
+    )  # whose runs are in a file of their own
+    tables = [part for part in text.split("\n\n") if part.startswith("|") and headings in part.splitlines()[0]]
+    lines = [line.split("|", 2)[2] for table in tables for line in table.splitlines()[2:]]  # labels have numbers too
+    return [numbers(line) for line in lines]
+
+
+def agree(said: list[str], measured: list[str]) -> bool:
+    """Every number of a row is one of the kept, as far as it is told."""
+    pairs = zip(said, measured, strict=False)  # a row may say more than is kept here
+    return all(abs(float(a) - float(b)) <= 0.5001 * 10 ** -len(a.partition(".")[2]) for a, b in pairs)
+
+
+def test_the_pages_tables_are_what_was_kept(kept_runs: ModuleType) -> None:
+    """Each row of docs/cifar10.md is one of the kept, and each kept one of k-means tokens has its row there."""
+    rows = page_rows("| FD-EfficientNet-Lite0 | precision | recall | validation loss | probe, last step, % |")
+    columns = {**kept_runs.COLUMNS, "probe by tokens read, % 00064": 1}
+    kept = {}
+    for name in ("cifar10-kmeans", "cifar10-kmeans-l", "cifar10"):
+        measured = kept_runs.read(kept_runs.RESULTS / name / "runs").values()
+        texts = [[kept_runs.spread(seeds, of, digits + 2) for of, digits in columns.items()] for seeds in measured]
+        kept[name] = [
+            numbers(" ".join(text)) for text in texts if text.count("-") == 1
+        ]  # that of FID: all else is there
+    assert len(rows) > 20
+    assert [row for row in rows if not any(agree(row, measured) for found in kept.values() for measured in found)] == []
+    for measured in kept["cifar10-kmeans"] + kept["cifar10-kmeans-l"]:
+        assert any(agree(row, measured) for row in rows), measured
