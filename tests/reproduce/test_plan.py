@@ -209,7 +209,9 @@ def test_the_features_of_all_of_imagenets_crops_fit_into_their_cache() -> None:
 def test_the_quarters_of_a_long_run_are_measured_one_by_one() -> None:
     plan = Plan(EXPERIMENTS["length"], SCALES["small"], PHOTOS, WORK, steps=1202, weights=("ema",))
     train = [stage.command for stage in plan.stages if stage.command[0] == "train"]
-    assert len(train) == 3
+    guided = [" ".join(word for word in command if "selfguided" in word) for command in train]
+    unmasked = "--selfguided.alpha --selfguided.mask-ratio"
+    assert guided == ["", "", unmasked, f"{unmasked} --selfguided.no-step-loss"]
     for command in train:
         assert command[command.index("--keep-every") + 1] == "300"
         assert command[command.index("--checkpoint-every") + 1] == "100"  # divides 300, as the preset's 500 does not

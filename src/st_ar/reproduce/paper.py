@@ -296,6 +296,9 @@ EXPERIMENTS: dict[Name, Experiment] = {
             *_quarters("control", CONTROL.recipe),
             *_quarters("ST-AR", Recipe()),
             *_quarters("contrast alone", Recipe(changes={"alpha": 0.0, "mask_ratio": 0.0})),
+            *_quarters(
+                "inter-view contrast alone", Recipe(changes={"alpha": 0.0, "mask_ratio": 0.0, "step_loss": False})
+            ),
         ),
         metrics=("fid", "precision", "recall", "probe"),
         figure="length",
