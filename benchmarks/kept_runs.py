@@ -1,7 +1,8 @@
 """A table of all runs that benchmarks/collect.py has kept in a folder of results, whenever and wherever each was made.
 
     python benchmarks/kept_runs.py cifar10-kmeans
-    python benchmarks/kept_runs.py cifar10-kmeans --price docs/images/cifar10-price.svg --curves docs/images/cifar10-probe.svg
+    python benchmarks/kept_runs.py cifar10-kmeans --price docs/images/cifar10-price.svg
+    python benchmarks/kept_runs.py cifar10-kmeans --rows 'AR on the same two views (control)' '+ view' --curves probe.svg
 
 A line for each recipe and its weights, with the mean and standard deviation over its seeds. Runs of one folder share their
 tokenizer and reference, which is checked here. Figures are of the live weights after the last step: what each recipe gains over the
@@ -13,6 +14,7 @@ import json
 import re
 import sys
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
 from typing import get_args
@@ -93,6 +95,16 @@ def spread(seeds: dict[int, dict[str, float]], column: str, digits: int) -> str:
     return Spread(values).text(digits) if values else "-"
 
 
+def chosen(
+    rows: dict[str, dict[int, dict[str, float]]], labels: Sequence[str]
+) -> dict[str, dict[int, dict[str, float]]]:
+    """What figures show: the rows of the last step's live weights, or of those only the named."""
+    ended = {label: seeds for label, seeds in rows.items() if ", after " not in label and "averaged" not in label}
+    if unknown := [label for label in labels if label not in ended]:
+        sys.exit(f"there is no row {unknown[0]!r}; there are {', '.join(map(repr, ended))}")
+    return {label: ended[label] for label in labels or ended}
+
+
 def price(rows: dict[str, dict[int, dict[str, float]]], target: Path) -> None:
     """Draw what each recipe gains and costs."""
     columns = probe_columns(rows)
@@ -144,6 +156,7 @@ def main() -> None:
     """Read, check, print, draw."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", help="folder below benchmarks/results")
+    parser.add_argument("--rows", nargs="+", default=(), metavar="LABEL", help="what is drawn; all by default")
     parser.add_argument("--price", type=Path, metavar="FILE.svg", help="draw gains and costs")
     parser.add_argument("--curves", type=Path, metavar="FILE.svg", help="draw the probe over what has been read")
     given = parser.parse_args()
@@ -155,11 +168,11 @@ def main() -> None:
         cells = [spread(seeds, column, digits) for column, digits in columns.items()]
         curve = " ".join(spread(seeds, column, 1).replace(" ± ", "±") for column in probe_columns({label: seeds}))
         print(f"| {label} | {len(seeds)} | {' | '.join(cells)} | {curve or '-'} |")
-    ended = {label: seeds for label, seeds in rows.items() if ", after " not in label and "averaged" not in label}
+    drawn = chosen(rows, given.rows)
     if given.price:
-        price(ended, given.price)
+        price(drawn, given.price)
     if given.curves:
-        curves(ended, given.curves)
+        curves(drawn, given.curves)
 
 
 if __name__ == "__main__":

@@ -79,6 +79,20 @@ def test_gains_and_costs_are_over_the_controls_mean(
     assert "<svg" in (folder / "price.svg").read_text()
 
 
+def test_figures_show_live_weights_at_the_end_and_of_them_what_is_asked_for(
+    kept_runs: ModuleType, folder: Path
+) -> None:
+    keep(folder, "ar-b-50-epochs-2-views-seed0-step750", probe=0.125, distance=7.0, loss=3.0)
+    rows = kept_runs.read(folder)
+    assert f"{CONTROL.label}, after 750 steps" in rows
+    assert list(kept_runs.chosen(rows, ())) == [CONTROL.label, ST_AR, f"{CONTROL.label}, size L", "of-no-table"]
+    assert kept_runs.chosen(rows, [ST_AR, CONTROL.label]) == {label: rows[label] for label in (ST_AR, CONTROL.label)}
+    with pytest.raises(
+        SystemExit, match=r"there is no row 'nobody'; there are 'AR on the same two views \(control\)', "
+    ):
+        kept_runs.chosen(rows, ["nobody"])
+
+
 def test_what_was_measured_on_something_else_is_refused(kept_runs: ModuleType, folder: Path) -> None:
     keep(folder, "st-ar-b-50-epochs-seed1", probe=0.5, distance=6.0, loss=3.75, test="another")
     with pytest.raises(SystemExit, match=r"st-ar-b-50-epochs-seed1-\w+\.json and .* were not measured on the same"):
