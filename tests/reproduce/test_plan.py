@@ -249,12 +249,14 @@ def test_what_reads_images_of_a_small_size_is_told_it() -> None:
     assert [command[command.index("--size") + 1] for command in reading] == ["32"] * 4
 
 
-def test_one_row_reads_center_crops_alone() -> None:
+def test_two_rows_read_center_crops_alone_one_view_a_step() -> None:
     plan = Plan(EXPERIMENTS["evidence"], SCALES["small"], PHOTOS, WORK)
     made = next(stage for stage in plan.stages if stage.makes.name == "tokens-centered")
     assert made.command[-6:-2] == ("--size", "32", "--crops", "center-mirror")
-    trained = [stage.makes for stage in plan.stages if stage.command[0] == "train" and str(made.makes) in stage.command]
-    assert trained == plan.files["AR on centre crops and their mirror images"].runs
+    trained = [stage for stage in plan.stages if stage.command[0] == "train" and str(made.makes) in stage.command]
+    rows = ("AR on centre crops and their mirror images", "+ step, on centre crops and their mirror images")
+    assert [[stage.makes] for stage in trained] == [plan.files[row].runs for row in rows]
+    assert [stage.command[stage.command.index("--views") + 1] for stage in trained] == ["1", "1"]
 
 
 def test_equal_time_is_as_many_steps_as_self_guided_training_takes(tmp_path: Path) -> None:

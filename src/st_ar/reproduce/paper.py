@@ -279,6 +279,10 @@ EXPERIMENTS: dict[Name, Experiment] = {
         title="Does self-guidance pay?",
         rows=(
             Row(label="AR on centre crops and their mirror images", recipe=replace(AR_ONCE, centered=True)),
+            Row(
+                label="+ step, on centre crops and their mirror images",  # which needs no second view
+                recipe=Recipe(views=1, centered=True, changes={"alpha": 0.0, "mask_ratio": 0.0, "view_loss": False}),
+            ),
             CONTROL,
             EQUAL_TIME,
             _ablated("+ MIM", {}, beta=0.0),
