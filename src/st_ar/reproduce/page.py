@@ -134,7 +134,7 @@ def _length_charts(plan: Plan, ours: Mapping[str, Mapping[str, Spread]], page: P
                     ys.append(spread.mean)
         if curves:
             name = f"{what} by tokens read"
-            drawing = line_chart(curves, name=name, x=TOKENS, y=what, legend_above=len(curves) > 3)
+            drawing = line_chart(curves, name=name, x=TOKENS, y=what, legend_above=True)
             drawing.save(page.with_name(f"{page.stem}-{short}.svg"))
             drawn.append(drawing.svg())
     return drawn
@@ -153,7 +153,7 @@ def _probe_chart(plan: Plan, path: Path) -> str:
         x="tokens read",
         y="accuracy (%)",
         x_ticks=next(iter(curves.values()))[0],
-        legend_above=len(curves) > 3,
+        legend_above=True,
     )
     drawing.save(path)
     return drawing.svg()
