@@ -130,7 +130,7 @@ def test_the_pages_tables_are_what_was_kept(kept_runs: ModuleType) -> None:
     rows = page_rows("| FD-EfficientNet-Lite0 | precision | recall | validation loss | probe, last step, % |")
     columns = {**kept_runs.COLUMNS, "probe by tokens read, % 00064": 1}
     kept = {}
-    for name in ("cifar10-kmeans", "cifar10-kmeans-l", "cifar10"):
+    for name in ("cifar10-kmeans", "cifar10-kmeans-l", "cifar10-kmeans-longer", "cifar10"):
         measured = kept_runs.read(kept_runs.RESULTS / name / "runs").values()
         texts = [[kept_runs.spread(seeds, of, digits + 2) for of, digits in columns.items()] for seeds in measured]
         kept[name] = [
@@ -138,5 +138,5 @@ def test_the_pages_tables_are_what_was_kept(kept_runs: ModuleType) -> None:
         ]  # that of FID: all else is there
     assert len(rows) > 20
     assert [row for row in rows if not any(agree(row, measured) for found in kept.values() for measured in found)] == []
-    for measured in kept["cifar10-kmeans"] + kept["cifar10-kmeans-l"]:
+    for measured in kept["cifar10-kmeans"] + kept["cifar10-kmeans-l"] + kept["cifar10-kmeans-longer"]:
         assert any(agree(row, measured) for row in rows), measured
