@@ -2,6 +2,10 @@
 
     python benchmarks/collect.py reproduced --name reproduced table3 questions
     python benchmarks/collect.py cifar10 --name cifar10 evidence cheaper --runs
+    python benchmarks/collect.py elsewhere/cifar10 --name cifar10 evidence --runs --no-tables
+
+A table has the rows of one call of `reproduce` alone. Runs of several, made in folders of their own, are kept beside each other without
+the tables; benchmarks/kept_runs.py makes one of them all.
 
 In what is kept the folder has the name given, wherever it lay, and so have the images' files.
 """
@@ -35,11 +39,14 @@ def main() -> None:
     parser.add_argument("tables", nargs="+", help="table3, questions, ..")
     parser.add_argument("--name", required=True, help="folder below benchmarks/results")
     parser.add_argument("--runs", action="store_true", help="also each run's config.json, log.jsonl and measurements")
+    parser.add_argument("--no-tables", dest="table", action="store_false", help="with --runs: the runs alone")
     given = parser.parse_args()
+    if not given.runs and not given.table:
+        parser.error("--no-tables leaves nothing to keep without --runs")
     out = RESULTS / given.name
     used: set[str] = set()
     for table in given.tables:
-        for pattern in FIGURES:
+        for pattern in FIGURES if given.table else ():
             for source in sorted(given.work.glob(pattern.format(table))):
                 keep(source, out / source.name, given.work, given.name)
         for command in json.loads((given.work / f"{table}.json").read_text())["commands"]:

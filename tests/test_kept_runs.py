@@ -1,4 +1,4 @@
-"""benchmarks/kept_runs.py: one table of runs kept from several tables, and the pages' own tables against it."""
+"""benchmarks/collect.py and kept_runs.py: what is kept of runs, one table of all, and the pages' own tables against it."""
 
 import importlib
 import json
@@ -91,6 +91,28 @@ def test_figures_show_live_weights_at_the_end_and_of_them_what_is_asked_for(
         SystemExit, match=r"there is no row 'nobody'; there are 'AR on the same two views \(control\)', "
     ):
         kept_runs.chosen(rows, ["nobody"])
+
+
+@pytest.mark.parametrize("tables", [True, False])
+def test_runs_are_kept_with_or_without_the_table_that_they_were_made_for(
+    kept_runs: ModuleType, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, tables: bool
+) -> None:
+    collect, work, results = importlib.import_module("collect"), tmp_path / "work", tmp_path / "results"
+    made = "ar-b-50-epochs-2-views-seed0"
+    for run in (made, "ar-b-50-epochs-2-views-seed2"):  # the second was made for another table
+        (work / "runs" / run).mkdir(parents=True)
+        (work / "runs" / run / "config.json").write_text(json.dumps({"tokens": f"{work}/tokens"}))
+        (work / "runs" / run / "log.jsonl").write_text("")
+        keep(work / "runs", run, probe=0.25, distance=3.0, loss=3.5)
+    (work / "evidence.json").write_text(json.dumps({"commands": [["train", "preset", "--out", f"{work}/runs/{made}"]]}))
+    options = ["--name", "kept", "--runs", *([] if tables else ["--no-tables"])]
+    monkeypatch.setattr(collect, "RESULTS", results)
+    monkeypatch.setattr("sys.argv", ["collect.py", str(work), "evidence", *options])
+    collect.main()
+    assert (results / "kept" / "evidence.json").exists() == tables
+    assert json.loads((results / "kept" / "runs" / made / "config.json").read_text()) == {"tokens": "kept/tokens"}
+    alone = {CONTROL.label: {0: kept_runs.read(folder)[CONTROL.label][0]}}
+    assert kept_runs.read(results / "kept" / "runs") == alone
 
 
 def test_what_was_measured_on_something_else_is_refused(kept_runs: ModuleType, folder: Path) -> None:
