@@ -160,6 +160,8 @@ def main() -> None:
     parser.add_argument("--price", type=Path, metavar="FILE.svg", help="draw gains and costs")
     parser.add_argument("--curves", type=Path, metavar="FILE.svg", help="draw the probe over what has been read")
     given = parser.parse_args()
+    if given.rows and not (given.price or given.curves):
+        parser.error("--rows says what --price and --curves draw: give one of them")
     rows = read(RESULTS / given.name / "runs")
     there = {column for seeds in rows.values() for found in seeds.values() for column in found}
     columns = {column: digits for column, digits in COLUMNS.items() if column in there}
