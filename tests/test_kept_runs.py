@@ -93,6 +93,29 @@ def test_figures_show_live_weights_at_the_end_and_of_them_what_is_asked_for(
         kept_runs.chosen(rows, ["nobody"])
 
 
+def test_rows_without_a_figure_are_refused_and_with_one_drawn(
+    kept_runs: ModuleType,
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "results" / "kept").mkdir(parents=True)
+    (tmp_path / "results" / "kept" / "runs").symlink_to(folder)
+    monkeypatch.setattr(kept_runs, "RESULTS", tmp_path / "results")
+    asked = ["kept_runs.py", "kept", "--rows", ST_AR]
+    monkeypatch.setattr("sys.argv", asked)
+    with pytest.raises(SystemExit):
+        kept_runs.main()
+    assert "--rows says what --price and --curves draw: give one of them" in capsys.readouterr().err
+    monkeypatch.setattr("sys.argv", [*asked, "--curves", str(tmp_path / "probe.svg")])
+    kept_runs.main()
+    assert f"| {ST_AR} | 1 | 6.00 | 0.750 | 0.500 | 3.750 | 25.0 50.0 |" in capsys.readouterr().out
+    drawn = (tmp_path / "probe.svg").read_text()
+    assert "ST-AR" in drawn
+    assert CONTROL.label not in drawn
+
+
 @pytest.mark.parametrize("tables", [True, False])
 def test_runs_are_kept_with_or_without_the_table_that_they_were_made_for(
     kept_runs: ModuleType, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, tables: bool
