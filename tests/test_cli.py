@@ -188,7 +188,7 @@ def test_the_shell_sees_status_2_and_no_traceback() -> None:
     assert done.stderr.count("\n") == 1
 
 
-ALONE = sorted(set(VERBS) - {"tokenize", "sample", "reference", "evaluate", "reconstruct", "completion"})
+ALONE = sorted(set(VERBS) - {"tokenize", "sample", "reference", "evaluate", "reconstruct", "env", "completion"})
 
 
 @pytest.mark.parametrize("command", [*([verb] for verb in ALONE), ["train-tokenizer", "kmeans"]], ids=" ".join)
@@ -590,3 +590,18 @@ def test_a_mistake_in_the_files_is_one_line_in_the_shell_too(line: Line) -> None
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "st-ar: --labels 10 is out of range: the model knows classes 0 to 9\n"
     assert contents(line.folder) == before
+
+
+def test_env_prints_what_a_bug_report_needs(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    main(["env"])
+    lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    main(["env", "--json", "-"])
+    found = json.loads(capsys.readouterr().out)
+    assert (lines["st-ar"], lines["torch"]) == (found["st_ar"], found["torch"]) == (__version__, torch.__version__)
+    assert f"numpy {np.__version__}" in lines["packages"]
+    assert found["packages"]["numpy"] == np.__version__
+    assert (lines["variables"], found["variables"]["OMP_NUM_THREADS"]) == ("OMP_NUM_THREADS 1", "1")
+    assert found["gpus"] == []
+    assert found["cores"] >= found["threads"] >= 1
+    assert found["memory"].endswith(" GiB")

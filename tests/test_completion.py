@@ -14,7 +14,7 @@ from tests.programs import find_program
 
 LINES = [
     (["st-ar", "tok"], {"tokenize"}),
-    (["st-ar", "train", "st-ar-x"], {"st-ar-xl", "st-ar-xl-t2i"}),
+    (["st-ar", "train", "st-ar-x"], {"st-ar-xl", "st-ar-xl-every2", "st-ar-xl-t2i", "st-ar-xl-view"}),
     (["st-ar", "train", "st-ar-b", "--optim.sch"], {"--optim.schedule"}),
     (["st-ar", "train", "st-ar-b", "--optim.schedule", "co"], {"constant", "cosine"}),
     (["st-ar", "train-tokenizer", "kmeans", "--vocab-s"], {"--vocab-size"}),

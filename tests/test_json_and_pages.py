@@ -81,7 +81,7 @@ def command(verb: str, line: SmallLine, pictures: Path, out: Path) -> list[str]:
 
 
 def test_the_verbs_that_have_it() -> None:
-    assert {name for name, verb in VERBS.items() if "json" in {f.name for f in fields(verb)}} == REPORTING
+    assert {name for name, verb in VERBS.items() if "json" in {f.name for f in fields(verb)}} == {*REPORTING, "env"}
     assert {name for name, verb in VERBS.items() if "page" in {f.name for f in fields(verb)}} == PAGED
 
 

@@ -118,6 +118,13 @@ def test_the_embedded_data_compare_self_guidance_on_the_same_views(data: str) ->
     assert (guided.mask_ratio, guided.alpha, guided.beta) == (defaults.mask_ratio, defaults.alpha, defaults.beta)
 
 
+@pytest.mark.parametrize("size", ["b", "l", "xl", "photos", "digits", "cifar10"])
+def test_the_cheaper_recipes_change_the_papers_method_in_what_their_names_say(size: str) -> None:
+    unmasked = {"selfguided.mask_ratio": (0.25, 0.0), "selfguided.alpha": (1.0, 0.0)}
+    assert changed(f"st-ar-{size}", f"st-ar-{size}-view") == unmasked | {"selfguided.step_loss": (True, False)}
+    assert changed(f"st-ar-{size}", f"st-ar-{size}-every2") == unmasked | {"selfguided.every": (1, 2)}
+
+
 @pytest.mark.parametrize(
     ("wrong", "near"), [("st-ar-bb", "st-ar-b"), ("llamagen_xl", "llamagen-xl"), ("ST-AR-XL", None)]
 )

@@ -4,7 +4,7 @@ import dataclasses
 import json
 import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from st_ar.quickstart import quickstart
 from st_ar.training.log import read_log
 from tests.disk import contents, refused
 
-RUNS = {"AR": "llamagen", "ST-AR": "st-ar"}
+RUNS = {name: method.folder for name, method in module.METHODS.items()}
 
 
 def small_preset(name: str) -> TrainConfig:
@@ -65,21 +65,25 @@ def summary_of(out: Path) -> dict[str, Any]:
     return json.loads((out / "summary.json").read_text(), parse_constant=no_constant)
 
 
+def exports_of(out: Path, runs: Sequence[str]) -> dict[str, bytes]:
+    return {f"{run}/{name}": data for run in runs for name, data in contents(out / run / "export").items()}
+
+
 def exports(out: Path) -> dict[str, bytes]:
-    return {name: data for run in RUNS.values() for name, data in contents(out / run / "export").items()}
+    return exports_of(out, list(RUNS.values()))
 
 
 def measures(out: Path) -> dict[str, Any]:
     """The summary without what depends on the clock."""
     summary = summary_of(out)
-    for name in ("step_time_ratio", "seconds_of_this_call"):
+    for name in ("step_time_ratio", "step_time_ratio_contrast", "seconds_of_this_call"):
         del summary[name]
     for method in RUNS:
         del summary[method]["seconds_per_step"]
     return summary
 
 
-def test_both_methods_are_measured_in_finite_numbers(made: Path) -> None:
+def test_all_methods_are_measured_in_finite_numbers(made: Path) -> None:
     summary = summary_of(made)
     assert (summary["images"], summary["steps"], summary["seed"], summary["samples"]) == ("digits", 3, 0, 60)
     for method in RUNS:
@@ -108,11 +112,12 @@ def test_the_validation_loss_is_that_of_the_kept_model_on_the_kept_store(made: P
         assert measured[name] == pytest.approx(loss, rel=1e-5)
 
 
-def test_the_two_runs_differ_in_the_method_alone_and_use_equal_tokens(made: Path) -> None:
+def test_the_runs_differ_in_the_method_alone_and_use_equal_tokens(made: Path) -> None:
     configs = {m: json.loads((made / run / "config.json").read_text()) for m, run in RUNS.items()}
-    plain, guided = (configs[m]["config"] for m in RUNS)
-    assert {name for name in plain if plain[name] != guided[name]} == {"selfguided"}
-    assert configs["AR"]["tokens"] == configs["ST-AR"]["tokens"]
+    plain, guided, contrast = (configs[m]["config"] for m in RUNS)
+    for other in (guided, contrast):
+        assert {name for name in plain if plain[name] != other[name]} == {"selfguided"}
+    assert configs["AR"]["tokens"] == configs["ST-AR"]["tokens"] == configs["Contrast alone"]["tokens"]
     for method, run in RUNS.items():
         log = read_log(made / run / "log.jsonl")
         assert log[-1]["step"] == 3
@@ -121,12 +126,14 @@ def test_the_two_runs_differ_in_the_method_alone_and_use_equal_tokens(made: Path
         assert seen == summary_of(made)["tokens_per_method"]
     assert guided["selfguided"]["alpha"] > 0
     assert plain["selfguided"]["alpha"] == plain["selfguided"]["beta"] == plain["selfguided"]["mask_ratio"] == 0
+    changed = {name: value for name, value in contrast["selfguided"].items() if value != guided["selfguided"][name]}
+    assert changed == {"mask_ratio": 0, "alpha": 0, "step_loss": False}
 
 
-def test_the_report_names_both_methods_and_how_to_go_on(made: Path) -> None:
+def test_the_report_names_all_methods_and_how_to_go_on(made: Path) -> None:
     html = (made / "report.html").read_text()
     assert "AR and ST-AR on 1,297 images of digits" in html
-    assert '<th scope="col">AR</th><th scope="col">ST-AR</th>' in html
+    assert '<th scope="col">AR</th><th scope="col">ST-AR</th><th scope="col">Contrast alone</th>' in html
     assert f"st-ar train st-ar-digits --tokens {made / 'tokens-train'} --out st-ar-long --steps 30" in html
     summary = summary_of(made)
     for method in RUNS:
@@ -142,13 +149,13 @@ def test_every_artefact_is_what_the_matching_command_would_leave(made: Path) -> 
         store.verify()
         assert (len(store), len(store.meta.crops)) == (images, crops)
     files = {Path(name).parts[0] for name in contents(made)}
-    names = {"tokenizer", "tokens-train", "tokens-test", "llamagen", "st-ar"}
-    assert files == {*names, "quickstart.json", "summary.json", "report.html"}
+    names = {"tokenizer", "tokens-train", "tokens-test", *RUNS.values()}
+    assert files == {*names, "quickstart.json", "summary.json", "report.html", "overview.svg", "overview.json"}
 
 
 def test_a_second_call_measures_again_without_training_again(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     weights = [path for run in RUNS.values() for path in (copy / run / "export").glob("*.safetensors")]
-    assert len(weights) == 4
+    assert len(weights) == 6
     before, times = exports(copy), [path.stat().st_mtime_ns for path in weights]
     stores = contents(copy / "tokens-train") | contents(copy / "tokenizer")
     first = measures(copy)
@@ -184,6 +191,27 @@ def test_settings_out_of_range_leave_nothing_behind(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--steps must be at least 1, not 0"):
         quickstart(tmp_path / "out", images="digits", steps=0)
     assert not (tmp_path / "out").exists()
+
+
+def test_the_overview_shows_every_methods_curve_and_the_first_samples_of_each_class(made: Path) -> None:
+    data = json.loads((made / "overview.json").read_text())
+    summary = summary_of(made)
+    assert data["attention"]["layer"] == 1
+    for method in RUNS:
+        assert data["probe accuracy (%)"][method]["y"] == [100 * share for share in summary[method]["probe"]["top1"]]
+    labels = np.array([3, 1, 3, 1, 2, 1])
+    assert module._spread_over_classes(labels, 5).tolist() == [1, 4, 0, 3, 2]
+
+
+def test_a_quickstart_of_an_earlier_version_gains_the_third_method(made: Path, copy: Path) -> None:
+    shutil.rmtree(copy / "contrast")
+    claim = json.loads((copy / "quickstart.json").read_text())
+    del claim["Contrast alone"]
+    (copy / "quickstart.json").write_text(json.dumps(claim))
+    before = exports_of(copy, ("llamagen", "st-ar"))
+    quickstart(copy, images="digits", steps=3)
+    assert exports_of(copy, ("llamagen", "st-ar")) == before
+    np.testing.assert_equal(measures(copy), measures(made))
 
 
 # Stopped at any instant: what is left of each stage that was cut short

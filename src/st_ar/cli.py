@@ -47,6 +47,7 @@ Train LlamaGen-style image generators with and without self-guidance (ST-AR), an
   demo               a web page on this machine: draw, compare, see what models look at, follow runs
   reproduce          the paper's tables and figures, at full size or small
   convert            to and from the weight files of LlamaGen's scripts, models and VQ tokenizers
+  env                versions, CPU, GPUs and threads, for a bug report
   completion         a script with which bash, zsh or fish complete all this
 
 exit status: 0 done, 2 a mistake or trouble that the message explains, 130 or 143 interrupted (training: and saved)
@@ -140,7 +141,7 @@ def _read_train_tokenizer(arguments: Sequence[str]) -> Callable[[], None]:
     return tyro.cli(command, prog=f"st-ar train-tokenizer {name}", args=rest, description=presets[name].__doc__).run
 
 
-SHARED = ("tokenize", "sample", "reference", "evaluate", "reconstruct", "completion")
+SHARED = ("tokenize", "sample", "reference", "evaluate", "reconstruct", "env", "completion")
 """Verbs whose work several ranks share (as they do the training of models and VQ tokenizers), or that have none to share."""
 
 

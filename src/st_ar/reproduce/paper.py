@@ -75,10 +75,11 @@ class Experiment:
     guidance: bool = False
     """Whether samples are guided, each size by its published scale."""
     figure: Literal["", "understanding", "attention", "probe", "length"] = ""
-    by_layer: bool = False
-    """Whether the maps of its figure are of four depths, instead of half the depth."""
+    depths: tuple[float, ...] = ()
+    """Depths of the layers whose maps its figure shows, as shares of the layers; half the depth if none are given."""
 
 
+QUARTERS = (0.25, 0.5, 0.75, 1.0)
 ADM = ("fid", "sfid", "is", "precision", "recall")
 AR_ONCE = Recipe(guided=False, views=1)
 CONTROL = Row(label="AR on the same two views (control)", recipe=Recipe(guided=False, views=2))
@@ -186,13 +187,13 @@ EXPERIMENTS: dict[Name, Experiment] = {
         title="Figure 1: what plain autoregressive training learns",
         rows=(Row(label="AR", recipe=AR_ONCE),),
         figure="understanding",
-        by_layer=True,
+        depths=QUARTERS,
     ),
     "fig2": Experiment(
         title="Figure 2: attention of plain autoregressive training, by layer and step",
         rows=(Row(label="AR", recipe=AR_ONCE),),
         figure="attention",
-        by_layer=True,
+        depths=QUARTERS,
     ),
     "fig4": Experiment(
         title="Figure 4: linear probing over the steps",
@@ -205,9 +206,10 @@ EXPERIMENTS: dict[Name, Experiment] = {
         figure="probe",
     ),
     "fig5": Experiment(
-        title="Figure 5: attention with self-guided training",
+        title="Figure 5: attention of the final layer with self-guided training",
         rows=(Row(label="AR", recipe=AR_ONCE), Row(label="ST-AR", recipe=Recipe())),
         figure="attention",
+        depths=(1.0,),
     ),
     "questions": Experiment(
         title="What the paper leaves open",

@@ -193,12 +193,12 @@ class Plan:
         return self._attention(f"attention of {model.name}", {model.name: model.path}, out, *which)
 
     def _maps(self, weights: Weights) -> Path:
-        """Attention of every row beside each other; by layer (Figures 1a and 2) at the depths of Table 5."""
+        """Attention of every row side by side, of the layers that the figure is about."""
         runs = {label: files.runs[0] for label, files in self.files.items()}
         which = ["--ema"] if weights == "ema" else []
-        if self.experiment.by_layer:
+        if depths := self.experiment.depths:
             layers = self.scale.config(self.experiment.rows[0].recipe, 0)[1].model.n_layers
-            which += ["--layers", *dict.fromkeys(str(max(1, round(layers * part / 4))) for part in range(1, 5))]
+            which += ["--layers", *dict.fromkeys(str(max(1, round(layers * depth))) for depth in depths)]
         name = "-".join(["attention", *(["ema"] if weights == "ema" else []), *(run.name for run in runs.values())])
         return self._attention("attention", runs, self.work / name, *which)
 
