@@ -601,7 +601,8 @@ def test_env_prints_what_a_bug_report_needs(capsys: Capture, monkeypatch: pytest
     assert (lines["st-ar"], lines["torch"]) == (found["st_ar"], found["torch"]) == (__version__, torch.__version__)
     assert f"numpy {np.__version__}" in lines["packages"]
     assert found["packages"]["numpy"] == np.__version__
-    assert (lines["variables"], found["variables"]["OMP_NUM_THREADS"]) == ("OMP_NUM_THREADS 1", "1")
+    assert "OMP_NUM_THREADS 1" in lines["variables"]
+    assert found["variables"]["OMP_NUM_THREADS"] == "1"
     assert found["gpus"] == []
     assert found["cores"] >= found["threads"] >= 1
     assert found["memory"].endswith(" GiB")
