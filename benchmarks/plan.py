@@ -12,9 +12,14 @@ import argparse
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
 from st_ar.config import ModelConfig, TrainConfig
 from st_ar.cost import flops_per_token, parameters, training_flops_per_token
 from st_ar.presets import get_preset
+from st_ar.tokenizer.vq_network import Reader
+from st_ar.vq_config import VQ_PRESETS
 
 SHARD = 16384
 """Images of a shard of a token store."""
@@ -92,6 +97,13 @@ def store_bytes(model: ModelConfig, images: int, crops: int) -> int:
     return images * (crops * model.sequence_length * 2 + 4)
 
 
+def tokenizing_flops(images: int, crops: int) -> float:
+    """Operations that VQ-16's encoder takes for the crops of all images, at 256 pixels."""
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        Reader(VQ_PRESETS["vq-16"]().model)(torch.empty(1, 3, 256, 256))
+    return float(images) * crops * counter.get_total_flops()
+
+
 def plan(config: TrainConfig, machines: Machines, *, images: int, crops: int) -> list[tuple[str, str]]:
     """The table's rows: what, and how much."""
     model, ranks = config.model, machines.gpus
@@ -117,6 +129,7 @@ def plan(config: TrainConfig, machines: Machines, *, images: int, crops: int) ->
         ("steps", f"{steps:,}"),
         ("tokens of the run, operations", f"{steps * tokens_per_step:.3g}, {steps * tokens_per_step * operations:.3g}"),
         ("time of the run", _time(steps * step)),
+        ("operations to tokenize the images with VQ-16", f"{tokenizing_flops(images, crops):.3g}"),
         ("token store", f"{_bytes(store_bytes(model, images, crops))} in {shards:,} shards of {one_shard}"),
         ("read from it", f"{_bytes(tokens_per_step * 2 / step)}/s by all ranks"),
         ("labels and orders of two epochs in each rank's memory", _bytes(3 * 8 * images)),

@@ -51,7 +51,8 @@ def read_verb(command: type, presets: Sequence[str] = ()) -> Verb:
                 takes_value=False, help=help_
             )
         else:
-            options[f"--{name}"] = Option(choices=_choices(kind), help=help_)
+            for alias in (f"--{name}", *(alias for mark in marks for alias in getattr(mark, "aliases", None) or ())):
+                options[alias] = Option(choices=_choices(kind), help=help_)
     options["--help"] = Option(takes_value=False, help="Show the help")
     return Verb(presets=words, options=options)
 

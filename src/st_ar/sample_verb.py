@@ -16,7 +16,7 @@ from st_ar.sample_config import SampleSettings
 class Sample:
     """Draw images from a model into a .npz file (ADM's layout) or a folder of PNGs, with the settings beside them.
 
-    The same command continues a stopped job. Several processes share one: torchrun --nproc-per-node 4 -m st_ar sample ..
+    The same command continues a stopped job. Several processes share one: torchrun --nproc-per-node 4 "$(which st-ar)" sample ..
     """
 
     model: Path
@@ -27,8 +27,8 @@ class Sample:
     """FILE.npz, or a folder for PNGs."""
     text: Path | None = None
     """Captions' features for a text model: a .safetensors file, or a folder of them."""
-    num: int | None = None
-    """Images to draw: 64 by default; of a text model one for each caption."""
+    num: Annotated[int | None, tyro.conf.arg(aliases=["--num-images"])] = None
+    """Images to draw: 64 by default; of a text model one for each caption. Under torchrun, which refuses --num, write --num-images."""
     per_class: int | None = None
     """Images to draw of each class (instead of --num): 50 of 1,000 classes for FID."""
     labels: tuple[int, ...] = ()

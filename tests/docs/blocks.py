@@ -9,7 +9,7 @@ from typing import Literal
 from tests.docs.stand_ins import LISTINGS
 
 ROOT = Path(__file__).parents[2]
-PROGRAMS = ("st-ar", "torchrun", "python", "python3", "pip", "make", "tensorboard", "mkdir", ".")
+PROGRAMS = ("st-ar", "torchrun", "python", "python3", "pip", "make", "tensorboard", "mkdir", "curl", ".")
 """What the commands of shell blocks begin with."""
 
 
@@ -19,7 +19,7 @@ class Block:
     """File name."""
     line: int
     """Of its first line in the page, counted from 1."""
-    kind: Literal["shell", "python", "script", "yaml", "listing"]
+    kind: Literal["shell", "bash", "python", "script", "yaml", "listing"]
     text: str
 
     def __str__(self) -> str:
@@ -64,8 +64,10 @@ def blocks(page: Path) -> list[Block]:
 
 def _block(page: str, line: int, text: str, language: str) -> Block:
     first = text.splitlines()[0]
-    if (page, first) in LISTINGS or page == "formats.md":
+    if (page, first) in LISTINGS or page == "formats.md" or language == "bibtex":
         kind = "listing"
+    elif language == "bash":  # run whole
+        kind = "bash"
     elif first.startswith("#!"):
         kind = "script"
     elif first.split()[0] in PROGRAMS:
@@ -78,7 +80,8 @@ def _block(page: str, line: int, text: str, language: str) -> Block:
         raise AssertionError(
             f"{page}:{line}: {first!r} is neither command nor Python: declare it in tests/docs/stand_ins.py"
         )
-    assert not language or (language, kind) in {("text", "listing"), ("shell", "shell"), ("python", "python")}, first
+    fences = {("text", "listing"), ("bibtex", "listing"), ("bash", "bash"), ("shell", "shell"), ("python", "python")}
+    assert not language or (language, kind) in fences, first
     block = Block(page, line, kind, text)
     if kind == "shell":
         for command in block.commands:

@@ -21,9 +21,12 @@ TINY: list[tuple[str, str]] = [
 
 PARSED: list[tuple[str, str]] = [
     (r"^torchrun ", "several processes or machines"),
+    (r"^curl ", "downloads"),
     (r"^(make|pip|python3 -m venv|\. )", "installs"),
     (r"^tensorboard ", "serves until it is stopped"),
     (r"^st-ar demo", "serves until it is stopped; the page has tests of its own"),
+    (r"st-ar-b-50|tokens-val", "ImageNet's page"),
+    (r"my-reference", "needs Inception's weights"),
     (
         r"imagenet|vq_ds16_c2i|c2i_B_(256|384)|samples-256|my-run|\bvq-16\b",
         "needs ImageNet, published weights or a large tokenizer",
@@ -45,7 +48,7 @@ PARSED_PYTHON = {
 
 SHELL_WORDS: list[tuple[str, str]] = [
     (r"\$\(\[ [^)]*\)|\$resume", "--resume"),
-    (r"\$\([^)]*\)", "HOST"),
+    (r"\$\((?!which)[^)]*\)", "HOST"),
     (r"\$SKYPILOT_NODE_RANK", "0"),
     (r"\$SKYPILOT_NUM_\w+", "8"),
     (r"\$\{?\w+\}?", "VALUE"),
@@ -53,8 +56,13 @@ SHELL_WORDS: list[tuple[str, str]] = [
 """Pattern -> what stands for it where a script's commands are parsed."""
 
 LISTINGS = {
-    ("README.md", "images --tokenize--> token store --train--> run --sample--> images --evaluate--> table"),
     ("README.md", "src/st_ar/"),
+    ("development.md", "src/st_ar/"),
+    (
+        "development.md",
+        "tests/          one folder for each folder of the package; reference/ has the equations as naive loops, fixtures/ outputs",
+    ),
+    ("command-line.md", "images --tokenize--> token store --train--> run --sample--> images --evaluate--> table"),
     ("index.md", "images --tokenize--> token store --train--> run --sample--> images --evaluate--> table"),
     ("own-images.md", "pictures/"),
     ("scale.md", "/shared/tokens/imagenet    the token store: every rank reads it, at random"),

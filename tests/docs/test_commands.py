@@ -8,6 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tarfile
 import tomllib
 import warnings
 from collections.abc import Callable
@@ -98,7 +99,7 @@ def parse(command: str) -> None:
         from torch.distributed.run import get_args_parser
 
         options = get_args_parser().parse_args(rest)
-        assert (options.module, options.training_script) == (True, "st_ar"), command
+        assert (options.module, options.training_script) == (False, "$(which st-ar)"), command
         program, rest = "st-ar", options.training_script_args
     if program == "st-ar":
         assert callable(read_command(rest))
@@ -114,6 +115,10 @@ def parse(command: str) -> None:
             tensorboard.TensorBoard().configure(argv=words)
     elif program == "python" and rest[0] == "-c":
         compile(rest[1], command, "exec")
+    elif program == "curl":
+        addresses = [word for word in rest if word != "-LO"]
+        assert addresses
+        assert all(re.fullmatch(r"https://[\w.-]+(/[\w.-]+)+", address) for address in addresses), command
     else:
         assert re.match(r"python3? (-m venv|autoregressive/)|\. ", command), f"nothing here can read {command!r}"
 
@@ -141,27 +146,80 @@ def why_parsed(command: str) -> str:
 SHELL = [block for page in pages() for block in blocks(page) if block.kind == "shell"]
 RUN = {str(b): [c for c in b.commands if not why_parsed(c)] for b in SHELL}
 PAGES = sorted(
-    {b.page for b in SHELL if RUN[str(b)]} | {b.page for p in pages() for b in blocks(p) if b.kind == "python"}
+    {b.page for b in SHELL if RUN[str(b)]}
+    | {b.page for p in pages() for b in blocks(p) if b.kind in ("python", "bash")}
 )
 
 
 @pytest.mark.parametrize("page", PAGES)
 def test_what_a_page_shows_runs_in_its_order(page: str, world: Path, tmp_path: Path) -> None:
     place = tmp_path / "place"
-    keep = ("photos", "pictures") if page in ("index.md", "own-images.md") else None
+    keep = ("photos", "pictures") if page in ("README.md", "index.md", "own-images.md") else None
     shutil.copytree(
         world, place, ignore=lambda at, names: [n for n in names if keep and at == str(world) and n not in keep]
     )
     [path] = [p for p in pages() if p.name == page]
     names: dict[str, Any] = {"st_ar": st_ar, "torch": torch, "numpy": np} | given(page)
     with contextlib.chdir(place):
+        if page == "imagenet.md":
+            pack_imagenet()
         for block in blocks(path):
+            if block.kind == "bash":
+                subprocess.run(["bash", "-euo", "pipefail", "-c", block.text], check=True)
             if block.kind == "shell":
                 for command in RUN[str(block)]:
                     run_here(command)
             elif block.kind == "python" and not any(text in block.text for text in PARSED_PYTHON):
                 with contextlib.redirect_stdout(io.StringIO()):
                     exec(compile("\n" * (block.line - 1) + block.text, page, "exec"), names)
+        if page == "imagenet.md":
+            check_imagenet()
+
+
+WNIDS = {1: "n02119789", 2: "n02100735", 3: "n01440764"}
+"""Three of ImageNet's classes: the development kit's numbers are not in the order of the names."""
+
+
+def pack_imagenet() -> None:
+    """ImageNet's three files as they are published, with three classes, two training and one validation image each."""
+    scipy_io = pytest.importorskip("scipy.io")
+    made = Path("imagenet-parts")
+    data = made / "ILSVRC2012_devkit_t12/data"
+    data.mkdir(parents=True)
+    kinds = [("ILSVRC2012_ID", "i4"), ("WNID", "O"), ("words", "O")]
+    synsets = np.array([(number, name, f"words of {name}") for number, name in WNIDS.items()], dtype=kinds)
+    scipy_io.savemat(data / "meta.mat", {"synsets": synsets})
+    (data / "ILSVRC2012_validation_ground_truth.txt").write_text("3\n1\n2\n")
+    (made / "classes").mkdir()
+    (made / "val").mkdir()
+    with tarfile.open("ILSVRC2012_img_train.tar", "w") as train:
+        for name in WNIDS.values():
+            with tarfile.open(made / f"{name}.tar", "w") as tar:
+                for number in range(2):
+                    image = made / "classes" / f"{name}_{number}.JPEG"
+                    Image.new("RGB", (40, 30)).save(image)
+                    tar.add(image, image.name)
+            train.add(made / f"{name}.tar", f"{name}.tar")
+    with tarfile.open("ILSVRC2012_img_val.tar", "w") as val:
+        for number in range(1, 4):
+            image = made / "val" / f"ILSVRC2012_val_{number:08}.JPEG"
+            Image.new("RGB", (40, 30)).save(image)
+            val.add(image, image.name)
+    with tarfile.open("ILSVRC2012_devkit_t12.tar.gz", "w:gz") as kit:
+        kit.add(made / "ILSVRC2012_devkit_t12", "ILSVRC2012_devkit_t12")
+
+
+def check_imagenet() -> None:
+    """Every image lies in its class's folder, and the folders' order is the order of ImageNet's class numbers."""
+    from st_ar.data.images import open_images
+
+    for split, each in (("train", 2), ("val", 1)):
+        source = open_images(f"folder:imagenet/{split}")
+        assert list(source.class_names) == sorted(WNIDS.values())
+        assert len(list(source.examples(0))) == 3 * each
+    validation = {path.name: path.parent.name for path in Path("imagenet/val").glob("*/*.JPEG")}
+    assert validation == {f"ILSVRC2012_val_{n:08}.JPEG": WNIDS[label] for n, label in ((1, 3), (2, 1), (3, 2))}
+    assert not list(Path("imagenet/train").glob("*.tar"))
 
 
 def given(page: str) -> dict[str, Any]:
@@ -215,7 +273,7 @@ def test_a_wrong_option_would_be_found() -> None:
     """The parsers refuse what they should."""
     for command in (
         "st-ar train st-ar-b --tokens a --out b --optim.rate 1",
-        "torchrun --nproc-per-node 8 -m st_ar tokenize --images a --tokenizer b",
+        'torchrun --nproc-per-node 8 "$(which st-ar)" tokenize --images a --tokenizer b',
         "torchrun --processes 8 -m st_ar tokenize --images a --tokenizer b --out c",
     ):
         with (

@@ -43,3 +43,13 @@ def test_nothing_is_fetched_from_elsewhere(site: Path) -> None:
         Fetches().feed(page.read_text())
     for sheet in site.rglob("*.css"):
         assert not re.search(r"(url\(|@import )['\"]?(https?:)?//", sheet.read_text()), sheet
+
+
+def test_equations_are_drawn_on_the_texts_baseline(site: Path) -> None:
+    html = (site / "method.html").read_text()
+    assert html.count('<p class="equation"><svg') == 6
+    assert "$" not in re.sub(r"(?s)<(code|script|style).*?</\1>", "", html.split("<article")[1].split("</article>")[0])
+    [total] = re.findall(r'<svg [^>]*aria-label="L = L_{AR} [^"]*"[^>]*>', html)
+    [depth] = re.findall(r"vertical-align:-([\d.]+)em", total)
+    [height] = re.findall(r'height="([\d.]+)em"', total)
+    assert 0.3 < float(depth) < float(height) < 3  # a fraction reaches below the baseline

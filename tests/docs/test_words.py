@@ -106,7 +106,33 @@ def test_every_page_is_in_the_sites_menu() -> None:
         assert re.search(rf"\b{re.escape(page.name)}$", menu, re.MULTILINE), page.name
 
 
-def test_every_verb_is_in_the_readme() -> None:
+def test_every_command_is_in_the_readme_and_in_the_list_of_commands() -> None:
     readme = (ROOT / "README.md").read_text()
-    for verb in read_verbs():
-        assert f"| `st-ar {verb}" in readme, verb
+    listed = (ROOT / "docs/command-line.md").read_text()
+    for command in read_verbs():
+        assert f"`{command}`" in readme, command
+        assert re.search(rf"(?m)^\| `st-ar {command}[ `]", listed), command
+
+
+# Language
+
+FIRST_PAGES = ("README.md", "imagenet.md", "method.md")
+
+
+def sentences(page: Path) -> list[str]:
+    """The sentences of the text: no code, tables, headings, equations or pictures; a list's items begin new ones."""
+    text = re.sub(r"(?s)\$\$.*?\$\$", "", prose(page))
+    text = re.sub(r"(?m)^([|#>!\[].*|\s*)$", "\n", text)
+    text = re.sub(r"\]\([^)]*\)", "]", text)
+    text = re.sub(r"(?m)^\s*(-|\d+\.) ", "\n\n", text)
+    paragraphs = [" ".join(part.split()) for part in re.split(r"\n\s*\n", text)]
+    return [found for part in paragraphs for found in re.split(r"(?<=[.!?:;])\s+(?=[\[A-Z`*$\d])", part) if found]
+
+
+@pytest.mark.parametrize("page", [page for page in pages() if page.name in FIRST_PAGES], ids=lambda page: page.name)
+def test_sentences_are_short(page: Path) -> None:
+    lengths = {sentence: len(re.findall(r"[\w'.,-]*\w", sentence)) for sentence in sentences(page)}
+    assert len(lengths) > 20
+    longest = max(lengths, key=lambda sentence: lengths[sentence])
+    assert lengths[longest] <= 40, longest
+    assert sum(lengths.values()) / len(lengths) <= 20

@@ -41,7 +41,7 @@ def choose_parallel(config: TrainConfig, world: int) -> str:
         if config.parallel in ("ddp", "fsdp"):
             raise UserError(
                 f"--parallel {config.parallel} shares the work among several ranks and there is one: start them by "
-                "torchrun --nproc-per-node N -m st_ar train .., or leave it out"
+                "torchrun --nproc-per-node N $(which st-ar) train .., or leave it out"
             )
         return "none"
     if config.parallel == "none":
