@@ -16,6 +16,7 @@ from typing import Any
 
 from common import save
 from st_ar.comparison import Spread
+from st_ar.quickstart import METHODS
 
 
 def run(images: str, seed: int) -> dict[str, Any]:
@@ -48,7 +49,7 @@ def run(images: str, seed: int) -> dict[str, Any]:
             "frechet_regions": summary[method]["frechet"],
             "seconds_per_step": summary[method]["seconds_per_step"],
         }
-        for method in ("AR", "ST-AR")
+        for method in METHODS
     }
     return {
         "seconds": time.perf_counter() - begun,
@@ -56,6 +57,7 @@ def run(images: str, seed: int) -> dict[str, Any]:
         "page_bytes": page,
         "steps": summary["steps"],
         "step_time_ratio": summary["step_time_ratio"],
+        "step_time_ratio_contrast": summary["step_time_ratio_contrast"],
         **found,
     }
 
@@ -72,7 +74,7 @@ def main() -> None:
     for seed, r in runs.items():
         print(f"{seed:<6}{r['seconds']:9.0f}{r['peak_mib']:10.0f}")
     summary: dict[str, Any] = {"seconds_median": statistics.median(r["seconds"] for r in runs.values())}
-    for method in ("AR", "ST-AR"):
+    for method in METHODS:
         for name, pick in (
             ("probe_last_step", lambda m: m["probe_top1"][-1]),
             ("validation_loss", lambda m: m["validation_loss"]),
@@ -80,7 +82,7 @@ def main() -> None:
         ):
             values = [pick(r[method]) for r in runs.values()]
             summary[f"{method} {name}"] = Spread(tuple(values)).describe()
-            print(f"{method:6} {name:18} " + " ".join(f"{value:.4f}" for value in values))
+            print(f"{method:14} {name:18} " + " ".join(f"{value:.4f}" for value in values))
     save(given.name or f"quickstart-{given.images}", {"runs": runs, "summary": summary})
 
 
