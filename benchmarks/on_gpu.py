@@ -52,9 +52,9 @@ from st_ar.model.generate import TokenSampler, generate
 from st_ar.model.transformer import Transformer
 from st_ar.presets import get_preset
 from st_ar.sample_config import SampleSettings
-from st_ar.tokenizer.train import Training as VQTraining
 from st_ar.training.loop import train
 from st_ar.training.run import seconds_per_step
+from st_ar.training.vqgan import Training as VQTraining
 from st_ar.vq_config import VQ_16, VQ_PRESETS, VQConfig
 from tokenizing import measure_encoding, random_tokenizer
 from training import measure, our_step

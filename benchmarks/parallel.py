@@ -25,13 +25,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from common import ratio, save, summarise
 from st_ar.config import PLAIN, TrainConfig
+from st_ar.distributed import process_group
 from st_ar.hardware import choose_dtype
 from st_ar.model.transformer import Transformer
 from st_ar.presets import get_preset
 from st_ar.selfguided.objective import SelfGuided, draw
 from st_ar.selfguided.teacher import Teacher
 from st_ar.training import loop
-from st_ar.training.group import process_group
 from st_ar.training.optim import adamw, clip_gradients
 from st_ar.training.parallel import choose_parallel, spread
 

@@ -8,15 +8,15 @@ from dataclasses import replace
 from pathlib import Path
 
 from st_ar.data.crops import Crops
-from st_ar.data.tokenize import tokenize
 from st_ar.evaluation.collect import Place
 from st_ar.evaluation.generation import evaluate
 from st_ar.evaluation.image_sets import open_files
 from st_ar.evaluation.references import open_reference, write_reference
 from st_ar.files import write_json
 from st_ar.sample_job import JOB
-from st_ar.tokenizer.train import train_tokenizer
+from st_ar.tokenizer.tokenize import tokenize
 from st_ar.training.loop import train
+from st_ar.training.vqgan import train_tokenizer
 from tests.evaluation.test_generation import ALL, toy
 from tests.sampling_processes import draw
 from tests.small_line import random_source, random_tokenizer

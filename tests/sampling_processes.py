@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from st_ar.data.ranks import Ranks
+from st_ar.distributed import Ranks
 from st_ar.model.weights import open_model
 from st_ar.sample_config import SampleSettings
 from st_ar.sampling import Sampler, sample_to

@@ -10,9 +10,9 @@ from PIL import Image
 
 from st_ar.data.crops import Crops
 from st_ar.data.images import Example, ImageSource
-from st_ar.data.tokenize import tokenize
 from st_ar.model.weights import save_export
 from st_ar.tokenizer.kmeans import KMeansTokenizer
+from st_ar.tokenizer.tokenize import tokenize
 from tests.toys import TINY, random_model
 
 

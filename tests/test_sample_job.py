@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 
 import st_ar
-from st_ar.data.ranks import Ranks
 from st_ar.data.text import TextStore, write_text
+from st_ar.distributed import Ranks
 from st_ar.errors import UserError
 from st_ar.files import sha256
 from st_ar.model.weights import open_model, save_export

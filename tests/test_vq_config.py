@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from st_ar.errors import UserError
 from st_ar.run_config import OptimConfig
 from st_ar.settings import from_dict, to_dict
-from st_ar.tokenizer.vqgan import VQGAN, Discriminator
+from st_ar.training.vqgan import VQGAN, Discriminator
 from st_ar.vq_config import VQ_PRESETS, AdversaryConfig, VQConfig, VQTrainConfig
 from tests.toys import FIXTURES
 

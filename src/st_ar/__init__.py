@@ -7,16 +7,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from st_ar.config import ModelConfig as ModelConfig
-    from st_ar.errors import UserError as UserError
-    from st_ar.evaluation import metrics as metrics
-    from st_ar.hub import from_pretrained as from_pretrained
-    from st_ar.hub import push_to_hub as push_to_hub
-    from st_ar.model.generate import generate as generate
-    from st_ar.model.transformer import Transformer as Transformer
-    from st_ar.model.weights import load_model as load_model
-    from st_ar.selfguided import losses as losses
-    from st_ar.tokenizer import load_tokenizer as load_tokenizer
+    from st_ar.config import ModelConfig
+    from st_ar.errors import UserError
+    from st_ar.evaluation import metrics
+    from st_ar.hub import from_pretrained, push_to_hub
+    from st_ar.model.generate import generate
+    from st_ar.model.transformer import Transformer
+    from st_ar.model.weights import load_model
+    from st_ar.selfguided import losses
+    from st_ar.tokenizer import load_tokenizer
+
 
 __version__ = "0.1.0"
 

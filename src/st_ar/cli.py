@@ -13,7 +13,6 @@ import tyro
 
 from st_ar import __version__
 from st_ar.config import TrainConfig
-from st_ar.data.ranks import Ranks
 from st_ar.data_verbs import TrainKMeans, TrainVQ, vq_command
 from st_ar.errors import Interrupted, UserError
 from st_ar.presets import PRESETS, get_preset, unknown_preset
@@ -146,6 +145,10 @@ SHARED = ("tokenize", "sample", "reference", "evaluate", "reconstruct", "env", "
 
 
 def _require_one_rank(verb: str) -> None:
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        return
+    from st_ar.distributed import Ranks
+
     if (world := Ranks.from_environment().world) > 1:
         raise UserError(
             f"st-ar {verb} runs in one process, not in {world}: start it without torchrun, WORLD_SIZE unset"

@@ -65,8 +65,8 @@ class TrainVQ:
 
     def run(self) -> None:
         from st_ar.data.images import open_images
-        from st_ar.data.ranks import Ranks
-        from st_ar.tokenizer.train import train_tokenizer
+        from st_ar.distributed import Ranks
+        from st_ar.training.vqgan import train_tokenizer
 
         train_tokenizer(
             self.config,
@@ -130,8 +130,9 @@ class Tokenize:
         from st_ar.data.crops import Crops
         from st_ar.data.images import open_images
         from st_ar.data.pool import default_workers
-        from st_ar.data.ranks import Ranks
-        from st_ar.data.tokenize import place_tokenizer, tokenize
+        from st_ar.distributed import Ranks
+        from st_ar.tokenizer import place_tokenizer
+        from st_ar.tokenizer.tokenize import tokenize
 
         ranks = Ranks.from_environment()
         source = open_images(self.images)

@@ -53,12 +53,12 @@ class Evaluate:
     """FILE.html for a page with the numbers, the first samples, and what identifies them (extra quickstart)."""
 
     def run(self) -> None:
+        from st_ar.distributed import in_turn, process_group
         from st_ar.evaluation.collect import Place
         from st_ar.evaluation.extractors import load_extractor
         from st_ar.evaluation.generation import check_sizes, choose_metrics, evaluate, format_number, one_line
         from st_ar.evaluation.image_sets import metadata_of, open_files
         from st_ar.evaluation.references import open_reference
-        from st_ar.training.group import in_turn, process_group
 
         metrics = choose_metrics(self.metrics, self.extractor == "inception")
         check_seeds(self.seed, self.shuffle_seed)
@@ -131,11 +131,11 @@ class MakeReference:
     """Where to compute."""
 
     def run(self) -> None:
+        from st_ar.distributed import in_turn, process_group
         from st_ar.evaluation.collect import Place
         from st_ar.evaluation.extractors import load_extractor
         from st_ar.evaluation.references import write_reference
         from st_ar.files import require_place
-        from st_ar.training.group import in_turn, process_group
 
         check_seeds(self.seed)
         check_side("--size", self.size)
@@ -182,14 +182,14 @@ class Reconstruct:
     """File for the result as JSON; - for standard output, instead of the table."""
 
     def run(self) -> None:
-        from st_ar.data.tokenize import place_tokenizer
+        from st_ar.distributed import in_turn, process_group
         from st_ar.evaluation.collect import Place
         from st_ar.evaluation.extractors import load_extractor
         from st_ar.evaluation.generation import format_number
         from st_ar.evaluation.image_sets import open_set
         from st_ar.evaluation.tokenizer_quality import measure_tokenizer
         from st_ar.files import require_absent, require_place
-        from st_ar.training.group import in_turn, process_group
+        from st_ar.tokenizer import place_tokenizer
 
         check_side("--size", self.size)
         check_json(self.json)

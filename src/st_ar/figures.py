@@ -19,6 +19,7 @@ from st_ar.files import write_json, written_aside
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 """Okabe and Ito's palette, in the order of use: telling apart needs no red-green vision."""
 MARKERS = ("o", "s", "^", "D", "v", "P")

@@ -41,8 +41,8 @@ class Invariance:
     """FILE.html for a page with the numbers, curve and pictures (extra quickstart)."""
 
     def run(self) -> None:
-        from st_ar.data.tokenize import place_tokenizer
         from st_ar.evaluation.invariance_job import measure_invariance, summarise
+        from st_ar.tokenizer import place_tokenizer
 
         check_json(self.json)
         check_page(self.page)

@@ -19,7 +19,6 @@ from st_ar.config import TrainConfig
 from st_ar.data.crops import Crops
 from st_ar.data.images import ImageSource, open_images
 from st_ar.data.store import META, TokenStore
-from st_ar.data.tokenize import tokenize
 from st_ar.errors import UserError
 from st_ar.evaluation import features
 from st_ar.evaluation.attention import AttentionStatistics, attention_maps, attention_statistics, attention_steps
@@ -42,6 +41,7 @@ from st_ar.token_figures import attention_figure, overview_figure
 from st_ar.tokenizer import CONFIG as TOKENIZER_CONFIG
 from st_ar.tokenizer import Tokenizer, load_tokenizer, paint
 from st_ar.tokenizer.kmeans import train_kmeans
+from st_ar.tokenizer.tokenize import tokenize
 from st_ar.training.log import read_log
 from st_ar.training.loop import train
 from st_ar.training.run import seconds_per_step

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from st_ar.data.decode import BrokenImageError, read_image
-from st_ar.data.ranks import Ranks
+from st_ar.distributed import Ranks
 from st_ar.errors import UserError, cause
 from st_ar.figures import strip
 from st_ar.files import open_array, read_json, require_absent, save_array, sha256, write_json, written_aside

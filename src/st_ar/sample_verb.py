@@ -51,8 +51,8 @@ class Sample:
 
     def run(self) -> None:
 
-        from st_ar.data.ranks import Ranks
         from st_ar.data.text import open_text
+        from st_ar.distributed import Ranks
         from st_ar.sampling import Sampler, choose_conditions, open_model_and_tokenizer, sample_to
 
         ranks = Ranks.from_environment()

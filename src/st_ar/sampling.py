@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from st_ar.config import ModelConfig
-from st_ar.data.ranks import Ranks
 from st_ar.data.text import TextStore
-from st_ar.data.tokenize import place_tokenizer
+from st_ar.distributed import Ranks
 from st_ar.errors import UserError
 from st_ar.files import sha256
 from st_ar.hardware import Beside, choose_device, choose_dtype, local_device, require_compiler
@@ -24,7 +23,7 @@ from st_ar.progress import Pace, progress
 from st_ar.randomness import Purpose, torch_seed
 from st_ar.sample_config import SampleSettings
 from st_ar.sample_job import SampleJob
-from st_ar.tokenizer import Tokenizer, paint
+from st_ar.tokenizer import Tokenizer, paint, place_tokenizer
 
 PICTURES_AT_ONCE = 16
 MOST = 10_000_000

@@ -123,12 +123,12 @@ def overview_figure(
         top, bottom = figure.add_gridspec(2, 1, height_ratios=(3.2, 2.2), hspace=0.33)
         left, right = top.subgridspec(1, 2, width_ratios=(1, 1.2), wspace=0.38)
         draw_lines(figure.add_subplot(left), curves, x="tokens read", y="probe accuracy (%)")
-        cells = right.subgridspec(len(maps), len(steps) + 1, wspace=0.06, hspace=0.08).subplots()
+        cells = right.subgridspec(len(maps), len(steps) + 1, wspace=0.06, hspace=0.08).subplots(squeeze=False)
         for axes in cells.flat:
             axes.grid(visible=False)
         _draw_attention(cells, images, maps, grid=grid, steps=steps)
         cells[0, 0].set_title(f"layer {layer}", fontsize=10)
-        rows = bottom.subgridspec(len(samples), 1, hspace=0.12).subplots()
+        rows = bottom.subgridspec(len(samples), 1, hspace=0.12).subplots(squeeze=False)[:, 0]
         for axes, (model, drawn) in zip(rows, samples.items(), strict=True):
             framed = np.pad(drawn, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=255)
             axes.imshow(strip(framed, len(framed)), interpolation="none")

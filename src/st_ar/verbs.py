@@ -26,8 +26,8 @@ from st_ar.sweep_verb import Sweep
 class Quickstart:
     """Train, probe, sample and compare AR, ST-AR and its contrast alone on images that come inside scikit-image and scikit-learn.
 
-    Takes less than five minutes on two cores with AVX512-BF16. Writes report.html, overview.svg and summary.json. The same command continues a stopped
-    quickstart.
+    Takes less than five minutes on two cores with AVX512-BF16. Writes report.html, overview.svg and summary.json. The same
+    command continues a stopped quickstart.
     """
 
     out: Path = Path("quickstart")

@@ -10,7 +10,7 @@ from PIL import Image
 from st_ar.data.crops import Crops
 from st_ar.data.images import open_images
 from st_ar.data.store import TokenStore
-from st_ar.data.tokenize import tokenize
+from st_ar.tokenizer.tokenize import tokenize
 from tests.data.pictures import encoded
 from tests.disk import refused
 from tests.small_line import random_tokenizer

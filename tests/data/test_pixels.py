@@ -20,7 +20,7 @@ from st_ar.data import pixels as module
 from st_ar.data.crops import center_crop
 from st_ar.data.images import Example, ImageSource, open_images
 from st_ar.data.pixels import Pixels
-from st_ar.data.ranks import Ranks
+from st_ar.distributed import Ranks
 from st_ar.errors import UserError
 from tests.data.pictures import encoded, noise
 

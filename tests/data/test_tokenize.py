@@ -20,12 +20,12 @@ from PIL import Image
 
 from st_ar.data.crops import Crops
 from st_ar.data.images import Example, ImageSource, open_images
-from st_ar.data.ranks import Ranks
 from st_ar.data.store import TokenStore
-from st_ar.data.tokenize import tokenize
+from st_ar.distributed import Ranks
 from st_ar.errors import UserError
 from st_ar.tokenizer import to_pixels
 from st_ar.tokenizer.kmeans import KMeansTokenizer
+from st_ar.tokenizer.tokenize import tokenize
 from tests.data.pictures import encoded
 from tests.disk import contents, full_disk, refused
 

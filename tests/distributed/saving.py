@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 import torch
 
+from st_ar.distributed import process_group
 from st_ar.errors import UserError
 from st_ar.training import checkpoint, loop
-from st_ar.training.group import process_group
 from tests.disk import full_disk
 from tests.distributed.cases import FSDP
 from tests.training.toy_runs import GUIDED_RUN

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from st_ar.training.group import process_group
+from st_ar.distributed import process_group
 from st_ar.training.loop import train
 from st_ar.watch_config import WatchConfig
 from tests.distributed.cases import GUIDED

@@ -20,10 +20,10 @@ from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 
 from st_ar.config import TrainConfig
+from st_ar.distributed import process_group
 from st_ar.errors import Interrupted, UserError
 from st_ar.model import weights
 from st_ar.training import loop, optim
-from st_ar.training.group import process_group
 from tests.calls import Calls
 from tests.distributed.cases import (
     CAPTIONS,

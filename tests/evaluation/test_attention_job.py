@@ -16,7 +16,6 @@ from PIL import Image
 
 from st_ar.data.crops import Crops
 from st_ar.data.store import TokenStore
-from st_ar.data.tokenize import tokenize
 from st_ar.errors import UserError
 from st_ar.evaluation import attention_job
 from st_ar.evaluation.attention import STATISTICS, ImageMasks, LayerStatistics, average_statistics, store_maps
@@ -25,6 +24,7 @@ from st_ar.evaluation.attention_report import table_of
 from st_ar.files import sha256
 from st_ar.model.weights import load_model, save_export
 from st_ar.tokenizer import load_tokenizer
+from st_ar.tokenizer.tokenize import tokenize
 from tests.disk import contents, refused
 from tests.small_line import SmallLine, make_line, random_source, random_tokenizer
 from tests.test_report import Page

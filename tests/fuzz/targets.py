@@ -18,10 +18,9 @@ from st_ar.config import ModelConfig, TrainConfig
 from st_ar.data.crops import Crops
 from st_ar.data.images import Example, ImageSource, open_images
 from st_ar.data.llamagen import import_tokens
-from st_ar.data.ranks import Ranks
 from st_ar.data.store import TokenStore
 from st_ar.data.text import TextStore, write_text
-from st_ar.data.tokenize import tokenize
+from st_ar.distributed import Ranks
 from st_ar.evaluation.collect import Place
 from st_ar.evaluation.feature_cache import FeatureCache
 from st_ar.evaluation.generation import evaluate, one_line
@@ -34,12 +33,12 @@ from st_ar.files import write_json
 from st_ar.model.generate import generate
 from st_ar.model.transformer import Transformer
 from st_ar.model.weights import HEADS, open_model, save_export
-from st_ar.reproduce.page import measurements, probe_curve
-from st_ar.reproduce.plan import Files
+from st_ar.reproduce.measured import Files, measurements, probe_curve
 from st_ar.run_config import OptimConfig
 from st_ar.sample_job import SampleJob
 from st_ar.settings import to_dict
 from st_ar.tokenizer import load_tokenizer
+from st_ar.tokenizer.tokenize import tokenize
 from st_ar.tokenizer.vq import VQTokenizer
 from st_ar.training.loop import train
 from tests.data.random_store import random_store

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from st_ar.tokenizer import train
 from st_ar.tokenizer.vq import VQTokenizer
+from st_ar.training import vqgan as train
 from tests.tokenizer.toy_gan import TOY_GAN, colours
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from st_ar.tokenizer import train as module
+from st_ar.training import vqgan as module
 from tests.tokenizer.toy_gan import TOY_GAN, colours
 
 

@@ -27,11 +27,10 @@ from st_ar.errors import Interrupted, UserError
 from st_ar.evaluation.efficientnet import PerceptualLoss, load_efficientnet
 from st_ar.evaluation.reconstruction import evaluation_images, reconstruct
 from st_ar.tokenizer import to_pixels
-from st_ar.tokenizer import train as module
-from st_ar.tokenizer.train import Training, backward, train_tokenizer
-from st_ar.tokenizer.vqgan import hinge_loss
+from st_ar.training import vqgan as module
 from st_ar.training.checkpoint import Checkpoints
 from st_ar.training.manifest import list_checkpoints
+from st_ar.training.vqgan import Training, backward, hinge_loss, train_tokenizer
 from st_ar.vq_config import VQTrainConfig
 from tests.data.pictures import encoded
 from tests.disk import contents, full_disk, refused

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from st_ar import load_model
 from st_ar.config import ModelConfig, SelfGuidedConfig, TrainConfig
-from st_ar.data.ranks import Ranks
 from st_ar.data.store import TokenStore
 from st_ar.data.views import Views
+from st_ar.distributed import Ranks
 from st_ar.model.transformer import Transformer
 from st_ar.model.weights import open_model
 from st_ar.randomness import Purpose, torch_seed

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from st_ar.data.ranks import Ranks
 from st_ar.data.store import JOB, META, SKIPPED, StoreMeta, TokenStore, shard_names
+from st_ar.distributed import Ranks
 from st_ar.errors import UserError, cause
 from st_ar.files import is_taken, open_array, parse_json, read_json, save_array, sha256, write_json, written_aside
 

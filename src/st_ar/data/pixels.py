@@ -16,7 +16,7 @@ from torch import Tensor
 
 from st_ar.data.images import Example, ImageSource
 from st_ar.data.pool import default_workers, open_decoder
-from st_ar.data.ranks import Ranks
+from st_ar.distributed import Ranks
 from st_ar.errors import UserError
 from st_ar.progress import Progress, progress
 from st_ar.randomness import Purpose, numpy_generator

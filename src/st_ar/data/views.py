@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from st_ar.data.ranks import Ranks
 from st_ar.data.store import TokenStore
+from st_ar.distributed import Ranks
 from st_ar.errors import UserError
 from st_ar.randomness import Purpose, numpy_generator
 

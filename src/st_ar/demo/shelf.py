@@ -12,7 +12,6 @@ from typing import TypeVar
 import torch
 
 from st_ar.config import ModelConfig
-from st_ar.data.tokenize import place_tokenizer
 from st_ar.errors import UserError
 from st_ar.evaluation.subjects import call_models
 from st_ar.files import sha256
@@ -21,7 +20,7 @@ from st_ar.model.transformer import Transformer
 from st_ar.model.weights import EMA, LIVE, ModelInfo, open_model
 from st_ar.sample_config import SampleSettings
 from st_ar.sampling import Sampler, require_own_tokenizer
-from st_ar.tokenizer import Tokenizer
+from st_ar.tokenizer import Tokenizer, place_tokenizer
 from st_ar.tokenizer.vq import VQTokenizer
 
 Item = TypeVar("Item")

@@ -6,7 +6,6 @@ from pathlib import Path
 
 from st_ar.config import ModelConfig
 from st_ar.data.store import TokenStore
-from st_ar.data.tokenize import place_tokenizer
 from st_ar.errors import UserError
 from st_ar.evaluation.attention import (
     NO_MASKS,
@@ -23,7 +22,7 @@ from st_ar.figures import require_matplotlib
 from st_ar.files import folder_aside, require_absent, require_place
 from st_ar.hardware import choose_device
 from st_ar.report import require_reports
-from st_ar.tokenizer import Tokenizer, paint
+from st_ar.tokenizer import Tokenizer, paint, place_tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from st_ar.data.ranks import Ranks
+from st_ar.distributed import Ranks, joined
 from st_ar.errors import UserError
 from st_ar.evaluation.extractors import Extractor
 from st_ar.evaluation.image_sets import ImageSet
@@ -21,7 +21,6 @@ from st_ar.evaluation.statistics import FeatureStatistics, InceptionScore
 from st_ar.hardware import freed_memory_kept
 from st_ar.progress import progress
 from st_ar.randomness import Purpose
-from st_ar.training.group import joined
 
 NEIGHBOURS = frozenset({"precision", "recall", "density", "coverage", "kid"})
 """Metrics that need features, not only their statistics."""

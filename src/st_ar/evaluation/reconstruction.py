@@ -13,11 +13,11 @@ from torch import Tensor
 
 from st_ar.data.images import ImageSource
 from st_ar.data.pool import decode
+from st_ar.distributed import total
 from st_ar.errors import UserError
 from st_ar.figures import strip
 from st_ar.files import written_aside
 from st_ar.tokenizer import Tokenizer, to_pixels, to_uint8
-from st_ar.training.group import total
 
 
 def psnr(a: Tensor, b: Tensor) -> Tensor:

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from st_ar.distributed import total
 from st_ar.errors import UserError
-from st_ar.training.group import total
 
 BLOCK = 1024
 """Rows that are merged at once."""

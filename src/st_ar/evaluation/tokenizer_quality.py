@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from st_ar.distributed import joined
 from st_ar.errors import UserError
 from st_ar.evaluation.collect import Place, batches, content_hash, image_digest
 from st_ar.evaluation.extractors import Extractor
@@ -21,7 +22,6 @@ from st_ar.evaluation.statistics import FeatureStatistics
 from st_ar.hardware import describe
 from st_ar.progress import progress
 from st_ar.tokenizer import Tokenizer, to_pixels, to_uint8
-from st_ar.training.group import joined
 
 SHOWN = 32
 """Images in the picture."""

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from st_ar.errors import UserError
 from st_ar.files import read_json
+from st_ar.hardware import choose_device, local_device, require_compiler
+from st_ar.tokenizer.vq import VQTokenizer
 
 CONFIG = "tokenizer.json"
 
@@ -82,3 +84,20 @@ def paint(tokenizer: Tokenizer, tokens: Tensor) -> np.ndarray:
     """Tokens [n, T] of square images as the tokenizer shows them: uint8 [n, H, W, 3]."""
     grid = math.isqrt(tokens.shape[1])
     return to_uint8(tokenizer.decode(tokens.cpu().unflatten(1, (grid, grid)))).numpy()
+
+
+def place_tokenizer(path: Path, device: str, dtype: str, compiled: bool = False) -> Tokenizer:
+    """Load a tokenizer; a VQ network goes to `device`, under torchrun to the GPU of its local rank, and computes in `dtype`,
+    perhaps `compiled`.
+
+    Raises:
+        UserError: no tokenizer, or no such device.
+    """
+    tokenizer = load_tokenizer(path)
+    if isinstance(tokenizer, VQTokenizer):
+        chosen = local_device(choose_device(device))
+        if compiled:
+            require_compiler(chosen)
+        kind = torch.bfloat16 if dtype == "bfloat16" else torch.float32
+        tokenizer = tokenizer.to(chosen, kind, compiled=compiled)
+    return tokenizer

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from st_ar.distributed import everyone
 from st_ar.selfguided.objective import Draws, SelfGuided, Targets
-from st_ar.training.group import everyone
 
 IMAGES = 256
 """The indicators are of at most so many of a batch's images, and of their first views."""

@@ -13,7 +13,6 @@ from torch.distributed.tensor import DTensor
 from st_ar.config import TrainConfig
 from st_ar.data.store import TokenStore
 from st_ar.data.text import TextStore
-from st_ar.data.tokenize import place_tokenizer
 from st_ar.errors import UserError
 from st_ar.evaluation.probe import accuracies, require_classes
 from st_ar.evaluation.shallow import ShallowClassifiers, require_sklearn
@@ -23,7 +22,7 @@ from st_ar.model.transformer import Transformer
 from st_ar.randomness import Purpose, numpy_generator
 from st_ar.sample_config import SampleSettings
 from st_ar.sampling import Sampler
-from st_ar.tokenizer import load_tokenizer
+from st_ar.tokenizer import load_tokenizer, place_tokenizer
 
 IMAGES = 16
 """Samples, unless their labels are given."""

@@ -10,9 +10,9 @@ from typing import Any
 from torch import Tensor
 
 from st_ar.config import TrainConfig
+from st_ar.distributed import from_first, host_group, place
 from st_ar.model.weights import EMA, LIVE, exported_step, save_weights
 from st_ar.training.checkpoint import Checkpoints
-from st_ar.training.group import from_first, host_group, place
 from st_ar.training.state import State, whole_weights
 from st_ar.training.validation import LOSS, Validation
 

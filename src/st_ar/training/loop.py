@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from st_ar.config import TrainConfig
-from st_ar.data.ranks import Ranks
 from st_ar.data.store import TokenStore
 from st_ar.data.text import open_text
 from st_ar.data.views import Views
+from st_ar.distributed import Ranks, everyone, from_first, largest, mean, place, process_group, stop_on_signal
 from st_ar.errors import Interrupted, UserError
 from st_ar.files import write_json
 from st_ar.hardware import choose_dtype, freed_memory_kept, moved, require_compiler
@@ -23,7 +23,6 @@ from st_ar.progress import progress
 from st_ar.randomness import Purpose, torch_generator, torch_seed
 from st_ar.selfguided.objective import NO_GUIDANCE, Draws, Losses, SelfGuided, draw
 from st_ar.selfguided.teacher import Teacher
-from st_ar.training.group import everyone, from_first, largest, mean, place, process_group
 from st_ar.training.initial import Initial
 from st_ar.training.keep import Keeper
 from st_ar.training.log import append_log, rewind_log, skipped_steps
@@ -32,7 +31,6 @@ from st_ar.training.optim import adamw, clip_gradients, learning_rate
 from st_ar.training.parallel import choose_parallel, gradient_sync, spread, unshared
 from st_ar.training.run import alone, claim, describe_run, not_finite, require_finite
 from st_ar.training.state import State
-from st_ar.training.stopping import stop_on_signal
 from st_ar.training.validation import Validation
 from st_ar.training.watch import Watch
 from st_ar.watch_config import WatchConfig

@@ -13,11 +13,11 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from st_ar.config import TrainConfig
+from st_ar.distributed import shared
 from st_ar.errors import UserError
 from st_ar.model.transformer import Transformer
 from st_ar.selfguided.objective import SelfGuided
 from st_ar.selfguided.teacher import Teacher
-from st_ar.training.group import shared
 
 aten = torch.ops.aten
 KEPT = [

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from st_ar.config import TrainConfig
-from st_ar.data.ranks import Ranks
+from st_ar.distributed import Ranks
 from st_ar.errors import UserError
 from st_ar.files import is_taken, read_json, write_json
 from st_ar.hardware import describe

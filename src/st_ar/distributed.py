@@ -1,4 +1,4 @@
-"""The ranks that torchrun started: who is there, what they tell one another, and what is said when one is lost."""
+"""Several processes: ranks, process group, collectives, signals, and the error shown when a rank dies."""
 
 import contextlib
 import os
@@ -8,7 +8,10 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Generator
+from dataclasses import dataclass, field
 from datetime import timedelta
+from pathlib import Path
+from types import FrameType
 from typing import Any, TypeVar
 
 import torch
@@ -16,9 +19,91 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from st_ar.data.ranks import Ranks
 from st_ar.errors import UserError
 from st_ar.hardware import choose_device
+
+
+@dataclass(kw_only=True)
+class Ranks:
+    """Which of how many processes this is."""
+
+    rank: int = 0
+    world: int = 1
+    timeout: float = 900
+    """Seconds without a sign of life from the others before one gives up waiting for them."""
+    _last_beat: float = field(default=-float("inf"), init=False)
+
+    @classmethod
+    def from_environment(cls) -> "Ranks":
+        """As torchrun says in RANK and WORLD_SIZE; without them there is one.
+
+        Raises:
+            UserError: they make no sense.
+        """
+        try:
+            rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+        except ValueError as error:
+            raise UserError(
+                f"RANK and WORLD_SIZE must be numbers ({error}): unset them, or start by torchrun"
+            ) from error
+        if not 0 <= rank < world:
+            raise UserError(f"RANK {rank} must lie in [0, WORLD_SIZE {world}): unset both, or start by torchrun")
+        return cls(rank=rank, world=world)
+
+    def share(self, count: int) -> slice:
+        """Which of `count` things, a multiple of the ranks, are this one's."""
+        each = count // self.world
+        return slice(self.rank * each, (self.rank + 1) * each)
+
+    def beat(self, folder: Path) -> None:
+        """Show the others that this one is alive; call it often."""
+        now = time.monotonic()
+        if self.world > 1 and now - self._last_beat > min(5, self.timeout / 4):
+            self._last_beat = now
+            self._sign_of_life(folder).write_text(f"{os.getpid()} {now}")
+
+    def wait(self, folder: Path, ready: Callable[[], bool], what: Callable[[], str]) -> None:
+        """Return once `ready`; the others' signs of life in `folder` prolong the wait.
+
+        Args:
+            what: says in the error what did not come.
+
+        Raises:
+            UserError: no sign of life for `timeout` seconds.
+        """
+        seen: dict[str, str] = {}
+        since = time.monotonic()
+        while not ready():
+            signs = self._signs_of_others(folder)
+            if signs != seen:
+                seen, since = signs, time.monotonic()
+            if time.monotonic() - since > self.timeout:
+                raise UserError(
+                    f"rank {self.rank} of {self.world} has waited for {what()}, {self.timeout:.0f} s of it without a sign of "
+                    "life from the others: start all ranks by the same command to go on; finished shards are kept"
+                )
+            if folder.is_dir():
+                self.beat(folder)
+            time.sleep(min(0.5, self.timeout / 10))
+
+    def clear(self, folder: Path) -> None:
+        """Remove everyone's signs of life."""
+        for path in folder.glob(".rank-*.partial"):
+            path.unlink(missing_ok=True)
+
+    def _sign_of_life(self, folder: Path) -> Path:
+        return folder / f".rank-{self.rank:05d}.partial"
+
+    def _signs_of_others(self, folder: Path) -> dict[str, str]:
+        signs: dict[str, str] = {}
+        for path in folder.glob(".rank-*.partial"):
+            if path != self._sign_of_life(folder):
+                try:
+                    signs[path.name] = path.read_text()
+                except OSError:  # just removed by rank 0
+                    continue
+        return signs
+
 
 Made = TypeVar("Made")
 ROLL_CALL = 5.0
@@ -212,3 +297,24 @@ def joined(tensor: Tensor) -> Tensor:
     padded[: len(tensor)] = tensor
     parts = everyone(padded).split(max(lengths)) if max(lengths) else [tensor] * len(lengths)
     return torch.cat([part[:length] for part, length in zip(parts, lengths, strict=True)])
+
+
+@contextlib.contextmanager
+def stop_on_signal() -> Generator[list[int]]:
+    """A list that SIGINT and SIGTERM write their number into; a second one interrupts at once."""
+    received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+
+    def handle(signum: int, _frame: FrameType | None) -> None:
+        received.append(signum)
+        for number, old in previous.items():
+            signal.signal(number, old)
+
+    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, old in previous.items():
+            signal.signal(number, old)

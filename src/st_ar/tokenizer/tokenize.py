@@ -13,13 +13,11 @@ from st_ar.data.crops import Crops
 from st_ar.data.images import MAX_CLASSES, Example, ImageSource
 from st_ar.data.job import Skipped, StoreJob
 from st_ar.data.pool import Decoder, open_decoder
-from st_ar.data.ranks import Ranks
 from st_ar.data.store import TokenStore
+from st_ar.distributed import Ranks
 from st_ar.errors import UserError
-from st_ar.hardware import choose_device, local_device, require_compiler
 from st_ar.progress import Pace, Progress, progress
-from st_ar.tokenizer import Tokenizer, load_tokenizer, to_pixels
-from st_ar.tokenizer.vq import VQTokenizer
+from st_ar.tokenizer import Tokenizer, to_pixels
 
 
 def tokenize(
@@ -109,23 +107,6 @@ def tokenize(
         crops=crops.names,
         names=list(source.class_names),
     )
-
-
-def place_tokenizer(path: Path, device: str, dtype: str, compiled: bool = False) -> Tokenizer:
-    """Load a tokenizer; a VQ network goes to `device`, under torchrun to the GPU of its local rank, and computes in `dtype`,
-    perhaps `compiled`.
-
-    Raises:
-        UserError: no tokenizer, or no such device.
-    """
-    tokenizer = load_tokenizer(path)
-    if isinstance(tokenizer, VQTokenizer):
-        chosen = local_device(choose_device(device))
-        if compiled:
-            require_compiler(chosen)
-        kind = torch.bfloat16 if dtype == "bfloat16" else torch.float32
-        tokenizer = tokenizer.to(chosen, kind, compiled=compiled)
-    return tokenizer
 
 
 @dataclass(frozen=True)
