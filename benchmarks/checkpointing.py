@@ -26,13 +26,10 @@ from st_ar.hardware import choose_device, choose_dtype
 from st_ar.model.transformer import Transformer
 from st_ar.model.weights import EMA, LIVE, save_weights
 from st_ar.presets import get_preset
-from st_ar.selfguided.objective import SelfGuided, draw
-from st_ar.selfguided.teacher import Teacher
-from st_ar.training.checkpoint import Checkpoints
-from st_ar.training.keep import under
+from st_ar.selfguided.objective import SelfGuided, Teacher, draw
+from st_ar.training.checkpoint import Checkpoints, State, under
 from st_ar.training.loop import backward
 from st_ar.training.optim import adamw, clip_gradients
-from st_ar.training.state import State
 
 
 class Run:

@@ -15,8 +15,7 @@ import numpy as np
 import torch
 
 from st_ar.config import ModelConfig
-from st_ar.cost import flops_per_token
-from st_ar.hardware import describe
+from st_ar.hardware import describe, flops_per_token
 from st_ar.tokenizer import Tokenizer, paint
 
 RESULTS = Path(__file__).parent / "results"

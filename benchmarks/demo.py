@@ -22,11 +22,10 @@ from playwright.sync_api import Page, sync_playwright
 
 from common import save, summarise
 from sampling import random_model
-from st_ar.config import ModelConfig
+from st_ar.config import VQ_16, ModelConfig
 from st_ar.model.weights import save_export
 from st_ar.presets import get_preset
 from st_ar.tokenizer.kmeans import KMeansTokenizer
-from st_ar.vq_config import VQ_16
 from tokenizing import random_tokenizer
 
 WATCH = """

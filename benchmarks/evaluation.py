@@ -17,9 +17,14 @@ from scipy.linalg import sqrtm
 from torch import Tensor
 
 from common import peak_rss, save, summarise
-from st_ar.evaluation.manifolds import compare
-from st_ar.evaluation.metrics import frechet_distance, kernel_distance
-from st_ar.evaluation.statistics import FeatureStatistics, Gaussian, InceptionScore
+from st_ar.evaluation.metrics import (
+    FeatureStatistics,
+    Gaussian,
+    InceptionScore,
+    compare,
+    frechet_distance,
+    kernel_distance,
+)
 
 DIM, SPATIAL, CLASSES, FACTORS = 2048, 2023, 1008, 256
 

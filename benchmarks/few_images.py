@@ -21,8 +21,7 @@ from common import save
 from st_ar.cli import run_command
 from st_ar.errors import UserError
 from st_ar.figures import line_chart
-from st_ar.reproduce.measured import likelihood, probe_curve
-from st_ar.reproduce.run import Stage, run_stages
+from st_ar.reproduce.plan import Stage, likelihood, probe_curve, run_stages
 
 METHODS = {
     "control": ("llamagen-cifar10",),

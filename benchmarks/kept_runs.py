@@ -20,12 +20,10 @@ from statistics import mean
 from typing import get_args
 
 from common import RESULTS
-from st_ar.comparison import Spread
 from st_ar.figures import line_chart
-from st_ar.reproduce.measured import likelihood, probe_curve
-from st_ar.reproduce.paper import CONTROL, EXPERIMENTS, Size
-from st_ar.reproduce.plan import run_name
-from st_ar.reproduce_verb import resized
+from st_ar.report import Spread
+from st_ar.reproduce.paper import CONTROL, EXPERIMENTS, Size, resized
+from st_ar.reproduce.plan import likelihood, probe_curve, run_name
 
 NAME = re.compile(
     r"(?P<recipe>.+)-seed(?P<seed>\d+)(-step(?P<step>\d+))?(?P<ema>-ema)?-(?P<kind>probe|likelihood|unguided\.evaluation)\.json"

@@ -38,24 +38,20 @@ from common import RESULTS, save, summarise, synchronise, time_by_operation, tim
 from sampling import bytes_per_image, random_model
 from sampling import measure as measure_sampling
 from st_ar import load_model
-from st_ar.config import PLAIN, ModelConfig
+from st_ar.config import PLAIN, VQ_16, VQ_PRESETS, ModelConfig, SampleSettings, VQConfig
 from st_ar.data.store import TokenStore
 from st_ar.errors import cause
-from st_ar.evaluation.inception import Inception
+from st_ar.evaluation.generation.inception import Inception
 from st_ar.evaluation.likelihood import validation_loss
-from st_ar.evaluation.manifolds import compare
-from st_ar.evaluation.metrics import frechet_distance
+from st_ar.evaluation.metrics import FeatureStatistics, Gaussian, compare, frechet_distance
 from st_ar.evaluation.probe import probe
-from st_ar.evaluation.statistics import FeatureStatistics, Gaussian
 from st_ar.hardware import choose_device, choose_dtype, full_precision
 from st_ar.model.generate import TokenSampler, generate
 from st_ar.model.transformer import Transformer
 from st_ar.presets import get_preset
-from st_ar.sample_config import SampleSettings
 from st_ar.training.loop import train
 from st_ar.training.run import seconds_per_step
 from st_ar.training.vqgan import Training as VQTraining
-from st_ar.vq_config import VQ_16, VQ_PRESETS, VQConfig
 from tokenizing import measure_encoding, random_tokenizer
 from training import measure, our_step
 

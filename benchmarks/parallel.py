@@ -29,8 +29,7 @@ from st_ar.distributed import process_group
 from st_ar.hardware import choose_dtype
 from st_ar.model.transformer import Transformer
 from st_ar.presets import get_preset
-from st_ar.selfguided.objective import SelfGuided, draw
-from st_ar.selfguided.teacher import Teacher
+from st_ar.selfguided.objective import SelfGuided, Teacher, draw
 from st_ar.training import loop
 from st_ar.training.optim import adamw, clip_gradients
 from st_ar.training.parallel import choose_parallel, spread

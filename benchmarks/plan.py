@@ -15,11 +15,10 @@ from itertools import pairwise
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from st_ar.config import ModelConfig, TrainConfig
-from st_ar.cost import flops_per_token, parameters, training_flops_per_token
+from st_ar.config import VQ_PRESETS, ModelConfig, TrainConfig
+from st_ar.hardware import flops_per_token, parameters, training_flops_per_token
 from st_ar.presets import get_preset
 from st_ar.tokenizer.vq import Reader
-from st_ar.vq_config import VQ_PRESETS
 
 SHARD = 16384
 """Images of a shard of a token store."""

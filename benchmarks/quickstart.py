@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from common import save
-from st_ar.comparison import Spread
 from st_ar.quickstart import METHODS
+from st_ar.report import Spread
 
 
 def run(images: str, seed: int) -> dict[str, Any]:

@@ -20,11 +20,10 @@ import torch
 
 from common import peak_rss, ratio, save, summarise, time_in_turn
 from st_ar.data.store import TokenStore
-from st_ar.evaluation.collect import Place, collect
-from st_ar.evaluation.extractors import load_extractor
-from st_ar.evaluation.hidden import Reading, extract_features, uniform_steps
-from st_ar.evaluation.image_sets import open_files
+from st_ar.evaluation.generation.features import Place, collect, load_extractor
+from st_ar.evaluation.generation.image_sets import open_files
 from st_ar.evaluation.likelihood import validation_loss
+from st_ar.evaluation.probe_features import Reading, extract_features, uniform_steps
 from st_ar.hardware import freed_memory_kept
 from st_ar.model.transformer import Transformer
 from st_ar.presets import get_preset

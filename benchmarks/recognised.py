@@ -25,9 +25,8 @@ from sklearn.preprocessing import StandardScaler
 
 from common import pictures, save
 from st_ar.data.store import TokenStore
-from st_ar.evaluation.collect import Place, collect
-from st_ar.evaluation.extractors import load_extractor
-from st_ar.evaluation.image_sets import open_files, read_array
+from st_ar.evaluation.generation.features import Place, collect, load_extractor
+from st_ar.evaluation.generation.image_sets import open_files, read_array
 from st_ar.evaluation.metrics import frechet_distance, precision_recall
 from st_ar.tokenizer import load_tokenizer
 

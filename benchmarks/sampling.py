@@ -22,13 +22,12 @@ import numpy as np
 import torch
 
 from common import ratio, save, summarise, synchronise, time_in_turn
-from st_ar.config import ModelConfig
+from st_ar.config import ModelConfig, SampleSettings
 from st_ar.errors import cause
 from st_ar.hardware import choose_device
 from st_ar.model.generate import TokenSampler
 from st_ar.model.transformer import Transformer
 from st_ar.presets import get_preset
-from st_ar.sample_config import SampleSettings
 
 DTYPES = (torch.float32, torch.bfloat16)
 

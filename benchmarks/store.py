@@ -20,8 +20,7 @@ import torch
 
 from common import ratio, save, summarise, time_in_turn
 from st_ar.data.llamagen import import_tokens
-from st_ar.data.store import TokenStore
-from st_ar.data.views import Views
+from st_ar.data.store import TokenStore, Views
 
 VOCAB, CLASSES = 16384, 1000
 Choice = tuple[np.ndarray, np.ndarray]

@@ -19,14 +19,14 @@ import torch
 from PIL import Image
 
 from common import ratio, save, summarise, time_in_turn
-from st_ar.data.crops import Crops, center_crop
-from st_ar.data.images import ImageSource, open_images
+from st_ar.config import VQ_16, VQConfig
+from st_ar.data.images import open_images
+from st_ar.data.source import Crops, ImageSource, center_crop
 from st_ar.evaluation.reconstruction import evaluation_images
 from st_ar.hardware import choose_device, choose_dtype
 from st_ar.tokenizer import load_tokenizer, to_pixels
 from st_ar.tokenizer.tokenize import tokenize
 from st_ar.tokenizer.vq import Painter, Reader, VQTokenizer
-from st_ar.vq_config import VQ_16, VQConfig
 
 
 def plain_encode(reader: Reader, codebook: torch.Tensor, images: torch.Tensor) -> torch.Tensor:

@@ -28,12 +28,10 @@ from torch import nn
 
 from common import flop_limit, ratio, save, summarise, synchronise, time_by_operation, time_in_turn
 from st_ar.config import PLAIN, TrainConfig
-from st_ar.cost import training_flops_per_token
-from st_ar.hardware import choose_device, choose_dtype, freed_memory_kept, peak_flops
+from st_ar.hardware import choose_device, choose_dtype, freed_memory_kept, peak_flops, training_flops_per_token
 from st_ar.model.transformer import Transformer
 from st_ar.presets import get_preset
-from st_ar.selfguided.objective import SelfGuided, draw
-from st_ar.selfguided.teacher import Teacher
+from st_ar.selfguided.objective import SelfGuided, Teacher, draw
 from st_ar.training.loop import backward
 from st_ar.training.optim import adamw, clip_gradients
 from st_ar.training.parallel import spread

@@ -7,13 +7,12 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
-from st_ar.data.crops import Crops
-from st_ar.evaluation.collect import Place
-from st_ar.evaluation.generation import evaluate
-from st_ar.evaluation.image_sets import open_files
-from st_ar.evaluation.references import open_reference, write_reference
+from st_ar.data.source import Crops
+from st_ar.evaluation.generation.evaluate import evaluate, open_reference, write_reference
+from st_ar.evaluation.generation.features import Place
+from st_ar.evaluation.generation.image_sets import open_files
 from st_ar.files import write_json
-from st_ar.sample_job import JOB
+from st_ar.sampling import JOB
 from st_ar.tokenizer.tokenize import tokenize
 from st_ar.training.loop import train
 from st_ar.training.vqgan import train_tokenizer

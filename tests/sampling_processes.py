@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
+from st_ar.config import SampleSettings
 from st_ar.distributed import Ranks
 from st_ar.model.weights import open_model
-from st_ar.sample_config import SampleSettings
 from st_ar.sampling import Sampler, sample_to
 from tests.small_line import random_tokenizer
 

@@ -8,8 +8,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from st_ar.data.crops import Crops
-from st_ar.data.images import Example, ImageSource
+from st_ar.data.source import Crops, Example, ImageSource
 from st_ar.model.weights import save_export
 from st_ar.tokenizer.kmeans import KMeansTokenizer
 from st_ar.tokenizer.tokenize import tokenize

@@ -19,24 +19,29 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from st_ar import __version__
-from st_ar.cli import Train, main
-from st_ar.config import ModelConfig, SelfGuidedConfig, TrainConfig
+from st_ar.cli import COMMANDS, load_command, main
+from st_ar.cli.train import Train
+from st_ar.config import (
+    InvarianceSettings,
+    ModelConfig,
+    OptimConfig,
+    SampleSettings,
+    SelfGuidedConfig,
+    TrainConfig,
+    WatchConfig,
+)
 from st_ar.data.store import TokenStore
-from st_ar.evaluation.lars import ProbeConfig
 from st_ar.evaluation.probe import probe
-from st_ar.invariance_config import InvarianceSettings
+from st_ar.evaluation.probe_classifiers import ProbeConfig
 from st_ar.model.weights import load_model
 from st_ar.presets import PRESETS
-from st_ar.run_config import OptimConfig
-from st_ar.sample_config import SampleSettings
 from st_ar.sampling import sample_images
 from st_ar.tokenizer import load_tokenizer
 from st_ar.tokenizer.kmeans import KMeansTokenizer
-from st_ar.verbs import VERBS
-from st_ar.watch_config import WatchConfig
 from tests.disk import contents
 
 Capture = pytest.CaptureFixture[str]
+CLASSES = {name: load_command(name) for name in COMMANDS if name not in ("train", "train-tokenizer")}
 
 
 def test_a_place_that_may_not_be_read_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
@@ -106,19 +111,21 @@ def test_help_lists_every_verb_and_nothing_else(
     capsys: Capture, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...]
 ) -> None:
     listed = re.findall(r"^  ([a-z-]+)  +\S", helped(capsys, monkeypatch, *arguments), flags=re.MULTILINE)
-    assert sorted(listed) == sorted([*VERBS, "train", "train-tokenizer"])
+    assert listed == list(COMMANDS)
 
 
-@pytest.mark.parametrize("verb", VERBS)
-def test_each_verbs_help_explains_every_option(capsys: Capture, monkeypatch: pytest.MonkeyPatch, verb: str) -> None:
-    text = helped(capsys, monkeypatch, verb, "--help")
-    assert (VERBS[verb].__doc__ or "").splitlines()[0] in text
+@pytest.mark.parametrize("command", CLASSES)
+def test_each_commands_help_explains_every_option(
+    capsys: Capture, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    text = helped(capsys, monkeypatch, command, "--help")
+    assert (CLASSES[command].__doc__ or "").splitlines()[0] in text
     options = [
         flag
-        for flag in flags(VERBS[verb])
+        for flag in flags(CLASSES[command])
         if flag not in ("--preset", "--source", "--target", "--samples", "--what", "--shell")
     ]  # words without dashes
-    assert options or verb == "completion"
+    assert options or command == "completion"
     for flag in options:
         assert re.search(rf"(?m)^\W*{flag}\b", text), flag
 
@@ -171,7 +178,7 @@ sys.exit("torch" in sys.modules)
 @pytest.mark.parametrize(
     ("arguments", "match"),
     [
-        (("tran",), "unknown verb 'tran': give one of train, .*attention"),
+        (("tran",), "unknown command 'tran': give one of quickstart, .*attention"),
         (("train", "st-ar-digit"), r"unknown preset 'st-ar-digit': did you mean st-ar-digits\?"),
         (("train", "--tokens", "x"), "train needs a preset before its options: one of llamagen-b"),
         (("train",), "train needs a preset"),
@@ -184,11 +191,11 @@ def test_an_unknown_word_is_answered_in_one_line(capsys: Capture, arguments: tup
 def test_the_shell_sees_status_2_and_no_traceback() -> None:
     done = run_st_ar("tran")
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("st-ar: unknown verb 'tran'")
+    assert done.stderr.startswith("st-ar: unknown command 'tran'")
     assert done.stderr.count("\n") == 1
 
 
-ALONE = sorted(set(VERBS) - {"tokenize", "sample", "reference", "evaluate", "reconstruct", "env", "completion"})
+ALONE = sorted(set(CLASSES) - {"tokenize", "sample", "reference", "evaluate", "reconstruct", "env", "completion"})
 
 
 @pytest.mark.parametrize("command", [*([verb] for verb in ALONE), ["train-tokenizer", "kmeans"]], ids=" ".join)

@@ -9,7 +9,7 @@ import torch
 
 from st_ar import load_tokenizer
 from st_ar.cli import main
-from st_ar.data.crops import Crops
+from st_ar.data.source import Crops
 from st_ar.data.store import TokenStore
 from st_ar.tokenizer import to_pixels
 from tests.data.pictures import broken_pictures, encoded, noise

@@ -16,12 +16,12 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from st_ar.cli import main
-from st_ar.data.crops import center_crop
+from st_ar.cli.train import TrainKMeans, TrainVQ
+from st_ar.config import VQ_PRESETS, VQConfig, VQTrainConfig
+from st_ar.data.source import center_crop
 from st_ar.data.store import TokenStore
-from st_ar.data_verbs import TrainKMeans, TrainVQ
 from st_ar.tokenizer import load_tokenizer, to_pixels
 from st_ar.tokenizer.vq import VQTokenizer
-from st_ar.vq_config import VQ_PRESETS, VQConfig, VQTrainConfig
 from tests.data.pictures import encoded, noise
 from tests.disk import contents
 from tests.test_cli import helped, refused

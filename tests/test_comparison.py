@@ -2,7 +2,7 @@
 
 import pytest
 
-from st_ar.comparison import Column, Spread, difference, is_noise, table_columns, table_rows
+from st_ar.report import Column, Spread, difference, is_noise, table_columns, table_rows
 
 
 def test_mean_and_deviation_are_the_formulas() -> None:

@@ -1,15 +1,14 @@
 """Completion: what the scripts offer is what the parsers take, as the shells themselves complete it."""
 
-import re
 import subprocess
 from pathlib import Path
 from typing import get_args
 
 import pytest
 
-from st_ar.completion import Shell, completion, read_verbs
+from st_ar.cli import COMMANDS
+from st_ar.cli.completion import Shell, completion, read_commands
 from st_ar.presets import PRESETS
-from st_ar.verbs import VERBS
 from tests.programs import find_program
 
 LINES = [
@@ -27,17 +26,19 @@ LINES = [
 """Words, the last one begun -> what it may become."""
 
 
-def test_every_verb_with_every_option_is_there() -> None:
-    verbs = read_verbs()
-    assert list(verbs) == ["train", "train-tokenizer", *VERBS]
-    assert verbs["train"].presets == list(PRESETS)
+def test_every_command_with_every_option_is_there() -> None:
+    commands = read_commands()
+    assert list(commands) == list(COMMANDS)
+    assert commands["train"].first == list(PRESETS)
     assert {"--tokens", "--selfguided.alpha", "--model.dim", "--selfguided.no-ema-warmup"} <= set(
-        verbs["train"].options
+        commands["train"].options
     )
-    assert verbs["sample"].options["--cfg-schedule"].choices == ["constant", "linear", "power-cosine"]
-    assert not verbs["sample"].options["--ema"].takes_value
+    assert commands["sample"].options["--cfg-schedule"].choices == ["constant", "linear", "power-cosine"]
+    assert not commands["sample"].options["--ema"].takes_value
     assert (
-        verbs["sample"].options["--num"].help == "Images to draw: 64 by default; of a text model one for each caption"
+        commands["sample"].options["--num"].help
+        == commands["sample"].options["--num-images"].help
+        == "Number of images"
     )
 
 
@@ -71,11 +72,3 @@ def test_shells_complete(shell: Shell, words: list[str], wanted: set[str], tmp_p
     if shell == "fish" and "--metrics" in words:
         wanted = set()  # fish offers choices for the first word after an option alone
     assert offered(shell, words, tmp_path) == wanted
-
-
-def test_help_lists_the_verbs_that_complete(capsys: pytest.CaptureFixture[str]) -> None:
-    from st_ar.cli import main
-
-    main(["--help"])
-    listed = re.findall(r"(?m)^  ([a-z-]+)  ", capsys.readouterr().out)
-    assert sorted(listed) == sorted(read_verbs())

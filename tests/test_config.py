@@ -9,10 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from st_ar.config import PLAIN, ModelConfig, SelfGuidedConfig, TrainConfig
+from st_ar.config import PLAIN, ModelConfig, OptimConfig, SelfGuidedConfig, TrainConfig
 from st_ar.errors import UserError
 from st_ar.presets import PRESETS
-from st_ar.run_config import OptimConfig
 from st_ar.settings import differences, from_dict, to_dict
 
 MODEL: dict[str, Any] = {"dim": 16, "n_layers": 4, "n_heads": 2, "grid": 3}

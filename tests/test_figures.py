@@ -14,8 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from st_ar.figures import COLOURS, line_chart, strip
-from st_ar.token_figures import TwoViews, attention_figure, views_figure
+from st_ar.figures import COLOURS, TwoViews, attention_figure, line_chart, strip, views_figure
 from tests.disk import refused
 
 SVG = "{http://www.w3.org/2000/svg}"

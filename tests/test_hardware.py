@@ -12,9 +12,8 @@ import torch
 from st_ar import hardware
 from st_ar.data.store import TokenStore
 from st_ar.errors import UserError
-from st_ar.evaluation.collect import Place, collect
-from st_ar.evaluation.extractors import Extracted, Extractor
-from st_ar.evaluation.image_sets import open_files
+from st_ar.evaluation.generation.features import Extracted, Extractor, Place, collect
+from st_ar.evaluation.generation.image_sets import open_files
 from st_ar.evaluation.likelihood import validation_loss
 from st_ar.hardware import Beside, choose_device, choose_dtype, describe, peak_flops, require_compiler, revision
 from tests.data.random_store import random_store

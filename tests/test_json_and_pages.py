@@ -2,20 +2,19 @@
 
 import json
 import re
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from st_ar.cli import run_command
+from st_ar.cli import COMMANDS, run_command
+from st_ar.cli.completion import read_commands
 from st_ar.data.store import TokenStore
 from st_ar.errors import UserError
 from st_ar.evaluation.attention import ImageMasks
 from st_ar.evaluation.likelihood import validation_loss
 from st_ar.model.weights import load_model
-from st_ar.verbs import VERBS
 from tests.small_line import SmallLine, make_line
 from tests.test_report import Page
 
@@ -81,8 +80,9 @@ def command(verb: str, line: SmallLine, pictures: Path, out: Path) -> list[str]:
 
 
 def test_the_verbs_that_have_it() -> None:
-    assert {name for name, verb in VERBS.items() if "json" in {f.name for f in fields(verb)}} == {*REPORTING, "env"}
-    assert {name for name, verb in VERBS.items() if "page" in {f.name for f in fields(verb)}} == PAGED
+    options = {name: read_commands()[name].options for name in COMMANDS}
+    assert {name for name in COMMANDS if "--json" in options[name]} == {*REPORTING, "env"}
+    assert {name for name in COMMANDS if "--page" in options[name]} == PAGED
 
 
 KEPT = {"attention": "a/statistics.json", "invariance": "i/invariance.json"}

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from st_ar.evaluation.image_sets import read_array
+from st_ar.evaluation.generation.image_sets import read_array
 from st_ar.tokenizer import load_tokenizer, to_uint8
 from st_ar.tokenizer.kmeans import KMeansTokenizer
 from tests.data.random_store import random_store

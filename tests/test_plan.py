@@ -8,11 +8,11 @@ from types import ModuleType
 
 import pytest
 
+from st_ar.config import WatchConfig
 from st_ar.model.transformer import Transformer
 from st_ar.presets import get_preset
 from st_ar.selfguided.objective import Projector
 from st_ar.training.loop import train
-from st_ar.watch_config import WatchConfig
 from tests.data.random_store import random_store
 from tests.ranks import ROOT
 from tests.training.toy_runs import GUIDED_RUN

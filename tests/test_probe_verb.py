@@ -13,10 +13,10 @@ import torch
 
 from st_ar.cli import main
 from st_ar.data.store import TokenStore
-from st_ar.evaluation import subjects
-from st_ar.evaluation.lars import ProbeConfig
 from st_ar.evaluation.probe import ProbeMethod, probe_layers
+from st_ar.evaluation.probe_classifiers import ProbeConfig
 from st_ar.files import sha256
+from st_ar.model import weights as subjects
 from st_ar.model.weights import load_model, save_export
 from tests.data.random_store import random_store
 from tests.disk import contents

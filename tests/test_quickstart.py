@@ -20,7 +20,7 @@ from st_ar.evaluation.likelihood import validation_loss
 from st_ar.model.weights import load_model
 from st_ar.presets import get_preset
 from st_ar.quickstart import quickstart
-from st_ar.training.log import read_log
+from st_ar.training.run import read_log
 from tests.disk import contents, refused
 
 RUNS = {name: method.folder for name, method in module.METHODS.items()}

@@ -14,14 +14,13 @@ import torch
 from PIL import Image
 
 import st_ar
+from st_ar.config import SampleSettings
 from st_ar.data.text import TextStore, write_text
 from st_ar.distributed import Ranks
 from st_ar.errors import UserError
 from st_ar.files import sha256
 from st_ar.model.weights import open_model, save_export
-from st_ar.sample_config import SampleSettings
-from st_ar.sample_job import JOB
-from st_ar.sampling import Sampler, sample_images, sample_to
+from st_ar.sampling import JOB, Sampler, sample_images, sample_to
 from tests.disk import contents, full_disk, refused
 from tests.sampling_processes import BATCH, INSTANTS, LABELS, SETTINGS, draw
 from tests.small_line import SmallLine, make_line, random_tokenizer

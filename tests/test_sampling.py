@@ -9,14 +9,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from st_ar.config import ModelConfig
+from st_ar.config import ModelConfig, SampleSettings
 from st_ar.data.text import TextStore, write_text
 from st_ar.errors import UserError
 from st_ar.model.generate import generate
 from st_ar.model.transformer import Transformer
 from st_ar.presets import PRESETS
 from st_ar.randomness import Purpose, torch_seed
-from st_ar.sample_config import SampleSettings
 from st_ar.sampling import Sampler, choose_conditions, choose_labels, sample_images
 from tests.small_line import random_tokenizer
 from tests.toys import TINY, TINY_TEXT, random_captions, random_model

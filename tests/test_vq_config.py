@@ -12,11 +12,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from st_ar.config import VQ_PRESETS, AdversaryConfig, OptimConfig, VQConfig, VQTrainConfig
 from st_ar.errors import UserError
-from st_ar.run_config import OptimConfig
 from st_ar.settings import from_dict, to_dict
 from st_ar.training.vqgan import VQGAN, Discriminator
-from st_ar.vq_config import VQ_PRESETS, AdversaryConfig, VQConfig, VQTrainConfig
 from tests.toys import FIXTURES
 
 # Presets

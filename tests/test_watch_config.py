@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
+from st_ar.config import WatchConfig
 from st_ar.errors import UserError
-from st_ar.watch_config import WatchConfig
 
 T = Path("tokenizer")
 

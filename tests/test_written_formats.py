@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 import st_ar
 from st_ar.cli import run_command
 from st_ar.data.store import TokenStore
-from st_ar.demo.recipe import read_recipe
+from st_ar.demo.draw import read_recipe
 from st_ar.files import sha256
 from tests.toys import FIXTURES
 

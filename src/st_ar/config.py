@@ -1,13 +1,98 @@
-"""Every setting of a transformer and of its training: a tree of frozen dataclasses whose field docstrings are the command line's help.
+"""Every setting of training, sampling, tokenizers and what is shown of a run: frozen dataclasses whose field docstrings are the help.
 
-Validation happens on construction and names the flags. Nothing here imports torch, so that `st-ar --help` is quick.
+Construction checks each value and names its flag. Nothing here imports torch, so that help is quick.
 """
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal, get_args
 
-from st_ar.run_config import RunConfig
 from st_ar.settings import require, require_most, require_types
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW as LlamaGen sets it, and the learning-rate schedule."""
+
+    lr: float = 1e-4
+    """Peak learning rate. A preset's is for its own batch size, and stays the same for another --batch-size."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's betas."""
+    weight_decay: float = 0.05
+    """Weight decay on parameters with two or more dimensions; the others have none."""
+    grad_clip: float = 1.0
+    """Largest norm of the gradient; 0 turns clipping off."""
+    schedule: Literal["constant", "cosine", "trapezoid"] = "constant"
+    """After the warm-up: constant, a cosine to lr * final_lr, or constant with a linear fall to it over the last decay_fraction."""
+    warmup_steps: int = 0
+    """Optimizer steps over which the rate rises linearly from 0."""
+    decay_fraction: float = 0.2
+    """Share of the run over which the trapezoid falls."""
+    final_lr: float = 0.0
+    """Last learning rate, as a share of the peak."""
+
+    def __post_init__(self) -> None:
+        require_types(self, "--optim.")
+        require(self.lr > 0, f"--optim.lr must be above 0, not {self.lr}")
+        require(all(0 <= b < 1 for b in self.betas), f"--optim.betas must lie in [0, 1), not {self.betas}")
+        require(self.weight_decay >= 0, f"--optim.weight-decay must be 0 or more, not {self.weight_decay}")
+        require(self.grad_clip >= 0, f"--optim.grad-clip must be 0 (off) or more, not {self.grad_clip}")
+        require(self.warmup_steps >= 0, f"--optim.warmup-steps must be 0 or more, not {self.warmup_steps}")
+        require(0 < self.decay_fraction <= 1, f"--optim.decay-fraction must lie in (0, 1], not {self.decay_fraction}")
+        require(0 <= self.final_lr <= 1, f"--optim.final-lr must lie in [0, 1], not {self.final_lr}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """A training run, of whatever."""
+
+    steps: int | None = None
+    """Optimizer steps to train for (instead of --epochs)."""
+    epochs: float | None = None
+    """Passes over the images to train for (instead of --steps)."""
+    batch_size: int = 256
+    """Images per optimizer step."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """The optimizer."""
+    seed: int = 0
+    """Seed of everything random."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Matrix products and convolutions in bfloat16 (weights stay float32); auto uses it where the hardware has it."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to train; auto takes a GPU if there is one."""
+    log_every: int = 10
+    """Optimizer steps between lines of log.jsonl."""
+    checkpoint_every: int = 1000
+    """Optimizer steps between checkpoints; one is also written at the end and on interruption."""
+    keep: int = 2
+    """Newest checkpoints to keep."""
+    keep_every: int = 0
+    """Also keep, for good, the checkpoints whose step is a multiple of this, and their weights in OUT/kept; 0 for none."""
+
+    def __post_init__(self) -> None:
+        require_types(self, "--")
+        require(self.steps is None or self.epochs is None, "give --steps or --epochs, not both")
+        require(self.steps is not None or self.epochs is not None, "give --steps or --epochs: how long to train")
+        require(self.steps is None or self.steps >= 1, f"--steps must be at least 1, not {self.steps}")
+        require(self.epochs is None or self.epochs > 0, f"--epochs must be above 0, not {self.epochs}")
+        self.require_positive("batch_size", "log_every", "checkpoint_every", "keep")
+        require_most(self, "--", batch_size=1 << 20)
+        require(self.keep_every >= 0, f"--keep-every must be 0 (none) or more, not {self.keep_every}")
+        require(self.seed >= 0, f"--seed must be 0 or more, not {self.seed}")
+
+    def require_positive(self, *names: str) -> None:
+        """Each of these must be at least 1."""
+        for name in names:
+            value = getattr(self, name)
+            require(value >= 1, f"--{name.replace('_', '-')} must be at least 1, not {value}")
+
+    def total_steps(self, images: int) -> int:
+        """Optimizer steps of the whole run on a store or a source of `images` images."""
+        if self.steps is not None:
+            return self.steps
+        assert self.epochs is not None
+        return max(1, round(self.epochs * images / self.batch_size))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -287,3 +372,360 @@ class TrainConfig(RunConfig):
             not (guided.contrast and smallest < 2),
             f"the contrastive losses need negatives: {smallest} image leaves none; give a larger --batch-size or --selfguided.beta 0",
         )
+
+
+PUBLISHED_SCALES = {(768, 12): 2.0, (1024, 24): 2.0, (1280, 36): 1.75, (1536, 48): 1.75, (3200, 24): 1.65}
+"""(dim, layers) -> the guidance scale that LlamaGen published with its class model of that size (B to 3B; at 384 px)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleSettings:
+    """How tokens are drawn; see `st_ar.generate`."""
+
+    cfg_scale: float | None = None
+    """Classifier-free guidance scale; 1 is none. By default LlamaGen's for its class models (B and L 2.0, XL and XXL 1.75,
+    3B 1.65), and 1 for others."""
+    cfg_schedule: Literal["constant", "linear", "power-cosine"] = "constant"
+    """Guide all tokens alike, or from 1 up to cfg_scale over the tokens: linearly, or by RAR's power-cosine."""
+    cfg_power: float = 1.0
+    """Power of power-cosine: the larger, the later guidance sets in."""
+    cfg_interval: int = -1
+    """Guide only the first token and this many decode steps + 1; -1 guides all."""
+    temperature: float = 1.0
+    """Divides the logits."""
+    top_k: int = 0
+    """Draw from the k likeliest tokens; 0 for all."""
+    top_p: float = 1.0
+    """Draw from the likeliest tokens that together hold more than p; 1 for all."""
+    seed: int = 0
+    """Seed of the choice of classes or captions, and of the draws."""
+
+    def __post_init__(self) -> None:
+        require_types(self, "--")
+        require(
+            self.cfg_scale is None or 1 <= self.cfg_scale < float("inf"),
+            f"--cfg-scale: the guidance scale must be at least 1 (none), not {self.cfg_scale}",
+        )
+        require(0 < self.cfg_power < float("inf"), f"--cfg-power must be above 0, not {self.cfg_power}")
+        require(
+            self.cfg_interval >= -1,
+            f"--cfg-interval: the guidance interval must be -1 (all steps) or more, not {self.cfg_interval}",
+        )
+        require(
+            0 < self.temperature < float("inf"),
+            f"--temperature: the temperature must be above 0, not {self.temperature}; for the likeliest token give --top-k 1",
+        )
+        require(self.top_k >= 0, f"--top-k must be 0 (off) or more, not {self.top_k}")
+        require(0 < self.top_p <= 1, f"--top-p must lie in (0, 1], not {self.top_p}")
+        require(self.seed >= 0, f"--seed must be 0 or more, not {self.seed}")
+
+    def resolved(self, config: ModelConfig) -> "SampleSettings":
+        """For a model of this shape: with its guidance scale, if none was given.
+
+        Raises:
+            UserError: top_k is more than its codebook holds.
+        """
+        require(
+            self.top_k <= config.vocab_size,
+            f"--top-k must lie between 0 (off) and the {config.vocab_size} tokens of the codebook, not {self.top_k}",
+        )
+        if self.cfg_scale is not None:
+            return self
+        published = PUBLISHED_SCALES if config.condition == "class" else {}
+        return replace(self, cfg_scale=published.get((config.dim, config.n_layers), 1.0))
+
+
+TrackerName = Literal["tensorboard", "wandb", "trackio", "none"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class WatchConfig:
+    """What is shown of a run beside log.jsonl. None of it changes a weight, so a resumed run may be watched otherwise."""
+
+    track: tuple[TrackerName, ...] = ("tensorboard",)
+    """Where curves and samples go too: tensorboard (event files in the run), wandb (extra tracking), trackio (extra trackio), none."""
+    sample_every: int = 0
+    """Optimizer steps between grids of samples from the live weights, kept in samples/; 0 for none."""
+    sample_tokenizer: Path | None = None
+    """The tokenizer that paints them."""
+    sample_labels: tuple[int, ...] = ()
+    """Their classes (of a text model, captions), one image each, always with the same draws; by default 16, spread evenly."""
+    sample_cfg_scale: float | None = None
+    """Their guidance scale; by default the one `st-ar sample` takes."""
+    probe_every: int = 0
+    """Optimizer steps between quick probes: ridge regression (not the MAE protocol) at the last step's half-depth features of at most
+    4,000 images each to train and to test on; 0 for none. Needs scikit-learn (extra quickstart)."""
+    probe_test_tokens: Path | None = None
+    """Token store that they are tested on (its centre crop)."""
+
+    def __post_init__(self) -> None:
+        names = get_args(TrackerName)
+        for name in self.track:
+            require(name in names, f"--track must be some of {', '.join(names)}, not {name!r}")
+        require(len(set(self.track)) == len(self.track), f"--track {' '.join(self.track)} names one more than once")
+        require("none" not in self.track or self.track == ("none",), "--track none stands alone")
+        for name in ("sample_every", "probe_every"):
+            value = getattr(self, name)
+            require(value >= 0, f"--{name.replace('_', '-')} must be 0 (never) or more, not {value}")
+        require(
+            not self.sample_every or self.sample_tokenizer is not None,
+            f"--sample-every {self.sample_every} needs --sample-tokenizer: samples are tokens until one paints them",
+        )
+        require(
+            not self.probe_every or self.probe_test_tokens is not None,
+            f"--probe-every {self.probe_every} needs --probe-test-tokens: images that the model is not trained on",
+        )
+        scale = self.sample_cfg_scale
+        require(
+            scale is None or 1 <= scale < float("inf"), f"--sample-cfg-scale must be at least 1 (none), not {scale}"
+        )
+        needs = {
+            "sample_tokenizer": "sample_every",
+            "sample_labels": "sample_every",
+            "sample_cfg_scale": "sample_every",
+            "probe_test_tokens": "probe_every",
+        }
+        for name, every in needs.items():
+            require(
+                getattr(self, name) in (None, ()) or getattr(self, every) > 0,
+                f"--{name.replace('_', '-')} does nothing without --{every.replace('_', '-')}: give both or neither",
+            )
+
+    def looks_at(self, step: int) -> bool:
+        """Whether samples or a probe are due after this step."""
+        return any(every and step % every == 0 for every in (self.sample_every, self.probe_every))
+
+
+@dataclass(frozen=True, kw_only=True)
+class InvarianceSettings:
+    """Which views of which images are compared; see `st_ar.evaluation.invariance`."""
+
+    num: int = 200
+    """Images to measure, drawn with --seed; of streams and files of images the first."""
+    size: int | None = None
+    """Side of a view in pixels; by default what suits the images. They are resized so that all views fit, enlarged if need be."""
+    shifts: tuple[int, ...] = ()
+    """Shifts in pixels, each horizontally, vertically and diagonally; by default from 0 to two tokens."""
+    factors: tuple[float, ...] = (0.9, 0.95, 1.05, 1.1)
+    """Factors by which the second view is enlarged about the centre."""
+    shown: int = 4
+    """Images whose two views are drawn."""
+    shown_shift: int | None = None
+    """Diagonal shift in pixels between the views that are drawn; by default half a token."""
+    seed: int = 0
+    """Seed that the images are drawn with."""
+    batch_size: int = 32
+    """Images encoded at once."""
+
+    def __post_init__(self) -> None:
+        require_types(self, "--")
+        require(self.num >= 2, f"--num must be at least 2, not {self.num}: agreement is a mean over images")
+        require(self.size is None or self.size >= 1, f"--size must be at least 1 pixel, not {self.size}")
+        require(self.shown >= 0, f"--shown must be 0 or more, not {self.shown}")
+        require(self.seed >= 0, f"--seed must be 0 or more, not {self.seed}")
+        require(self.batch_size >= 1, f"--batch-size must be at least 1, not {self.batch_size}")
+        for shift in (*self.shifts, *([] if self.shown_shift is None else [self.shown_shift])):
+            require(shift >= 0, f"shifts (--shifts, --shown-shift) must be 0 pixels or more, not {shift}")
+        for factor in self.factors:
+            require(0.5 <= factor <= 2, f"--factors must lie between 0.5 and 2, not {factor:g}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class VQConfig:
+    """The network's shape; the defaults are those of LlamaGen's VQ-16."""
+
+    channels: int = 128
+    """Channels at full resolution."""
+    multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
+    """Channels of each level as a multiple of `channels`; each level but the last halves the resolution."""
+    z_channels: int = 256
+    """Channels between the network and the codebook's 1 x 1 convolutions."""
+    codebook_size: int = 16384
+    """Codes (V)."""
+    codebook_dim: int = 8
+    """Features of a code."""
+    residual_blocks: int = 2
+    """Residual blocks of a level in the encoder; the decoder has one more."""
+
+    def __post_init__(self) -> None:
+        require_types(self, "--model.")
+        for name in ("channels", "z_channels", "codebook_size", "codebook_dim", "residual_blocks"):
+            value = getattr(self, name)
+            require(value >= 1, f"--model.{name.replace('_', '-')} must be at least 1, not {value}")
+        require(
+            bool(self.multipliers) and min(self.multipliers) >= 1,
+            f"--model.multipliers must be numbers of at least 1, not {self.multipliers}",
+        )
+        require_most(
+            self, "--model.", channels=1 << 12, z_channels=1 << 12, codebook_dim=1 << 12, residual_blocks=1 << 6
+        )
+        require(
+            len(self.multipliers) <= 10 and max(self.multipliers) <= 64,
+            f"--model.multipliers must be at most 10 numbers of at most 64, not {self.multipliers}",
+        )
+        for multiplier in self.multipliers:
+            width = self.channels * multiplier
+            require(
+                width % min(32, width) == 0,
+                f"--model.channels {self.channels} times --model.multipliers {multiplier} is {width}: "
+                "the group norms need a multiple of 32, or fewer than 32",
+            )
+        require(
+            self.codebook_size <= 1 << 16,
+            f"--model.codebook-size {self.codebook_size} does not fit the token store's 16-bit codes: at most 65536",
+        )
+
+    @property
+    def patch(self) -> int:
+        """Pixels per side that a code stands for."""
+        return 2 ** (len(self.multipliers) - 1)
+
+
+VQ_16 = VQConfig()
+VQ_8 = VQConfig(multipliers=(1, 2, 2, 4))
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdversaryConfig:
+    """The discriminator that judges patches, and when it is heard."""
+
+    start: int = 20_000
+    """Optimizer steps before the discriminator is trained and heard; at least as many as the run has leave it out."""
+    weight: float = 0.5
+    """Weight of the adversarial loss."""
+    adaptive: bool = True
+    """Whether the weight is also scaled so that the adversarial gradient at the last layer is as large as the reconstruction's."""
+    channels: int = 64
+    """Channels of the first convolution."""
+    layers: int = 3
+    """Halvings of the resolution: a verdict sees 9 * 2^layers - 2 pixels a side (70 for 3, 34 for 2)."""
+
+    def __post_init__(self) -> None:
+        require_types(self, "--adversary.")
+        require(self.start >= 0, f"--adversary.start must be 0 or more, not {self.start}")
+        require(0 <= self.weight < float("inf"), f"--adversary.weight must be 0 or more, not {self.weight}")
+        for name in ("channels", "layers"):
+            value = getattr(self, name)
+            require(value >= 1, f"--adversary.{name} must be at least 1, not {value}")
+        require_most(self, "--adversary.", channels=1 << 12, layers=10)
+        for width in self.widths[1:]:
+            require(
+                width % min(32, width) == 0,
+                f"--adversary.channels {self.channels} gives a layer {width} channels: "
+                "the group norms need a multiple of 32, or fewer than 32",
+            )
+
+    @property
+    def widths(self) -> list[int]:
+        """Channels after each convolution but the last, which gives the verdicts."""
+        return [self.channels * min(2**index, 8) for index in range(self.layers + 1)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class VQTrainConfig(RunConfig):
+    """Training of a VQ-GAN tokenizer."""
+
+    model: VQConfig = VQ_16
+    adversary: AdversaryConfig = AdversaryConfig()
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """Of the network and of the discriminator alike."""
+    size: int = 256
+    """Side of the images in pixels."""
+    crop_range: float = 1.1
+    """Images are resized to this multiple of `size` on the short side, then cut at a random place."""
+    mirror: bool = True
+    """Whether half of the images are mirrored; images of a source whose mirror images mean something else never are."""
+    batch_size: int = 128
+    """Images per optimizer step, over all ranks."""
+    l1_weight: float = 1.0
+    """Weight of the mean absolute error."""
+    l2_weight: float = 1.0
+    """Weight of the mean squared error."""
+    perceptual_weight: float = 0.0
+    """Weight of the difference in EfficientNet-Lite0's features (extra `metrics`); 0 leaves that network out."""
+    codebook_weight: float = 1.0
+    """Weight of the distance that pulls codes towards features."""
+    commitment: float = 0.25
+    """Weight of the distance that pulls features towards codes."""
+    revive_after: int = 100
+    """A code that no feature chose for so many steps is put where a feature of the batch is; 0 never does."""
+    ema_decay: float = 0.999
+    """Decay of the averaged weights, which become the tokenizer; it starts with (1 + t) / (10 + t)."""
+    seed: int = 0
+    """Seed of initialisation, data order, crops and revived codes."""
+    log_every: int = 20
+    """Optimizer steps between lines of log.jsonl."""
+    evaluate_every: int = 1000
+    """Optimizer steps between evaluations (PSNR, SSIM, use of the codebook), each with a picture; one is also made at the end."""
+    evaluate_images: int = 512
+    """Images of an evaluation."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require_positive("size", "evaluate_every", "evaluate_images")
+        for name in ("l1_weight", "l2_weight", "perceptual_weight", "codebook_weight", "commitment"):
+            value = getattr(self, name)
+            require(0 <= value < float("inf"), f"--{name.replace('_', '-')} must be 0 or more, not {value}")
+        require(
+            self.l1_weight + self.l2_weight + self.perceptual_weight > 0,
+            "nothing asks for a likeness: give --l1-weight, --l2-weight or --perceptual-weight",
+        )
+        require_most(self, "--", size=1 << 12)
+        require(1 <= self.crop_range <= 2, f"--crop-range must lie in [1, 2], not {self.crop_range}")
+        require(self.revive_after >= 0, f"--revive-after must be 0 (never) or more, not {self.revive_after}")
+        require(0 <= self.ema_decay < 1, f"--ema-decay must lie in [0, 1), not {self.ema_decay}")
+        require(
+            self.size % self.model.patch == 0,
+            f"--size {self.size} is no whole number of {self.model.patch}-pixel codes: "
+            f"--model.multipliers has {len(self.model.multipliers)} levels",
+        )
+        require(self.size >= 11, f"--size {self.size} is too small: SSIM compares windows of 11 pixels")
+        smallest = self.size >> self.adversary.layers
+        require(
+            self.adversary.start >= (self.steps or 1 << 62) or smallest >= 3,
+            f"--adversary.layers {self.adversary.layers} leaves {smallest} of {self.size} pixels: give fewer",
+        )
+
+
+def vq_16() -> VQTrainConfig:
+    """LlamaGen's VQ-16 and its recipe: 256 px to 16 x 16 tokens, 40 epochs of ImageNet."""
+    return VQTrainConfig(epochs=40, perceptual_weight=1.0)
+
+
+def vq_8() -> VQTrainConfig:
+    """LlamaGen's VQ-8: 256 px to 32 x 32 tokens."""
+    return VQTrainConfig(model=VQ_8, epochs=40, perceptual_weight=1.0)
+
+
+def vq_cifar10() -> VQTrainConfig:
+    """CIFAR-10, 32 px to 8 x 8 tokens: about 40 minutes on two cores."""
+    return VQTrainConfig(
+        model=VQConfig(channels=32, multipliers=(1, 2, 4), residual_blocks=1, z_channels=128, codebook_size=1024),
+        adversary=AdversaryConfig(start=2000, channels=32, layers=2, weight=0.3),
+        optim=OptimConfig(lr=1e-3, schedule="cosine", warmup_steps=100, final_lr=0.05),
+        size=32,
+        crop_range=1.125,
+        steps=3000,
+        batch_size=64,
+        ema_decay=0.998,
+        evaluate_every=250,
+        checkpoint_every=500,
+    )
+
+
+def vq_cifar10_16x16() -> VQTrainConfig:
+    """CIFAR-10, 32 px to 16 x 16 tokens."""
+    small = vq_cifar10()
+    return replace(small, model=replace(small.model, channels=64, multipliers=(1, 2)))
+
+
+VQ_PRESETS: dict[str, Callable[[], VQTrainConfig]] = {
+    "vq-16": vq_16,
+    "vq-8": vq_8,
+    "vq-cifar10": vq_cifar10,
+    "vq-cifar10-16x16": vq_cifar10_16x16,
+}
+
+
+Metric = Literal["fid", "fd", "sfid", "is", "precision", "recall", "kid", "density", "coverage"]
+ExtractorName = Literal["inception", "efficientnet", "dinov2"]

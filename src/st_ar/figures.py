@@ -7,6 +7,7 @@ a PNG is on white.
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from xml.sax.saxutils import quoteattr
@@ -183,3 +184,196 @@ def strip(images: np.ndarray, columns: int) -> np.ndarray:
     canvas = np.full((rows * columns, size, size, 3), 255, np.uint8)
     canvas[:n] = images
     return canvas.reshape(rows, columns, size, size, 3).swapaxes(1, 2).reshape(rows * size, columns * size, 3)
+
+
+def attention_figure(
+    images: np.ndarray,
+    maps: Mapping[str, np.ndarray],
+    *,
+    grid: int,
+    steps: Sequence[int],
+    name: str,
+    masked: np.ndarray | None = None,
+) -> Drawing:
+    """What each model looks at, over the images: a row for each image and model, a column for each step.
+
+    The newest token is framed, the past is heat over the grey picture (scaled to each map's largest weight on a token),
+    the future is blank.
+
+    Args:
+        images: uint8 [N, S, S, 3].
+        maps: model -> weights [N, T, T] of one layer, averaged over heads, rows are queries and key 0 is the class.
+        steps: numbers of tokens read, in 1..T-1.
+        masked: bool [N, T, T], True where a query may not look: those tokens have no heat.
+    """
+    matplotlib = require_matplotlib()
+    from matplotlib.figure import Figure
+
+    rows = len(images) * len(maps)
+    with matplotlib.rc_context(style(name) | {"axes.grid": False}):
+        figure = Figure(figsize=(1.7 * (len(steps) + 1), 1.75 * rows))
+        cells = figure.subplots(rows, len(steps) + 1, squeeze=False)
+        _draw_attention(cells, images, maps, grid=grid, steps=steps, masked=masked)
+        figure.subplots_adjust(wspace=0.06, hspace=0.08)
+    return Drawing(figure=figure, name=name, data=_attention_data(maps, steps))
+
+
+def _draw_attention(
+    cells: np.ndarray,
+    images: np.ndarray,
+    maps: Mapping[str, np.ndarray],
+    *,
+    grid: int,
+    steps: Sequence[int],
+    masked: np.ndarray | None = None,
+) -> None:
+    """Fill a grid of axes: a row for each image and model; the picture, then a column for each step."""
+    from matplotlib.patches import Rectangle
+
+    size = images.shape[1]
+    side = size / grid
+    for row, (index, model) in enumerate(product(range(len(images)), maps)):
+        picture = images[index]
+        grey = np.repeat(picture.mean(axis=-1, keepdims=True), 3, axis=-1).astype(np.uint8)
+        for axes in cells[row]:
+            axes.set_xticks([])
+            axes.set_yticks([])
+            # The picture's outline, so that a dark past stands out from the blank.
+            axes.spines[:].set(visible=True, linewidth=0.5, alpha=0.4)
+            axes.set_xlim(-0.5, size - 0.5)
+            axes.set_ylim(size - 0.5, -0.5)
+        cells[row, 0].imshow(picture)
+        cells[row, 0].set_ylabel(model, rotation=0, ha="right", va="center", labelpad=6)
+        for column, step in enumerate(steps, start=1):
+            axes = cells[row, column]
+            if row == 0:
+                axes.set_title(f"after {step}", fontsize=10)
+            weights = maps[model][index, step, 1 : step + 1]
+            heat = np.full(grid**2, np.nan)
+            heat[:step] = weights / max(float(weights.max()), 1e-12)
+            if masked is not None:
+                heat[:step][masked[index, step, 1 : step + 1]] = np.nan
+            read = np.repeat(np.repeat((np.arange(grid**2) < step).reshape(grid, grid), side, 0), side, 1)
+            axes.imshow(np.dstack([grey, np.where(read, 255, 0).astype(np.uint8)]))
+            extent = (-0.5, size - 0.5, size - 0.5, -0.5)
+            axes.imshow(heat.reshape(grid, grid), cmap="inferno", alpha=0.65, vmin=0, vmax=1, extent=extent)
+            top, left = divmod(step - 1, grid)
+            frame = (left * side - 0.5, top * side - 0.5)
+            axes.add_patch(Rectangle(frame, side, side, fill=False, edgecolor="#00D0FF", linewidth=1.6))
+
+
+def _attention_data(maps: Mapping[str, np.ndarray], steps: Sequence[int]) -> dict[str, object]:
+    shown = {
+        model: [[weights[step, : step + 1].round(6).tolist() for step in steps] for weights in maps[model]]
+        for model in maps
+    }
+    return {"tokens read": list(steps), "weights by image and step": shown}
+
+
+def overview_figure(
+    curves: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    *,
+    attention: tuple[np.ndarray, Mapping[str, np.ndarray]],
+    grid: int,
+    steps: Sequence[int],
+    layer: int,
+    samples: Mapping[str, np.ndarray],
+    name: str,
+) -> Drawing:
+    """Probe curves, attention over one image, and samples of several models in one picture.
+
+    Args:
+        curves: model -> (tokens read, probe accuracy in %).
+        attention: one image uint8 [1, S, S, 3], and model -> weights as in `attention_figure`.
+        grid: tokens a side.
+        steps: numbers of tokens read at which attention is drawn.
+        layer: layer that the attention is of.
+        samples: model -> images uint8 [N, S, S, 3], of the same labels and seeds.
+        name: what the figure shows, for those who cannot see it.
+    """
+    matplotlib = require_matplotlib()
+    from matplotlib.figure import Figure
+
+    images, maps = attention
+    with matplotlib.rc_context(style(name)):
+        figure = Figure(figsize=(11, 6))
+        top, bottom = figure.add_gridspec(2, 1, height_ratios=(3.2, 2.2), hspace=0.33)
+        left, right = top.subgridspec(1, 2, width_ratios=(1, 1.2), wspace=0.38)
+        draw_lines(figure.add_subplot(left), curves, x="tokens read", y="probe accuracy (%)")
+        cells = right.subgridspec(len(maps), len(steps) + 1, wspace=0.06, hspace=0.08).subplots(squeeze=False)
+        for axes in cells.flat:
+            axes.grid(visible=False)
+        _draw_attention(cells, images, maps, grid=grid, steps=steps)
+        cells[0, 0].set_title(f"layer {layer}", fontsize=10)
+        rows = bottom.subgridspec(len(samples), 1, hspace=0.12).subplots(squeeze=False)[:, 0]
+        for axes, (model, drawn) in zip(rows, samples.items(), strict=True):
+            framed = np.pad(drawn, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=255)
+            axes.imshow(strip(framed, len(framed)), interpolation="none")
+            axes.set(xticks=[], yticks=[])
+            axes.grid(visible=False)
+            axes.spines[:].set_visible(False)
+            axes.set_ylabel(model, rotation=0, ha="right", va="center", labelpad=6)
+    curve_data = {label: {"x": list(xs), "y": list(ys)} for label, (xs, ys) in curves.items()}
+    data = {"probe accuracy (%)": curve_data, "attention": {"layer": layer, **_attention_data(maps, steps)}}
+    return Drawing(figure=figure, name=name, data=data)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TwoViews:
+    """Two views of some images, and what became of their tokens."""
+
+    first: np.ndarray
+    second: np.ndarray
+    """uint8 [k, S, S, 3]."""
+    differ: np.ndarray
+    """For each view and token 1 where it differs from its counterpart, 0 where it is equal, nan where it has none: [2, k, g, g]."""
+
+
+def views_figure(shown: Mapping[str, TwoViews], *, titles: tuple[str, str], name: str) -> Drawing:
+    """Two views of each image side by side with their tokens' grid: a row for each image, two columns for each tokenizer.
+
+    Tokens that differ are crossed out, those without counterpart are veiled; below stands the share of equal ones.
+
+    Args:
+        shown: by the tokenizer's name, all of the same images.
+        titles: what the two views are called.
+    """
+    matplotlib = require_matplotlib()
+    from matplotlib.collections import LineCollection
+    from matplotlib.figure import Figure
+
+    rows = len(next(iter(shown.values())).first)
+    equal: dict[str, list[float]] = {}
+    with matplotlib.rc_context(style(name) | {"axes.grid": False}):
+        inches = max(2.1, 0.2 * max(views.differ.shape[-1] for views in shown.values()))  # of a view
+        figure = Figure(figsize=(2 * inches * len(shown), (inches + 0.15) * rows))
+        cells = figure.subplots(rows, 2 * len(shown), squeeze=False)
+        for column, (label, views) in enumerate(shown.items()):
+            size, grid = views.first.shape[1], views.differ.shape[-1]
+            side = size / grid
+            equal[label] = [1 - float(np.nanmean(each)) for each in views.differ[0]]
+            for row, (view, pictures) in product(range(rows), enumerate((views.first, views.second))):
+                axes = cells[row, 2 * column + view]
+                axes.imshow(pictures[row], extent=(0, size, size, 0), interpolation="none")
+                states = views.differ[view, row]
+                veil = np.zeros((grid, grid, 4))
+                veil[np.isnan(states)] = (1, 1, 1, 0.75)
+                axes.imshow(veil, extent=(0, size, size, 0), interpolation="none")
+                lines = [((0, at), (size, at)) for at in np.arange(grid + 1) * side]
+                lines += [((at, 0), (at, size)) for at in np.arange(grid + 1) * side]
+                axes.add_collection(LineCollection(lines, colors="white", linewidths=0.5, alpha=0.6))
+                centres = (np.argwhere(states == 1) + 0.5) * side
+                reach = side / 5
+                crosses = [
+                    ((x - reach, y + k * reach), (x + reach, y - k * reach)) for y, x in centres for k in (1, -1)
+                ]
+                for colour, width in (("white", 2.4), (COLOURS[1], 1.2)):  # seen on any picture
+                    axes.add_collection(LineCollection(crosses, colors=colour, linewidths=width))
+                axes.set(xticks=[], yticks=[], xlim=(0, size), ylim=(size, 0))
+                axes.spines[:].set_visible(False)
+                if row == 0:
+                    axes.set_title(f"{label}\n{titles[view]}" if len(shown) > 1 else titles[view], fontsize=10)
+            for row, share in enumerate(equal[label]):
+                cells[row, 2 * column + 1].set_xlabel(f"{100 * share:.0f} % equal", fontsize=9)
+        figure.subplots_adjust(wspace=0.06, hspace=0.16)
+    return Drawing(figure=figure, name=name, data={"share of equal tokens by image": equal})

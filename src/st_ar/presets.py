@@ -4,9 +4,8 @@ import difflib
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 
-from st_ar.config import ModelConfig, SelfGuidedConfig, TrainConfig
+from st_ar.config import ModelConfig, OptimConfig, SelfGuidedConfig, TrainConfig
 from st_ar.errors import UserError
-from st_ar.run_config import OptimConfig
 
 PRESETS: dict[str, Callable[[], TrainConfig]] = {}
 """Name on the command line -> function."""

@@ -14,37 +14,33 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from st_ar.comparison import Column, Spread, table_columns
-from st_ar.config import TrainConfig
-from st_ar.data.crops import Crops
-from st_ar.data.images import ImageSource, open_images
+from st_ar.config import SampleSettings, TrainConfig
+from st_ar.data.images import open_images
+from st_ar.data.source import Crops, ImageSource
 from st_ar.data.store import META, TokenStore
 from st_ar.errors import UserError
-from st_ar.evaluation import features
+from st_ar.evaluation import metrics as features
 from st_ar.evaluation.attention import AttentionStatistics, attention_maps, attention_statistics, attention_steps
-from st_ar.evaluation.hidden import batches
-from st_ar.evaluation.lars import ProbeConfig
 from st_ar.evaluation.likelihood import validation_loss
 from st_ar.evaluation.metrics import frechet_distance, mean_and_covariance
 from st_ar.evaluation.probe import ProbeResult, probe
-from st_ar.figures import Drawing, line_chart, strip
+from st_ar.evaluation.probe_classifiers import ProbeConfig
+from st_ar.evaluation.probe_features import batches
+from st_ar.figures import Drawing, attention_figure, line_chart, overview_figure, strip
 from st_ar.files import is_taken, read_json, write_json
 from st_ar.hardware import describe
 from st_ar.model.transformer import Transformer
 from st_ar.model.weights import load_model
 from st_ar.presets import get_preset
-from st_ar.report import Chart, Gallery, Section, Table, png_uri, write_report
-from st_ar.sample_config import SampleSettings
+from st_ar.report import Chart, Column, Gallery, Section, Spread, Table, png_uri, table_columns, write_report
 from st_ar.sampling import sample_images
 from st_ar.settings import to_dict
-from st_ar.token_figures import attention_figure, overview_figure
 from st_ar.tokenizer import CONFIG as TOKENIZER_CONFIG
 from st_ar.tokenizer import Tokenizer, load_tokenizer, paint
 from st_ar.tokenizer.kmeans import train_kmeans
 from st_ar.tokenizer.tokenize import tokenize
-from st_ar.training.log import read_log
 from st_ar.training.loop import train
-from st_ar.training.run import seconds_per_step
+from st_ar.training.run import read_log, seconds_per_step
 
 Images = Literal["photos", "digits"]
 

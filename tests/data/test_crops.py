@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from st_ar.data.crops import Crops, Kind, center_crop, five_crops
+from st_ar.data.source import Crops, Kind, center_crop, five_crops
 from st_ar.errors import UserError
 
 PLACES = ["top-left", "top-right", "bottom-left", "bottom-right", "center"]

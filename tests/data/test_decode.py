@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from st_ar.data import decode
-from st_ar.data.decode import MAX_PIXELS, BrokenImageError, read_image
+from st_ar.data import source as decode
+from st_ar.data.source import MAX_PIXELS, BrokenImageError, read_image
 from tests.data.pictures import broken_pictures, encoded, noise, png
 
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from st_ar.data.crops import Crops
 from st_ar.data.images import open_images
+from st_ar.data.source import Crops
 from st_ar.data.store import TokenStore
 from st_ar.tokenizer.tokenize import tokenize
 from tests.data.pictures import encoded

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from st_ar.data.crops import Crops
 from st_ar.data.llamagen import import_tokens
+from st_ar.data.source import Crops
 from st_ar.data.store import TokenStore
 from st_ar.errors import UserError
 from tests.disk import contents, refused

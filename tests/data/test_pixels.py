@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
-from st_ar.data import pixels as module
-from st_ar.data.crops import center_crop
-from st_ar.data.images import Example, ImageSource, open_images
-from st_ar.data.pixels import Pixels
+from st_ar.data import loading as module
+from st_ar.data.images import open_images
+from st_ar.data.loading import Pixels
+from st_ar.data.source import Example, ImageSource, center_crop
 from st_ar.distributed import Ranks
 from st_ar.errors import UserError
 from tests.data.pictures import encoded, noise

@@ -11,8 +11,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from st_ar.data.columns import find_columns
 from st_ar.data.images import open_images
+from st_ar.data.tables import find_columns
 from st_ar.errors import UserError
 from tests.data.pictures import encoded, noise
 from tests.disk import refused
@@ -193,5 +193,5 @@ def test_without_the_library_its_extra_is_named(spec: str, monkeypatch: pytest.M
 
 
 def test_the_library_is_not_imported_before_it_is_needed() -> None:
-    code = "import sys; import st_ar.tokenizer.tokenize, st_ar.verbs; assert 'datasets' not in sys.modules"
+    code = "import sys; import st_ar.tokenizer.tokenize, st_ar.cli.train; assert 'datasets' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

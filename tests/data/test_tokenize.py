@@ -18,8 +18,8 @@ import pytest
 import torch
 from PIL import Image
 
-from st_ar.data.crops import Crops
-from st_ar.data.images import Example, ImageSource, open_images
+from st_ar.data.images import open_images
+from st_ar.data.source import Crops, Example, ImageSource
 from st_ar.data.store import TokenStore
 from st_ar.distributed import Ranks
 from st_ar.errors import UserError

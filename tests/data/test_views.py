@@ -11,8 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from st_ar.data.store import TokenStore
-from st_ar.data.views import Views
+from st_ar.data.store import TokenStore, Views
 from st_ar.distributed import Ranks
 from tests.data.random_store import random_store, write_store
 from tests.disk import refused

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from st_ar.config import ModelConfig
 from st_ar.data.store import TokenStore
+from st_ar.demo.models import Shelf
 from st_ar.demo.setup import Setup
-from st_ar.demo.shelf import Shelf
 from st_ar.model.weights import save_export
 from tests.small_line import SmallLine, make_line, random_tokenizer
 from tests.toys import TINY, random_model

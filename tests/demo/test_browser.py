@@ -14,12 +14,12 @@ import pytest
 from PIL import Image
 from playwright.sync_api import Browser, BrowserContext, Page, Request, expect, sync_playwright
 
-from st_ar.demo.recipe import read_recipe
+from st_ar.config import SampleSettings
+from st_ar.demo.draw import read_recipe
 from st_ar.demo.serve import bind, make_server
 from st_ar.demo.setup import Setup
-from st_ar.sample_config import SampleSettings
 from st_ar.sampling import sample_images
-from st_ar.training.log import append_log
+from st_ar.training.run import append_log
 from tests.demo.small_page import LONG, small_setup
 from tests.demo.test_uploads import bomb
 from tests.programs import find_program

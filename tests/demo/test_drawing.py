@@ -10,14 +10,25 @@ import numpy as np
 import pytest
 import torch
 
-from st_ar.demo.drawing import Frame, Pace, Preview, choose_labels, compare_pictures, draw, find_drawer
-from st_ar.demo.recipe import MOST_IMAGES, Recipe, read_recipe, to_png
+from st_ar.config import SampleSettings
+from st_ar.demo.draw import (
+    MOST_IMAGES,
+    Frame,
+    Pace,
+    Preview,
+    Recipe,
+    choose_labels,
+    compare_pictures,
+    draw,
+    find_drawer,
+    read_recipe,
+    to_png,
+)
+from st_ar.demo.models import Shelf
 from st_ar.demo.setup import Setup
-from st_ar.demo.shelf import Shelf
 from st_ar.errors import UserError
 from st_ar.files import sha256
 from st_ar.model.weights import load_model, save_export
-from st_ar.sample_config import SampleSettings
 from st_ar.sampling import sample_images
 from st_ar.tokenizer import load_tokenizer, to_uint8
 from st_ar.tokenizer.vq import VQTokenizer

@@ -8,10 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from st_ar.demo.history import POINTS, read_history, read_sample, sample_steps, stamp
-from st_ar.demo.runs_tab import describe
+from st_ar.demo.runs_tab import POINTS, describe, read_history, read_sample, sample_steps, stamp
 from st_ar.errors import UserError
-from st_ar.training.log import append_log
+from st_ar.training.run import append_log
 
 
 def lines(run: Path, count: int) -> None:

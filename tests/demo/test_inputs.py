@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 
+from st_ar.config import SampleSettings
 from st_ar.demo.inputs import MOST_SEED, settings_from, whole
 from st_ar.errors import UserError
-from st_ar.sample_config import SampleSettings
 
 GOOD: dict[str, Any] = {
     "scale": 2,

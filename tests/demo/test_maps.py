@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from st_ar.demo import maps
-from st_ar.demo.understanding import Reading
+from st_ar.demo import reading as maps
+from st_ar.demo.reading import Reading
 
 PICTURE = np.random.default_rng(0).integers(0, 256, (12, 12, 3)).astype(np.uint8)
 

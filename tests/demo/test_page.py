@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 
 from st_ar.data.store import TokenStore
-from st_ar.demo.generate_tab import still_known
-from st_ar.demo.page import describe
+from st_ar.demo.models import Shelf
+from st_ar.demo.reading import NONE, OWN
+from st_ar.demo.serve import describe
 from st_ar.demo.setup import Setup
-from st_ar.demo.shelf import Shelf
+from st_ar.demo.tabs import still_known
 from st_ar.demo.understand_tab import still_there
-from st_ar.demo.understanding import NONE, OWN
 from st_ar.errors import UserError
 from tests.data.random_store import random_store
 from tests.demo.small_page import export

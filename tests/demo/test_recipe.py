@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from st_ar.demo.recipe import KEY, Recipe, WeightsRecord, read_recipe, to_png
+from st_ar.config import SampleSettings
+from st_ar.demo.draw import KEY, Recipe, WeightsRecord, read_recipe, to_png
 from st_ar.errors import UserError
-from st_ar.sample_config import SampleSettings
 from st_ar.settings import to_dict
 
 RECIPE = Recipe(

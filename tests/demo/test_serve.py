@@ -17,9 +17,9 @@ import pytest
 
 from st_ar import quickstart as module
 from st_ar.cli import run_command
+from st_ar.demo.models import Shelf
 from st_ar.demo.serve import HEADERS, MOST_BODY, Guard, bind, build_app, is_local
 from st_ar.demo.setup import find_runs, quickstart_setup
-from st_ar.demo.shelf import Shelf
 from st_ar.errors import UserError
 from st_ar.quickstart import quickstart
 from tests.demo.small_page import export, small_setup

@@ -4,7 +4,7 @@ import asyncio
 import json
 from typing import Any
 
-from st_ar.demo.streams import QUEUE, STREAM, JobsAfterClosing, Message
+from st_ar.demo.serve import QUEUE, STREAM, JobsAfterClosing, Message
 
 CLOSE = b'data: {"event_id":null,"msg":"close_stream"}\n\n'
 DONE = b'data: {"event_id":"a","msg":"process_completed","output":{"data":["\\"msg\\":\\"close_stream\\""]}}\n\n'

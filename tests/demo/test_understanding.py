@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from st_ar.data.store import TokenStore
+from st_ar.demo.models import Shelf
+from st_ar.demo.reading import KEPT, NONE, OWN, Guesser, Readings, label_given
 from st_ar.demo.setup import Seen, Setup
-from st_ar.demo.shelf import Shelf
-from st_ar.demo.understanding import KEPT, NONE, OWN, Guesser, Readings, label_given
 from st_ar.errors import UserError
 from st_ar.evaluation.attention import attention_maps, center_crops
-from st_ar.evaluation.hidden import uniform_steps
+from st_ar.evaluation.probe_features import uniform_steps
 from st_ar.model.weights import load_model
 from tests.demo.small_page import export, small_setup
 from tests.toys import TINY

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from st_ar.data.crops import Crops
-from st_ar.demo.uploads import LEAST_SIDE, MOST_BYTES, cut_upload, decode_upload, read_upload
+from st_ar.data.source import Crops
+from st_ar.demo.inputs import LEAST_SIDE, MOST_BYTES, cut_upload, decode_upload, read_upload
 from st_ar.errors import UserError
 
 

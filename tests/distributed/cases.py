@@ -10,8 +10,7 @@ from torch import Tensor
 
 from st_ar.config import SelfGuidedConfig, TrainConfig
 from st_ar.hardware import choose_dtype
-from st_ar.selfguided.objective import Losses, SelfGuided, draw
-from st_ar.selfguided.teacher import Teacher
+from st_ar.selfguided.objective import Losses, SelfGuided, Teacher, draw
 from st_ar.training.loop import backward
 from st_ar.training.parallel import choose_parallel, spread
 from tests.toys import NO_DROPOUT, random_model

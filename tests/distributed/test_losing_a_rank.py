@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from st_ar.training.manifest import list_checkpoints
+from st_ar.training.checkpoint_files import list_checkpoints
 from tests.data.random_store import random_store
 from tests.ranks import Done, torchrun
 

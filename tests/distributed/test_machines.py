@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from st_ar.cli import main
-from st_ar.training.log import read_log
+from st_ar.training.run import read_log
 from tests.data.random_store import random_store
 from tests.ranks import ROOT
 

@@ -16,10 +16,9 @@ from st_ar.data.text import write_text
 from st_ar.evaluation.likelihood import validation_loss
 from st_ar.model.weights import load_model
 from st_ar.training import optim
-from st_ar.training.log import read_log
+from st_ar.training.checkpoint_files import _Reader, list_checkpoints
 from st_ar.training.loop import train
-from st_ar.training.manifest import list_checkpoints
-from st_ar.training.tensor_files import _Reader
+from st_ar.training.run import read_log
 from tests.data.random_store import random_store
 from tests.distributed.cases import (
     CAPTIONS,

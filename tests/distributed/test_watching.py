@@ -11,7 +11,7 @@ from st_ar.figures import strip
 from st_ar.model.weights import load_model
 from st_ar.sampling import sample_images
 from st_ar.tokenizer import load_tokenizer
-from st_ar.training.glances import spread_labels
+from st_ar.training.watch import spread_labels
 from tests.disk import contents
 from tests.ranks import checked_torchrun
 from tests.training.test_watch import make_line

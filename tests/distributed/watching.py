@@ -6,9 +6,9 @@ from pathlib import Path
 
 import torch
 
+from st_ar.config import WatchConfig
 from st_ar.distributed import process_group
 from st_ar.training.loop import train
-from st_ar.watch_config import WatchConfig
 from tests.distributed.cases import GUIDED
 
 

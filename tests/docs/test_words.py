@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from st_ar.completion import read_verbs
+from st_ar.cli import COMMANDS
+from st_ar.cli.completion import read_commands
 from tests.docs.blocks import ROOT, pages
 
 FOREIGN = {
@@ -35,7 +36,7 @@ def prose(page: Path) -> str:
 
 @cache
 def options() -> set[str]:
-    return {option for verb in read_verbs().values() for option in verb.options}
+    return {option for words in read_commands().values() for option in words.options}
 
 
 @pytest.mark.parametrize("page", pages(), ids=lambda page: page.name)
@@ -109,7 +110,7 @@ def test_every_page_is_in_the_sites_menu() -> None:
 def test_every_command_is_in_the_readme_and_in_the_list_of_commands() -> None:
     readme = (ROOT / "README.md").read_text()
     listed = (ROOT / "docs/command-line.md").read_text()
-    for command in read_verbs():
+    for command in COMMANDS:
         assert f"`{command}`" in readme, command
         assert re.search(rf"(?m)^\| `st-ar {command}[ `]", listed), command
 

@@ -14,13 +14,12 @@ import pytest
 import torch
 from PIL import Image
 
-from st_ar.data.crops import Crops
+from st_ar.data.source import Crops
 from st_ar.data.store import TokenStore
 from st_ar.errors import UserError
-from st_ar.evaluation import attention_job
+from st_ar.evaluation import attention_report as attention_job
 from st_ar.evaluation.attention import STATISTICS, ImageMasks, LayerStatistics, average_statistics, store_maps
-from st_ar.evaluation.attention_job import Chosen, report_attention
-from st_ar.evaluation.attention_report import table_of
+from st_ar.evaluation.attention_report import Chosen, report_attention, table_of
 from st_ar.files import sha256
 from st_ar.model.weights import load_model, save_export
 from st_ar.tokenizer import load_tokenizer

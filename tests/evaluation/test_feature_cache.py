@@ -14,9 +14,18 @@ import pytest
 
 from st_ar.data.store import TokenStore
 from st_ar.errors import UserError
-from st_ar.evaluation import feature_cache, hidden
-from st_ar.evaluation.feature_cache import ENTRY, FEATURES, Entry, FeatureCache
-from st_ar.evaluation.hidden import Features, Reading, describe_features, extract_features
+from st_ar.evaluation import probe_features as feature_cache
+from st_ar.evaluation import probe_features as hidden
+from st_ar.evaluation.probe_features import (
+    ENTRY,
+    FEATURES,
+    Entry,
+    FeatureCache,
+    Features,
+    Reading,
+    describe_features,
+    extract_features,
+)
 from st_ar.model.transformer import Transformer
 from tests.data.random_store import random_store, write_store
 from tests.disk import contents, flip_byte, full_disk

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from st_ar.evaluation.features import region_statistics
+from st_ar.evaluation.metrics import region_statistics
 
 
 def random_images(count: int, size: int, seed: int = 0) -> np.ndarray:

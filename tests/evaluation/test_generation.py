@@ -18,15 +18,36 @@ from PIL import Image
 
 from st_ar.cli import main
 from st_ar.errors import UserError
-from st_ar.evaluation import collect as collect_module
-from st_ar.evaluation import references
-from st_ar.evaluation.collect import Place, collect, image_digest, resize_as_llamagen
-from st_ar.evaluation.extractors import Extracted, Extractor, load_extractor, resize_bicubic
-from st_ar.evaluation.generation import check_sizes, choose_metrics, evaluate, format_number, is_class_sorted, one_line
-from st_ar.evaluation.image_sets import ImageSet, open_files, open_set, read_array
-from st_ar.evaluation.metrics import frechet_distance, inception_score, mean_and_covariance, precision_recall
-from st_ar.evaluation.references import open_reference, read_meta, write_reference
-from st_ar.evaluation.statistics import InceptionScore
+from st_ar.evaluation.generation import evaluate as references
+from st_ar.evaluation.generation import features as collect_module
+from st_ar.evaluation.generation.evaluate import (
+    check_sizes,
+    choose_metrics,
+    evaluate,
+    format_number,
+    is_class_sorted,
+    one_line,
+    open_reference,
+    read_meta,
+    write_reference,
+)
+from st_ar.evaluation.generation.features import (
+    Extracted,
+    Extractor,
+    Place,
+    collect,
+    load_extractor,
+    resize_as_llamagen,
+    resize_bicubic,
+)
+from st_ar.evaluation.generation.image_sets import ImageSet, image_digest, open_files, open_set, read_array
+from st_ar.evaluation.metrics import (
+    InceptionScore,
+    frechet_distance,
+    inception_score,
+    mean_and_covariance,
+    precision_recall,
+)
 from tests.disk import flip_byte, refused
 from tests.ranks import checked_torchrun
 

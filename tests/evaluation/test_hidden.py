@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from st_ar.data.store import TokenStore
 from st_ar.errors import UserError
-from st_ar.evaluation import hidden
-from st_ar.evaluation.hidden import Reading, extract_features, uniform_steps
+from st_ar.evaluation import probe_features as hidden
+from st_ar.evaluation.probe_features import Reading, extract_features, uniform_steps
 from tests.data.random_store import random_store, write_store
 from tests.toys import TINY, random_model
 

@@ -15,9 +15,18 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from st_ar.errors import UserError
-from st_ar.evaluation import inception_weights
-from st_ar.evaluation.inception import BlockA, BlockC, BlockE, Inception, average_pool, resize_bilinear
-from st_ar.evaluation.inception_weights import FILES, find_weights, load_inception
+from st_ar.evaluation.generation import inception as inception_weights
+from st_ar.evaluation.generation.inception import (
+    FILES,
+    BlockA,
+    BlockC,
+    BlockE,
+    Inception,
+    average_pool,
+    find_weights,
+    load_inception,
+    resize_bilinear,
+)
 from st_ar.files import cache_folder
 from tests.disk import contents, refused
 

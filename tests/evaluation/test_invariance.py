@@ -16,8 +16,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from st_ar.cli import main
-from st_ar.data.images import Example, ImageSource
-from st_ar.evaluation import invariance_job
+from st_ar.config import InvarianceSettings
+from st_ar.data.source import Example, ImageSource
+from st_ar.evaluation import invariance as invariance_job
+from st_ar.evaluation.generation.image_sets import Pictures, open_pictures
 from st_ar.evaluation.invariance import (
     DIRECTIONS,
     IDENTITY,
@@ -25,15 +27,16 @@ from st_ar.evaluation.invariance import (
     Change,
     Geometry,
     chance_level,
+    choose_shifts,
     compare,
     list_changes,
     measure,
+    measure_invariance,
     resized,
+    summarise,
+    two_views,
     whole_tokens,
 )
-from st_ar.evaluation.invariance_job import choose_shifts, measure_invariance, summarise, two_views
-from st_ar.evaluation.pictures import Pictures, open_pictures
-from st_ar.invariance_config import InvarianceSettings
 from st_ar.tokenizer.kmeans import KMeansTokenizer
 from tests.disk import contents
 from tests.disk import refused as refused_call

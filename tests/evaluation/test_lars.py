@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from st_ar.errors import UserError
-from st_ar.evaluation import lars
-from st_ar.evaluation.lars import Classifiers, Lars, ProbeConfig, fit_classifiers, probe_rate, read_rows
+from st_ar.evaluation import probe_classifiers as lars
+from st_ar.evaluation.probe_classifiers import Classifiers, Lars, ProbeConfig, fit_classifiers, probe_rate, read_rows
 from st_ar.randomness import Purpose, torch_generator
 
 SHORT = ProbeConfig(epochs=3, warmup_epochs=1, base_lr=1.0)

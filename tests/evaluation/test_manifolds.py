@@ -11,9 +11,16 @@ from hypothesis import strategies as st
 
 import st_ar
 from st_ar.errors import UserError
-from st_ar.evaluation import manifolds
-from st_ar.evaluation.manifolds import blocks_of, compare, neighbour_distances
-from st_ar.evaluation.metrics import density_coverage, inception_score, kernel_distance, precision_recall
+from st_ar.evaluation import metrics as manifolds
+from st_ar.evaluation.metrics import (
+    blocks_of,
+    compare,
+    density_coverage,
+    inception_score,
+    kernel_distance,
+    neighbour_distances,
+    precision_recall,
+)
 
 
 def radius(members: np.ndarray, index: int, k: int) -> float:

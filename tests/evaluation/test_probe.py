@@ -10,11 +10,9 @@ import torch
 from st_ar.data.store import TokenStore
 from st_ar.errors import UserError
 from st_ar.evaluation import probe as probing
-from st_ar.evaluation.feature_cache import FeatureCache
-from st_ar.evaluation.hidden import uniform_steps
-from st_ar.evaluation.lars import ProbeConfig
 from st_ar.evaluation.probe import ProbeMethod, accuracies, probe, probe_layers, require_classes
-from st_ar.evaluation.shallow import Method
+from st_ar.evaluation.probe_classifiers import Method, ProbeConfig
+from st_ar.evaluation.probe_features import FeatureCache, uniform_steps
 from tests.data.random_store import random_store, write_store
 from tests.toys import TINY, random_model
 

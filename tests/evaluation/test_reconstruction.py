@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-from st_ar.data.crops import center_crop
-from st_ar.data.images import Example, ImageSource, open_images
+from st_ar.data.images import open_images
+from st_ar.data.source import Example, ImageSource, center_crop
 from st_ar.errors import UserError
 from st_ar.evaluation.reconstruction import evaluation_images, psnr, reconstruct, save_picture, ssim
 from st_ar.tokenizer import to_pixels, to_uint8

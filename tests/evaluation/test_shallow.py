@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from st_ar.errors import UserError
-from st_ar.evaluation import shallow
+from st_ar.evaluation import probe_classifiers as shallow
 from st_ar.evaluation.probe import ProbeMethod
-from st_ar.evaluation.shallow import ShallowClassifiers
+from st_ar.evaluation.probe_classifiers import ShallowClassifiers
 
 
 def clouds(count: int, classes: int, seed: int = 0) -> tuple[np.ndarray, Tensor]:

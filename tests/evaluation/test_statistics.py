@@ -7,9 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from st_ar.errors import UserError
-from st_ar.evaluation import statistics
-from st_ar.evaluation.metrics import inception_score
-from st_ar.evaluation.statistics import FeatureStatistics, Gaussian, InceptionScore
+from st_ar.evaluation import metrics as statistics
+from st_ar.evaluation.metrics import FeatureStatistics, Gaussian, InceptionScore, inception_score
 
 
 def features(count: int, dim: int, seed: int, far: float = 0) -> np.ndarray:

@@ -9,11 +9,11 @@ import pytest
 
 from st_ar.cli import main
 from st_ar.errors import UserError
-from st_ar.evaluation import sweep as sweep_module
-from st_ar.evaluation.collect import Place
-from st_ar.evaluation.image_sets import open_files
-from st_ar.evaluation.references import Reference, open_reference
-from st_ar.evaluation.sweep import SweptModel, settings_of, sweep
+from st_ar.evaluation.generation import sweep as sweep_module
+from st_ar.evaluation.generation.evaluate import Reference, open_reference
+from st_ar.evaluation.generation.features import Place
+from st_ar.evaluation.generation.image_sets import open_files
+from st_ar.evaluation.generation.sweep import SweptModel, settings_of, sweep
 from st_ar.sampling import Sampler, sample_to
 from tests.disk import contents, refused
 from tests.evaluation.test_generation import pictures, toy

@@ -11,11 +11,10 @@ from PIL import Image
 
 from st_ar.cli import main
 from st_ar.errors import UserError
-from st_ar.evaluation.collect import Place
-from st_ar.evaluation.image_sets import of_source, open_files
+from st_ar.evaluation.generation.features import Place
+from st_ar.evaluation.generation.image_sets import of_source, open_files
 from st_ar.evaluation.metrics import frechet_distance, mean_and_covariance
-from st_ar.evaluation.reconstruction import FaithfulnessMeter, psnr, reconstruct, ssim
-from st_ar.evaluation.tokenizer_quality import measure_tokenizer
+from st_ar.evaluation.reconstruction import FaithfulnessMeter, measure_tokenizer, psnr, reconstruct, ssim
 from tests.disk import contents
 from tests.evaluation.test_generation import pictures, toy
 from tests.small_line import random_source, random_tokenizer

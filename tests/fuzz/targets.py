@@ -14,28 +14,24 @@ import pytest
 import torch
 from PIL import Image
 
-from st_ar.config import ModelConfig, TrainConfig
-from st_ar.data.crops import Crops
-from st_ar.data.images import Example, ImageSource, open_images
+from st_ar.config import Metric, ModelConfig, OptimConfig, TrainConfig
+from st_ar.data.images import open_images
 from st_ar.data.llamagen import import_tokens
+from st_ar.data.source import Crops, Example, ImageSource
 from st_ar.data.store import TokenStore
 from st_ar.data.text import TextStore, write_text
 from st_ar.distributed import Ranks
-from st_ar.evaluation.collect import Place
-from st_ar.evaluation.feature_cache import FeatureCache
-from st_ar.evaluation.generation import evaluate, one_line
-from st_ar.evaluation.hidden import Reading, extract_features
-from st_ar.evaluation.image_sets import open_set
-from st_ar.evaluation.names import Metric
-from st_ar.evaluation.references import Reference, open_reference, write_reference
-from st_ar.evaluation.sweep import SweptModel, settings_of, sweep
+from st_ar.evaluation.generation.evaluate import Reference, evaluate, one_line, open_reference, write_reference
+from st_ar.evaluation.generation.features import Place
+from st_ar.evaluation.generation.image_sets import open_set
+from st_ar.evaluation.generation.sweep import SweptModel, settings_of, sweep
+from st_ar.evaluation.probe_features import FeatureCache, Reading, extract_features
 from st_ar.files import write_json
 from st_ar.model.generate import generate
 from st_ar.model.transformer import Transformer
 from st_ar.model.weights import HEADS, open_model, save_export
-from st_ar.reproduce.measured import Files, measurements, probe_curve
-from st_ar.run_config import OptimConfig
-from st_ar.sample_job import SampleJob
+from st_ar.reproduce.plan import Files, measurements, probe_curve
+from st_ar.sampling import SampleJob
 from st_ar.settings import to_dict
 from st_ar.tokenizer import load_tokenizer
 from st_ar.tokenizer.tokenize import tokenize

@@ -9,15 +9,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from st_ar.cli import main
-from st_ar.config import ModelConfig, SelfGuidedConfig, TrainConfig
+from st_ar.config import (
+    AdversaryConfig,
+    InvarianceSettings,
+    ModelConfig,
+    OptimConfig,
+    SampleSettings,
+    SelfGuidedConfig,
+    TrainConfig,
+    VQConfig,
+    VQTrainConfig,
+    vq_cifar10,
+)
 from st_ar.errors import UserError
-from st_ar.evaluation.lars import ProbeConfig
-from st_ar.invariance_config import InvarianceSettings
+from st_ar.evaluation.probe_classifiers import ProbeConfig
 from st_ar.presets import get_preset
-from st_ar.run_config import OptimConfig
-from st_ar.sample_config import SampleSettings
 from st_ar.settings import from_dict, to_dict
-from st_ar.vq_config import AdversaryConfig, VQConfig, VQTrainConfig, vq_cifar10
 from tests.fuzz.trial import bounded
 from tests.small_line import SmallLine, make_line
 from tests.toys import TINY

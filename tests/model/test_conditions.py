@@ -15,11 +15,10 @@ from torch import Tensor
 from st_ar.config import ModelConfig
 from st_ar.errors import UserError
 from st_ar.evaluation.attention import attention_maps, attention_statistics
-from st_ar.model.conditions import TextEmbedding
-from st_ar.model.decode import Decoder
+from st_ar.model.decoder import Decoder
 from st_ar.model.generate import generate
-from st_ar.model.transformer import Transformer, rope_table
-from st_ar.selfguided.masking import random_key_mask, show_own_position
+from st_ar.model.transformer import TextEmbedding, Transformer, rope_table
+from st_ar.selfguided.objective import random_key_mask, show_own_position
 from tests.toys import FIXTURES, NO_DROPOUT, TINY, TINY_TEXT, random_captions, random_model, random_sequences
 
 N, T = TINY_TEXT.text_tokens, TINY_TEXT.sequence_length

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from st_ar.config import ModelConfig
 from st_ar.errors import UserError
-from st_ar.model.decode import Decoder
+from st_ar.model.decoder import Decoder
 from st_ar.model.transformer import Transformer
 from tests.toys import NO_DROPOUT, TINY, random_model, random_sequences, recorded_model
 

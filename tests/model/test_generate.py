@@ -10,11 +10,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from st_ar.config import ModelConfig
+from st_ar.config import ModelConfig, SampleSettings
 from st_ar.errors import UserError
 from st_ar.model.generate import TokenSampler, choose, filter_logits, generate, guidance_scale, uniforms
 from st_ar.model.transformer import Transformer
-from st_ar.sample_config import SampleSettings
 from tests.toys import NO_DROPOUT, TINY, random_model, recorded, recorded_model
 
 LABELS = torch.tensor([0, 1, 3])

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from st_ar import load_model
-from st_ar.model.convert import convert
+from st_ar.cli.train import convert
 from st_ar.model.transformer import Transformer
 from st_ar.model.weights import HEADS, infer_config, open_model, save_export, save_llamagen
 from st_ar.presets import get_preset

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from st_ar.config import ModelConfig
+from st_ar.model.decoder import PackedLinear, packed
 from st_ar.model.generate import generate
-from st_ar.model.packing import PackedLinear, packed
 from st_ar.model.transformer import Transformer
 from tests.toys import NO_DROPOUT, TINY, TINY_TEXT, random_captions, random_model, random_sequences
 

@@ -8,7 +8,7 @@ import pytest
 
 from st_ar.evaluation.attention import STATISTICS
 from st_ar.files import write_json
-from st_ar.reproduce.measured import Files, measurements, probe_curve
+from st_ar.reproduce.plan import Files, measurements, probe_curve
 from st_ar.settings import to_dict
 from st_ar.training.run import seconds_per_step
 from tests.disk import refused

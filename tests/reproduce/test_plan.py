@@ -9,17 +9,15 @@ import pytest
 import tyro
 
 from st_ar.config import TrainConfig
-from st_ar.cost import parameters, training_flops, training_flops_per_token
 from st_ar.errors import UserError
 from st_ar.evaluation.attention import STATISTICS
 from st_ar.files import write_json
+from st_ar.hardware import parameters, training_flops, training_flops_per_token
 from st_ar.presets import PRESETS, get_preset
-from st_ar.reproduce.measured import Files, measurements
-from st_ar.reproduce.paper import CONTROL, EQUAL_TIME, EXPERIMENTS, Recipe
-from st_ar.reproduce.plan import Data, Plan, run_name
-from st_ar.reproduce.scales import SCALES, Scale, ScaleName, options
+from st_ar.reproduce.paper import CONTROL, EQUAL_TIME, EXPERIMENTS, SCALES, Recipe, Scale, ScaleName, options
+from st_ar.reproduce.plan import Data, Files, Plan, measurements, run_name
 from st_ar.settings import to_dict
-from st_ar.training.log import append_log
+from st_ar.training.run import append_log
 
 PHOTOS = Data(images="photos:train", test_images="photos:test")
 WORK = Path("work")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from st_ar.errors import UserError
-from st_ar.reproduce.run import Stage, is_done, run_stages
+from st_ar.reproduce.plan import Stage, is_done, run_stages
 from tests.disk import contents, refused
 
 

@@ -13,14 +13,12 @@ import pytest
 from PIL import Image
 
 from st_ar.cli import run_command
+from st_ar.cli.projects import Reproduce
 from st_ar.errors import UserError
 from st_ar.reproduce.page import show
-from st_ar.reproduce.paper import CONTROL, EXPERIMENTS, Name, Row, Size
-from st_ar.reproduce.plan import Data, Plan
-from st_ar.reproduce.run import run_stages
-from st_ar.reproduce.scales import SCALES
-from st_ar.reproduce_verb import Reproduce
-from st_ar.training.log import read_log
+from st_ar.reproduce.paper import CONTROL, EXPERIMENTS, SCALES, Name, Row, Size
+from st_ar.reproduce.plan import Data, Plan, run_stages
+from st_ar.training.run import read_log
 from tests.disk import contents
 
 Capture = pytest.CaptureFixture[str]

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from st_ar.selfguided.masking import random_key_mask, random_positions, show_own_position
+from st_ar.selfguided.objective import random_key_mask, random_positions, show_own_position
 
 
 def seeded(seed: int) -> torch.Generator:

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from st_ar.config import PLAIN, SelfGuidedConfig
 from st_ar.selfguided.losses import next_token_loss
-from st_ar.selfguided.objective import Draws, Losses, Projector, SelfGuided, draw
-from st_ar.selfguided.teacher import Teacher
+from st_ar.selfguided.objective import Draws, Losses, Projector, SelfGuided, Teacher, draw
 from st_ar.training.loop import backward
 from tests.reference import equations
 from tests.toys import TINY, random_model

@@ -7,8 +7,7 @@ from hypothesis import strategies as st
 
 from st_ar.config import ModelConfig, SelfGuidedConfig
 from st_ar.model.transformer import Transformer
-from st_ar.selfguided.objective import Losses, SelfGuided, draw
-from st_ar.selfguided.teacher import Teacher, ema_decay
+from st_ar.selfguided.objective import Losses, SelfGuided, Teacher, draw, ema_decay
 from tests.toys import TINY, random_model
 
 CONFIG = SelfGuidedConfig(projector_hidden=8, positions=3)

@@ -16,8 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from st_ar import load_tokenizer
-from st_ar.data.decode import MAX_PIXELS
-from st_ar.data.images import Example, ImageSource
+from st_ar.data.source import MAX_PIXELS, Example, ImageSource
 from st_ar.errors import UserError
 from st_ar.tokenizer import kmeans, to_pixels, to_uint8
 from st_ar.tokenizer.kmeans import KMeansTokenizer, train_kmeans

@@ -21,17 +21,17 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from st_ar import load_tokenizer
-from st_ar.data.images import Example
-from st_ar.data.pixels import Pixels
+from st_ar.config import VQTrainConfig
+from st_ar.data.loading import Pixels
+from st_ar.data.source import Example
 from st_ar.errors import Interrupted, UserError
 from st_ar.evaluation.efficientnet import PerceptualLoss, load_efficientnet
 from st_ar.evaluation.reconstruction import evaluation_images, reconstruct
 from st_ar.tokenizer import to_pixels
 from st_ar.training import vqgan as module
 from st_ar.training.checkpoint import Checkpoints
-from st_ar.training.manifest import list_checkpoints
+from st_ar.training.checkpoint_files import list_checkpoints
 from st_ar.training.vqgan import Training, backward, hinge_loss, train_tokenizer
-from st_ar.vq_config import VQTrainConfig
 from tests.data.pictures import encoded
 from tests.disk import contents, full_disk, refused
 from tests.killing import survivors

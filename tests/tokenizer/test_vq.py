@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from st_ar import load_tokenizer
+from st_ar.config import VQ_8, VQ_16, VQConfig
 from st_ar.tokenizer.vq import Painter, Reader, VQTokenizer, infer_config, nearest_codes
-from st_ar.vq_config import VQ_8, VQ_16, VQConfig
 from tests.disk import contents, flip_byte, refused
 from tests.toys import FIXTURES
 

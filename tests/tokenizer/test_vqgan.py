@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from st_ar.config import AdversaryConfig, VQConfig
 from st_ar.tokenizer.vq import VQTokenizer
 from st_ar.training.vqgan import VQGAN, Discriminator, hinge_loss, revive
-from st_ar.vq_config import AdversaryConfig, VQConfig
 
 TINY = VQConfig(channels=8, multipliers=(1, 2), z_channels=8, codebook_size=16, codebook_dim=4, residual_blocks=1)
 

@@ -5,9 +5,8 @@ from collections.abc import Iterator
 import numpy as np
 from PIL import Image
 
-from st_ar.data.images import Example, ImageSource
-from st_ar.run_config import OptimConfig
-from st_ar.vq_config import AdversaryConfig, VQConfig, VQTrainConfig
+from st_ar.config import AdversaryConfig, OptimConfig, VQConfig, VQTrainConfig
+from st_ar.data.source import Example, ImageSource
 
 TOY_GAN = VQTrainConfig(
     model=VQConfig(channels=8, multipliers=(1, 2), z_channels=8, codebook_size=16, codebook_dim=4, residual_blocks=1),

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from st_ar.training import keep, loop
+from st_ar.training import checkpoint as keep
+from st_ar.training import loop
 from tests.training.toy_runs import GUIDED_RUN
 
 

@@ -23,11 +23,17 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from st_ar.errors import UserError
-from st_ar.training import checkpoint, manifest
-from st_ar.training.checkpoint import Checkpoints
-from st_ar.training.manifest import describe_files, find_damage, list_checkpoints, read_record, write_manifest
-from st_ar.training.state import State
-from st_ar.training.tensor_files import write_tensors
+from st_ar.training import checkpoint
+from st_ar.training import checkpoint_files as manifest
+from st_ar.training.checkpoint import Checkpoints, State
+from st_ar.training.checkpoint_files import (
+    describe_files,
+    find_damage,
+    list_checkpoints,
+    read_record,
+    write_manifest,
+    write_tensors,
+)
 from tests.disk import contents, flip_byte, full_disk, refused, small_disk
 
 

@@ -8,10 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from st_ar.config import PLAIN, SelfGuidedConfig
-from st_ar.selfguided.objective import SelfGuided, draw
-from st_ar.selfguided.teacher import Teacher
-from st_ar.training.collapse import Features, effective_rank, spread
+from st_ar.selfguided.objective import SelfGuided, Teacher, draw
 from st_ar.training.loop import backward
+from st_ar.training.watch import Features, effective_rank, spread
 from tests.toys import NO_DROPOUT, random_model
 from tests.training.toy_runs import GUIDED_RUN
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from st_ar.training.events import TensorBoard, _checksum
+from st_ar.training.track import TensorBoard, _checksum
 
 pytest.importorskip("tensorboard")
 

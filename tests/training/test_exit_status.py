@@ -10,8 +10,8 @@ import pytest
 from st_ar.cli import main
 from st_ar.model.weights import open_model
 from st_ar.training import loop
-from st_ar.training.log import append_log
-from st_ar.training.manifest import list_checkpoints
+from st_ar.training.checkpoint_files import list_checkpoints
+from st_ar.training.run import append_log
 from tests.data.random_store import random_store
 from tests.disk import full_disk
 

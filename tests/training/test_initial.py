@@ -11,9 +11,8 @@ from torch import Tensor
 
 from st_ar.cli import main
 from st_ar.config import PLAIN
-from st_ar.data.store import TokenStore
+from st_ar.data.store import TokenStore, Views
 from st_ar.data.text import write_text
-from st_ar.data.views import Views
 from st_ar.model.weights import load_model, save_export
 from st_ar.training.loop import train
 from tests.data.random_store import checksum, random_store

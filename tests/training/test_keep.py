@@ -11,15 +11,15 @@ import pytest
 import torch
 
 from st_ar import load_model
-from st_ar.cost import parameters, run_bytes
 from st_ar.data.store import TokenStore
 from st_ar.errors import Interrupted
 from st_ar.evaluation.likelihood import validation_loss
+from st_ar.hardware import parameters, run_bytes
 from st_ar.model.weights import open_model
 from st_ar.training import loop
-from st_ar.training.log import append_log
+from st_ar.training.checkpoint_files import list_checkpoints, read_record
 from st_ar.training.loop import train
-from st_ar.training.manifest import list_checkpoints, read_record
+from st_ar.training.run import append_log
 from tests.data.random_store import random_store
 from tests.disk import contents, flip_byte, refused
 from tests.training.toy_runs import GUIDED_RUN, PLAIN_RUN, assert_same_result, assert_same_weights, log_of, saved_state

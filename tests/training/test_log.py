@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from st_ar.errors import UserError
-from st_ar.training.log import append_log, read_log, rewind_log
+from st_ar.training.run import append_log, read_log, rewind_log
 from tests.disk import contents, full_disk, refused
 
 

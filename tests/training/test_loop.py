@@ -14,14 +14,12 @@ from torch import Tensor
 
 from st_ar import load_model
 from st_ar.config import ModelConfig, SelfGuidedConfig, TrainConfig
-from st_ar.data.store import TokenStore
-from st_ar.data.views import Views
+from st_ar.data.store import TokenStore, Views
 from st_ar.distributed import Ranks
 from st_ar.model.transformer import Transformer
 from st_ar.model.weights import open_model
 from st_ar.randomness import Purpose, torch_seed
-from st_ar.selfguided.objective import Losses, SelfGuided, draw
-from st_ar.selfguided.teacher import Teacher
+from st_ar.selfguided.objective import Losses, SelfGuided, Teacher, draw
 from st_ar.training import loop
 from st_ar.training.loop import backward, drop_labels, train
 from tests.data.random_store import FINGERPRINT

@@ -8,10 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from st_ar.config import ModelConfig
+from st_ar.config import ModelConfig, OptimConfig
 from st_ar.errors import UserError
 from st_ar.model.transformer import Transformer
-from st_ar.run_config import OptimConfig
 from st_ar.training.optim import adamw, clip_gradients, learning_rate
 
 TINY = ModelConfig(dim=32, n_layers=2, n_heads=2, vocab_size=16, grid=4, num_classes=3)

@@ -13,8 +13,7 @@ from st_ar.config import TrainConfig
 from st_ar.distributed import process_group
 from st_ar.errors import UserError
 from st_ar.model.transformer import Transformer
-from st_ar.selfguided.objective import SelfGuided, draw
-from st_ar.selfguided.teacher import Teacher
+from st_ar.selfguided.objective import SelfGuided, Teacher, draw
 from st_ar.training.loop import backward
 from st_ar.training.parallel import choose_parallel, spread
 from tests.calls import Calls

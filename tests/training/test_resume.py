@@ -18,9 +18,9 @@ from st_ar.distributed import stop_on_signal
 from st_ar.hardware import choose_dtype
 from st_ar.model.weights import open_model
 from st_ar.training import loop
-from st_ar.training.log import append_log
+from st_ar.training.checkpoint_files import list_checkpoints
 from st_ar.training.loop import train
-from st_ar.training.manifest import list_checkpoints
+from st_ar.training.run import append_log
 from tests.data.random_store import random_store
 from tests.disk import contents, flip_byte, refused
 from tests.killing import survivors

@@ -13,24 +13,20 @@ from PIL import Image
 from torch import Tensor
 
 from st_ar.cli import main
-from st_ar.config import ModelConfig, TrainConfig
-from st_ar.data.store import TokenStore
+from st_ar.config import ModelConfig, OptimConfig, SampleSettings, TrainConfig
+from st_ar.data.store import TokenStore, Views
 from st_ar.data.text import TextStore, write_text
-from st_ar.data.views import Views
 from st_ar.errors import UserError
-from st_ar.evaluation.attention_job import report_attention
-from st_ar.evaluation.hidden import Reading, extract_features
+from st_ar.evaluation.attention_report import report_attention
 from st_ar.evaluation.likelihood import validation_loss
+from st_ar.evaluation.probe_features import Reading, extract_features
 from st_ar.model.generate import generate
 from st_ar.model.transformer import Transformer
 from st_ar.model.weights import open_model
 from st_ar.randomness import Purpose, torch_seed
-from st_ar.run_config import OptimConfig
-from st_ar.sample_config import SampleSettings
 from st_ar.sampling import choose_conditions, sample_images
 from st_ar.selfguided.losses import next_token_loss
-from st_ar.selfguided.objective import SelfGuided, draw
-from st_ar.selfguided.teacher import Teacher
+from st_ar.selfguided.objective import SelfGuided, Teacher, draw
 from st_ar.tokenizer import to_uint8
 from st_ar.training.loop import backward, drop_labels, train
 from tests.data.random_store import write_store

@@ -14,8 +14,8 @@ from st_ar.errors import UserError
 from st_ar.model.weights import open_model
 from st_ar.selfguided.objective import Losses, SelfGuided, draw
 from st_ar.training import loop
+from st_ar.training.checkpoint_files import list_checkpoints
 from st_ar.training.loop import backward, train
-from st_ar.training.manifest import list_checkpoints
 from tests.disk import contents, full_disk
 from tests.training.toy_runs import GUIDED_RUN, PLAIN_RUN, assert_same_result, assert_same_weights, log_of, saved_state
 

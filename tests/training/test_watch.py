@@ -18,20 +18,19 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-from st_ar.config import TrainConfig
-from st_ar.cost import flops_per_token, training_flops
+from st_ar.config import SampleSettings, TrainConfig, WatchConfig
 from st_ar.data.store import TokenStore
-from st_ar.evaluation.hidden import Reading, extract_features
-from st_ar.evaluation.shallow import ShallowClassifiers
+from st_ar.evaluation.probe_classifiers import ShallowClassifiers
+from st_ar.evaluation.probe_features import Reading, extract_features
 from st_ar.figures import strip
+from st_ar.hardware import flops_per_token, training_flops
 from st_ar.model.weights import load_model
-from st_ar.sample_config import SampleSettings
 from st_ar.sampling import sample_images
 from st_ar.tokenizer import load_tokenizer
-from st_ar.training import glances, track, watch
-from st_ar.training.glances import QuickProbe, spread_labels
+from st_ar.training import track, watch
+from st_ar.training import watch as glances
 from st_ar.training.loop import train
-from st_ar.watch_config import WatchConfig
+from st_ar.training.watch import QuickProbe, spread_labels
 from tests.data.random_store import random_store
 from tests.disk import contents, refused
 from tests.ranks import ROOT

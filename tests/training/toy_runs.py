@@ -7,14 +7,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from st_ar.config import ModelConfig, SelfGuidedConfig, TrainConfig
+from st_ar.config import ModelConfig, OptimConfig, SelfGuidedConfig, TrainConfig
 from st_ar.model.transformer import Transformer
-from st_ar.run_config import OptimConfig
-from st_ar.selfguided.objective import SelfGuided
-from st_ar.selfguided.teacher import Teacher
-from st_ar.training.checkpoint import Checkpoints
+from st_ar.selfguided.objective import SelfGuided, Teacher
+from st_ar.training.checkpoint import Checkpoints, State
 from st_ar.training.optim import adamw
-from st_ar.training.state import State
 from tests.disk import contents
 
 # LlamaGen's dropouts and class dropout are on: they are ModelConfig's and TrainConfig's defaults.

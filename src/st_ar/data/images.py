@@ -5,19 +5,19 @@ folders.py, parquet files and data sets of the hub by tables.py. Images are deco
 one is skipped wherever it comes from.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+import hashlib
+import os
+from collections.abc import Iterator, Sequence
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
-from st_ar.data.crops import Kind
-from st_ar.data.decode import read_image
+from st_ar.data.source import CENTER_RANGE, LARGE_SIZE, TEN_RANGE, Example, ImageSource
 from st_ar.errors import UserError
+from st_ar.files import printable
 
 PHOTOGRAPHS = {
     "astronaut": "skimage/data/astronaut.png",
@@ -38,55 +38,7 @@ PHOTOGRAPHS = {
     "rocket": "skimage/data/rocket.jpg",
 }
 """Class name -> package and file."""
-
-MAX_CLASSES = 1_000_000
-"""More are no classes: the numbers mean something else."""
 SHORT_SIDE, BLOCK, PATCH = 320, 80, 36
-
-
-class Example(NamedTuple):
-    """One labelled image, perhaps still as a file's content or path."""
-
-    image: Image.Image | bytes | Path
-    label: int
-    name: str = ""
-    """Where it comes from, for the list of those that were skipped."""
-
-    def read(self) -> Image.Image:
-        """The image in mode RGB; a BrokenImageError if it cannot be had."""
-        return read_image(self.image)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ImageSource:
-    """Labelled images in a fixed order."""
-
-    name: str
-    """What the user asked for, such as photos:train."""
-    class_names: Sequence[str]
-    """Names of the classes 0, 1, ..; none if they are unnamed and their number is not known before the end."""
-    count: int | None
-    """Number of images; None if that is known only at the end."""
-    examples: Callable[[int], Iterator[Example]]
-    """The examples from the given index on."""
-    size: int
-    """Side of a crop, in pixels, if the user names none."""
-    crop_range: float
-    """Short side before cropping, as a multiple of the crop's, if the user names none."""
-    mirror: bool
-    """Whether a mirror image shows the same thing."""
-    center_range: float | None = None
-    """The same as `crop_range` where only the centre is cut; None if it does not differ."""
-    streaming: bool = False
-    """Whether examples from an index on are found only by reading all that come before."""
-    expected: int | None = None
-    """Number of images that a source without `count` is said to have: for progress and disk space."""
-    content: str = ""
-    """Differs if the images or their order do, as far as that is known without reading them."""
-
-    def range_for(self, kind: Kind) -> float:
-        """The crop range that suits the source, for the centre crop alone or for ten."""
-        return self.center_range if kind != "ten" and self.center_range is not None else self.crop_range
 
 
 SOURCES = "folder:PATH, parquet:GLOB, hub:NAME[:SPLIT], photos[:train|:test] or digits[:train|:test]"
@@ -102,8 +54,6 @@ def open_images(spec: str) -> ImageSource:
     """
     kind, _, rest = spec.partition(":")
     if kind == "folder":
-        from st_ar.data.folders import open_folder
-
         return open_folder(rest)
     if kind in ("parquet", "hub"):
         from st_ar.data.tables import open_hub, open_parquet
@@ -187,3 +137,98 @@ def _digits(split: str) -> Labelled:
     large = [np.asarray(Image.fromarray(s).resize((32, 32), Image.Resampling.BICUBIC)) for s in small]
     framed = np.pad(np.stack(large), ((0, 0), (2, 2), (2, 2)), constant_values=255)
     return np.repeat(framed[..., None], 3, axis=-1), np.asarray(labels)[chosen], [str(d) for d in range(10)]
+
+
+SUFFIXES = frozenset(
+    (
+        ".jpg",
+        ".jpeg",
+        ".jpe",
+        ".jfif",
+        ".png",
+        ".webp",
+        ".bmp",
+        ".gif",
+        ".tif",
+        ".tiff",
+        ".ppm",
+        ".pgm",
+        ".jp2",
+        ".avif",
+    )
+)
+
+
+def open_folder(path: str) -> ImageSource:
+    """The images below `path`; classes are its sub-folders in the order of their names (as text, by code point).
+
+    Images may lie deeper within a class's folder; names that begin with a dot and files that are no images are passed
+    over. A class without images keeps its index. A folder with images and no sub-folders is one class.
+
+    Raises:
+        UserError: no such folder, no images, images beside the class folders, or a folder that cannot be read.
+    """
+    if not path:
+        raise UserError("folder: needs a path, such as folder:imagenet/train")
+    root = Path(path).expanduser()
+    if not root.is_dir():
+        raise UserError(f"folder:{path}: no such folder; give the one that holds a sub-folder for each class")
+    try:
+        loose, classes = _children(root, "")
+        names = classes if classes else [root.resolve().name]
+        files = [_images_below(root, name, set()) for name in classes] if classes else [loose]
+    except OSError as error:
+        raise UserError(f"folder:{path}: cannot read {error.filename}: {error.strerror}") from error
+    if classes and loose:
+        raise UserError(
+            f"folder:{path} has {len(loose)} images beside its {len(classes)} sub-folders, such as {loose[0]}: "
+            "move them into the sub-folder of their class"
+        )
+    if not any(files):
+        raise UserError(
+            f"folder:{path} holds no images in {len(classes)} sub-folders: looked for {' '.join(sorted(SUFFIXES))}"
+        )
+    paths = [file for some in files for file in some]
+    labels = [label for label, some in enumerate(files) for _ in some]
+
+    def examples(start: int) -> Iterator[Example]:
+        for index in range(start, len(paths)):
+            yield Example(root / paths[index], labels[index], printable(paths[index]))
+
+    return ImageSource(
+        name=printable(f"folder:{path}"),
+        class_names=list(map(printable, names)),
+        count=len(paths),
+        examples=examples,
+        size=LARGE_SIZE,
+        crop_range=TEN_RANGE,
+        center_range=CENTER_RANGE,
+        mirror=True,
+        content=hashlib.sha256(os.fsencode("\n".join(paths))).hexdigest(),
+    )
+
+
+def _children(root: Path, folder: str) -> tuple[list[str], list[str]]:
+    """Image files and sub-folders of root / folder, each in order, as paths from the root."""
+    files: list[str] = []
+    folders: list[str] = []
+    with os.scandir(root / folder) as entries:
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            name = f"{folder}/{entry.name}" if folder else entry.name
+            if entry.is_dir():
+                folders.append(name)
+            elif f".{entry.name.rpartition('.')[2]}".lower() in SUFFIXES:
+                files.append(name)
+    return sorted(files), sorted(folders)
+
+
+def _images_below(root: Path, folder: str, seen: set[str]) -> list[str]:
+    """All images below a folder, its own first; a folder that links lead back to is read once."""
+    real = os.path.realpath(root / folder)
+    if real in seen:
+        return []
+    seen.add(real)
+    files, folders = _children(root, folder)
+    return files + [file for name in folders for file in _images_below(root, name, seen)]

@@ -10,10 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
-from st_ar.data.crops import Crops
-from st_ar.data.images import MAX_CLASSES
-from st_ar.data.job import Skipped, StoreJob
+from st_ar.data.source import MAX_CLASSES, Crops
 from st_ar.data.store import TokenStore
+from st_ar.data.store_writer import Skipped, StoreJob
 from st_ar.errors import UserError, cause
 from st_ar.files import open_array
 from st_ar.progress import progress

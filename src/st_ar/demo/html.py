@@ -9,10 +9,9 @@ from html import escape
 import numpy as np
 from PIL import Image
 
-from st_ar.demo.drawing import Frame
-from st_ar.demo.recipe import Recipe, to_png
+from st_ar.demo.draw import Frame, Recipe, to_png
+from st_ar.demo.reading import Guesses, Reading
 from st_ar.demo.setup import Seen
-from st_ar.demo.understanding import Guesses, Reading
 from st_ar.report import png_uri
 
 SMALL = 64

@@ -1,4 +1,4 @@
-"""The server of the page: on this machine alone unless it is told otherwise, and with no way to anywhere else."""
+"""The demo's web page and its server."""
 
 import asyncio
 import contextlib
@@ -8,14 +8,136 @@ import re
 import signal
 import socket
 import tempfile
-from collections.abc import Callable, Generator
+from collections.abc import Awaitable, Callable, Generator, MutableMapping
 from concurrent.futures import ThreadPoolExecutor
+from importlib.resources import files
 from typing import Any
+from urllib.parse import parse_qs
 
+from st_ar.demo import html
+from st_ar.demo.inputs import MOST_BYTES
+from st_ar.demo.models import Shelf
+from st_ar.demo.runs_tab import runs_tab
 from st_ar.demo.setup import Setup
-from st_ar.demo.streams import App, JobsAfterClosing, Message
-from st_ar.demo.uploads import MOST_BYTES
+from st_ar.demo.tabs import compare_tab, generate_tab, gr
+from st_ar.demo.understand_tab import understand_tab
 from st_ar.errors import Interrupted, UserError
+from st_ar.files import parse_json
+
+Message = MutableMapping[str, Any]
+App = Callable[[Message, Callable[..., Any], Callable[..., Any]], Awaitable[None]]
+
+STREAM, QUEUE = "/gradio_api/queue/data", "/gradio_api/queue/join"
+CLOSED = b'"msg":"close_stream"'
+"""Of a stream's last message; in a text it would have backslashes."""
+PATIENCE = 30.0
+"""Seconds after which a browser that has not dropped a closed stream is gone, or of another kind."""
+
+
+class JobsAfterClosing:
+    """Around Gradio's server: a visitor's job is confirmed when the visitor's browser knows that its last stream is closed."""
+
+    def __init__(self, app: App, patience: float = PATIENCE) -> None:
+        self.app, self.patience = app, patience
+        self.closing: dict[str, asyncio.Event] = {}
+        """By visitor; set when the browser knows."""
+
+    async def __call__(self, scope: Message, receive: Callable[..., Any], send: Callable[..., Any]) -> None:
+        path = scope["path"].rstrip("/") if scope["type"] == "http" else ""
+        serve = {STREAM: self._stream, QUEUE: self._queue}.get(path, self.app)
+        await serve(scope, receive, send)
+
+    async def _stream(self, scope: Message, receive: Callable[..., Any], send: Callable[..., Any]) -> None:
+        visitor = parse_qs(scope["query_string"].decode("latin-1")).get("session_hash", [""])[-1]
+        known, ended = asyncio.Event(), False
+
+        async def send_open(message: Message) -> None:
+            nonlocal ended
+            if ended:  # all that follows is the end of the answer
+                return
+            if ended := CLOSED in message.get("body", b""):
+                self.closing[visitor] = known
+            await send(message)
+
+        try:
+            await self.app(scope, receive, send_open)
+            if ended:
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(self.patience):
+                        while (await receive())["type"] != "http.disconnect":
+                            pass
+                await send({"type": "http.response.body", "body": b"", "more_body": False})
+        finally:
+            known.set()
+            if self.closing.get(visitor) is known:
+                del self.closing[visitor]
+
+    async def _queue(self, scope: Message, receive: Callable[..., Any], send: Callable[..., Any]) -> None:
+        body = bytearray()
+
+        async def read() -> Message:
+            message = await receive()
+            body.extend(message.get("body", b""))
+            return message
+
+        async def confirm(message: Message) -> None:
+            if message["type"] == "http.response.start" and (known := self.closing.get(_visitor(body))):
+                await known.wait()
+            await send(message)
+
+        await self.app(scope, read, confirm)
+
+
+def _visitor(body: bytearray) -> str:
+    """Whose job it is; nobody's, if the request does not say."""
+    try:
+        job = parse_json(body.decode())
+    except ValueError:
+        return ""
+    return str(job.get("session_hash", "")) if isinstance(job, dict) else ""
+
+
+TITLE = "st-ar"
+WAITING = 32
+"""Jobs that may wait in line; more are refused."""
+FORGET = 3600
+"""Seconds after which files of the page's pictures and uploads are removed."""
+
+
+def describe(shelf: Shelf) -> str:
+    """The weights that the page offers, those of one shape together, and what draws with them."""
+    shapes: dict[str, list[str]] = {}
+    for name in shelf.names:
+        config = shelf.find(name).config
+        shape = f"{config.n_layers} layers of {config.dim}, {config.grid} x {config.grid} tokens"
+        shapes.setdefault(shape, []).append(name)
+    models = [f"{', '.join(names)}: {shape}" for shape, names in shapes.items()]
+    return "; ".join([*models, f"{shelf.device.type}, {str(shelf.dtype).removeprefix('torch.')}"])
+
+
+def build_page(setup: Setup) -> Any:
+    """The page as Gradio's Blocks, with a queue."""
+    with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(FORGET, FORGET)) as page:
+        gr.HTML(f"<h1>{TITLE}</h1>{html.note(describe(setup.shelf))}", elem_id="head")
+        drawn = gr.State(None, time_to_live=FORGET)
+        with gr.Tab("Generate"):
+            generate_tab(setup, drawn)
+        with gr.Tab("Compare"):
+            compare_tab(setup)
+        with gr.Tab("Understand"):
+            understand_tab(setup, drawn)
+        with gr.Tab("Runs"):
+            runs_tab(setup)
+    return page.queue(max_size=WAITING, default_concurrency_limit=1, api_open=False)
+
+
+def style() -> dict[str, Any]:
+    """Theme and style sheet, as Gradio takes them when the page is mounted: fonts that every machine has, nothing from elsewhere."""
+    theme = gr.themes.Default(
+        primary_hue="sky", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
+    )
+    return {"theme": theme, "css": files("st_ar").joinpath("templates/demo.css").read_text()}
+
 
 SERVED = re.compile(
     r"/(config|theme\.css|favicon\.ico|manifest\.json|robots\.txt|assets/.*|static/.*|svelte/.*"
@@ -114,8 +236,6 @@ def build_app(setup: Setup, host: str) -> Any:
     """The page's server as an ASGI application."""
     gradio = require_gradio()
     from fastapi import FastAPI
-
-    from st_ar.demo.page import build_page, style
 
     outer = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
 

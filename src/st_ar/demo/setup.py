@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from st_ar.data.store import TokenStore
-from st_ar.demo.shelf import Shelf
-from st_ar.demo.understanding import Guesser, Guesses, Reading, Readings
-from st_ar.demo.uploads import cut_upload, decode_upload
+from st_ar.demo.inputs import cut_upload, decode_upload
+from st_ar.demo.models import Shelf
+from st_ar.demo.reading import Guesser, Guesses, Reading, Readings
 from st_ar.errors import UserError
 from st_ar.evaluation.attention import center_crops
-from st_ar.evaluation.subjects import call_models
+from st_ar.model.weights import call_models
 from st_ar.quickstart import METHODS
 from st_ar.tokenizer import paint, to_pixels
 from st_ar.training.run import trained_config

@@ -6,12 +6,12 @@ from typing import Any
 
 import numpy as np
 
-from st_ar.demo import html, maps
-from st_ar.demo.inputs import whole
+from st_ar.demo import html
+from st_ar.demo import reading as maps
+from st_ar.demo.inputs import read_upload, whole
+from st_ar.demo.reading import NONE, OWN, label_given
 from st_ar.demo.setup import Setup
-from st_ar.demo.understanding import NONE, OWN, label_given
-from st_ar.demo.uploads import read_upload
-from st_ar.demo.widgets import AT_ONCE, QUEUE, class_choices, gr, told
+from st_ar.demo.tabs import AT_ONCE, QUEUE, class_choices, gr, told
 from st_ar.errors import UserError
 from st_ar.figures import line_chart
 

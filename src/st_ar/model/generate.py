@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from st_ar.config import SampleSettings
 from st_ar.errors import UserError
-from st_ar.model.decode import Decoder
+from st_ar.model.decoder import Decoder
 from st_ar.model.transformer import Transformer
-from st_ar.sample_config import SampleSettings
 
 
 def filter_logits(logits: Tensor, *, top_k: int = 0, top_p: float = 1.0) -> Tensor:

@@ -2,17 +2,18 @@
 LlamaGen's own files.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from st_ar.config import ModelConfig
+from st_ar.data.store import TokenStore
 from st_ar.errors import UserError
-from st_ar.files import read_json, write_json, written_aside
+from st_ar.files import read_json, sha256, write_json, written_aside
 from st_ar.model.transformer import Transformer
 from st_ar.settings import differences, fits, from_dict, to_dict
 from st_ar.torch_files import read_safetensors, read_tensors, save_tensors
@@ -77,8 +78,6 @@ def find_weights(path: Path, ema: bool) -> Path:
     """The file that a run, an export folder or a .safetensors path stands for."""
     name = EMA if ema else LIVE
     if str(path).startswith("hub:"):
-        from st_ar.hub import download
-
         path = download(str(path).removeprefix("hub:"))
     if path.is_dir():
         for folder in (path, path / "export"):
@@ -216,3 +215,113 @@ def save_llamagen(path: Path, tensors: dict[str, Tensor]) -> None:
     """Write a .pt file that LlamaGen's own scripts load: the weights under "model", with its parameter names."""
     with written_aside(path) as aside:
         torch.save({"model": {name: tensor.detach().contiguous() for name, tensor in tensors.items()}}, aside)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """Weights to be measured."""
+
+    name: str
+    info: ModelInfo
+    sha256: str
+    """Of the file of weights."""
+
+    def open(self) -> Transformer:
+        """The network, float32 on the CPU.
+
+        Raises:
+            UserError: its file is another by now, as a run's is after a checkpoint.
+        """
+        model, _ = open_model(self.info.source)
+        if sha256(self.info.source) != self.sha256:
+            raise UserError(
+                f"{self.info.source} has changed since this call began: its run goes on; take a copy, or wait for its end"
+            )
+        return model
+
+    def describe(self) -> dict[str, Any]:
+        """Which weights, as plain JSON values."""
+        info = self.info
+        return {"file": str(info.source), "sha256": self.sha256, "ema": info.ema, "step": info.step}
+
+
+def check_store(info: ModelInfo, store: TokenStore) -> None:
+    """UserError if the store is of another tokenizer than the model's, or names its classes otherwise."""
+    store.check_model(info.config, info.tokenizer)
+    if info.config.condition == "class" and info.class_names:
+        store.check_classes(info.class_names, info.source)
+
+
+def call_models(models: Sequence[Path], names: Sequence[str]) -> Sequence[str]:
+    """What some models are called: the names given, or the last parts of their paths (of a run's files the run's), in full where those
+    are alike.
+
+    Raises:
+        UserError: no models, or not one name each.
+    """
+    if not models:
+        raise UserError("give at least one --model")
+    if names and len(names) != len(models):
+        raise UserError(f"{len(names)} --names for {len(models)} models: give one each, or none")
+    short = [(_place(path).resolve().name, path.name == EMA) for path in models]
+    return names or [each[0] if short.count(each) == 1 else str(path) for each, path in zip(short, models, strict=True)]
+
+
+def _place(path: Path) -> Path:
+    """The folder of a run's or an export's weights; other files stand for themselves."""
+    place = path.parent if path.name in (LIVE, EMA) else path
+    return place.parent if place.name == "export" else place
+
+
+def find_subjects(
+    models: Sequence[Path], names: Sequence[str], weights: Literal["live", "ema", "both"], *, ema: bool = False
+) -> list[Subject]:
+    """The weights of some models, read once to be sure that they can be; averaged ones say so in their names, if those were not given.
+
+    Args:
+        ema: a short way to say that `weights` is "ema".
+
+    Raises:
+        UserError: none, one twice, not one name each, `ema` beside other weights, or as `open_model`.
+    """
+    if ema and weights == "both":
+        raise UserError("--ema is short for --weights ema: leave it out for both")
+    wanted = {"live": [False], "ema": [True], "both": [False, True]}["ema" if ema else weights]
+    called = call_models(models, names)
+    found: list[Subject] = []
+    for path, name in zip(models, called, strict=True):
+        for averaged in wanted:
+            info = open_model(path, ema=averaged)[1]
+            label = name if not info.ema or (names and weights != "both") else f"{name} (EMA)"
+            if any(label == subject.name for subject in found):
+                raise UserError(f"two models are called {label}: give different --names, and each model once")
+            found.append(Subject(name=label, info=info, sha256=sha256(info.source)))
+    return found
+
+
+FILES = ("config.json", "model.safetensors", "ema.safetensors")
+
+
+def _hub() -> Any:
+    try:
+        import huggingface_hub
+    except ModuleNotFoundError as error:
+        raise UserError(f"the hub is reached through huggingface_hub ({error}): pip install 'st-ar[hub]'") from error
+    return huggingface_hub
+
+
+def download(name: str, revision: str | None = None) -> Path:
+    """The folder of a model on the hub, downloaded once into huggingface_hub's cache.
+
+    Raises:
+        UserError: no such model, no access, or no network and nothing cached.
+    """
+    hub = _hub()
+    try:
+        return Path(hub.snapshot_download(name, revision=revision, allow_patterns=list(FILES)))
+    except Exception as error:  # the client's own, and those of the HTTP library that it happens to use
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"hub:{name} cannot be had ({reason}): check the name and the network, log in with `hf auth login` if it is "
+            "private, or give a folder that was downloaded elsewhere"
+        ) from error

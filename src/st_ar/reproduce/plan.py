@@ -1,17 +1,218 @@
-"""The commands that a table or figure needs, in order, and what they cost. Each is a command that anyone could give by hand."""
+"""The commands behind a table or figure of the paper: which, in what order, what is done, what they measured."""
 
-from collections.abc import Mapping, Sequence
+import shlex
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import gcd
 from pathlib import Path
+from typing import Any, Literal
 
-from st_ar.cost import run_bytes, training_flops
 from st_ar.errors import UserError
-from st_ar.reproduce.measured import Files, Weights, budgets
-from st_ar.reproduce.paper import Experiment, Recipe, Row
-from st_ar.reproduce.run import Stage, is_done
-from st_ar.reproduce.scales import Scale, options
-from st_ar.training.run import trained_config
+from st_ar.evaluation.attention import STATISTICS
+from st_ar.evaluation.attention_report import COLUMNS
+from st_ar.files import read_json, write_json
+from st_ar.hardware import run_bytes, training_flops
+from st_ar.report import Spread
+from st_ar.reproduce.paper import Experiment, Recipe, Row, Scale, options
+from st_ar.settings import fits
+from st_ar.training.run import read_log, seconds_per_step, trained_config
+
+TOKENS, TIME = "tokens read (M)", "training (min)"
+"""The two budgets."""
+
+ATTENTION = "attention at half depth"
+"""What the names of its numbers begin with."""
+
+Weights = Literal["live", "ema"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Files:
+    """Where a row's numbers come from: one of each for each seed."""
+
+    share: float = 1.0
+    """How much of its runs a row stands for."""
+    runs: list[Path] = field(default_factory=list)
+    evaluations: dict[Weights, list[Path]] = field(default_factory=dict)
+    probes: dict[Weights, list[Path]] = field(default_factory=dict)
+    likelihoods: dict[Weights, list[Path]] = field(default_factory=dict)
+    attentions: dict[Weights, list[Path]] = field(default_factory=dict)
+
+
+def measurements(files: Files, metrics: Sequence[str]) -> dict[str, Spread]:
+    """A row's numbers: what `evaluate` calls them, probe accuracy at the last step in per cent, validation loss, what the layer at
+    half depth looks at, both budgets.
+
+    metrics: those of the paper's table; of an evaluation, the distance and those among them.
+    """
+    found: dict[str, list[float]] = {}
+
+    def add(name: str, weights: Weights, value: float) -> None:
+        found.setdefault(name + (", EMA" if weights == "ema" else ""), []).append(value)
+
+    for weights, paths in files.evaluations.items():
+        for path in paths:
+            numbers = read_json(path, "an evaluation").get("metrics")
+            if not fits(numbers, dict[str, float]):
+                raise UserError(f"{path} has no metrics that are numbers: remove it, and the evaluation is made again")
+            for name, value in numbers.items():
+                if name.startswith("F") or name.split(" ")[0].lower() in metrics:  # FID, FD-..
+                    add(name, weights, value)
+    for weights, paths in files.probes.items():
+        for path in paths:
+            add("probe, last step (%)", weights, 100 * probe_curve(path)[1][-1])
+    for weights, paths in files.likelihoods.items():
+        for path in paths:
+            add("validation loss", weights, likelihood(path))
+    for weights, paths in files.attentions.items():
+        for path in paths:
+            for name, value in attention(path).items():
+                add(f"{ATTENTION}: {name}", weights, value)
+    for run in files.runs:
+        tokens, seconds = budgets(run)
+        found.setdefault(TOKENS, []).append(files.share * tokens / 1e6)
+        found.setdefault(TIME, []).append(files.share * seconds / 60)
+    return {name: Spread(tuple(values)) for name, values in found.items()}
+
+
+def probe_curve(path: Path) -> tuple[list[float], list[float]]:
+    """Tokens read, and the share of right guesses after each."""
+    result = _first_result(path, "a probe")
+    steps, shares = result.get("steps"), result.get("top1")
+    if not fits(steps, list[float]) or not fits(shares, list[float]) or not 0 < len(steps) == len(shares):
+        raise UserError(f"{path} has no shares of right guesses by step: remove it, and the probe is made again")
+    return list(map(float, steps)), list(map(float, shares))
+
+
+def likelihood(path: Path) -> float:
+    """The validation loss."""
+    loss = _first_result(path, "a likelihood").get("loss")
+    if not fits(loss, float):
+        raise UserError(f"{path} has no loss: remove it, and it is measured again")
+    return float(loss)
+
+
+def attention(folder: Path) -> dict[str, float]:
+    """What the layer at half depth looks at, averaged over heads and images, as the columns of `st-ar attention` name it."""
+    path = folder / "statistics.json"
+    models = read_json(path, "what `st-ar attention` has written").get("models")
+    layers = next(iter(models.values())).get("layers") if fits(models, dict[str, dict[str, Any]]) and models else None
+    if fits(layers, dict[str, dict[str, Any]]):
+        found: Any = layers.get(str(max(1, len(layers) // 2)), {}).get("over_heads", {})
+        means: Any = found.get("mean") if isinstance(found, dict) else None
+        if fits(means, dict[str, float]) and set(STATISTICS) <= set(means):
+            return {column: float(means[name]) for column, name in zip(COLUMNS, STATISTICS, strict=True)}
+    raise UserError(f"{path} has no statistics of a layer: remove {folder}, and they are made again")
+
+
+def _first_result(path: Path, what: str) -> dict[str, Any]:
+    results = read_json(path, what).get("results")
+    return results[0] if fits(results, list[dict[str, Any]]) and results else {}
+
+
+def budgets(run: Path) -> tuple[float, float]:
+    """Tokens that a run has read, and the seconds that it took for them, by the median of its pace."""
+    config, seconds = trained_config(run), seconds_per_step(run)
+    steps = read_log(run / "log.jsonl")[-1]["step"]
+    return steps * config.batch_size * config.views * config.model.sequence_length, steps * seconds
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """A command and what it leaves."""
+
+    name: str
+    command: tuple[str, ...]
+    """The verb and its options."""
+    makes: Path
+    """File or folder."""
+    flops: float = 0.0
+    """Of training, which takes the most of the time."""
+    disk: float = 0.0
+    """Bytes that are known beforehand."""
+
+
+def run_stages(stages: Sequence[Stage], work: Path, call: Callable[[list[str]], None]) -> None:
+    """Give each command that is not done yet.
+
+    done/NAME.json in `work` holds a command once it was begun, and its seconds once it was done.
+
+    Args:
+        call: runs a command line, the verb first.
+
+    Raises:
+        UserError: what the commands raise; or something in `work` was made by another command.
+    """
+    for number, stage in enumerate(stages, start=1):
+        mark = _mark(stage.makes, work)
+        command = list(stage.command)
+        begun = read_mark(mark) if mark.exists() else None
+        if begun is not None and begun["command"] != command:
+            raise UserError(
+                f"{stage.makes} was made by another command, `st-ar {shlex.join(begun['command'])}`, not by "
+                f"`st-ar {shlex.join(command)}`: choose another --out, or remove it and {mark}"
+            )
+        if begun is not None and begun.get("seconds") is not None:
+            if not stage.makes.exists():
+                raise UserError(
+                    f"{stage.makes} is gone, but {mark} says that it was made: remove that to make it again"
+                )
+            continue
+        print(f"\n[{number}/{len(stages)}] {stage.name}\nst-ar {shlex.join(command)}", flush=True)
+        if begun is None and stage.makes.exists():
+            raise UserError(f"{stage.makes} exists already and was not made here: choose another --out, or remove it")
+        write_json(mark, {"command": command, "seconds": None})
+        started = time.perf_counter()
+        if not _is_whole(stage):
+            call(_continued(stage))
+        write_json(mark, {"command": command, "seconds": time.perf_counter() - started})
+
+
+def read_mark(path: Path) -> dict[str, Any]:
+    """The command and its seconds, None if it was stopped.
+
+    Raises:
+        UserError: no mark of `run_stages`.
+    """
+    mark = read_json(path, "a stage")
+    seconds = mark.get("seconds")
+    if not fits(mark.get("command"), list[str]) or not (seconds is None or fits(seconds, float)):
+        raise UserError(
+            f"{path} is damaged: it does not say what was done; remove it, and what it stands for, to do that again"
+        )
+    return mark
+
+
+def _continued(stage: Stage) -> list[str]:
+    """The command, with --resume where a run is to be continued; other verbs continue what they began, or leave nothing."""
+    begun = _is_run(stage) and (stage.makes / "config.json").exists()
+    return [*stage.command, *(["--resume"] if begun else [])]
+
+
+def _is_whole(stage: Stage) -> bool:
+    """Whether a command that was stopped had in fact done everything."""
+    verb, path = stage.command[0], stage.makes
+    last = {  # of what is not written at once
+        "train-tokenizer": path / "tokenizer.json",
+        "tokenize": path / "meta.json",
+        "sample": path.with_suffix(".json"),
+    }
+    return not _is_run(stage) and last.get(verb, path).exists()
+
+
+def _is_run(stage: Stage) -> bool:
+    return stage.command[0] == "train" or (stage.command[0] == "train-tokenizer" and stage.command[1] != "kmeans")
+
+
+def is_done(path: Path, work: Path) -> bool:
+    """Whether a command has made this, from its beginning to its end."""
+    mark = _mark(path, work)
+    return mark.exists() and read_mark(mark).get("seconds") is not None
+
+
+def _mark(path: Path, work: Path) -> Path:
+    return work / "done" / f"{path.name}.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -240,3 +441,17 @@ def run_name(recipe: Recipe) -> str:
     parts += ["equal-time"] if recipe.equal_time else []
     parts += ["kept"] if recipe.keeps else []
     return "-".join(parts)
+
+
+def fit_model(images: str | None, tokenizer: Path | None, side: int) -> dict[str, int]:
+    """Model settings that the user's own images and tokenizer require."""
+    from st_ar.data.images import open_images
+    from st_ar.tokenizer import load_tokenizer
+
+    fit: dict[str, int] = {}
+    if images is not None:
+        fit["num_classes"] = len(open_images(images).class_names)
+    if tokenizer is not None:
+        given = load_tokenizer(tokenizer)
+        fit |= {"vocab_size": given.vocab_size, "grid": given.grid(side)}
+    return fit

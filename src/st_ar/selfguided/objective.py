@@ -1,23 +1,86 @@
-"""Self-guided training, Eq. 8: L = L_AR + alpha * L_MIM + beta * (L_step + L_view) / 2.
+"""The method: key mask and positions (Eq. 3, 5), the EMA teacher, and the total loss (Eq. 8)."""
 
-One student pass, masked and with gradients, gives the logits for L_AR, the last features for L_MIM and the projected mid
-features for L_step and L_view; one teacher pass, unmasked and without gradients, gives what they are compared with.
-B: images, M: views of each, T: tokens, K: sampled positions, D: features, V: codebook entries.
-"""
-
+import copy
 from functools import partial
 from itertools import pairwise
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from st_ar.config import ModelConfig, SelfGuidedConfig
 from st_ar.model.transformer import Transformer
 from st_ar.randomness import Purpose, torch_generator
 from st_ar.selfguided.losses import linear_next_token_loss, mim_loss, step_loss, view_loss
-from st_ar.selfguided.masking import random_key_mask, random_positions, show_own_position
-from st_ar.selfguided.teacher import Teacher
+
+
+def random_key_mask(
+    batch: int,
+    length: int,
+    ratio: float,
+    generator: torch.Generator,
+    *,
+    share: float = 1.0,
+    mine: slice = slice(None),
+) -> Tensor:
+    """Eq. 3's sequence mask as a key mask, True = masked: bool [batch, length], of it the sequences `mine`.
+
+    Exactly round(ratio * (length - 1)) of each sequence's image-token keys are masked, drawn per sequence. Key 0, the
+    class, is always visible, so no query is left without a key. Of the sequences, round(share * batch) are masked.
+    """
+    masked = round(ratio * (length - 1))
+    drawn = torch.rand(batch, length - 1, generator=generator)
+    order = drawn[mine].argsort(dim=1)  # each row is a permutation
+    key_mask = F.pad(order < masked, (1, 0))
+    if share < 1:
+        seeing = torch.ones(batch, dtype=torch.bool)
+        seeing[torch.randperm(batch, generator=generator)[: round(share * batch)]] = False
+        key_mask[seeing[mine]] = False
+    return key_mask
+
+
+def show_own_position(key_mask: Tensor) -> Tensor:
+    """Let a masked token's own query still see it: key mask [B, T] -> one mask for each query, [B, T, T]."""
+    own = torch.eye(key_mask.shape[1], dtype=torch.bool, device=key_mask.device)
+    return key_mask[:, None, :] & ~own
+
+
+def random_positions(length: int, count: int, generator: torch.Generator, *, first: int = 0) -> Tensor:
+    """Eq. 5's K positions, distinct, ascending, shared by the batch: int64 [count] in [first, length)."""
+    return first + torch.randperm(length - first, generator=generator)[:count].sort().values
+
+
+def ema_decay(config: SelfGuidedConfig, step: int) -> float:
+    """The decay after optimizer step `step` (counted from 1): min(decay, (1 + t) / (10 + t)) with warm-up."""
+    return min(config.ema_decay, (1 + step) / (10 + step)) if config.ema_warmup else config.ema_decay
+
+
+class Teacher(nn.Module):
+    """A copy of the student that follows it. Its weights are also the run's EMA weights, with or without self-guidance."""
+
+    def __init__(self, student: Transformer, config: SelfGuidedConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = copy.deepcopy(student).eval().requires_grad_(False)
+
+    def train(self, mode: bool = True) -> "Teacher":  # noqa: ARG002
+        """Stay in evaluation mode: the teacher has no dropout."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def update(self, student: Transformer, step: int) -> float:
+        """Move towards the student, in float32, once for each optimizer step; returns the decay used."""
+        decay = ema_decay(self.config, step)
+        ours, theirs = ([_local(p) for p in module.parameters()] for module in (self.model, student))
+        torch._foreach_lerp_(ours, theirs, 1 - decay)
+        return decay
+
+
+def _local(parameter: Tensor) -> Tensor:
+    """The part of it that is on this rank: teacher and student are split alike, so each rank can average its own."""
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
 
 class Projector(nn.Sequential):

@@ -10,9 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from st_ar.data.crops import Crops, center_crop
-from st_ar.data.decode import BrokenImageError, check_pixels
-from st_ar.data.images import ImageSource
+from st_ar.data.source import BrokenImageError, Crops, ImageSource, center_crop, check_pixels
 from st_ar.errors import UserError, cause
 from st_ar.files import read_json, require_absent, write_json
 from st_ar.progress import progress

@@ -9,11 +9,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from st_ar.data.crops import Crops
-from st_ar.data.images import MAX_CLASSES, Example, ImageSource
-from st_ar.data.job import Skipped, StoreJob
-from st_ar.data.pool import Decoder, open_decoder
+from st_ar.data.loading import Decoder, open_decoder
+from st_ar.data.source import MAX_CLASSES, Crops, Example, ImageSource
 from st_ar.data.store import TokenStore
+from st_ar.data.store_writer import Skipped, StoreJob
 from st_ar.distributed import Ranks
 from st_ar.errors import UserError
 from st_ar.progress import Pace, Progress, progress

@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from st_ar.config import VQConfig
 from st_ar.errors import UserError
 from st_ar.files import read_json, require_absent, write_json
 from st_ar.torch_files import read_tensors, save_tensors
-from st_ar.vq_config import VQConfig
 
 
 def norm(channels: int) -> nn.GroupNorm:

@@ -1,15 +1,12 @@
-"""Checkpoints: copied in memory, written in the background while training goes on, whole or absent, the newest few kept.
-
-They hold tensors alone (weights, EMA, projector, optimizer); the step is in the folder's name, and every random draw is
-a function of the step. What is on the disk: `tensor_files` and `manifest`.
-"""
+"""Checkpoints: copied in memory, written in the background, whole or absent; and what a run keeps."""
 
 import contextlib
 import os
 import shutil
 import threading
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -17,20 +14,105 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.tensor import DTensor
 
+from st_ar.config import TrainConfig
+from st_ar.distributed import from_first, host_group, place
 from st_ar.errors import UserError
-from st_ar.training.manifest import (
+from st_ar.model.weights import EMA, LIVE, exported_step, save_weights
+from st_ar.training.checkpoint_files import (
+    READ_ERRORS,
     TENSORS,
+    WRITE_ERRORS,
     Files,
     describe_files,
     list_checkpoints,
     newest_whole,
     read_record,
+    read_tensors,
+    reason,
     write_manifest,
+    write_tensors,
 )
-from st_ar.training.state import Copier, State, whole_weights
-from st_ar.training.tensor_files import READ_ERRORS, WRITE_ERRORS, read_tensors, reason, write_tensors
+from st_ar.training.inputs import LOSS, Validation
+
+OPTIONS = StateDictOptions(flatten_optimizer_state_dict=True)
+
+
+@dataclass(frozen=True)
+class State:
+    """All that the rest of a run depends on, but for the step."""
+
+    modules: dict[str, nn.Module]
+    """name -> module whose state belongs to the run."""
+    student: nn.Module
+    """The trained module."""
+    optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer]
+    """The student's, or several that share its parameters."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The live tensors, by name: saved from and loaded into."""
+        return self._tensors(self._optimizer_state())
+
+    def load(self, read: Callable[[dict[str, Tensor]], None]) -> None:
+        """Let `read` fill the tensors, and take them over."""
+        optimizer_state = self._optimizer_state()
+        read(self._tensors(optimizer_state))
+        set_optimizer_state_dict(self.student, self.optimizer, optimizer_state, options=OPTIONS)
+
+    def _optimizer_state(self) -> dict[str, Any]:
+        return get_optimizer_state_dict(self.student, self.optimizer, options=OPTIONS)
+
+    def _tensors(self, optimizer_state: dict[str, Any]) -> dict[str, Tensor]:
+        tensors = {
+            f"{name}.{key}": value
+            for name, module in self.modules.items()
+            for key, value in module.state_dict().items()
+        }
+        moments = {f"optimizer.{key}": value for key, value in optimizer_state.items() if isinstance(value, Tensor)}
+        return tensors | moments
+
+
+class Copier:
+    """Copies tensors into the host's memory, which it takes again for the next copy; pinned, if there is a GPU.
+
+    Before torch 2.13 a stager closes itself after its first copy: there each copy has one of its own, and new memory.
+    """
+
+    _SERVES_ONCE = tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 13)
+
+    def __init__(self) -> None:
+        self._stager: DefaultStager | None = None
+
+    def copy(self, tensors: dict[str, Tensor]) -> dict[str, Any]:
+        """The tensors as they are now, by the same names."""
+        if self._stager is None or self._SERVES_ONCE:
+            self._stager = DefaultStager(StagingOptions(torch.cuda.is_available(), False, False, False))
+        copied = self._stager.stage(tensors)
+        assert isinstance(copied, dict)
+        return copied
+
+
+def whole_weights(tensors: Mapping[str, Tensor], *, keep: bool) -> dict[str, Tensor]:
+    """Of a state's tensors the modules' that are split among ranks, put together, on the CPU of the rank that is to keep them.
+
+    All ranks must call this.
+    """
+    found: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        if isinstance(tensor, DTensor) and not name.startswith("optimizer."):
+            whole = tensor.full_tensor()  # one after another, to save a GPU's memory
+            if keep:
+                found[name] = whole.to("cpu", copy=True)
+    return found
+
 
 Result = TypeVar("Result")
 
@@ -259,3 +341,84 @@ class _Background(threading.Thread):
         self.join()
         if self._error is not None:
             raise self._error
+
+
+class Keeper:
+    """Saves and restores a run. All ranks call its methods together.
+
+    Args:
+        out: the run's folder.
+        about: what the exports say of themselves besides the step and the model.
+    """
+
+    def __init__(
+        self, out: Path, config: TrainConfig, state: State, validated: Validation, about: Mapping[str, Any]
+    ) -> None:
+        self.out, self.config, self.state, self.validated, self.about = out, config, state, validated, about
+        self.checkpoints = Checkpoints(
+            out / "checkpoints",
+            keep=config.keep,
+            keep_every=config.keep_every,
+            keep_least=LOSS,
+            group=host_group(config.rank_timeout),
+        )
+
+    def restore(self) -> int:
+        """Load the newest whole checkpoint, and export it if the run was killed before that; its step, 0 if there is none."""
+        step = from_first(self.checkpoints.newest)
+        self.checkpoints.restore(step, self.state)
+        measured = self.checkpoints.recorded(step, LOSS)
+        late = [folder for folder in self._folders(step, measured) if exported_step(self.out / folder) != step]
+        if late := from_first(lambda: late):
+            tensors = self.state.tensors()
+            weights = tensors | whole_weights(tensors, keep=place() == 0)
+            if place() == 0:
+                self._export(late, step, measured, weights)
+        return step
+
+    def save(self, step: int, measured: Mapping[str, float]) -> None:
+        """Begin to write everything as it is now; `measured` on the validation store, if it was."""
+        then = partial(self._export, self._folders(step, measured), step, measured)
+        self.checkpoints.save(step, self.state, measured, then=then)
+
+    def _folders(self, step: int, measured: Mapping[str, float]) -> list[str]:
+        """Where the weights of a step belong."""
+        if not step:
+            return []
+        kept = self.config.keep_every and step % self.config.keep_every == 0
+        best = ["best"] if self.validated.improves(measured) else []
+        return ["export", *best, *([f"kept/step_{step:08d}"] if kept else [])]
+
+    def _export(
+        self, folders: list[str], step: int, measured: Mapping[str, float], tensors: Mapping[str, Tensor]
+    ) -> None:
+        weights = {LIVE: under("student.model.", tensors), EMA: under("ema.", tensors)}
+        for folder in folders:
+            save_weights(self.out / folder, weights, self.config.model, {"step": step, **self.about, **measured})
+
+
+def under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors whose names begin with `prefix`, without it."""
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def not_finite(terms: Mapping[str, Tensor]) -> str:
+    """Which of the losses and gradient norms are not finite; empty if all are. The host waits for a GPU."""
+    return ", ".join(f"{name} is {value.item()}" for name, value in terms.items() if not torch.isfinite(value))
+
+
+def require_finite(
+    terms: Mapping[str, Tensor], step: int, checkpoints: Checkpoints, *, remedy: str = "train with --dtype float32"
+) -> None:
+    """Stop before a broken state is saved; what is being written is finished first.
+
+    Raises:
+        UserError: one of the losses or gradient norms is not finite.
+    """
+    if wrong := not_finite(terms):
+        checkpoints.wait()
+        done = list_checkpoints(checkpoints.folder)
+        good = f"the last good checkpoint is {done[-1][1]}" if done else "there is no checkpoint yet"
+        raise UserError(
+            f"the loss or its gradient is not finite at step {step} ({wrong}): {good}; lower --optim.lr, or {remedy}"
+        )

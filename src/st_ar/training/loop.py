@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from st_ar.config import TrainConfig
-from st_ar.data.store import TokenStore
+from st_ar.config import TrainConfig, WatchConfig
+from st_ar.data.store import TokenStore, Views
 from st_ar.data.text import open_text
-from st_ar.data.views import Views
 from st_ar.distributed import Ranks, everyone, from_first, largest, mean, place, process_group, stop_on_signal
 from st_ar.errors import Interrupted, UserError
 from st_ar.files import write_json
@@ -21,19 +20,13 @@ from st_ar.model.transformer import Transformer
 from st_ar.model.weights import exported_step
 from st_ar.progress import progress
 from st_ar.randomness import Purpose, torch_generator, torch_seed
-from st_ar.selfguided.objective import NO_GUIDANCE, Draws, Losses, SelfGuided, draw
-from st_ar.selfguided.teacher import Teacher
-from st_ar.training.initial import Initial
-from st_ar.training.keep import Keeper
-from st_ar.training.log import append_log, rewind_log, skipped_steps
-from st_ar.training.memory import enough_memory
+from st_ar.selfguided.objective import NO_GUIDANCE, Draws, Losses, SelfGuided, Teacher, draw
+from st_ar.training.checkpoint import Keeper, State, not_finite, require_finite
+from st_ar.training.inputs import Initial, Validation
 from st_ar.training.optim import adamw, clip_gradients, learning_rate
 from st_ar.training.parallel import choose_parallel, gradient_sync, spread, unshared
-from st_ar.training.run import alone, claim, describe_run, not_finite, require_finite
-from st_ar.training.state import State
-from st_ar.training.validation import Validation
+from st_ar.training.run import alone, append_log, claim, describe_run, enough_memory, rewind_log, skipped_steps
 from st_ar.training.watch import Watch
-from st_ar.watch_config import WatchConfig
 
 
 def train(

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from st_ar.run_config import OptimConfig
+from st_ar.config import OptimConfig
 
 
 def adamw(module: nn.Module, config: OptimConfig) -> torch.optim.AdamW:

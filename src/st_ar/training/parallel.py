@@ -16,8 +16,7 @@ from st_ar.config import TrainConfig
 from st_ar.distributed import shared
 from st_ar.errors import UserError
 from st_ar.model.transformer import Transformer
-from st_ar.selfguided.objective import SelfGuided
-from st_ar.selfguided.teacher import Teacher
+from st_ar.selfguided.objective import SelfGuided, Teacher
 
 aten = torch.ops.aten
 KEPT = [

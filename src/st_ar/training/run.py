@@ -2,24 +2,22 @@
 
 import contextlib
 import fcntl
+import json
+import re
 import statistics
-from collections.abc import Generator, Mapping
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from st_ar.config import TrainConfig
+from st_ar.config import RunConfig, TrainConfig
 from st_ar.distributed import Ranks
-from st_ar.errors import UserError
-from st_ar.files import is_taken, read_json, write_json
+from st_ar.errors import UserError, cause
+from st_ar.files import is_taken, parse_json, read_json, write_json, written_aside
 from st_ar.hardware import describe
-from st_ar.run_config import RunConfig
 from st_ar.settings import differences, fits, from_dict, to_dict
-from st_ar.training.checkpoint import Checkpoints
-from st_ar.training.log import read_log
-from st_ar.training.manifest import list_checkpoints
+from st_ar.training.checkpoint_files import list_checkpoints
 from st_ar.training.optim import learning_rate
 
 FORMAT_VERSION = 1
@@ -187,23 +185,87 @@ def seconds_per_step(run: Path) -> float:
     return seconds / whole
 
 
-def not_finite(terms: Mapping[str, Tensor]) -> str:
-    """Which of the losses and gradient norms are not finite; empty if all are. The host waits for a GPU."""
-    return ", ".join(f"{name} is {value.item()}" for name, value in terms.items() if not torch.isfinite(value))
-
-
-def require_finite(
-    terms: Mapping[str, Tensor], step: int, checkpoints: Checkpoints, *, remedy: str = "train with --dtype float32"
-) -> None:
-    """Stop before a broken state is saved; what is being written is finished first.
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The logged steps; a last line cut short by a killed run is left out.
 
     Raises:
-        UserError: one of the losses or gradient norms is not finite.
+        UserError: another line is damaged, or the file cannot be read.
     """
-    if wrong := not_finite(terms):
-        checkpoints.wait()
-        done = list_checkpoints(checkpoints.folder)
-        good = f"the last good checkpoint is {done[-1][1]}" if done else "there is no checkpoint yet"
+    entries: list[dict[str, Any]] = []
+    if not path.exists():
+        return entries
+    try:
+        lines = path.read_bytes().decode(errors="replace").splitlines()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {cause(error)}; remove it to go on without what was logged") from error
+    for number, line in enumerate(lines, start=1):
+        try:
+            entry = parse_json(line)
+            if not isinstance(entry, dict) or not fits(entry.get("step"), int):
+                raise ValueError("no object with a step")
+        except ValueError as error:
+            if number == len(lines):
+                break
+            raise UserError(
+                f"{path} is damaged: line {number} is no logged step ({cause(error)}); mend or remove that line"
+            ) from error
+        entries.append(entry)
+    return entries
+
+
+def rewind_log(path: Path, step: int) -> None:
+    """Drop what was logged after `step`, from where a run goes on."""
+    kept = [entry for entry in read_log(path) if entry["step"] <= step]
+    with written_aside(path) as aside:
+        aside.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
+
+
+def skipped_steps(path: Path) -> int:
+    """How many steps were skipped because something was not finite."""
+    return sum("skipped" in entry for entry in read_log(path))
+
+
+def append_log(path: Path, entry: dict[str, Any]) -> None:
+    """Add a logged step."""
+    try:
+        with open(path, "a") as file:
+            file.write(json.dumps(entry, allow_nan=False) + "\n")
+    except OSError as error:
         raise UserError(
-            f"the loss or its gradient is not finite at step {step} ({wrong}): {good}; lower --optim.lr, or {remedy}"
-        )
+            f"cannot write {path}: {error.strerror or error}; free some space and continue with --resume"
+        ) from error
+
+
+@contextlib.contextmanager
+def enough_memory(config: RunConfig, world: int) -> Generator[None]:
+    """Name the settings that take memory, on `world` ranks, if it runs out within.
+
+    Raises:
+        UserError: memory of the host or of a GPU that cannot be had.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        said = str(error)
+        known = isinstance(error, MemoryError | torch.OutOfMemoryError)
+        if not known and not re.search(r"can't allocate memory|not enough memory|out of memory", said):
+            raise
+        asked = re.search(r"ried to allocate ([\d.]+ \w+)", said) or re.search(r"allocate ([\d.]+ \w+)", said)
+        size = f" ({asked[1]} more could not be had)" if asked else ""
+        raise UserError(f"out of memory{size}: {_remedy(config, world)}") from error
+
+
+def _remedy(config: RunConfig, world: int) -> str:
+    smaller = f"give a smaller --batch-size than {config.batch_size} or a smaller --model"
+    if not isinstance(config, TrainConfig):
+        return smaller
+    ways: list[str] = []
+    if config.activation_checkpointing != "full":
+        ways.append("--activation-checkpointing full, which may also be given with --resume")
+    here = config.batch_size // world
+    more = next((n for n in range(config.accumulate + 1, here + 1) if here % n == 0), None)
+    if more:
+        ways.append(f"--accumulate {more}, for micro-batches of {here // more} x {config.views} sequences")
+    if world > 1 and config.parallel != "fsdp":
+        ways.append("--parallel fsdp, which splits the weights among the ranks")
+    return "; or ".join([*(f"give {way}" for way in ways), smaller])

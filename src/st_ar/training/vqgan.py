@@ -17,8 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from st_ar.data.images import ImageSource
-from st_ar.data.pixels import Pixels
+from st_ar.config import AdversaryConfig, VQConfig, VQTrainConfig
+from st_ar.data.loading import Pixels
+from st_ar.data.source import ImageSource
 from st_ar.distributed import everyone, from_first, mean, process_group, shared, stop_on_signal, total
 from st_ar.errors import Interrupted, UserError
 from st_ar.evaluation.reconstruction import evaluation_images, reconstruct, save_picture
@@ -28,13 +29,9 @@ from st_ar.progress import progress
 from st_ar.randomness import Purpose, torch_generator, torch_seed
 from st_ar.tokenizer import to_pixels
 from st_ar.tokenizer.vq import CONFIG, Painter, Reader, VQTokenizer, nearest_codes
-from st_ar.training.checkpoint import Checkpoints
-from st_ar.training.log import append_log, rewind_log
-from st_ar.training.memory import enough_memory
+from st_ar.training.checkpoint import Checkpoints, State, require_finite
 from st_ar.training.optim import adamw, learning_rate
-from st_ar.training.run import alone, claim, describe_run, require_finite
-from st_ar.training.state import State
-from st_ar.vq_config import AdversaryConfig, VQConfig, VQTrainConfig
+from st_ar.training.run import alone, append_log, claim, describe_run, enough_memory, rewind_log
 
 
 class Reconstruction(NamedTuple):

@@ -7,25 +7,35 @@ import contextlib
 import math
 import resource
 import sys
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
-from st_ar.config import TrainConfig
-from st_ar.cost import training_flops_per_token
+from st_ar.config import SampleSettings, TrainConfig, WatchConfig
 from st_ar.data.store import TokenStore
 from st_ar.data.text import TextStore
-from st_ar.hardware import peak_flops
+from st_ar.distributed import everyone
+from st_ar.errors import UserError
+from st_ar.evaluation.probe import accuracies, require_classes
+from st_ar.evaluation.probe_classifiers import ShallowClassifiers, require_sklearn
+from st_ar.figures import strip
+from st_ar.files import written_aside
+from st_ar.hardware import peak_flops, training_flops_per_token
 from st_ar.model.transformer import Transformer
-from st_ar.sample_config import SampleSettings
-from st_ar.selfguided.objective import SelfGuided
-from st_ar.training.collapse import Features
-from st_ar.training.log import read_log
+from st_ar.randomness import Purpose, numpy_generator
+from st_ar.sampling import Sampler
+from st_ar.selfguided.objective import Draws, SelfGuided, Targets
+from st_ar.tokenizer import load_tokenizer, place_tokenizer
+from st_ar.training.run import read_log
 from st_ar.training.track import Background, close_all, open_trackers, reason, require_trackers, warn
-from st_ar.watch_config import WatchConfig
 
 
 class Watch:
@@ -54,16 +64,12 @@ class Watch:
         require_trackers(config.track)
         self.glances: dict[str, tuple[int, Callable[[Transformer, int], dict[str, float]]]] = {}
         if config.sample_tokenizer is not None:
-            from st_ar.training.glances import Samples
-
             settings = SampleSettings(cfg_scale=config.sample_cfg_scale, seed=training.seed)
             self.samples = Samples(
                 config.sample_tokenizer, store, captions, config.sample_labels, settings, training, device
             )
             self.glances["samples"] = config.sample_every, self._sample
         if config.probe_test_tokens is not None:
-            from st_ar.training.glances import QuickProbe
-
             self.probe = QuickProbe(store, TokenStore(config.probe_test_tokens), training)
             self.glances["probe"] = config.probe_every, self._probe
         logged = read_log(out / "log.jsonl")
@@ -120,7 +126,6 @@ class Watch:
         """Samples and the probe, where they are due. Trouble with them is said, and the run goes on without them."""
         if not self.config.looks_at(step):
             return {}
-        from st_ar.training.glances import whole_copy
 
         found: dict[str, float] = {}
         copy = whole_copy(self.model)
@@ -143,3 +148,199 @@ class Watch:
 
     def _probe(self, network: Transformer, _step: int) -> dict[str, float]:
         return {"ridge_probe_top1": self.probe.accuracy(network)}
+
+
+GRID_IMAGES = 16
+"""Samples, unless their labels are given."""
+PROBED = 4000
+"""Images that a quick probe is trained on at most, and tested on."""
+AT_ONCE = 64
+"""Images in the network at once."""
+
+
+@torch.no_grad()
+def whole_copy(model: Transformer) -> Transformer | None:
+    """A copy in evaluation mode, on the host, for rank 0; every rank has to call it, for weights may lie in parts on all.
+
+    Nothing of the model in training is touched, and no random number of its own is drawn.
+    """
+    copy = None
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        with torch.random.fork_rng(devices=[]):
+            copy = Transformer(model.config).eval()
+    places = {} if copy is None else copy.state_dict()
+    for name, value in model.state_dict().items():
+        whole = value.full_tensor() if isinstance(value, DTensor) else value  # one at a time: memory
+        if name in places:
+            places[name].copy_(whole)
+    return copy
+
+
+class Samples:
+    """A grid of images of the same labels, drawn with the same numbers each time.
+
+    Raises:
+        UserError: a label that the model does not know, or a tokenizer of other codes.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Path,
+        store: TokenStore,
+        captions: TextStore | None,
+        labels: Sequence[int],
+        settings: SampleSettings,
+        training: TrainConfig,
+        device: torch.device,
+    ) -> None:
+        codes = load_tokenizer(tokenizer)
+        store.check_model(training.model, codes.fingerprint if store.meta.tokenizer else None)
+        if codes.vocab_size != store.meta.vocab_size:
+            raise UserError(
+                f"--sample-tokenizer {tokenizer} has {codes.vocab_size} codes, {store.folder} has {store.meta.vocab_size}: "
+                "give the tokenizer that made the store"
+            )
+        known = training.model.num_classes if captions is None else len(captions)
+        if wrong := [label for label in labels if not 0 <= label < known]:
+            raise UserError(f"--sample-labels {wrong[0]} is out of range: give 0 to {known - 1}")
+        self.tokenizer, self.captions, self.settings, self.device = tokenizer, captions, settings, device
+        self.labels = labels or spread_labels(known, GRID_IMAGES)
+
+    def draw(self, network: Transformer, path: Path) -> np.ndarray:
+        """Write the grid as a PNG; returns it, uint8 [H, W, 3]."""
+        tokenizer = place_tokenizer(self.tokenizer, self.device.type, "float32")  # no memory is held between two grids
+        sampler = Sampler(network, tokenizer, self.settings, self.captions)
+        starts = range(0, len(self.labels), AT_ONCE)
+        numbers = [range(start, min(start + AT_ONCE, len(self.labels))) for start in starts]
+        pictures = [sampler.pictures(sampler.tokens(some, self.labels)) for some in numbers]
+        grid = strip(np.concatenate(pictures), columns=min(8, len(self.labels)))
+        with written_aside(path) as aside:
+            Image.fromarray(grid).save(aside, format="PNG")
+        return grid
+
+
+def spread_labels(known: int, count: int) -> list[int]:
+    """`count` labels in ascending order, as evenly spread over 0 .. known - 1 as can be."""
+    return [index * known // count for index in range(count)]
+
+
+class QuickProbe:
+    """Ridge regression on the last step's features of some images: not the MAE protocol, but seconds.
+
+    Which images is drawn once, with the seed: of the centre crops of the training store, and of the test store.
+
+    Raises:
+        UserError: stores that do not belong together or have no classes, or scikit-learn is missing.
+    """
+
+    def __init__(self, train: TokenStore, test: TokenStore, training: TrainConfig) -> None:
+        try:
+            require_sklearn()
+        except UserError as error:
+            raise UserError(
+                "--probe-every fits scikit-learn's ridge regression: pip install 'st-ar[quickstart]', or leave it out"
+            ) from error
+        test.check_model(training.model, train.meta.tokenizer or None)
+        require_classes(train, test)
+        self.stores = train, test
+        self.layer = training.selfguided.layer(training.model.n_layers)
+        rng = numpy_generator(training.seed, Purpose.PROBE)
+        self.images = [np.sort(rng.permutation(len(store))[:PROBED]) for store in self.stores]
+
+    def accuracy(self, network: Transformer) -> float:
+        """Share of the test images whose class is guessed right."""
+        (train, train_labels), (test, test_labels) = (
+            (self._read(network, store, images), torch.from_numpy(store.labels[images]))
+            for store, images in zip(self.stores, self.images, strict=True)
+        )
+        classes = len(self.stores[0].meta.class_names)
+        classify = ShallowClassifiers(train, train_labels, classes, "ridge", 1.0, mean_over_steps=False)
+        return accuracies(classify, test, test_labels, [1])[1][0]
+
+    @torch.no_grad()
+    def _read(self, network: Transformer, store: TokenStore, images: np.ndarray) -> np.ndarray:
+        """The state at the last position without a condition, float32 [n, 1, D]."""
+        rows: list[Tensor] = []
+        for some in np.split(images, range(AT_ONCE, len(images), AT_ONCE)):
+            codes = store.center_codes(some).astype(np.int64)
+            tokens = torch.from_numpy(codes[:, :-1]).to(network.output.weight.device)
+            states = network.features(tokens, network.null_condition(len(some)), layers=[self.layer])
+            rows.append(states[self.layer][:, -1:].float().cpu())
+        return torch.cat(rows).numpy()
+
+
+COLLAPSE_IMAGES = 256
+"""The indicators are of at most so many of a batch's images, and of their first views."""
+
+
+def spread(features: Tensor) -> float:
+    """Standard deviation over images of L2-normalised features [n, P, D], mean over P places and D features.
+
+    0 if all images have the same features; 1 / sqrt(D) if they point everywhere alike (SimSiam, arXiv 2011.10566, Fig. 2).
+    """
+    return F.normalize(features.float(), dim=-1).std(dim=0, correction=0).mean().item()
+
+
+def effective_rank(features: Tensor) -> float:
+    """The exponential of the entropy of the normalised singular values of L2-normalised features [n, P, D], mean over P.
+
+    1 if all images lie on one line, at most min(n, D) (RankMe, arXiv 2210.02885, Eq. 2, which takes them as they are; here
+    they have length 1, which is all that cosine similarities see).
+    """
+    x = F.normalize(features.double(), dim=-1).transpose(0, 1)  # (P, n, D)
+    small = x @ x.mT if x.shape[1] < x.shape[2] else x.mT @ x
+    values = torch.linalg.eigvalsh(small).clamp(min=0).sqrt()
+    shares = values / values.sum(dim=-1, keepdim=True)
+    return torch.special.entr(shares).sum(dim=-1).exp().mean().item()
+
+
+class Features:
+    """Sees the student's and the teacher's features pass by, by hooks on the student, in the steps that are asked for.
+
+    What it sees, at the positions of Eq. 5: the student's and the teacher's features at the contrast layer and the student's
+    projected ones; without contrast, the teacher's last layer.
+    """
+
+    def __init__(self, student: SelfGuided) -> None:
+        self.wanted = False
+        self.seen: dict[str, list[Tensor]] = {}
+        self.hooks = [student.register_forward_pre_hook(self._see_teacher, with_kwargs=True)]
+        if student.projector is not None:
+            self.hooks.append(student.projector.register_forward_hook(self._see_student))
+
+    def begin(self, wanted: bool) -> None:
+        """Before a step: forget the last one's, and look or look away."""
+        self.wanted, self.seen = wanted, {}
+
+    def measure(self) -> dict[str, float]:
+        """std_NAME and rank_NAME of the features that this step has shown; every rank calls it, and gets the same."""
+        found: dict[str, float] = {}
+        for name, parts in self.seen.items():
+            features = everyone(torch.cat(parts)[:COLLAPSE_IMAGES])[:COLLAPSE_IMAGES]
+            found |= {f"std_{name}": spread(features), f"rank_{name}": effective_rank(features)}
+        self.seen = {}
+        return found
+
+    def close(self) -> None:
+        """Look no more."""
+        for hook in self.hooks:
+            hook.remove()
+
+    def _add(self, name: str, features: Tensor) -> None:
+        self.seen.setdefault(name, []).append(features.detach()[:, 0])
+
+    def _see_teacher(self, _student: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not self.wanted:
+            return
+        given = [*args, *kwargs.values()]
+        targets = next(each for each in given if isinstance(each, Targets))
+        draws = next(each for each in given if isinstance(each, Draws))
+        if targets.mid is not None:
+            self._add("teacher", targets.mid)
+        elif targets.last is not None and draws.positions is not None:
+            self._add("teacher_last", targets.last[:, :, draws.positions])
+
+    def _see_student(self, _projector: nn.Module, args: tuple[Tensor, ...], projected: Tensor) -> None:
+        if self.wanted:
+            self._add("student", args[0])
+            self._add("projected", projected)

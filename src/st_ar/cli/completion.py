@@ -1,0 +1,203 @@
+"""Scripts with which bash, zsh and fish complete commands, presets, options and their choices.
+
+tyro writes such scripts too, but they know no presets, and in fish no files.
+"""
+
+import ast
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
+from inspect import getsource
+from itertools import pairwise
+from textwrap import dedent
+from typing import Any, Literal, cast, get_args, get_origin, get_type_hints
+
+import tyro
+
+Shell = Literal["bash", "zsh", "fish"]
+
+
+@dataclass(frozen=True)
+class Option:
+    """An option of a command."""
+
+    choices: Sequence[str]
+    """Values it takes, if they are a few words."""
+    takes_value: bool
+    help: str
+    """First sentence of its help."""
+
+
+@dataclass
+class Words:
+    """What may follow a command."""
+
+    first: list[str] = field(default_factory=list)
+    """Choices for its first word: presets, shells, tables of the paper."""
+    options: dict[str, Option] = field(default_factory=dict)
+
+
+def read_words(command: type, first: Sequence[str] = ()) -> Words:
+    """The options of a command, from the fields of its dataclass, as tyro makes its parser from them."""
+    words = Words(list(first))
+    for name, kind, marks, text in _fields(command):
+        if tyro.conf.Positional in marks:
+            words.first += _choices(kind)
+        elif kind is bool:
+            *groups, last = name.split(".")
+            for flag in (name, ".".join([*groups, f"no-{last}"])):
+                words.options[f"--{flag}"] = Option((), False, text)
+        else:
+            aliases = [alias for mark in marks for alias in getattr(mark, "aliases", None) or ()]
+            words.options |= dict.fromkeys((f"--{name}", *aliases), Option(_choices(kind), True, text))
+    words.options["--help"] = Option((), False, "Show the help")
+    return words
+
+
+def _fields(kind: type, prefix: str = "") -> Iterator[tuple[str, Any, Sequence[Any], str]]:
+    """Name, type, tyro's marks and first sentence of help of each field, nested dataclasses included."""
+    hints, docs = get_type_hints(kind, include_extras=True), _field_docs(kind)
+    for each in fields(kind):
+        hint, name = hints[each.name], prefix + each.name.replace("_", "-")
+        marks = getattr(hint, "__metadata__", ())
+        inside = get_args(hint)[0] if marks else hint
+        if tyro.conf.Suppress in marks:
+            continue
+        if is_dataclass(inside):
+            flat = any(getattr(mark, "name", None) == "" for mark in marks)
+            yield from _fields(cast(type, inside), prefix if flat else f"{name}.")
+        else:
+            shared = next((mark.help for mark in marks if getattr(mark, "help", None)), "")
+            text = " ".join((docs.get(each.name) or shared).split())
+            yield name, inside, marks, text.split(". ")[0].rstrip(".")
+
+
+def _field_docs(kind: type) -> dict[str, str]:
+    """Field -> the docstring below it."""
+    found: dict[str, str] = {}
+    for parent in reversed([each for each in kind.__mro__ if is_dataclass(each)]):
+        [body] = [node.body for node in ast.parse(dedent(getsource(parent))).body if isinstance(node, ast.ClassDef)]
+        for each, after in pairwise(body):
+            if isinstance(each, ast.AnnAssign) and isinstance(each.target, ast.Name) and isinstance(after, ast.Expr):
+                found[each.target.id] = str(ast.literal_eval(after.value))
+    return found
+
+
+def _choices(kind: Any) -> list[str]:
+    """The words of the literals in a type."""
+    if get_origin(kind) is Literal:
+        return [str(word) for word in get_args(kind)]
+    return [word for inside in get_args(kind) for word in _choices(inside)]
+
+
+def read_commands() -> dict[str, Words]:
+    """What may follow each command."""
+    from st_ar.cli import COMMANDS, load_command
+    from st_ar.cli.train import Train, TrainKMeans, TrainVQ
+    from st_ar.config import VQ_PRESETS
+    from st_ar.presets import PRESETS
+
+    found = {name: Words() for name in COMMANDS}
+    found["train"] = read_words(Train, list(PRESETS))
+    tokenizers = read_words(TrainKMeans).options | read_words(TrainVQ).options
+    found["train-tokenizer"] = Words(["kmeans", *VQ_PRESETS], tokenizers)
+    for name in COMMANDS:
+        if isinstance(command := load_command(name), type):
+            found[name] = read_words(command)
+    return found
+
+
+def completion(shell: Shell) -> str:
+    """The script for a shell."""
+    return {"bash": _bash, "zsh": _zsh, "fish": _fish}[shell](read_commands())
+
+
+def _cases(commands: Mapping[str, Words]) -> str:
+    """What the functions for bash and zsh know: words by command, and by command and option."""
+    lines = ["  case $command in"]
+    for name, words in commands.items():
+        chosen = {option: it.choices for option, it in words.options.items() if it.choices}
+        lines += [f"    {name})", f"      options={shlex.quote(' '.join(words.options))}"]
+        lines += [f"      first={shlex.quote(' '.join(words.first))}"] if words.first else []
+        lines += ["      case $option in"] if chosen else []
+        lines += [
+            f"        {option}) choices={shlex.quote(' '.join(choices))} ;;" for option, choices in chosen.items()
+        ]
+        lines += ["      esac"] if chosen else []
+        lines += ["      ;;"]
+    return "\n".join([*lines, "  esac"])
+
+
+def _bash(commands: Mapping[str, Words]) -> str:
+    return f"""\
+# bash completion for st-ar, written by `st-ar completion bash`
+_st_ar() {{
+  local current=${{COMP_WORDS[COMP_CWORD]}} command=${{COMP_WORDS[1]}} option= options= first= choices= word
+  COMPREPLY=()
+  if [ "$COMP_CWORD" -eq 1 ]; then
+    COMPREPLY=($(compgen -W {shlex.quote(" ".join([*commands, "--help", "--version"]))} -- "$current"))
+    return
+  fi
+  for word in "${{COMP_WORDS[@]:2:COMP_CWORD-2}}"; do
+    case $word in --*) option=$word ;; esac
+  done
+{_cases(commands)}
+  if [[ $current == -* ]]; then
+    COMPREPLY=($(compgen -W "$options" -- "$current"))
+  elif [ -n "$choices" ]; then
+    COMPREPLY=($(compgen -W "$choices" -- "$current"))
+  elif [ "$COMP_CWORD" -eq 2 ] && [ -n "$first" ]; then
+    COMPREPLY=($(compgen -W "$first" -- "$current"))
+  fi
+}}
+complete -o default -F _st_ar st-ar
+"""
+
+
+def _zsh(commands: Mapping[str, Words]) -> str:
+    return f"""\
+#compdef st-ar
+# zsh completion for st-ar, written by `st-ar completion zsh`
+_st_ar() {{
+  local command=$words[2] option= options= first= choices= word
+  if (( CURRENT == 2 )); then
+    compadd -- {" ".join([*commands, "--help", "--version"])}
+    return
+  fi
+  for word in $words[3,CURRENT-1]; do
+    [[ $word == --* ]] && option=$word
+  done
+{_cases(commands)}
+  if [[ $words[CURRENT] == -* ]]; then
+    compadd -- ${{=options}}
+  elif [[ -n $choices ]]; then
+    compadd -- ${{=choices}}
+  elif (( CURRENT == 3 )) && [[ -n $first ]]; then
+    compadd -- ${{=first}}
+  else
+    _files
+  fi
+}}
+_st_ar "$@"
+"""
+
+
+def _fish(commands: Mapping[str, Words]) -> str:
+    lines = [
+        "# fish completion for st-ar, written by `st-ar completion fish`",
+        "complete -c st-ar -n __fish_use_subcommand -f -a " + shlex.quote(" ".join(commands)),
+    ]
+    for name, words in commands.items():
+        seen = f"'__fish_seen_subcommand_from {name}'"
+        if words.first:
+            first = f"'__fish_seen_subcommand_from {name}; and test (count (commandline -opc)) -eq 2'"
+            lines.append(f"complete -c st-ar -n {first} -f -a {shlex.quote(' '.join(words.first))}")
+        for option, it in words.options.items():
+            line = f"complete -c st-ar -n {seen} -l {option.removeprefix('--')}"
+            if it.choices:
+                line += f" -x -a {shlex.quote(' '.join(it.choices))}"
+            elif it.takes_value:
+                line += " -r"
+            quoted = it.help.replace("\\", "\\\\").replace("'", "\\'")
+            lines.append(f"{line} -d '{quoted}'")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,223 @@
+"""Commands that measure images: evaluate, reference, reconstruct."""
+
+import sys
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from st_ar.cli.options import (
+    SOURCES,
+    Device,
+    Extractor,
+    ImageSet,
+    Inception,
+    Json,
+    Metrics,
+    Page,
+    Resize,
+    Size,
+    Tokenizer,
+    VQType,
+    check_page,
+    check_seeds,
+    check_side,
+)
+from st_ar.errors import UserError
+
+
+@dataclass(kw_only=True)
+class Evaluate:
+    """Measure samples against a reference: FID, sFID, IS, precision, recall (ADM's suite), KID, density, coverage.
+
+    Prints a table, and a line that identifies every number. Under torchrun each rank takes a share of the images.
+    """
+
+    samples: tyro.conf.Positional[str]
+    """A .npz file with arr_0 (uint8 [N, H, W, 3]), or a folder of PNGs."""
+    reference: Annotated[
+        str, tyro.conf.arg(help=f"A file of `st-ar reference`, an ADM reference batch (.npz), or images: {SOURCES}.")
+    ]
+    metrics: Metrics = ()
+    extractor: Extractor = "inception"
+    inception: Inception = None
+    size: Size = None
+    resize: Resize = None
+    shuffle_seed: int | None = None
+    """Shuffle the samples with this seed before IS splits them, if they are sorted by class."""
+    seed: int = 0
+    """Seed of KID's subsets, and of the 10,000 images that represent a larger reference."""
+    batch_size: int = 64
+    """Images in the network at once."""
+    device: Device = "auto"
+    json: Json = None
+    page: Page = None
+
+    def run(self) -> None:
+        from st_ar.distributed import in_turn, process_group
+        from st_ar.evaluation.generation.evaluate import (
+            check_sizes,
+            choose_metrics,
+            evaluate,
+            evaluation_page,
+            format_number,
+            one_line,
+            open_reference,
+        )
+        from st_ar.evaluation.generation.features import Place, load_extractor
+        from st_ar.evaluation.generation.image_sets import metadata_of, open_files
+        from st_ar.report import check_json, keep_json, print_table
+
+        metrics = choose_metrics(self.metrics, self.extractor == "inception")
+        check_seeds(self.seed, self.shuffle_seed)
+        check_side("--resize", self.resize)
+        check_json(self.json)
+        check_page(self.page)
+        samples = open_files(self.samples)
+        told = metadata_of(Path(self.samples).expanduser())
+        if self.json and samples.metadata and Path(self.json).absolute() == told.absolute():
+            raise UserError(f"--json {self.json} is the samples' own description: give the result another name")
+        with process_group(self.device) as (ranks, device):
+            place = Place(device=device, ranks=ranks, batch_size=self.batch_size)
+            extractor = in_turn(lambda: load_extractor(self.extractor, device, inception=self.inception))
+            reference = open_reference(
+                self.reference,
+                extractor,
+                metrics,
+                place,
+                size=self.size,
+                seed=self.seed,
+                check=lambda size: check_sizes(samples.size, size, self.resize),
+            )
+            result = evaluate(
+                samples,
+                reference,
+                extractor,
+                metrics,
+                place,
+                resize=self.resize,
+                seed=self.seed,
+                shuffle_seed=self.shuffle_seed,
+            )
+        if ranks.rank == 0:
+            keep_json(self.json, result)
+            if self.page:
+                evaluation_page(self.page, result, samples)
+            for note in result["notes"]:
+                print(f"st-ar: {note}", file=sys.stderr)
+            if self.json != "-":
+                print_table(("", "value"), [(k, format_number(k, v)) for k, v in result["metrics"].items()])
+                print(f"\n{one_line(result)}")
+                if self.page:
+                    print(f"page: {self.page}")
+
+
+@dataclass(kw_only=True)
+class MakeReference:
+    """Compute the statistics of a data set once, for `st-ar evaluate --reference`.
+
+    The file also holds 10,000 of the images and their features, for precision and recall. Under torchrun each rank takes a share.
+    """
+
+    source: tyro.conf.Positional[ImageSet]
+    out: Path
+    """FILE.npz to write."""
+    size: Size = None
+    extractor: Extractor = "inception"
+    inception: Inception = None
+    seed: int = 0
+    """Seed of the choice of 10,000 images."""
+    batch_size: int = 64
+    """Images in the network at once."""
+    device: Device = "auto"
+
+    def run(self) -> None:
+        from st_ar.distributed import in_turn, process_group
+        from st_ar.evaluation.generation.evaluate import write_reference
+        from st_ar.evaluation.generation.features import Place, load_extractor
+        from st_ar.files import require_place
+
+        check_seeds(self.seed)
+        check_side("--size", self.size)
+        require_place(self.out)
+        with process_group(self.device) as (ranks, device):
+            place = Place(device=device, ranks=ranks, batch_size=self.batch_size)
+            extractor = in_turn(lambda: load_extractor(self.extractor, device, inception=self.inception))
+            meta = write_reference(self.source, self.out, extractor, place, size=self.size, seed=self.seed)
+        if ranks.rank == 0:
+            height, width = meta["size"]
+            print(f"{self.out}: {extractor.name} statistics of {meta['images']:,} images of {height} x {width} pixels")
+            print(f"content {meta['content']}")
+
+
+@dataclass(kw_only=True)
+class Reconstruct:
+    """Measure a tokenizer: rFID, PSNR, SSIM, usage and perplexity of its codebook.
+
+    rFID compares reconstructions with their originals; it is not a generator's FID. Under torchrun each rank takes a share.
+    """
+
+    tokenizer: Tokenizer
+    images: ImageSet
+    size: Size = None
+    extractor: Literal["inception", "efficientnet", "dinov2", "none"] = "inception"
+    """Feature network of the Frechet distance; none leaves it out. Only Inception's distance is rFID."""
+    inception: Inception = None
+    batch_size: int = 32
+    """Images to encode at once."""
+    device: Device = "auto"
+    dtype: VQType = "float32"
+    out: Path | None = None
+    """PNG file for some images, each above its reconstruction."""
+    save: Path | None = None
+    """Folder for every reconstruction as a PNG. `st-ar evaluate` measures it like samples, or takes it as the reference."""
+    json: Json = None
+
+    def run(self) -> None:
+        from st_ar.distributed import in_turn, process_group
+        from st_ar.evaluation.generation.evaluate import format_number
+        from st_ar.evaluation.generation.features import Place, load_extractor
+        from st_ar.evaluation.generation.image_sets import open_set
+        from st_ar.evaluation.reconstruction import measure_tokenizer
+        from st_ar.files import require_absent, require_place
+        from st_ar.report import check_json, keep_json, print_table
+        from st_ar.tokenizer import place_tokenizer
+
+        check_side("--size", self.size)
+        check_json(self.json)
+        for place in filter(None, (self.out, self.save)):
+            require_place(place)
+        if self.out and self.out.suffix.lower() != ".png":
+            raise UserError(f"--out {self.out}: the picture is a PNG; give a name that ends in .png")
+        name = self.extractor
+        if name == "none" and self.inception:
+            raise UserError("--inception names Inception's weights, and --extractor is none: leave one of them out")
+        if self.save:
+            require_absent(self.save, "a folder of images", flag="--save")
+        images = open_set(self.images, size=self.size)
+        with process_group(self.device) as (ranks, device), self._folder(ranks.world) as folder:
+            place = Place(device=device, ranks=ranks, batch_size=self.batch_size)
+            tokenizer = place_tokenizer(self.tokenizer, self.device, self.dtype)
+            extractor = (
+                None if name == "none" else in_turn(lambda: load_extractor(name, device, inception=self.inception))
+            )
+            result = measure_tokenizer(tokenizer, images, extractor, place, picture=self.out, folder=folder)
+        if ranks.rank == 0:
+            keep_json(self.json, result)
+            if self.json != "-":
+                rows = [(label, format_number(label, value)) for label, value in result["metrics"].items()]
+                print_table(("", "value"), rows)
+                about, fingerprint = result["images"], result["tokenizer"]["fingerprint"]
+                print(
+                    f"\n{about['count']:,} images of {about['name']} ({about['sha256'][:8]}), tokenizer {fingerprint[:12]}"
+                )
+
+    def _folder(self, ranks: int) -> AbstractContextManager[Path | None]:
+        """Where reconstructions go until there are all of them."""
+        from st_ar.files import folder_aside
+
+        if self.save and ranks > 1:
+            raise UserError("--save writes with one process: give the command without torchrun")
+        return folder_aside(self.save) if self.save else nullcontext()

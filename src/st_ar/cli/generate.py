@@ -1,0 +1,179 @@
+"""Commands that draw images from a model: sample and sweep."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from st_ar.cli.options import (
+    Device,
+    Ema,
+    Extractor,
+    Inception,
+    Json,
+    LabelMode,
+    Metrics,
+    Model,
+    ModelType,
+    Resize,
+    Size,
+    Text,
+    Tokenizer,
+    check_side,
+)
+from st_ar.config import Metric, SampleSettings
+
+
+@dataclass(kw_only=True)
+class Sample:
+    """Sample images from a model into a .npz file (ADM's layout) or a folder of PNGs, with the settings beside them.
+
+    The same command continues a stopped job. Under torchrun the ranks share it: torchrun --nproc-per-node 4 "$(which st-ar)" sample ..
+    """
+
+    model: Model
+    tokenizer: Tokenizer
+    out: Path
+    """FILE.npz, or a folder for PNGs."""
+    text: Text = None
+    num: Annotated[int | None, tyro.conf.arg(aliases=["--num-images"])] = None
+    """Number of images. 64 by default, or one per caption. torchrun refuses --num: write --num-images there."""
+    per_class: int | None = None
+    """Images of each class, instead of --num. 50 of 1,000 classes make the 50,000 of FID."""
+    labels: tuple[int, ...] = ()
+    """Classes to sample, in turn. All by default."""
+    label_mode: LabelMode = "balanced"
+    settings: Annotated[SampleSettings, tyro.conf.arg(name="")] = field(default_factory=SampleSettings)
+    batch_size: int = 256
+    """Images to draw and write at once. It changes images by rounding at most."""
+    ema: Ema = False
+    grid: int | None = None
+    """Tokens per side, if not the trained size: 24 for 384 px with LlamaGen's weights for 256 px."""
+    device: Device = "auto"
+    dtype: ModelType = "auto"
+    compile: bool = False
+    """Compile the transformer's blocks with torch.compile: faster after some seconds. Needs a C++ compiler on a CPU."""
+
+    def run(self) -> None:
+        from st_ar.data.text import open_text
+        from st_ar.distributed import Ranks
+        from st_ar.sampling import Sampler, choose_conditions, open_model_and_tokenizer, sample_to
+
+        ranks = Ranks.from_environment()
+        model, info, tokenizer = open_model_and_tokenizer(
+            self.model, self.tokenizer, device=self.device, dtype=self.dtype, ema=self.ema, grid=self.grid
+        )
+        text = open_text(self.text, info.config, info.encoder)
+        labels = choose_conditions(
+            info.config,
+            text,
+            self.num,
+            self.settings.seed,
+            mode=self.label_mode,
+            labels=self.labels,
+            per_class=self.per_class,
+        )
+        sampler = Sampler(model, tokenizer, self.settings, text, compiled=self.compile)
+        sample_to(self.out, sampler, labels, info, label_mode=self.label_mode, batch_size=self.batch_size, ranks=ranks)
+        if ranks.rank == 0:
+            size = info.config.grid * tokenizer.patch
+            print(f"{self.out}: {len(labels):,} images of {size} x {size} pixels")
+
+
+@dataclass(kw_only=True)
+class Sweep:
+    """Sample and evaluate a model over guidance scales, temperatures and top-k, and name the best setting.
+
+    Samples and results are kept in --out and reused. The same command continues a stopped sweep.
+    """
+
+    model: Model
+    tokenizer: Tokenizer
+    reference: str
+    """Reference, as for `st-ar evaluate`. A file of `st-ar reference` is quickest."""
+    out: Path
+    """Folder for samples, results, sweep.csv, sweep.json and the figures."""
+    cfg_scales: tuple[float, ...]
+    """Classifier-free guidance scales."""
+    temperatures: tuple[float, ...] = (1.0,)
+    """Temperatures: logits are divided by them."""
+    top_ks: tuple[int, ...] = (0,)
+    """Draw from the k likeliest tokens; 0 for all."""
+    num: int = 10_000
+    """Images per setting. Distances of fewer images are larger and compare only with one another."""
+    label_mode: LabelMode = "balanced"
+    metrics: Metrics = ()
+    extractor: Extractor = "inception"
+    inception: Inception = None
+    size: Size = None
+    resize: Resize = None
+    ema: Ema = False
+    seed: int = 0
+    """Seed of labels and samples."""
+    batch_size: int = 64
+    """Images to draw and to measure at once."""
+    device: Device = "auto"
+    dtype: ModelType = "auto"
+    json: Json = None
+
+    def run(self) -> None:
+        from st_ar.evaluation.generation.evaluate import check_sizes, choose_metrics, format_number, open_reference
+        from st_ar.evaluation.generation.features import Place, load_extractor
+        from st_ar.evaluation.generation.sweep import FILES, SweptModel, check_sweep, settings_of, sweep
+        from st_ar.files import read_json
+        from st_ar.hardware import choose_device
+        from st_ar.report import check_json, json_alone, keep_json, print_table
+
+        check_json(self.json)
+        check_side("--resize", self.resize)
+        is_inception = self.extractor == "inception"
+        default: tuple[Metric, ...] = ("fid", "is") if is_inception else ("fd",)
+        metrics = choose_metrics([*(self.metrics or default), "fd"], is_inception)
+        grid = settings_of(self.cfg_scales, self.temperatures, self.top_ks, seed=self.seed)
+        device = choose_device(self.device)
+        place = Place(device=device, batch_size=self.batch_size)
+        sampler = SweptModel(
+            self.model,
+            self.tokenizer,
+            self.out / "samples",
+            num=self.num,
+            label_mode=self.label_mode,
+            seed=self.seed,
+            batch_size=self.batch_size,
+            ema=self.ema,
+            device=self.device,
+            dtype=self.dtype,
+        )
+        check_sweep(sampler, grid, self.out)
+        extractor = load_extractor(self.extractor, device, inception=self.inception)
+        reference = open_reference(
+            self.reference,
+            extractor,
+            metrics,
+            place,
+            size=self.size,
+            seed=self.seed,
+            check=lambda size: check_sizes(sampler.size, size, self.resize),
+        )
+        rows = sweep(sampler, grid, reference, extractor, metrics, self.out, place, resize=self.resize)
+        labels = list(rows[0]["metrics"])
+        cells = [
+            (
+                f"{r['cfg_scale']:g}",
+                f"{r['temperature']:g}",
+                str(r["top_k"]),
+                *(format_number(m, r["metrics"][m]) for m in labels),
+            )
+            for r in rows
+        ]
+        if self.json != "-":
+            print_table(("guidance", "temperature", "top-k", *labels), cells)
+        best, label = rows[0], extractor.label("fd")
+        with json_alone(self.json):
+            print(
+                f"\nbest {label} of {self.num:,} samples: --cfg-scale {best['cfg_scale']:g} "
+                f"--temperature {best['temperature']:g} --top-k {best['top_k']}; the curve is {self.out / 'distance.svg'}"
+            )
+        if self.json:
+            keep_json(self.json, read_json(self.out / FILES[0], "a sweep"))

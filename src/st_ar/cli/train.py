@@ -1,0 +1,399 @@
+"""Commands from images to a trained model: train-tokenizer, tokenize, import-tokens, train, convert."""
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
+
+import tyro
+
+from st_ar.cli import require_one_rank
+from st_ar.cli.options import Device, ImageSource, MaxSkipped, Text, Tokenizer, VQType, Workers
+from st_ar.config import VQ_PRESETS, RunConfig, TrainConfig, VQTrainConfig, WatchConfig
+from st_ar.errors import UserError
+from st_ar.presets import PRESETS, get_preset, unknown_preset
+
+if TYPE_CHECKING:
+    from st_ar.data.store import TokenStore
+
+
+@dataclass(kw_only=True)
+class TrainKMeans:
+    """k-means over pixel patches, in seconds."""
+
+    images: ImageSource
+    out: Path
+    """Folder to write the tokenizer to."""
+    vocab_size: int = 256
+    """Codes in the codebook."""
+    patch: int = 4
+    """Side of a patch in pixels."""
+    size: int | None = None
+    """Side of the images' crops in pixels. The source's own by default."""
+    seed: int = 0
+    """Seed of the clustering."""
+
+    def run(self) -> None:
+        from st_ar.data.images import open_images
+        from st_ar.files import require_absent
+        from st_ar.tokenizer.kmeans import CODEBOOK, train_kmeans
+
+        require_absent(self.out, "a tokenizer", besides=[CODEBOOK])
+        tokenizer = train_kmeans(
+            open_images(self.images), vocab_size=self.vocab_size, patch=self.patch, size=self.size, seed=self.seed
+        )
+        tokenizer.save(self.out)
+        print(f"{self.out}: {tokenizer.vocab_size} codes of {self.patch} x {self.patch} pixels")
+
+
+@dataclass(kw_only=True)
+class TrainVQ:
+    """Train a VQ-GAN."""
+
+    preset: tyro.conf.Suppress[str] = ""
+    images: ImageSource
+    out: Path
+    """Folder of the run, which becomes the tokenizer's."""
+    test_images: str | None = None
+    """Image source for PSNR, SSIM and codebook usage. The training images by default."""
+    resume: bool = False
+    """Continue the run in --out from its newest checkpoint, with the same settings."""
+    workers: Workers = None
+    config: Annotated[VQTrainConfig, tyro.conf.arg(name="")]
+
+    def run(self) -> None:
+        from st_ar.data.images import open_images
+        from st_ar.distributed import Ranks
+        from st_ar.training.vqgan import train_tokenizer
+
+        train_tokenizer(
+            self.config,
+            open_images(self.images),
+            self.out,
+            test_images=open_images(self.test_images) if self.test_images else None,
+            resume=self.resume,
+            preset=self.preset,
+            workers=self.workers,
+        )
+        if Ranks.from_environment().rank == 0:
+            print(f"{self.out}: trained tokenizer; {self.out / 'reconstructions'} shows its reconstructions")
+
+
+@dataclass(kw_only=True)
+class Tokenize:
+    """Encode every crop of every image into a token store. The same command continues a stopped job."""
+
+    images: ImageSource
+    tokenizer: Tokenizer
+    out: Path
+    """Folder to write the store to."""
+    crops: Literal["center", "center-mirror", "ten"] = "ten"
+    """The centre; the centre and its mirror image; or corners, centre and their mirror images."""
+    size: int | None = None
+    """Side of a crop in pixels. By default 32 for photos and digits, 256 for others."""
+    crop_range: float | None = None
+    """Short side before cropping, as a multiple of the crop's. By default 1.125 for photos and digits; for others 1.1 with ten
+    crops and 1.0 for the centre."""
+    mirror: bool = True
+    """Whether to take mirror images at all. Digits are never mirrored."""
+    workers: Workers = None
+    batch_size: int = 256
+    """Crops to encode at once."""
+    max_skipped: MaxSkipped = 0.01
+    device: Device = "auto"
+    dtype: VQType = "float32"
+    compile: bool = False
+    """Compile a VQ network with torch.compile: faster after half a minute. Needs a C++ compiler on a CPU."""
+
+    def run(self) -> None:
+        from st_ar.data.images import open_images
+        from st_ar.data.loading import default_workers
+        from st_ar.data.source import Crops
+        from st_ar.distributed import Ranks
+        from st_ar.tokenizer import place_tokenizer
+        from st_ar.tokenizer.tokenize import tokenize
+
+        ranks = Ranks.from_environment()
+        source = open_images(self.images)
+        crops = Crops(
+            kind=self.crops,
+            size=self.size if self.size is not None else source.size,
+            range=self.crop_range if self.crop_range is not None else source.range_for(self.crops),
+            mirror=self.mirror and source.mirror,
+        )
+        store = tokenize(
+            source,
+            place_tokenizer(self.tokenizer, self.device, self.dtype, self.compile),
+            crops,
+            self.out,
+            batch_size=self.batch_size,
+            workers=self.workers if self.workers is not None else default_workers(source.count),
+            max_skipped=self.max_skipped,
+            ranks=ranks,
+        )
+        if ranks.rank == 0:
+            print(_describe_store(self.out, store))
+
+
+@dataclass(kw_only=True)
+class ImportTokens:
+    """Make a token store from the folders of .npy files that LlamaGen's extraction script writes.
+
+    The same command continues a stopped import.
+    """
+
+    codes: Path
+    """Folder imagenet{size}_codes: {i}.npy, integers [1, crops, tokens]."""
+    labels: Path
+    """Folder imagenet{size}_labels: {i}.npy, integers [1]."""
+    out: Path
+    """Folder to write the store to."""
+    vocab_size: int = 16384
+    """Codes in the codebook of the tokenizer that made them."""
+    more_codes: Path | None = None
+    """A second set of crops of the same images, such as LlamaGen's at range 1.05."""
+    num_classes: int | None = None
+    """Number of classes. The largest label plus one by default."""
+    tokenizer: Path | None = None
+    """Tokenizer that made the codes. With it, stores are checked against models, and samples can be decoded."""
+    max_skipped: MaxSkipped = 0.01
+
+    def run(self) -> None:
+        from st_ar.data.llamagen import import_tokens
+        from st_ar.tokenizer import load_tokenizer
+
+        tokenizer = load_tokenizer(self.tokenizer) if self.tokenizer else None
+        if tokenizer and tokenizer.vocab_size != self.vocab_size:
+            raise UserError(
+                f"{self.tokenizer} has {tokenizer.vocab_size} codes, --vocab-size is {self.vocab_size}: they must agree"
+            )
+        store = import_tokens(
+            self.codes,
+            self.labels,
+            self.out,
+            vocab_size=self.vocab_size,
+            more_codes=self.more_codes,
+            num_classes=self.num_classes,
+            tokenizer=tokenizer.fingerprint if tokenizer else "",
+            max_skipped=self.max_skipped,
+        )
+        print(_describe_store(self.out, store))
+
+
+def _describe_store(out: Path, store: "TokenStore") -> str:
+    grid, meta = store.meta.grid, store.meta
+    skipped = f"; {meta.skipped} unusable images are listed in {out / 'skipped.jsonl'}" if meta.skipped else ""
+    return f"{out}: {len(store):,} images x {len(meta.crops)} crops x {grid} x {grid} tokens{skipped}"
+
+
+@dataclass(kw_only=True)
+class Train:
+    """Train a model on a token store."""
+
+    tokens: Path
+    """Token store to train on."""
+    text: Text = None
+    validation: Path | None = None
+    """Token store to measure the EMA weights on at each checkpoint. The best weights are kept in OUT/best."""
+    init: Path | None = None
+    """Model to start from instead of random weights: a run, an export folder, .safetensors, LlamaGen's .pt, hub:OWNER/NAME."""
+    init_ema: bool = False
+    """Start from the EMA weights of --init instead of the live ones."""
+    out: Path
+    """Folder of the run."""
+    resume: bool = False
+    """Continue the run in --out from its newest checkpoint, with the same settings."""
+    watching: Annotated[WatchConfig, tyro.conf.arg(name="")] = field(default_factory=WatchConfig)
+    config: Annotated[TrainConfig, tyro.conf.arg(name="")]
+
+    def run(self, preset: str) -> None:
+        from st_ar.training.loop import train
+
+        train(
+            self.config,
+            self.tokens,
+            self.out,
+            text=self.text,
+            validation=self.validation,
+            init=self.init,
+            init_ema=self.init_ema,
+            watching=self.watching,
+            resume=self.resume,
+            preset=preset,
+        )
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{self.out}: trained; weights in {self.out / 'export'}")
+            self._print_best()
+
+    def _print_best(self) -> None:
+        """Print the lowest validation loss and where its weights are."""
+        from st_ar.files import read_json
+        from st_ar.settings import fits
+
+        best = self.out / "best"
+        if self.validation is None or not (best / "config.json").exists():
+            return
+        info = read_json(best / "config.json", "an export folder")
+        loss, step = info.get("validation_loss"), info.get("step")
+        if fits(loss, float) and fits(step, int):
+            print(f"{best}: lowest validation loss, {loss:.4f}, at step {step}")
+
+
+def read_train(arguments: Sequence[str]) -> Callable[[], None]:
+    """`st-ar train PRESET ...`: the preset gives every setting its default."""
+    usage = (
+        "--tokens STORE [--text TEXT] [--validation STORE] [--init MODEL] --out RUN [--resume] [--steps N | --epochs N] "
+        "[any setting]"
+    )
+    chosen = _choose_preset("train", usage, PRESETS, arguments)
+    if isinstance(chosen, str):
+        return partial(print, chosen)
+    name, rest = chosen
+    options = train_command(name, rest)
+    command = tyro.cli(options, prog=f"st-ar train {name}", args=rest, description=PRESETS[name].__doc__)
+    return partial(command.run, name)
+
+
+def train_command(preset: str, arguments: Sequence[str] = ()) -> type[Train]:
+    """The options of `st-ar train PRESET`, with the preset's values as defaults."""
+    default = _with_budget(get_preset(preset), arguments)
+
+    @dataclass(kw_only=True)
+    class TrainPreset(Train):
+        config: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(default_factory=lambda: default)
+
+    return TrainPreset
+
+
+def read_train_tokenizer(arguments: Sequence[str]) -> Callable[[], None]:
+    """`st-ar train-tokenizer PRESET ...`: k-means, or a VQ-GAN whose preset gives every setting its default."""
+    presets = {"kmeans": TrainKMeans, **VQ_PRESETS}
+    chosen = _choose_preset("train-tokenizer", "--images SRC --out DIR [any setting]", presets, arguments)
+    if isinstance(chosen, str):
+        return partial(print, chosen)
+    name, rest = chosen
+    prog, description = f"st-ar train-tokenizer {name}", presets[name].__doc__
+    if name == "kmeans":
+        require_one_rank("train-tokenizer kmeans")
+        return tyro.cli(TrainKMeans, prog=prog, args=rest, description=description).run
+    return tyro.cli(train_vq_command(name, rest), prog=prog, args=rest, description=description).run
+
+
+def train_vq_command(preset: str, arguments: Sequence[str] = ()) -> type[TrainVQ]:
+    """The options of `st-ar train-tokenizer PRESET` for a VQ-GAN, with the preset's values as defaults."""
+    name, default = preset, _with_budget(VQ_PRESETS[preset](), arguments)
+
+    @dataclass(kw_only=True)
+    class TrainPreset(TrainVQ):
+        preset: tyro.conf.Suppress[str] = name
+        config: Annotated[VQTrainConfig, tyro.conf.arg(name="")] = field(default_factory=lambda: default)
+
+    return TrainPreset
+
+
+def _choose_preset(
+    command: str, usage: str, presets: Mapping[str, Callable[..., object]], arguments: Sequence[str]
+) -> tuple[str, list[str]] | str:
+    """The preset and the options after it; the help text if that was asked for."""
+    if arguments and arguments[0] in presets:
+        return arguments[0], list(arguments[1:])
+    if arguments and not arguments[0].startswith("-"):
+        raise unknown_preset(arguments[0], presets)
+    if not arguments or arguments[0] not in ("-h", "--help"):
+        raise UserError(f"{command} needs a preset before its options: one of {', '.join(presets)}")
+    listed = "\n".join(f"  {name:24}{(build.__doc__ or '').splitlines()[0]}" for name, build in presets.items())
+    return (
+        f"usage: st-ar {command} PRESET {usage}\n\n"
+        f"st-ar {command} PRESET --help lists every setting with the preset's values. The presets:\n\n{listed}"
+    )
+
+
+Run = TypeVar("Run", bound=RunConfig)
+
+
+def _with_budget(default: Run, options: Sequence[str]) -> Run:
+    """The preset, without its own length if the options give --steps or --epochs."""
+    given = {flag: any(a.split("=")[0] == f"--{flag}" for a in options) for flag in ("steps", "epochs")}
+    if given["steps"] == given["epochs"]:
+        return default
+    return replace(default, steps=1 if given["steps"] else None, epochs=1 if given["epochs"] else None)
+
+
+@dataclass(kw_only=True)
+class Convert:
+    """Convert a model or a VQ tokenizer between this project's folders and the .pt files of LlamaGen's scripts."""
+
+    source: tyro.conf.Positional[Path]
+    """A run, an export folder, a tokenizer's folder, a .safetensors file, or a LlamaGen .pt file."""
+    target: tyro.conf.Positional[Path]
+    """New .pt file (--to llamagen) or new folder (--to st-ar)."""
+    to: Literal["llamagen", "st-ar"]
+    """Format to write."""
+    ema: bool = False
+    """Convert the EMA weights instead of the live ones."""
+    grid: int | None = None
+    """Tokens per side for --to st-ar. A .pt file is taken for 256 pixels (16); give 24 for LlamaGen's weights at 384 pixels."""
+
+    def run(self) -> None:
+        print(convert(self.source, self.target, to=self.to, ema=self.ema, grid=self.grid))
+
+
+def convert(
+    source: Path, target: Path, *, to: Literal["llamagen", "st-ar"], ema: bool = False, grid: int | None = None
+) -> str:
+    """Convert a model or a VQ tokenizer; returns a description of what was written.
+
+    Args:
+        source: anything that `load_model` or `load_tokenizer` takes.
+        target: a new .pt file for LlamaGen, a new folder for st-ar.
+        to: format to write.
+        ema: convert a run's EMA weights instead of its live ones.
+        grid: tokens per side of a model for st-ar, if not the source's (`open_model`).
+
+    Raises:
+        UserError: the source is neither, the target exists or has the wrong form, or an option does not apply.
+    """
+    from st_ar.files import require_absent
+    from st_ar.model.weights import open_model, save_llamagen, save_weights
+    from st_ar.tokenizer import load_tokenizer
+    from st_ar.tokenizer.vq import VQTokenizer
+
+    require_absent(target, "a converted model", flag="target")
+    if (to == "llamagen") != (target.suffix == ".pt"):
+        raise UserError(
+            f"{target}: give a name that ends in .pt with --to llamagen, and a folder's name with --to st-ar"
+        )
+    if _is_tokenizer(source):
+        if ema or grid is not None:
+            raise UserError(f"{source} is a tokenizer: leave out --ema and --grid, which are for models")
+        tokenizer = load_tokenizer(source)
+        if not isinstance(tokenizer, VQTokenizer):
+            raise UserError(f"{source} is a {tokenizer.kind} tokenizer: LlamaGen has VQ-GANs only")
+        if to == "llamagen":
+            save_llamagen(target, tokenizer.tensors)
+        else:
+            tokenizer.save(target)
+        return f"{target}: VQ tokenizer, {tokenizer.vocab_size} codes of {tokenizer.patch} x {tokenizer.patch} pixels"
+    if grid is not None and to == "llamagen":
+        raise UserError("LlamaGen's files keep no grid: --grid is for --to st-ar")
+    model, info = open_model(source, ema=ema, grid=grid)
+    if to == "llamagen":
+        save_llamagen(target, model.state_dict())
+    else:
+        known = {"step": info.step, "class_names": info.class_names, "tokenizer": info.tokenizer, "preset": ""}
+        known |= {"encoder": info.encoder} if info.encoder else {}
+        known |= {} if info.class_dropout is None else {"class_dropout": info.class_dropout}
+        save_weights(target, {"model.safetensors": model.state_dict()}, model.config, known)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return f"{target}: {parameters / 1e6:.1f}M parameters, {info.config.n_layers} layers, {info.config.condition_name}"
+
+
+def _is_tokenizer(source: Path) -> bool:
+    from st_ar.tokenizer import CONFIG
+    from st_ar.torch_files import read_tensors
+
+    if source.is_dir():
+        return (source / CONFIG).exists()
+    return source.is_file() and "quantize.embedding.weight" in read_tensors(source)

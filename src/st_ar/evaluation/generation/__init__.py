@@ -1,0 +1,1 @@
+"""Generated images against a reference: features, statistics, metrics, sweeps."""

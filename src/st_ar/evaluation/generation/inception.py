@@ -1,0 +1,330 @@
+"""The Inception-v3 network of 2015-12-05 whose features FID, sFID, IS, precision and recall are computed from.
+
+It is the graph of TensorFlow's first Inception-v3 release (arXiv 1512.00567), which FID (arXiv 1706.08500) and the evaluator
+of openai/guided-diffusion read; the names of weights are those of its public PyTorch conversions. It differs from other
+Inception-v3 networks: its input is resized inside, average pools leave out the padding, and the last block has a max pool.
+"""
+
+import hashlib
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from http.client import HTTPException
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from st_ar.errors import UserError
+from st_ar.files import cache_folder, sha256, written_aside
+from st_ar.progress import progress
+from st_ar.torch_files import read_tensors
+
+SIDE = 299
+"""Pixels a side that the graph resizes every image to."""
+SPATIAL_CHANNELS = 7
+"""Of Mixed_6d's first branch, at 17 x 17 places: what sFID reads."""
+
+
+class InceptionFeatures(NamedTuple):
+    """What the network says of images [B, H, W, 3]."""
+
+    pooled: Tensor
+    """float32 [B, 2048], the layer pool_3: FID, precision and recall."""
+    spatial: Tensor
+    """float32 [B, 2023] of 17 x 17 x 7 in that order (places before channels): sFID."""
+    logits: Tensor
+    """float32 [B, 1008], pool_3 times the classifier's weights without its bias: IS."""
+
+
+def resize_bilinear(images: Tensor, side: int = SIDE) -> Tensor:
+    """TensorFlow 1's ResizeBilinear, align_corners=False without half-pixel centres.
+
+    Place i of the output reads place i * (input size / output size) of the input, between its floor and the next one,
+    columns first. Nothing is smoothed when images shrink.
+
+    Args:
+        images: float [B, C, H, W].
+
+    Returns:
+        [B, C, side, side].
+    """
+
+    def places(size: int) -> tuple[Tensor, Tensor, Tensor]:
+        scale = (torch.tensor(size, dtype=torch.float32) / side).item()  # as float32 has it; nothing waits for a GPU
+        source = torch.arange(side, device=images.device, dtype=torch.float32) * scale
+        low = source.floor().long().clamp(max=size - 1)
+        return low, (low + 1).clamp(max=size - 1), (source - low).to(images.dtype)
+
+    top, bottom, down = places(images.shape[2])
+    left, right, across = places(images.shape[3])
+    west, east = images[..., left], images[..., right]
+    rows = west + (east - west) * across
+    north, south = rows[:, :, top], rows[:, :, bottom]
+    return north + (south - north) * down[:, None]
+
+
+class FrozenBatchNorm(nn.Module):
+    """Batch norm with recorded statistics, whatever mode the network is in."""
+
+    weight: Tensor
+    bias: Tensor
+    running_mean: Tensor
+    running_var: Tensor
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        for name, value in (("weight", 1.0), ("bias", 0.0), ("running_mean", 0.0), ("running_var", 1.0)):
+            self.register_buffer(name, torch.full((width,), value))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=1e-3)
+
+
+class Conv(nn.Module):
+    """Convolution without bias, batch norm, ReLU. A kernel or padding of two numbers is (rows, columns)."""
+
+    def __init__(
+        self,
+        width_in: int,
+        width_out: int,
+        kernel: int | tuple[int, int] = 1,
+        *,
+        stride: int = 1,
+        padding: int | tuple[int, int] = 0,
+    ) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(width_in, width_out, kernel, stride, padding, bias=False)
+        self.bn = FrozenBatchNorm(width_out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.bn(self.conv(x)))
+
+
+def average_pool(x: Tensor) -> Tensor:
+    """Mean over 3 x 3 places, at the borders over those inside."""
+    return F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
+
+
+def _row(width_in: int, width_out: int) -> Conv:
+    return Conv(width_in, width_out, (1, 7), padding=(0, 3))
+
+
+def _column(width_in: int, width_out: int) -> Conv:
+    return Conv(width_in, width_out, (7, 1), padding=(3, 0))
+
+
+class BlockA(nn.Module):
+    """35 x 35: Mixed_5b, 5c, 5d."""
+
+    def __init__(self, width_in: int, pool_width: int) -> None:
+        super().__init__()
+        self.branch1x1 = Conv(width_in, 64)
+        self.branch5x5_1, self.branch5x5_2 = Conv(width_in, 48), Conv(48, 64, 5, padding=2)
+        self.branch3x3dbl_1, self.branch3x3dbl_2 = Conv(width_in, 64), Conv(64, 96, 3, padding=1)
+        self.branch3x3dbl_3 = Conv(96, 96, 3, padding=1)
+        self.branch_pool = Conv(width_in, pool_width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        five = self.branch5x5_2(self.branch5x5_1(x))
+        double = self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(x)))
+        return torch.cat([self.branch1x1(x), five, double, self.branch_pool(average_pool(x))], 1)
+
+
+class BlockB(nn.Module):
+    """35 x 35 to 17 x 17: Mixed_6a."""
+
+    def __init__(self, width_in: int) -> None:
+        super().__init__()
+        self.branch3x3 = Conv(width_in, 384, 3, stride=2)
+        self.branch3x3dbl_1, self.branch3x3dbl_2 = Conv(width_in, 64), Conv(64, 96, 3, padding=1)
+        self.branch3x3dbl_3 = Conv(96, 96, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        double = self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(x)))
+        return torch.cat([self.branch3x3(x), double, F.max_pool2d(x, 3, stride=2)], 1)
+
+
+class BlockC(nn.Module):
+    """17 x 17: Mixed_6b to 6e."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.branch1x1 = Conv(768, 192)
+        self.branch7x7_1, self.branch7x7_2, self.branch7x7_3 = Conv(768, width), _row(width, width), _column(width, 192)
+        self.branch7x7dbl_1, self.branch7x7dbl_2 = Conv(768, width), _column(width, width)
+        self.branch7x7dbl_3, self.branch7x7dbl_4 = _row(width, width), _column(width, width)
+        self.branch7x7dbl_5 = _row(width, 192)
+        self.branch_pool = Conv(768, 192)
+
+    def forward(self, x: Tensor) -> Tensor:
+        single = self.branch7x7_3(self.branch7x7_2(self.branch7x7_1(x)))
+        double = self.branch7x7dbl_3(self.branch7x7dbl_2(self.branch7x7dbl_1(x)))
+        double = self.branch7x7dbl_5(self.branch7x7dbl_4(double))
+        return torch.cat([self.branch1x1(x), single, double, self.branch_pool(average_pool(x))], 1)
+
+
+class BlockD(nn.Module):
+    """17 x 17 to 8 x 8: Mixed_7a."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.branch3x3_1, self.branch3x3_2 = Conv(768, 192), Conv(192, 320, 3, stride=2)
+        self.branch7x7x3_1, self.branch7x7x3_2, self.branch7x7x3_3 = Conv(768, 192), _row(192, 192), _column(192, 192)
+        self.branch7x7x3_4 = Conv(192, 192, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        seven = self.branch7x7x3_4(self.branch7x7x3_3(self.branch7x7x3_2(self.branch7x7x3_1(x))))
+        return torch.cat([self.branch3x3_2(self.branch3x3_1(x)), seven, F.max_pool2d(x, 3, stride=2)], 1)
+
+
+class BlockE(nn.Module):
+    """8 x 8: Mixed_7b with an average pool, Mixed_7c with a max pool."""
+
+    def __init__(self, width_in: int, *, max_pool: bool) -> None:
+        super().__init__()
+        self.max_pool = max_pool
+        self.branch1x1 = Conv(width_in, 320)
+        self.branch3x3_1 = Conv(width_in, 384)
+        self.branch3x3_2a, self.branch3x3_2b = (
+            Conv(384, 384, (1, 3), padding=(0, 1)),
+            Conv(384, 384, (3, 1), padding=(1, 0)),
+        )
+        self.branch3x3dbl_1, self.branch3x3dbl_2 = Conv(width_in, 448), Conv(448, 384, 3, padding=1)
+        self.branch3x3dbl_3a, self.branch3x3dbl_3b = (
+            Conv(384, 384, (1, 3), padding=(0, 1)),
+            Conv(384, 384, (3, 1), padding=(1, 0)),
+        )
+        self.branch_pool = Conv(width_in, 192)
+
+    def forward(self, x: Tensor) -> Tensor:
+        single = self.branch3x3_1(x)
+        double = self.branch3x3dbl_2(self.branch3x3dbl_1(x))
+        parts = [self.branch1x1(x), self.branch3x3_2a(single), self.branch3x3_2b(single)]
+        parts += [self.branch3x3dbl_3a(double), self.branch3x3dbl_3b(double)]
+        pooled = F.max_pool2d(x, 3, stride=1, padding=1) if self.max_pool else average_pool(x)
+        return torch.cat([*parts, self.branch_pool(pooled)], 1)
+
+
+class Inception(nn.Module):
+    """Images uint8 [B, H, W, 3] of any size to features. Frozen batch norms: the mode plays no part."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.Conv2d_1a_3x3 = Conv(3, 32, 3, stride=2)
+        self.Conv2d_2a_3x3 = Conv(32, 32, 3)
+        self.Conv2d_2b_3x3 = Conv(32, 64, 3, padding=1)
+        self.Conv2d_3b_1x1 = Conv(64, 80)
+        self.Conv2d_4a_3x3 = Conv(80, 192, 3)
+        self.Mixed_5b, self.Mixed_5c, self.Mixed_5d = BlockA(192, 32), BlockA(256, 64), BlockA(288, 64)
+        self.Mixed_6a = BlockB(288)
+        self.Mixed_6b, self.Mixed_6c, self.Mixed_6d, self.Mixed_6e = map(BlockC, (128, 160, 160, 192))
+        self.Mixed_7a = BlockD()
+        self.Mixed_7b, self.Mixed_7c = BlockE(1280, max_pool=False), BlockE(2048, max_pool=True)
+        self.fc = nn.Linear(2048, 1008)
+        self.requires_grad_(False)
+
+    def _through(self, x: Tensor, names: Sequence[str]) -> Tensor:
+        for name in names:
+            x = self.get_submodule(name)(x)
+        return x
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> InceptionFeatures:
+        x = (resize_bilinear(images.permute(0, 3, 1, 2).float()) - 128) / 128
+        x = x.contiguous(memory_format=torch.channels_last)
+        x = F.max_pool2d(self._through(x, ["Conv2d_1a_3x3", "Conv2d_2a_3x3", "Conv2d_2b_3x3"]), 3, stride=2)
+        x = F.max_pool2d(self._through(x, ["Conv2d_3b_1x1", "Conv2d_4a_3x3"]), 3, stride=2)
+        x = self._through(x, ["Mixed_5b", "Mixed_5c", "Mixed_5d", "Mixed_6a", "Mixed_6b", "Mixed_6c"])
+        x = self.Mixed_6d(x)
+        spatial = x[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)  # branch1x1 comes first in the block's output
+        pooled = self._through(x, ["Mixed_6e", "Mixed_7a", "Mixed_7b", "Mixed_7c"]).mean(dim=(2, 3))
+        return InceptionFeatures(pooled, spatial, pooled @ self.fc.weight.T)
+
+
+FILES = ("pt_inception-2015-12-05-6726825d.pth", "weights-inception-2015-12-05-6726825d.pth")
+"""Names under which the same file is published."""
+URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{FILES[0]}"
+SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
+"""Of that file, whose name carries the first 8 digits: with other weights a distance is no FID."""
+
+
+def find_weights(path: Path | None = None, *, url: str = URL) -> Path:
+    """The file of weights: `path` (a file, or a folder that holds it), else in the cache, else downloaded into it.
+
+    Raises:
+        UserError: not there and not to be had, or not the file of that SHA-256.
+    """
+    folder = path if path is not None and path.is_dir() else cache_folder()
+    there = [folder / name for name in FILES if (folder / name).is_file()]
+    if path is not None and not path.is_dir():
+        if not path.is_file():
+            raise UserError(f"--inception {path} does not exist: give the file {FILES[0]}, or the folder that holds it")
+        there = [path]
+    if there:
+        found = sha256(there[0])
+        if found != SHA256:
+            raise UserError(
+                f"{there[0]} is not Inception's file of weights: its SHA-256 begins with {found[:8]}, not {SHA256[:8]}; "
+                f"remove it, or get {FILES[0]} again from {URL}"
+            )
+        return there[0]
+    if path is not None:
+        raise UserError(f"--inception {path} holds neither {FILES[0]} nor {FILES[1]}: put one of them there")
+    return _download(url, folder / FILES[0])
+
+
+def _download(url: str, target: Path) -> Path:
+    remedy = f"get {FILES[0]} from {URL} on another machine and put it at {target}, or name it with --inception"
+    try:
+        with urllib.request.urlopen(url, timeout=30) as answer, written_aside(target) as aside:  # noqa: S310 -- https, ours
+            size = answer.headers.get("Content-Length")
+            total, digest = int(size) if size and size.isdigit() else None, hashlib.sha256()
+            with open(aside, "wb") as file, progress(f"download {target.name}", total, unit="bytes") as bar:
+                while chunk := _read(answer):
+                    file.write(chunk)
+                    digest.update(chunk)
+                    bar.advance(len(chunk))
+                received = file.tell()
+            if digest.hexdigest() != SHA256:
+                of = f" of {total:,}" if total is not None else ""
+                raise UserError(
+                    f"what came from {url} is damaged or cut short ({received:,}{of} bytes, SHA-256 "
+                    f"{digest.hexdigest()[:8]}.., not {SHA256[:8]}..) and was thrown away: try again, or {remedy}"
+                )
+    except (urllib.error.URLError, HTTPException, TimeoutError, ConnectionError) as error:
+        reason = getattr(error, "reason", None) or error
+        raise UserError(
+            f"Inception's weights are not at {target} and cannot be downloaded ({reason}): {remedy}"
+        ) from error
+    print(f"{target}: downloaded, its SHA-256 is right", file=sys.stderr)
+    return target
+
+
+def _read(answer: BinaryIO) -> bytes:
+    """The next piece; a broken connection is no trouble with the file that is written."""
+    try:
+        return answer.read(1 << 20)
+    except OSError as error:
+        raise HTTPException(str(error)) from error
+
+
+def load_inception(path: Path | None = None, device: torch.device | str = "cpu") -> Inception:
+    """The network with its public weights (Apache-2.0); `path` as for `find_weights`.
+
+    Raises:
+        UserError: as `find_weights`; or the file has not exactly the network's weights.
+    """
+    place = find_weights(path)
+    tensors = {name: t for name, t in read_tensors(place).items() if not name.endswith(".num_batches_tracked")}
+    with torch.device("meta"):
+        network = Inception()
+    try:
+        network.load_state_dict(tensors, assign=True)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"{place} does not hold the weights of the 2015-12-05 Inception-v3: {reason}") from error
+    return network.requires_grad_(False).float().to(device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue] -- torch documents it

@@ -1,0 +1,311 @@
+"""MAE's linear classifiers (arXiv 2111.06377): batch norm and a linear layer, trained by LARS, many of them in one pass.
+
+One for each step and layer; each is trained as it would be alone.
+"""
+
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from st_ar.errors import UserError
+from st_ar.hardware import moved
+from st_ar.progress import progress
+from st_ar.randomness import Purpose, torch_generator
+from st_ar.settings import require_most, require_types
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeConfig:
+    """The protocol's settings; the defaults are MAE's."""
+
+    epochs: int = 90
+    """Passes over the training features."""
+    warmup_epochs: int = 10
+    """Passes over which the learning rate rises linearly; then it falls to 0 by a cosine."""
+    batch_size: int = 16384
+    """Features per step; small data sets scale it down so that an epoch has at least 32 steps."""
+    base_lr: float = 0.1
+    """Learning rate for a batch of 256; it scales with the batch."""
+    min_lr: float = 1.0
+    """The peak rate is not scaled below this: LARS's steps are a share of the weights' norm, and with the small rate of a small
+    batch it stops far from convergence after 90 epochs of a few thousand images. 0 scales all the way, MAE's rule to the letter."""
+    momentum: float = 0.9
+    """LARS's momentum."""
+    trust: float = 1e-3
+    """LARS's trust coefficient."""
+    seed: int = 0
+    """Seed of initialisation and order."""
+
+    def __post_init__(self) -> None:
+        require_types(self, "--")
+        for name, least in (("epochs", 1), ("warmup_epochs", 0), ("batch_size", 2), ("seed", 0)):
+            value = getattr(self, name)
+            if value < least:
+                raise UserError(f"--{name.replace('_', '-')} must be {least} or more, not {value}")
+        require_most(self, "--", epochs=1 << 16, batch_size=1 << 24)
+        if not 0 <= self.min_lr < math.inf:
+            raise UserError(f"--min-lr must be 0 or more, not {self.min_lr}")
+        for name in ("base_lr", "trust"):
+            value = getattr(self, name)
+            if not 0 < value < math.inf:
+                raise UserError(f"--{name.replace('_', '-')} must be above 0, not {value}")
+        if not 0 <= self.momentum < 1:
+            raise UserError(f"--momentum must lie in [0, 1), not {self.momentum}")
+
+
+class Lars:
+    """LARS (arXiv 1708.03888) as in MAE's probe: momentum, trust ratio, 1-d parameters exempt, no weight decay.
+
+    The first dimension of every parameter counts the independent classifiers: each has its own trust ratio.
+    """
+
+    def __init__(self, weights: Tensor, biases: Tensor, *, momentum: float, trust: float) -> None:
+        self.weights, self.biases, self.momentum, self.trust = weights, biases, momentum, trust
+        self.velocity = [torch.zeros_like(weights), torch.zeros_like(biases)]
+
+    @torch.no_grad()
+    def step(self, gradients: Sequence[Tensor], lr: float) -> None:
+        """One step with the gradients of weights [S, C, D] and biases [S, C]."""
+        grad, bias_grad = gradients
+        norm, grad_norm = (x.flatten(1).norm(dim=1)[:, None, None] for x in (self.weights, grad))
+        ratio = torch.where((norm > 0) & (grad_norm > 0), self.trust * norm / grad_norm, 1.0)
+        for parameter, velocity, update in (
+            (self.weights, self.velocity[0], grad * ratio),
+            (self.biases, self.velocity[1], bias_grad),
+        ):
+            velocity.mul_(self.momentum).add_(update)
+            parameter.sub_(velocity, alpha=lr)
+
+
+def probe_rate(config: ProbeConfig, epoch: float, batch_size: int) -> float:
+    """The learning rate at a fractional epoch: linear warm-up, then half a cosine to 0."""
+    peak = max(config.base_lr * batch_size / 256, config.min_lr)
+    if epoch < config.warmup_epochs:
+        return peak * epoch / config.warmup_epochs
+    done = (epoch - config.warmup_epochs) / max(1e-9, config.epochs - config.warmup_epochs)
+    return peak * (1 + math.cos(math.pi * done)) / 2
+
+
+def with_mean(features: Tensor, mean_over_steps: bool) -> Tensor:
+    """Features [n, S, D], followed by their mean over the steps [n, S + 1, D] if that is wanted."""
+    return torch.cat([features, features.mean(1, keepdim=True)], dim=1) if mean_over_steps else features
+
+
+class Classifiers:
+    """The classifiers of one layer, one for each step and perhaps one for the steps' mean: BatchNorm1d(affine=False,
+    eps=1e-6) and a linear layer each, all in one product.
+
+    Args:
+        weights: float32 [S, C, D], their beginning. mean_over_steps: the last one is the mean's.
+    """
+
+    def __init__(self, weights: Tensor, config: ProbeConfig, *, mean_over_steps: bool) -> None:
+        self.count, self.num_classes, self.dim = weights.shape
+        self.config, self.weights, self.mean_over_steps = config, weights.clone(), mean_over_steps
+        self.biases = weights.new_zeros(self.count, self.num_classes)
+        self.norm = nn.BatchNorm1d(self.count * self.dim, affine=False, eps=1e-6).to(weights.device)
+        self.optimizer = Lars(self.weights, self.biases, momentum=config.momentum, trust=config.trust)
+
+    def _normalised(self, features: Tensor) -> Tensor:
+        x = with_mean(features.to(self.weights.device), self.mean_over_steps)
+        return self.norm(x.flatten(1)).unflatten(1, (self.count, self.dim)).transpose(0, 1)  # (S, n, D)
+
+    def step(self, features: Tensor, labels: Tensor, lr: float) -> None:
+        """One step of training on features [n, S, D] and labels [n]."""
+        self.norm.train()
+        x = self._normalised(features)
+        logits = torch.baddbmm(self.biases[:, None], x, self.weights.transpose(1, 2))  # (S, n, C)
+        error = (logits.softmax(-1) - F.one_hot(moved(labels, x.device), self.num_classes)) / len(labels)
+        gradients = (error.transpose(1, 2) @ x, error.sum(1))  # of the mean cross-entropy
+        self.optimizer.step(gradients, lr)
+
+    def notes(self) -> tuple[str, ...]:
+        """What a reader of the numbers should know."""
+        epochs, warmup = self.config.epochs, self.config.warmup_epochs
+        if epochs > warmup:
+            return ()
+        return (f"{epochs} epochs end within the {warmup} of the warm-up: these classifiers are far from trained",)
+
+    def __call__(self, features: Tensor) -> Tensor:
+        """Logits [n, S, C] of features [n, S, D]; what an image's are does not depend on the others."""
+        self.norm.eval()
+        x = self._normalised(features)
+        return torch.baddbmm(self.biases[:, None], x, self.weights.transpose(1, 2)).transpose(0, 1)
+
+
+def on_device(features: np.ndarray, device: torch.device, share: float) -> np.ndarray | Tensor:
+    """Features on a GPU if they fit into a share of its free memory; otherwise where they are."""
+    fits = device.type == "cuda" and 4 * features.size <= share * torch.cuda.mem_get_info(device)[0]
+    return hold(features, device) if fits else features
+
+
+def hold(features: np.ndarray, device: torch.device, rows: int = 4096) -> Tensor:
+    """All features [N, S, D] as float32 on a device, so many rows at a time."""
+    held = torch.empty(features.shape, device=device)
+    for part, numbers in zip(held.split(rows), torch.arange(len(features)).split(rows), strict=True):
+        part.copy_(read_rows(features, numbers))
+    return held
+
+
+def read_rows(features: np.ndarray | Tensor, rows: Tensor) -> Tensor:
+    """Rows [n] of features [N, S, D], float32 [n, S, D], where the features are; of a file they are read in its order."""
+    if isinstance(features, Tensor):
+        return features[moved(rows, features.device)]
+    ordered, order = rows.sort()
+    found = np.empty((len(rows), *features.shape[1:]), np.float32)
+    found[order.numpy()] = features[ordered.numpy()]
+    return torch.from_numpy(found)
+
+
+def fit_classifiers(
+    layers: Sequence[np.ndarray],
+    labels: Tensor,
+    num_classes: int,
+    config: ProbeConfig,
+    *,
+    mean_over_steps: bool = False,
+    device: torch.device | None = None,
+) -> list[Classifiers]:
+    """Train the classifiers of all layers in one pass over their features; of a file only a batch at a time is in memory.
+
+    Every layer's begin with the same weights and see the same batches: they are what they would be without the others.
+
+    Args:
+        layers: features [N, S, D] of each layer, in memory or memory-mapped. labels: int64 [N].
+        mean_over_steps: one more classifier a layer, on the mean over the steps.
+        device: where to train.
+
+    Raises:
+        UserError: fewer than 2 images.
+    """
+    count, steps, dim = layers[0].shape
+    if count < 2:
+        raise UserError(f"{count} training images are too few for a probe: its batch norm needs at least 2")
+    generator = torch_generator(config.seed, Purpose.PROBE)
+    batch_size = min(config.batch_size, max(2, count // 32))
+    weights = nn.init.trunc_normal_(torch.empty(steps, num_classes, dim), std=0.01, generator=generator)
+    if mean_over_steps:  # from a generator of its own: the others' draws stay what they are
+        own = torch_generator(config.seed, Purpose.PROBE, 1)
+        mean = nn.init.trunc_normal_(torch.empty(1, num_classes, dim), std=0.01, generator=own)
+        weights = torch.cat([weights, mean])
+    fitted = [Classifiers(weights.to(device), config, mean_over_steps=mean_over_steps) for _ in layers]
+    place = fitted[0].weights.device
+    held = [on_device(features, place, 0.5 / len(layers)) for features in layers]
+    per_epoch = count // batch_size
+    with progress("train probes", config.epochs * per_epoch, unit="steps") as bar:
+        for epoch in range(config.epochs):
+            order = torch.randperm(count, generator=generator)
+            for index in range(per_epoch):
+                chosen = order[index * batch_size : (index + 1) * batch_size]
+                lr = probe_rate(config, epoch + index / per_epoch, batch_size)
+                for classifiers, features in zip(fitted, held, strict=True):
+                    classifiers.step(read_rows(features, chosen), labels[chosen], lr)
+                bar.advance(1)
+    return fitted
+
+
+Method = Literal["mae", "ridge", "logistic"]
+NAMES: dict[Method, str] = {
+    "mae": "linear probe after MAE",
+    "ridge": "ridge regression, not the MAE protocol",
+    "logistic": "logistic regression, not the MAE protocol",
+}
+"""What a method's numbers are called."""
+MAX_ITERATIONS = 1000
+"""Of L-BFGS."""
+
+
+def require_sklearn() -> None:
+    """Refuse ridge and logistic regression where scikit-learn is not installed."""
+    try:
+        import_module("sklearn")
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"--method ridge and logistic are scikit-learn's ({error}): pip install 'st-ar[quickstart]', or give --method mae"
+        ) from error
+
+
+class ShallowClassifiers:
+    """One classifier of scikit-learn's for each step of a layer, and perhaps one for the steps' mean.
+
+    Each standardises its features first. Ridge regresses on -1 and 1 for each class, by Cholesky's decomposition.
+
+    Args:
+        features: [N, S, D], in memory or memory-mapped; those of one step are in memory at a time.
+        labels: int64 [N].
+        penalty: alpha of ridge regression, 1 / C of logistic regression.
+    """
+
+    def __init__(
+        self,
+        features: np.ndarray,
+        labels: Tensor,
+        num_classes: int,
+        method: Literal["ridge", "logistic"],
+        penalty: float,
+        *,
+        mean_over_steps: bool,
+    ) -> None:
+        self.num_classes, self.mean_over_steps = num_classes, mean_over_steps
+        self.unfinished = 0
+        """Classifiers whose L-BFGS stopped before it converged."""
+        self.models: list[Any] = []
+        steps = features.shape[1]
+        with progress(f"{method} regression", steps + mean_over_steps, unit="classifiers") as bar:
+            for step in range(steps):
+                self._fit(np.array(features[:, step], np.float32), labels, method, penalty)
+                bar.advance(1)
+            if mean_over_steps:
+                parts = [with_mean(read_rows(features, rows), True)[:, -1] for rows in _blocks(len(features))]
+                self._fit(torch.cat(parts).numpy(), labels, method, penalty)
+                bar.advance(1)
+
+    def _fit(self, x: np.ndarray, labels: Tensor, method: Literal["ridge", "logistic"], penalty: float) -> None:
+        from sklearn.exceptions import ConvergenceWarning
+        from sklearn.linear_model import LogisticRegression, RidgeClassifier
+        from sklearn.pipeline import make_pipeline
+        from sklearn.preprocessing import StandardScaler
+
+        if method == "ridge":
+            last: Any = RidgeClassifier(alpha=penalty, solver="cholesky")
+        else:
+            last = LogisticRegression(C=1 / penalty, max_iter=MAX_ITERATIONS)
+        model = make_pipeline(StandardScaler(copy=False), last)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("ignore")
+            warnings.simplefilter("always", ConvergenceWarning)
+            model.fit(x, labels.numpy())
+        self.unfinished += bool(caught)
+        self.models.append(model)
+
+    def notes(self) -> tuple[str, ...]:
+        """What a reader of the numbers should know."""
+        if not self.unfinished:
+            return ()
+        return (
+            f"{self.unfinished} of {len(self.models)} logistic regressions had not converged after {MAX_ITERATIONS:,} iterations; "
+            "a larger --penalty converges sooner",
+        )
+
+    def __call__(self, features: Tensor) -> Tensor:
+        """Scores [n, S, C] of features [n, S, D]: ridge's outputs or logits; -inf for a class without training images."""
+        x = with_mean(features, self.mean_over_steps)
+        scores = torch.full((len(x), len(self.models), self.num_classes), -torch.inf)
+        for index, model in enumerate(self.models):
+            found = torch.from_numpy(model.decision_function(x[:, index].numpy().copy())).float()
+            if found.dim() == 1:  # of two classes scikit-learn gives the second's alone
+                found = torch.stack([-found, found], dim=1)
+            scores[:, index, torch.from_numpy(model.classes_)] = found
+        return scores
+
+
+def _blocks(count: int, size: int = 16384) -> tuple[Tensor, ...]:
+    return torch.arange(count).split(size)

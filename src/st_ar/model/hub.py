@@ -1,0 +1,113 @@
+"""Models on the Hugging Face hub, through huggingface_hub: an export folder with a card that says how it was made."""
+
+import json
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from st_ar.config import ModelConfig
+from st_ar.errors import UserError
+from st_ar.files import read_json
+from st_ar.model.weights import FILES, _hub, download, find_weights, open_model, read_card
+from st_ar.settings import from_dict
+
+
+def from_pretrained(name: str, *, ema: bool = False, revision: str | None = None, grid: int | None = None) -> Any:
+    """A Transformer from the hub, in evaluation mode; arguments as for `load_model`.
+
+    Args:
+        name: owner/model on the hub.
+        revision: branch, tag or commit.
+    """
+    return open_model(download(name, revision), ema=ema, grid=grid)[0]
+
+
+def push_to_hub(
+    run: Path | str,
+    name: str,
+    *,
+    metrics: Mapping[str, float] | None = None,
+    licence: str = "apache-2.0",
+    private: bool = False,
+) -> str:
+    """Upload a run's or an export's weights with a generated card; returns the model's address.
+
+    Args:
+        run: a run or an export folder.
+        name: owner/model on the hub; made if it is not there.
+        metrics: name -> value, for the card.
+        licence: the licence of the weights, by the hub's identifier.
+        private: whether a new model is private.
+
+    Raises:
+        UserError: no weights in `run`, or the hub refuses or cannot be reached.
+    """
+    hub = _hub()
+    folder = find_weights(Path(run), ema=False).parent
+    card = model_card(folder, name, metrics=metrics or {}, licence=licence)
+    try:
+        api = hub.HfApi()
+        address = api.create_repo(name, private=private, exist_ok=True)
+        with tempfile.TemporaryDirectory() as scratch:
+            path = Path(scratch) / "README.md"
+            path.write_text(card)
+            operations = [hub.CommitOperationAdd("README.md", str(path))]
+            operations += [hub.CommitOperationAdd(f, str(folder / f)) for f in FILES if (folder / f).exists()]
+            api.create_commit(name, operations=operations, commit_message="Upload st-ar model")
+    except Exception as error:  # as above
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"hub:{name} cannot be written ({reason}): check the name and the network, and log in with `hf auth login`"
+        ) from error
+    return str(address)
+
+
+def model_card(folder: Path, name: str, *, metrics: Mapping[str, float], licence: str) -> str:
+    """The card of an export folder: what the model is, its recipe (from the run above it), data, metrics, licence."""
+    export = read_card(folder / "config.json")
+    run = folder.parent / "config.json"
+    recipe = read_json(run, "a run") if run.exists() else {}
+    model = from_dict(ModelConfig, export["model"], str(folder / "config.json"))
+    config, tokens = (recipe.get(part, {}) for part in ("config", "tokens"))
+    if not isinstance(config, dict) or not isinstance(tokens, dict):
+        raise UserError(
+            f"{run} is damaged: its config or its tokens are no objects; copy it again, or move the export away from it"
+        )
+    preset = export.get("preset") or "none"
+    shape = f"{model.n_layers} layers, {model.n_heads} heads, width {model.dim}"
+    captions = [f"- captions: {export.get('encoder') or 'encoder not recorded'}"] if model.condition == "text" else []
+    lines = [
+        "---",
+        f"license: {licence}",
+        "library_name: st-ar",
+        "tags: [autoregressive, image-generation, llamagen, st-ar]",
+        "---",
+        "",
+        f"# LlamaGen-style transformer, preset {preset}",
+        "",
+        f"{shape}; {model.vocab_size} codes, {model.grid} x {model.grid} tokens, {model.condition_name}; "
+        f"{export.get('step', 0):,} optimizer steps. `model.safetensors` has the live weights, `ema.safetensors` the averaged ones, "
+        "both with LlamaGen's parameter names.",
+        "",
+        "    import st_ar",
+        f'    model = st_ar.load_model("hub:{name}")',
+        "",
+        "## Data",
+        "",
+        f"- images: {tokens.get('source', 'not recorded')} ({tokens.get('images', 'unknown number of')} images)",
+        f"- tokenizer: {export.get('tokenizer') or 'not recorded'}",
+        *captions,
+        "",
+        "## Metrics",
+        "",
+        *([f"- {key}: {value:.6g}" for key, value in metrics.items()] or ["None were given."]),
+        "",
+        "## Recipe",
+        "",
+        "```json",
+        json.dumps({key: config[key] for key in sorted(config) if key != "model"} or "not recorded", indent=2),
+        "```",
+        "",
+    ]
+    return "\n".join(lines)
