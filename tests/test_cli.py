@@ -325,7 +325,7 @@ def test_a_run_that_is_validated_says_when_it_was_best(line: Line, tmp_path: Pat
     assert (best["step"], last["step"]) == (1, 2)
     assert first == f"{run}: trained; weights in {run / 'export'}"
     assert (
-        second == f"{run / 'best'}: its lowest validation loss, {best['validation_loss']:.4f}, at step {best['step']}"
+        second == f"{run / 'best'}: lowest validation loss, {best['validation_loss']:.4f}, at step {best['step']}"
     )
 
 
@@ -430,7 +430,7 @@ def test_attention_draws_the_maps_and_prints_the_statistics_it_keeps(line: Line,
             cells += [f"{mean[key]:.2f} ± {std[key]:.2f}" for key in ("distance", "entropy")]
             expected.append([f"{layer}, {name}", *cells])
     assert [re.split("  +", row) for row in rows] == expected
-    assert (empty, last) == ("", f"the page: {out / 'attention.html'}")
+    assert (empty, last) == ("", f"page: {out / 'attention.html'}")
 
 
 @pytest.mark.parametrize(

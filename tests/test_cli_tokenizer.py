@@ -149,7 +149,7 @@ def test_what_a_finished_run_prints(run: Path, capsys: Capture) -> None:
     before = load_file(run / "vq.safetensors")
     main(command(run, "--steps", "3", "--optim.schedule", "constant", "--log-every", "1", "--resume"))
     assert capsys.readouterr().out == (
-        f"{run}: trained; it is a tokenizer now, and {run / 'reconstructions'} shows what it makes of images\n"
+        f"{run}: trained tokenizer; {run / 'reconstructions'} shows its reconstructions\n"
     )
     after = load_file(run / "vq.safetensors")
     assert all(torch.equal(after[name], value) for name, value in before.items())

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from st_ar.files import write_json
-from st_ar.model.hub import model_card
+from st_ar.hub import model_card
 from st_ar.model.weights import save_export
 from tests.disk import contents, refused
 from tests.toys import TINY_TEXT, random_model

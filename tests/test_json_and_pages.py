@@ -114,7 +114,7 @@ def test_likelihoods_numbers_are_those_of_out(line: SmallLine, tmp_path: Path, c
     assert json.loads(capsys.readouterr().out) == kept
     assert "masks" not in kept
     run_command(["likelihood", *options, "--mask-ratio", "0.5", "--seed", "1", "--out", str(tmp_path / "masked.json")])
-    assert "50% of the keys masked; an even guess" in capsys.readouterr().out
+    assert "50% of the keys masked; a uniform guess" in capsys.readouterr().out
     masked = json.loads((tmp_path / "masked.json").read_text())
     assert masked["masks"] == {"ratio": 0.5, "seed": 1, "own_position": True}
     expected = validation_loss(load_model(line.model), TokenStore(line.tokens), masks=ImageMasks(ratio=0.5, seed=1))
@@ -160,6 +160,6 @@ def test_another_kind_of_page_is_refused(line: SmallLine, pictures: Path, tmp_pa
 
 
 def test_a_dry_run_has_no_numbers(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="--json is for what was measured"):
+    with pytest.raises(UserError, match="--json writes measurements, and --dry-run"):
         run_command(["reproduce", "table3", "--out", str(tmp_path / "out"), "--dry-run", "--json", "-"])
     assert not (tmp_path / "out").exists()

@@ -44,7 +44,7 @@ def test_both_weights_with_their_losses(line: SmallLine, tmp_path: Path, capsys:
     run_command(command(line, "--ema", "--names", "one", "--out", tmp_path / "averaged.json"))
     assert json.loads((tmp_path / "averaged.json").read_text())["results"] == [record["results"][1] | {"model": "one"}]
     assert record["store"] == store.describe()
-    assert f"{len(store)} images; an even guess among 11 tokens: {math.log(11):.4f}" in said
+    assert f"{len(store)} images; a uniform guess among 11 tokens has {math.log(11):.4f}" in said
 
 
 def test_stores_of_others_and_taken_places_are_refused(line: SmallLine, tmp_path: Path) -> None:

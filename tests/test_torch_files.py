@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from st_ar.torch_files import OURS, in_pieces, read_safetensors, read_tensors, save_tensors
+from st_ar.files import OURS, in_pieces, read_safetensors, read_tensors, save_tensors
 from tests.disk import flip_byte, refused
 
 TENSORS = {

@@ -79,7 +79,7 @@ def test_every_preset_is_described_and_survives_json(name: str) -> None:
 
 
 def test_settings_are_read_without_torch() -> None:
-    code = "import sys, st_ar.vq_config; sys.exit('torch' in sys.modules)"
+    code = "import sys, st_ar.config; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1]).returncode == 0
 
 

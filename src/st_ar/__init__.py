@@ -10,8 +10,8 @@ if TYPE_CHECKING:
     from st_ar.config import ModelConfig
     from st_ar.errors import UserError
     from st_ar.evaluation import metrics
+    from st_ar.hub import from_pretrained, push_to_hub
     from st_ar.model.generate import generate
-    from st_ar.model.hub import from_pretrained, push_to_hub
     from st_ar.model.transformer import Transformer
     from st_ar.model.weights import load_model
     from st_ar.selfguided import losses

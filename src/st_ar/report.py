@@ -232,5 +232,6 @@ def facts(record: Mapping[str, Any], before: str = "") -> list[list[str]]:
 
 
 def identified(result: Mapping[str, Any], keys: Sequence[str]) -> Section:
+    """A section with tables of everything that identifies a result's numbers."""
     found = [Table(columns=[key, ""], rows=facts(result[key])) for key in keys]
     return Section(title="What identifies these numbers", parts=[table for table in found if table.rows])

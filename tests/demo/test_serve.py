@@ -172,12 +172,12 @@ def test_the_command_serves_until_it_is_ended(
     ("options", "match"),
     [
         (("--model", "model"), "--model needs --tokenizer"),
-        (("--model", "a", "b", "c", "--tokenizer", "tokenizer"), "names 3 models: the page compares two at most"),
-        (("--tokenizer", "tokenizer"), "--tokenizer is for a --model of yours"),
-        (("--probe-tokens", "tokens"), "--probe-tokens is for a --model of yours"),
+        (("--model", "a", "b", "c", "--tokenizer", "tokenizer"), "names 3 models: the demo compares two at most"),
+        (("--tokenizer", "tokenizer"), "--tokenizer goes with --model"),
+        (("--probe-tokens", "tokens"), "--probe-tokens goes with --model"),
         (
             ("--model", "model", "--tokenizer", "tokenizer", "--quickstart", "other"),
-            "--quickstart is for the page without --model",
+            "--quickstart and --model exclude each other",
         ),
         (("--model", "model", "--tokenizer", "tokenizer", "--probe-images", "1"), "--probe-images must be at least 2"),
         (("--model", "model", "--tokenizer", "tokenizer", "--runs", "tokens"), "is not a run"),

@@ -165,7 +165,7 @@ def test_what_a_killed_call_left_is_not_taken_and_cleared_away(
 import os
 from pathlib import Path
 import numpy as np
-from st_ar.evaluation.feature_cache import FeatureCache
+from st_ar.evaluation.probe_features import FeatureCache
 cache = FeatureCache(Path({str(tmp_path / "cache")!r}), 1e6)
 with cache.writing({describe(model, store)!r}) as files:
     for file in files:

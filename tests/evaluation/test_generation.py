@@ -479,7 +479,7 @@ def test_a_result_does_not_take_the_place_of_what_the_samples_say(line: Path, ca
     said = {"settings": {"cfg_scale": 2.0, "seed": 5}, "weights": {"sha256": "ab", "ema": False}, "labels": [0] * 6}
     (tmp_path / "s.json").write_text(json.dumps(said))
     command = ("evaluate", tmp_path / "s.npz", "--reference", line / "reference.npz", *OFFLINE, "--metrics", "fd")
-    fails(capsys, "says how the samples were made: give the result", *command, "--json", tmp_path / "s.json")
+    fails(capsys, "is the samples' own description: give the result", *command, "--json", tmp_path / "s.json")
     assert json.loads((tmp_path / "s.json").read_text()) == said
     (tmp_path / "s.json").unlink()
     for _ in range(2):  # a result there is no metadata, and may be made again
@@ -577,7 +577,7 @@ def test_dinov2_without_its_package_names_the_extra(monkeypatch: pytest.MonkeyPa
 CACHED = """
 import sys, torch, transformers
 from pathlib import Path
-from st_ar.evaluation.extractors import load_extractor, resize_bicubic
+from st_ar.evaluation.generation.features import load_extractor, resize_bicubic
 
 transformers.utils.logging.disable_progress_bar()
 torch.manual_seed(0)
@@ -609,7 +609,7 @@ def test_dinov2s_class_token_is_taken_of_normalised_images(tmp_path: Path) -> No
 
 
 def test_dinov2_that_cannot_be_downloaded_says_what_to_do(tmp_path: Path) -> None:
-    code = 'import torch; from st_ar.evaluation.extractors import load_extractor; load_extractor("dinov2", torch.device("cpu"))'
+    code = 'import torch; from st_ar.evaluation.generation.features import load_extractor; load_extractor("dinov2", torch.device("cpu"))'
     done = in_cache(tmp_path, code)
     assert "UserError: facebook/dinov2-large cannot be had (" in done.stderr
     assert "download it where there is a network and copy the cache" in done.stderr

@@ -155,7 +155,7 @@ def test_the_sweep_by_command(line: SmallLine, tmp_path: Path, capsys: pytest.Ca
     main(command)
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == ["guidance", "temperature", "top-k", "FD-EfficientNet-Lite0"]
-    assert lines[-1].startswith(f"best by FD-EfficientNet-Lite0 of 6 samples: --cfg-scale {lines[1].split()[0]} ")
+    assert lines[-1].startswith(f"best FD-EfficientNet-Lite0 of 6 samples: --cfg-scale {lines[1].split()[0]} ")
     assert not (tmp_path / "out" / "is.svg").exists()
     main([*command, "--json", "-"])
     assert json.loads(capsys.readouterr().out) == json.loads((tmp_path / "out" / "sweep.json").read_text())

@@ -343,7 +343,7 @@ def _read_sweep(folder: Path) -> Any:
     swept = SweptModel(line / "model", line / "tokenizer", out / "samples", num=4, batch_size=4)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            "st_ar.evaluation.sweep.line_chart", lambda *_, **__: _Drawing()
+            "st_ar.evaluation.generation.sweep.line_chart", lambda *_, **__: _Drawing()
         )  # slow, and not what is looked at
         rows = sweep(swept, settings_of([1.0], [1.0], [0, 2]), _small_reference(), toy(), ["fid"], out, Place())
     return [row["metrics"] for row in rows]

@@ -391,8 +391,8 @@ def convert(
 
 
 def _is_tokenizer(source: Path) -> bool:
+    from st_ar.files import read_tensors
     from st_ar.tokenizer import CONFIG
-    from st_ar.torch_files import read_tensors
 
     if source.is_dir():
         return (source / CONFIG).exists()

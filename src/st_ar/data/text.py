@@ -14,8 +14,7 @@ from torch import Tensor
 from st_ar.config import ModelConfig
 from st_ar.data.store import TokenStore
 from st_ar.errors import UserError
-from st_ar.files import require_absent, sha256
-from st_ar.torch_files import ROWS, in_pieces, opened_safetensors, require_digest, save_tensors
+from st_ar.files import ROWS, in_pieces, opened_safetensors, require_absent, require_digest, save_tensors, sha256
 
 DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 """Types that features may have, and safetensors' names of them."""

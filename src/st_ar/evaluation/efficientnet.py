@@ -13,8 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from st_ar.errors import UserError
-from st_ar.files import sha256
-from st_ar.torch_files import read_tensors
+from st_ar.files import read_tensors, sha256
 
 SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
 """Of the file of weights: features of other weights do not compare."""

@@ -13,10 +13,9 @@ from torch import Tensor
 from st_ar.config import ModelConfig
 from st_ar.data.store import TokenStore
 from st_ar.errors import UserError
-from st_ar.files import read_json, sha256, write_json, written_aside
+from st_ar.files import read_json, read_safetensors, read_tensors, save_tensors, sha256, write_json, written_aside
 from st_ar.model.transformer import Transformer
 from st_ar.settings import differences, fits, from_dict, to_dict
-from st_ar.torch_files import read_safetensors, read_tensors, save_tensors
 
 FORMAT_VERSION = 1
 LIVE, EMA = "model.safetensors", "ema.safetensors"

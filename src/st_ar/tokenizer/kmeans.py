@@ -12,9 +12,8 @@ from torch import Tensor
 
 from st_ar.data.source import BrokenImageError, Crops, ImageSource, center_crop, check_pixels
 from st_ar.errors import UserError, cause
-from st_ar.files import read_json, require_absent, write_json
+from st_ar.files import read_json, read_tensors, require_absent, save_tensors, write_json
 from st_ar.progress import progress
-from st_ar.torch_files import read_tensors, save_tensors
 
 FORMAT_VERSION = 1
 MOST_IMAGES = 50_000

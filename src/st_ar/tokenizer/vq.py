@@ -15,8 +15,7 @@ from torch import Tensor, nn
 
 from st_ar.config import VQConfig
 from st_ar.errors import UserError
-from st_ar.files import read_json, require_absent, write_json
-from st_ar.torch_files import read_tensors, save_tensors
+from st_ar.files import read_json, read_tensors, require_absent, save_tensors, write_json
 
 
 def norm(channels: int) -> nn.GroupNorm:

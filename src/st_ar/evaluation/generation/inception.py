@@ -19,9 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from st_ar.errors import UserError
-from st_ar.files import cache_folder, sha256, written_aside
+from st_ar.files import cache_folder, read_tensors, sha256, written_aside
 from st_ar.progress import progress
-from st_ar.torch_files import read_tensors
 
 SIDE = 299
 """Pixels a side that the graph resizes every image to."""
