@@ -52,7 +52,7 @@ $(OLDEST)/.installed: pyproject.toml .ci/oldest.py
 	@touch $@
 
 CORE_TESTS := tests/selfguided tests/model tests/tokenizer tests/data tests/training tests/test_sampling.py tests/test_config.py \
-  tests/test_presets.py tests/test_cli.py tests/test_hub.py tests/test_report.py tests/test_figures.py
+  tests/test_presets.py tests/cli tests/test_hub.py tests/test_report.py tests/test_figures.py
 
 test-oldest: $(OLDEST)/.installed
 	$(OLDEST)/bin/python -m pytest -n $(WORKERS) -m 'not slow' -W ignore::DeprecationWarning $(CORE_TESTS) # old packages among new ones

@@ -16,10 +16,10 @@ from st_ar.sampling import JOB
 from st_ar.tokenizer.tokenize import tokenize
 from st_ar.training.loop import train
 from st_ar.training.vqgan import train_tokenizer
-from tests.evaluation.test_generation import ALL, toy
+from tests.evaluation.generation.test_evaluate import ALL, toy
 from tests.sampling_processes import draw
 from tests.small_line import random_source, random_tokenizer
-from tests.tokenizer.toy_gan import TOY_GAN, colours
+from tests.training.toy_gan import TOY_GAN, colours
 from tests.training.toy_runs import GUIDED_RUN
 
 KILLED_RUN = replace(GUIDED_RUN, steps=24, checkpoint_every=2, keep_every=8)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from tests.disk import contents
-from tests.evaluation.test_generation import pictures, save_folder
+from tests.evaluation.generation.test_evaluate import pictures, save_folder
 from tests.killing import survivors
 from tests.small_line import make_line
 

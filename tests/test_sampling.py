@@ -1,23 +1,35 @@
 """What is drawn: the right labels, the right settings, and images that depend on their own seed, number and label alone."""
 
-from dataclasses import replace
+import json
+import subprocess
+import sys
+import zipfile
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
+import st_ar
 from st_ar.config import ModelConfig, SampleSettings
 from st_ar.data.text import TextStore, write_text
+from st_ar.distributed import Ranks
 from st_ar.errors import UserError
+from st_ar.files import sha256
 from st_ar.model.generate import generate
 from st_ar.model.transformer import Transformer
+from st_ar.model.weights import open_model, save_export
 from st_ar.presets import PRESETS
 from st_ar.randomness import Purpose, torch_seed
-from st_ar.sampling import Sampler, choose_conditions, choose_labels, sample_images
-from tests.small_line import random_tokenizer
+from st_ar.sampling import JOB, Sampler, choose_conditions, choose_labels, sample_images, sample_to
+from tests.disk import contents, full_disk, refused
+from tests.sampling_processes import BATCH, INSTANTS, LABELS, SETTINGS, draw
+from tests.small_line import SmallLine, make_line, random_tokenizer
 from tests.toys import TINY, TINY_TEXT, random_captions, random_model
 
 # Labels
@@ -149,15 +161,17 @@ def painted(codes: torch.Tensor) -> np.ndarray:
     return pictures
 
 
-SETTINGS = SampleSettings(seed=4, temperature=0.8, top_k=7, cfg_scale=2.0, cfg_schedule="power-cosine", cfg_power=2.0)
-LABELS = [0, 1, 2, 0, 1, 1, 2, 0]
+SOME_SETTINGS = SampleSettings(
+    seed=4, temperature=0.8, top_k=7, cfg_scale=2.0, cfg_schedule="power-cosine", cfg_power=2.0
+)
+SOME_LABELS = [0, 1, 2, 0, 1, 1, 2, 0]
 
 
 def test_pictures_are_the_tokens_painted() -> None:
     model = random_model()
     tokens = generate(
         model,
-        torch.tensor(LABELS),
+        torch.tensor(SOME_LABELS),
         seed=torch_seed(4, Purpose.SAMPLING),
         temperature=0.8,
         top_k=7,
@@ -165,7 +179,7 @@ def test_pictures_are_the_tokens_painted() -> None:
         cfg_schedule="power-cosine",
         cfg_power=2.0,
     )
-    images = sample_images(model, random_tokenizer(), LABELS, SETTINGS)
+    images = sample_images(model, random_tokenizer(), SOME_LABELS, SOME_SETTINGS)
     assert images.dtype == np.uint8
     # One level is the rounding of float32 before the truncation.
     assert np.abs(images.astype(int) - painted(tokens).astype(int)).max() <= 1
@@ -174,21 +188,23 @@ def test_pictures_are_the_tokens_painted() -> None:
 @pytest.mark.parametrize("batch_size", [1, 3, 8])
 def test_images_are_the_same_in_batches_of_any_size(batch_size: int) -> None:
     model, tokenizer = random_model(), random_tokenizer()
-    images = sample_images(model, tokenizer, LABELS, SETTINGS)
-    np.testing.assert_array_equal(sample_images(model, tokenizer, LABELS, SETTINGS, batch_size=batch_size), images)
+    images = sample_images(model, tokenizer, SOME_LABELS, SOME_SETTINGS)
+    np.testing.assert_array_equal(
+        sample_images(model, tokenizer, SOME_LABELS, SOME_SETTINGS, batch_size=batch_size), images
+    )
 
 
 @pytest.mark.parametrize("count", [1, 5, 9, 23])
 def test_images_are_told_token_by_token(count: int) -> None:
     told: list[int] = []
-    sampler = Sampler(random_model(), random_tokenizer(), SETTINGS)
+    sampler = Sampler(random_model(), random_tokenizer(), SOME_SETTINGS)
     sampler.tokens(range(count), [0] * count, told.append)
     assert len(told) == TINY.sequence_length
     assert np.cumsum(told).tolist() == [count * drawn // 9 for drawn in range(1, 10)]
 
 
 def test_pictures_are_painted_a_few_at_a_time() -> None:
-    sampler, some = Sampler(random_model(), random_tokenizer(), SETTINGS), list[int]()
+    sampler, some = Sampler(random_model(), random_tokenizer(), SOME_SETTINGS), list[int]()
     tokens = torch.arange(40 * 9).view(40, 9) % 11
     pictures = sampler.pictures(tokens, lambda: some.append(1))
     assert len(some) == 3
@@ -197,21 +213,21 @@ def test_pictures_are_painted_a_few_at_a_time() -> None:
 
 def test_compiled_steps_draw_the_same_images() -> None:
     model, tokenizer = random_model(), random_tokenizer()
-    sampler = Sampler(model, tokenizer, SETTINGS, compiled=True)
-    drawn = sampler.pictures(sampler.tokens(range(8), LABELS))
-    np.testing.assert_array_equal(drawn, sample_images(model, tokenizer, LABELS, SETTINGS))
+    sampler = Sampler(model, tokenizer, SOME_SETTINGS, compiled=True)
+    drawn = sampler.pictures(sampler.tokens(range(8), SOME_LABELS))
+    np.testing.assert_array_equal(drawn, sample_images(model, tokenizer, SOME_LABELS, SOME_SETTINGS))
 
 
 def test_an_image_depends_on_its_own_number_and_label_alone() -> None:
     model, tokenizer = random_model(), random_tokenizer()
-    sampler = Sampler(model, tokenizer, SETTINGS)
-    images = sample_images(model, tokenizer, LABELS, SETTINGS)
+    sampler = Sampler(model, tokenizer, SOME_SETTINGS)
+    images = sample_images(model, tokenizer, SOME_LABELS, SOME_SETTINGS)
     order = [5, 0, 7, 2]
-    np.testing.assert_array_equal(sampler.pictures(sampler.tokens(order, LABELS)), images[order])
-    np.testing.assert_array_equal(sample_images(model, tokenizer, LABELS[:3], SETTINGS), images[:3])
-    others = [2, 2, 2, *LABELS[3:5], 0, *LABELS[6:]]
-    changed = sample_images(model, tokenizer, others, SETTINGS)
-    same = [n for n in range(8) if others[n] == LABELS[n]]
+    np.testing.assert_array_equal(sampler.pictures(sampler.tokens(order, SOME_LABELS)), images[order])
+    np.testing.assert_array_equal(sample_images(model, tokenizer, SOME_LABELS[:3], SOME_SETTINGS), images[:3])
+    others = [2, 2, 2, *SOME_LABELS[3:5], 0, *SOME_LABELS[6:]]
+    changed = sample_images(model, tokenizer, others, SOME_SETTINGS)
+    same = [n for n in range(8) if others[n] == SOME_LABELS[n]]
     np.testing.assert_array_equal(changed[same], images[same])
     assert all((changed[n] != images[n]).any() for n in range(8) if n not in same)
     assert len(np.unique(images.reshape(8, -1), axis=0)) == 8
@@ -276,3 +292,345 @@ def test_a_batch_of_no_images_is_refused(batch_size: int) -> None:
 def test_no_labels_are_refused() -> None:
     with pytest.raises(UserError, match="no labels were given"):
         sample_images(random_model(), random_tokenizer(), [])
+
+
+ROOT = Path(__file__).parent.parent
+BOTH = pytest.mark.parametrize("out", ["samples.npz", "samples"])
+
+
+@pytest.fixture(scope="module")
+def line(tmp_path_factory: pytest.TempPathFactory) -> SmallLine:
+    return make_line(tmp_path_factory.mktemp("line"))
+
+
+@pytest.fixture(scope="module")
+def straight(line: SmallLine, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The samples of an undisturbed job, as a file and as a folder: straight / out / out."""
+    folder = tmp_path_factory.mktemp("straight")
+    for out in INSTANTS:
+        draw(line.model, folder / out / out)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def images(line: SmallLine) -> np.ndarray:
+    return sample_images(open_model(line.model)[0], random_tokenizer(), LABELS, SETTINGS)
+
+
+# Formats
+
+
+def test_an_npz_has_adms_layout(straight: Path, images: np.ndarray) -> None:
+    folder = straight / "samples.npz"
+    assert set(contents(folder)) == {"samples.npz", "samples.json", "samples.npz.preview.png"}
+    assert not (folder / "samples.npz.parts").exists()
+    with np.load(folder / "samples.npz", allow_pickle=False) as saved:
+        assert list(saved) == ["arr_0", "arr_1"]
+        assert (saved["arr_0"].dtype, saved["arr_1"].dtype) == (np.uint8, np.int64)
+        assert saved["arr_0"].flags.c_contiguous
+        np.testing.assert_array_equal(saved["arr_0"], images)
+        assert saved["arr_1"].tolist() == LABELS
+    with zipfile.ZipFile(folder / "samples.npz") as archive:
+        assert archive.testzip() is None
+        for entry in archive.infolist():
+            assert (entry.date_time, entry.compress_type) == (
+                (1980, 1, 1, 0, 0, 0),
+                zipfile.ZIP_STORED,
+            )  # no clock in it
+
+
+def test_pngs_hold_every_pixel(straight: Path, images: np.ndarray) -> None:
+    names = [f"{index:06d}.png" for index in range(7)]
+    assert set(contents(straight / "samples" / "samples")) == {*names, "metadata.json"}
+    for name, image in zip(names, images, strict=True):
+        with Image.open(straight / "samples" / "samples" / name) as opened:
+            assert (opened.format, opened.mode) == ("PNG", "RGB")
+            np.testing.assert_array_equal(np.asarray(opened), image)
+
+
+@BOTH
+def test_the_preview_shows_the_first_images_row_by_row(straight: Path, images: np.ndarray, out: str) -> None:
+    preview = np.asarray(Image.open(straight / out / f"{out}.preview.png"))
+    np.testing.assert_array_equal(preview, np.concatenate(list(images), axis=1))  # seven are one row
+
+
+@BOTH
+def test_the_preview_has_at_most_64_images_in_rows_of_8(line: SmallLine, tmp_path: Path, out: str) -> None:
+    labels = [0, 1, 2] * 22
+    draw(line.model, tmp_path / out, labels=labels, batch_size=25)
+    every = sample_images(open_model(line.model)[0], random_tokenizer(), labels, SETTINGS)
+    preview = np.asarray(Image.open(tmp_path / f"{out}.preview.png"))
+    rows = [np.concatenate(list(every[start : start + 8]), axis=1) for start in range(0, 64, 8)]
+    np.testing.assert_array_equal(preview, np.concatenate(rows))
+
+
+@BOTH
+@pytest.mark.parametrize("ema", [False, True])
+def test_samples_say_how_they_were_made(line: SmallLine, tmp_path: Path, out: str, ema: bool) -> None:
+    draw(line.model, tmp_path / out, ema=ema, cfg_scale=None, cfg_schedule="linear", labels=[0, 2, 1])
+    saved = json.loads((tmp_path / ("samples.json" if out == "samples.npz" else "samples/metadata.json")).read_text())
+    environment = saved.pop("environment")
+    weights = line.model / ("ema.safetensors" if ema else "model.safetensors")
+    settings = {**asdict(SETTINGS), "cfg_scale": 1.0, "cfg_schedule": "linear"}  # the scale that was used
+    assert saved == {
+        "images": 3,
+        "batch_size": BATCH,
+        "weights": {"file": weights.name, "sha256": sha256(weights), "ema": ema, "step": 7},
+        "dtype": "float32",
+        "compiled": False,
+        "tokenizer": random_tokenizer().fingerprint,
+        "settings": settings,
+        "label_mode": "balanced",
+        "labels": [0, 2, 1],
+    }
+    assert (environment["torch"], environment["st_ar"]) == (torch.__version__, st_ar.__version__)
+
+
+def test_samples_of_captions_name_them_and_their_store(tmp_path: Path) -> None:
+    write_text(tmp_path / "text.safetensors", list(random_captions(TINY_TEXT, [5, 5])), encoder="toy")
+    save_export(tmp_path / "model", random_model(TINY_TEXT), random_model(TINY_TEXT), {"step": 1, "encoder": "toy"})
+    model, info = open_model(tmp_path / "model")
+    text = TextStore(tmp_path / "text.safetensors")
+    sampler = Sampler(model, random_tokenizer(), SampleSettings(seed=2), text)
+    sample_to(tmp_path / "all.npz", sampler, [1, 0, 1], info, batch_size=2)
+    saved = json.loads((tmp_path / "all.json").read_text())
+    assert saved["captions"] == [1, 0, 1]
+    assert saved["text"] == {"encoder": "toy", "fingerprint": text.fingerprint}
+    assert "labels" not in saved
+    with np.load(tmp_path / "all.npz", allow_pickle=False) as drawn:
+        expected = sample_images(model, random_tokenizer(), [1, 0, 1], SampleSettings(seed=2), text)
+        np.testing.assert_array_equal(drawn["arr_0"], expected)
+        assert drawn["arr_1"].tolist() == [1, 0, 1]
+
+
+# The same, whoever draws it and whenever it stops
+
+
+@pytest.fixture(scope="module")
+def disturbed(line: SmallLine, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What tests.sampling_processes leaves."""
+    folder = tmp_path_factory.mktemp("disturbed")
+    command = [sys.executable, "-m", "tests.sampling_processes", str(line.model), str(folder)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.mark.parametrize(("out", "instant"), [(out, instant) for out in INSTANTS for instant in INSTANTS[out]])
+def test_a_killed_job_goes_on_to_the_same_files(
+    line: SmallLine, disturbed: Path, straight: Path, out: str, instant: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = disturbed / f"{out}-{instant}"
+    there = contents(folder)
+    assert any(name.endswith(JOB) for name in there)
+    drawn: list[int] = []
+    tokens = Sampler.tokens
+    monkeypatch.setattr(Sampler, "tokens", lambda self, *args: drawn.extend(args[0]) or tokens(self, *args))
+    draw(line.model, folder / out)
+    assert contents(folder) == contents(straight / out)
+    assert not (folder / "samples.npz.parts").exists()
+    first = {"part-000000": 0, "000000": 0, "000003": 2, "part-000002": 4}.get(instant.split(".")[0], 7)
+    assert drawn == list(range(first, 7))  # and no finished part is drawn again
+
+
+@BOTH
+def test_two_ranks_at_once_write_the_same_files(disturbed: Path, straight: Path, out: str) -> None:
+    everything = contents(disturbed / "ranks")
+    assert not [name for name in everything if "partial" in name or ".parts" in name]
+    for name, there in contents(straight / out).items():
+        assert everything[name] == there
+
+
+def test_a_rank_shows_that_it_lives_at_every_token(
+    line: SmallLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    beats: list[Path] = []
+    monkeypatch.setattr(Ranks, "beat", lambda _, folder: beats.append(folder))
+    draw(line.model, tmp_path / "samples")
+    tokens = open_model(line.model)[0].config.sequence_length
+    assert len(beats) >= 4 * tokens  # of 4 parts
+    assert set(beats) == {tmp_path / "samples"}
+
+
+@BOTH
+def test_ranks_one_after_another_write_the_same_files(
+    line: SmallLine, straight: Path, tmp_path: Path, out: str
+) -> None:
+    path = tmp_path / out
+    with pytest.raises(UserError, match="rank 1 of 2 has waited for rank 0 to begin"):
+        draw(line.model, path, ranks=Ranks(rank=1, world=2, timeout=0.05))
+    with pytest.raises(UserError, match="rank 0 of 2 has waited for part 1 of 4"):
+        draw(line.model, path, ranks=Ranks(rank=0, world=2, timeout=0.05))
+    draw(line.model, path, ranks=Ranks(rank=1, world=2))
+    assert not (tmp_path / "samples.json").exists()
+    draw(line.model, path, ranks=Ranks(rank=0, world=2))
+    assert contents(tmp_path) == contents(straight / out)
+    draw(line.model, path, ranks=Ranks(rank=1, world=2))  # one that comes when all is done has nothing to do
+    assert contents(tmp_path) == contents(straight / out)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 8])
+def test_batches_of_any_size_write_the_same_npz(
+    line: SmallLine, straight: Path, tmp_path: Path, batch_size: int
+) -> None:
+    draw(line.model, tmp_path / "samples.npz", batch_size=batch_size)
+    for name in ("samples.npz", "samples.npz.preview.png"):
+        assert (tmp_path / name).read_bytes() == (straight / "samples.npz" / name).read_bytes()
+
+
+# Refusals
+
+
+def begin(line: SmallLine, out: Path) -> None:
+    """A job that stopped for want of its other rank."""
+    with pytest.raises(UserError, match="has waited"):
+        draw(line.model, out, ranks=Ranks(rank=0, world=2, timeout=0.05))
+
+
+@BOTH
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"seed": 10}, "settings"),
+        ({"cfg_scale": None}, "settings"),
+        ({"ema": True}, "weights"),
+        ({"labels": [0, 2, 1, 0, 0, 1, 1]}, "labels"),
+        ({"labels": [0, 2]}, "images, labels"),
+        ({"batch_size": 3}, "batch_size"),
+    ],
+)
+def test_going_on_with_other_settings_is_refused(
+    line: SmallLine, tmp_path: Path, out: str, changes: dict[str, Any], named: str
+) -> None:
+    begin(line, tmp_path / out)
+    for rank in range(2):
+        with refused(tmp_path, f"holds unfinished samples of other {named}: give the same settings"):
+            draw(line.model, tmp_path / out, ranks=Ranks(rank=rank, world=2), **changes)
+
+
+@BOTH
+def test_finished_samples_are_refused(line: SmallLine, tmp_path: Path, out: str) -> None:
+    draw(line.model, tmp_path / out)
+    with refused(tmp_path, f"{out} exists already and is not empty"):
+        draw(line.model, tmp_path / out)
+
+
+@pytest.mark.parametrize(
+    ("out", "taken"),
+    [
+        ("samples.npz", "samples.npz"),
+        ("samples.npz", "samples.json"),
+        ("samples.npz", "samples.npz.preview.png"),
+        ("samples.npz", "samples.npz.parts/mine.txt"),
+        ("samples", "samples"),
+        ("samples", "samples/000000.png"),
+        ("samples", "samples.preview.png"),
+    ],
+)
+def test_what_is_in_the_way_is_refused(line: SmallLine, tmp_path: Path, out: str, taken: str) -> None:
+    (tmp_path / taken).parent.mkdir(exist_ok=True)
+    (tmp_path / taken).write_bytes(b"precious")
+    with refused(
+        tmp_path, f"{taken.split('/')[0]} exists already and is not empty: a set of samples is never written over"
+    ):
+        draw(line.model, tmp_path / out)
+
+
+def test_an_empty_folder_is_taken(line: SmallLine, straight: Path, tmp_path: Path) -> None:
+    (tmp_path / "samples").mkdir()
+    draw(line.model, tmp_path / "samples")
+    assert contents(tmp_path) == contents(straight / "samples")
+
+
+def test_a_folder_may_be_named_for_a_number(line: SmallLine, straight: Path, tmp_path: Path) -> None:
+    draw(line.model, tmp_path / "samples-cfg1.5")
+    assert contents(tmp_path / "samples-cfg1.5") == contents(straight / "samples" / "samples")
+
+
+@pytest.mark.parametrize("name", ["samples.png", "samples.NPZ", "samples.v2"])
+def test_another_kind_of_file_is_refused(line: SmallLine, tmp_path: Path, name: str) -> None:
+    with refused(tmp_path, "to a .npz file or to a folder of PNGs"):
+        draw(line.model, tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"labels": [0, 9]}, "label 9 is out of range"),
+        ({"labels": []}, "no labels were given"),
+        ({"top_k": 12}, "--top-k must lie between 0 .off. and the 11 tokens of the codebook, not 12"),
+        ({"batch_size": 0}, "--batch-size must be at least 1, not 0"),
+    ],
+)
+def test_what_cannot_be_drawn_is_refused_before_anything_is_written(
+    line: SmallLine, tmp_path: Path, changes: dict[str, Any], match: str
+) -> None:
+    with refused(tmp_path, match):
+        draw(line.model, tmp_path / "samples.npz", **changes)
+    assert list(tmp_path.iterdir()) == []
+
+
+# A full disk
+
+
+@pytest.mark.parametrize(
+    ("out", "free", "match", "left"),
+    [
+        ("samples.npz", 300, r"job\.json: File too large", set()),
+        ("samples.npz", 900, r"samples\.npz: File too large", {"job.json", "part-000000.npy"}),
+        ("samples", 100, r"job\.json: File too large", set()),
+    ],
+)
+def test_a_full_disk_leaves_no_half_written_file_and_the_job_goes_on(
+    line: SmallLine, straight: Path, tmp_path: Path, out: str, free: int, match: str, left: set[str]
+) -> None:
+    with pytest.raises(UserError, match=f"cannot write .*{match}; nothing there was changed"), full_disk(free):
+        draw(line.model, tmp_path / out)
+    there = contents(tmp_path)
+    assert not [name for name in there if name.endswith((".partial", out))]
+    assert left <= {Path(name).name for name in there}
+    draw(line.model, tmp_path / out)
+    assert contents(tmp_path) == contents(straight / out)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        b"",
+        b"noise",
+        pytest.param(np.zeros((1, 6, 6, 3), np.uint8), id="fewer"),
+        pytest.param(np.zeros((BATCH, 7, 6, 3), np.uint8), id="larger"),
+        pytest.param(np.zeros((BATCH, 6, 6, 3), np.float32), id="floats"),
+        pytest.param(np.zeros((BATCH, 6, 6, 3), np.uint8), id="other pictures"),
+    ],
+)
+def test_a_part_that_is_damaged_is_refused_and_drawn_again_once_it_is_gone(
+    line: SmallLine, straight: Path, tmp_path: Path, damage: bytes | np.ndarray
+) -> None:
+    begin(line, tmp_path / "samples.npz")
+    part = tmp_path / "samples.npz.parts" / "part-000002.npy"
+    if isinstance(damage, bytes):
+        part.write_bytes(damage)
+    else:
+        np.save(part, damage)
+    with pytest.raises(UserError, match=r"part-000002\.npy is damaged .*remove it and give the same command"):
+        draw(line.model, tmp_path / "samples.npz")
+    part.unlink()
+    draw(line.model, tmp_path / "samples.npz")
+    assert (tmp_path / "samples.npz").read_bytes() == (straight / "samples.npz" / "samples.npz").read_bytes()
+
+
+@pytest.mark.parametrize("size", [None, 7])
+def test_a_picture_that_is_damaged_is_refused_and_drawn_again_once_it_is_gone(
+    line: SmallLine, straight: Path, tmp_path: Path, size: int | None
+) -> None:
+    begin(line, tmp_path / "samples")
+    picture = tmp_path / "samples" / "000004.png"
+    picture.write_bytes(b"noise")
+    if size is not None:
+        Image.new("RGB", (size, size)).save(picture)
+    with pytest.raises(UserError, match=r"000004\.png is damaged .*remove it and give the same command"):
+        draw(line.model, tmp_path / "samples")
+    picture.unlink()
+    draw(line.model, tmp_path / "samples")
+    assert contents(tmp_path) == contents(straight / "samples")

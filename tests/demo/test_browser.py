@@ -21,7 +21,7 @@ from st_ar.demo.setup import Setup
 from st_ar.sampling import sample_images
 from st_ar.training.run import append_log
 from tests.demo.small_page import LONG, small_setup
-from tests.demo.test_uploads import bomb
+from tests.demo.test_inputs import bomb
 from tests.programs import find_program
 
 SOON = 120_000

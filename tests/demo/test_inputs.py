@@ -1,11 +1,27 @@
 """What a browser may send in place of numbers."""
 
+import io
+import struct
+import zlib
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from st_ar.config import SampleSettings
-from st_ar.demo.inputs import MOST_SEED, settings_from, whole
+from st_ar.data.source import Crops
+from st_ar.demo.inputs import (
+    LEAST_SIDE,
+    MOST_BYTES,
+    MOST_SEED,
+    cut_upload,
+    decode_upload,
+    read_upload,
+    settings_from,
+    whole,
+)
 from st_ar.errors import UserError
 
 GOOD: dict[str, Any] = {
@@ -56,3 +72,68 @@ def test_bad_fields_are_refused_by_name(name: str, value: Any, match: str) -> No
 def test_whole_numbers_may_come_as_floats() -> None:
     assert whole(4.0, "x", 0, 4) == 4
     assert isinstance(whole(4.0, "x", 0, 4), int)
+
+
+def encoded(size: tuple[int, int], kind: str = "PNG") -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", size, (200, 100, 50)).save(file, format=kind)
+    return file.getvalue()
+
+
+def bomb(width: int, height: int) -> bytes:
+    """A PNG of a few bytes that says it is large."""
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    chunks = b""
+    for name, body in ((b"IHDR", header), (b"IDAT", zlib.compress(b"\0" * 100)), (b"IEND", b"")):
+        chunks += struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+    return b"\x89PNG\r\n\x1a\n" + chunks
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "BMP", "GIF"])
+def test_images_of_known_formats_are_read(kind: str) -> None:
+    image = decode_upload(encoded((20, 30), kind))
+    assert (image.size, image.mode) == ((20, 30), "RGB")
+    np.testing.assert_allclose(np.asarray(image)[10, 10], (200, 100, 50), atol=4)
+
+
+@pytest.mark.parametrize(
+    ("data", "match"),
+    [
+        (b"", "no image of a known format"),
+        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "no image of a known format"),
+        (encoded((20, 20), "TIFF"), "give one of PNG, JPEG"),
+        (encoded((40, 40))[:60], "cannot be read"),
+        (bomb(5000, 5000), "5,000 x 5,000 pixels, more than the 16,777,216"),
+        (bomb(1 << 20, 1 << 20), "no image of a known format, or too large"),
+    ],
+)
+def test_bad_images_are_refused_in_words(data: bytes, match: str) -> None:
+    with pytest.raises(UserError, match=match):
+        decode_upload(data)
+
+
+def test_files_that_are_missing_or_too_large_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no file is given"):
+        read_upload(None)
+    large = tmp_path / "large.png"
+    with open(large, "wb") as file:
+        file.truncate(MOST_BYTES + 100)
+    with pytest.raises(UserError, match=r"the file has 16\.0 MiB: give one of at most 16 MiB"):
+        read_upload(str(large))
+    (tmp_path / "small.png").write_bytes(b"abc")
+    assert read_upload(str(tmp_path / "small.png")) == b"abc"
+
+
+def test_an_upload_is_cut_as_tokenize_cuts_it() -> None:
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 30, 3)).astype(np.uint8))
+    expected = Crops(kind="center", size=12, range=1.0).cut(picture)[0]
+    np.testing.assert_array_equal(cut_upload(picture, 12), expected)
+
+
+@pytest.mark.parametrize(
+    ("size", "match"),
+    [((LEAST_SIDE - 1, 20), "7 x 20 pixels: give one of at least 8 a side"), ((20, 180), "at most 8 times")],
+)
+def test_shapes_that_would_grow_without_end_are_not_resized(size: tuple[int, int], match: str) -> None:
+    with pytest.raises(UserError, match=match):
+        cut_upload(decode_upload(encoded(size)), 256)

@@ -9,7 +9,8 @@ import socket
 import subprocess
 import sys
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,28 @@ import pytest
 
 from st_ar import quickstart as module
 from st_ar.cli import run_command
+from st_ar.data.store import TokenStore
 from st_ar.demo.models import Shelf
-from st_ar.demo.serve import HEADERS, MOST_BODY, Guard, bind, build_app, is_local
-from st_ar.demo.setup import find_runs, quickstart_setup
+from st_ar.demo.reading import NONE, OWN
+from st_ar.demo.serve import (
+    HEADERS,
+    MOST_BODY,
+    QUEUE,
+    STREAM,
+    Guard,
+    JobsAfterClosing,
+    Message,
+    bind,
+    build_app,
+    describe,
+    is_local,
+)
+from st_ar.demo.setup import Setup, find_runs, quickstart_setup
+from st_ar.demo.tabs import still_known
+from st_ar.demo.understand_tab import still_there
 from st_ar.errors import UserError
 from st_ar.quickstart import quickstart
+from tests.data.random_store import random_store
 from tests.demo.small_page import export, small_setup
 from tests.disk import refused
 from tests.small_line import SmallLine, make_line
@@ -262,3 +280,150 @@ def test_the_quickstarts_models_are_taken_or_made(tmp_path: Path, monkeypatch: p
     with pytest.raises(UserError, match="stopped here"):
         quickstart_setup(folder, device="cpu", dtype="float32", probe_images=50)
     assert made == [folder]
+
+
+CLOSE = b'data: {"event_id":null,"msg":"close_stream"}\n\n'
+DONE = b'data: {"event_id":"a","msg":"process_completed","output":{"data":["\\"msg\\":\\"close_stream\\""]}}\n\n'
+
+
+async def gradio(scope: Message, receive: Any, send: Any) -> None:
+    """Queues every job, and closes every stream after one message."""
+    await receive()
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+    if scope["path"].startswith(STREAM):
+        for body in (DONE, CLOSE):
+            await send({"type": "http.response.body", "body": body, "more_body": True})
+    await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+class Asked:
+    """A request of a browser's, and what has come back so far."""
+
+    def __init__(self, app: JobsAfterClosing, path: str, visitor: str) -> None:
+        body = json.dumps({"data": [], "session_hash": visitor}).encode() if path == QUEUE else b""
+        self.to_come: asyncio.Queue[Message] = asyncio.Queue()
+        self.to_come.put_nowait({"type": "http.request", "body": body, "more_body": False})
+        self.got: list[Message] = []
+        scope = {"type": "http", "path": path, "query_string": f"session_hash={visitor}".encode()}
+        self.served = asyncio.ensure_future(app(scope, self.to_come.get, self._take))
+
+    async def _take(self, message: Message) -> None:
+        self.got.append(message)
+
+    def drop(self) -> None:
+        self.to_come.put_nowait({"type": "http.disconnect"})
+
+    @property
+    def bodies(self) -> list[bytes]:
+        return [message["body"] for message in self.got if message["type"] == "http.response.body"]
+
+
+async def settle() -> None:
+    """Until nothing moves by itself."""
+    for _ in range(50):
+        await asyncio.sleep(0)
+
+
+def test_a_job_is_confirmed_when_the_browser_has_dropped_the_closed_stream() -> None:
+    async def tell() -> None:
+        app = JobsAfterClosing(gradio)
+        stream = Asked(app, STREAM, "me")
+        await settle()
+        assert stream.bodies == [DONE, CLOSE]  # the answer's end waits
+        mine, other = Asked(app, QUEUE, "me"), Asked(app, QUEUE, "you")
+        await settle()
+        assert (mine.got, other.bodies) == ([], [b""])
+        stream.drop()
+        await settle()
+        assert (mine.bodies, stream.bodies) == ([b""], [DONE, CLOSE, b""])
+        assert app.closing == {}
+        later = Asked(app, QUEUE, "me")
+        await settle()
+        assert later.bodies == [b""]
+        await asyncio.gather(*(asked.served for asked in (stream, mine, other, later)))
+
+    asyncio.run(tell())
+
+
+def test_a_browser_that_keeps_a_closed_stream_is_waited_for_a_while() -> None:
+    async def tell() -> None:
+        app = JobsAfterClosing(gradio, patience=0.05)
+        stream, job = Asked(app, STREAM, "me"), Asked(app, QUEUE, "me")
+        await settle()
+        assert job.got == []
+        await asyncio.gather(stream.served, job.served)
+        assert (job.bodies, stream.bodies) == ([b""], [DONE, CLOSE, b""])
+
+    asyncio.run(tell())
+
+
+def test_requests_that_do_not_say_whose_they_are_are_passed_on() -> None:
+    async def tell() -> None:
+        app = JobsAfterClosing(gradio)
+        stream = Asked(app, STREAM, "me")
+        await settle()
+        for body in (b"", b"{", b"[]", b"\xff", b"{}"):
+            job = Asked(app, QUEUE, "")
+            job.to_come.get_nowait()
+            job.to_come.put_nowait({"type": "http.request", "body": body, "more_body": False})
+            await job.served
+            assert job.bodies == [b""]
+        stream.drop()
+        await stream.served
+
+    asyncio.run(tell())
+
+
+def test_weights_of_one_shape_are_named_together(tmp_path: Path) -> None:
+    models = [export(tmp_path / name, replace(TINY, n_layers=layers), 1) for name, layers in (("a", 4), ("<b>", 2))]
+    shelf = Shelf(models, make_line(tmp_path).tokenizer, device="cpu", dtype="float32")
+    shelf.close()
+    size = f"layers of {TINY.dim}, 3 x 3 tokens"
+    assert describe(shelf) == f"a, a (EMA): 4 {size}; <b>, <b> (EMA): 2 {size}; cpu, float32"
+
+
+@pytest.fixture(scope="module")
+def setup(tmp_path_factory: pytest.TempPathFactory) -> Generator[Setup]:
+    """Two models, of which b has fewer layers, heads and classes than a."""
+    folder = tmp_path_factory.mktemp("page")
+    models = [
+        export(folder / "a", TINY, 1),
+        export(folder / "b", replace(TINY, n_layers=2, n_heads=1, num_classes=2), 1, ["ant", "bee"]),
+    ]
+    shelf = Shelf(models, make_line(folder).tokenizer, device="cpu", dtype="float32")
+    yield Setup(shelf=shelf, store=None, probe_store=None)
+    shelf.close()
+
+
+def test_a_store_that_names_other_classes_is_refused(setup: Setup, tmp_path: Path) -> None:
+    names = ["bee", "ant"]
+    shelf = Shelf(
+        [export(tmp_path / "m", replace(TINY, num_classes=2), 1, ["ant", "bee"])],
+        make_line(tmp_path).tokenizer,
+        device="cpu",
+    )
+    store = random_store(tmp_path / "store", images=2, grid=TINY.grid, vocab_size=TINY.vocab_size, num_classes=2)[0]
+    meta = json.loads((store / "meta.json").read_text())
+    meta |= {"class_names": names, "tokenizer": setup.shelf.tokenizer.fingerprint}
+    (store / "meta.json").write_text(json.dumps(meta))
+    with pytest.raises(UserError, match=r"names its classes otherwise than m \(class 0 is 'ant' and 'bee'\)"):
+        Setup(shelf=shelf, store=TokenStore(store), probe_store=None)
+    shelf.close()
+
+
+def test_classes_stay_chosen_as_far_as_other_weights_know_them(setup: Setup) -> None:
+    kept = still_known(setup, "b", [0, 2, 1])
+    assert kept["choices"] == [("ant", 0), ("bee", 1)]
+    assert kept["value"] == [0, 1]
+    assert still_known(setup, "a", [0, 2, 1])["value"] == [0, 2, 1]
+    assert still_known(setup, "a", None)["value"] == []
+
+
+def test_class_layer_and_head_stay_as_far_as_other_weights_have_them(setup: Setup) -> None:
+    given, layer, head = still_there(setup, "b", 2, 4, 2)
+    assert (given["value"], layer["value"], head["value"]) == (OWN, 2, 0)
+    assert layer["maximum"] == 2
+    assert head["choices"] == [("average", 0), ("1", 1)]
+    assert given["choices"] == [("the image's own", OWN), ("none", NONE), ("ant", 0), ("bee", 1)]
+    given, layer, head = still_there(setup, "a", 2, 4, 2)
+    assert (given["value"], layer["value"], head["value"]) == (2, 4, 2)

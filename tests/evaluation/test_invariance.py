@@ -38,10 +38,10 @@ from st_ar.evaluation.invariance import (
     whole_tokens,
 )
 from st_ar.tokenizer.kmeans import KMeansTokenizer
+from tests.cli.test_main import refused
 from tests.disk import contents
 from tests.disk import refused as refused_call
 from tests.small_line import random_source, random_tokenizer
-from tests.test_cli import refused
 
 Capture = pytest.CaptureFixture[str]
 

@@ -38,7 +38,7 @@ from st_ar.tokenizer.tokenize import tokenize
 from st_ar.tokenizer.vq import VQTokenizer
 from st_ar.training.loop import train
 from tests.data.random_store import random_store
-from tests.evaluation.test_generation import pictures, toy
+from tests.evaluation.generation.test_evaluate import pictures, toy
 from tests.fuzz.mutations import Damage
 from tests.small_line import make_line, random_source, random_tokenizer
 from tests.tokenizer.test_vq import SMALL, random_tensors

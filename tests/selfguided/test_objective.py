@@ -1,4 +1,5 @@
 import dataclasses
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -9,12 +10,275 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from st_ar.config import PLAIN, SelfGuidedConfig
+from st_ar.config import PLAIN, ModelConfig, SelfGuidedConfig
+from st_ar.model.transformer import Transformer
 from st_ar.selfguided.losses import next_token_loss
-from st_ar.selfguided.objective import Draws, Losses, Projector, SelfGuided, Teacher, draw
+from st_ar.selfguided.objective import (
+    Draws,
+    Losses,
+    Projector,
+    SelfGuided,
+    Teacher,
+    draw,
+    ema_decay,
+    random_key_mask,
+    random_positions,
+    show_own_position,
+)
 from st_ar.training.loop import backward
 from tests.reference import equations
 from tests.toys import TINY, random_model
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+@given(batch=st.integers(1, 8), length=st.integers(1, 40), ratio=st.floats(0, 0.999), seed=st.integers(0, 2**32))
+def test_each_sequence_has_the_exact_count_masked_and_never_its_class(
+    batch: int, length: int, ratio: float, seed: int
+) -> None:
+    mask = random_key_mask(batch, length, ratio, seeded(seed))
+    assert mask.dtype == torch.bool
+    assert mask.shape == (batch, length)
+    assert mask.sum(1).tolist() == [round(ratio * (length - 1))] * batch
+    assert not mask[:, 0].any()
+
+
+@given(batch=st.integers(1, 12), share=st.floats(0, 1), seed=st.integers(0, 2**32))
+def test_a_share_of_the_sequences_is_masked_and_the_others_are_not(batch: int, share: float, seed: int) -> None:
+    mask = random_key_mask(batch, 9, 0.5, seeded(seed), share=share)
+    assert sorted(mask.sum(1).tolist()) == [0] * (batch - round(share * batch)) + [4] * round(share * batch)
+    everyone = random_key_mask(batch, 9, 0.5, seeded(seed))
+    masked = mask.any(1)
+    assert torch.equal(mask[masked], everyone[masked])
+
+
+@given(
+    batch=st.integers(1, 12),
+    share=st.floats(0, 1),
+    seed=st.integers(0, 2**32),
+    cut=st.tuples(st.integers(0, 12), st.integers(0, 12)),
+)
+def test_a_part_of_the_batch_is_masked_as_it_is_in_the_whole(
+    batch: int, share: float, seed: int, cut: tuple[int, int]
+) -> None:
+    mine = slice(min(cut), max(cut))
+    whole = random_key_mask(batch, 9, 0.5, seeded(seed), share=share)
+    assert torch.equal(random_key_mask(batch, 9, 0.5, seeded(seed), share=share, mine=mine), whole[mine])
+
+
+def test_each_sequence_is_as_likely_to_be_masked() -> None:
+    generator, draws = seeded(0), 4000
+    counts = sum(random_key_mask(6, 9, 0.5, generator, share=0.5).any(1).double() for _ in range(draws))
+    assert isinstance(counts, Tensor)
+    assert (counts / draws - 0.5).abs().max() < 4.5 * math.sqrt(0.25 / draws)
+
+
+def test_a_quarter_of_255_image_keys_is_64() -> None:
+    assert random_key_mask(3, 256, 0.25, seeded(0)).sum(1).tolist() == [64, 64, 64]
+
+
+def test_sequences_are_masked_differently() -> None:
+    mask = random_key_mask(64, 65, 0.25, seeded(0))
+    assert len({tuple(row) for row in mask.tolist()}) == 64
+
+
+def test_every_image_key_is_masked_equally_often_and_independently_of_the_others() -> None:
+    draws, keys, ratio = 6000, 10, 0.3
+    mask = random_key_mask(draws, keys + 1, ratio, seeded(1))[:, 1:].double()
+    error = math.sqrt(ratio * (1 - ratio) / draws)
+    assert (mask.mean(0) - ratio).abs().max() < 4.5 * error
+    together = mask.T @ mask / draws
+    expected = 3 * 2 / (10 * 9)  # both of two given keys among the three masked of ten
+    apart = together[~torch.eye(keys, dtype=torch.bool)]
+    assert (apart - expected).abs().max() < 4.5 * math.sqrt(expected * (1 - expected) / draws)
+
+
+@given(seed=st.integers(0, 2**32))
+def test_the_generator_alone_decides(seed: int) -> None:
+    torch.manual_seed(0)
+    first = random_key_mask(4, 65, 0.25, seeded(seed)), random_positions(65, 8, seeded(seed))
+    torch.manual_seed(1)
+    again = random_key_mask(4, 65, 0.25, seeded(seed)), random_positions(65, 8, seeded(seed))
+    other = random_key_mask(4, 65, 0.25, seeded(seed + 1))
+    assert torch.equal(first[0], again[0])
+    assert torch.equal(first[1], again[1])
+    assert not torch.equal(first[0], other)
+
+
+def naive_own_visible(mask: Tensor) -> Tensor:
+    batch, length = mask.shape
+    out = torch.zeros(batch, length, length, dtype=torch.bool)
+    for b in range(batch):
+        for query in range(length):
+            for key in range(length):
+                out[b, query, key] = bool(mask[b, key]) and key != query
+    return out
+
+
+@given(batch=st.integers(1, 4), length=st.integers(1, 12), ratio=st.floats(0, 0.999), seed=st.integers(0, 2**32))
+def test_own_position_can_be_shown_and_nothing_else(batch: int, length: int, ratio: float, seed: int) -> None:
+    mask = random_key_mask(batch, length, ratio, seeded(seed))
+    before = mask.clone()
+    assert torch.equal(show_own_position(mask), naive_own_visible(mask))
+    assert torch.equal(mask, before)
+
+
+@given(length=st.integers(1, 300), data=st.data(), seed=st.integers(0, 2**32))
+def test_positions_are_distinct_ascending_and_in_range(length: int, data: st.DataObject, seed: int) -> None:
+    count = data.draw(st.integers(1, length))
+    positions = random_positions(length, count, seeded(seed))
+    assert positions.dtype == torch.int64
+    found = positions.tolist()
+    assert len(found) == count
+    assert found == sorted(set(found))
+    assert found[0] >= 0
+    assert found[-1] < length
+
+
+@given(length=st.integers(1, 40), data=st.data(), seed=st.integers(0, 2**32))
+def test_positions_may_begin_later(length: int, data: st.DataObject, seed: int) -> None:
+    first = data.draw(st.integers(0, length - 1))
+    count = data.draw(st.integers(1, length - first))
+    positions = random_positions(length, count, seeded(seed), first=first).tolist()
+    assert positions == sorted(set(positions))
+    assert len(positions) == count
+    assert first <= positions[0] <= positions[-1] < length
+
+
+def test_all_positions_can_be_taken() -> None:
+    assert random_positions(7, 7, seeded(3)).tolist() == [0, 1, 2, 3, 4, 5, 6]
+
+
+def test_every_position_is_drawn_equally_often() -> None:
+    draws, length, count = 4000, 9, 4
+    generator = seeded(0)
+    drawn = torch.cat([random_positions(length, count, generator) for _ in range(draws)])
+    share = drawn.bincount(minlength=length).double() / draws
+    expected = count / length
+    assert (share - expected).abs().max() < 4.5 * math.sqrt(expected * (1 - expected) / draws)
+
+
+CONFIG = SelfGuidedConfig(projector_hidden=8, positions=3)
+WITH_DROPOUT = ModelConfig(dim=8, n_layers=2, n_heads=1, vocab_size=5, grid=2, num_classes=2)
+
+
+def move(model: Transformer, amount: float) -> None:
+    with torch.no_grad():
+        for number, parameter in enumerate(model.parameters(), start=1):
+            parameter.add_(amount * number)
+
+
+def one_step(student: SelfGuided, teacher: Teacher) -> Losses:
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(TINY.vocab_size, (3, 2, TINY.sequence_length), generator=generator)
+    labels = torch.tensor([0, 3, 1])
+    draws = draw(student.config, TINY, images=3, views=2, seed=0, step=1)
+    targets = student.teach(teacher, tokens, labels, draws.positions)
+    losses = student(tokens, labels, draws, targets, targets.mid, 0)
+    losses.total.backward()
+    return losses
+
+
+@pytest.mark.parametrize(("decay", "warmup"), [(0.9999, True), (0.3, True), (0.9, False)])
+def test_teacher_is_the_moving_average_of_the_formula(decay: float, warmup: bool) -> None:
+    student = random_model(seed=0)
+    teacher = Teacher(student, replace(CONFIG, ema_decay=decay, ema_warmup=warmup))
+    expected = {name: value.double() for name, value in student.state_dict().items()}
+    for step in range(1, 6):
+        move(student, 0.1 * step)
+        factor = min(decay, (1 + step) / (10 + step)) if warmup else decay
+        assert teacher.update(student, step) == factor
+        for name, value in student.state_dict().items():
+            expected[name] = factor * expected[name] + (1 - factor) * value.double()
+    for name, value in teacher.model.state_dict().items():
+        torch.testing.assert_close(value.double(), expected[name], rtol=1e-5, atol=1e-5)
+        assert not torch.allclose(value, student.state_dict()[name])
+
+
+@given(decay=st.floats(0, 0.99999), step=st.integers(1, 1_000_000))
+def test_warm_up_limits_the_decay(decay: float, step: int) -> None:
+    config = replace(CONFIG, ema_decay=decay)
+    assert ema_decay(config, step) == min(decay, (1 + step) / (10 + step))
+    assert ema_decay(replace(config, ema_warmup=False), step) == decay
+
+
+def test_warm_up_begins_at_2_in_11_and_ends_at_the_decay() -> None:
+    assert ema_decay(SelfGuidedConfig(), 1) == 2 / 11
+    assert ema_decay(SelfGuidedConfig(), 80_000) < 0.9999
+    assert ema_decay(SelfGuidedConfig(), 90_000) == 0.9999
+
+
+def test_a_long_slow_average_is_not_lost_to_rounding() -> None:
+    student = random_model()
+    teacher = Teacher(student, SelfGuidedConfig(ema_warmup=False))
+    start = {name: value.clone() for name, value in student.state_dict().items()}
+    move(student, 1e-2)
+    for step in range(1, 201):
+        teacher.update(student, step)
+    for name, value in teacher.model.state_dict().items():
+        moved = (student.state_dict()[name] - start[name]).double() * (1 - 0.9999**200)
+        torch.testing.assert_close((value - start[name]).double(), moved, rtol=0.02, atol=2e-5)
+
+
+def test_teacher_is_a_copy_that_only_an_update_moves() -> None:
+    student = random_model()
+    teacher = Teacher(student, CONFIG)
+    before = {name: value.clone() for name, value in teacher.model.state_dict().items()}
+    assert {name: value.tolist() for name, value in before.items()} == {
+        name: value.tolist() for name, value in student.state_dict().items()
+    }
+    move(student, 1.0)
+    one_step(SelfGuided(student, CONFIG), teacher)
+    assert all(torch.equal(value, before[name]) for name, value in teacher.model.state_dict().items())
+    teacher.update(student, 1)
+    assert not any(torch.equal(value, before[name]) for name, value in teacher.model.state_dict().items())
+
+
+def test_an_update_leaves_the_student_alone() -> None:
+    student = random_model()
+    teacher = Teacher(student, CONFIG)
+    move(student, 1.0)
+    before = {name: value.clone() for name, value in student.state_dict().items()}
+    teacher.update(student, 1)
+    assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
+    assert all(parameter.requires_grad for parameter in student.parameters())
+
+
+def test_teacher_of_a_student_in_training_stays_in_evaluation_mode() -> None:
+    student = Transformer(WITH_DROPOUT).train()
+    teacher = Teacher(student, CONFIG)
+    for _ in range(2):
+        assert student.training
+        assert not any(module.training for module in teacher.model.modules())
+        assert teacher.train() is teacher
+    tokens, labels = torch.zeros(2, 3, dtype=torch.int64), torch.tensor([0, 1])
+    first = teacher.model.features(tokens, labels, layers=[2])[2]
+    assert torch.equal(teacher.model.features(tokens, labels, layers=[2])[2], first)
+    assert not torch.equal(student.features(tokens, labels, layers=[2])[2], first)
+
+
+def test_no_gradient_reaches_the_teacher() -> None:
+    model = random_model()
+    teacher = Teacher(model, CONFIG)
+    student = SelfGuided(model, CONFIG)
+    losses = one_step(student, teacher)
+    assert min(losses.mim, losses.step, losses.view) > 0
+    for name, parameter in teacher.named_parameters():
+        assert not parameter.requires_grad, name
+        assert parameter.grad is None, name
+    for name, parameter in student.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.any(), name
+
+
+def test_teacher_is_no_part_of_the_student() -> None:
+    model = random_model()
+    teacher = Teacher(model, CONFIG)
+    ours = {parameter.data_ptr() for parameter in SelfGuided(model, CONFIG).parameters()}
+    assert not ours & {parameter.data_ptr() for parameter in teacher.parameters()}
+
 
 BASE = SelfGuidedConfig(projector_hidden=12, positions=3)
 IMAGES = 4

@@ -63,7 +63,9 @@ def tokenize_tiny(out: Path, *, killed_after: int = COUNT, crops: Crops = TEN, b
 
 def tokenize_and_be_killed(out: Path, *, killed_after: int) -> None:
     """The same job in another process, which is killed by signal 9."""
-    code = f"from tests.data.test_tokenize import *; tokenize_tiny(Path({str(out)!r}), killed_after={killed_after})"
+    code = (
+        f"from tests.tokenizer.test_tokenize import *; tokenize_tiny(Path({str(out)!r}), killed_after={killed_after})"
+    )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == -signal.SIGKILL, done.stderr
 
@@ -334,7 +336,7 @@ def test_a_worker_that_dies_ends_the_job_with_a_remedy(tmp_path: Path) -> None:
 
 def test_workers_end_when_the_job_is_killed(tmp_path: Path) -> None:
     code = (
-        "from tests.data.test_tokenize import *\n"
+        "from tests.tokenizer.test_tokenize import *\n"
         "if __name__ == '__main__':\n"
         f"    source = tiny_source(killed_after={PER_SHARD + 2})\n"
         f"    tokenize(source, tiny_tokenizer(), TEN, Path({str(tmp_path / 'store')!r}), images_per_shard={PER_SHARD}, workers=2)\n"
@@ -357,7 +359,7 @@ def test_ranks_share_the_shards_and_write_the_same_bytes(tmp_path: Path) -> None
     tokenize_mixed(tmp_path / "alone")
     tokenize_mixed(tmp_path / "alone-stream", stream)
     code = (
-        "from tests.data.test_tokenize import *\n"
+        "from tests.tokenizer.test_tokenize import *\n"
         f"out, ranks = Path({str(tmp_path)!r}), Ranks.from_environment()\n"
         "assert len(tokenize_mixed(out / 'shared', ranks=ranks)) == 8\n"
         "stream = mixed_source(count=None, streaming=True)\n"

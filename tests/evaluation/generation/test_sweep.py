@@ -16,7 +16,7 @@ from st_ar.evaluation.generation.image_sets import open_files
 from st_ar.evaluation.generation.sweep import SweptModel, settings_of, sweep
 from st_ar.sampling import Sampler, sample_to
 from tests.disk import contents, refused
-from tests.evaluation.test_generation import pictures, toy
+from tests.evaluation.generation.test_evaluate import pictures, toy
 from tests.small_line import SmallLine, make_line
 
 GRID = settings_of([1.0, 2.0], [1.0], [0, 2], seed=3)

@@ -324,9 +324,7 @@ def test_a_run_that_is_validated_says_when_it_was_best(line: Line, tmp_path: Pat
     best, last = sorted((e for e in measured if "validation_loss" in e), key=lambda entry: entry["validation_loss"])
     assert (best["step"], last["step"]) == (1, 2)
     assert first == f"{run}: trained; weights in {run / 'export'}"
-    assert (
-        second == f"{run / 'best'}: lowest validation loss, {best['validation_loss']:.4f}, at step {best['step']}"
-    )
+    assert second == f"{run / 'best'}: lowest validation loss, {best['validation_loss']:.4f}, at step {best['step']}"
 
 
 def test_resuming_a_finished_run_leaves_its_weights(line: Line) -> None:

@@ -22,9 +22,9 @@ from st_ar.data.source import center_crop
 from st_ar.data.store import TokenStore
 from st_ar.tokenizer import load_tokenizer, to_pixels
 from st_ar.tokenizer.vq import VQTokenizer
+from tests.cli.test_main import helped, refused
 from tests.data.pictures import encoded, noise
 from tests.disk import contents
-from tests.test_cli import helped, refused
 
 Capture = pytest.CaptureFixture[str]
 

@@ -1,4 +1,4 @@
-"""A rank that trains TOY_GAN: python -m tests.tokenizer.ranked OUT, under torchrun. Rank n writes, if it does, to OUT/rank-n."""
+"""A rank that trains TOY_GAN: python -m tests.training.vqgan_ranked OUT, under torchrun. Rank n writes, if it does, to OUT/rank-n."""
 
 import os
 import sys
@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from st_ar.training import vqgan as module
-from tests.tokenizer.toy_gan import TOY_GAN, colours
+from tests.training.toy_gan import TOY_GAN, colours
 
 
 def train(out: Path) -> None:

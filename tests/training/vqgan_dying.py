@@ -1,6 +1,6 @@
 """A process that trains TOY_GAN and kills itself at a chosen instant of a chosen step.
 
-python -m tests.tokenizer.dying OUT {log,checkpoint,export} STEP
+python -m tests.training.vqgan_dying OUT {log,checkpoint,export} STEP
 """
 
 import os
@@ -13,7 +13,7 @@ import torch
 
 from st_ar.tokenizer.vq import VQTokenizer
 from st_ar.training import vqgan as train
-from tests.tokenizer.toy_gan import TOY_GAN, colours
+from tests.training.toy_gan import TOY_GAN, colours
 
 
 def arm(instant: str, step: int) -> None:
