@@ -26,7 +26,7 @@ from st_ar.hardware import choose_device, choose_dtype
 from st_ar.model.transformer import Transformer
 from st_ar.model.weights import EMA, LIVE, save_weights
 from st_ar.presets import get_preset
-from st_ar.selfguided.objective import SelfGuided, Teacher, draw
+from st_ar.selfguided.objective import EMATeacher, SelfGuided, sample_guidance
 from st_ar.training.checkpoint import Checkpoints, State, under
 from st_ar.training.loop import backward
 from st_ar.training.optim import adamw, clip_gradients
@@ -39,7 +39,7 @@ class Run:
         torch.manual_seed(0)
         self.config, self.device, self.dtype = config, device, choose_dtype(config.dtype, device)
         self.model = Transformer(config.model).to(device)
-        self.teacher = Teacher(self.model, config.selfguided)
+        self.teacher = EMATeacher(self.model, config.selfguided)
         self.student = SelfGuided(self.model, config.selfguided).to(device).train()
         self.optimizer = adamw(self.student, config.optim)
         self.state = State({"student": self.student, "ema": self.teacher.model}, self.student, self.optimizer)
@@ -53,7 +53,7 @@ class Run:
         config = self.config
         for _ in range(count):
             self.count += 1
-            draws = draw(
+            draws = sample_guidance(
                 config.selfguided, config.model, images=config.batch_size, views=config.views, seed=0, step=self.count
             )
             backward(self.student, self.teacher, self.tokens, self.labels, draws, config.accumulate, self.dtype)

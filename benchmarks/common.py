@@ -16,7 +16,7 @@ import torch
 
 from st_ar.config import ModelConfig
 from st_ar.hardware import describe, flops_per_token
-from st_ar.tokenizer import Tokenizer, paint
+from st_ar.tokenizer import Tokenizer, decode_to_images
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -93,7 +93,9 @@ def time_by_operation(profiler: torch.profiler.profile, device: torch.device) ->
 
 def pictures(painter: Tokenizer, tokens: np.ndarray) -> np.ndarray:
     """Tokens [images, tokens] as what the tokenizer shows: uint8 [images, H, W, 3]."""
-    return np.concatenate([paint(painter, part) for part in torch.from_numpy(tokens.astype(np.int64)).split(500)])
+    return np.concatenate(
+        [decode_to_images(painter, part) for part in torch.from_numpy(tokens.astype(np.int64)).split(500)]
+    )
 
 
 def save(name: str, results: Any, folder: Path = RESULTS) -> Path:

@@ -29,10 +29,10 @@ from st_ar.distributed import process_group
 from st_ar.hardware import choose_dtype
 from st_ar.model.transformer import Transformer
 from st_ar.presets import get_preset
-from st_ar.selfguided.objective import SelfGuided, Teacher, draw
+from st_ar.selfguided.objective import EMATeacher, SelfGuided, sample_guidance
 from st_ar.training import loop
 from st_ar.training.optim import adamw, clip_gradients
-from st_ar.training.parallel import choose_parallel, spread
+from st_ar.training.parallel import choose_parallel, parallelize
 
 WAYS = {
     "1 rank, 1 thread": (1, 1, "none"),
@@ -76,13 +76,13 @@ def count_bytes(student: nn.Module, world: int) -> dict[str, int]:
             return allreduce_hook(group, bucket)
 
         student.register_comm_hook(dist.group.WORLD, hook)
-    everyone = loop.everyone
+    all_gather = loop.all_gather
 
     def counting(tensor: Tensor) -> Tensor:
         counted["negatives"] += tensor.nbytes * (world - 1)
-        return everyone(tensor)
+        return all_gather(tensor)
 
-    loop.everyone = counting
+    loop.all_gather = counting
     return counted
 
 
@@ -93,9 +93,9 @@ def be_a_rank(config: TrainConfig, threads: int, steps: int) -> None:
         torch.manual_seed(0)
         dtype = choose_dtype(config.dtype, device)
         model = Transformer(config.model)
-        teacher = Teacher(model, config.selfguided)
+        teacher = EMATeacher(model, config.selfguided)
         student = SelfGuided(model, config.selfguided).train()
-        called = spread(student, teacher, config, choose_parallel(config, ranks.world), device, dtype)
+        called = parallelize(student, teacher, config, choose_parallel(config, ranks.world), device, dtype)
         optimizer = adamw(student, config.optim)
         counted = count_bytes(called, ranks.world)
         mine = ranks.share(config.batch_size)
@@ -105,7 +105,9 @@ def be_a_rank(config: TrainConfig, threads: int, steps: int) -> None:
         seconds: list[float] = []
         for step in range(1, steps + 3):  # the first two warm up
             begun = time.perf_counter()
-            draws = draw(config.selfguided, config.model, images=shape[0], views=shape[1], seed=0, step=step, mine=mine)
+            draws = sample_guidance(
+                config.selfguided, config.model, images=shape[0], views=shape[1], seed=0, step=step, mine=mine
+            )
             loop.backward(called, teacher, tokens, labels, draws, config.accumulate, dtype)
             clip_gradients(student.parameters(), config.optim.grad_clip)
             optimizer.step()

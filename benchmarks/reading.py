@@ -20,10 +20,10 @@ import torch
 
 from common import peak_rss, ratio, save, summarise, time_in_turn
 from st_ar.data.store import TokenStore
-from st_ar.evaluation.generation.features import Place, collect, load_extractor
+from st_ar.evaluation.generation.features import Compute, collect, load_extractor
 from st_ar.evaluation.generation.image_sets import open_files
 from st_ar.evaluation.likelihood import validation_loss
-from st_ar.evaluation.probe_features import Reading, extract_features, uniform_steps
+from st_ar.evaluation.probe_features import FeatureSpec, extract_features, uniform_steps
 from st_ar.hardware import freed_memory_kept
 from st_ar.model.transformer import Transformer
 from st_ar.presets import get_preset
@@ -73,7 +73,7 @@ def main() -> None:
     torch.manual_seed(0)
     model = Transformer(config).eval()
     extractor = load_extractor("efficientnet", CPU)
-    reading = Reading(layers=[config.n_layers // 2], steps=uniform_steps(64))
+    reading = FeatureSpec(layers=[config.n_layers // 2], steps=uniform_steps(64))
     results: dict[str, Any] = {"images": given.images}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -82,7 +82,7 @@ def main() -> None:
         np.savez(folder / "images.npz", arr_0=pixels)
         store, images = TokenStore(folder / "store"), open_files(str(folder / "images.npz"))
         works: dict[str, tuple[Any, tuple[Any, ...]]] = {
-            "EfficientNet-Lite0's features": (collect, (images, extractor, ["fd"], Place())),
+            "EfficientNet-Lite0's features": (collect, (images, extractor, ["fd"], Compute())),
             "validation loss": (validation_loss, (model, store)),
             "what a probe reads": (extract_features, (model, store, reading)),
         }

@@ -25,7 +25,7 @@ from sklearn.preprocessing import StandardScaler
 
 from common import pictures, save
 from st_ar.data.store import TokenStore
-from st_ar.evaluation.generation.features import Place, collect, load_extractor
+from st_ar.evaluation.generation.features import Compute, collect, load_extractor
 from st_ar.evaluation.generation.image_sets import open_files, read_array
 from st_ar.evaluation.metrics import frechet_distance, precision_recall
 from st_ar.tokenizer import load_tokenizer
@@ -68,7 +68,7 @@ def main() -> None:
         views = Path(temporary) / "views.npz"
         write_views(given.training_tokens, given.tokenizer, len(labels), views)
         for name, _, file in [(TRAINING, "", str(views)), *(sample.partition("=") for sample in given.samples)]:
-            found = collect(open_files(file), extractor, ["precision"], Place())
+            found = collect(open_files(file), extractor, ["precision"], Compute())
             near = precision_recall(reference, found.features)
             right = classifier.predict(found.features.numpy()) == read_array(Path(file), "arr_1")
             distance = frechet_distance(*gaussian, *found.statistics.result())

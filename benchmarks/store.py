@@ -20,7 +20,7 @@ import torch
 
 from common import ratio, save, summarise, time_in_turn
 from st_ar.data.llamagen import import_tokens
-from st_ar.data.store import TokenStore, Views
+from st_ar.data.store import TokenBatches, TokenStore
 
 VOCAB, CLASSES = 16384, 1000
 Choice = tuple[np.ndarray, np.ndarray]
@@ -41,7 +41,7 @@ def write(folder: Path, images: int, crops: int, tokens: int, vocab_size: int = 
     )
 
 
-def choices(views: Views, steps: int) -> list[Choice]:
+def choices(views: TokenBatches, steps: int) -> list[Choice]:
     """An epoch's images in the order of training, with crops drawn for each."""
     rng = np.random.default_rng(1)
     crops = len(views.store.meta.crops)
@@ -79,7 +79,7 @@ def drop_from_cache(folder: Path) -> None:
 
 def measure(folder: Path, batch: int, views: int, rounds: int, cold: bool) -> dict[str, Any]:
     """Views/s and useful bytes/s (two of a token) of each reading, and how many times as long the files take."""
-    plan = Views(TokenStore(folder / "store"), batch_size=batch, views=views, seed=0)
+    plan = TokenBatches(TokenStore(folder / "store"), batch_size=batch, views=views, seed=0)
     steps = len(plan.store) // batch
     epoch = choices(plan, steps)
     tokens = plan.store.meta.grid**2
@@ -90,7 +90,7 @@ def measure(folder: Path, batch: int, views: int, rounds: int, cold: bool) -> di
         yield from (store.codes(images, crops) for images, crops in epoch)
 
     def store_batches() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        opened = Views(TokenStore(folder / "store"), batch_size=batch, views=views, seed=0)
+        opened = TokenBatches(TokenStore(folder / "store"), batch_size=batch, views=views, seed=0)
         yield from (opened.batch(step) for step in range(steps))
 
     for ours, theirs in zip(store_codes(), codes_from_files(folder, epoch), strict=True):

@@ -31,10 +31,10 @@ from st_ar.config import PLAIN, TrainConfig
 from st_ar.hardware import choose_device, choose_dtype, freed_memory_kept, peak_flops, training_flops_per_token
 from st_ar.model.transformer import Transformer
 from st_ar.presets import get_preset
-from st_ar.selfguided.objective import SelfGuided, Teacher, draw
+from st_ar.selfguided.objective import EMATeacher, SelfGuided, sample_guidance
 from st_ar.training.loop import backward
 from st_ar.training.optim import adamw, clip_gradients
-from st_ar.training.parallel import spread
+from st_ar.training.parallel import parallelize
 
 Step = Callable[[], object]
 
@@ -59,9 +59,9 @@ def our_step(config: TrainConfig, device: torch.device, dtype: torch.dtype) -> S
     """One optimizer step on the same random batch, drawn as in training."""
     with device:
         model = Transformer(config.model)
-    teacher = Teacher(model, config.selfguided)
+    teacher = EMATeacher(model, config.selfguided)
     student = SelfGuided(model, config.selfguided).train()
-    called = spread(student, teacher, config, "none", device, dtype)
+    called = parallelize(student, teacher, config, "none", device, dtype)
     optimizer = adamw(student, config.optim)
     tokens, labels = batch(config, device)
     count = 0
@@ -69,7 +69,9 @@ def our_step(config: TrainConfig, device: torch.device, dtype: torch.dtype) -> S
     def step() -> None:
         nonlocal count
         count += 1
-        draws = draw(config.selfguided, config.model, images=len(tokens), views=config.views, seed=0, step=count)
+        draws = sample_guidance(
+            config.selfguided, config.model, images=len(tokens), views=config.views, seed=0, step=count
+        )
         backward(called, teacher, tokens, labels, draws, 1, dtype)
         clip_gradients(student.parameters(), config.optim.grad_clip)
         optimizer.step()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from st_ar.data.source import Crops
 from st_ar.evaluation.generation.evaluate import evaluate, open_reference, write_reference
-from st_ar.evaluation.generation.features import Place
+from st_ar.evaluation.generation.features import Compute
 from st_ar.evaluation.generation.image_sets import open_files
 from st_ar.files import write_json
 from st_ar.sampling import JOB
@@ -58,7 +58,7 @@ def evaluating(folder: Path) -> None:
     """With a reference of its own."""
     folder.mkdir(exist_ok=True)
     os.chdir(folder)  # results name their files
-    extractor, place = toy(), Place(batch_size=4)
+    extractor, place = toy(), Compute(batch_size=4)
     if not Path("reference.npz").exists():
         write_reference("../images", Path("reference.npz"), extractor, place)
     opened = open_reference("reference.npz", extractor, ALL, place)

@@ -12,10 +12,10 @@ import torch
 from st_ar import hardware
 from st_ar.data.store import TokenStore
 from st_ar.errors import UserError
-from st_ar.evaluation.generation.features import Extracted, Extractor, Place, collect
+from st_ar.evaluation.generation.features import Compute, Extracted, Extractor, collect
 from st_ar.evaluation.generation.image_sets import open_files
 from st_ar.evaluation.likelihood import validation_loss
-from st_ar.hardware import Beside, choose_device, choose_dtype, describe, peak_flops, require_compiler, revision
+from st_ar.hardware import SideStream, choose_device, choose_dtype, describe, peak_flops, require_compiler, revision
 from tests.data.random_store import random_store
 from tests.toys import random_model
 
@@ -110,7 +110,7 @@ def test_a_machine_is_described_with_what_its_cpu_multiplies_in(monkeypatch: pyt
 
 def test_work_beside_other_work_is_done_at_once_on_a_cpu() -> None:
     done: list[int] = []
-    with Beside(CPU) as beside:
+    with SideStream(CPU) as beside:
         beside.run(lambda: done.append(1))
         assert done == [1]
         with pytest.raises(ZeroDivisionError):
@@ -165,7 +165,7 @@ def test_what_reads_many_images_keeps_the_memory_that_it_frees(tmp_path: Path) -
     for work in (
         lambda: validation_loss(model, store),
         lambda: collect(
-            open_files(str(tmp_path / "images.npz")), Extractor(name="x", weights="", dim=2, run=run), ["fd"], Place()
+            open_files(str(tmp_path / "images.npz")), Extractor(name="x", weights="", dim=2, run=run), ["fd"], Compute()
         ),
     ):
         seen.clear()

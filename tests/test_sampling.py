@@ -25,7 +25,7 @@ from st_ar.model.generate import generate
 from st_ar.model.transformer import Transformer
 from st_ar.model.weights import open_model, save_export
 from st_ar.presets import PRESETS
-from st_ar.randomness import Purpose, torch_seed
+from st_ar.randomness import RandomStream, torch_seed
 from st_ar.sampling import JOB, Sampler, choose_conditions, choose_labels, sample_images, sample_to
 from tests.disk import contents, full_disk, refused
 from tests.sampling_processes import BATCH, INSTANTS, LABELS, SETTINGS, draw
@@ -172,7 +172,7 @@ def test_pictures_are_the_tokens_painted() -> None:
     tokens = generate(
         model,
         torch.tensor(SOME_LABELS),
-        seed=torch_seed(4, Purpose.SAMPLING),
+        seed=torch_seed(4, RandomStream.SAMPLING),
         temperature=0.8,
         top_k=7,
         cfg_scale=2.0,
@@ -243,7 +243,7 @@ def test_images_of_captions_depend_on_their_own_number_and_caption_alone(tmp_pat
         again = sample_images(model, tokenizer, captions, settings, store, batch_size=batch_size)
         np.testing.assert_array_equal(again, images)
     features = store.features(np.array(captions), TINY_TEXT.text_tokens)
-    tokens = generate(model, features, seed=torch_seed(1, Purpose.SAMPLING), cfg_scale=1.5)
+    tokens = generate(model, features, seed=torch_seed(1, RandomStream.SAMPLING), cfg_scale=1.5)
     assert np.abs(images.astype(int) - painted(tokens).astype(int)).max() <= 1
     assert (images[0] != images[4]).any()  # the same caption
     with pytest.raises(UserError, match="4"):

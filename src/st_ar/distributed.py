@@ -208,7 +208,7 @@ def host_group(timeout: float) -> dist.ProcessGroup | None:
     return group
 
 
-def in_turn(action: Callable[[], Made]) -> Made:
+def rank0_first(action: Callable[[], Made]) -> Made:
     """What `action` makes, on rank 0 before all others: what one has downloaded is there for the rest."""
     if dist.is_initialized() and dist.get_rank() > 0:
         dist.barrier()
@@ -219,7 +219,7 @@ def in_turn(action: Callable[[], Made]) -> Made:
     return made
 
 
-def from_first(action: Callable[[], Made]) -> Made:
+def broadcast_from_rank0(action: Callable[[], Made]) -> Made:
     """What `action` makes on rank 0 alone, for all.
 
     Raises:
@@ -239,7 +239,7 @@ def from_first(action: Callable[[], Made]) -> Made:
     return made[0]
 
 
-def shared(module: nn.Module, *, gradient_as_bucket_view: bool = False) -> nn.Module:
+def data_parallel(module: nn.Module, *, gradient_as_bucket_view: bool = False) -> nn.Module:
     """The module with its gradients averaged over the ranks; itself if there is one rank.
 
     Args:
@@ -252,17 +252,17 @@ def shared(module: nn.Module, *, gradient_as_bucket_view: bool = False) -> nn.Mo
         return DistributedDataParallel(module, broadcast_buffers=False, gradient_as_bucket_view=gradient_as_bucket_view)
 
 
-def place() -> int:
+def get_rank() -> int:
     """Which rank this is; 0 if there is one."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def mean(tensor: Tensor) -> Tensor:
+def all_reduce_mean(tensor: Tensor) -> Tensor:
     """The mean over the ranks."""
-    return total(tensor) / dist.get_world_size() if dist.is_initialized() else tensor
+    return all_reduce_sum(tensor) / dist.get_world_size() if dist.is_initialized() else tensor
 
 
-def total(tensor: Tensor) -> Tensor:
+def all_reduce_sum(tensor: Tensor) -> Tensor:
     """The sum over the ranks."""
     if dist.is_initialized():
         tensor = tensor.clone()
@@ -270,7 +270,7 @@ def total(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def largest(number: int) -> int:
+def all_reduce_max(number: int) -> int:
     """The ranks' largest number. Hosts wait for one another, not for their GPUs."""
     if not dist.is_initialized():
         return number
@@ -279,7 +279,7 @@ def largest(number: int) -> int:
     return int(numbers)
 
 
-def everyone(tensor: Tensor) -> Tensor:
+def all_gather(tensor: Tensor) -> Tensor:
     """The ranks' tensors, of one shape, joined along the first dimension in the order of the ranks; without gradient."""
     if not dist.is_initialized():
         return tensor
@@ -288,14 +288,14 @@ def everyone(tensor: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
-def joined(tensor: Tensor) -> Tensor:
+def all_gather_ragged(tensor: Tensor) -> Tensor:
     """The ranks' tensors, alike but for the length of their first dimension, joined along it in the order of the ranks."""
     if not dist.is_initialized():
         return tensor
-    lengths = everyone(torch.tensor([len(tensor)], device=tensor.device)).tolist()
+    lengths = all_gather(torch.tensor([len(tensor)], device=tensor.device)).tolist()
     padded = tensor.new_zeros((max(lengths), *tensor.shape[1:]))
     padded[: len(tensor)] = tensor
-    parts = everyone(padded).split(max(lengths)) if max(lengths) else [tensor] * len(lengths)
+    parts = all_gather(padded).split(max(lengths)) if max(lengths) else [tensor] * len(lengths)
     return torch.cat([part[:length] for part, length in zip(parts, lengths, strict=True)])
 
 

@@ -15,7 +15,7 @@ from xml.sax.saxutils import quoteattr
 import numpy as np
 
 from st_ar.errors import UserError
-from st_ar.files import write_json, written_aside
+from st_ar.files import atomic_write, write_json
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -101,7 +101,7 @@ class Drawing:
             UserError: another kind of file, or it cannot be written.
         """
         require_drawable(path)
-        with written_aside(path) as aside:
+        with atomic_write(path) as aside:
             if path.suffix == ".svg":
                 head, body = self.svg().split(">", 1)
                 aside.write_text(f"{head}><style>{_OWN_COLOURS}</style>{body}")

@@ -25,7 +25,7 @@ from st_ar.errors import UserError, cause
 
 
 @contextlib.contextmanager
-def written_aside(path: Path) -> Generator[Path]:
+def atomic_write(path: Path) -> Generator[Path]:
     """A temporary path beside `path` that takes its name when the block ends well and vanishes when it does not."""
     aside = path.with_name(f".{path.name}.partial")
     try:
@@ -43,7 +43,7 @@ def written_aside(path: Path) -> Generator[Path]:
 
 
 @contextlib.contextmanager
-def folder_aside(path: Path) -> Generator[Path]:
+def atomic_folder(path: Path) -> Generator[Path]:
     """The same for a folder: a new one beside `path`, which must be absent or empty; what a killed job left of it is cleared."""
     path = path.absolute()
     aside = path.with_name(f".{path.name}.partial")
@@ -60,7 +60,7 @@ def folder_aside(path: Path) -> Generator[Path]:
 
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file, whole or not at all."""
-    with written_aside(path) as aside:
+    with atomic_write(path) as aside:
         aside.write_text(json.dumps(value, indent=2) + "\n")
 
 
@@ -70,7 +70,7 @@ def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]
     table = csv.writer(text, lineterminator="\n")
     table.writerow(header)
     table.writerows(rows)
-    with written_aside(path) as aside:
+    with atomic_write(path) as aside:
         aside.write_text(text.getvalue())
 
 
@@ -150,12 +150,12 @@ def save_array(path: Path, array: np.ndarray) -> None:
 
     Not by np.save: on a full disk it drops an array's last bytes without a word.
     """
-    with written_aside(path) as aside, open(aside, "wb") as file:
+    with atomic_write(path) as aside, open(aside, "wb") as file:
         np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
         file.write(np.ascontiguousarray(array).data)
 
 
-def is_taken(path: Path, besides: Collection[str] = ()) -> bool:
+def is_nonempty(path: Path, besides: Collection[str] = ()) -> bool:
     """Whether there is a file at `path`, or a folder with more in it than `besides` and what a killed write left."""
     if not path.is_dir():
         return path.exists()
@@ -165,7 +165,7 @@ def is_taken(path: Path, besides: Collection[str] = ()) -> bool:
 
 def require_absent(path: Path, what: str, besides: Collection[str] = (), *, flag: str = "--out") -> None:
     """Refuse to write over something that is there; `besides` may be, left by a killed job. `flag` named the path."""
-    if is_taken(path, besides):
+    if is_nonempty(path, besides):
         raise UserError(
             f"{path} exists already and is not empty: {what} is never written over; choose another {flag} or remove it"
         )
@@ -220,7 +220,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], **said: Any) -> None
     said |= {DIGEST: digest(said, in_pieces(kept))}
     # The library writes to a name of its own in the folder first: in one of ours, which the next write clears if this is killed.
     scratch = path.with_name(f".{path.name}.folder.partial")
-    with written_aside(path) as aside:
+    with atomic_write(path) as aside:
         shutil.rmtree(scratch, ignore_errors=True)
         try:
             scratch.mkdir()

@@ -41,7 +41,7 @@ def local_device(device: torch.device) -> torch.device:
     return device
 
 
-def moved(tensor: Tensor, device: torch.device) -> Tensor:
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """The tensor on the device; a copy to a GPU does not wait for what the GPU is doing."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
@@ -156,7 +156,7 @@ def full_precision() -> Generator[None]:
             backend.fp32_precision = precision
 
 
-class Beside:
+class SideStream:
     """Runs pieces of work in order, beside what its user does next: on a GPU in a thread and a stream of its own.
 
     A CPU has nothing to spare: there the work is done at once.
@@ -191,7 +191,7 @@ class Beside:
         if self.last is not None:
             self.last.result()
 
-    def __enter__(self) -> "Beside":
+    def __enter__(self) -> "SideStream":
         return self
 
     def __exit__(self, kind: object, *rest: object) -> None:

@@ -27,7 +27,7 @@ from st_ar.evaluation.probe import ProbeResult, probe
 from st_ar.evaluation.probe_classifiers import ProbeConfig
 from st_ar.evaluation.probe_features import batches
 from st_ar.figures import Drawing, attention_figure, line_chart, overview_figure, strip
-from st_ar.files import is_taken, read_json, write_json
+from st_ar.files import is_nonempty, read_json, write_json
 from st_ar.hardware import describe
 from st_ar.model.transformer import Transformer
 from st_ar.model.weights import load_model
@@ -36,7 +36,7 @@ from st_ar.report import Chart, Column, Gallery, Section, Spread, Table, png_uri
 from st_ar.sampling import sample_images
 from st_ar.settings import to_dict
 from st_ar.tokenizer import CONFIG as TOKENIZER_CONFIG
-from st_ar.tokenizer import Tokenizer, load_tokenizer, paint
+from st_ar.tokenizer import Tokenizer, decode_to_images, load_tokenizer
 from st_ar.tokenizer.kmeans import train_kmeans
 from st_ar.tokenizer.tokenize import tokenize
 from st_ar.training.loop import train
@@ -177,7 +177,7 @@ def _claim(out: Path, images: str, configs: Mapping[str, TrainConfig]) -> None:
             raise UserError(
                 f"{out} holds a quickstart with other settings: give the same ones to continue it, or choose another --out"
             )
-    elif is_taken(out):
+    elif is_nonempty(out):
         raise UserError(f"{out} exists already and is no quickstart of ours: choose another --out")
     write_json(file, now)
 
@@ -204,7 +204,7 @@ def _center(image: Any, source: ImageSource) -> np.ndarray:
 def _decoded(tokenizer: Tokenizer, store: TokenStore, count: int) -> np.ndarray:
     """Decoded training images: the best that a model of these tokens can draw."""
     codes = store.center_codes(np.arange(min(count, len(store))))
-    return paint(tokenizer, torch.from_numpy(codes.astype(np.int64)))
+    return decode_to_images(tokenizer, torch.from_numpy(codes.astype(np.int64)))
 
 
 def _frechet(images: np.ndarray, reference: np.ndarray) -> float:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 
-class Purpose(IntEnum):
+class RandomStream(IntEnum):
     """What a draw is for; the numbers are part of the data order and never change."""
 
     INITIALISATION = 0
@@ -26,17 +26,17 @@ class Purpose(IntEnum):
     EVALUATION = 10
 
 
-def numpy_generator(seed: int, purpose: Purpose, step: int = 0) -> np.random.Generator:
+def numpy_generator(seed: int, purpose: RandomStream, step: int = 0) -> np.random.Generator:
     """A NumPy generator for one purpose at one step."""
     return np.random.default_rng([seed, purpose, step])
 
 
-def torch_seed(seed: int, purpose: Purpose, step: int = 0, rank: int = 0) -> int:
+def torch_seed(seed: int, purpose: RandomStream, step: int = 0, rank: int = 0) -> int:
     """A seed for torch.manual_seed, for one purpose at one step; another on each rank for what is drawn on each."""
     entropy = [seed, purpose, step, rank] if rank else [seed, purpose, step]
     return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> 1)
 
 
-def torch_generator(seed: int, purpose: Purpose, step: int = 0) -> torch.Generator:
+def torch_generator(seed: int, purpose: RandomStream, step: int = 0) -> torch.Generator:
     """A CPU generator for one purpose at one step; the same draws whatever device they are used on."""
     return torch.Generator().manual_seed(torch_seed(seed, purpose, step))

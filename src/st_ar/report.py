@@ -22,7 +22,7 @@ import numpy as np
 from PIL import Image
 
 from st_ar.errors import UserError
-from st_ar.files import require_place, written_aside
+from st_ar.files import atomic_write, require_place
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +104,7 @@ def write_report(path: Path, *, title: str, lead: str, sections: Sequence[Sectio
     template = environment.from_string(templates.joinpath("report.html").read_text())
     script = templates.joinpath("report.js").read_text()
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    with written_aside(path) as aside:
+    with atomic_write(path) as aside:
         aside.write_text(
             template.render(
                 title=title, lead=lead, sections=sections, kind=_kind, script=script, script_hash=f"sha256-{digest}"

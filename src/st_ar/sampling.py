@@ -20,14 +20,14 @@ from st_ar.data.text import TextStore
 from st_ar.distributed import Ranks
 from st_ar.errors import UserError, cause
 from st_ar.figures import strip
-from st_ar.files import open_array, read_json, require_absent, save_array, sha256, write_json, written_aside
-from st_ar.hardware import Beside, choose_device, choose_dtype, describe, local_device, require_compiler
+from st_ar.files import atomic_write, open_array, read_json, require_absent, save_array, sha256, write_json
+from st_ar.hardware import SideStream, choose_device, choose_dtype, describe, local_device, require_compiler
 from st_ar.model.generate import TokenSampler
 from st_ar.model.transformer import Transformer
 from st_ar.model.weights import ModelInfo, open_model
 from st_ar.progress import Pace, progress
-from st_ar.randomness import Purpose, torch_seed
-from st_ar.tokenizer import Tokenizer, paint, place_tokenizer
+from st_ar.randomness import RandomStream, torch_seed
+from st_ar.tokenizer import Tokenizer, decode_to_images, open_tokenizer
 
 JOB, METADATA = "job.json", "metadata.json"
 """In a folder of samples: marks them as unfinished, and says how they were made."""
@@ -35,7 +35,7 @@ PREVIEW = 64
 """Images of the preview."""
 
 
-class SampleJob:
+class SampleWriter:
     """Pictures on their way to a .npz file or a folder of PNGs (docs/formats.md).
 
     job.json marks the job as begun and is removed last of all; the metadata are written when every picture is there.
@@ -121,7 +121,7 @@ class SampleJob:
         self.beat()
         if self.packs:
             save_array(self._path(part), pictures)
-            with written_aside(self._seal(part)) as aside:
+            with atomic_write(self._seal(part)) as aside:
                 aside.write_text(sha256(self._path(part)) + "\n")
             return
         for number, picture in zip(self.numbers(part), pictures, strict=True):
@@ -133,7 +133,7 @@ class SampleJob:
             self._wait_for_all()
             _save_picture(self.preview, strip(self._first(min(self.count, PREVIEW)), min(self.count, 8)))
             if self.packs:
-                with written_aside(self.out) as aside:
+                with atomic_write(self.out) as aside:
                     self._pack(aside, labels)
             write_json(self.metadata, {**self.record, "environment": describe()})
         self.ranks.clear(self.folder)
@@ -205,7 +205,7 @@ class SampleJob:
 
 
 def _save_picture(path: Path, picture: np.ndarray) -> None:
-    with written_aside(path) as aside:
+    with atomic_write(path) as aside:
         Image.fromarray(picture).save(aside, format="PNG")
 
 
@@ -260,7 +260,7 @@ def open_model_and_tokenizer(
     """
     place = local_device(choose_device(device))
     network, info = open_model(model, ema=ema, grid=grid)
-    painter = place_tokenizer(tokenizer, device, "float32")
+    painter = open_tokenizer(tokenizer, device, "float32")
     require_own_tokenizer(info, model, painter, tokenizer)
     return network.to(place, choose_dtype(dtype, place)), info, painter
 
@@ -299,7 +299,7 @@ class Sampler:
         self.device, self.compiled = model.output.weight.device, compiled
         if compiled:
             require_compiler(self.device)
-        self.seed = torch_seed(settings.seed, Purpose.SAMPLING)
+        self.seed = torch_seed(settings.seed, RandomStream.SAMPLING)
         self.drawer: tuple[int, TokenSampler] | None = None
 
     def check(self, labels: Sequence[int], batch_size: int) -> None:
@@ -352,7 +352,7 @@ class Sampler:
         """Tokens [n, T] -> uint8 [n, H, W, 3]; a few at a time, since a VQ network needs much memory for each."""
         pictures: list[np.ndarray] = []
         for some in tokens.split(PICTURES_AT_ONCE):
-            pictures.append(paint(self.tokenizer, some))
+            pictures.append(decode_to_images(self.tokenizer, some))
             if on_some:
                 on_some()
         return np.concatenate(pictures)
@@ -373,7 +373,7 @@ def sample_to(
     metadata.json, or the .json beside the .npz, says how they were made. Ranks take parts in turn and meet in the files.
 
     Raises:
-        UserError: as `sample_images` and `SampleJob`, or a full disk.
+        UserError: as `sample_images` and `SampleWriter`, or a full disk.
     """
     sampler.check(labels, batch_size)
     ranks, text = ranks or Ranks(), sampler.text
@@ -390,7 +390,7 @@ def sample_to(
             else {"captions": list(labels), "text": {"encoder": text.encoder, "fingerprint": text.fingerprint}}
         ),
     }
-    job = SampleJob(out, len(labels), record, batch_size, ranks)
+    job = SampleWriter(out, len(labels), record, batch_size, ranks)
     mine = range(ranks.rank, job.parts, ranks.world)
     left = [part for part in mine if not job.is_finished(part)]
     total, todo = (sum(len(job.numbers(part)) for part in parts) for parts in (mine, left))
@@ -398,7 +398,7 @@ def sample_to(
     first = ranks.rank == 0
     with (
         progress("sample", total, unit="images", done=total - todo, shown=first) as bar,
-        Beside(sampler.device) as beside,
+        SideStream(sampler.device) as beside,
     ):
 
         def advance(images: int) -> None:
@@ -412,7 +412,7 @@ def sample_to(
         job.finish(labels)
 
 
-def _paint(job: SampleJob, sampler: Sampler, part: int, tokens: Tensor) -> None:
+def _paint(job: SampleWriter, sampler: Sampler, part: int, tokens: Tensor) -> None:
     job.write(part, sampler.pictures(tokens, job.beat))
 
 
@@ -432,7 +432,7 @@ def choose_labels(
         raise UserError(f"--labels {wrong[0]} is out of range: the model knows classes 0 to {num_classes - 1}")
     classes = np.array(only or range(num_classes))
     if mode == "random":
-        return np.random.default_rng([seed, Purpose.SAMPLING]).choice(classes, num).tolist()
+        return np.random.default_rng([seed, RandomStream.SAMPLING]).choice(classes, num).tolist()
     return np.resize(classes, num).tolist()
 
 

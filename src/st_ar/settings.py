@@ -25,7 +25,7 @@ def require_types(config: Any, prefix: str) -> None:
     """Every field must hold what its type says; numbers are finite. `prefix` begins the flags: `--model.`, say."""
     for name, hint in get_type_hints(type(config)).items():
         value = getattr(config, name)
-        if not fits(value, hint):
+        if not matches_type(value, hint):
             raise UserError(f"{prefix}{name.replace('_', '-')} must be {_in_words(hint)}, not {value!r}")
 
 
@@ -41,7 +41,7 @@ LARGEST = 1 << 64
 WORDS = {int: "a whole number", float: "a finite number", bool: "true or false", str: "text", type(None): "nothing"}
 
 
-def fits(value: Any, hint: type[C]) -> TypeGuard[C]:
+def matches_type(value: Any, hint: type[C]) -> TypeGuard[C]:
     """Whether a value is of a type of config fields. A whole number will do for a float; true and false are no numbers."""
     kind: Any = get_origin(hint)
     parts = get_args(hint)
@@ -50,13 +50,15 @@ def fits(value: Any, hint: type[C]) -> TypeGuard[C]:
     if kind is Literal:
         return isinstance(value, str) and value in parts
     if kind in (Union, UnionType):
-        return any(fits(value, part) for part in parts)
+        return any(matches_type(value, part) for part in parts)
     if kind is dict:
-        return isinstance(value, dict) and all(fits(k, parts[0]) and fits(v, parts[1]) for k, v in value.items())
+        return isinstance(value, dict) and all(
+            matches_type(k, parts[0]) and matches_type(v, parts[1]) for k, v in value.items()
+        )
     if kind in (list, tuple):
         repeated = kind is list or parts[-1] is Ellipsis
         expected = parts[:1] * len(value) if repeated and isinstance(value, kind) else parts
-        return isinstance(value, kind) and len(value) == len(expected) and all(map(fits, value, expected))
+        return isinstance(value, kind) and len(value) == len(expected) and all(map(matches_type, value, expected))
     if isinstance(value, bool):
         return hint is bool
     if hint is int:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from st_ar.data import loading as module
 from st_ar.data.images import open_images
-from st_ar.data.loading import Pixels
+from st_ar.data.loading import CropLoader
 from st_ar.data.source import Example, ImageSource, center_crop
 from st_ar.distributed import Ranks
 from st_ar.errors import UserError
@@ -52,9 +52,9 @@ def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "CHUNK", 3)
 
 
-def opened(source: ImageSource | None = None, **settings: Any) -> Pixels:
+def opened(source: ImageSource | None = None, **settings: Any) -> CropLoader:
     settings = {"size": SIZE, "crop_range": 1.5, "mirror": True, "batch_size": 6, "seed": 0, "workers": 0} | settings
-    return Pixels(source or pictures(), **settings)
+    return CropLoader(source or pictures(), **settings)
 
 
 def batches(steps: range, source: ImageSource | None = None, **settings: Any) -> list[Tensor]:

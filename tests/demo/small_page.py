@@ -7,7 +7,7 @@ from pathlib import Path
 
 from st_ar.config import ModelConfig
 from st_ar.data.store import TokenStore
-from st_ar.demo.models import Shelf
+from st_ar.demo.models import ModelPool
 from st_ar.demo.setup import Setup
 from st_ar.model.weights import save_export
 from tests.small_line import SmallLine, make_line, random_tokenizer
@@ -30,7 +30,7 @@ def small_setup(folder: Path, *, config: ModelConfig = TINY) -> Generator[tuple[
     """Two models called first and second, live and averaged, a store that both can read, and no run."""
     line = make_line(folder)
     models = [export(folder / "first", config, 10), export(folder / "second", config, 20)]
-    shelf = Shelf(models, line.tokenizer, device="cpu", dtype="float32")
+    shelf = ModelPool(models, line.tokenizer, device="cpu", dtype="float32")
     store = TokenStore(line.tokens) if config.grid == TINY.grid else None
     try:
         yield Setup(shelf=shelf, store=store, probe_store=store), line

@@ -22,9 +22,9 @@ from st_ar.demo.draw import (
     KEY,
     MOST_IMAGES,
     Frame,
+    GenerationRecord,
     Pace,
     Preview,
-    Recipe,
     WeightsRecord,
     choose_labels,
     compare_pictures,
@@ -33,7 +33,7 @@ from st_ar.demo.draw import (
     read_recipe,
     to_png,
 )
-from st_ar.demo.models import Shelf
+from st_ar.demo.models import ModelPool
 from st_ar.demo.setup import Setup
 from st_ar.errors import UserError
 from st_ar.files import sha256
@@ -100,7 +100,7 @@ def test_previews_are_painted_in_the_type_that_draws_and_whole_images_exactly(tm
     tokenizer.save(tmp_path / "tokenizer")
     config = replace(TINY, vocab_size=SMALL.codebook_size)
     save_export(tmp_path / "model", random_model(config, 1), random_model(config, 2), {"step": 1, "preset": "toy"})
-    shelf = Shelf([tmp_path / "model"], tmp_path / "tokenizer", device="cpu", dtype="bfloat16")
+    shelf = ModelPool([tmp_path / "model"], tmp_path / "tokenizer", device="cpu", dtype="bfloat16")
     *before, [whole] = draw(shelf, ["model"], [0, 1], SETTINGS, EveryToken())
     shelf.close()
     assert whole.tokens is not None
@@ -175,7 +175,7 @@ def test_a_picture_that_was_changed_or_drawn_elsewhere_is_said_to_differ(setup: 
     changed[0, :2] ^= 1
     said = compare_pictures(frame.pictures[0], changed, recipe, setup.shelf)
     assert said == "2 of 36 pixels differ: the picture was changed after it was saved."
-    elsewhere = Recipe(**{**vars(recipe), "threads": recipe.threads + 1})
+    elsewhere = GenerationRecord(**{**vars(recipe), "threads": recipe.threads + 1})
     said = compare_pictures(frame.pictures[0], changed, elsewhere, setup.shelf)
     assert said == f"2 of 36 pixels differ: threads {recipe.threads + 1} then, {recipe.threads} now."
     said = compare_pictures(frame.pictures[0], changed[:4], recipe, setup.shelf)
@@ -185,15 +185,15 @@ def test_a_picture_that_was_changed_or_drawn_elsewhere_is_said_to_differ(setup: 
 def test_other_weights_tokenizers_and_types_than_the_files_are_named(setup: Setup, tmp_path: Path) -> None:
     [frame] = last(setup, "first", labels=[0])
     recipe = frame.recipes[0]
-    other = Shelf([export(tmp_path / "third", TINY, 30)], tmp_path / "tokenizer", device="cpu", dtype="float32")
-    half = Shelf([tmp_path / "first"], tmp_path / "tokenizer", device="cpu", dtype="bfloat16")
+    other = ModelPool([export(tmp_path / "third", TINY, 30)], tmp_path / "tokenizer", device="cpu", dtype="float32")
+    half = ModelPool([tmp_path / "first"], tmp_path / "tokenizer", device="cpu", dtype="bfloat16")
     try:
         with pytest.raises(UserError, match=r"drawn with live weights of step 10 .* start it with their --model"):
             find_drawer(other, recipe)
         with pytest.raises(UserError, match="drawn in float32, the page draws in bfloat16"):
             find_drawer(half, recipe)
         with pytest.raises(UserError, match="painted by tokenizer abc, the page has"):
-            find_drawer(other, Recipe(**{**vars(recipe), "tokenizer": "abc"}))
+            find_drawer(other, GenerationRecord(**{**vars(recipe), "tokenizer": "abc"}))
     finally:
         other.close()
         half.close()
@@ -254,7 +254,7 @@ def test_all_work_of_the_models_is_done_in_one_thread(setup: Setup) -> None:
     assert torch.is_grad_enabled()
 
 
-RECIPE = Recipe(
+RECIPE = GenerationRecord(
     weights=WeightsRecord(file="model.safetensors", sha256="ab" * 32, ema=False, step=7),
     tokenizer="cd" * 32,
     settings=SampleSettings(cfg_scale=1.75, cfg_schedule="linear", top_k=3, top_p=0.9, temperature=0.8, seed=2**53 - 1),

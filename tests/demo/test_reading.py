@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from st_ar.data.store import TokenStore
 from st_ar.demo import reading as maps
-from st_ar.demo.models import Shelf
+from st_ar.demo.models import ModelPool
 from st_ar.demo.reading import KEPT, NONE, OWN, Guesser, Reading, Readings, label_given
 from st_ar.demo.setup import Seen, Setup
 from st_ar.errors import UserError
@@ -137,7 +137,7 @@ def test_a_model_without_a_null_class_is_probed_by_none(tmp_path: Path) -> None:
     with small_setup(tmp_path) as (setup, line):
         card = export(tmp_path / "sure", TINY, 1) / "config.json"
         card.write_text(json.dumps(json.loads(card.read_text()) | {"class_dropout": 0.0}))
-        shelf = Shelf([tmp_path / "sure"], line.tokenizer, device="cpu")
+        shelf = ModelPool([tmp_path / "sure"], line.tokenizer, device="cpu")
         assert setup.store is not None
         try:
             with pytest.raises(UserError, match="--class-dropout 0 and knows no null class"):

@@ -19,7 +19,7 @@ import pytest
 from st_ar import quickstart as module
 from st_ar.cli import run_command
 from st_ar.data.store import TokenStore
-from st_ar.demo.models import Shelf
+from st_ar.demo.models import ModelPool
 from st_ar.demo.reading import NONE, OWN
 from st_ar.demo.serve import (
     HEADERS,
@@ -217,16 +217,16 @@ def test_models_that_do_not_suit_are_refused(line: SmallLine, tmp_path: Path) ->
 
     random_tokenizer(11, seed=1).save(tmp_path / "other")
     with pytest.raises(UserError, match="give the tokenizer that made the model's token store"):
-        Shelf([line.model], tmp_path / "other", device="cpu")
+        ModelPool([line.model], tmp_path / "other", device="cpu")
     text = random_model(TINY_TEXT)
     save_export(tmp_path / "text", text, text, {"step": 0, "preset": "toy"})
     with pytest.raises(UserError, match="text models are not supported there"):
-        Shelf([tmp_path / "text"], line.tokenizer, device="cpu")
+        ModelPool([tmp_path / "text"], line.tokenizer, device="cpu")
     random_tokenizer(12).save(tmp_path / "larger")
     info = random_model(TINY)
     save_export(tmp_path / "silent", info, info, {"step": 0, "preset": "toy"})
     with pytest.raises(UserError, match=r"speaks of 11 codes, .* has 12"):
-        Shelf([tmp_path / "silent"], tmp_path / "larger", device="cpu")
+        ModelPool([tmp_path / "silent"], tmp_path / "larger", device="cpu")
 
 
 def test_weights_that_became_another_model_are_refused_when_they_are_opened(tmp_path: Path) -> None:
@@ -376,7 +376,7 @@ def test_requests_that_do_not_say_whose_they_are_are_passed_on() -> None:
 
 def test_weights_of_one_shape_are_named_together(tmp_path: Path) -> None:
     models = [export(tmp_path / name, replace(TINY, n_layers=layers), 1) for name, layers in (("a", 4), ("<b>", 2))]
-    shelf = Shelf(models, make_line(tmp_path).tokenizer, device="cpu", dtype="float32")
+    shelf = ModelPool(models, make_line(tmp_path).tokenizer, device="cpu", dtype="float32")
     shelf.close()
     size = f"layers of {TINY.dim}, 3 x 3 tokens"
     assert describe(shelf) == f"a, a (EMA): 4 {size}; <b>, <b> (EMA): 2 {size}; cpu, float32"
@@ -390,14 +390,14 @@ def setup(tmp_path_factory: pytest.TempPathFactory) -> Generator[Setup]:
         export(folder / "a", TINY, 1),
         export(folder / "b", replace(TINY, n_layers=2, n_heads=1, num_classes=2), 1, ["ant", "bee"]),
     ]
-    shelf = Shelf(models, make_line(folder).tokenizer, device="cpu", dtype="float32")
+    shelf = ModelPool(models, make_line(folder).tokenizer, device="cpu", dtype="float32")
     yield Setup(shelf=shelf, store=None, probe_store=None)
     shelf.close()
 
 
 def test_a_store_that_names_other_classes_is_refused(setup: Setup, tmp_path: Path) -> None:
     names = ["bee", "ant"]
-    shelf = Shelf(
+    shelf = ModelPool(
         [export(tmp_path / "m", replace(TINY, num_classes=2), 1, ["ant", "bee"])],
         make_line(tmp_path).tokenizer,
         device="cpu",

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from st_ar.config import SelfGuidedConfig, TrainConfig
 from st_ar.hardware import choose_dtype
-from st_ar.selfguided.objective import Losses, SelfGuided, Teacher, draw
+from st_ar.selfguided.objective import EMATeacher, Losses, SelfGuided, sample_guidance
 from st_ar.training.loop import backward
-from st_ar.training.parallel import choose_parallel, spread
+from st_ar.training.parallel import choose_parallel, parallelize
 from tests.toys import NO_DROPOUT, random_model
 from tests.training.toy_runs import GUIDED_RUN
 
@@ -97,17 +97,19 @@ def first_gradients(
         watch: entered around the forward and the backward pass.
     """
     torch.manual_seed(3)
-    teacher = Teacher(random_model(config.model, seed=1), config.selfguided)
+    teacher = EMATeacher(random_model(config.model, seed=1), config.selfguided)
     student = SelfGuided(random_model(config.model, seed=0), config.selfguided).train()
     cpu = torch.device("cpu")
     dtype = choose_dtype(config.dtype, cpu)
-    called = spread(student, teacher, config, choose_parallel(config, world), cpu, dtype)
+    called = parallelize(student, teacher, config, choose_parallel(config, world), cpu, dtype)
     generator = torch.Generator().manual_seed(5)
     tokens = torch.randint(16, (config.batch_size, 2, 16), generator=generator)
     labels = torch.randint(4, (config.batch_size,), generator=generator)
     each = config.batch_size // world
     mine = slice(rank * each, (rank + 1) * each)
-    draws = draw(config.selfguided, config.model, images=config.batch_size, views=2, seed=0, step=1, mine=mine)
+    draws = sample_guidance(
+        config.selfguided, config.model, images=config.batch_size, views=2, seed=0, step=1, mine=mine
+    )
     with watch or nullcontext():
         losses = backward(called, teacher, tokens[mine], labels[mine], draws, config.accumulate, dtype)
     return {name: p.grad for name, p in student.named_parameters() if p.grad is not None}, losses

@@ -19,7 +19,7 @@ from st_ar.data.store import TokenStore
 from st_ar.errors import UserError
 from st_ar.evaluation import attention_report as attention_job
 from st_ar.evaluation.attention import STATISTICS, ImageMasks, LayerStatistics, average_statistics, store_maps
-from st_ar.evaluation.attention_report import Chosen, report_attention, table_of
+from st_ar.evaluation.attention_report import AttentionOptions, report_attention, table_of
 from st_ar.files import sha256
 from st_ar.model.weights import load_model, save_export
 from st_ar.tokenizer import load_tokenizer
@@ -41,7 +41,14 @@ def line(tmp_path_factory: pytest.TempPathFactory) -> SmallLine:
 def look(line: SmallLine, out: Path, *models: Path, names: Any = (), ema: bool = False, **chosen: Any) -> Any:
     paths = models or (line.model,)
     return report_attention(
-        paths, line.tokens, line.tokenizer, out, Chosen(**{"average": 4, **chosen}), names=names, ema=ema, device="cpu"
+        paths,
+        line.tokens,
+        line.tokenizer,
+        out,
+        AttentionOptions(**{"average": 4, **chosen}),
+        names=names,
+        ema=ema,
+        device="cpu",
     )
 
 

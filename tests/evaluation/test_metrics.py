@@ -171,7 +171,7 @@ def cases(draw: st.DrawFn) -> Case:
 def test_all_four_are_the_definitions_ties_and_twins_included(case: Case, block: int) -> None:
     reference, samples, k = case
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(manifolds, "BLOCK", block)
+        patch.setattr(manifolds, "NEIGHBOUR_BLOCK", block)
         found = (*precision_recall(reference, samples, k), *density_coverage(reference, samples, k))
     expected = brute_force(reference.astype(np.float64), samples.astype(np.float64), k)
     assert found == pytest.approx(expected, abs=1e-12)
@@ -205,7 +205,7 @@ def test_a_set_against_itself_is_wholly_inside() -> None:
 
 
 def test_neighbours_are_the_exact_ones_in_several_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(manifolds, "BLOCK", 37)
+    monkeypatch.setattr(manifolds, "NEIGHBOUR_BLOCK", 37)
     features = np.random.default_rng(2).normal(size=(150, 8)).astype(np.float32)
     distances = ((features[:, None].astype(np.float64) - features[None]) ** 2).sum(-1)
     np.fill_diagonal(distances, np.inf)
@@ -311,7 +311,7 @@ def test_scores_that_are_known() -> None:
 @pytest.mark.parametrize(("real", "drawn"), [(5, 7), (14, 15), (30, 8)])
 @pytest.mark.parametrize("both", [True, False])
 def test_every_block_is_told_of(monkeypatch: pytest.MonkeyPatch, real: int, drawn: int, both: bool) -> None:
-    monkeypatch.setattr(manifolds, "BLOCK", 7)
+    monkeypatch.setattr(manifolds, "NEIGHBOUR_BLOCK", 7)
     features = torch.randn(real + drawn, 3, generator=torch.Generator().manual_seed(0))
     told: list[int] = []
     compare(features[:real], features[real:], k=3 if both else None, density_k=2, advance=told.append)

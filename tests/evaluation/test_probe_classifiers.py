@@ -26,7 +26,7 @@ from st_ar.evaluation.probe_classifiers import (
     probe_rate,
     read_rows,
 )
-from st_ar.randomness import Purpose, torch_generator
+from st_ar.randomness import RandomStream, torch_generator
 
 SHORT = ProbeConfig(epochs=3, warmup_epochs=1, base_lr=1.0)
 BRISK = ProbeConfig(epochs=12, warmup_epochs=1, base_lr=10.0, trust=0.1)
@@ -124,7 +124,7 @@ def test_training_is_autograds_through_batch_norm_and_a_linear_layer(epochs: int
     config = ProbeConfig(epochs=epochs, warmup_epochs=0, base_lr=10.0, min_lr=0, trust=0.1, seed=3)
     classify = fit(features, labels, config)
 
-    generator = torch_generator(3, Purpose.PROBE)
+    generator = torch_generator(3, RandomStream.PROBE)
     weights = nn.init.trunc_normal_(torch.empty(2, 3, 6), std=0.01, generator=generator)
     norms = [nn.BatchNorm1d(6, affine=False, eps=1e-6) for _ in range(2)]
     parameters = [[weights[i].clone(), torch.zeros(3)] for i in range(2)]
@@ -189,9 +189,9 @@ def test_the_mean_is_one_more_step_and_leaves_the_others_as_they_are() -> None:
     logits = classify(features)
     assert logits.shape == (96, 3, 3)
     torch.testing.assert_close(logits[:, :2], fit(features, labels, SHORT)(features))
-    own = torch_generator(0, Purpose.PROBE, 1)
+    own = torch_generator(0, RandomStream.PROBE, 1)
     weights = nn.init.trunc_normal_(torch.empty(1, 3, 6), std=0.01, generator=own)
-    alone, generator = Classifiers(weights, SHORT, mean_over_steps=False), torch_generator(0, Purpose.PROBE)
+    alone, generator = Classifiers(weights, SHORT, mean_over_steps=False), torch_generator(0, RandomStream.PROBE)
     nn.init.trunc_normal_(torch.empty(2, 3, 6), std=0.01, generator=generator)
     for epoch in range(3):
         order = torch.randperm(96, generator=generator)

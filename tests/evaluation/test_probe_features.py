@@ -25,7 +25,7 @@ from st_ar.evaluation.probe_features import (
     Entry,
     FeatureCache,
     Features,
-    Reading,
+    FeatureSpec,
     describe_features,
     extract_features,
     uniform_steps,
@@ -72,7 +72,7 @@ def test_more_steps_than_tokens_or_none_are_refused(count: int) -> None:
 @torch.no_grad()
 def test_a_steps_features_have_read_the_null_class_and_the_tokens_before_it(tmp_path: Path) -> None:
     folder, codes, labels = store_for_tiny(tmp_path / "tokens")
-    model, reading = random_model(), Reading(layers=[3, 1], steps=[1, 4, 9])
+    model, reading = random_model(), FeatureSpec(layers=[3, 1], steps=[1, 4, 9])
     found = extract_features(model, TokenStore(folder), reading, crops=[2, 0])
     tokens = torch.from_numpy(codes[:, [2, 0]].astype(np.int64)).transpose(0, 1).flatten(0, 1)  # crop by crop
     null = torch.full((18,), TINY.null_class)
@@ -91,7 +91,7 @@ def test_the_stored_labels_do_not_reach_the_features(tmp_path: Path) -> None:
     folder, codes, labels = store_for_tiny(tmp_path / "tokens")
     others = (labels + 1) % 3
     write_store(tmp_path / "others", codes, others, vocab_size=11, num_classes=3)
-    reading = Reading(layers=[2], steps=[1, 9])
+    reading = FeatureSpec(layers=[2], steps=[1, 9])
     same, changed = (extract_features(random_model(), TokenStore(f), reading) for f in (folder, tmp_path / "others"))
     np.testing.assert_array_equal(same.layers[2], changed.layers[2])
     assert changed.labels.tolist() == others.tolist()
@@ -101,9 +101,9 @@ def test_neither_the_batch_size_nor_the_other_layers_change_features(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store, model = TokenStore(store_for_tiny(tmp_path / "tokens")[0]), random_model()
-    expected = extract_features(model, store, Reading(layers=[4], steps=[3, 9]), crops=[0, 1]).layers[4]
-    readings = [Reading(layers=[4], steps=[3, 9], batch_size=size) for size in (1, 4, 9)]
-    for reading in (*readings, Reading(layers=[1, 4, 2], steps=[3, 9])):
+    expected = extract_features(model, store, FeatureSpec(layers=[4], steps=[3, 9]), crops=[0, 1]).layers[4]
+    readings = [FeatureSpec(layers=[4], steps=[3, 9], batch_size=size) for size in (1, 4, 9)]
+    for reading in (*readings, FeatureSpec(layers=[1, 4, 2], steps=[3, 9])):
         found = extract_features(model, store, reading, crops=[0, 1]).layers[4]
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
     monkeypatch.setattr(hidden, "AT_ONCE", 4 * 9 * 16 * 3)  # three images of one layer
@@ -114,7 +114,7 @@ def test_neither_the_batch_size_nor_the_other_layers_change_features(
 def test_in_bfloat16_the_products_are_rounded_and_the_features_are_not_lost(tmp_path: Path) -> None:
     store, model = TokenStore(store_for_tiny(tmp_path / "tokens")[0]), random_model()
     exact, rounded = (
-        extract_features(model, store, Reading(layers=[4], steps=[3, 9], dtype=dtype)).layers[4]
+        extract_features(model, store, FeatureSpec(layers=[4], steps=[3, 9], dtype=dtype)).layers[4]
         for dtype in (torch.float32, torch.bfloat16)
     )
     assert rounded.dtype == np.float32
@@ -124,21 +124,23 @@ def test_in_bfloat16_the_products_are_rounded_and_the_features_are_not_lost(tmp_
 @pytest.mark.parametrize(
     ("reading", "crops", "match"),
     [
-        (Reading(layers=[2, 2], steps=[9]), [0], "--layers 2 2 names one more than once"),
-        (Reading(layers=[2], steps=[9, 1, 9]), [0], "--steps 9 1 9 names one more than once"),
-        (Reading(layers=[2], steps=[9]), [1, 1], "--train-crops 1 1 names one more than once"),
-        (Reading(layers=[], steps=[9]), [0], "there is nothing to probe"),
-        (Reading(layers=[2], steps=[]), [0], "there is nothing to probe"),
-        (Reading(layers=[2], steps=[9]), [], "there is nothing to probe"),
+        (FeatureSpec(layers=[2, 2], steps=[9]), [0], "--layers 2 2 names one more than once"),
+        (FeatureSpec(layers=[2], steps=[9, 1, 9]), [0], "--steps 9 1 9 names one more than once"),
+        (FeatureSpec(layers=[2], steps=[9]), [1, 1], "--train-crops 1 1 names one more than once"),
+        (FeatureSpec(layers=[], steps=[9]), [0], "there is nothing to probe"),
+        (FeatureSpec(layers=[2], steps=[]), [0], "there is nothing to probe"),
+        (FeatureSpec(layers=[2], steps=[9]), [], "there is nothing to probe"),
     ],
 )
-def test_nothing_and_the_same_twice_are_refused(tmp_path: Path, reading: Reading, crops: list[int], match: str) -> None:
+def test_nothing_and_the_same_twice_are_refused(
+    tmp_path: Path, reading: FeatureSpec, crops: list[int], match: str
+) -> None:
     store = TokenStore(store_for_tiny(tmp_path / "tokens")[0])
     with pytest.raises(UserError, match=match):
         extract_features(random_model(), store, reading, crops=crops)
 
 
-READING = Reading(layers=[2, 4], steps=[3, 9])
+READING = FeatureSpec(layers=[2, 4], steps=[3, 9])
 SIZE = 128 + 18 * 2 * 16 * 4
 """Bytes of an entry: 9 images x 2 crops, 2 steps, 16 features."""
 
@@ -157,11 +159,15 @@ def entries(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def extract(model: Transformer, store: TokenStore, cache: FeatureCache | None, reading: Reading = READING) -> Features:
+def extract(
+    model: Transformer, store: TokenStore, cache: FeatureCache | None, reading: FeatureSpec = READING
+) -> Features:
     return extract_features(model, store, reading, crops=[0, 2], cache=cache, weights="abc")
 
 
-def describe(model: Transformer, store: TokenStore, weights: str = "abc", reading: Reading = READING) -> list[Entry]:
+def describe(
+    model: Transformer, store: TokenStore, weights: str = "abc", reading: FeatureSpec = READING
+) -> list[Entry]:
     return list(describe_features(model.config, weights, store, [0, 2], reading).values())
 
 
@@ -197,9 +203,9 @@ def test_all_missing_layers_are_read_in_one_forward_and_the_others_not_again(
         return features(*arguments, **named)
 
     monkeypatch.setattr(model, "features", counted)
-    extract(model, store, FeatureCache(tmp_path / "cache", 1e6), Reading(layers=[2], steps=[3, 9]))
+    extract(model, store, FeatureCache(tmp_path / "cache", 1e6), FeatureSpec(layers=[2], steps=[3, 9]))
     cache = FeatureCache(tmp_path / "cache", 1e6)
-    found = extract(model, store, cache, Reading(layers=[1, 2, 3], steps=[3, 9]))
+    found = extract(model, store, cache, FeatureSpec(layers=[1, 2, 3], steps=[3, 9]))
     assert asked == [[2], [2], [1, 3], [1, 3]]  # two crops each
     assert (cache.reused, cache.written) == (1, 2)
     assert list(found.layers) == [1, 2, 3]
@@ -213,7 +219,7 @@ def test_what_features_depend_on_is_their_key(tmp_path: Path, model: Transformer
     name = cache.name(describe(model, store)[0])
     assert cache.name(describe(model, copied)[0]) == name
     half = FeatureCache(tmp_path / "cache", 1e6, "float16")
-    other = Reading(layers=[2], steps=[9, 3])
+    other = FeatureSpec(layers=[2], steps=[9, 3])
     names = {
         name,
         cache.name(describe(model, store)[1]),
@@ -323,7 +329,7 @@ def test_the_longest_unused_make_room(tmp_path: Path, model: Transformer, store:
     folder, limit = tmp_path / "cache", 3 * SIZE
     (folder / "mine").mkdir(parents=True)
     (folder / "mine" / "notes.txt").write_text("no entry")
-    readings = [Reading(layers=[layer], steps=[3, 9]) for layer in (1, 2, 3, 4)]
+    readings = [FeatureSpec(layers=[layer], steps=[3, 9]) for layer in (1, 2, 3, 4)]
     names: list[str] = []
     for age, reading in zip((30, 10, 20), readings, strict=False):
         extract(model, store, FeatureCache(folder, limit), reading)
@@ -342,11 +348,11 @@ def test_what_one_call_needs_is_not_removed_for_the_rest_of_it(
 ) -> None:
     cache = FeatureCache(tmp_path / "cache", 2 * SIZE)
     cache.reserve(describe(model, store))
-    found = [extract(model, store, cache, Reading(layers=[layer], steps=[3, 9])) for layer in (2, 4)]
+    found = [extract(model, store, cache, FeatureSpec(layers=[layer], steps=[3, 9])) for layer in (2, 4)]
     assert len(entries(tmp_path / "cache")) == 2
     assert len(found) == 2
     with pytest.raises(UserError, match="more than --cache-limit"):
-        extract(model, store, cache, Reading(layers=[1], steps=[3, 9]))
+        extract(model, store, cache, FeatureSpec(layers=[1], steps=[3, 9]))
 
 
 @pytest.mark.parametrize("limit", [0, -1e9, float("nan")])
@@ -358,7 +364,7 @@ def test_a_limit_of_nothing_is_refused(tmp_path: Path, limit: float) -> None:
 def test_features_that_exceed_the_limit_are_refused_before_anything_is_removed(
     tmp_path: Path, model: Transformer, store: TokenStore
 ) -> None:
-    extract(model, store, FeatureCache(tmp_path / "cache", 1e6), Reading(layers=[1], steps=[3, 9]))
+    extract(model, store, FeatureCache(tmp_path / "cache", 1e6), FeatureSpec(layers=[1], steps=[3, 9]))
     before = contents(tmp_path / "cache")
     match = r"take 4.86e-06 GB, more than --cache-limit 4.8e-06 GB: raise it; fewer --layers.*float16 half as much"
     with pytest.raises(UserError, match=match):
@@ -369,7 +375,7 @@ def test_features_that_exceed_the_limit_are_refused_before_anything_is_removed(
 def test_a_disk_that_is_too_small_is_refused_before_anything_is_removed(
     tmp_path: Path, model: Transformer, store: TokenStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    extract(model, store, FeatureCache(tmp_path / "cache", 1e6), Reading(layers=[1], steps=[3, 9]))
+    extract(model, store, FeatureCache(tmp_path / "cache", 1e6), FeatureSpec(layers=[1], steps=[3, 9]))
     usage = namedtuple("usage", ["free"])
     before = contents(tmp_path / "cache")
     there = sum(file.stat().st_size for file in (tmp_path / "cache").glob("*/features.npy"))

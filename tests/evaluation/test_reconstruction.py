@@ -20,7 +20,7 @@ from st_ar.cli import main
 from st_ar.data.images import open_images
 from st_ar.data.source import Example, ImageSource, center_crop
 from st_ar.errors import UserError
-from st_ar.evaluation.generation.features import Place
+from st_ar.evaluation.generation.features import Compute
 from st_ar.evaluation.generation.image_sets import of_source, open_files
 from st_ar.evaluation.metrics import frechet_distance, mean_and_covariance
 from st_ar.evaluation.reconstruction import (
@@ -288,7 +288,7 @@ def test_the_numbers_are_those_of_the_whole_set_whatever_the_batches(tmp_path: P
     )
     for batch_size in (1, 6, 64):
         images = open_files(str(tmp_path / "a.npz"))
-        found = measure_tokenizer(tokenizer, images, extractor, Place(batch_size=batch_size))["metrics"]
+        found = measure_tokenizer(tokenizer, images, extractor, Compute(batch_size=batch_size))["metrics"]
         assert list(found) == ["rFID", "PSNR (dB)", "SSIM", "codebook usage", "codebook perplexity"]
         assert found["rFID"] == pytest.approx(frechet_distance(*real, *drawn), rel=1e-4)
         assert list(found.values())[1:] == pytest.approx(list(expected), rel=1e-5)
@@ -311,7 +311,7 @@ def test_the_meters_means_are_over_images() -> None:
 def test_the_picture_shows_each_image_above_its_reconstruction(tmp_path: Path) -> None:
     np.savez(tmp_path / "a.npz", arr_0=pictures(100))
     images = open_files(str(tmp_path / "a.npz"))
-    measure_tokenizer(random_tokenizer(), images, None, Place(), picture=tmp_path / "shown.png")
+    measure_tokenizer(random_tokenizer(), images, None, Compute(), picture=tmp_path / "shown.png")
     shown = np.asarray(Image.open(tmp_path / "shown.png"))
     assert shown.shape == (8 * 12, 8 * 12, 3)
     made, _ = reconstruct(random_tokenizer(), pictures(100))
@@ -351,7 +351,7 @@ def test_a_reconstruction_that_fails_leaves_no_folder(tmp_path: Path) -> None:
 
 def test_images_that_do_not_suit_the_tokenizer_are_refused() -> None:
     with pytest.raises(UserError, match="5 pixels are no whole number of 2-pixel patches"):
-        measure_tokenizer(random_tokenizer(), of_source(random_source(size=6), 5), None, Place())
+        measure_tokenizer(random_tokenizer(), of_source(random_source(size=6), 5), None, Compute())
 
 
 def test_reconstruct_by_command_never_says_fid_of_another_network(tmp_path: Path, capsys: Capture) -> None:

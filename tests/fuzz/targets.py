@@ -22,16 +22,16 @@ from st_ar.data.store import TokenStore
 from st_ar.data.text import TextStore, write_text
 from st_ar.distributed import Ranks
 from st_ar.evaluation.generation.evaluate import Reference, evaluate, one_line, open_reference, write_reference
-from st_ar.evaluation.generation.features import Place
+from st_ar.evaluation.generation.features import Compute
 from st_ar.evaluation.generation.image_sets import open_set
 from st_ar.evaluation.generation.sweep import SweptModel, settings_of, sweep
-from st_ar.evaluation.probe_features import FeatureCache, Reading, extract_features
+from st_ar.evaluation.probe_features import FeatureCache, FeatureSpec, extract_features
 from st_ar.files import write_json
 from st_ar.model.generate import generate
 from st_ar.model.transformer import Transformer
 from st_ar.model.weights import HEADS, open_model, save_export
 from st_ar.reproduce.plan import Files, measurements, probe_curve
-from st_ar.sampling import SampleJob
+from st_ar.sampling import SampleWriter
 from st_ar.settings import to_dict
 from st_ar.tokenizer import load_tokenizer
 from st_ar.tokenizer.tokenize import tokenize
@@ -257,7 +257,7 @@ def _make_samples(folder: Path) -> None:
 
 @cache
 def _reference() -> Reference:
-    return open_reference(str(made("reference") / "reference.npz"), toy(), METRICS, Place())
+    return open_reference(str(made("reference") / "reference.npz"), toy(), METRICS, Compute())
 
 
 METRICS: list[Metric] = ["fid", "sfid", "is", "kid", "precision", "recall", "density", "coverage"]
@@ -265,12 +265,12 @@ METRICS: list[Metric] = ["fid", "sfid", "is", "kid", "precision", "recall", "den
 
 def _read_samples(folder: Path) -> tuple[str, dict[str, float]]:
     samples = open_set(str(folder / "samples.npz"))
-    result = evaluate(samples, _reference(), toy(), METRICS, Place())
+    result = evaluate(samples, _reference(), toy(), METRICS, Compute())
     one_line(result)
     return result["samples"]["sha256"], result["metrics"]
 
 
-class _Drawn(SampleJob):
+class _Drawn(SampleWriter):
     """A job of eight pictures in parts of three."""
 
     def __init__(self, out: Path) -> None:
@@ -302,20 +302,20 @@ def _make_png_samples(folder: Path) -> None:
 
 
 def _read_png_samples(folder: Path) -> Any:
-    result = evaluate(open_set(str(folder / "samples")), _reference(), toy(), METRICS, Place())
+    result = evaluate(open_set(str(folder / "samples")), _reference(), toy(), METRICS, Compute())
     one_line(result)
     return result["samples"]["sha256"], result["metrics"]
 
 
 def _make_reference(folder: Path) -> None:
     np.savez(folder / "images.npz", arr_0=pictures(20))
-    write_reference(str(folder / "images.npz"), folder / "reference.npz", toy(), Place())
+    write_reference(str(folder / "images.npz"), folder / "reference.npz", toy(), Compute())
     (folder / "images.npz").unlink()
 
 
 def _read_reference(folder: Path) -> tuple[str, dict[str, float]]:
-    reference = open_reference(str(folder / "reference.npz"), toy(), METRICS, Place())
-    result = evaluate(open_set(str(made("samples") / "samples.npz")), reference, toy(), METRICS, Place())
+    reference = open_reference(str(folder / "reference.npz"), toy(), METRICS, Compute())
+    result = evaluate(open_set(str(made("samples") / "samples.npz")), reference, toy(), METRICS, Compute())
     one_line(result)
     return reference.content, result["metrics"]
 
@@ -330,7 +330,9 @@ def _make_cache(folder: Path) -> None:
 def _read_cache(folder: Path) -> str:
     cache = FeatureCache(folder / "cache", 1e9)
     store = TokenStore(made("store") / "store")
-    found = extract_features(random_model(), store, Reading(layers=[1, 3], steps=[2, 9]), cache=cache, weights="abc")
+    found = extract_features(
+        random_model(), store, FeatureSpec(layers=[1, 3], steps=[2, 9]), cache=cache, weights="abc"
+    )
     return digest(*found.layers.values(), found.labels)
 
 
@@ -345,7 +347,7 @@ def _read_sweep(folder: Path) -> Any:
         patch.setattr(
             "st_ar.evaluation.generation.sweep.line_chart", lambda *_, **__: _Drawing()
         )  # slow, and not what is looked at
-        rows = sweep(swept, settings_of([1.0], [1.0], [0, 2]), _small_reference(), toy(), ["fid"], out, Place())
+        rows = sweep(swept, settings_of([1.0], [1.0], [0, 2]), _small_reference(), toy(), ["fid"], out, Compute())
     return [row["metrics"] for row in rows]
 
 
@@ -357,7 +359,7 @@ class _Drawing:
 @cache
 def _small_reference() -> Reference:
     images = made("line") / "reference.npz"
-    return open_reference(str(images), toy(), ["fid"], Place())
+    return open_reference(str(images), toy(), ["fid"], Compute())
 
 
 def _make_line(folder: Path) -> None:

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 
 from st_ar.config import ModelConfig
 from st_ar.errors import UserError
-from st_ar.model.decoder import Decoder, PackedLinear, packed
+from st_ar.model.decoder import CachedDecoder, PackedLinear, packed
 from st_ar.model.generate import generate
 from st_ar.model.transformer import Transformer
 from tests.toys import NO_DROPOUT, TINY, TINY_TEXT, random_captions, random_model, random_sequences, recorded_model
 
 
-def decoded(decoder: Decoder, tokens: Tensor, labels: Tensor) -> Generator[Tensor]:
+def decoded(decoder: CachedDecoder, tokens: Tensor, labels: Tensor) -> Generator[Tensor]:
     """The logits before each token."""
     with torch.no_grad():
         yield decoder.begin(labels)
@@ -26,7 +26,7 @@ def decoded(decoder: Decoder, tokens: Tensor, labels: Tensor) -> Generator[Tenso
 
 
 def check(model: Transformer, *, rows: int = 3, bucket: int | None = None, compiled: bool = False) -> None:
-    decoder = Decoder(model, rows, bucket=bucket, compiled=compiled)
+    decoder = CachedDecoder(model, rows, bucket=bucket, compiled=compiled)
     for seed in range(2):  # the second begins in the memory of the first
         tokens, labels = random_sequences(model.config, 3, seed)
         with torch.no_grad():
@@ -64,7 +64,7 @@ def test_what_one_decoder_was_compiled_for_is_no_matter_of_the_next(monkeypatch:
     for rows in (2, 4, 8):
         graphs.clear()
         tokens, labels = random_sequences(TINY, rows)
-        list(decoded(Decoder(random_model(), rows, bucket=4, compiled=True), tokens, labels))
+        list(decoded(CachedDecoder(random_model(), rows, bucket=4, compiled=True), tokens, labels))
         found.append(len(graphs))
     assert found == [found[0]] * 3
 
@@ -75,22 +75,22 @@ def test_half_precision_is_as_near_as_the_whole_forward_in_it() -> None:
     with torch.no_grad():
         exact = model(tokens[:, :-1], labels).logits
         usual = model.bfloat16()(tokens[:, :-1], labels).logits
-    found = torch.stack(list(decoded(Decoder(model, 3, bucket=4), tokens, labels)), dim=1)
+    found = torch.stack(list(decoded(CachedDecoder(model, 3, bucket=4), tokens, labels)), dim=1)
     assert (found - exact).norm() < max(1.5 * (usual - exact).norm(), 0.02 * exact.norm())
 
 
 def test_the_part_read_grows_by_buckets() -> None:
-    decoder = Decoder(random_model(), 1, bucket=4)
+    decoder = CachedDecoder(random_model(), 1, bucket=4)
     assert [decoder.seek(position) for position in range(8)] == [4, 4, 4, 8, 8, 8, 8, 12]
     assert decoder.cache.shape[-2] == 12  # 9 positions in buckets of 4
-    exact = Decoder(random_model(), 1)
+    exact = CachedDecoder(random_model(), 1)
     assert [exact.seek(position) for position in range(8)] == [2, 3, 4, 5, 6, 7, 8, 9]
 
 
 def test_sequences_left_out_leave_the_others_alone() -> None:
     model = random_model()
     tokens, labels = random_sequences(TINY, 4)
-    decoder = Decoder(model, 4)
+    decoder = CachedDecoder(model, 4)
     with torch.no_grad():
         whole = model(tokens[:, :-1], labels).logits
         decoder.begin(labels)
@@ -103,13 +103,13 @@ def test_sequences_left_out_leave_the_others_alone() -> None:
 
 def test_nothing_comes_after_the_last_token() -> None:
     with pytest.raises(UserError, match=r"all 9 tokens .*nothing comes after"):
-        Decoder(random_model(), 1).seek(8)
+        CachedDecoder(random_model(), 1).seek(8)
 
 
 def test_an_image_of_one_token_has_nothing_to_read() -> None:
     config = ModelConfig(dim=8, n_layers=1, n_heads=1, vocab_size=5, grid=1, num_classes=2, **NO_DROPOUT)
     with pytest.raises(UserError, match="all 1 tokens"):
-        Decoder(random_model(config), 1).seek(0)
+        CachedDecoder(random_model(config), 1).seek(0)
 
 
 ODD = ModelConfig(dim=20, n_layers=3, n_heads=1, vocab_size=13, grid=3, num_classes=3, **NO_DROPOUT)

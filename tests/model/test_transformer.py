@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from st_ar.config import ModelConfig
 from st_ar.errors import UserError
 from st_ar.evaluation.attention import attention_maps, attention_statistics
-from st_ar.model.decoder import Decoder
+from st_ar.model.decoder import CachedDecoder
 from st_ar.model.generate import generate
 from st_ar.model.transformer import (
     Block,
@@ -711,7 +711,7 @@ def test_the_decoder_gives_the_logits_of_the_forward_pass(bucket: int) -> None:
     captions = random_captions(TINY_TEXT, [1, 3, N, 0])
     with torch.no_grad():
         expected = model(tokens[:, :-1], captions).logits
-        decoder = Decoder(model, 4, bucket=bucket)
+        decoder = CachedDecoder(model, 4, bucket=bucket)
         torch.testing.assert_close(decoder.begin(captions), expected[:, 0], rtol=1e-4, atol=1e-5)
         for position in range(T - 1):
             here = decoder.read(tokens[: 2 if position > 4 else 4, position], decoder.seek(position))

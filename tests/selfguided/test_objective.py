@@ -14,15 +14,15 @@ from st_ar.config import PLAIN, ModelConfig, SelfGuidedConfig
 from st_ar.model.transformer import Transformer
 from st_ar.selfguided.losses import next_token_loss
 from st_ar.selfguided.objective import (
-    Draws,
+    EMATeacher,
+    GuidanceSample,
     Losses,
     Projector,
     SelfGuided,
-    Teacher,
-    draw,
     ema_decay,
     random_key_mask,
     random_positions,
+    sample_guidance,
     show_own_position,
 )
 from st_ar.training.loop import backward
@@ -170,11 +170,11 @@ def move(model: Transformer, amount: float) -> None:
             parameter.add_(amount * number)
 
 
-def one_step(student: SelfGuided, teacher: Teacher) -> Losses:
+def one_step(student: SelfGuided, teacher: EMATeacher) -> Losses:
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(TINY.vocab_size, (3, 2, TINY.sequence_length), generator=generator)
     labels = torch.tensor([0, 3, 1])
-    draws = draw(student.config, TINY, images=3, views=2, seed=0, step=1)
+    draws = sample_guidance(student.config, TINY, images=3, views=2, seed=0, step=1)
     targets = student.teach(teacher, tokens, labels, draws.positions)
     losses = student(tokens, labels, draws, targets, targets.mid, 0)
     losses.total.backward()
@@ -184,7 +184,7 @@ def one_step(student: SelfGuided, teacher: Teacher) -> Losses:
 @pytest.mark.parametrize(("decay", "warmup"), [(0.9999, True), (0.3, True), (0.9, False)])
 def test_teacher_is_the_moving_average_of_the_formula(decay: float, warmup: bool) -> None:
     student = random_model(seed=0)
-    teacher = Teacher(student, replace(CONFIG, ema_decay=decay, ema_warmup=warmup))
+    teacher = EMATeacher(student, replace(CONFIG, ema_decay=decay, ema_warmup=warmup))
     expected = {name: value.double() for name, value in student.state_dict().items()}
     for step in range(1, 6):
         move(student, 0.1 * step)
@@ -212,7 +212,7 @@ def test_warm_up_begins_at_2_in_11_and_ends_at_the_decay() -> None:
 
 def test_a_long_slow_average_is_not_lost_to_rounding() -> None:
     student = random_model()
-    teacher = Teacher(student, SelfGuidedConfig(ema_warmup=False))
+    teacher = EMATeacher(student, SelfGuidedConfig(ema_warmup=False))
     start = {name: value.clone() for name, value in student.state_dict().items()}
     move(student, 1e-2)
     for step in range(1, 201):
@@ -224,7 +224,7 @@ def test_a_long_slow_average_is_not_lost_to_rounding() -> None:
 
 def test_teacher_is_a_copy_that_only_an_update_moves() -> None:
     student = random_model()
-    teacher = Teacher(student, CONFIG)
+    teacher = EMATeacher(student, CONFIG)
     before = {name: value.clone() for name, value in teacher.model.state_dict().items()}
     assert {name: value.tolist() for name, value in before.items()} == {
         name: value.tolist() for name, value in student.state_dict().items()
@@ -238,7 +238,7 @@ def test_teacher_is_a_copy_that_only_an_update_moves() -> None:
 
 def test_an_update_leaves_the_student_alone() -> None:
     student = random_model()
-    teacher = Teacher(student, CONFIG)
+    teacher = EMATeacher(student, CONFIG)
     move(student, 1.0)
     before = {name: value.clone() for name, value in student.state_dict().items()}
     teacher.update(student, 1)
@@ -248,7 +248,7 @@ def test_an_update_leaves_the_student_alone() -> None:
 
 def test_teacher_of_a_student_in_training_stays_in_evaluation_mode() -> None:
     student = Transformer(WITH_DROPOUT).train()
-    teacher = Teacher(student, CONFIG)
+    teacher = EMATeacher(student, CONFIG)
     for _ in range(2):
         assert student.training
         assert not any(module.training for module in teacher.model.modules())
@@ -261,7 +261,7 @@ def test_teacher_of_a_student_in_training_stays_in_evaluation_mode() -> None:
 
 def test_no_gradient_reaches_the_teacher() -> None:
     model = random_model()
-    teacher = Teacher(model, CONFIG)
+    teacher = EMATeacher(model, CONFIG)
     student = SelfGuided(model, CONFIG)
     losses = one_step(student, teacher)
     assert min(losses.mim, losses.step, losses.view) > 0
@@ -275,7 +275,7 @@ def test_no_gradient_reaches_the_teacher() -> None:
 
 def test_teacher_is_no_part_of_the_student() -> None:
     model = random_model()
-    teacher = Teacher(model, CONFIG)
+    teacher = EMATeacher(model, CONFIG)
     ours = {parameter.data_ptr() for parameter in SelfGuided(model, CONFIG).parameters()}
     assert not ours & {parameter.data_ptr() for parameter in teacher.parameters()}
 
@@ -284,9 +284,9 @@ BASE = SelfGuidedConfig(projector_hidden=12, positions=3)
 IMAGES = 4
 
 
-def build(config: SelfGuidedConfig = BASE) -> tuple[SelfGuided, Teacher]:
+def build(config: SelfGuidedConfig = BASE) -> tuple[SelfGuided, EMATeacher]:
     """A student and a teacher that differs from it, as after some updates."""
-    teacher = Teacher(random_model(seed=1), config)
+    teacher = EMATeacher(random_model(seed=1), config)
     torch.manual_seed(2)
     return SelfGuided(random_model(seed=0), config), teacher
 
@@ -299,17 +299,17 @@ def batch(views: int = 2, images: int = IMAGES) -> tuple[Tensor, Tensor]:
 
 def compute(
     config: SelfGuidedConfig = BASE, views: int = 2, autocast: bool = False
-) -> tuple[SelfGuided, Teacher, Draws, Losses]:
+) -> tuple[SelfGuided, EMATeacher, GuidanceSample, Losses]:
     student, teacher = build(config)
     tokens, labels = batch(views)
-    draws = draw(config, TINY, images=IMAGES, views=views, seed=5, step=7)
+    draws = sample_guidance(config, TINY, images=IMAGES, views=views, seed=5, step=7)
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
         targets = student.teach(teacher, tokens, labels, draws.positions)
         losses = student(tokens, labels, draws, targets, targets.mid, 0)
     return student, teacher, draws, losses
 
 
-def naive(student: SelfGuided, teacher: Teacher, draws: Draws, views: int) -> dict[str, float]:
+def naive(student: SelfGuided, teacher: EMATeacher, draws: GuidanceSample, views: int) -> dict[str, float]:
     """Eq. 8 from the two models' hidden states, each sequence read on its own."""
     config, tokens_labels = student.config, batch(views)
     tokens, labels = tokens_labels
@@ -463,7 +463,7 @@ def test_plain_training_never_runs_the_teacher_and_is_the_next_token_loss() -> N
     teacher.model.register_forward_hook(lambda module, *_: ran.append(module))
     teacher.model.layers[0].register_forward_hook(lambda module, *_: ran.append(module))
     tokens, labels = batch()
-    draws = draw(PLAIN, TINY, images=IMAGES, views=2, seed=0, step=1)
+    draws = sample_guidance(PLAIN, TINY, images=IMAGES, views=2, seed=0, step=1)
     targets = student.teach(teacher, tokens, labels, draws.positions)
     losses = student(tokens, labels, draws, targets, None, 0)
     assert draws.key_mask is None
@@ -482,7 +482,7 @@ def test_teacher_sees_everything_and_the_student_does_not() -> None:
     tokens, labels = batch()
     positions = torch.tensor([2, 5, 8])
     targets = student.teach(teacher, tokens, labels, positions)
-    draws = draw(BASE, TINY, images=IMAGES, views=2, seed=0, step=1)
+    draws = sample_guidance(BASE, TINY, images=IMAGES, views=2, seed=0, step=1)
     assert draws.key_mask is not None
     with torch.no_grad():
         inputs = tokens.flatten(0, 1)[:, :-1], labels.repeat_interleave(2)
@@ -505,7 +505,7 @@ def test_one_pass_of_each_network_serves_all_terms() -> None:
             block.register_forward_hook(lambda *_, name=name: ran.append(name))
         network.output.register_forward_hook(lambda *_, name=name: ran.append(f"{name}'s head"))
     tokens, labels = batch()
-    draws = draw(BASE, TINY, images=IMAGES, views=2, seed=0, step=1)
+    draws = sample_guidance(BASE, TINY, images=IMAGES, views=2, seed=0, step=1)
     targets = student.teach(teacher, tokens, labels, draws.positions)
     student(tokens, labels, draws, targets, targets.mid, 0)
     assert ran == ["teacher"] * 4 + ["student"] * 4 + ["student's head"]
@@ -514,9 +514,9 @@ def test_one_pass_of_each_network_serves_all_terms() -> None:
 def test_an_image_of_its_own_teacher_unmasked_has_no_mim_loss() -> None:
     config = replace(BASE, mask_ratio=0.0, beta=0.0)
     model = random_model()
-    student, teacher = SelfGuided(model, config), Teacher(model, config)
+    student, teacher = SelfGuided(model, config), EMATeacher(model, config)
     tokens, labels = batch()
-    draws = draw(config, TINY, images=IMAGES, views=2, seed=0, step=1)
+    draws = sample_guidance(config, TINY, images=IMAGES, views=2, seed=0, step=1)
     losses = student(tokens, labels, draws, student.teach(teacher, tokens, labels, draws.positions), None, 0)
     assert losses.mim.item() == pytest.approx(0, abs=1e-6)
     assert losses.total.item() == pytest.approx(losses.ar.item(), abs=1e-6)
@@ -535,7 +535,7 @@ def test_bfloat16_autocast_gives_nearly_the_same_losses() -> None:
 def gradients(config: SelfGuidedConfig, pieces: int) -> tuple[Losses, dict[str, Tensor]]:
     student, teacher = build(config)
     tokens, labels = batch()
-    draws = draw(config, TINY, images=IMAGES, views=2, seed=5, step=7)
+    draws = sample_guidance(config, TINY, images=IMAGES, views=2, seed=5, step=7)
     losses = backward(student, teacher, tokens, labels, draws, pieces, torch.float32)
     return losses, {
         name: parameter.grad for name, parameter in student.named_parameters() if parameter.grad is not None
@@ -556,7 +556,7 @@ def test_local_negatives_are_those_of_the_micro_batch() -> None:
     config = replace(BASE, negatives="local")
     student, teacher = build(config)
     tokens, labels = batch()
-    draws = draw(config, TINY, images=IMAGES, views=2, seed=5, step=7)
+    draws = sample_guidance(config, TINY, images=IMAGES, views=2, seed=5, step=7)
     with torch.no_grad():
         targets = student.teach(teacher, tokens, labels, draws.positions)
         hidden = student.model(
@@ -606,8 +606,10 @@ def test_a_projection_does_not_depend_on_the_rest_of_the_batch() -> None:
 
 @given(seed=st.integers(0, 2**31), step=st.integers(0, 10**6))
 def test_draws_are_a_pure_function_of_seed_and_step(seed: int, step: int) -> None:
-    def drawn(seed: int, step: int) -> Draws:
-        return draw(SelfGuidedConfig(positions=4), replace(TINY, grid=8), images=3, views=2, seed=seed, step=step)
+    def drawn(seed: int, step: int) -> GuidanceSample:
+        return sample_guidance(
+            SelfGuidedConfig(positions=4), replace(TINY, grid=8), images=3, views=2, seed=seed, step=step
+        )
 
     torch.manual_seed(0)
     first = drawn(seed, step)
@@ -624,7 +626,9 @@ def test_draws_are_a_pure_function_of_seed_and_step(seed: int, step: int) -> Non
 
 def test_positions_differ_across_steps_and_seeds() -> None:
     def drawn(seed: int, step: int) -> tuple[int, ...]:
-        return tuple(draw(BASE, replace(TINY, grid=16), images=1, views=1, seed=seed, step=step).positions.tolist())
+        return tuple(
+            sample_guidance(BASE, replace(TINY, grid=16), images=1, views=1, seed=seed, step=step).positions.tolist()
+        )
 
     assert len({drawn(0, step) for step in range(20)}) == 20
     assert len({drawn(seed, 0) for seed in range(20)}) == 20
@@ -632,12 +636,12 @@ def test_positions_differ_across_steps_and_seeds() -> None:
 
 def test_drawing_does_not_move_torchs_global_generator() -> None:
     state = torch.get_rng_state()
-    draw(BASE, TINY, images=3, views=2, seed=0, step=0)
+    sample_guidance(BASE, TINY, images=3, views=2, seed=0, step=0)
     assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_each_view_of_each_image_has_its_own_mask_of_the_exact_size() -> None:
-    draws = draw(BASE, replace(TINY, grid=8), images=5, views=3, seed=0, step=0)
+    draws = sample_guidance(BASE, replace(TINY, grid=8), images=5, views=3, seed=0, step=0)
     assert draws.key_mask is not None
     assert draws.key_mask.shape == (5, 3, 64)
     assert (draws.key_mask.sum(-1) == round(0.25 * 63)).all()
@@ -645,8 +649,8 @@ def test_each_view_of_each_image_has_its_own_mask_of_the_exact_size() -> None:
 
 
 def test_own_position_is_shown_on_request_and_the_same_keys_are_masked() -> None:
-    literal = draw(BASE, TINY, images=2, views=2, seed=0, step=0)
-    shown = draw(replace(BASE, mask_own_position=False), TINY, images=2, views=2, seed=0, step=0)
+    literal = sample_guidance(BASE, TINY, images=2, views=2, seed=0, step=0)
+    shown = sample_guidance(replace(BASE, mask_own_position=False), TINY, images=2, views=2, seed=0, step=0)
     assert literal.key_mask is not None
     assert shown.key_mask is not None
     length = TINY.sequence_length
@@ -661,7 +665,7 @@ def test_own_position_is_shown_on_request_and_the_same_keys_are_masked() -> None
 def test_a_part_of_the_images_has_its_part_of_the_masks(own: bool) -> None:
     settings: dict[str, Any] = {"images": 6, "views": 2, "seed": 3, "step": 4}
     config = replace(BASE, mask_own_position=own)
-    whole, part = draw(config, TINY, **settings), draw(config, TINY, **settings, mine=slice(2, 4))
+    whole, part = sample_guidance(config, TINY, **settings), sample_guidance(config, TINY, **settings, mine=slice(2, 4))
     assert whole.key_mask is not None
     assert part.key_mask is not None
     assert torch.equal(part.key_mask, whole.key_mask[2:4])
@@ -669,9 +673,9 @@ def test_a_part_of_the_images_has_its_part_of_the_masks(own: bool) -> None:
 
 
 def test_mask_and_positions_are_drawn_apart() -> None:
-    first = draw(BASE, TINY, images=2, views=2, seed=0, step=0)
-    more = draw(replace(BASE, positions=5), TINY, images=2, views=2, seed=0, step=0)
-    heavier = draw(replace(BASE, mask_ratio=0.5), TINY, images=2, views=2, seed=0, step=0)
+    first = sample_guidance(BASE, TINY, images=2, views=2, seed=0, step=0)
+    more = sample_guidance(replace(BASE, positions=5), TINY, images=2, views=2, seed=0, step=0)
+    heavier = sample_guidance(replace(BASE, mask_ratio=0.5), TINY, images=2, views=2, seed=0, step=0)
     assert first.key_mask is not None
     assert more.key_mask is not None
     assert torch.equal(first.key_mask, more.key_mask)

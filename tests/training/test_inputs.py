@@ -11,7 +11,7 @@ from torch import Tensor
 
 from st_ar.cli import main
 from st_ar.config import PLAIN
-from st_ar.data.store import TokenStore, Views
+from st_ar.data.store import TokenBatches, TokenStore
 from st_ar.data.text import write_text
 from st_ar.model.weights import load_model, save_export
 from st_ar.training.loop import train
@@ -26,7 +26,7 @@ PLAIN_STEP = replace(STILL, selfguided=PLAIN)
 
 def next_token(run: Path, tokens: Path, *, ema: bool = False) -> float:
     """The cross-entropy of a run's model on the first batch of PLAIN_STEP, written out."""
-    views = Views(TokenStore(tokens), batch_size=STILL.batch_size, views=STILL.views, seed=STILL.seed)
+    views = TokenBatches(TokenStore(tokens), batch_size=STILL.batch_size, views=STILL.views, seed=STILL.seed)
     batch, labels = views.batch(0)
     codes = batch.flatten(0, 1)
     with torch.no_grad():

@@ -14,12 +14,12 @@ from torch import Tensor
 
 from st_ar import load_model
 from st_ar.config import ModelConfig, SelfGuidedConfig, TrainConfig
-from st_ar.data.store import TokenStore, Views
+from st_ar.data.store import TokenBatches, TokenStore
 from st_ar.distributed import Ranks
 from st_ar.model.transformer import Transformer
 from st_ar.model.weights import open_model
-from st_ar.randomness import Purpose, torch_seed
-from st_ar.selfguided.objective import Losses, SelfGuided, Teacher, draw
+from st_ar.randomness import RandomStream, torch_seed
+from st_ar.selfguided.objective import EMATeacher, Losses, SelfGuided, sample_guidance
 from st_ar.training import loop
 from st_ar.training.loop import backward, drop_labels, train
 from tests.data.random_store import FINGERPRINT
@@ -29,10 +29,10 @@ from tests.training.toy_runs import GUIDED_RUN, PLAIN_RUN, assert_same_weights, 
 # Gradients
 
 
-def trainee(config: SelfGuidedConfig, model: ModelConfig) -> tuple[SelfGuided, Teacher]:
+def trainee(config: SelfGuidedConfig, model: ModelConfig) -> tuple[SelfGuided, EMATeacher]:
     """A student with weights far from zero and a teacher that differs from it, in training mode."""
     torch.manual_seed(3)
-    teacher = Teacher(random_model(model, seed=1), config)
+    teacher = EMATeacher(random_model(model, seed=1), config)
     return SelfGuided(random_model(model, seed=0), config).train(), teacher
 
 
@@ -43,7 +43,7 @@ def gradients(config: SelfGuidedConfig, pieces: int) -> tuple[dict[str, Tensor],
     generator = torch.Generator().manual_seed(5)
     batch = torch.randint(16, (8, 2, 16), generator=generator)
     labels = torch.randint(4, (8,), generator=generator)  # the null class among them
-    draws = draw(config, model, images=8, views=2, seed=0, step=1)
+    draws = sample_guidance(config, model, images=8, views=2, seed=0, step=1)
     losses = backward(student, teacher, batch, labels, draws, pieces, torch.float32)
     return {name: p.grad for name, p in student.named_parameters() if p.grad is not None}, losses
 
@@ -86,7 +86,7 @@ def test_with_local_negatives_micro_batches_see_fewer_of_them() -> None:
 def test_no_gradient_reaches_the_teacher() -> None:
     model = replace(PLAIN_RUN.model, **NO_DROPOUT)
     student, teacher = trainee(GUIDED, model)
-    draws = draw(GUIDED, model, images=4, views=2, seed=0, step=1)
+    draws = sample_guidance(GUIDED, model, images=4, views=2, seed=0, step=1)
     batch = torch.randint(16, (4, 2, 16), generator=torch.Generator().manual_seed(5))
     backward(student, teacher, batch, torch.zeros(4, dtype=torch.int64), draws, 2, torch.float32)
     assert all(parameter.grad is None for parameter in teacher.parameters())
@@ -97,8 +97,8 @@ def test_no_gradient_reaches_the_teacher() -> None:
 
 def plain_training(config: TrainConfig, tokens: Path) -> dict[str, Tensor]:
     """LlamaGen's training, written from LLAMAGEN.md, on the same batches, labels and seeds."""
-    views = Views(TokenStore(tokens), batch_size=config.batch_size, views=config.views, seed=config.seed)
-    torch.manual_seed(torch_seed(config.seed, Purpose.INITIALISATION))
+    views = TokenBatches(TokenStore(tokens), batch_size=config.batch_size, views=config.views, seed=config.seed)
+    torch.manual_seed(torch_seed(config.seed, RandomStream.INITIALISATION))
     model = Transformer(config.model).train()
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     vectors = [p for p in model.parameters() if p.dim() < 2]
@@ -109,7 +109,7 @@ def plain_training(config: TrainConfig, tokens: Path) -> dict[str, Tensor]:
         codes, labels = views.batch(step - 1)
         labels = drop_labels(labels, config.model.num_classes, 0.1, seed=config.seed, step=step)
         x, y = codes.flatten(0, 1), labels.repeat_interleave(config.views)
-        torch.manual_seed(torch_seed(config.seed, Purpose.DROPOUT, step))
+        torch.manual_seed(torch_seed(config.seed, RandomStream.DROPOUT, step))
         logits = model(x[:, :-1], y).logits
         loss = F.cross_entropy(logits.reshape(-1, config.model.vocab_size), x.reshape(-1))
         optimizer.zero_grad()
@@ -271,7 +271,7 @@ def test_epochs_are_counted_in_images(tokens: Path, tmp_path: Path) -> None:
 def test_the_average_moves_as_the_schedule_says(tokens: Path, tmp_path: Path) -> None:
     config = replace(PLAIN_RUN, steps=1)
     train(config, tokens, tmp_path / "run")
-    torch.manual_seed(torch_seed(config.seed, Purpose.INITIALISATION))
+    torch.manual_seed(torch_seed(config.seed, RandomStream.INITIALISATION))
     begun = Transformer(config.model).state_dict()
     live, averaged = (load_file(tmp_path / "run" / "export" / f"{name}.safetensors") for name in ("model", "ema"))
     for key, value in averaged.items():

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from st_ar.errors import UserError
 from st_ar.model.weights import open_model
-from st_ar.selfguided.objective import Losses, SelfGuided, draw
+from st_ar.selfguided.objective import Losses, SelfGuided, sample_guidance
 from st_ar.training import loop
 from st_ar.training.checkpoint_files import list_checkpoints
 from st_ar.training.loop import backward, train
@@ -158,7 +158,7 @@ def poisoned(patch: pytest.MonkeyPatch, **steps: float) -> None:
     def seen(config: Any, model: Any, *, step: int, **rest: Any) -> Any:
         nonlocal current
         current = step
-        return draw(config, model, step=step, **rest)
+        return sample_guidance(config, model, step=step, **rest)
 
     def armed(student: SelfGuided, *rest: Any) -> Losses:
         losses = backward(student, *rest)
@@ -168,7 +168,7 @@ def poisoned(patch: pytest.MonkeyPatch, **steps: float) -> None:
             gradient[3, 5] = poison[current]
         return losses
 
-    patch.setattr(loop, "draw", seen)
+    patch.setattr(loop, "sample_guidance", seen)
     patch.setattr(loop, "backward", armed)
 
 

@@ -14,19 +14,19 @@ from torch import Tensor
 
 from st_ar.cli import main
 from st_ar.config import ModelConfig, OptimConfig, SampleSettings, TrainConfig
-from st_ar.data.store import TokenStore, Views
+from st_ar.data.store import TokenBatches, TokenStore
 from st_ar.data.text import TextStore, write_text
 from st_ar.errors import UserError
 from st_ar.evaluation.attention_report import report_attention
 from st_ar.evaluation.likelihood import validation_loss
-from st_ar.evaluation.probe_features import Reading, extract_features
+from st_ar.evaluation.probe_features import FeatureSpec, extract_features
 from st_ar.model.generate import generate
 from st_ar.model.transformer import Transformer
 from st_ar.model.weights import open_model
-from st_ar.randomness import Purpose, torch_seed
+from st_ar.randomness import RandomStream, torch_seed
 from st_ar.sampling import choose_conditions, sample_images
 from st_ar.selfguided.losses import next_token_loss
-from st_ar.selfguided.objective import SelfGuided, Teacher, draw
+from st_ar.selfguided.objective import EMATeacher, SelfGuided, sample_guidance
 from st_ar.tokenizer import to_uint8
 from st_ar.training.loop import backward, drop_labels, train
 from tests.data.random_store import write_store
@@ -130,10 +130,10 @@ def test_greedy_samples_with_guidance_take_the_likeliest_by_both_predictions(lea
 
 def test_batches_pair_each_image_with_its_own_caption(tokens: Path, text: Path) -> None:
     store, captions = TokenStore(tokens), all_captions(text)
-    views = Views(
+    views = TokenBatches(
         store, batch_size=5, views=2, seed=0, conditions=lambda images: TextStore(text).features(images, ROWS)
     )
-    plain = Views(store, batch_size=5, views=2, seed=0)
+    plain = TokenBatches(store, batch_size=5, views=2, seed=0)
     for step in range(3):
         batch, conditions = views.batch(step)
         assert torch.equal(batch, plain.batch(step)[0])  # captions have no part in the order and the crops
@@ -157,9 +157,12 @@ def test_self_guided_gradients_are_finite_and_micro_batches_add_up(own: bool) ->
     gradients: list[dict[str, Tensor]] = []
     for pieces in (1, 4):
         torch.manual_seed(3)
-        teacher, student = Teacher(random_model(TINY_TEXT, 1), config), SelfGuided(random_model(TINY_TEXT, 0), config)
+        teacher, student = (
+            EMATeacher(random_model(TINY_TEXT, 1), config),
+            SelfGuided(random_model(TINY_TEXT, 0), config),
+        )
         codes = torch.randint(11, (4, 2, 9), generator=torch.Generator().manual_seed(5))
-        draws = draw(config, TINY_TEXT, images=4, views=2, seed=0, step=1)
+        draws = sample_guidance(config, TINY_TEXT, images=4, views=2, seed=0, step=1)
         captions = random_captions(TINY_TEXT, [1, 5, 3, 2])
         losses = backward(student.train(), teacher, codes, captions, draws, pieces, torch.float32)
         assert all(loss > 0 for loss in losses)
@@ -174,10 +177,10 @@ def test_self_guided_gradients_are_finite_and_micro_batches_add_up(own: bool) ->
 
 def test_views_share_their_images_caption() -> None:
     config = replace(GUIDED.selfguided, mask_ratio=0.0, beta=0.0)
-    student, teacher = SelfGuided(random_model(TINY_TEXT), config), Teacher(random_model(TINY_TEXT), config)
+    student, teacher = SelfGuided(random_model(TINY_TEXT), config), EMATeacher(random_model(TINY_TEXT), config)
     codes = torch.randint(11, (2, 3, 9), generator=torch.Generator().manual_seed(5))
     captions = random_captions(TINY_TEXT, [2, 5])
-    draws = draw(config, TINY_TEXT, images=2, views=3, seed=0, step=1)
+    draws = sample_guidance(config, TINY_TEXT, images=2, views=3, seed=0, step=1)
     with torch.no_grad():
         targets = student.teach(teacher, codes, captions, draws.positions)
         losses = student.eval()(codes, captions, draws, targets, None, 0)
@@ -200,7 +203,7 @@ def test_a_self_guided_run_resumes_bit_for_bit(tokens: Path, text: Path, tmp_pat
     expected = contents(straight / "export")
     assert {name: content for name, content in contents(run / "export").items() if expected[name] != content} == {}
     model, ema = open_model(run)[0], open_model(run, ema=True)[0]
-    torch.manual_seed(torch_seed(GUIDED.seed, Purpose.INITIALISATION))
+    torch.manual_seed(torch_seed(GUIDED.seed, RandomStream.INITIALISATION))
     drawn = Transformer(GUIDED.model).cls_embedding.uncond_embedding
     for each in (model, ema):
         assert torch.equal(each.state_dict()["cls_embedding.uncond_embedding"], drawn)  # untrained, as it was drawn
@@ -286,7 +289,7 @@ def test_the_line_by_hand(tokens: Path, text: Path, tmp_path: Path, capsys: pyte
     model, tokenizer = open_model(tmp_path / "run")[0], random_tokenizer()
     with np.load(tmp_path / "all.npz") as drawn:
         assert drawn["arr_1"].tolist() == list(range(IMAGES))
-        codes = generate(model, all_captions(text), cfg_scale=1.5, seed=torch_seed(0, Purpose.SAMPLING))
+        codes = generate(model, all_captions(text), cfg_scale=1.5, seed=torch_seed(0, RandomStream.SAMPLING))
         expected = to_uint8(tokenizer.decode(codes.unflatten(1, (3, 3)))).numpy()
         np.testing.assert_array_equal(drawn["arr_0"], expected)
     assert json.loads((tmp_path / "ten/metadata.json").read_text())["captions"] == [*range(IMAGES), 0, 1]
@@ -356,7 +359,7 @@ def test_samples_need_the_models_own_kind_of_condition(text: Path) -> None:
 
 def test_probes_read_a_text_model_without_a_caption(learned: Path, tokens: Path) -> None:
     model, codes = open_model(learned)[0], all_codes(tokens)
-    found = extract_features(model, TokenStore(tokens), Reading(layers=[1], steps=[1, 9]))
+    found = extract_features(model, TokenStore(tokens), FeatureSpec(layers=[1], steps=[1, 9]))
     features = torch.from_numpy(found.layers[1])
     with torch.no_grad():
         hidden = model(codes[:, :-1], model.null_condition(IMAGES), hidden=[1]).hidden[1]

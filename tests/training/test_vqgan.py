@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from st_ar import load_tokenizer
 from st_ar.config import AdversaryConfig, VQConfig, VQTrainConfig
-from st_ar.data.loading import Pixels
+from st_ar.data.loading import CropLoader
 from st_ar.data.source import Example
 from st_ar.errors import Interrupted, UserError
 from st_ar.evaluation.efficientnet import PerceptualLoss, load_efficientnet
@@ -56,7 +56,7 @@ def training_of(config: VQTrainConfig = TOY_GAN) -> Training:
 def batch(step: int, config: VQTrainConfig = TOY_GAN) -> Tensor:
     """The images of a step, counted from 1."""
     settings = {"size": config.size, "crop_range": config.crop_range, "mirror": config.mirror}
-    with Pixels(colours(), **settings, batch_size=config.batch_size, seed=config.seed) as pixels:
+    with CropLoader(colours(), **settings, batch_size=config.batch_size, seed=config.seed) as pixels:
         return to_pixels(pixels.batch(step - 1)).contiguous()
 
 

@@ -22,17 +22,17 @@ from torch import Tensor
 from st_ar.config import PLAIN, SampleSettings, SelfGuidedConfig, TrainConfig, WatchConfig
 from st_ar.data.store import TokenStore
 from st_ar.evaluation.probe_classifiers import ShallowClassifiers
-from st_ar.evaluation.probe_features import Reading, extract_features
+from st_ar.evaluation.probe_features import FeatureSpec, extract_features
 from st_ar.figures import strip
 from st_ar.hardware import flops_per_token, training_flops
 from st_ar.model.weights import load_model
 from st_ar.sampling import sample_images
-from st_ar.selfguided.objective import SelfGuided, Teacher, draw
+from st_ar.selfguided.objective import EMATeacher, SelfGuided, sample_guidance
 from st_ar.tokenizer import load_tokenizer
 from st_ar.training import track, watch
 from st_ar.training import watch as glances
 from st_ar.training.loop import backward, train
-from st_ar.training.watch import Features, QuickProbe, effective_rank, spread, spread_labels
+from st_ar.training.watch import CollapseMonitor, RidgeProbe, effective_rank, feature_spread, spread_labels
 from tests.data.random_store import random_store
 from tests.disk import contents, refused
 from tests.ranks import ROOT
@@ -241,7 +241,7 @@ def test_sixteen_classes_are_spread_evenly() -> None:
 
 def test_the_probe_is_ridge_regression_at_the_last_step(line: Path, watched: Path) -> None:
     model = load_model(watched)
-    reading = Reading(layers=[1], steps=[16])
+    reading = FeatureSpec(layers=[1], steps=[16])
     train_features, test_features = (
         extract_features(model, TokenStore(line / name), reading) for name in ("tokens", "test")
     )
@@ -255,7 +255,7 @@ def test_the_probe_is_ridge_regression_at_the_last_step(line: Path, watched: Pat
 def test_the_probe_reads_few_images_of_a_large_store(line: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(glances, "PROBED", 7)
     stores = TokenStore(line / "tokens"), TokenStore(line / "test")
-    probe, again = QuickProbe(*stores, RUN), QuickProbe(*stores, RUN)
+    probe, again = RidgeProbe(*stores, RUN), RidgeProbe(*stores, RUN)
     for images, same, store in zip(probe.images, again.images, stores, strict=True):
         assert len(np.unique(images)) == 7
         assert images.max() < len(store)
@@ -320,8 +320,8 @@ def test_samples_and_probes_that_fail_are_switched_off_and_the_run_goes_on(
     def broken(*_: Any) -> float:
         raise RuntimeError("out of memory\nand more")
 
-    monkeypatch.setattr(QuickProbe, "accuracy", broken)
-    monkeypatch.setattr(glances.Samples, "draw", broken)
+    monkeypatch.setattr(RidgeProbe, "accuracy", broken)
+    monkeypatch.setattr(glances.SampleGrid, "draw", broken)
     run = train(RUN, line / "tokens", tmp_path / "run", watching=everything(line, track=("none",)))
     assert_same_weights(run, unseen)
     said = capsys.readouterr().err.splitlines()
@@ -391,27 +391,27 @@ def test_the_effective_rank_counts_directions() -> None:
 
 
 def test_the_spread_is_none_for_one_point_and_the_largest_for_all_directions() -> None:
-    assert spread(torch.ones(6, 2, 8) * torch.arange(1, 7)[:, None, None]) == pytest.approx(0, abs=1e-6)
+    assert feature_spread(torch.ones(6, 2, 8) * torch.arange(1, 7)[:, None, None]) == pytest.approx(0, abs=1e-6)
     everywhere = torch.randn(20000, 1, 16, generator=torch.Generator().manual_seed(0))
-    assert spread(everywhere) == pytest.approx(16**-0.5, rel=0.01)
+    assert feature_spread(everywhere) == pytest.approx(16**-0.5, rel=0.01)
     two = torch.tensor([[[1.0, 0.0]], [[0.0, 3.0]]])
-    assert spread(two) == pytest.approx(0.5)
+    assert feature_spread(two) == pytest.approx(0.5)
 
 
 def test_images_that_differ_by_position_alone_have_collapsed() -> None:
     positions = torch.randn(1, 4, 8, generator=torch.Generator().manual_seed(0)).expand(6, 4, 8)
-    assert spread(positions) == pytest.approx(0, abs=1e-6)
+    assert feature_spread(positions) == pytest.approx(0, abs=1e-6)
     assert effective_rank(positions) == pytest.approx(1, abs=1e-4)
 
 
 def step_of(config: SelfGuidedConfig, pieces: int, wanted: bool) -> tuple[dict[str, float], dict[str, Tensor]]:
     """What a step shows, and its gradients."""
     torch.manual_seed(3)
-    teacher = Teacher(random_model(MODEL, seed=1), config)
+    teacher = EMATeacher(random_model(MODEL, seed=1), config)
     student = SelfGuided(random_model(MODEL, seed=0), config).train()
-    features = Features(student)
+    features = CollapseMonitor(student)
     tokens = torch.randint(16, (8, 2, 16), generator=torch.Generator().manual_seed(5))
-    draws = draw(config, MODEL, images=8, views=2, seed=0, step=1)
+    draws = sample_guidance(config, MODEL, images=8, views=2, seed=0, step=1)
     features.begin(wanted)
     backward(student, teacher, tokens, torch.zeros(8, dtype=torch.int64), draws, pieces, torch.float32)
     shown = features.measure()
@@ -425,11 +425,11 @@ def test_a_step_shows_the_contrasted_features() -> None:
     assert sorted(shown) == [f"{what}_{of}" for what in ("rank", "std") for of in ("projected", "student", "teacher")]
     torch.manual_seed(3)
     tokens = torch.randint(16, (8, 2, 16), generator=torch.Generator().manual_seed(5))
-    positions = draw(config, MODEL, images=8, views=2, seed=0, step=1).positions
+    positions = sample_guidance(config, MODEL, images=8, views=2, seed=0, step=1).positions
     teacher = random_model(MODEL, seed=1)
     with torch.no_grad():
         mid = teacher.features(tokens[:, 0, :-1], torch.zeros(8, dtype=torch.int64), layers=[1])[1][:, positions]
-    assert shown["std_teacher"] == pytest.approx(spread(mid), rel=1e-5)
+    assert shown["std_teacher"] == pytest.approx(feature_spread(mid), rel=1e-5)
     assert shown["rank_teacher"] == pytest.approx(naive_rank(mid), rel=1e-4)
     assert shown["rank_student"] != pytest.approx(shown["rank_teacher"], rel=1e-3)
 

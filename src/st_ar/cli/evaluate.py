@@ -56,7 +56,7 @@ class Evaluate:
     page: Page = None
 
     def run(self) -> None:
-        from st_ar.distributed import in_turn, process_group
+        from st_ar.distributed import process_group, rank0_first
         from st_ar.evaluation.generation.evaluate import (
             check_sizes,
             choose_metrics,
@@ -66,7 +66,7 @@ class Evaluate:
             one_line,
             open_reference,
         )
-        from st_ar.evaluation.generation.features import Place, load_extractor
+        from st_ar.evaluation.generation.features import Compute, load_extractor
         from st_ar.evaluation.generation.image_sets import metadata_of, open_files
         from st_ar.report import check_json, keep_json, print_table
 
@@ -80,8 +80,8 @@ class Evaluate:
         if self.json and samples.metadata and Path(self.json).absolute() == told.absolute():
             raise UserError(f"--json {self.json} is the samples' own description: give the result another name")
         with process_group(self.device) as (ranks, device):
-            place = Place(device=device, ranks=ranks, batch_size=self.batch_size)
-            extractor = in_turn(lambda: load_extractor(self.extractor, device, inception=self.inception))
+            place = Compute(device=device, ranks=ranks, batch_size=self.batch_size)
+            extractor = rank0_first(lambda: load_extractor(self.extractor, device, inception=self.inception))
             reference = open_reference(
                 self.reference,
                 extractor,
@@ -134,17 +134,17 @@ class MakeReference:
     device: Device = "auto"
 
     def run(self) -> None:
-        from st_ar.distributed import in_turn, process_group
+        from st_ar.distributed import process_group, rank0_first
         from st_ar.evaluation.generation.evaluate import write_reference
-        from st_ar.evaluation.generation.features import Place, load_extractor
+        from st_ar.evaluation.generation.features import Compute, load_extractor
         from st_ar.files import require_place
 
         check_seeds(self.seed)
         check_side("--size", self.size)
         require_place(self.out)
         with process_group(self.device) as (ranks, device):
-            place = Place(device=device, ranks=ranks, batch_size=self.batch_size)
-            extractor = in_turn(lambda: load_extractor(self.extractor, device, inception=self.inception))
+            place = Compute(device=device, ranks=ranks, batch_size=self.batch_size)
+            extractor = rank0_first(lambda: load_extractor(self.extractor, device, inception=self.inception))
             meta = write_reference(self.source, self.out, extractor, place, size=self.size, seed=self.seed)
         if ranks.rank == 0:
             height, width = meta["size"]
@@ -176,14 +176,14 @@ class Reconstruct:
     json: Json = None
 
     def run(self) -> None:
-        from st_ar.distributed import in_turn, process_group
+        from st_ar.distributed import process_group, rank0_first
         from st_ar.evaluation.generation.evaluate import format_number
-        from st_ar.evaluation.generation.features import Place, load_extractor
+        from st_ar.evaluation.generation.features import Compute, load_extractor
         from st_ar.evaluation.generation.image_sets import open_set
         from st_ar.evaluation.reconstruction import measure_tokenizer
         from st_ar.files import require_absent, require_place
         from st_ar.report import check_json, keep_json, print_table
-        from st_ar.tokenizer import place_tokenizer
+        from st_ar.tokenizer import open_tokenizer
 
         check_side("--size", self.size)
         check_json(self.json)
@@ -198,10 +198,10 @@ class Reconstruct:
             require_absent(self.save, "a folder of images", flag="--save")
         images = open_set(self.images, size=self.size)
         with process_group(self.device) as (ranks, device), self._folder(ranks.world) as folder:
-            place = Place(device=device, ranks=ranks, batch_size=self.batch_size)
-            tokenizer = place_tokenizer(self.tokenizer, self.device, self.dtype)
+            place = Compute(device=device, ranks=ranks, batch_size=self.batch_size)
+            tokenizer = open_tokenizer(self.tokenizer, self.device, self.dtype)
             extractor = (
-                None if name == "none" else in_turn(lambda: load_extractor(name, device, inception=self.inception))
+                None if name == "none" else rank0_first(lambda: load_extractor(name, device, inception=self.inception))
             )
             result = measure_tokenizer(tokenizer, images, extractor, place, picture=self.out, folder=folder)
         if ranks.rank == 0:
@@ -216,8 +216,8 @@ class Reconstruct:
 
     def _folder(self, ranks: int) -> AbstractContextManager[Path | None]:
         """Where reconstructions go until there are all of them."""
-        from st_ar.files import folder_aside
+        from st_ar.files import atomic_folder
 
         if self.save and ranks > 1:
             raise UserError("--save writes with one process: give the command without torchrun")
-        return folder_aside(self.save) if self.save else nullcontext()
+        return atomic_folder(self.save) if self.save else nullcontext()

@@ -119,7 +119,7 @@ class Sweep:
 
     def run(self) -> None:
         from st_ar.evaluation.generation.evaluate import check_sizes, choose_metrics, format_number, open_reference
-        from st_ar.evaluation.generation.features import Place, load_extractor
+        from st_ar.evaluation.generation.features import Compute, load_extractor
         from st_ar.evaluation.generation.sweep import FILES, SweptModel, check_sweep, settings_of, sweep
         from st_ar.files import read_json
         from st_ar.hardware import choose_device
@@ -132,7 +132,7 @@ class Sweep:
         metrics = choose_metrics([*(self.metrics or default), "fd"], is_inception)
         grid = settings_of(self.cfg_scales, self.temperatures, self.top_ks, seed=self.seed)
         device = choose_device(self.device)
-        place = Place(device=device, batch_size=self.batch_size)
+        place = Compute(device=device, batch_size=self.batch_size)
         sampler = SweptModel(
             self.model,
             self.tokenizer,

@@ -132,7 +132,7 @@ class Demo:
             serve(self._setup(), self.host, self.port)
 
     def _setup(self) -> "Setup":
-        from st_ar.demo.models import Shelf
+        from st_ar.demo.models import ModelPool
         from st_ar.demo.serve import is_local
         from st_ar.demo.setup import Setup, find_runs, open_store, quickstart_setup
 
@@ -150,7 +150,7 @@ class Demo:
         assert self.tokenizer is not None
         return Setup(
             runs=find_runs(self.model, self.runs),
-            shelf=Shelf(self.model, self.tokenizer, names=self.names, device=self.device, dtype=self.dtype),
+            shelf=ModelPool(self.model, self.tokenizer, names=self.names, device=self.device, dtype=self.dtype),
             store=open_store(self.tokens) if self.tokens else None,
             probe_store=open_store(self.probe_tokens) if self.probe_tokens else None,
             probe_images=self.probe_images,

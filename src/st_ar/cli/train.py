@@ -112,7 +112,7 @@ class Tokenize:
         from st_ar.data.loading import default_workers
         from st_ar.data.source import Crops
         from st_ar.distributed import Ranks
-        from st_ar.tokenizer import place_tokenizer
+        from st_ar.tokenizer import open_tokenizer
         from st_ar.tokenizer.tokenize import tokenize
 
         ranks = Ranks.from_environment()
@@ -125,7 +125,7 @@ class Tokenize:
         )
         store = tokenize(
             source,
-            place_tokenizer(self.tokenizer, self.device, self.dtype, self.compile),
+            open_tokenizer(self.tokenizer, self.device, self.dtype, self.compile),
             crops,
             self.out,
             batch_size=self.batch_size,
@@ -230,14 +230,14 @@ class Train:
     def _print_best(self) -> None:
         """Print the lowest validation loss and where its weights are."""
         from st_ar.files import read_json
-        from st_ar.settings import fits
+        from st_ar.settings import matches_type
 
         best = self.out / "best"
         if self.validation is None or not (best / "config.json").exists():
             return
         info = read_json(best / "config.json", "an export folder")
         loss, step = info.get("validation_loss"), info.get("step")
-        if fits(loss, float) and fits(step, int):
+        if matches_type(loss, float) and matches_type(step, int):
             print(f"{best}: lowest validation loss, {loss:.4f}, at step {step}")
 
 

@@ -100,7 +100,7 @@ class Probe:
         from st_ar.evaluation.probe_features import GB, FeatureCache
         from st_ar.files import cache_folder, write_json
         from st_ar.hardware import choose_device, choose_dtype
-        from st_ar.model.weights import find_subjects
+        from st_ar.model.weights import open_eval_models
         from st_ar.report import json_alone, keep_json, print_table
 
         self._check_options()
@@ -112,7 +112,7 @@ class Probe:
         device = choose_device(self.device)
         dtype = choose_dtype("float32" if (self.dtype, device.type) == ("auto", "cpu") else self.dtype, device)
         stores = TokenStore(self.tokens), TokenStore(self.test_tokens)
-        subjects = find_subjects(self.model, self.names, self.weights, ema=self.ema)
+        subjects = open_eval_models(self.model, self.names, self.weights, ema=self.ema)
         readings = [
             choose_subjects_reading(s, *stores, self.layers, self.steps, self.train_crops, dtype) for s in subjects
         ]
@@ -216,12 +216,12 @@ class Attention:
 
     def run(self) -> None:
         from st_ar.evaluation.attention import ImageMasks
-        from st_ar.evaluation.attention_report import Chosen, report_attention, table_of
+        from st_ar.evaluation.attention_report import AttentionOptions, report_attention, table_of
         from st_ar.files import read_json
         from st_ar.report import check_json, json_alone, keep_json, print_table
 
         check_json(self.json)
-        chosen = Chosen(
+        chosen = AttentionOptions(
             layers=self.layers,
             heads=self.heads,
             steps=self.steps,
@@ -277,7 +277,7 @@ class Likelihood:
         from st_ar.evaluation.likelihood import validation_loss
         from st_ar.files import require_absent, require_place, write_json
         from st_ar.hardware import choose_device, describe
-        from st_ar.model.weights import check_store, find_subjects
+        from st_ar.model.weights import check_store, open_eval_models
         from st_ar.progress import progress
         from st_ar.report import check_json, keep_json, print_table
 
@@ -287,7 +287,7 @@ class Likelihood:
             require_place(self.out)
         masks = ImageMasks(ratio=self.mask_ratio, seed=self.seed, own_position=self.mask_own_position)
         device, store = choose_device(self.device), TokenStore(self.tokens)
-        subjects = find_subjects(self.model, self.names, self.weights, ema=self.ema)
+        subjects = open_eval_models(self.model, self.names, self.weights, ema=self.ema)
         for subject in subjects:
             check_store(subject.info, store)
         store.verify()
@@ -334,13 +334,13 @@ class Invariance:
     def run(self) -> None:
         from st_ar.evaluation.invariance import measure_invariance, summarise
         from st_ar.report import check_json, json_alone, keep_json, print_table
-        from st_ar.tokenizer import place_tokenizer
+        from st_ar.tokenizer import open_tokenizer
 
         check_json(self.json)
         check_page(self.page)
         names = choose_names(self.tokenizer, self.names)
         tokenizers = {
-            name: place_tokenizer(path, self.device, self.dtype)
+            name: open_tokenizer(path, self.device, self.dtype)
             for name, path in zip(names, self.tokenizer, strict=True)
         }
         result, found = measure_invariance(tokenizers, self.images, self.out, self.settings)

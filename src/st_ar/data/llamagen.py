@@ -12,7 +12,7 @@ import numpy as np
 
 from st_ar.data.source import MAX_CLASSES, Crops
 from st_ar.data.store import TokenStore
-from st_ar.data.store_writer import Skipped, StoreJob
+from st_ar.data.store_writer import Skipped, TokenStoreWriter
 from st_ar.errors import UserError, cause
 from st_ar.files import open_array
 from st_ar.progress import progress
@@ -120,7 +120,7 @@ def import_tokens(
     }
     shards = -(-len(numbers) // images_per_shard)
     needed = len(numbers) * (len(names) * grid**2 * 2 + 4)
-    job = StoreJob(
+    job = TokenStoreWriter(
         out, verb="import-tokens", settings=settings, shards=shards, needed_bytes=needed, max_skipped=max_skipped
     )
     if job.is_complete:  # but for what it had to clear up

@@ -21,7 +21,7 @@ from st_ar.data.source import BrokenImageError, Example, ImageSource, center_cro
 from st_ar.distributed import Ranks
 from st_ar.errors import UserError
 from st_ar.progress import Progress, progress
-from st_ar.randomness import Purpose, numpy_generator
+from st_ar.randomness import RandomStream, numpy_generator
 
 
 class Decoded(NamedTuple):
@@ -53,7 +53,7 @@ def decode(examples: Sequence[Example], side: int) -> Decoded:
     return Decoded(np.stack(pixels) if pixels else np.empty((0, side, side, 3), np.uint8), used, broken)
 
 
-class Decoder:
+class ImageDecoder:
     """Decodes chunks of examples, in `workers` processes or (0) in this one."""
 
     def __init__(self, side: int, pool: ProcessPoolExecutor | None, workers: int) -> None:
@@ -87,19 +87,19 @@ class Decoder:
 
 
 @contextlib.contextmanager
-def open_decoder(side: int, workers: int) -> Generator[Decoder]:
+def open_decoder(side: int, workers: int) -> Generator[ImageDecoder]:
     """A decoder whose processes end with the block, or with this process however it ends.
 
     They are spawned, not forked: torch's threads do not survive a fork. A script that asks for workers therefore needs
     its `if __name__ == "__main__":`.
     """
     if not workers:
-        yield Decoder(side, None, 0)
+        yield ImageDecoder(side, None, 0)
         return
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
     try:
-        yield Decoder(side, pool, workers)
+        yield ImageDecoder(side, pool, workers)
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -143,7 +143,7 @@ class Window(NamedTuple):
     """The place of the first, counting from the first image of the first epoch."""
 
 
-class Pixels:
+class CropLoader:
     """Random crops of a source's images, every image once an epoch. To be used in a `with` block.
 
     Args:
@@ -209,7 +209,7 @@ class Pixels:
     def batch(self, step: int) -> Tensor:
         """The images of step `step` (counted from 0) that are this rank's: uint8 [B / world, size, size, 3]."""
         places = np.arange(step * self.batch_size, (step + 1) * self.batch_size)[self.mine]
-        rng = numpy_generator(self.seed, Purpose.CROPS, step)
+        rng = numpy_generator(self.seed, RandomStream.CROPS, step)
         tops, lefts = rng.integers(self.side - self.size + 1, size=(2, self.batch_size))[:, self.mine]
         mirrored = (rng.random(self.batch_size) < 0.5)[self.mine] & self.mirror
         out = np.empty((len(places), self.size, self.size, 3), np.uint8)
@@ -241,7 +241,7 @@ class Pixels:
 
     def _draw_plan(self, epoch: int) -> list[Window]:
         """The windows of an epoch: spans in an order drawn for it (a stream's in their own), so many to a window."""
-        rng = numpy_generator(self.seed, Purpose.ORDER, epoch)
+        rng = numpy_generator(self.seed, RandomStream.ORDER, epoch)
         if not self.spans:
             return [Window(np.arange(self.images), rng.permutation(self.images), epoch * self.images)]
         starts = np.arange(0, self.images, SPAN)

@@ -15,7 +15,7 @@ from st_ar.data.source import PLACES
 from st_ar.distributed import Ranks
 from st_ar.errors import UserError
 from st_ar.files import open_array, read_json, sha256, write_json
-from st_ar.randomness import Purpose, numpy_generator
+from st_ar.randomness import RandomStream, numpy_generator
 from st_ar.settings import from_dict, require_types
 
 FORMAT_VERSION = 1
@@ -231,7 +231,7 @@ class TokenStore:
             )
 
 
-class Views:
+class TokenBatches:
     """M different crops of each of B images a step, every image once an epoch, in an order drawn for each epoch.
 
     Epochs follow one another without a gap: a batch may hold the end of one and the beginning of the next.
@@ -262,7 +262,7 @@ class Views:
         self._order = lru_cache(maxsize=2)(self._draw_order)
 
     def _draw_order(self, epoch: int) -> np.ndarray:
-        return numpy_generator(self.seed, Purpose.ORDER, epoch).permutation(len(self.store))
+        return numpy_generator(self.seed, RandomStream.ORDER, epoch).permutation(len(self.store))
 
     def images(self, step: int) -> np.ndarray:
         """Indices [B] of the images of step `step`, all ranks'."""
@@ -279,7 +279,7 @@ class Views:
         captions [B / ranks, N, width].
         """
         images = self.images(step)[self.mine]
-        rng = numpy_generator(self.seed, Purpose.CROPS, step)
+        rng = numpy_generator(self.seed, RandomStream.CROPS, step)
         crops = rng.random((self.batch_size, len(self.store.meta.crops))).argsort(axis=1)[:, : self.views]
         codes = self.store.codes(images, crops[self.mine]).astype(np.int64)
         return torch.from_numpy(codes), self.conditions(images)

@@ -10,7 +10,7 @@ import numpy as np
 from st_ar.data.store import JOB, META, SKIPPED, StoreMeta, TokenStore, shard_names
 from st_ar.distributed import Ranks
 from st_ar.errors import UserError, cause
-from st_ar.files import is_taken, open_array, parse_json, read_json, save_array, sha256, write_json, written_aside
+from st_ar.files import atomic_write, is_nonempty, open_array, parse_json, read_json, save_array, sha256, write_json
 
 
 @dataclass(frozen=True, order=True)
@@ -22,7 +22,7 @@ class Skipped:
     reason: str
 
 
-class StoreJob:
+class TokenStoreWriter:
     """The writing side of a token store (docs/formats.md).
 
     A shard's checksums are written last and mark it finished; a finished shard is never rewritten; meta.json, written last
@@ -77,7 +77,7 @@ class StoreJob:
             raise UserError(f"{self.out} is a finished token store already: choose another --out or remove it")
         if begun:
             self._compare(settings)
-        elif is_taken(self.out):
+        elif is_nonempty(self.out):
             raise UserError(f"{self.out} exists already and is not a token store: choose another --out")
         self._check_space(needed)
         if not begun:
@@ -246,5 +246,5 @@ def _lines_of(path: Path) -> list[str]:
 
 
 def _write_lines(path: Path, skipped: list[Skipped]) -> None:
-    with written_aside(path) as aside:
+    with atomic_write(path) as aside:
         aside.write_text("".join(json.dumps(asdict(each)) + "\n" for each in skipped))

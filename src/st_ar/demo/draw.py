@@ -15,7 +15,7 @@ from PIL.PngImagePlugin import PngImageFile, PngInfo
 from torch import Tensor
 
 from st_ar.config import SampleSettings
-from st_ar.demo.models import Opened, Shelf
+from st_ar.demo.models import LoadedModel, ModelPool
 from st_ar.errors import UserError, cause
 from st_ar.files import parse_json
 from st_ar.sampling import Sampler
@@ -43,7 +43,7 @@ class WeightsRecord:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe:
+class GenerationRecord:
     """All that an image depends on."""
 
     weights: WeightsRecord
@@ -70,7 +70,7 @@ class Recipe:
         require(0 <= self.number < len(self.labels), f"number {self.number} is none of the {len(self.labels)} images")
 
 
-def to_png(picture: np.ndarray, recipe: Recipe) -> bytes:
+def to_png(picture: np.ndarray, recipe: GenerationRecord) -> bytes:
     """A picture uint8 [H, W, 3] as a PNG file with its recipe in it."""
     info = PngInfo()
     info.add_text(KEY, json.dumps(to_dict(recipe)))  # ASCII
@@ -79,7 +79,7 @@ def to_png(picture: np.ndarray, recipe: Recipe) -> bytes:
     return file.getvalue()
 
 
-def read_recipe(data: bytes) -> Recipe:
+def read_recipe(data: bytes) -> GenerationRecord:
     """The recipe in a PNG file.
 
     Raises:
@@ -98,7 +98,7 @@ def read_recipe(data: bytes) -> Recipe:
         raise UserError(
             f"what this PNG says of itself is damaged ({cause(error)}): give one saved from the page"
         ) from error
-    return from_dict(Recipe, values, "this PNG")
+    return from_dict(GenerationRecord, values, "this PNG")
 
 
 MOST_MODELS = 2
@@ -124,7 +124,7 @@ class Frame:
     """Since the drawing began."""
     tokens: Tensor | None = None
     """int64 [n, T] when all are drawn."""
-    recipes: tuple[Recipe, ...] = ()
+    recipes: tuple[GenerationRecord, ...] = ()
     """How each was drawn, when all are."""
 
 
@@ -193,7 +193,7 @@ def choose_labels(classes: Sequence[Any], count: Any, known: int) -> list[int]:
 
 
 def draw(
-    shelf: Shelf, names: Sequence[str], labels: Sequence[int], settings: SampleSettings, pace: Pace | None = None
+    shelf: ModelPool, names: Sequence[str], labels: Sequence[int], settings: SampleSettings, pace: Pace | None = None
 ) -> Generator[list[Frame], None, None]:
     """Draw an image for each label with each of some weights, all with the same draws, token by token in turn.
 
@@ -215,7 +215,7 @@ def draw(
 
 
 def _draw(
-    shelf: Shelf, names: Sequence[str], labels: Sequence[int], settings: SampleSettings, pace: Pace
+    shelf: ModelPool, names: Sequence[str], labels: Sequence[int], settings: SampleSettings, pace: Pace
 ) -> Generator[list[Frame], None, None]:
     begun = time.perf_counter()
     opened = [shelf.open(name) for name in names]
@@ -250,9 +250,11 @@ def _draw(
     ]
 
 
-def _recipe(shelf: Shelf, opened: Opened, sampler: Sampler, labels: Sequence[int], number: int) -> Recipe:
+def _recipe(
+    shelf: ModelPool, opened: LoadedModel, sampler: Sampler, labels: Sequence[int], number: int
+) -> GenerationRecord:
     info, names = opened.info, opened.weights.class_names
-    return Recipe(
+    return GenerationRecord(
         weights=WeightsRecord(file=info.source.name, sha256=opened.sha256, ema=info.ema, step=info.step),
         tokenizer=shelf.tokenizer.fingerprint,
         settings=sampler.settings,
@@ -266,7 +268,7 @@ def _recipe(shelf: Shelf, opened: Opened, sampler: Sampler, labels: Sequence[int
     )
 
 
-def find_drawer(shelf: Shelf, recipe: Recipe) -> str:
+def find_drawer(shelf: ModelPool, recipe: GenerationRecord) -> str:
     """The name of the weights that a recipe was drawn with; call it in the models' thread.
 
     Raises:
@@ -293,7 +295,7 @@ def find_drawer(shelf: Shelf, recipe: Recipe) -> str:
     return found
 
 
-def compare_pictures(drawn: np.ndarray, given: np.ndarray, recipe: Recipe, shelf: Shelf) -> str:
+def compare_pictures(drawn: np.ndarray, given: np.ndarray, recipe: GenerationRecord, shelf: ModelPool) -> str:
     """In words, whether a picture was drawn again bit for bit, and if not, what may be the cause."""
     if drawn.shape == given.shape and (drawn == given).all():
         return "The same image, bit for bit."

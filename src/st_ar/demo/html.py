@@ -9,7 +9,7 @@ from html import escape
 import numpy as np
 from PIL import Image
 
-from st_ar.demo.draw import Frame, Recipe, to_png
+from st_ar.demo.draw import Frame, GenerationRecord, to_png
 from st_ar.demo.reading import Guesses, Reading
 from st_ar.demo.setup import Seen
 from st_ar.report import png_uri
@@ -127,7 +127,7 @@ def only(frame: Frame, number: int) -> Frame:
     return replace(frame, pictures=frame.pictures[some], recipes=frame.recipes[some])
 
 
-def in_words(recipe: Recipe) -> str:
+def in_words(recipe: GenerationRecord) -> str:
     """How an image was drawn, in a few words."""
     how = recipe.settings
     return (

@@ -18,7 +18,7 @@ from st_ar.hardware import choose_device, choose_dtype
 from st_ar.model.transformer import Transformer
 from st_ar.model.weights import EMA, LIVE, ModelInfo, call_models, open_model
 from st_ar.sampling import Sampler, require_own_tokenizer
-from st_ar.tokenizer import Tokenizer, place_tokenizer
+from st_ar.tokenizer import Tokenizer, open_tokenizer
 from st_ar.tokenizer.vq import VQTokenizer
 
 Item = TypeVar("Item")
@@ -39,7 +39,7 @@ class Weights:
     """Whether it has been trained without its class too, so that it can be asked for none."""
 
 
-class Opened:
+class LoadedModel:
     """Weights in memory, and what draws from them.
 
     Args:
@@ -66,7 +66,7 @@ class Opened:
         return self.sampler
 
 
-class Shelf:
+class ModelPool:
     """The weights of some models, live and averaged, and their tokenizer.
 
     Args:
@@ -88,13 +88,13 @@ class Shelf:
     ) -> None:
         self.device = choose_device(device)
         self.dtype = choose_dtype(dtype, self.device)
-        self.tokenizer, self.tokenizer_path = place_tokenizer(tokenizer, device, "float32"), tokenizer
+        self.tokenizer, self.tokenizer_path = open_tokenizer(tokenizer, device, "float32"), tokenizer
         self.previewer = self.tokenizer
         """The tokenizer in the type in which images are drawn: quicker, and near enough for what is soon replaced."""
         if isinstance(self.tokenizer, VQTokenizer):
             self.previewer = self.tokenizer.to(self.tokenizer.device, self.dtype)
         self.weights: dict[str, Weights] = {}
-        self.opened: dict[str, Opened] = {}
+        self.opened: dict[str, LoadedModel] = {}
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="models")
         for name, path in zip(call_models(paths, names), paths, strict=True):
             network, info = open_model(path)
@@ -124,8 +124,8 @@ class Shelf:
         )
         return self.weights[name]
 
-    def _opened(self, weights: Weights, network: Transformer, info: ModelInfo) -> Opened:
-        return Opened(weights, network.to(self.device), info, self.dtype)
+    def _opened(self, weights: Weights, network: Transformer, info: ModelInfo) -> LoadedModel:
+        return LoadedModel(weights, network.to(self.device), info, self.dtype)
 
     @property
     def names(self) -> list[str]:
@@ -138,7 +138,7 @@ class Shelf:
             raise UserError(f"no weights are called {name!r}: choose one of {', '.join(self.names)}")
         return self.weights[name]
 
-    def open(self, name: str) -> Opened:
+    def open(self, name: str) -> LoadedModel:
         """The weights in memory; call it in the models' thread."""
         if name not in self.opened:
             weights = self.find(name)

@@ -13,13 +13,13 @@ from torch import Tensor
 
 from st_ar.data.store import TokenStore
 from st_ar.demo.inputs import whole
-from st_ar.demo.models import Opened
+from st_ar.demo.models import LoadedModel
 from st_ar.errors import UserError
 from st_ar.evaluation.attention import weights_by_layer
 from st_ar.evaluation.probe_classifiers import ShallowClassifiers, require_sklearn
 from st_ar.evaluation.probe_features import uniform_steps
 from st_ar.figures import require_matplotlib
-from st_ar.randomness import Purpose, numpy_generator
+from st_ar.randomness import RandomStream, numpy_generator
 
 KEPT = 4
 """Readings that are kept, so that clicks on one image are answered at once."""
@@ -69,7 +69,7 @@ class Readings:
     def __init__(self) -> None:
         self.kept: OrderedDict[tuple[str, str, int], Reading] = OrderedDict()
 
-    def read(self, opened: Opened, tokens: Tensor, label: int) -> Reading:
+    def read(self, opened: LoadedModel, tokens: Tensor, label: int) -> Reading:
         """Read an image's tokens int64 [T]; `label` is its class, or the null class. Call it in the models' thread."""
         key = opened.weights.name, hashlib.sha256(tokens.numpy().tobytes()).hexdigest(), label
         found = self.kept.pop(key, None)
@@ -80,7 +80,7 @@ class Readings:
 
 
 @torch.no_grad()
-def _read(opened: Opened, tokens: Tensor, label: int) -> Reading:
+def _read(opened: LoadedModel, tokens: Tensor, label: int) -> Reading:
     network, config = opened.network, opened.weights.config
     if tokens.shape != (config.sequence_length,) or int(tokens.min()) < 0 or int(tokens.max()) >= config.vocab_size:
         raise UserError(
@@ -129,7 +129,7 @@ class Guesser:
         UserError: scikit-learn is missing, a store of other tokens or without classes, or a model that knows no null class.
     """
 
-    def __init__(self, opened: Opened, store: TokenStore, images: int) -> None:
+    def __init__(self, opened: LoadedModel, store: TokenStore, images: int) -> None:
         config = opened.weights.config
         require_sklearn()
         store.check_model(config, opened.info.tokenizer)
@@ -142,7 +142,7 @@ class Guesser:
         self.opened, self.store = opened, store
         self.layer = max(1, config.n_layers // 2)
         self.steps = uniform_steps(config.sequence_length, min(STEPS, config.sequence_length))
-        self.images = np.sort(numpy_generator(0, Purpose.PROBE).permutation(len(store))[:images])
+        self.images = np.sort(numpy_generator(0, RandomStream.PROBE).permutation(len(store))[:images])
         self.classify: ShallowClassifiers | None = None
 
     def guess(self, tokens: Tensor, count: int = 3) -> Generator[Guesses, None, None]:

@@ -15,7 +15,7 @@ from st_ar.demo.setup import Setup
 from st_ar.demo.tabs import BESIDE, gr, told
 from st_ar.errors import UserError, cause
 from st_ar.figures import Drawing, line_chart
-from st_ar.settings import fits
+from st_ar.settings import matches_type
 from st_ar.training.run import read_log
 
 POINTS = 400
@@ -81,7 +81,7 @@ def read_history(run: Path, name: str) -> History:
         if series:
             few = all(len(xs) <= 12 for xs, _ in series.values())
             charts[title] = line_chart(series, name=f"{title} of {name}", x="optimizer step", y=axis, markers=few)
-    speeds = [entry["tokens_per_second"] for entry in log if fits(entry.get("tokens_per_second"), float)]
+    speeds = [entry["tokens_per_second"] for entry in log if matches_type(entry.get("tokens_per_second"), float)]
     return History(
         name=name,
         step=log[-1]["step"],
@@ -95,7 +95,7 @@ def read_history(run: Path, name: str) -> History:
 def _points(log: Sequence[dict[str, Any]], key: str) -> tuple[list[float], list[float]]:
     """Steps and values of what was logged under a name."""
     factor = 100 if key in PERCENT else 1
-    found = [(float(entry["step"]), factor * entry[key]) for entry in log if fits(entry.get(key), float)]
+    found = [(float(entry["step"]), factor * entry[key]) for entry in log if matches_type(entry.get(key), float)]
     stride = -(-len(found) // POINTS)
     kept = found[::-1][:: max(1, stride)][::-1]  # the last one stays
     return [x for x, _ in kept], [y for _, y in kept]

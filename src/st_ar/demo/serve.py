@@ -16,7 +16,7 @@ from urllib.parse import parse_qs
 
 from st_ar.demo import html
 from st_ar.demo.inputs import MOST_BYTES
-from st_ar.demo.models import Shelf
+from st_ar.demo.models import ModelPool
 from st_ar.demo.runs_tab import runs_tab
 from st_ar.demo.setup import Setup
 from st_ar.demo.tabs import compare_tab, generate_tab, gr
@@ -104,7 +104,7 @@ FORGET = 3600
 """Seconds after which files of the page's pictures and uploads are removed."""
 
 
-def describe(shelf: Shelf) -> str:
+def describe(shelf: ModelPool) -> str:
     """The weights that the page offers, those of one shape together, and what draws with them."""
     shapes: dict[str, list[str]] = {}
     for name in shelf.names:

@@ -11,13 +11,13 @@ from torch import Tensor
 
 from st_ar.data.store import TokenStore
 from st_ar.demo.inputs import cut_upload, decode_upload
-from st_ar.demo.models import Shelf
+from st_ar.demo.models import ModelPool
 from st_ar.demo.reading import Guesser, Guesses, Reading, Readings
 from st_ar.errors import UserError
 from st_ar.evaluation.attention import center_crops
 from st_ar.model.weights import call_models
 from st_ar.quickstart import METHODS
-from st_ar.tokenizer import paint, to_pixels
+from st_ar.tokenizer import decode_to_images, to_pixels
 from st_ar.training.run import trained_config
 
 
@@ -38,7 +38,7 @@ class Seen:
 class Setup:
     """All of it, shared by every visitor of the page."""
 
-    shelf: Shelf
+    shelf: ModelPool
     store: TokenStore | None = None
     """Images to look at."""
     probe_store: TokenStore | None = None
@@ -82,7 +82,9 @@ class Setup:
         return self._seen("the uploaded image, as the tokenizer has it", codes.flatten(), None)
 
     def _seen(self, title: str, tokens: Tensor, label: int | None) -> Seen:
-        return Seen(title=title, tokens=tokens, label=label, picture=paint(self.shelf.tokenizer, tokens[None])[0])
+        return Seen(
+            title=title, tokens=tokens, label=label, picture=decode_to_images(self.shelf.tokenizer, tokens[None])[0]
+        )
 
     def read(self, name: str, seen: Seen, label: int) -> Reading:
         """What some weights do as they read an image of that class."""
@@ -124,7 +126,7 @@ def quickstart_setup(folder: Path, *, device: str, dtype: str, probe_images: int
         quickstart(folder)
     runs = {name: folder / METHODS[name].folder for name in ("AR", "ST-AR")}
     return Setup(
-        shelf=Shelf(list(runs.values()), folder / "tokenizer", names=list(runs), device=device, dtype=dtype),
+        shelf=ModelPool(list(runs.values()), folder / "tokenizer", names=list(runs), device=device, dtype=dtype),
         store=open_store(folder / "tokens-test"),
         probe_store=open_store(folder / "tokens-train"),
         probe_images=probe_images,

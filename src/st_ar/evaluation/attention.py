@@ -14,7 +14,7 @@ from st_ar.data.store import TokenStore
 from st_ar.errors import UserError
 from st_ar.model.transformer import Transformer, attention_bias, attention_weights
 from st_ar.progress import progress
-from st_ar.randomness import Purpose, torch_generator
+from st_ar.randomness import RandomStream, torch_generator
 from st_ar.selfguided.objective import random_key_mask, show_own_position
 
 WEIGHTS_AT_ONCE = 2**23
@@ -152,7 +152,7 @@ class ImageMasks:
         """True where attention may not look: bool [n, T], or [n, T, T] where each query sees its own token; None for no mask."""
         if self.ratio == 0:
             return None
-        generators = [torch_generator(self.seed, Purpose.KEY_MASK, image) for image in images]
+        generators = [torch_generator(self.seed, RandomStream.KEY_MASK, image) for image in images]
         mask = torch.cat([random_key_mask(1, length, self.ratio, generator) for generator in generators])
         return mask if self.own_position else show_own_position(mask)
 

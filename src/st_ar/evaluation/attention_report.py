@@ -23,17 +23,17 @@ from st_ar.evaluation.attention import (
     store_maps,
 )
 from st_ar.figures import Drawing, attention_figure, line_chart, require_matplotlib
-from st_ar.files import folder_aside, require_absent, require_place, write_csv, write_json
+from st_ar.files import atomic_folder, require_absent, require_place, write_csv, write_json
 from st_ar.hardware import choose_device
 from st_ar.model.transformer import Transformer
-from st_ar.model.weights import Subject, check_store, find_subjects
+from st_ar.model.weights import EvalModel, check_store, open_eval_models
 from st_ar.progress import progress
 from st_ar.report import Chart, Section, Table, require_reports, write_report
-from st_ar.tokenizer import Tokenizer, paint, place_tokenizer
+from st_ar.tokenizer import Tokenizer, decode_to_images, open_tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
-class Chosen:
+class AttentionOptions:
     """What to draw and to average."""
 
     layers: tuple[int, ...] = ()
@@ -48,7 +48,7 @@ class Chosen:
     """Images to average over, evenly spaced in the store; all if it has fewer."""
     masks: ImageMasks = NO_MASKS
 
-    def resolved(self, configs: Mapping[str, ModelConfig], store: TokenStore) -> "Chosen":
+    def resolved(self, configs: Mapping[str, ModelConfig], store: TokenStore) -> "AttentionOptions":
         """With every default and all written out, each value once; layers and steps ascending.
 
         Raises:
@@ -95,7 +95,7 @@ def report_attention(
     tokens: Path,
     tokenizer: Path,
     out: Path,
-    chosen: Chosen | None = None,
+    chosen: AttentionOptions | None = None,
     *,
     names: Sequence[str] = (),
     ema: bool = False,
@@ -120,15 +120,15 @@ def report_attention(
     require_place(out)
     require_matplotlib()
     require_reports()
-    subjects = find_subjects(paths, names, "ema" if ema else "live")
+    subjects = open_eval_models(paths, names, "ema" if ema else "live")
     for subject in subjects:
         subject.info.config.require_classes("st-ar attention")
     store, painter = _open_images(tokens, tokenizer, subjects, device)
-    chosen = (chosen or Chosen()).resolved({subject.name: subject.info.config for subject in subjects}, store)
+    chosen = (chosen or AttentionOptions()).resolved({subject.name: subject.info.config for subject in subjects}, store)
     place = choose_device(device)
     models = {subject.name: subject.open().to(place) for subject in subjects}
     averaged = [number * len(store) // chosen.average for number in range(chosen.average)]
-    looked = Looked(
+    looked = AttentionResults(
         subjects=subjects,
         models=models,
         store=store,
@@ -139,8 +139,8 @@ def report_attention(
         averaged=chosen.average,
         masks=chosen.masks,
     )
-    pictures = paint(painter, center_crops(store, chosen.images)[0])
-    with folder_aside(out) as folder:
+    pictures = decode_to_images(painter, center_crops(store, chosen.images)[0])
+    with atomic_folder(out) as folder:
         write_statistics(folder, looked)
         maps = write_maps(
             folder, looked, pictures, images=chosen.images, layers=chosen.layers, heads=chosen.heads, steps=chosen.steps
@@ -150,7 +150,7 @@ def report_attention(
 
 
 def _open_images(
-    tokens: Path, tokenizer: Path, subjects: Sequence[Subject], device: str
+    tokens: Path, tokenizer: Path, subjects: Sequence[EvalModel], device: str
 ) -> tuple[TokenStore, Tokenizer]:
     """A store that every model can read, and its tokenizer."""
     store = TokenStore(tokens)
@@ -159,7 +159,7 @@ def _open_images(
             check_store(subject.info, store)
         except UserError as error:
             raise UserError(f"{subject.name} cannot read the images: {error}") from error
-    painter = place_tokenizer(tokenizer, device, "float32")
+    painter = open_tokenizer(tokenizer, device, "float32")
     if painter.fingerprint != store.meta.tokenizer:
         raise UserError(
             f"{tokens} was made by tokenizer {store.meta.tokenizer[:12]}, {tokenizer} is {painter.fingerprint[:12]}: "
@@ -185,10 +185,10 @@ WORDS = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Looked:
+class AttentionResults:
     """Models, what they read, and what they looked at."""
 
-    subjects: Sequence[Subject]
+    subjects: Sequence[EvalModel]
     models: Mapping[str, Transformer]
     """By the subjects' names."""
     store: TokenStore
@@ -234,7 +234,7 @@ def _cells(averaged: Averaged) -> list[str]:
     return cells
 
 
-def write_statistics(out: Path, looked: Looked) -> None:
+def write_statistics(out: Path, looked: AttentionResults) -> None:
     """Write statistics.json, with what was read by which weights, and statistics.csv, a line for each layer and head."""
     models = {
         subject.name: {
@@ -264,7 +264,7 @@ def _numbers(averaged: Averaged) -> list[float | None]:
 
 def write_maps(
     out: Path,
-    looked: Looked,
+    looked: AttentionResults,
     pictures: np.ndarray,
     *,
     images: Sequence[int],
@@ -311,7 +311,7 @@ def _masked(mask: Tensor | None) -> np.ndarray | None:
     return (mask if mask.dim() == 3 else mask[:, None].expand(-1, mask.shape[1], -1)).numpy()
 
 
-def write_curves(out: Path, looked: Looked) -> list[Chart]:
+def write_curves(out: Path, looked: AttentionResults) -> list[Chart]:
     """Draw each statistic over the layers, a line for each model and a band of one standard deviation."""
     depth = max(max(layers) for layers in looked.statistics.values())
     ticks = range(1, depth + 1, -(-depth // 12))
@@ -337,7 +337,7 @@ def _save(out: Path, name: str, drawing: Drawing) -> str:
     return drawing.svg()
 
 
-def write_page(out: Path, looked: Looked, maps: Sequence[Section], curves: Sequence[Chart]) -> None:
+def write_page(out: Path, looked: AttentionResults, maps: Sequence[Section], curves: Sequence[Chart]) -> None:
     """Write attention.html."""
     images = "one image" if looked.averaged == 1 else f"{looked.averaged:,} images"
     spread = "" if looked.averaged == 1 else " ± is the standard deviation from image to image."
@@ -359,7 +359,7 @@ def write_page(out: Path, looked: Looked, maps: Sequence[Section], curves: Seque
     write_report(out / "attention.html", title=looked.title, lead=lead, sections=sections)
 
 
-def _sources(looked: Looked) -> list[str]:
+def _sources(looked: AttentionResults) -> list[str]:
     meta = looked.store.meta
     store = (
         f"Images: {looked.averaged:,} of the {len(looked.store):,} of {looked.store.folder}, evenly spaced; the centre crop "

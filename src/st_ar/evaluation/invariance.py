@@ -22,7 +22,7 @@ from st_ar.config import InvarianceSettings
 from st_ar.errors import UserError
 from st_ar.evaluation.generation.image_sets import Pictures, open_pictures
 from st_ar.figures import Drawing, TwoViews, embedded, line_chart, require_matplotlib, views_figure
-from st_ar.files import folder_aside, require_absent, require_place, write_csv, write_json
+from st_ar.files import atomic_folder, require_absent, require_place, write_csv, write_json
 from st_ar.hardware import describe
 from st_ar.progress import progress
 from st_ar.report import Chart, Section, Table, identified, write_report
@@ -311,7 +311,7 @@ def measure_invariance(
             titles=("view A", f"view B (+{shown_shift}, +{shown_shift} px)"),
             name=f"two views of an image, {shown_shift} pixels apart each way",
         )
-    with folder_aside(out) as folder:
+    with atomic_folder(out) as folder:
         _write_table(folder / TABLE, result)
         write_json(folder / FILE, result)
         for file, drawing in drawings.items():

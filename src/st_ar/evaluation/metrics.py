@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from st_ar.distributed import total
+from st_ar.distributed import all_reduce_sum
 from st_ar.errors import UserError
 from st_ar.hardware import full_precision
 
@@ -73,10 +73,10 @@ class FeatureStatistics:
     def reduce(self) -> None:
         """Take over what all ranks have seen; every rank has to call it."""
         self._flush()
-        count = total(torch.tensor([self.count], device=self._mean.device))
-        mean = total(self._mean * self.count) / count.clamp(min=1)
+        count = all_reduce_sum(torch.tensor([self.count], device=self._mean.device))
+        mean = all_reduce_sum(self._mean * self.count) / count.clamp(min=1)
         apart = self._mean - mean
-        self._squares = total(self._squares.addr_(apart, apart, alpha=self.count))
+        self._squares = all_reduce_sum(self._squares.addr_(apart, apart, alpha=self.count))
         self._mean, self.count = mean, int(count)
 
     def result(self) -> Gaussian:
@@ -121,7 +121,7 @@ class InceptionScore:
 
     def reduce(self) -> None:
         """Take over what all ranks have seen; every rank has to call it."""
-        self._sums, self._entropy, self._counts = map(total, (self._sums, self._entropy, self._counts))
+        self._sums, self._entropy, self._counts = map(all_reduce_sum, (self._sums, self._entropy, self._counts))
 
     def result(self) -> float:
         """Mean over the splits of exp of the mean of KL(p(y|x) || p(y)) (arXiv 1606.03498)."""

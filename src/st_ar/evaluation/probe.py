@@ -29,7 +29,7 @@ from st_ar.evaluation.probe_classifiers import (
 from st_ar.evaluation.probe_features import (
     FeatureCache,
     Features,
-    Reading,
+    FeatureSpec,
     describe_features,
     extract_features,
     uniform_steps,
@@ -37,7 +37,7 @@ from st_ar.evaluation.probe_features import (
 from st_ar.figures import COLOURS, Drawing, line_chart
 from st_ar.hardware import describe
 from st_ar.model.transformer import Transformer
-from st_ar.model.weights import Subject, check_store
+from st_ar.model.weights import EvalModel, check_store
 from st_ar.report import Chart, Section, Table, identified, write_report
 
 ROWS = 16384
@@ -132,9 +132,9 @@ def choose_reading(
     steps: Sequence[int] | None = None,
     train_crops: Sequence[int] | None = None,
     dtype: torch.dtype = torch.float32,
-) -> tuple[Reading, tuple[Sequence[int], Sequence[int]]]:
+) -> tuple[FeatureSpec, tuple[Sequence[int], Sequence[int]]]:
     """What a probe reads, and the crops of either store; arguments and errors as for `probe_layers`."""
-    reading = Reading(
+    reading = FeatureSpec(
         layers=[max(1, config.n_layers // 2)] if layers is None else layers,
         steps=uniform_steps(config.sequence_length) if steps is None else steps,
         dtype=dtype,
@@ -252,14 +252,14 @@ FORMAT_VERSION = 1
 
 
 def choose_subjects_reading(
-    subject: Subject,
+    subject: EvalModel,
     train_store: TokenStore,
     test_store: TokenStore,
     layers: Sequence[int] | Literal["all"],
     steps: Sequence[int],
     train_crops: Sequence[int] | None,
     dtype: torch.dtype,
-) -> Reading:
+) -> FeatureSpec:
     """What is read of a model; no layers or steps stand for those that `choose_reading` takes by default.
 
     Raises:
@@ -290,7 +290,7 @@ def choose_subjects_reading(
 class Probed:
     """One layer of some weights, probed."""
 
-    subject: Subject
+    subject: EvalModel
     result: ProbeResult
 
 

@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from st_ar.errors import UserError
-from st_ar.hardware import moved
+from st_ar.hardware import to_device
 from st_ar.progress import progress
-from st_ar.randomness import Purpose, torch_generator
+from st_ar.randomness import RandomStream, torch_generator
 from st_ar.settings import require_most, require_types
 
 
@@ -123,7 +123,7 @@ class Classifiers:
         self.norm.train()
         x = self._normalised(features)
         logits = torch.baddbmm(self.biases[:, None], x, self.weights.transpose(1, 2))  # (S, n, C)
-        error = (logits.softmax(-1) - F.one_hot(moved(labels, x.device), self.num_classes)) / len(labels)
+        error = (logits.softmax(-1) - F.one_hot(to_device(labels, x.device), self.num_classes)) / len(labels)
         gradients = (error.transpose(1, 2) @ x, error.sum(1))  # of the mean cross-entropy
         self.optimizer.step(gradients, lr)
 
@@ -158,7 +158,7 @@ def hold(features: np.ndarray, device: torch.device, rows: int = 4096) -> Tensor
 def read_rows(features: np.ndarray | Tensor, rows: Tensor) -> Tensor:
     """Rows [n] of features [N, S, D], float32 [n, S, D], where the features are; of a file they are read in its order."""
     if isinstance(features, Tensor):
-        return features[moved(rows, features.device)]
+        return features[to_device(rows, features.device)]
     ordered, order = rows.sort()
     found = np.empty((len(rows), *features.shape[1:]), np.float32)
     found[order.numpy()] = features[ordered.numpy()]
@@ -189,11 +189,11 @@ def fit_classifiers(
     count, steps, dim = layers[0].shape
     if count < 2:
         raise UserError(f"{count} training images are too few for a probe: its batch norm needs at least 2")
-    generator = torch_generator(config.seed, Purpose.PROBE)
+    generator = torch_generator(config.seed, RandomStream.PROBE)
     batch_size = min(config.batch_size, max(2, count // 32))
     weights = nn.init.trunc_normal_(torch.empty(steps, num_classes, dim), std=0.01, generator=generator)
     if mean_over_steps:  # from a generator of its own: the others' draws stay what they are
-        own = torch_generator(config.seed, Purpose.PROBE, 1)
+        own = torch_generator(config.seed, RandomStream.PROBE, 1)
         mean = nn.init.trunc_normal_(torch.empty(1, num_classes, dim), std=0.01, generator=own)
         weights = torch.cat([weights, mean])
     fitted = [Classifiers(weights.to(device), config, mean_over_steps=mean_over_steps) for _ in layers]

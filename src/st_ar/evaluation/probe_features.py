@@ -250,7 +250,7 @@ def batches(store: TokenStore, crops: Sequence[int], batch_size: int) -> Iterato
 
 
 @dataclass(frozen=True, kw_only=True)
-class Reading:
+class FeatureSpec:
     """Which hidden states, and how they are computed."""
 
     layers: Sequence[int]
@@ -293,7 +293,7 @@ class Features:
 
 @torch.no_grad()
 def hidden_states(
-    model: Transformer, store: TokenStore, reading: Reading, crops: Sequence[int]
+    model: Transformer, store: TokenStore, reading: FeatureSpec, crops: Sequence[int]
 ) -> Iterator[dict[int, np.ndarray]]:
     """Batch by batch, crop by crop, the states of each layer at the steps: float32 [n, S, D]."""
     assert not model.training
@@ -314,7 +314,7 @@ def hidden_states(
 
 
 def describe_features(
-    config: ModelConfig, weights: str, store: TokenStore, crops: Sequence[int], reading: Reading
+    config: ModelConfig, weights: str, store: TokenStore, crops: Sequence[int], reading: FeatureSpec
 ) -> dict[int, Entry]:
     """All that each layer's features depend on but for rounding; `weights` is the SHA-256 of the model's file."""
     common = {
@@ -332,7 +332,7 @@ def describe_features(
 def extract_features(
     model: Transformer,
     store: TokenStore,
-    reading: Reading,
+    reading: FeatureSpec,
     *,
     crops: Sequence[int] = (0,),
     cache: FeatureCache | None = None,

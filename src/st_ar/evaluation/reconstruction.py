@@ -13,13 +13,13 @@ from torch import Tensor
 
 from st_ar.data.loading import decode
 from st_ar.data.source import ImageSource
-from st_ar.distributed import joined, total
+from st_ar.distributed import all_gather_ragged, all_reduce_sum
 from st_ar.errors import UserError
-from st_ar.evaluation.generation.features import Extractor, Place, batches, content_hash
+from st_ar.evaluation.generation.features import Compute, Extractor, batches, content_hash
 from st_ar.evaluation.generation.image_sets import ImageSet, image_digest
 from st_ar.evaluation.metrics import FeatureStatistics, frechet_distance
 from st_ar.figures import strip
-from st_ar.files import written_aside
+from st_ar.files import atomic_write
 from st_ar.hardware import describe
 from st_ar.progress import progress
 from st_ar.tokenizer import Tokenizer, to_pixels, to_uint8
@@ -93,7 +93,7 @@ class FaithfulnessMeter:
 
     def reduce(self, device: torch.device | str = "cpu") -> None:
         """Take over what all ranks have seen, by way of their devices; every rank has to call it."""
-        self._codes, self._sums = (total(tensor.to(device)).cpu() for tensor in (self._codes, self._sums))
+        self._codes, self._sums = (all_reduce_sum(tensor.to(device)).cpu() for tensor in (self._codes, self._sums))
 
     @property
     def count(self) -> int:
@@ -150,7 +150,7 @@ def save_picture(path: Path, images: np.ndarray, made: np.ndarray, count: int = 
     chosen = np.linspace(0, len(images) - 1, shown).astype(int)
     rows = [chosen[start : start + columns] for start in range(0, shown, columns)]
     pairs = np.concatenate([pixels[row] for row in rows for pixels in (images, made)])
-    with written_aside(path) as aside:
+    with atomic_write(path) as aside:
         Image.fromarray(strip(pairs, min(columns, shown))).save(aside, format="PNG")
 
 
@@ -171,10 +171,10 @@ class _Picture:
             if index in self.wanted:
                 self.found.append((index, torch.stack([images[place], made[place].cpu()])))
 
-    def save(self, path: Path, size: tuple[int, int], place: Place) -> None:
+    def save(self, path: Path, size: tuple[int, int], place: Compute) -> None:
         indices = torch.tensor([index for index, _ in self.found], dtype=torch.int64)
         pairs = torch.stack([pair for _, pair in self.found]) if self.found else torch.empty(0, 2, *size, 3).byte()
-        indices, pairs = (joined(tensor.to(place.device)).cpu() for tensor in (indices, pairs))
+        indices, pairs = (all_gather_ragged(tensor.to(place.device)).cpu() for tensor in (indices, pairs))
         if place.ranks.rank == 0 and len(pairs):
             images, made = pairs[indices.argsort()].unbind(1)
             save_picture(path, images.numpy(), made.numpy(), SHOWN)
@@ -185,7 +185,7 @@ def measure_tokenizer(
     tokenizer: Tokenizer,
     images: ImageSet,
     extractor: Extractor | None,
-    place: Place,
+    place: Compute,
     *,
     picture: Path | None = None,
     folder: Path | None = None,

@@ -17,7 +17,7 @@ from st_ar.errors import UserError
 from st_ar.model.transformer import Block, Transformer, attention_bias
 
 
-class Decoder:
+class CachedDecoder:
     """Gives the logits of `Transformer.forward`, in evaluation, without ever running it.
 
     Args:

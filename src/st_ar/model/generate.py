@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from st_ar.config import SampleSettings
 from st_ar.errors import UserError
-from st_ar.model.decoder import Decoder
+from st_ar.model.decoder import CachedDecoder
 from st_ar.model.transformer import Transformer
 
 
@@ -77,7 +77,7 @@ class TokenSampler:
         assert self.settings.cfg_scale is not None
         self.is_guided = self.settings.cfg_scale > 1
         total = config.sequence_length
-        self.decoder = Decoder(model, 2 * batch if self.is_guided else batch, compiled=compiled)
+        self.decoder = CachedDecoder(model, 2 * batch if self.is_guided else batch, compiled=compiled)
         self.tokens = torch.zeros(batch, total, dtype=torch.int64, device=device)
         self.noise = torch.zeros(batch, total, device=device)
         scales = [guidance_scale(self.settings, position, total) for position in range(total)]

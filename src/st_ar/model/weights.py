@@ -13,9 +13,9 @@ from torch import Tensor
 from st_ar.config import ModelConfig
 from st_ar.data.store import TokenStore
 from st_ar.errors import UserError
-from st_ar.files import read_json, read_safetensors, read_tensors, save_tensors, sha256, write_json, written_aside
+from st_ar.files import atomic_write, read_json, read_safetensors, read_tensors, save_tensors, sha256, write_json
 from st_ar.model.transformer import Transformer
-from st_ar.settings import differences, fits, from_dict, to_dict
+from st_ar.settings import differences, from_dict, matches_type, to_dict
 
 FORMAT_VERSION = 1
 LIVE, EMA = "model.safetensors", "ema.safetensors"
@@ -173,7 +173,7 @@ def read_card(card: Path) -> dict[str, Any]:
     if saved.get("format_version") != FORMAT_VERSION or "model" not in saved:
         raise UserError(f"{card} has format {saved.get('format_version')}; this st-ar reads {FORMAT_VERSION}")
     for name, kind in CARD.items():
-        if name in saved and not fits(saved[name], kind):
+        if name in saved and not matches_type(saved[name], kind):
             raise UserError(
                 f"{card} is damaged: {name} is {saved[name]!r}; copy it again, or export it again from its run"
             )
@@ -212,12 +212,12 @@ def load_model(path: Path | str, *, ema: bool = False, grid: int | None = None) 
 
 def save_llamagen(path: Path, tensors: dict[str, Tensor]) -> None:
     """Write a .pt file that LlamaGen's own scripts load: the weights under "model", with its parameter names."""
-    with written_aside(path) as aside:
+    with atomic_write(path) as aside:
         torch.save({"model": {name: tensor.detach().contiguous() for name, tensor in tensors.items()}}, aside)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Subject:
+class EvalModel:
     """Weights to be measured."""
 
     name: str
@@ -272,9 +272,9 @@ def _place(path: Path) -> Path:
     return place.parent if place.name == "export" else place
 
 
-def find_subjects(
+def open_eval_models(
     models: Sequence[Path], names: Sequence[str], weights: Literal["live", "ema", "both"], *, ema: bool = False
-) -> list[Subject]:
+) -> list[EvalModel]:
     """The weights of some models, read once to be sure that they can be; averaged ones say so in their names, if those were not given.
 
     Args:
@@ -287,14 +287,14 @@ def find_subjects(
         raise UserError("--ema is short for --weights ema: leave it out for both")
     wanted = {"live": [False], "ema": [True], "both": [False, True]}["ema" if ema else weights]
     called = call_models(models, names)
-    found: list[Subject] = []
+    found: list[EvalModel] = []
     for path, name in zip(models, called, strict=True):
         for averaged in wanted:
             info = open_model(path, ema=averaged)[1]
             label = name if not info.ema or (names and weights != "both") else f"{name} (EMA)"
             if any(label == subject.name for subject in found):
                 raise UserError(f"two models are called {label}: give different --names, and each model once")
-            found.append(Subject(name=label, info=info, sha256=sha256(info.source)))
+            found.append(EvalModel(name=label, info=info, sha256=sha256(info.source)))
     return found
 
 

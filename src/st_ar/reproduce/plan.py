@@ -15,7 +15,7 @@ from st_ar.files import read_json, write_json
 from st_ar.hardware import run_bytes, training_flops
 from st_ar.report import Spread
 from st_ar.reproduce.paper import Experiment, Recipe, Row, Scale, options
-from st_ar.settings import fits
+from st_ar.settings import matches_type
 from st_ar.training.run import read_log, seconds_per_step, trained_config
 
 TOKENS, TIME = "tokens read (M)", "training (min)"
@@ -54,7 +54,7 @@ def measurements(files: Files, metrics: Sequence[str]) -> dict[str, Spread]:
     for weights, paths in files.evaluations.items():
         for path in paths:
             numbers = read_json(path, "an evaluation").get("metrics")
-            if not fits(numbers, dict[str, float]):
+            if not matches_type(numbers, dict[str, float]):
                 raise UserError(f"{path} has no metrics that are numbers: remove it, and the evaluation is made again")
             for name, value in numbers.items():
                 if name.startswith("F") or name.split(" ")[0].lower() in metrics:  # FID, FD-..
@@ -80,7 +80,11 @@ def probe_curve(path: Path) -> tuple[list[float], list[float]]:
     """Tokens read, and the share of right guesses after each."""
     result = _first_result(path, "a probe")
     steps, shares = result.get("steps"), result.get("top1")
-    if not fits(steps, list[float]) or not fits(shares, list[float]) or not 0 < len(steps) == len(shares):
+    if (
+        not matches_type(steps, list[float])
+        or not matches_type(shares, list[float])
+        or not 0 < len(steps) == len(shares)
+    ):
         raise UserError(f"{path} has no shares of right guesses by step: remove it, and the probe is made again")
     return list(map(float, steps)), list(map(float, shares))
 
@@ -88,7 +92,7 @@ def probe_curve(path: Path) -> tuple[list[float], list[float]]:
 def likelihood(path: Path) -> float:
     """The validation loss."""
     loss = _first_result(path, "a likelihood").get("loss")
-    if not fits(loss, float):
+    if not matches_type(loss, float):
         raise UserError(f"{path} has no loss: remove it, and it is measured again")
     return float(loss)
 
@@ -97,18 +101,22 @@ def attention(folder: Path) -> dict[str, float]:
     """What the layer at half depth looks at, averaged over heads and images, as the columns of `st-ar attention` name it."""
     path = folder / "statistics.json"
     models = read_json(path, "what `st-ar attention` has written").get("models")
-    layers = next(iter(models.values())).get("layers") if fits(models, dict[str, dict[str, Any]]) and models else None
-    if fits(layers, dict[str, dict[str, Any]]):
+    layers = (
+        next(iter(models.values())).get("layers")
+        if matches_type(models, dict[str, dict[str, Any]]) and models
+        else None
+    )
+    if matches_type(layers, dict[str, dict[str, Any]]):
         found: Any = layers.get(str(max(1, len(layers) // 2)), {}).get("over_heads", {})
         means: Any = found.get("mean") if isinstance(found, dict) else None
-        if fits(means, dict[str, float]) and set(STATISTICS) <= set(means):
+        if matches_type(means, dict[str, float]) and set(STATISTICS) <= set(means):
             return {column: float(means[name]) for column, name in zip(COLUMNS, STATISTICS, strict=True)}
     raise UserError(f"{path} has no statistics of a layer: remove {folder}, and they are made again")
 
 
 def _first_result(path: Path, what: str) -> dict[str, Any]:
     results = read_json(path, what).get("results")
-    return results[0] if fits(results, list[dict[str, Any]]) and results else {}
+    return results[0] if matches_type(results, list[dict[str, Any]]) and results else {}
 
 
 def budgets(run: Path) -> tuple[float, float]:
@@ -177,7 +185,7 @@ def read_mark(path: Path) -> dict[str, Any]:
     """
     mark = read_json(path, "a stage")
     seconds = mark.get("seconds")
-    if not fits(mark.get("command"), list[str]) or not (seconds is None or fits(seconds, float)):
+    if not matches_type(mark.get("command"), list[str]) or not (seconds is None or matches_type(seconds, float)):
         raise UserError(
             f"{path} is damaged: it does not say what was done; remove it, and what it stands for, to do that again"
         )

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from st_ar.config import ModelConfig, SelfGuidedConfig
 from st_ar.model.transformer import Transformer
-from st_ar.randomness import Purpose, torch_generator
+from st_ar.randomness import RandomStream, torch_generator
 from st_ar.selfguided.losses import linear_next_token_loss, mim_loss, step_loss, view_loss
 
 
@@ -57,7 +57,7 @@ def ema_decay(config: SelfGuidedConfig, step: int) -> float:
     return min(config.ema_decay, (1 + step) / (10 + step)) if config.ema_warmup else config.ema_decay
 
 
-class Teacher(nn.Module):
+class EMATeacher(nn.Module):
     """A copy of the student that follows it. Its weights are also the run's EMA weights, with or without self-guidance."""
 
     def __init__(self, student: Transformer, config: SelfGuidedConfig) -> None:
@@ -65,7 +65,7 @@ class Teacher(nn.Module):
         self.config = config
         self.model = copy.deepcopy(student).eval().requires_grad_(False)
 
-    def train(self, mode: bool = True) -> "Teacher":  # noqa: ARG002
+    def train(self, mode: bool = True) -> "EMATeacher":  # noqa: ARG002
         """Stay in evaluation mode: the teacher has no dropout."""
         return super().train(False)
 
@@ -98,7 +98,7 @@ class Projector(nn.Sequential):
         super().__init__(*layers, nn.Linear(widths[-2], dim))
 
 
-class Draws(NamedTuple):
+class GuidanceSample(NamedTuple):
     """A step's random choices."""
 
     key_mask: Tensor | None
@@ -107,11 +107,11 @@ class Draws(NamedTuple):
     """The K positions of Eq. 5, int64 [K]; None in a step without self-guidance."""
 
 
-NO_GUIDANCE = Draws(None, None)
+NO_GUIDANCE = GuidanceSample(None, None)
 """What a plain step draws."""
 
 
-class Targets(NamedTuple):
+class TeacherFeatures(NamedTuple):
     """What the teacher saw, without gradients."""
 
     last: Tensor | None
@@ -143,11 +143,11 @@ class SelfGuided(nn.Module):
             Projector(model.config.dim, config.projector_hidden, config.projector_depth) if config.contrast else None
         )
 
-    def teach(self, teacher: Teacher, tokens: Tensor, labels: Tensor, positions: Tensor | None) -> Targets:
+    def teach(self, teacher: EMATeacher, tokens: Tensor, labels: Tensor, positions: Tensor | None) -> TeacherFeatures:
         """The teacher's unmasked pass over tokens [B, M, T] with the student's labels [B, ..]. No gradient, no output head."""
         config = self.config
         if not config.needs_teacher or positions is None:
-            return Targets(None, None)
+            return TeacherFeatures(None, None)
         wanted = {layer for layer, on in ((self.last, config.alpha > 0), (self.mid, config.contrast)) if on}
         with torch.no_grad():
             states = teacher.model.features(*_sequences(tokens, labels), layers=wanted)
@@ -156,10 +156,16 @@ class SelfGuided(nn.Module):
         if last is not None and config.mim_features == "after_norm":
             last = teacher.model.norm(last)
         mid = states[self.mid].unflatten(0, views)[:, :, positions] if config.contrast else None
-        return Targets(last, mid)
+        return TeacherFeatures(last, mid)
 
     def forward(
-        self, tokens: Tensor, labels: Tensor, draws: Draws, targets: Targets, candidates: Tensor | None, offset: int
+        self,
+        tokens: Tensor,
+        labels: Tensor,
+        draws: GuidanceSample,
+        targets: TeacherFeatures,
+        candidates: Tensor | None,
+        offset: int,
     ) -> Losses:
         """The student's masked pass and Eq. 8.
 
@@ -201,7 +207,7 @@ def _sequences(tokens: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return tokens.flatten(0, 1)[:, :-1], labels.repeat_interleave(tokens.shape[1], dim=0)
 
 
-def draw(
+def sample_guidance(
     config: SelfGuidedConfig,
     model: ModelConfig,
     *,
@@ -210,13 +216,13 @@ def draw(
     seed: int,
     step: int,
     mine: slice = slice(None),
-) -> Draws:
+) -> GuidanceSample:
     """The choices of step `step` for its whole batch, a pure function of (seed, step); of them the part of the images `mine`."""
-    length, generator = model.sequence_length, torch_generator(seed, Purpose.POSITIONS, step)
+    length, generator = model.sequence_length, torch_generator(seed, RandomStream.POSITIONS, step)
     positions = random_positions(length, config.positions, generator, first=config.first_position)
     if config.mask_ratio == 0:
-        return Draws(None, positions)
-    generator = torch_generator(seed, Purpose.KEY_MASK, step)
+        return GuidanceSample(None, positions)
+    generator = torch_generator(seed, RandomStream.KEY_MASK, step)
     first, last, _ = mine.indices(images)
     rows = slice(first * views, last * views)
     key_mask = random_key_mask(
@@ -224,4 +230,4 @@ def draw(
     ).unflatten(0, (-1, views))
     if not config.mask_own_position:
         key_mask = show_own_position(key_mask.flatten(0, 1)).unflatten(0, key_mask.shape[:2])
-    return Draws(key_mask, positions)
+    return GuidanceSample(key_mask, positions)

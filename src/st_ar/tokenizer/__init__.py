@@ -80,13 +80,13 @@ def to_uint8(images: Tensor) -> Tensor:
     return (127.5 * images + 128).clamp(0, 255).permute(0, 2, 3, 1).to(torch.uint8)
 
 
-def paint(tokenizer: Tokenizer, tokens: Tensor) -> np.ndarray:
+def decode_to_images(tokenizer: Tokenizer, tokens: Tensor) -> np.ndarray:
     """Tokens [n, T] of square images as the tokenizer shows them: uint8 [n, H, W, 3]."""
     grid = math.isqrt(tokens.shape[1])
     return to_uint8(tokenizer.decode(tokens.cpu().unflatten(1, (grid, grid)))).numpy()
 
 
-def place_tokenizer(path: Path, device: str, dtype: str, compiled: bool = False) -> Tokenizer:
+def open_tokenizer(path: Path, device: str, dtype: str, compiled: bool = False) -> Tokenizer:
     """Load a tokenizer; a VQ network goes to `device`, under torchrun to the GPU of its local rank, and computes in `dtype`,
     perhaps `compiled`.
 

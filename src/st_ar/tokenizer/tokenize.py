@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from st_ar.data.loading import Decoder, open_decoder
+from st_ar.data.loading import ImageDecoder, open_decoder
 from st_ar.data.source import MAX_CLASSES, Crops, Example, ImageSource
 from st_ar.data.store import TokenStore
-from st_ar.data.store_writer import Skipped, StoreJob
+from st_ar.data.store_writer import Skipped, TokenStoreWriter
 from st_ar.distributed import Ranks
 from st_ar.errors import UserError
 from st_ar.progress import Pace, Progress, progress
@@ -70,7 +70,7 @@ def tokenize(
     }
     shards = None if source.count is None else -(-source.count // images_per_shard)
     expected = source.count if source.count is not None else source.expected
-    job = StoreJob(
+    job = TokenStoreWriter(
         out,
         verb="tokenize",
         settings=settings,
@@ -115,8 +115,8 @@ class _Work:
     source: ImageSource
     tokenizer: Tokenizer
     crops: Crops
-    job: StoreJob
-    decoder: Decoder
+    job: TokenStoreWriter
+    decoder: ImageDecoder
     bar: Progress
     batch_size: int
     images_per_shard: int

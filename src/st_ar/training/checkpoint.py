@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.tensor import DTensor
 
 from st_ar.config import TrainConfig
-from st_ar.distributed import from_first, host_group, place
+from st_ar.distributed import broadcast_from_rank0, get_rank, host_group
 from st_ar.errors import UserError
 from st_ar.model.weights import EMA, LIVE, exported_step, save_weights
 from st_ar.training.checkpoint_files import (
@@ -343,7 +343,7 @@ class _Background(threading.Thread):
             raise self._error
 
 
-class Keeper:
+class CheckpointExporter:
     """Saves and restores a run. All ranks call its methods together.
 
     Args:
@@ -365,14 +365,14 @@ class Keeper:
 
     def restore(self) -> int:
         """Load the newest whole checkpoint, and export it if the run was killed before that; its step, 0 if there is none."""
-        step = from_first(self.checkpoints.newest)
+        step = broadcast_from_rank0(self.checkpoints.newest)
         self.checkpoints.restore(step, self.state)
         measured = self.checkpoints.recorded(step, LOSS)
         late = [folder for folder in self._folders(step, measured) if exported_step(self.out / folder) != step]
-        if late := from_first(lambda: late):
+        if late := broadcast_from_rank0(lambda: late):
             tensors = self.state.tensors()
-            weights = tensors | whole_weights(tensors, keep=place() == 0)
-            if place() == 0:
+            weights = tensors | whole_weights(tensors, keep=get_rank() == 0)
+            if get_rank() == 0:
                 self._export(late, step, measured, weights)
         return step
 

@@ -10,22 +10,39 @@ import torch
 from torch import Tensor, nn
 
 from st_ar.config import TrainConfig, WatchConfig
-from st_ar.data.store import TokenStore, Views
+from st_ar.data.store import TokenBatches, TokenStore
 from st_ar.data.text import open_text
-from st_ar.distributed import Ranks, everyone, from_first, largest, mean, place, process_group, stop_on_signal
+from st_ar.distributed import (
+    Ranks,
+    all_gather,
+    all_reduce_max,
+    all_reduce_mean,
+    broadcast_from_rank0,
+    get_rank,
+    process_group,
+    stop_on_signal,
+)
 from st_ar.errors import Interrupted, UserError
 from st_ar.files import write_json
-from st_ar.hardware import choose_dtype, freed_memory_kept, moved, require_compiler
+from st_ar.hardware import choose_dtype, freed_memory_kept, require_compiler, to_device
 from st_ar.model.transformer import Transformer
 from st_ar.model.weights import exported_step
 from st_ar.progress import progress
-from st_ar.randomness import Purpose, torch_generator, torch_seed
-from st_ar.selfguided.objective import NO_GUIDANCE, Draws, Losses, SelfGuided, Teacher, draw
-from st_ar.training.checkpoint import Keeper, State, not_finite, require_finite
+from st_ar.randomness import RandomStream, torch_generator, torch_seed
+from st_ar.selfguided.objective import NO_GUIDANCE, EMATeacher, GuidanceSample, Losses, SelfGuided, sample_guidance
+from st_ar.training.checkpoint import CheckpointExporter, State, not_finite, require_finite
 from st_ar.training.inputs import Initial, Validation
 from st_ar.training.optim import adamw, clip_gradients, learning_rate
-from st_ar.training.parallel import choose_parallel, gradient_sync, spread, unshared
-from st_ar.training.run import alone, append_log, claim, describe_run, enough_memory, rewind_log, skipped_steps
+from st_ar.training.parallel import choose_parallel, gradient_sync, parallelize, unwrap
+from st_ar.training.run import (
+    append_log,
+    describe_run,
+    explain_out_of_memory,
+    lock_run,
+    open_run,
+    rewind_log,
+    skipped_steps,
+)
 from st_ar.training.watch import Watch
 
 
@@ -65,7 +82,7 @@ def train(
     given = (tokens, text, validation, init)
     with (
         process_group(config.device, config.rank_timeout) as (ranks, device),
-        enough_memory(config, ranks.world),
+        explain_out_of_memory(config, ranks.world),
         freed_memory_kept(),
         contextlib.ExitStack() as held,
     ):
@@ -109,7 +126,7 @@ def _train(
         require_compiler(device)
     total = config.total_steps(len(store))
     conditions = None if captions is None else partial(captions.features, text_tokens=config.model.text_tokens)
-    views = Views(
+    views = TokenBatches(
         store, batch_size=config.batch_size, views=config.views, seed=config.seed, conditions=conditions, ranks=ranks
     )
     validated = Validation(validation, store, config, out / "best")
@@ -120,29 +137,29 @@ def _train(
         data = {"tokens": store.describe()} | ({} if captions is None else {"text": captions.describe()})
         data |= validated.describe() | initial.describe()
         record = describe_run(config, data, dtype, preset)
-        claim(out, record, config, len(store), resume=resume, exported=exported_step(out / "export"))
-        held.enter_context(alone(out))
+        open_run(out, record, config, len(store), resume=resume, exported=exported_step(out / "export"))
+        held.enter_context(lock_run(out))
         return record
 
     watch = Watch(watching, config, out, store, captions, device, dtype)
-    record = from_first(begin)
+    record = broadcast_from_rank0(begin)
 
-    torch.manual_seed(torch_seed(config.seed, Purpose.INITIALISATION))
+    torch.manual_seed(torch_seed(config.seed, RandomStream.INITIALISATION))
     model = Transformer(config.model)
     initial.give(model)
-    teacher = Teacher(model, config.selfguided)
+    teacher = EMATeacher(model, config.selfguided)
     student = SelfGuided(model, config.selfguided).train()
-    called = spread(student, teacher, config, parallel, device, dtype)
+    called = parallelize(student, teacher, config, parallel, device, dtype)
     optimizer = adamw(student, config.optim)
     state = State({"student": student, "ema": teacher.model}, student, optimizer)
     about = {"preset": preset, "class_names": store.meta.class_names, "tokenizer": store.meta.tokenizer}
     about |= {"class_dropout": config.class_dropout} | ({} if captions is None else {"encoder": captions.encoder})
-    keeper = Keeper(out, config, state, validated, about)
+    keeper = CheckpointExporter(out, config, state, validated, about)
     start, checkpoints = keeper.restore(), keeper.checkpoints
     if first:
         write_json(out / "config.json", record)
         rewind_log(out / "log.jsonl", start)
-    skipped = from_first(lambda: skipped_steps(out / "log.jsonl"))
+    skipped = broadcast_from_rank0(lambda: skipped_steps(out / "log.jsonl"))
 
     tokens_per_step = config.batch_size * config.views * config.model.sequence_length
     clock, clock_step = time.perf_counter(), start
@@ -157,13 +174,13 @@ def _train(
         for step in range(start + 1, total + 1):
             log = watch.begin(step, total)
             batch, labels = views.batch(step - 1)
-            batch, labels = moved(batch, device), moved(labels, device)
+            batch, labels = to_device(batch, device), to_device(labels, device)
             null = model.cls_embedding.null(labels)
             labels = drop_labels(labels, null, config.class_dropout, seed=config.seed, step=step, ranks=ranks)
             choices = {"images": config.batch_size, "views": config.views, "seed": config.seed, "step": step}
             guided = config.selfguided.guides(step, total)
-            draws = draw(config.selfguided, config.model, **choices, mine=mine) if guided else NO_GUIDANCE
-            torch.manual_seed(torch_seed(config.seed, Purpose.DROPOUT, step, ranks.rank))
+            draws = sample_guidance(config.selfguided, config.model, **choices, mine=mine) if guided else NO_GUIDANCE
+            torch.manual_seed(torch_seed(config.seed, RandomStream.DROPOUT, step, ranks.rank))
 
             losses = backward(called, teacher, batch, labels, draws, config.accumulate, dtype)
             norm = clip_gradients(student.parameters(), config.optim.grad_clip)
@@ -195,7 +212,7 @@ def _train(
                 shown = " ".join(f"{name.removeprefix('loss_')} {value:.2f}" for name, value in parts.items() if value)
                 bar.note(f"{shown}, {speed / 1000:.1f}k tokens/s")
                 clock, clock_step = time.perf_counter(), step
-            stopping = largest(stop[0] if stop else 0)  # all ranks stop together
+            stopping = all_reduce_max(stop[0] if stop else 0)  # all ranks stop together
             due = step % config.checkpoint_every == 0 or step == total
             if due or stopping:
                 if not skipping:
@@ -225,13 +242,21 @@ def drop_labels(
     Drawn per image for the batch of all ranks, of which these are this one's.
     """
     ranks = ranks or Ranks()
-    drawn = torch.rand(len(labels) * ranks.world, generator=torch_generator(seed, Purpose.LABEL_DROPOUT, step)) < share
-    dropped = moved(drawn[ranks.share(len(drawn))], labels.device)
+    drawn = (
+        torch.rand(len(labels) * ranks.world, generator=torch_generator(seed, RandomStream.LABEL_DROPOUT, step)) < share
+    )
+    dropped = to_device(drawn[ranks.share(len(drawn))], labels.device)
     return torch.where(dropped.view(-1, *[1] * (labels.dim() - 1)), null, labels)
 
 
 def backward(
-    student: nn.Module, teacher: Teacher, tokens: Tensor, labels: Tensor, draws: Draws, pieces: int, dtype: torch.dtype
+    student: nn.Module,
+    teacher: EMATeacher,
+    tokens: Tensor,
+    labels: Tensor,
+    draws: GuidanceSample,
+    pieces: int,
+    dtype: torch.dtype,
 ) -> Losses:
     """Add the gradients of the batch, tokens [B, M, T] and labels [B, ..], in `pieces` micro-batches; returns its losses.
 
@@ -240,28 +265,28 @@ def backward(
     averaged over them, and the negatives are all ranks'.
 
     Args:
-        student: a SelfGuided, or what `spread` has made of it.
+        student: a SelfGuided, or what `parallelize` has made of it.
     """
-    bare = unshared(student)
+    bare = unwrap(student)
     device, size = tokens.device, len(tokens) // pieces
     starts = range(0, len(tokens), size)
-    positions = None if draws.positions is None else moved(draws.positions, device)
-    key_mask = None if draws.key_mask is None else moved(draws.key_mask, device)
+    positions = None if draws.positions is None else to_device(draws.positions, device)
+    key_mask = None if draws.key_mask is None else to_device(draws.key_mask, device)
     autocast = torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
     with autocast:
         targets = [bare.teach(teacher, tokens[i : i + size], labels[i : i + size], positions) for i in starts]
     mids = [target.mid for target in targets if target.mid is not None]
     whole, before = None, 0
     if mids and bare.config.negatives == "global":
-        whole, before = everyone(torch.cat(mids)), place() * len(tokens)
+        whole, before = all_gather(torch.cat(mids)), get_rank() * len(tokens)
     sums: list[Tensor] = []
     for start, target in zip(starts, targets, strict=True):
         here = slice(start, start + size)
         candidates, offset = (target.mid, 0) if whole is None else (whole, before + start)
-        piece = Draws(None if key_mask is None else key_mask[here], positions)
+        piece = GuidanceSample(None if key_mask is None else key_mask[here], positions)
         with gradient_sync(student, last=start == starts[-1]):
             with autocast:
                 losses = student(tokens[here], labels[here], piece, target, candidates, offset)
             (losses.total / pieces).backward()
         sums.append(torch.stack([term.detach() for term in losses]))
-    return Losses(*mean(torch.stack(sums).sum(0) / pieces))
+    return Losses(*all_reduce_mean(torch.stack(sums).sum(0) / pieces))

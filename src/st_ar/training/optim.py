@@ -21,7 +21,7 @@ def adamw(module: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
 
 
 def clip_gradients(parameters: Iterable[Tensor], largest: float) -> Tensor:
-    """Scale the gradients down to a norm of `largest` if they exceed it, 0 for never; returns their norm, of all ranks' shards."""
+    """Scale the gradients down to a norm of `all_reduce_max` if they exceed it, 0 for never; returns their norm, of all ranks' shards."""
     parameters = list(parameters)
     norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     if isinstance(norm, DTensor):

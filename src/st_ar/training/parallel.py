@@ -13,10 +13,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from st_ar.config import TrainConfig
-from st_ar.distributed import shared
+from st_ar.distributed import data_parallel
 from st_ar.errors import UserError
 from st_ar.model.transformer import Transformer
-from st_ar.selfguided.objective import SelfGuided, Teacher
+from st_ar.selfguided.objective import EMATeacher, SelfGuided
 
 aten = torch.ops.aten
 KEPT = [
@@ -63,8 +63,13 @@ def choose_parallel(config: TrainConfig, world: int) -> str:
     return "ddp" if config.parallel == "auto" else config.parallel
 
 
-def spread(
-    student: SelfGuided, teacher: Teacher, config: TrainConfig, parallel: str, device: torch.device, dtype: torch.dtype
+def parallelize(
+    student: SelfGuided,
+    teacher: EMATeacher,
+    config: TrainConfig,
+    parallel: str,
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> nn.Module:
     """Put both on the device and share them among the ranks, in place but for DDP; returns what to call for the student.
 
@@ -93,11 +98,11 @@ def spread(
         fully_shard(teacher.model.norm, mesh=mesh)  # is also called on its own
         fully_shard(teacher.model, mesh=mesh, reshard_after_forward=True)
         register_fsdp_forward_method(teacher.model, "features")
-    return shared(student, gradient_as_bucket_view=True) if parallel == "ddp" else student
+    return data_parallel(student, gradient_as_bucket_view=True) if parallel == "ddp" else student
 
 
-def unshared(student: nn.Module) -> SelfGuided:
-    """The student inside what `spread` returned."""
+def unwrap(student: nn.Module) -> SelfGuided:
+    """The student inside what `parallelize` returned."""
     return cast(SelfGuided, student.module if isinstance(student, DistributedDataParallel) else student)
 
 

@@ -14,9 +14,9 @@ import torch
 from st_ar.config import RunConfig, TrainConfig
 from st_ar.distributed import Ranks
 from st_ar.errors import UserError, cause
-from st_ar.files import is_taken, parse_json, read_json, write_json, written_aside
+from st_ar.files import atomic_write, is_nonempty, parse_json, read_json, write_json
 from st_ar.hardware import describe
-from st_ar.settings import differences, fits, from_dict, to_dict
+from st_ar.settings import differences, from_dict, matches_type, to_dict
 from st_ar.training.checkpoint_files import list_checkpoints
 from st_ar.training.optim import learning_rate
 
@@ -27,7 +27,7 @@ MAY_CHANGE = (
     *("parallel", "shard_size", "activation_checkpointing", "rank_timeout", "evaluate_every", "evaluate_images"),
     *("accumulate", "selfguided.until"),
 )
-"""Settings that a resumed run may change: none of them alters a step already taken. `claim` makes sure of it, of the first two and
+"""Settings that a resumed run may change: none of them alters a step already taken. `open_run` makes sure of it, of the first two and
 the last, that the type of the products stays, and that the negatives do."""
 LOCK = ".lock"
 
@@ -44,7 +44,7 @@ def describe_run(config: RunConfig, data: dict[str, Any], dtype: torch.dtype, pr
     }
 
 
-def claim(
+def open_run(
     out: Path, record: dict[str, Any], config: RunConfig, images: int, *, resume: bool, exported: int | None
 ) -> None:
     """Begin a run in `out`, or make sure that this is the run to be continued there.
@@ -64,7 +64,7 @@ def claim(
             raise UserError(
                 f"{out} holds a run already, {state}: give --resume to continue it, or choose another --out"
             )
-        if is_taken(out):
+        if is_nonempty(out):
             raise UserError(f"{out} exists already and is no run of ours: choose another --out")
         write_json(file, record)
         return
@@ -106,7 +106,7 @@ def _few_negatives(config: RunConfig) -> bool:
 
 
 @contextlib.contextmanager
-def alone(out: Path) -> Generator[None]:
+def lock_run(out: Path) -> Generator[None]:
     """Hold a run's folder as long as it is trained in; where the file system has no locks, hold nothing.
 
     Raises:
@@ -170,7 +170,7 @@ def seconds_per_step(run: Path) -> float:
     trained = trained_config(run)
     lines = read_log(run / "log.jsonl")  # some are of skipped steps or of validation alone
     speeds: list[Any] = [entry["tokens_per_second"] for entry in lines if "tokens_per_second" in entry]
-    if not speeds or not fits(speeds, list[float]) or min(speeds) <= 0:
+    if not speeds or not matches_type(speeds, list[float]) or min(speeds) <= 0:
         raise UserError(f"{run / 'log.jsonl'} does not say how fast every step was: train again, or copy it again")
     tokens = trained.batch_size * trained.views * trained.model.sequence_length
     whole, seconds = lines[-1]["step"], 0.0
@@ -201,7 +201,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     for number, line in enumerate(lines, start=1):
         try:
             entry = parse_json(line)
-            if not isinstance(entry, dict) or not fits(entry.get("step"), int):
+            if not isinstance(entry, dict) or not matches_type(entry.get("step"), int):
                 raise ValueError("no object with a step")
         except ValueError as error:
             if number == len(lines):
@@ -216,7 +216,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 def rewind_log(path: Path, step: int) -> None:
     """Drop what was logged after `step`, from where a run goes on."""
     kept = [entry for entry in read_log(path) if entry["step"] <= step]
-    with written_aside(path) as aside:
+    with atomic_write(path) as aside:
         aside.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
 
 
@@ -237,7 +237,7 @@ def append_log(path: Path, entry: dict[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def enough_memory(config: RunConfig, world: int) -> Generator[None]:
+def explain_out_of_memory(config: RunConfig, world: int) -> Generator[None]:
     """Name the settings that take memory, on `world` ranks, if it runs out within.
 
     Raises:

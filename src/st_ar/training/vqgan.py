@@ -18,20 +18,28 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from st_ar.config import AdversaryConfig, VQConfig, VQTrainConfig
-from st_ar.data.loading import Pixels
+from st_ar.data.loading import CropLoader
 from st_ar.data.source import ImageSource
-from st_ar.distributed import everyone, from_first, mean, process_group, shared, stop_on_signal, total
+from st_ar.distributed import (
+    all_gather,
+    all_reduce_mean,
+    all_reduce_sum,
+    broadcast_from_rank0,
+    data_parallel,
+    process_group,
+    stop_on_signal,
+)
 from st_ar.errors import Interrupted, UserError
 from st_ar.evaluation.reconstruction import evaluation_images, reconstruct, save_picture
-from st_ar.files import read_json, write_json, written_aside
-from st_ar.hardware import choose_dtype, moved
+from st_ar.files import atomic_write, read_json, write_json
+from st_ar.hardware import choose_dtype, to_device
 from st_ar.progress import progress
-from st_ar.randomness import Purpose, torch_generator, torch_seed
+from st_ar.randomness import RandomStream, torch_generator, torch_seed
 from st_ar.tokenizer import to_pixels
 from st_ar.tokenizer.vq import CONFIG, Painter, Reader, VQTokenizer, nearest_codes
 from st_ar.training.checkpoint import Checkpoints, State, require_finite
 from st_ar.training.optim import adamw, learning_rate
-from st_ar.training.run import alone, append_log, claim, describe_run, enough_memory, rewind_log
+from st_ar.training.run import append_log, describe_run, explain_out_of_memory, lock_run, open_run, rewind_log
 
 
 class Reconstruction(NamedTuple):
@@ -149,7 +157,7 @@ class Training:
     """The networks, the average and the optimizers, and what a step does to them."""
 
     def __init__(self, config: VQTrainConfig, device: torch.device) -> None:
-        torch.manual_seed(torch_seed(config.seed, Purpose.INITIALISATION))
+        torch.manual_seed(torch_seed(config.seed, RandomStream.INITIALISATION))
         self.config, self.device = config, device
         self.dtype = choose_dtype(config.dtype, device)
         self.layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
@@ -179,7 +187,7 @@ class Training:
 
     def share(self) -> None:
         """Average gradients over the ranks from the next step on."""
-        self.shared_network, self.shared_adversary = shared(self.network), shared(self.adversary)
+        self.shared_network, self.shared_adversary = data_parallel(self.network), data_parallel(self.adversary)
 
     def step(self, images: Tensor, step: int, rate: float) -> dict[str, Tensor]:
         """Optimizer step `step`, counted from 1, on this rank's images [B, 3, S, S]; what there is to be logged of it."""
@@ -223,7 +231,9 @@ class Training:
         decay = min(self.config.ema_decay, (1 + step) / (10 + step))
         torch._foreach_lerp_(list(self.ema.parameters()), list(self.network.parameters()), 1 - decay)
         used, counts = codes.flatten(), codes.new_zeros(self.config.model.codebook_size)
-        counts = total(counts.scatter_add_(0, used, torch.ones_like(used)))  # for bincount the host waits for a GPU
+        counts = all_reduce_sum(
+            counts.scatter_add_(0, used, torch.ones_like(used))
+        )  # for bincount the host waits for a GPU
         self.network.idle.add_(1).masked_fill_(counts > 0, 0)
         return counts
 
@@ -233,8 +243,8 @@ class Training:
         if not every or (step > 1 and step % every):
             return
         dead = self.network.idle >= (0 if step == 1 else every)
-        draws = torch_generator(self.config.seed, Purpose.CODEBOOK, step)
-        revive(self.network.codebook, self.ema.codebook, dead, everyone(features), self.optimizer, draws)
+        draws = torch_generator(self.config.seed, RandomStream.CODEBOOK, step)
+        revive(self.network.codebook, self.ema.codebook, dead, all_gather(features), self.optimizer, draws)
         self.network.idle.masked_fill_(dead, 0)
 
     def tokenizer(self) -> VQTokenizer:
@@ -257,7 +267,7 @@ def backward(losses: dict[str, Tensor], made: Tensor, last_layer: Tensor, config
         weight.fill_(config.adversary.weight)
         if config.adversary.adaptive:
             ours, theirs = (
-                mean(torch.autograd.grad(made, last_layer, towards, retain_graph=True)[0]).norm()
+                all_reduce_mean(torch.autograd.grad(made, last_layer, towards, retain_graph=True)[0]).norm()
                 for towards in (gradient, against)
             )
             weight = weight * (ours / (theirs + 1e-4)).clamp(max=1e4)
@@ -302,13 +312,13 @@ def train_tokenizer(
     """
     with (
         process_group(config.device) as (ranks, device),
-        enough_memory(config, ranks.world),
+        explain_out_of_memory(config, ranks.world),
         contextlib.ExitStack() as held,
     ):
         writes = ranks.rank == 0
         if config.batch_size % ranks.world:
             raise UserError(f"--batch-size {config.batch_size} is no multiple of the {ranks.world} ranks")
-        pixels = Pixels(
+        pixels = CropLoader(
             images,
             size=config.size,
             crop_range=config.crop_range,
@@ -325,10 +335,10 @@ def train_tokenizer(
         measured_on = test_images or images
         examples = evaluation_images(measured_on, config.size, config.evaluate_images) if writes else None
         if writes:
-            claim(out, record, config, pixels.images, resume=resume, exported=_exported_step(out))
-            held.enter_context(alone(out))
+            open_run(out, record, config, pixels.images, resume=resume, exported=_exported_step(out))
+            held.enter_context(lock_run(out))
         checkpoints = Checkpoints(out / "checkpoints", keep=config.keep, keep_every=config.keep_every)
-        start = from_first(checkpoints.newest)
+        start = broadcast_from_rank0(checkpoints.newest)
         checkpoints.restore(start, training.state(start))
         if writes:
             write_json(out / "config.json", record)
@@ -360,7 +370,9 @@ def train_tokenizer(
             clock, clock_step, quality = time.perf_counter(), start, ""
             with progress(out.name, steps, unit="steps", done=start, shown=writes) as bar:
                 for step in range(start + 1, steps + 1):
-                    batch = to_pixels(moved(pixels.batch(step - 1), device)).contiguous(memory_format=training.layout)
+                    batch = to_pixels(to_device(pixels.batch(step - 1), device)).contiguous(
+                        memory_format=training.layout
+                    )
                     rate = learning_rate(config.optim, step, steps)
                     found = training.step(batch, step, rate)
 
@@ -370,7 +382,7 @@ def train_tokenizer(
                         require_finite(found, step, checkpoints)
                     if log or last:
                         speed = config.batch_size * (step - clock_step) / (time.perf_counter() - clock)
-                        entry = {name: mean(value.float()).item() for name, value in found.items()}
+                        entry = {name: all_reduce_mean(value.float()).item() for name, value in found.items()}
                         if writes:
                             append_log(
                                 out / "log.jsonl", {"step": step, **entry, "lr": rate, "images_per_second": speed}
@@ -378,7 +390,7 @@ def train_tokenizer(
                         bar.note(f"{quality}L1 {entry['loss_l1']:.3f}, {speed:,.0f} images/s")
                     stopping = stop[0] if stop else 0
                     if ranks.world > 1:  # all stop together, at a step where they meet anyway
-                        stopping = int(everyone(torch.tensor([stopping], device=device)).max()) if log else 0
+                        stopping = int(all_gather(torch.tensor([stopping], device=device)).max()) if log else 0
                     if writes and (step % config.evaluate_every == 0 or last):
                         quality = evaluate(step)
                     if writes and (step % config.checkpoint_every == 0 or last or stopping):
@@ -394,7 +406,7 @@ def train_tokenizer(
                             stopping,
                         )
         if writes and pixels.broken:
-            with written_aside(out / "skipped.jsonl") as aside:
+            with atomic_write(out / "skipped.jsonl") as aside:
                 lines = ({"index": index, "reason": reason} for index, reason in sorted(pixels.broken.items()))
                 aside.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return out

@@ -22,18 +22,18 @@ from torch.distributed.tensor import DTensor
 from st_ar.config import SampleSettings, TrainConfig, WatchConfig
 from st_ar.data.store import TokenStore
 from st_ar.data.text import TextStore
-from st_ar.distributed import everyone
+from st_ar.distributed import all_gather
 from st_ar.errors import UserError
 from st_ar.evaluation.probe import accuracies, require_classes
 from st_ar.evaluation.probe_classifiers import ShallowClassifiers, require_sklearn
 from st_ar.figures import strip
-from st_ar.files import written_aside
+from st_ar.files import atomic_write
 from st_ar.hardware import peak_flops, training_flops_per_token
 from st_ar.model.transformer import Transformer
-from st_ar.randomness import Purpose, numpy_generator
+from st_ar.randomness import RandomStream, numpy_generator
 from st_ar.sampling import Sampler
-from st_ar.selfguided.objective import Draws, SelfGuided, Targets
-from st_ar.tokenizer import load_tokenizer, place_tokenizer
+from st_ar.selfguided.objective import GuidanceSample, SelfGuided, TeacherFeatures
+from st_ar.tokenizer import load_tokenizer, open_tokenizer
 from st_ar.training.run import read_log
 from st_ar.training.track import Background, close_all, open_trackers, reason, require_trackers, warn
 
@@ -65,12 +65,12 @@ class Watch:
         self.glances: dict[str, tuple[int, Callable[[Transformer, int], dict[str, float]]]] = {}
         if config.sample_tokenizer is not None:
             settings = SampleSettings(cfg_scale=config.sample_cfg_scale, seed=training.seed)
-            self.samples = Samples(
+            self.samples = SampleGrid(
                 config.sample_tokenizer, store, captions, config.sample_labels, settings, training, device
             )
             self.glances["samples"] = config.sample_every, self._sample
         if config.probe_test_tokens is not None:
-            self.probe = QuickProbe(store, TokenStore(config.probe_test_tokens), training)
+            self.probe = RidgeProbe(store, TokenStore(config.probe_test_tokens), training)
             self.glances["probe"] = config.probe_every, self._probe
         logged = read_log(out / "log.jsonl")
         self.logged = logged[-1]["step"] if logged else 0
@@ -81,7 +81,7 @@ class Watch:
     @contextlib.contextmanager
     def follow(self, student: SelfGuided, record: dict[str, Any], start: int) -> Generator[None]:
         """Within the block the run's steps after `start` are followed; `record` is what config.json says."""
-        self.model, self.features = student.model, Features(student)
+        self.model, self.features = student.model, CollapseMonitor(student)
         self.is_first = not dist.is_initialized() or dist.get_rank() == 0
         self.ranks = dist.get_world_size() if dist.is_initialized() else 1
         if self.is_first:
@@ -128,7 +128,7 @@ class Watch:
             return {}
 
         found: dict[str, float] = {}
-        copy = whole_copy(self.model)
+        copy = copy_on_rank0(self.model)
         if copy is None:
             return found
         for name, (every, work) in list(self.glances.items()):
@@ -159,7 +159,7 @@ AT_ONCE = 64
 
 
 @torch.no_grad()
-def whole_copy(model: Transformer) -> Transformer | None:
+def copy_on_rank0(model: Transformer) -> Transformer | None:
     """A copy in evaluation mode, on the host, for rank 0; every rank has to call it, for weights may lie in parts on all.
 
     Nothing of the model in training is touched, and no random number of its own is drawn.
@@ -176,7 +176,7 @@ def whole_copy(model: Transformer) -> Transformer | None:
     return copy
 
 
-class Samples:
+class SampleGrid:
     """A grid of images of the same labels, drawn with the same numbers each time.
 
     Raises:
@@ -208,13 +208,13 @@ class Samples:
 
     def draw(self, network: Transformer, path: Path) -> np.ndarray:
         """Write the grid as a PNG; returns it, uint8 [H, W, 3]."""
-        tokenizer = place_tokenizer(self.tokenizer, self.device.type, "float32")  # no memory is held between two grids
+        tokenizer = open_tokenizer(self.tokenizer, self.device.type, "float32")  # no memory is held between two grids
         sampler = Sampler(network, tokenizer, self.settings, self.captions)
         starts = range(0, len(self.labels), AT_ONCE)
         numbers = [range(start, min(start + AT_ONCE, len(self.labels))) for start in starts]
         pictures = [sampler.pictures(sampler.tokens(some, self.labels)) for some in numbers]
         grid = strip(np.concatenate(pictures), columns=min(8, len(self.labels)))
-        with written_aside(path) as aside:
+        with atomic_write(path) as aside:
             Image.fromarray(grid).save(aside, format="PNG")
         return grid
 
@@ -224,7 +224,7 @@ def spread_labels(known: int, count: int) -> list[int]:
     return [index * known // count for index in range(count)]
 
 
-class QuickProbe:
+class RidgeProbe:
     """Ridge regression on the last step's features of some images: not the MAE protocol, but seconds.
 
     Which images is drawn once, with the seed: of the centre crops of the training store, and of the test store.
@@ -244,7 +244,7 @@ class QuickProbe:
         require_classes(train, test)
         self.stores = train, test
         self.layer = training.selfguided.layer(training.model.n_layers)
-        rng = numpy_generator(training.seed, Purpose.PROBE)
+        rng = numpy_generator(training.seed, RandomStream.PROBE)
         self.images = [np.sort(rng.permutation(len(store))[:PROBED]) for store in self.stores]
 
     def accuracy(self, network: Transformer) -> float:
@@ -273,7 +273,7 @@ COLLAPSE_IMAGES = 256
 """The indicators are of at most so many of a batch's images, and of their first views."""
 
 
-def spread(features: Tensor) -> float:
+def feature_spread(features: Tensor) -> float:
     """Standard deviation over images of L2-normalised features [n, P, D], mean over P places and D features.
 
     0 if all images have the same features; 1 / sqrt(D) if they point everywhere alike (SimSiam, arXiv 2011.10566, Fig. 2).
@@ -294,7 +294,7 @@ def effective_rank(features: Tensor) -> float:
     return torch.special.entr(shares).sum(dim=-1).exp().mean().item()
 
 
-class Features:
+class CollapseMonitor:
     """Sees the student's and the teacher's features pass by, by hooks on the student, in the steps that are asked for.
 
     What it sees, at the positions of Eq. 5: the student's and the teacher's features at the contrast layer and the student's
@@ -316,8 +316,8 @@ class Features:
         """std_NAME and rank_NAME of the features that this step has shown; every rank calls it, and gets the same."""
         found: dict[str, float] = {}
         for name, parts in self.seen.items():
-            features = everyone(torch.cat(parts)[:COLLAPSE_IMAGES])[:COLLAPSE_IMAGES]
-            found |= {f"std_{name}": spread(features), f"rank_{name}": effective_rank(features)}
+            features = all_gather(torch.cat(parts)[:COLLAPSE_IMAGES])[:COLLAPSE_IMAGES]
+            found |= {f"std_{name}": feature_spread(features), f"rank_{name}": effective_rank(features)}
         self.seen = {}
         return found
 
@@ -333,8 +333,8 @@ class Features:
         if not self.wanted:
             return
         given = [*args, *kwargs.values()]
-        targets = next(each for each in given if isinstance(each, Targets))
-        draws = next(each for each in given if isinstance(each, Draws))
+        targets = next(each for each in given if isinstance(each, TeacherFeatures))
+        draws = next(each for each in given if isinstance(each, GuidanceSample))
         if targets.mid is not None:
             self._add("teacher", targets.mid)
         elif targets.last is not None and draws.positions is not None:

@@ -32,9 +32,9 @@ from st_ar.evaluation.generation.evaluate import (
     write_reference,
 )
 from st_ar.evaluation.generation.features import (
+    Compute,
     Extracted,
     Extractor,
-    Place,
     collect,
     load_extractor,
     resize_as_llamagen,
@@ -111,11 +111,11 @@ def test_a_file_and_a_folder_of_the_same_images_are_the_same_set(tmp_path: Path)
             flat = [entry for share in shares for entry in share]
             assert [index for index, _ in flat] == list(range(7))
             np.testing.assert_array_equal(np.stack([pixels for _, pixels in flat]), images)
-        hashes.add(collect(found, toy(), ["fid"], Place(batch_size=3)).content)
+        hashes.add(collect(found, toy(), ["fid"], Compute(batch_size=3)).content)
     assert len(hashes) == 1
     images[3, 0, 0, 0] ^= 1
     np.savez(tmp_path / "other.npz", arr_0=images)
-    assert collect(open_set(str(tmp_path / "other.npz")), toy(), ["fid"], Place()).content not in hashes
+    assert collect(open_set(str(tmp_path / "other.npz")), toy(), ["fid"], Compute()).content not in hashes
 
 
 def test_labels_and_metadata_lie_beside_the_samples(tmp_path: Path) -> None:
@@ -145,7 +145,7 @@ def test_broken_images_of_a_source_are_left_out(tmp_path: Path) -> None:
     (folder / "000002.png").write_bytes(b"nothing")
     found = open_set(f"folder:{tmp_path}", size=12)
     assert [index for index, _ in found.read(0, 1)] == [0, 1, 3, 4]
-    assert collect(found, toy(), ["fid"], Place(batch_size=2)).count == 4
+    assert collect(found, toy(), ["fid"], Compute(batch_size=2)).count == 4
 
 
 # One pass
@@ -156,7 +156,7 @@ def test_batch_sizes_change_no_digit_of_any_number(tmp_path: Path) -> None:
     np.savez(tmp_path / "b.npz", arr_0=pictures(30, 1))
     results: list[dict[str, float]] = []
     for batch_size in (1, 7, 64):
-        place = Place(batch_size=batch_size)
+        place = Compute(batch_size=batch_size)
         reference = open_reference(str(tmp_path / "a.npz"), toy(), ALL, place)
         results.append(evaluate(open_files(str(tmp_path / "b.npz")), reference, toy(), ALL, place)["metrics"])
     assert list(results[0]) == ["FID", "sFID", "IS", "KID", "KID std", "precision", "recall", "density", "coverage"]
@@ -169,8 +169,10 @@ def test_the_numbers_are_those_of_the_metrics_on_the_features(tmp_path: Path) ->
     np.savez(tmp_path / "a.npz", arr_0=pictures(40))
     np.savez(tmp_path / "b.npz", arr_0=pictures(30, 1))
     real, drawn = (extractor.run(torch.from_numpy(pictures(n, s))) for n, s in ((40, 0), (30, 1)))
-    reference = open_reference(str(tmp_path / "a.npz"), extractor, ALL, Place())
-    found = evaluate(open_files(str(tmp_path / "b.npz")), reference, extractor, ALL, Place(), shuffle_seed=3)["metrics"]
+    reference = open_reference(str(tmp_path / "a.npz"), extractor, ALL, Compute())
+    found = evaluate(open_files(str(tmp_path / "b.npz")), reference, extractor, ALL, Compute(), shuffle_seed=3)[
+        "metrics"
+    ]
     assert drawn.logits is not None
     for name, x, y in (("FID", real.features, drawn.features), ("sFID", real.spatial, drawn.spatial)):
         assert x is not None
@@ -191,7 +193,7 @@ def test_the_order_of_the_splits_is_shuffled_by_the_seed(tmp_path: Path, monkeyp
     order = np.random.default_rng(5).permutation(30)
     shuffled = np.empty((30, 4))
     shuffled[order] = probs.double().softmax(1).numpy()
-    found = collect(samples, extractor, ["is"], Place(batch_size=4), order=order).score
+    found = collect(samples, extractor, ["is"], Compute(batch_size=4), order=order).score
     assert found is not None
     assert found.result() == pytest.approx(inception_score(shuffled, 10), rel=1e-6)
     assert found.result() != pytest.approx(inception_score(probs.softmax(1), 10), rel=1e-6)
@@ -221,7 +223,7 @@ def test_a_reference_made_once_gives_the_numbers_of_its_images(tmp_path: Path, s
     np.savez(tmp_path / "a.npz", arr_0=pictures(40))
     np.savez(tmp_path / "b.npz", arr_0=pictures(30, 1))
     made = tmp_path / "made.npz"
-    meta = write_reference(str(tmp_path / "a.npz"), made, toy(), Place(batch_size=3), seed=4)
+    meta = write_reference(str(tmp_path / "a.npz"), made, toy(), Compute(batch_size=3), seed=4)
     with np.load(made, allow_pickle=False) as arrays:
         assert sorted(arrays) == ["arr_0", "features", "mu", "mu_s", "sigma", "sigma_s", "st_ar"]
         assert arrays["arr_0"].shape == (small_keep, 12, 12, 3)
@@ -232,13 +234,13 @@ def test_a_reference_made_once_gives_the_numbers_of_its_images(tmp_path: Path, s
     assert (meta["images"], meta["size"], meta["extractor"]["name"]) == (40, [12, 12], "Inception")
     results: list[dict[str, object]] = []
     for reference in (tmp_path / "a.npz", made):
-        opened = open_reference(str(reference), toy(), ALL, Place(), seed=4)
-        results.append(evaluate(open_files(str(tmp_path / "b.npz")), opened, toy(), ALL, Place()))
+        opened = open_reference(str(reference), toy(), ALL, Compute(), seed=4)
+        results.append(evaluate(open_files(str(tmp_path / "b.npz")), opened, toy(), ALL, Compute()))
     assert results[0]["metrics"] == pytest.approx(results[1]["metrics"], rel=1e-6)
     for key in ("sha256", "statistics", "neighbours", "size"):
         assert results[0]["reference"][key] == results[1]["reference"][key], key
     again = tmp_path / "again.npz"
-    write_reference(str(tmp_path / "a.npz"), again, toy(), Place(batch_size=64), seed=4)
+    write_reference(str(tmp_path / "a.npz"), again, toy(), Compute(batch_size=64), seed=4)
     with np.load(made) as one, np.load(again) as two:
         for name in ("mu", "sigma", "arr_0"):
             np.testing.assert_allclose(one[name], two[name], rtol=1e-5, atol=1e-6)
@@ -247,7 +249,7 @@ def test_a_reference_made_once_gives_the_numbers_of_its_images(tmp_path: Path, s
 def test_which_images_are_kept_is_the_seeds_choice_and_even(tmp_path: Path) -> None:
     np.savez(tmp_path / "a.npz", arr_0=pictures(30))
     found = [
-        collect(open_files(str(tmp_path / "a.npz")), toy(), ["kid"], Place(batch_size=b), keep=10, seed=s).features
+        collect(open_files(str(tmp_path / "a.npz")), toy(), ["kid"], Compute(batch_size=b), keep=10, seed=s).features
         for s, b in ((0, 4), (0, 30), (1, 30))
     ]
     torch.testing.assert_close(found[0], found[1])
@@ -260,25 +262,25 @@ def test_adms_batches_statistics_are_used_and_their_images_serve_neighbours_only
     sigma, sigma_s = np.cov(rng.normal(size=(6, 50))), np.cov(rng.normal(size=(5, 50)))
     path = tmp_path / "virtual.npz"
     np.savez(path, arr_0=pictures(20), mu=mu.astype(np.float32), sigma=sigma, mu_s=mu_s, sigma_s=sigma_s)
-    reference = open_reference(str(path), toy(), ALL, Place())
+    reference = open_reference(str(path), toy(), ALL, Compute())
     assert reference.statistics == "mu and sigma in the file"
     np.testing.assert_allclose(reference.gaussian.mean, mu, rtol=1e-6)
     assert reference.spatial is not None
     np.testing.assert_array_equal(reference.spatial.covariance, sigma_s)
     assert len(reference.features) == 20
-    assert open_reference(str(path), toy(), ["fid"], Place()).features.shape == (0, 6)
+    assert open_reference(str(path), toy(), ["fid"], Compute()).features.shape == (0, 6)
     np.savez(tmp_path / "alone.npz", mu=mu, sigma=sigma)  # another evaluator's, for FID alone
-    alone = open_reference(str(tmp_path / "alone.npz"), toy(), ["fid"], Place())
+    alone = open_reference(str(tmp_path / "alone.npz"), toy(), ["fid"], Compute())
     assert alone.size is None
     np.savez(tmp_path / "s.npz", arr_0=pictures(20))
-    distance = evaluate(open_files(str(tmp_path / "s.npz")), alone, toy(), ["fid"], Place())["metrics"]["FID"]
+    distance = evaluate(open_files(str(tmp_path / "s.npz")), alone, toy(), ["fid"], Compute())["metrics"]["FID"]
     features = toy().run(torch.from_numpy(pictures(20))).features.numpy()
     assert distance == pytest.approx(frechet_distance(mu, sigma, *mean_and_covariance(features)), rel=1e-4)
     with pytest.raises(UserError, match=r"no mu_s and sigma_s: leave sfid out"):
-        open_reference(str(tmp_path / "alone.npz"), toy(), ["fid", "sfid"], Place())
+        open_reference(str(tmp_path / "alone.npz"), toy(), ["fid", "sfid"], Compute())
     with pytest.raises(UserError, match=r"statistics and no images: leave precision recall out of --metrics"):
-        open_reference(str(tmp_path / "alone.npz"), toy(), ["fid", "recall", "precision"], Place())
-    other = open_reference(str(path), toy("EfficientNet-Lite0"), ["fd"], Place())  # their statistics are of Inception
+        open_reference(str(tmp_path / "alone.npz"), toy(), ["fid", "recall", "precision"], Compute())
+    other = open_reference(str(path), toy("EfficientNet-Lite0"), ["fd"], Compute())  # their statistics are of Inception
     assert other.statistics == "20 images"
 
 
@@ -287,7 +289,7 @@ def test_of_the_images_no_more_stays_in_memory_than_is_kept(tmp_path: Path, keep
     np.savez(tmp_path / "s.npz", arr_0=np.random.default_rng(0).integers(0, 256, (512, 64, 64, 3)).astype(np.uint8))
     images = open_files(str(tmp_path / "s.npz"))
     tracemalloc.start()
-    found = collect(images, toy(), ["precision"], Place(batch_size=4), keep=keep)
+    found = collect(images, toy(), ["precision"], Compute(batch_size=4), keep=keep)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert len(found.features) == (keep or 512)
@@ -319,8 +321,8 @@ def test_the_line_for_a_paper_names_all_that_identifies_the_numbers(tmp_path: Pa
     weights = {"sha256": "abcdef0123456789", "ema": True}
     metadata = {"settings": settings, "weights": weights, "label_mode": "balanced"}
     (tmp_path / "a.json").write_text(json.dumps(metadata))
-    reference = open_reference(str(tmp_path / "a.npz"), toy(), ["fid"], Place())
-    result = evaluate(open_files(str(tmp_path / "a.npz")), reference, toy(weights="0123456789"), ["fid"], Place())
+    reference = open_reference(str(tmp_path / "a.npz"), toy(), ["fid"], Compute())
+    result = evaluate(open_files(str(tmp_path / "a.npz")), reference, toy(weights="0123456789"), ["fid"], Compute())
     line = one_line(result)
     content = reference.content[:8]
     for part in (
@@ -359,12 +361,12 @@ def test_samples_of_another_size_need_an_explicit_resize(tmp_path: Path) -> None
     np.savez(tmp_path / "large.npz", arr_0=pictures(20, size=24))
     np.savez(tmp_path / "small.npz", arr_0=pictures(20, size=12))
     samples = open_files(str(tmp_path / "large.npz"))
-    reference = open_reference(str(tmp_path / "small.npz"), toy(), ["fid"], Place())
+    reference = open_reference(str(tmp_path / "small.npz"), toy(), ["fid"], Compute())
     with pytest.raises(UserError, match=r"samples have 24x24 pixels, the reference 12x12.*--resize 12"):
-        evaluate(samples, reference, toy(), ["fid"], Place())
+        evaluate(samples, reference, toy(), ["fid"], Compute())
     with pytest.raises(UserError, match=r"24x24 \(resized to 16\) pixels"):
         check_sizes(samples.size, (12, 12), 16)
-    result = evaluate(samples, reference, toy(), ["fid"], Place(), resize=12)
+    result = evaluate(samples, reference, toy(), ["fid"], Compute(), resize=12)
     small = resize_as_llamagen(torch.from_numpy(pictures(20, size=24)), 12)
     statistics = mean_and_covariance(toy().run(small).features.numpy())
     expected = frechet_distance(*reference.gaussian, *statistics)
@@ -507,7 +509,7 @@ def test_damaged_references_are_refused(line: Path, tmp_path: Path) -> None:
 
     def opened(**changed: object) -> None:
         np.savez(path, **(good | changed))
-        open_reference(str(path), extractor, ["fd"], Place())
+        open_reference(str(path), extractor, ["fd"], Compute())
 
     opened()
     for match, changed in (
@@ -521,11 +523,11 @@ def test_damaged_references_are_refused(line: Path, tmp_path: Path) -> None:
             opened(**changed)
     opened()
     with pytest.raises(UserError, match=r"was made with EfficientNet-Lite0 .*and this is Inception"):
-        open_reference(str(path), toy(), ["fid"], Place())
+        open_reference(str(path), toy(), ["fid"], Compute())
     flip_byte(path, path.stat().st_size // 2)
     with refused(tmp_path, "r.npz is damaged"):
         for metrics in (["fd"], ["fd", "precision"]):
-            open_reference(str(path), extractor, metrics, Place())
+            open_reference(str(path), extractor, metrics, Compute())
         open_set(str(path)).read(0, 1)
         list(open_set(str(path)).read(0, 1))
 
@@ -536,7 +538,7 @@ def test_features_that_are_not_finite_stop_the_work(tmp_path: Path) -> None:
         name="x", weights="", dim=2, run=lambda images: Extracted(torch.full((len(images), 2), torch.nan))
     )
     with pytest.raises(UserError, match="features hold NaN or infinity"):
-        collect(open_files(str(tmp_path / "a.npz")), broken, ["fd"], Place())
+        collect(open_files(str(tmp_path / "a.npz")), broken, ["fd"], Compute())
 
 
 def test_features_are_computed_in_float32_to_the_full_whatever_is_set() -> None:
@@ -682,24 +684,24 @@ def test_labels_beside_samples_that_make_no_sense_are_not_known(tmp_path: Path, 
 )
 def test_a_reference_whose_description_makes_no_sense_is_refused(tmp_path: Path, changes: dict[str, object]) -> None:
     np.savez(tmp_path / "images.npz", arr_0=pictures(20))
-    write_reference(str(tmp_path / "images.npz"), tmp_path / "r.npz", toy(), Place())
+    write_reference(str(tmp_path / "images.npz"), tmp_path / "r.npz", toy(), Compute())
     with np.load(tmp_path / "r.npz") as archive:
         arrays = dict(archive)
     arrays["st_ar"] = np.array(json.dumps(json.loads(str(arrays["st_ar"])) | changes))
     np.savez(tmp_path / "r.npz", **arrays)
     with refused(tmp_path, r"r\.npz is damaged: its description is no JSON of ours; make it again"):
-        open_reference(str(tmp_path / "r.npz"), toy(), ["fid"], Place())
+        open_reference(str(tmp_path / "r.npz"), toy(), ["fid"], Compute())
 
 
 @pytest.mark.parametrize("features", [np.zeros((20, 5), np.float32), np.zeros((20, 6)), np.zeros(20, np.float32)])
 def test_a_reference_with_features_of_another_shape_or_type_is_refused(tmp_path: Path, features: np.ndarray) -> None:
     np.savez(tmp_path / "images.npz", arr_0=pictures(20))
-    write_reference(str(tmp_path / "images.npz"), tmp_path / "r.npz", toy(), Place())
+    write_reference(str(tmp_path / "images.npz"), tmp_path / "r.npz", toy(), Compute())
     with np.load(tmp_path / "r.npz") as archive:
         arrays = dict(archive)
     np.savez(tmp_path / "r.npz", **(arrays | {"features": features}))
     with refused(tmp_path, r"r\.npz: features are float\d\d \[20.*\], not float32 \[n, 6\]: make it again"):
-        open_reference(str(tmp_path / "r.npz"), toy(), ["precision"], Place())
+        open_reference(str(tmp_path / "r.npz"), toy(), ["precision"], Compute())
 
 
 @pytest.mark.parametrize(

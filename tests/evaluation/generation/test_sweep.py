@@ -11,7 +11,7 @@ from st_ar.cli import main
 from st_ar.errors import UserError
 from st_ar.evaluation.generation import sweep as sweep_module
 from st_ar.evaluation.generation.evaluate import Reference, open_reference
-from st_ar.evaluation.generation.features import Place
+from st_ar.evaluation.generation.features import Compute
 from st_ar.evaluation.generation.image_sets import open_files
 from st_ar.evaluation.generation.sweep import SweptModel, settings_of, sweep
 from st_ar.sampling import Sampler, sample_to
@@ -31,7 +31,7 @@ def line(tmp_path_factory: pytest.TempPathFactory) -> SmallLine:
 
 @pytest.fixture(scope="module")
 def reference(line: SmallLine) -> Reference:
-    return open_reference(str(line.model.parent / "reference.npz"), toy(), ["fid"], Place())
+    return open_reference(str(line.model.parent / "reference.npz"), toy(), ["fid"], Compute())
 
 
 def sampler(line: SmallLine, out: Path, **changed: int) -> SweptModel:
@@ -42,7 +42,7 @@ def test_every_setting_is_measured_and_the_least_distance_comes_first(
     line: SmallLine, reference: Reference, tmp_path: Path
 ) -> None:
     out = tmp_path / "sweep"
-    rows = sweep(sampler(line, out), GRID, reference, toy(), ["fid", "is"], out, Place())
+    rows = sweep(sampler(line, out), GRID, reference, toy(), ["fid", "is"], out, Compute())
     assert sorted((r["cfg_scale"], r["top_k"]) for r in rows) == [(1.0, 0), (1.0, 2), (2.0, 0), (2.0, 2)]
     distances = [row["metrics"]["FID"] for row in rows]
     assert distances == sorted(distances)
@@ -75,15 +75,15 @@ def test_a_killed_sweep_goes_on_and_a_finished_one_does_nothing(
         sample_to(path, drawing, *arguments, **settings)
 
     whole, out = tmp_path / "whole", tmp_path / "sweep"
-    expected = sweep(sampler(line, whole), GRID, reference, toy(), ["fid"], whole, Place())
+    expected = sweep(sampler(line, whole), GRID, reference, toy(), ["fid"], whole, Compute())
     monkeypatch.setattr(sweep_module, "sample_to", killed_at_the_third)
     with pytest.raises(KeyboardInterrupt):
-        sweep(sampler(line, out), GRID, reference, toy(), ["fid"], out, Place())
-    found = sweep(sampler(line, out), GRID, reference, toy(), ["fid"], out, Place())
+        sweep(sampler(line, out), GRID, reference, toy(), ["fid"], out, Compute())
+    found = sweep(sampler(line, out), GRID, reference, toy(), ["fid"], out, Compute())
     assert len(drawn) == 3 + 2
     assert [row["metrics"] for row in found] == [row["metrics"] for row in expected]
     before = contents(out)
-    sweep(sampler(line, out), GRID, reference, toy(), ["fid"], out, Place())
+    sweep(sampler(line, out), GRID, reference, toy(), ["fid"], out, Compute())
     assert len(drawn) == 5
     assert contents(out) == before
 
@@ -95,10 +95,10 @@ def test_other_numbers_seeds_or_references_are_not_mixed_up(
     assert len(keys) == 4
     assert sampler(line, tmp_path).key(GRID[0]) == sampler(line, tmp_path / "elsewhere").key(GRID[0])
     out = tmp_path / "sweep"
-    one = sweep(sampler(line, out), GRID[:1], reference, toy(), ["fid"], out, Place())
+    one = sweep(sampler(line, out), GRID[:1], reference, toy(), ["fid"], out, Compute())
     np.savez(tmp_path / "other.npz", arr_0=pictures(20, 9, size=6))
-    other = open_reference(str(tmp_path / "other.npz"), toy(), ["fid"], Place())
-    two = sweep(sampler(line, out), GRID[:1], other, toy(), ["fid"], out, Place())
+    other = open_reference(str(tmp_path / "other.npz"), toy(), ["fid"], Compute())
+    two = sweep(sampler(line, out), GRID[:1], other, toy(), ["fid"], out, Compute())
     assert one[0]["samples"] == two[0]["samples"]
     assert one[0]["metrics"] != two[0]["metrics"]
 
@@ -114,10 +114,10 @@ def test_what_cannot_be_swept_is_refused(line: SmallLine, reference: Reference, 
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "thesis.txt").write_text("x")
     with refused(tmp_path, "holds something else than a sweep"):
-        sweep(sampler(line, tmp_path / "taken"), GRID, reference, toy(), ["fid"], tmp_path / "taken", Place())
+        sweep(sampler(line, tmp_path / "taken"), GRID, reference, toy(), ["fid"], tmp_path / "taken", Compute())
     with refused(tmp_path, "the 11 tokens of the codebook, not 12"):  # the last setting, before the first is drawn
         settings = settings_of([1.0], [1.0], [0, 12])
-        sweep(sampler(line, tmp_path / "out"), settings, reference, toy(), ["fid"], tmp_path / "out", Place())
+        sweep(sampler(line, tmp_path / "out"), settings, reference, toy(), ["fid"], tmp_path / "out", Compute())
 
 
 def test_a_reference_of_another_size_is_refused_before_anything_is_drawn(
@@ -168,13 +168,13 @@ def test_kept_results_that_are_damaged_are_refused(
     line: SmallLine, reference: Reference, tmp_path: Path, metrics: object
 ) -> None:
     out = tmp_path / "sweep"
-    rows = sweep(sampler(line, out), GRID[:2], reference, toy(), ["fid"], out, Place())
+    rows = sweep(sampler(line, out), GRID[:2], reference, toy(), ["fid"], out, Compute())
     kept = next((out / "results").glob(f"{sampler(line, out).key(GRID[1])}-*"))
     kept.write_text(json.dumps(json.loads(kept.read_text()) | {"metrics": metrics}))
     with refused(
         out, rf"{kept.name} is damaged: it has no metrics of this sweep; remove it to have them measured again"
     ):
-        sweep(sampler(line, out), GRID[:2], reference, toy(), ["fid"], out, Place())
+        sweep(sampler(line, out), GRID[:2], reference, toy(), ["fid"], out, Compute())
     kept.unlink()
-    again = sweep(sampler(line, out), GRID[:2], reference, toy(), ["fid"], out, Place())
+    again = sweep(sampler(line, out), GRID[:2], reference, toy(), ["fid"], out, Compute())
     assert [row["metrics"] for row in again] == [row["metrics"] for row in rows]

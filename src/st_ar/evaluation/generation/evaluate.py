@@ -13,14 +13,14 @@ from torch import Tensor
 
 from st_ar.config import Metric
 from st_ar.errors import UserError
-from st_ar.evaluation.generation.features import NEIGHBOURS, Collected, Extractor, Place, collect
+from st_ar.evaluation.generation.features import NEIGHBOURS, Collected, Compute, Extractor, collect
 from st_ar.evaluation.generation.image_sets import ImageSet, array_names, open_set, read_array
 from st_ar.evaluation.metrics import Gaussian, blocks_of, compare, frechet_distance, kernel_distance
-from st_ar.files import parse_json, require_absent, sha256, written_aside
+from st_ar.files import atomic_write, parse_json, require_absent, sha256
 from st_ar.hardware import describe
 from st_ar.progress import progress
 from st_ar.report import Gallery, Section, Table, identified, png_uri, write_report
-from st_ar.settings import fits
+from st_ar.settings import matches_type
 
 FORMAT_VERSION = 1
 META = "st_ar"
@@ -59,7 +59,7 @@ def open_reference(
     spec: str,
     extractor: Extractor,
     metrics: Collection[str],
-    place: Place,
+    place: Compute,
     *,
     size: int | None = None,
     seed: int = 0,
@@ -112,7 +112,7 @@ def _gaussian(path: Path, mean: str, covariance: str, dim: int) -> Gaussian:
 
 
 def _read_adm(
-    path: Path, names: set[str], images: ImageSet | None, extractor: Extractor, metrics: Collection[str], place: Place
+    path: Path, names: set[str], images: ImageSet | None, extractor: Extractor, metrics: Collection[str], place: Compute
 ) -> Reference:
     if "sfid" in metrics and not {"mu_s", "sigma_s"} <= names:
         raise UserError(f"{path} has mu and sigma but no mu_s and sigma_s: leave sfid out of --metrics")
@@ -172,7 +172,9 @@ def read_meta(path: Path) -> dict[str, Any]:
     """What a file of `st-ar reference` says of itself."""
     try:
         meta = parse_json(str(read_array(path, META)))
-        complete = fits(meta, dict) and all(fits(meta.get(name), kind) for name, kind in DESCRIBED.items())
+        complete = matches_type(meta, dict) and all(
+            matches_type(meta.get(name), kind) for name, kind in DESCRIBED.items()
+        )
     except ValueError as error:
         if isinstance(error, UserError):
             raise
@@ -185,7 +187,7 @@ def read_meta(path: Path) -> dict[str, Any]:
 
 
 def write_reference(
-    spec: str, out: Path, extractor: Extractor, place: Place, *, size: int | None = None, seed: int = 0
+    spec: str, out: Path, extractor: Extractor, place: Compute, *, size: int | None = None, seed: int = 0
 ) -> dict[str, Any]:
     """Compute a data set's statistics once and write them (rank 0), whole or not at all; returns the file's description.
 
@@ -214,7 +216,7 @@ def write_reference(
     }
     arrays = _arrays(found) | {META: np.array(json.dumps(meta))}
     if place.ranks.rank == 0:
-        with written_aside(out) as aside, open(aside, "wb") as file:
+        with atomic_write(out) as aside, open(aside, "wb") as file:
             np.savez(file, allow_pickle=False, **arrays)
     return meta
 
@@ -279,7 +281,7 @@ def evaluate(
     reference: Reference,
     extractor: Extractor,
     metrics: Sequence[Metric],
-    place: Place,
+    place: Compute,
     *,
     resize: int | None = None,
     seed: int = 0,
@@ -346,7 +348,7 @@ def evaluate(
 
 
 def _numbers(
-    found: Collected, reference: Reference, metrics: Sequence[Metric], place: Place, seed: int
+    found: Collected, reference: Reference, metrics: Sequence[Metric], place: Compute, seed: int
 ) -> dict[str, float]:
     numbers: dict[str, float] = {}
     for name in ("fid", "fd"):

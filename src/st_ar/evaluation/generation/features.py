@@ -13,13 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from st_ar.config import ExtractorName
-from st_ar.distributed import Ranks, joined
+from st_ar.distributed import Ranks, all_gather_ragged
 from st_ar.errors import UserError
 from st_ar.evaluation.generation.image_sets import ImageSet, image_digest
 from st_ar.evaluation.metrics import FeatureStatistics, InceptionScore
 from st_ar.hardware import freed_memory_kept, full_precision
 from st_ar.progress import progress
-from st_ar.randomness import Purpose
+from st_ar.randomness import RandomStream
 
 DINOV2 = "facebook/dinov2-large"
 """ViT-L/14 on the Hugging Face hub."""
@@ -151,7 +151,7 @@ NEIGHBOURS = frozenset({"precision", "recall", "density", "coverage", "kid"})
 
 
 @dataclass(frozen=True, kw_only=True)
-class Place:
+class Compute:
     """Where and in what portions to compute."""
 
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
@@ -195,7 +195,7 @@ class _Chosen:
         self.heap: list[tuple[int, int, Tensor, Tensor]] = []  # (less the number, index, features, pixels)
 
     def add(self, index: int, features: Tensor, pixels: Tensor) -> None:
-        drawn = np.random.SeedSequence([self.seed, Purpose.EVALUATION, index]).generate_state(1, np.uint64)[0]
+        drawn = np.random.SeedSequence([self.seed, RandomStream.EVALUATION, index]).generate_state(1, np.uint64)[0]
         number = -(int(drawn) >> 1)
         full = self.keep is not None and len(self.heap) >= self.keep
         if full and (not self.heap or (number, index) < self.heap[0][:2]):
@@ -211,15 +211,15 @@ class _Chosen:
         features = torch.stack([e[2] for e in self.heap]) if self.heap else torch.empty(0, dim)
         pixels = torch.stack([e[3] for e in self.heap]) if self.heap else torch.empty(0, *size, 3, dtype=torch.uint8)
         self.heap = []
-        numbers, features = (joined(t.to(device)).cpu() for t in (numbers, features))
+        numbers, features = (all_gather_ragged(t.to(device)).cpu() for t in (numbers, features))
         best = numbers[:, 0].argsort()[: self.keep]
         best = best[numbers[best, 1].argsort()]
         if self.with_pixels:
-            pixels = joined(pixels.to(device)).cpu()[best]
+            pixels = all_gather_ragged(pixels.to(device)).cpu()[best]
         return features[best], pixels
 
 
-def batches(images: ImageSet, place: Place) -> Iterator[tuple[list[int], np.ndarray]]:
+def batches(images: ImageSet, place: Compute) -> Iterator[tuple[list[int], np.ndarray]]:
     """A rank's images with their indices, `batch_size` at once: uint8 [b, H, W, 3]."""
     indices: list[int] = []
     pixels: list[np.ndarray] = []
@@ -238,7 +238,7 @@ def collect(
     images: ImageSet,
     extractor: Extractor,
     metrics: Collection[str],
-    place: Place,
+    place: Compute,
     *,
     keep: int | None = None,
     seed: int = 0,
@@ -294,9 +294,9 @@ def collect(
     )
 
 
-def content_hash(digests: list[tuple[int, bytes]], place: Place) -> str:
+def content_hash(digests: list[tuple[int, bytes]], place: Compute) -> str:
     """The set's hash from the images' on all ranks."""
     indices = torch.tensor([index for index, _ in digests], dtype=torch.int64)
     rows = torch.from_numpy(np.frombuffer(b"".join(d for _, d in digests), np.uint8).reshape(-1, 32).copy())
-    indices, rows = (joined(tensor.to(place.device)).cpu() for tensor in (indices, rows))
+    indices, rows = (all_gather_ragged(tensor.to(place.device)).cpu() for tensor in (indices, rows))
     return hashlib.sha256(rows[indices.argsort()].numpy().tobytes()).hexdigest()

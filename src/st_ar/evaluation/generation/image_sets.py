@@ -29,9 +29,9 @@ from st_ar.data.source import (
 )
 from st_ar.errors import UserError, cause
 from st_ar.files import parse_json
-from st_ar.randomness import Purpose, numpy_generator
+from st_ar.randomness import RandomStream, numpy_generator
 from st_ar.sampling import JOB, METADATA
-from st_ar.settings import fits
+from st_ar.settings import matches_type
 
 CHUNK = 64
 """Images that are read at once."""
@@ -231,7 +231,7 @@ def _metadata(path: Path, count: int) -> tuple[dict[str, Any], np.ndarray | None
     if not isinstance(found, dict) or "metrics" in found:  # something else, or an evaluation's result
         return {}, None
     labels, _ = found.pop("labels", None), found.pop("captions", None)
-    known = fits(labels, list[int]) and len(labels) == count and 0 <= min(labels) <= max(labels) < MAX_CLASSES
+    known = matches_type(labels, list[int]) and len(labels) == count and 0 <= min(labels) <= max(labels) < MAX_CLASSES
     return found, np.array(labels) if known else None
 
 
@@ -317,7 +317,7 @@ class Pictures:
         if not self.drawn or self.source.count is None:
             yield from islice(self.source.examples(0), self.count)
             return
-        rng = numpy_generator(self.seed, Purpose.EVALUATION)
+        rng = numpy_generator(self.seed, RandomStream.EVALUATION)
         for index in np.sort(rng.choice(self.source.count, self.count, replace=False)):
             yield next(self.source.examples(int(index)))
 

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from st_ar.errors import UserError
-from st_ar.files import cache_folder, read_tensors, sha256, written_aside
+from st_ar.files import atomic_write, cache_folder, read_tensors, sha256
 from st_ar.progress import progress
 
 SIDE = 299
@@ -279,7 +279,7 @@ def find_weights(path: Path | None = None, *, url: str = URL) -> Path:
 def _download(url: str, target: Path) -> Path:
     remedy = f"get {FILES[0]} from {URL} on another machine and put it at {target}, or name it with --inception"
     try:
-        with urllib.request.urlopen(url, timeout=30) as answer, written_aside(target) as aside:  # noqa: S310 -- https, ours
+        with urllib.request.urlopen(url, timeout=30) as answer, atomic_write(target) as aside:  # noqa: S310 -- https, ours
             size = answer.headers.get("Content-Length")
             total, digest = int(size) if size and size.isdigit() else None, hashlib.sha256()
             with open(aside, "wb") as file, progress(f"download {target.name}", total, unit="bytes") as bar:

@@ -11,12 +11,12 @@ from typing import Any, Literal
 from st_ar.config import Metric, SampleSettings
 from st_ar.errors import UserError
 from st_ar.evaluation.generation.evaluate import Reference, evaluate
-from st_ar.evaluation.generation.features import Extractor, Place
+from st_ar.evaluation.generation.features import Compute, Extractor
 from st_ar.evaluation.generation.image_sets import open_set
 from st_ar.figures import line_chart, require_matplotlib
-from st_ar.files import is_taken, read_json, require_place, sha256, write_csv, write_json
+from st_ar.files import is_nonempty, read_json, require_place, sha256, write_csv, write_json
 from st_ar.sampling import Sampler, choose_conditions, open_model_and_tokenizer, sample_to
-from st_ar.settings import fits
+from st_ar.settings import matches_type
 
 FILES = ("sweep.json", "sweep.csv", "distance.svg", "is.svg", "distance.json", "is.json")
 SWEPT = ("cfg_scale", "temperature", "top_k")
@@ -99,7 +99,7 @@ def check_sweep(sampler: SweptModel, grid: Sequence[SampleSettings], out: Path) 
         settings.resolved(sampler.info.config)
     require_matplotlib()
     require_place(out)
-    if is_taken(out, besides=("samples", "results", *FILES)):
+    if is_nonempty(out, besides=("samples", "results", *FILES)):
         raise UserError(f"{out} holds something else than a sweep: choose another --out")
 
 
@@ -110,7 +110,7 @@ def sweep(
     extractor: Extractor,
     metrics: Sequence[Metric],
     out: Path,
-    place: Place,
+    place: Compute,
     *,
     resize: int | None = None,
 ) -> list[dict[str, Any]]:
@@ -135,7 +135,7 @@ def sweep(
             write_json(kept, evaluate(samples, reference, extractor, metrics, place, resize=resize))
         numbers = read_json(kept, "a sweep's results").get("metrics")
         if (
-            not fits(numbers, dict[str, float])
+            not matches_type(numbers, dict[str, float])
             or numbers.keys() != (rows[0]["metrics"] if rows else {**numbers, distance: 0}).keys()
         ):
             raise UserError(
