@@ -128,7 +128,7 @@ def test_the_global_generator_is_left_as_it_was(line: Path) -> None:
     before = torch.get_rng_state()
     network = load_model_like(RUN)
     torch.set_rng_state(before)
-    copy = glances.whole_copy(network)
+    copy = glances.copy_on_rank0(network)
     assert copy is not None
     assert torch.equal(torch.get_rng_state(), before)
     assert not copy.training
