@@ -26,9 +26,10 @@ from st_ar.hardware import choose_device, choose_dtype
 from st_ar.model.transformer import Transformer
 from st_ar.model.weights import EMA, LIVE, save_weights
 from st_ar.presets import get_preset
-from st_ar.selfguided.objective import EMATeacher, SelfGuided, sample_guidance
+from st_ar.selfguided.guidance import make_teacher, sample_guidance
+from st_ar.selfguided.objective import SelfGuided
 from st_ar.training.checkpoint import Checkpoints, State, under
-from st_ar.training.loop import backward
+from st_ar.training.loop import Learner, forward_backward
 from st_ar.training.optim import adamw, clip_gradients
 
 
@@ -39,7 +40,7 @@ class Run:
         torch.manual_seed(0)
         self.config, self.device, self.dtype = config, device, choose_dtype(config.dtype, device)
         self.model = Transformer(config.model).to(device)
-        self.teacher = EMATeacher(self.model, config.selfguided)
+        self.teacher = make_teacher(self.model, config.selfguided)
         self.student = SelfGuided(self.model, config.selfguided).to(device).train()
         self.optimizer = adamw(self.student, config.optim)
         self.state = State({"student": self.student, "ema": self.teacher.model}, self.student, self.optimizer)
@@ -54,9 +55,14 @@ class Run:
         for _ in range(count):
             self.count += 1
             draws = sample_guidance(
-                config.selfguided, config.model, images=config.batch_size, views=config.views, seed=0, step=self.count
+                config.selfguided,
+                (config.batch_size, config.views, config.model.sequence_length),
+                seed=0,
+                step=self.count,
             )
-            backward(self.student, self.teacher, self.tokens, self.labels, draws, config.accumulate, self.dtype)
+            forward_backward(
+                Learner(self.student, self.teacher, config.accumulate, self.dtype), self.tokens, self.labels, draws
+            )
             clip_gradients(self.student.parameters(), config.optim.grad_clip)
             self.optimizer.step()
             self.optimizer.zero_grad()

@@ -51,7 +51,7 @@ from st_ar.model.transformer import Transformer
 from st_ar.presets import get_preset
 from st_ar.training.loop import train
 from st_ar.training.run import seconds_per_step
-from st_ar.training.vqgan import Training as VQTraining
+from st_ar.training.vqgan import VQLearner
 from tokenizing import measure_encoding, random_tokenizer
 from training import measure, our_step
 
@@ -200,7 +200,7 @@ def vqgan(device: torch.device, small: bool) -> dict[str, Any]:
     count, side = (4, 32) if small else (16, 256)
     found: dict[str, Any] = {"images a step": count}
     for name, start in (("without the adversary", 10**9), ("with the adversary", 0)):
-        training = VQTraining(replace(preset, adversary=replace(preset.adversary, start=start)), device)
+        training = VQLearner(replace(preset, adversary=replace(preset.adversary, start=start)), device)
         training.share()
         images = torch.rand(count, 3, side, side, device=device) * 2 - 1
         images = images.contiguous(memory_format=training.layout)

@@ -29,7 +29,8 @@ from st_ar.distributed import process_group
 from st_ar.hardware import choose_dtype
 from st_ar.model.transformer import Transformer
 from st_ar.presets import get_preset
-from st_ar.selfguided.objective import EMATeacher, SelfGuided, sample_guidance
+from st_ar.selfguided.guidance import make_teacher, sample_guidance
+from st_ar.selfguided.objective import SelfGuided
 from st_ar.training import loop
 from st_ar.training.optim import adamw, clip_gradients
 from st_ar.training.parallel import choose_parallel, parallelize
@@ -93,7 +94,7 @@ def be_a_rank(config: TrainConfig, threads: int, steps: int) -> None:
         torch.manual_seed(0)
         dtype = choose_dtype(config.dtype, device)
         model = Transformer(config.model)
-        teacher = EMATeacher(model, config.selfguided)
+        teacher = make_teacher(model, config.selfguided)
         student = SelfGuided(model, config.selfguided).train()
         called = parallelize(student, teacher, config, choose_parallel(config, ranks.world), device, dtype)
         optimizer = adamw(student, config.optim)
@@ -106,9 +107,9 @@ def be_a_rank(config: TrainConfig, threads: int, steps: int) -> None:
         for step in range(1, steps + 3):  # the first two warm up
             begun = time.perf_counter()
             draws = sample_guidance(
-                config.selfguided, config.model, images=shape[0], views=shape[1], seed=0, step=step, mine=mine
+                config.selfguided, (shape[0], shape[1], config.model.sequence_length), seed=0, step=step, images=mine
             )
-            loop.backward(called, teacher, tokens, labels, draws, config.accumulate, dtype)
+            loop.forward_backward(loop.Learner(called, teacher, config.accumulate, dtype), tokens, labels, draws)
             clip_gradients(student.parameters(), config.optim.grad_clip)
             optimizer.step()
             optimizer.zero_grad()

@@ -31,8 +31,9 @@ from st_ar.config import PLAIN, TrainConfig
 from st_ar.hardware import choose_device, choose_dtype, freed_memory_kept, peak_flops, training_flops_per_token
 from st_ar.model.transformer import Transformer
 from st_ar.presets import get_preset
-from st_ar.selfguided.objective import EMATeacher, SelfGuided, sample_guidance
-from st_ar.training.loop import backward
+from st_ar.selfguided.guidance import make_teacher, sample_guidance
+from st_ar.selfguided.objective import SelfGuided
+from st_ar.training.loop import Learner, forward_backward
 from st_ar.training.optim import adamw, clip_gradients
 from st_ar.training.parallel import parallelize
 
@@ -59,7 +60,7 @@ def our_step(config: TrainConfig, device: torch.device, dtype: torch.dtype) -> S
     """One optimizer step on the same random batch, drawn as in training."""
     with device:
         model = Transformer(config.model)
-    teacher = EMATeacher(model, config.selfguided)
+    teacher = make_teacher(model, config.selfguided)
     student = SelfGuided(model, config.selfguided).train()
     called = parallelize(student, teacher, config, "none", device, dtype)
     optimizer = adamw(student, config.optim)
@@ -70,9 +71,9 @@ def our_step(config: TrainConfig, device: torch.device, dtype: torch.dtype) -> S
         nonlocal count
         count += 1
         draws = sample_guidance(
-            config.selfguided, config.model, images=len(tokens), views=config.views, seed=0, step=count
+            config.selfguided, (len(tokens), config.views, config.model.sequence_length), seed=0, step=count
         )
-        backward(called, teacher, tokens, labels, draws, 1, dtype)
+        forward_backward(Learner(called, teacher, 1, dtype), tokens, labels, draws)
         clip_gradients(student.parameters(), config.optim.grad_clip)
         optimizer.step()
         teacher.update(model, count)

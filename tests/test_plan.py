@@ -11,7 +11,7 @@ import pytest
 from st_ar.config import WatchConfig
 from st_ar.model.transformer import Transformer
 from st_ar.presets import get_preset
-from st_ar.selfguided.objective import Projector
+from st_ar.selfguided.guidance import Projector
 from st_ar.training.loop import train
 from tests.data.random_store import random_store
 from tests.ranks import ROOT

@@ -39,7 +39,7 @@ def test_every_preset_builds(name: str) -> None:
     with torch.device("meta"):
         student = SelfGuided(Transformer(config.model), config.selfguided)
     assert len(student.model.layers) == config.model.n_layers
-    assert student.mid <= config.model.n_layers
+    assert student.middle <= config.model.n_layers
     assert (student.projector is None) == (not config.selfguided.contrast)
 
 

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from st_ar.config import SelfGuidedConfig, TrainConfig
 from st_ar.hardware import choose_dtype
-from st_ar.selfguided.objective import EMATeacher, Losses, SelfGuided, sample_guidance
-from st_ar.training.loop import backward
+from st_ar.selfguided.guidance import make_teacher, sample_guidance
+from st_ar.selfguided.objective import Losses, SelfGuided
+from st_ar.training.loop import Learner, forward_backward
 from st_ar.training.parallel import choose_parallel, parallelize
 from tests.toys import NO_DROPOUT, random_model
 from tests.training.toy_runs import GUIDED_RUN
@@ -97,7 +98,7 @@ def first_gradients(
         watch: entered around the forward and the backward pass.
     """
     torch.manual_seed(3)
-    teacher = EMATeacher(random_model(config.model, seed=1), config.selfguided)
+    teacher = make_teacher(random_model(config.model, seed=1), config.selfguided)
     student = SelfGuided(random_model(config.model, seed=0), config.selfguided).train()
     cpu = torch.device("cpu")
     dtype = choose_dtype(config.dtype, cpu)
@@ -108,10 +109,10 @@ def first_gradients(
     each = config.batch_size // world
     mine = slice(rank * each, (rank + 1) * each)
     draws = sample_guidance(
-        config.selfguided, config.model, images=config.batch_size, views=2, seed=0, step=1, mine=mine
+        config.selfguided, (config.batch_size, 2, config.model.sequence_length), seed=0, step=1, images=mine
     )
     with watch or nullcontext():
-        losses = backward(called, teacher, tokens[mine], labels[mine], draws, config.accumulate, dtype)
+        losses = forward_backward(Learner(called, teacher, config.accumulate, dtype), tokens[mine], labels[mine], draws)
     return {name: p.grad for name, p in student.named_parameters() if p.grad is not None}, losses
 
 

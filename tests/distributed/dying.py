@@ -14,7 +14,7 @@ from st_ar.training import loop
 if __name__ == "__main__":
     torch.set_num_threads(1)
     how, *arguments = sys.argv[1:]
-    backward, passes = loop.backward, 0
+    backward, passes = loop.forward_backward, 0
 
     def armed(*args: Any) -> Any:
         global passes
@@ -26,5 +26,5 @@ if __name__ == "__main__":
             time.sleep(600)
         return backward(*args)
 
-    loop.backward = armed
+    loop.forward_backward = armed
     main(arguments)

@@ -39,7 +39,7 @@ def killed(rank: int) -> None:
 
 def full(tokens: Path, out: Path, rank: int) -> str:
     """What this rank says of a disk that is full for the last one, from step 5 on."""
-    backward, passes = loop.backward, 0
+    backward, passes = loop.forward_backward, 0
 
     def armed(*args: Any) -> Any:
         nonlocal passes
@@ -50,7 +50,7 @@ def full(tokens: Path, out: Path, rank: int) -> str:
 
     disk = full_disk(1 << 13)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "backward", armed)
+        patch.setattr(loop, "forward_backward", armed)
         with pytest.raises(UserError) as error:
             loop.train(SHARDED, tokens, out, preset="toy")
     if rank == 1:

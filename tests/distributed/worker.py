@@ -23,7 +23,7 @@ from st_ar.config import TrainConfig
 from st_ar.distributed import process_group
 from st_ar.errors import Interrupted, UserError
 from st_ar.model import weights
-from st_ar.training import loop, optim
+from st_ar.training import loop, optim, run
 from tests.calls import Calls
 from tests.distributed.cases import (
     CAPTIONS,
@@ -42,7 +42,7 @@ from tests.distributed.cases import (
 def counted(patch: pytest.MonkeyPatch) -> dict[str, int]:
     """How often this rank writes each kind of file of a run."""
     counts: dict[str, int] = {}
-    for module, name in ((loop, "append_log"), (loop, "rewind_log"), (loop, "write_json"), (weights, "save_tensors")):
+    for module, name in ((run, "append_log"), (run, "rewind_log"), (run, "write_json"), (weights, "save_tensors")):
         written: Callable[..., Any] = getattr(module, name)
 
         def writing(*args: Any, name: str = name, written: Callable[..., Any] = written, **kwargs: Any) -> None:
@@ -55,7 +55,7 @@ def counted(patch: pytest.MonkeyPatch) -> dict[str, int]:
 
 def stopped_and_resumed(tokens: Path, out: Path, rank: int) -> str:
     """The last rank gets SIGTERM in step 2 of a run, which is then resumed; what was said of the stop."""
-    backward, passes = loop.backward, 0
+    backward, passes = loop.forward_backward, 0
 
     def signalled(*args: Any) -> Any:
         nonlocal passes
@@ -66,7 +66,7 @@ def stopped_and_resumed(tokens: Path, out: Path, rank: int) -> str:
 
     config = replace(GUIDED, **FSDP)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "backward", signalled)
+        patch.setattr(loop, "forward_backward", signalled)
         with pytest.raises(Interrupted) as stop:
             loop.train(config, tokens, out, preset="toy")
     if rank == 0:

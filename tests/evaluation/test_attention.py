@@ -30,7 +30,7 @@ from st_ar.evaluation.attention import (
 )
 from st_ar.model.transformer import attention_bias
 from st_ar.model.weights import load_model
-from st_ar.selfguided.objective import sample_guidance
+from st_ar.selfguided.guidance import sample_guidance
 from tests.small_line import SmallLine, make_line
 from tests.toys import TINY, random_model, random_sequences
 
@@ -337,7 +337,7 @@ def test_an_images_mask_is_trainings_of_a_step_with_its_number(ratio: float, see
     assert found is not None
     assert found.sum(1).tolist() == [round(ratio * 8)] * len(images)
     for mask, image in zip(found, images, strict=True):
-        expected = sample_guidance(config, TINY, images=1, views=1, seed=seed, step=image).key_mask
+        expected = sample_guidance(config, (1, 1, TINY.sequence_length), seed=seed, step=image).key_mask
         assert expected is not None
         assert torch.equal(mask, expected[0, 0])
 
@@ -345,7 +345,7 @@ def test_an_images_mask_is_trainings_of_a_step_with_its_number(ratio: float, see
 def test_masks_can_leave_a_tokens_own_query_out_as_training_can() -> None:
     config = SelfGuidedConfig(mask_ratio=0.5, mask_own_position=False)
     found = ImageMasks(ratio=0.5, seed=1, own_position=False).draw([7], 9)
-    expected = sample_guidance(config, TINY, images=1, views=1, seed=1, step=7).key_mask
+    expected = sample_guidance(config, (1, 1, TINY.sequence_length), seed=1, step=7).key_mask
     assert found is not None
     assert expected is not None
     assert torch.equal(found, expected[0])

@@ -31,8 +31,8 @@ from st_ar.model.transformer import (
     rotate,
 )
 from st_ar.presets import PRESETS, get_preset
+from st_ar.selfguided.guidance import random_key_mask, show_own_position
 from st_ar.selfguided.losses import next_token_loss
-from st_ar.selfguided.objective import random_key_mask, show_own_position
 from tests.reference import equations
 from tests.toys import (
     FIXTURES,

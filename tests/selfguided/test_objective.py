@@ -12,20 +12,20 @@ from torch import Tensor, nn
 
 from st_ar.config import PLAIN, ModelConfig, SelfGuidedConfig
 from st_ar.model.transformer import Transformer
-from st_ar.selfguided.losses import next_token_loss
-from st_ar.selfguided.objective import (
+from st_ar.selfguided.guidance import (
     EMATeacher,
     GuidanceSample,
-    Losses,
     Projector,
-    SelfGuided,
     ema_decay,
+    make_teacher,
     random_key_mask,
     random_positions,
     sample_guidance,
     show_own_position,
 )
-from st_ar.training.loop import backward
+from st_ar.selfguided.losses import next_token_loss
+from st_ar.selfguided.objective import Losses, SelfGuided
+from st_ar.training.loop import Learner, forward_backward
 from tests.reference import equations
 from tests.toys import TINY, random_model
 
@@ -65,7 +65,7 @@ def test_a_part_of_the_batch_is_masked_as_it_is_in_the_whole(
 ) -> None:
     mine = slice(min(cut), max(cut))
     whole = random_key_mask(batch, 9, 0.5, seeded(seed), share=share)
-    assert torch.equal(random_key_mask(batch, 9, 0.5, seeded(seed), share=share, mine=mine), whole[mine])
+    assert torch.equal(random_key_mask(batch, 9, 0.5, seeded(seed), share=share, rows=mine), whole[mine])
 
 
 def test_each_sequence_is_as_likely_to_be_masked() -> None:
@@ -174,9 +174,9 @@ def one_step(student: SelfGuided, teacher: EMATeacher) -> Losses:
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(TINY.vocab_size, (3, 2, TINY.sequence_length), generator=generator)
     labels = torch.tensor([0, 3, 1])
-    draws = sample_guidance(student.config, TINY, images=3, views=2, seed=0, step=1)
+    draws = sample_guidance(student.config, (3, 2, TINY.sequence_length), seed=0, step=1)
     targets = student.teach(teacher, tokens, labels, draws.positions)
-    losses = student(tokens, labels, draws, targets, targets.mid, 0)
+    losses = student(tokens, labels, draws, targets)
     losses.total.backward()
     return losses
 
@@ -184,7 +184,7 @@ def one_step(student: SelfGuided, teacher: EMATeacher) -> Losses:
 @pytest.mark.parametrize(("decay", "warmup"), [(0.9999, True), (0.3, True), (0.9, False)])
 def test_teacher_is_the_moving_average_of_the_formula(decay: float, warmup: bool) -> None:
     student = random_model(seed=0)
-    teacher = EMATeacher(student, replace(CONFIG, ema_decay=decay, ema_warmup=warmup))
+    teacher = make_teacher(student, replace(CONFIG, ema_decay=decay, ema_warmup=warmup))
     expected = {name: value.double() for name, value in student.state_dict().items()}
     for step in range(1, 6):
         move(student, 0.1 * step)
@@ -199,20 +199,19 @@ def test_teacher_is_the_moving_average_of_the_formula(decay: float, warmup: bool
 
 @given(decay=st.floats(0, 0.99999), step=st.integers(1, 1_000_000))
 def test_warm_up_limits_the_decay(decay: float, step: int) -> None:
-    config = replace(CONFIG, ema_decay=decay)
-    assert ema_decay(config, step) == min(decay, (1 + step) / (10 + step))
-    assert ema_decay(replace(config, ema_warmup=False), step) == decay
+    assert ema_decay(decay, step) == min(decay, (1 + step) / (10 + step))
+    assert ema_decay(decay, step, warmup=False) == decay
 
 
 def test_warm_up_begins_at_2_in_11_and_ends_at_the_decay() -> None:
-    assert ema_decay(SelfGuidedConfig(), 1) == 2 / 11
-    assert ema_decay(SelfGuidedConfig(), 80_000) < 0.9999
-    assert ema_decay(SelfGuidedConfig(), 90_000) == 0.9999
+    assert ema_decay(0.9999, 1) == 2 / 11
+    assert ema_decay(0.9999, 80_000) < 0.9999
+    assert ema_decay(0.9999, 90_000) == 0.9999
 
 
 def test_a_long_slow_average_is_not_lost_to_rounding() -> None:
     student = random_model()
-    teacher = EMATeacher(student, SelfGuidedConfig(ema_warmup=False))
+    teacher = make_teacher(student, SelfGuidedConfig(ema_warmup=False))
     start = {name: value.clone() for name, value in student.state_dict().items()}
     move(student, 1e-2)
     for step in range(1, 201):
@@ -224,7 +223,7 @@ def test_a_long_slow_average_is_not_lost_to_rounding() -> None:
 
 def test_teacher_is_a_copy_that_only_an_update_moves() -> None:
     student = random_model()
-    teacher = EMATeacher(student, CONFIG)
+    teacher = make_teacher(student, CONFIG)
     before = {name: value.clone() for name, value in teacher.model.state_dict().items()}
     assert {name: value.tolist() for name, value in before.items()} == {
         name: value.tolist() for name, value in student.state_dict().items()
@@ -238,7 +237,7 @@ def test_teacher_is_a_copy_that_only_an_update_moves() -> None:
 
 def test_an_update_leaves_the_student_alone() -> None:
     student = random_model()
-    teacher = EMATeacher(student, CONFIG)
+    teacher = make_teacher(student, CONFIG)
     move(student, 1.0)
     before = {name: value.clone() for name, value in student.state_dict().items()}
     teacher.update(student, 1)
@@ -248,7 +247,7 @@ def test_an_update_leaves_the_student_alone() -> None:
 
 def test_teacher_of_a_student_in_training_stays_in_evaluation_mode() -> None:
     student = Transformer(WITH_DROPOUT).train()
-    teacher = EMATeacher(student, CONFIG)
+    teacher = make_teacher(student, CONFIG)
     for _ in range(2):
         assert student.training
         assert not any(module.training for module in teacher.model.modules())
@@ -261,7 +260,7 @@ def test_teacher_of_a_student_in_training_stays_in_evaluation_mode() -> None:
 
 def test_no_gradient_reaches_the_teacher() -> None:
     model = random_model()
-    teacher = EMATeacher(model, CONFIG)
+    teacher = make_teacher(model, CONFIG)
     student = SelfGuided(model, CONFIG)
     losses = one_step(student, teacher)
     assert min(losses.mim, losses.step, losses.view) > 0
@@ -275,7 +274,7 @@ def test_no_gradient_reaches_the_teacher() -> None:
 
 def test_teacher_is_no_part_of_the_student() -> None:
     model = random_model()
-    teacher = EMATeacher(model, CONFIG)
+    teacher = make_teacher(model, CONFIG)
     ours = {parameter.data_ptr() for parameter in SelfGuided(model, CONFIG).parameters()}
     assert not ours & {parameter.data_ptr() for parameter in teacher.parameters()}
 
@@ -286,7 +285,7 @@ IMAGES = 4
 
 def build(config: SelfGuidedConfig = BASE) -> tuple[SelfGuided, EMATeacher]:
     """A student and a teacher that differs from it, as after some updates."""
-    teacher = EMATeacher(random_model(seed=1), config)
+    teacher = make_teacher(random_model(seed=1), config)
     torch.manual_seed(2)
     return SelfGuided(random_model(seed=0), config), teacher
 
@@ -302,10 +301,10 @@ def compute(
 ) -> tuple[SelfGuided, EMATeacher, GuidanceSample, Losses]:
     student, teacher = build(config)
     tokens, labels = batch(views)
-    draws = sample_guidance(config, TINY, images=IMAGES, views=views, seed=5, step=7)
+    draws = sample_guidance(config, (IMAGES, views, TINY.sequence_length), seed=5, step=7)
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
         targets = student.teach(teacher, tokens, labels, draws.positions)
-        losses = student(tokens, labels, draws, targets, targets.mid, 0)
+        losses = student(tokens, labels, draws, targets)
     return student, teacher, draws, losses
 
 
@@ -454,7 +453,7 @@ def test_without_beta_there_is_no_projector_and_no_mid_target() -> None:
     student, teacher = build(replace(BASE, beta=0.0))
     tokens, labels = batch()
     assert student.projector is None
-    assert student.teach(teacher, tokens, labels, torch.tensor([0])).mid is None
+    assert student.teach(teacher, tokens, labels, torch.tensor([0])).middle is None
 
 
 def test_plain_training_never_runs_the_teacher_and_is_the_next_token_loss() -> None:
@@ -463,9 +462,9 @@ def test_plain_training_never_runs_the_teacher_and_is_the_next_token_loss() -> N
     teacher.model.register_forward_hook(lambda module, *_: ran.append(module))
     teacher.model.layers[0].register_forward_hook(lambda module, *_: ran.append(module))
     tokens, labels = batch()
-    draws = sample_guidance(PLAIN, TINY, images=IMAGES, views=2, seed=0, step=1)
+    draws = sample_guidance(PLAIN, (IMAGES, 2, TINY.sequence_length), seed=0, step=1)
     targets = student.teach(teacher, tokens, labels, draws.positions)
-    losses = student(tokens, labels, draws, targets, None, 0)
+    losses = student(tokens, labels, draws, targets)
     assert draws.key_mask is None
     assert ran == []
     assert list(targets) == [None, None]
@@ -482,19 +481,19 @@ def test_teacher_sees_everything_and_the_student_does_not() -> None:
     tokens, labels = batch()
     positions = torch.tensor([2, 5, 8])
     targets = student.teach(teacher, tokens, labels, positions)
-    draws = sample_guidance(BASE, TINY, images=IMAGES, views=2, seed=0, step=1)
+    draws = sample_guidance(BASE, (IMAGES, 2, TINY.sequence_length), seed=0, step=1)
     assert draws.key_mask is not None
     with torch.no_grad():
         inputs = tokens.flatten(0, 1)[:, :-1], labels.repeat_interleave(2)
         seen = teacher.model(*inputs, hidden=[2, 4]).hidden
         hidden = teacher.model(*inputs, hidden=[2, 4], key_mask=draws.key_mask.flatten(0, 1)).hidden
     assert targets.last is not None
-    assert targets.mid is not None
+    assert targets.middle is not None
     assert torch.equal(targets.last.flatten(0, 1), seen[4])
-    assert torch.equal(targets.mid.flatten(0, 1), seen[2][:, positions])
+    assert torch.equal(targets.middle.flatten(0, 1), seen[2][:, positions])
     assert not torch.allclose(targets.last.flatten(0, 1), hidden[4])
     assert not targets.last.requires_grad
-    assert not targets.mid.requires_grad
+    assert not targets.middle.requires_grad
 
 
 def test_one_pass_of_each_network_serves_all_terms() -> None:
@@ -505,19 +504,19 @@ def test_one_pass_of_each_network_serves_all_terms() -> None:
             block.register_forward_hook(lambda *_, name=name: ran.append(name))
         network.output.register_forward_hook(lambda *_, name=name: ran.append(f"{name}'s head"))
     tokens, labels = batch()
-    draws = sample_guidance(BASE, TINY, images=IMAGES, views=2, seed=0, step=1)
+    draws = sample_guidance(BASE, (IMAGES, 2, TINY.sequence_length), seed=0, step=1)
     targets = student.teach(teacher, tokens, labels, draws.positions)
-    student(tokens, labels, draws, targets, targets.mid, 0)
+    student(tokens, labels, draws, targets)
     assert ran == ["teacher"] * 4 + ["student"] * 4 + ["student's head"]
 
 
 def test_an_image_of_its_own_teacher_unmasked_has_no_mim_loss() -> None:
     config = replace(BASE, mask_ratio=0.0, beta=0.0)
     model = random_model()
-    student, teacher = SelfGuided(model, config), EMATeacher(model, config)
+    student, teacher = SelfGuided(model, config), make_teacher(model, config)
     tokens, labels = batch()
-    draws = sample_guidance(config, TINY, images=IMAGES, views=2, seed=0, step=1)
-    losses = student(tokens, labels, draws, student.teach(teacher, tokens, labels, draws.positions), None, 0)
+    draws = sample_guidance(config, (IMAGES, 2, TINY.sequence_length), seed=0, step=1)
+    losses = student(tokens, labels, draws, student.teach(teacher, tokens, labels, draws.positions))
     assert losses.mim.item() == pytest.approx(0, abs=1e-6)
     assert losses.total.item() == pytest.approx(losses.ar.item(), abs=1e-6)
 
@@ -535,8 +534,8 @@ def test_bfloat16_autocast_gives_nearly_the_same_losses() -> None:
 def gradients(config: SelfGuidedConfig, pieces: int) -> tuple[Losses, dict[str, Tensor]]:
     student, teacher = build(config)
     tokens, labels = batch()
-    draws = sample_guidance(config, TINY, images=IMAGES, views=2, seed=5, step=7)
-    losses = backward(student, teacher, tokens, labels, draws, pieces, torch.float32)
+    draws = sample_guidance(config, (IMAGES, 2, TINY.sequence_length), seed=5, step=7)
+    losses = forward_backward(Learner(student, teacher, pieces, torch.float32), tokens, labels, draws)
     return losses, {
         name: parameter.grad for name, parameter in student.named_parameters() if parameter.grad is not None
     }
@@ -556,7 +555,7 @@ def test_local_negatives_are_those_of_the_micro_batch() -> None:
     config = replace(BASE, negatives="local")
     student, teacher = build(config)
     tokens, labels = batch()
-    draws = sample_guidance(config, TINY, images=IMAGES, views=2, seed=5, step=7)
+    draws = sample_guidance(config, (IMAGES, 2, TINY.sequence_length), seed=5, step=7)
     with torch.no_grad():
         targets = student.teach(teacher, tokens, labels, draws.positions)
         hidden = student.model(
@@ -565,7 +564,7 @@ def test_local_negatives_are_those_of_the_micro_batch() -> None:
         z = student.projector(hidden.unflatten(0, (IMAGES, 2))[:, :, draws.positions])
     losses = gradients(config, 2)[0]
     for name, reference in (("step", equations.step_loss), ("view", equations.view_loss)):
-        halves = [reference(z[i : i + 2], targets.mid[i : i + 2], 0.2, "mean") for i in (0, 2)]
+        halves = [reference(z[i : i + 2], targets.middle[i : i + 2], 0.2, "mean") for i in (0, 2)]
         assert getattr(losses, name).item() == pytest.approx(sum(halves) / 2, abs=1e-5)
         assert getattr(gradients(BASE, 2)[0], name).item() > getattr(losses, name).item()  # more negatives cost more
     torch.testing.assert_close(torch.stack(gradients(config, 1)[0]), torch.stack(gradients(BASE, 1)[0]))
@@ -608,7 +607,7 @@ def test_a_projection_does_not_depend_on_the_rest_of_the_batch() -> None:
 def test_draws_are_a_pure_function_of_seed_and_step(seed: int, step: int) -> None:
     def drawn(seed: int, step: int) -> GuidanceSample:
         return sample_guidance(
-            SelfGuidedConfig(positions=4), replace(TINY, grid=8), images=3, views=2, seed=seed, step=step
+            SelfGuidedConfig(positions=4), (3, 2, replace(TINY, grid=8).sequence_length), seed=seed, step=step
         )
 
     torch.manual_seed(0)
@@ -627,7 +626,9 @@ def test_draws_are_a_pure_function_of_seed_and_step(seed: int, step: int) -> Non
 def test_positions_differ_across_steps_and_seeds() -> None:
     def drawn(seed: int, step: int) -> tuple[int, ...]:
         return tuple(
-            sample_guidance(BASE, replace(TINY, grid=16), images=1, views=1, seed=seed, step=step).positions.tolist()
+            sample_guidance(
+                BASE, (1, 1, replace(TINY, grid=16).sequence_length), seed=seed, step=step
+            ).positions.tolist()
         )
 
     assert len({drawn(0, step) for step in range(20)}) == 20
@@ -636,12 +637,12 @@ def test_positions_differ_across_steps_and_seeds() -> None:
 
 def test_drawing_does_not_move_torchs_global_generator() -> None:
     state = torch.get_rng_state()
-    sample_guidance(BASE, TINY, images=3, views=2, seed=0, step=0)
+    sample_guidance(BASE, (3, 2, TINY.sequence_length), seed=0, step=0)
     assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_each_view_of_each_image_has_its_own_mask_of_the_exact_size() -> None:
-    draws = sample_guidance(BASE, replace(TINY, grid=8), images=5, views=3, seed=0, step=0)
+    draws = sample_guidance(BASE, (5, 3, replace(TINY, grid=8).sequence_length), seed=0, step=0)
     assert draws.key_mask is not None
     assert draws.key_mask.shape == (5, 3, 64)
     assert (draws.key_mask.sum(-1) == round(0.25 * 63)).all()
@@ -649,8 +650,8 @@ def test_each_view_of_each_image_has_its_own_mask_of_the_exact_size() -> None:
 
 
 def test_own_position_is_shown_on_request_and_the_same_keys_are_masked() -> None:
-    literal = sample_guidance(BASE, TINY, images=2, views=2, seed=0, step=0)
-    shown = sample_guidance(replace(BASE, mask_own_position=False), TINY, images=2, views=2, seed=0, step=0)
+    literal = sample_guidance(BASE, (2, 2, TINY.sequence_length), seed=0, step=0)
+    shown = sample_guidance(replace(BASE, mask_own_position=False), (2, 2, TINY.sequence_length), seed=0, step=0)
     assert literal.key_mask is not None
     assert shown.key_mask is not None
     length = TINY.sequence_length
@@ -663,9 +664,9 @@ def test_own_position_is_shown_on_request_and_the_same_keys_are_masked() -> None
 
 @pytest.mark.parametrize("own", [True, False])
 def test_a_part_of_the_images_has_its_part_of_the_masks(own: bool) -> None:
-    settings: dict[str, Any] = {"images": 6, "views": 2, "seed": 3, "step": 4}
-    config = replace(BASE, mask_own_position=own)
-    whole, part = sample_guidance(config, TINY, **settings), sample_guidance(config, TINY, **settings, mine=slice(2, 4))
+    config, shape = replace(BASE, mask_own_position=own), (6, 2, TINY.sequence_length)
+    whole = sample_guidance(config, shape, seed=3, step=4)
+    part = sample_guidance(config, shape, seed=3, step=4, images=slice(2, 4))
     assert whole.key_mask is not None
     assert part.key_mask is not None
     assert torch.equal(part.key_mask, whole.key_mask[2:4])
@@ -673,9 +674,9 @@ def test_a_part_of_the_images_has_its_part_of_the_masks(own: bool) -> None:
 
 
 def test_mask_and_positions_are_drawn_apart() -> None:
-    first = sample_guidance(BASE, TINY, images=2, views=2, seed=0, step=0)
-    more = sample_guidance(replace(BASE, positions=5), TINY, images=2, views=2, seed=0, step=0)
-    heavier = sample_guidance(replace(BASE, mask_ratio=0.5), TINY, images=2, views=2, seed=0, step=0)
+    first = sample_guidance(BASE, (2, 2, TINY.sequence_length), seed=0, step=0)
+    more = sample_guidance(replace(BASE, positions=5), (2, 2, TINY.sequence_length), seed=0, step=0)
+    heavier = sample_guidance(replace(BASE, mask_ratio=0.5), (2, 2, TINY.sequence_length), seed=0, step=0)
     assert first.key_mask is not None
     assert more.key_mask is not None
     assert torch.equal(first.key_mask, more.key_mask)

@@ -11,14 +11,15 @@ from typing import Any
 
 import torch
 
+from st_ar.errors import Interrupted
 from st_ar.training import checkpoint as keep
-from st_ar.training import loop
+from st_ar.training import loop, run
 from tests.training.toy_runs import GUIDED_RUN
 
 
 def arm(number: int, instant: str, step: int) -> None:
     """Replace what the loop calls at the instant by a version that sends the signal first."""
-    backward, append_log, save_weights, rename = loop.backward, loop.append_log, keep.save_weights, os.replace
+    backward, append_log, save_weights, rename = loop.forward_backward, run.append_log, keep.save_weights, os.replace
     passes = 0
 
     def at(here: str, now: bool) -> None:
@@ -43,7 +44,7 @@ def arm(number: int, instant: str, step: int) -> None:
         at("checkpoint", Path(target).name == f"step_{step:08d}")
         rename(source, target)
 
-    loop.backward, loop.append_log, keep.save_weights = armed_backward, armed_append_log, armed_save_weights
+    loop.forward_backward, run.append_log, keep.save_weights = armed_backward, armed_append_log, armed_save_weights
     os.replace = armed_rename
 
 
@@ -52,6 +53,6 @@ if __name__ == "__main__":
     arm(signal.Signals[sys.argv[3]], sys.argv[4], int(sys.argv[5]))
     try:
         loop.train(GUIDED_RUN, Path(sys.argv[1]), Path(sys.argv[2]), preset="toy")
-    except loop.Interrupted as interrupted:
+    except Interrupted as interrupted:
         print(interrupted, interrupted.signum)
         sys.exit(7)

@@ -31,7 +31,7 @@ from st_ar.errors import Interrupted, UserError
 from st_ar.evaluation.likelihood import validation_loss
 from st_ar.hardware import parameters, run_bytes
 from st_ar.model.weights import open_model
-from st_ar.training import checkpoint, loop
+from st_ar.training import checkpoint
 from st_ar.training import checkpoint_files as manifest
 from st_ar.training.checkpoint import Checkpoints, State
 from st_ar.training.checkpoint_files import (
@@ -767,7 +767,7 @@ def test_a_checkpoint_on_interruption_is_not_measured_and_the_best_is_the_same(
 
     run = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "append_log", interrupting)
+        patch.setattr("st_ar.training.run.append_log", interrupting)
         with pytest.raises(Interrupted, match="stopped at step 8"):
             train(MEASURED, tokens, run, validation=others, preset="toy")
     assert list(losses_of(run)) == [6]

@@ -48,7 +48,7 @@ def test_a_signal_saves_the_run(
             signal.raise_signal(number)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "append_log", signalled)
+        patch.setattr("st_ar.training.run.append_log", signalled)
         assert status(*command) == expected
     assert re.fullmatch(r"st-ar: stopped at step 3 of 8; the run is saved: .*--resume.*\n", capsys.readouterr().err)
     assert [step for step, _ in list_checkpoints(tmp_path / "run" / "checkpoints")] == [2, 3]

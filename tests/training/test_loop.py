@@ -19,9 +19,10 @@ from st_ar.distributed import Ranks
 from st_ar.model.transformer import Transformer
 from st_ar.model.weights import open_model
 from st_ar.randomness import RandomStream, torch_seed
-from st_ar.selfguided.objective import EMATeacher, Losses, SelfGuided, sample_guidance
+from st_ar.selfguided.guidance import EMATeacher, make_teacher, sample_guidance
+from st_ar.selfguided.objective import Losses, SelfGuided
 from st_ar.training import loop
-from st_ar.training.loop import backward, drop_labels, train
+from st_ar.training.loop import Learner, drop_labels, forward_backward, train
 from tests.data.random_store import FINGERPRINT
 from tests.toys import NO_DROPOUT, random_model
 from tests.training.toy_runs import GUIDED_RUN, PLAIN_RUN, assert_same_weights, log_of
@@ -32,7 +33,7 @@ from tests.training.toy_runs import GUIDED_RUN, PLAIN_RUN, assert_same_weights, 
 def trainee(config: SelfGuidedConfig, model: ModelConfig) -> tuple[SelfGuided, EMATeacher]:
     """A student with weights far from zero and a teacher that differs from it, in training mode."""
     torch.manual_seed(3)
-    teacher = EMATeacher(random_model(model, seed=1), config)
+    teacher = make_teacher(random_model(model, seed=1), config)
     return SelfGuided(random_model(model, seed=0), config).train(), teacher
 
 
@@ -43,8 +44,8 @@ def gradients(config: SelfGuidedConfig, pieces: int) -> tuple[dict[str, Tensor],
     generator = torch.Generator().manual_seed(5)
     batch = torch.randint(16, (8, 2, 16), generator=generator)
     labels = torch.randint(4, (8,), generator=generator)  # the null class among them
-    draws = sample_guidance(config, model, images=8, views=2, seed=0, step=1)
-    losses = backward(student, teacher, batch, labels, draws, pieces, torch.float32)
+    draws = sample_guidance(config, (8, 2, model.sequence_length), seed=0, step=1)
+    losses = forward_backward(Learner(student, teacher, pieces, torch.float32), batch, labels, draws)
     return {name: p.grad for name, p in student.named_parameters() if p.grad is not None}, losses
 
 
@@ -86,9 +87,9 @@ def test_with_local_negatives_micro_batches_see_fewer_of_them() -> None:
 def test_no_gradient_reaches_the_teacher() -> None:
     model = replace(PLAIN_RUN.model, **NO_DROPOUT)
     student, teacher = trainee(GUIDED, model)
-    draws = sample_guidance(GUIDED, model, images=4, views=2, seed=0, step=1)
+    draws = sample_guidance(GUIDED, (4, 2, model.sequence_length), seed=0, step=1)
     batch = torch.randint(16, (4, 2, 16), generator=torch.Generator().manual_seed(5))
-    backward(student, teacher, batch, torch.zeros(4, dtype=torch.int64), draws, 2, torch.float32)
+    forward_backward(Learner(student, teacher, 2, torch.float32), batch, torch.zeros(4, dtype=torch.int64), draws)
     assert all(parameter.grad is None for parameter in teacher.parameters())
 
 
@@ -107,7 +108,7 @@ def plain_training(config: TrainConfig, tokens: Path) -> dict[str, Tensor]:
     assert config.steps is not None
     for step in range(1, config.steps + 1):
         codes, labels = views.batch(step - 1)
-        labels = drop_labels(labels, config.model.num_classes, 0.1, seed=config.seed, step=step)
+        labels = drop_labels(labels, config.model.num_classes, config, step=step)
         x, y = codes.flatten(0, 1), labels.repeat_interleave(config.views)
         torch.manual_seed(torch_seed(config.seed, RandomStream.DROPOUT, step))
         logits = model(x[:, :-1], y).logits
@@ -159,11 +160,11 @@ def seen_by(
     seen: list[tuple[Tensor, Tensor]] = []
     with monkeypatch.context() as patch:
 
-        def watched(student: Any, teacher: Any, batch: Tensor, labels: Tensor, *rest: Any) -> Losses:
+        def watched(learner: Learner, batch: Tensor, labels: Tensor, *rest: Any) -> Losses:
             seen.append((batch.clone(), labels.clone()))
-            return backward(student, teacher, batch, labels, *rest)
+            return forward_backward(learner, batch, labels, *rest)
 
-        patch.setattr(loop, "backward", watched)
+        patch.setattr(loop, "forward_backward", watched)
         train(config, tokens, out)
     return seen
 
@@ -195,9 +196,13 @@ def test_compiled_blocks_train_alike(tokens: Path, tmp_path: Path) -> None:
 # Label dropout
 
 
+def dropping(share: float, seed: int = 0) -> TrainConfig:
+    return replace(PLAIN_RUN, class_dropout=share, seed=seed)
+
+
 def test_labels_are_dropped_in_the_given_share() -> None:
     labels = torch.arange(50_000) % 7
-    dropped = drop_labels(labels, 7, 0.1, seed=0, step=1)
+    dropped = drop_labels(labels, 7, dropping(0.1), step=1)
     assert (dropped == 7).float().mean().item() == pytest.approx(0.1, abs=0.005)  # four standard deviations
     assert torch.equal(dropped[dropped != 7], labels[dropped != 7])
     assert torch.equal(labels, torch.arange(50_000) % 7)
@@ -207,7 +212,7 @@ def test_dropped_labels_depend_on_seed_and_step_alone() -> None:
     labels = torch.zeros(200, dtype=torch.int64)
 
     def at(seed: int, step: int) -> list[int]:
-        return drop_labels(labels, 1, 0.5, seed=seed, step=step).tolist()
+        return drop_labels(labels, 1, dropping(0.5, seed), step=step).tolist()
 
     expected = at(3, 7)
     torch.rand(5)  # the global generator has no part in it
@@ -219,13 +224,13 @@ def test_dropped_labels_depend_on_seed_and_step_alone() -> None:
 def test_each_rank_drops_its_part_of_what_one_rank_drops() -> None:
     labels = torch.arange(12)
     ranks = [Ranks(rank=rank, world=3) for rank in range(3)]
-    parts = [drop_labels(labels[r.share(12)], 99, 0.5, seed=3, step=7, ranks=r) for r in ranks]
-    assert torch.equal(torch.cat(parts), drop_labels(labels, 99, 0.5, seed=3, step=7))
+    parts = [drop_labels(labels[r.share(12)], 99, dropping(0.5, 3), step=7, ranks=r) for r in ranks]
+    assert torch.equal(torch.cat(parts), drop_labels(labels, 99, dropping(0.5, 3), step=7))
 
 
 def test_a_share_of_zero_drops_no_label() -> None:
     labels = torch.arange(100) % 3
-    assert torch.equal(drop_labels(labels, 3, 0.0, seed=0, step=1), labels)
+    assert torch.equal(drop_labels(labels, 3, dropping(0.0), step=1), labels)
 
 
 # What a run leaves

@@ -13,8 +13,9 @@ from st_ar.config import TrainConfig
 from st_ar.distributed import process_group
 from st_ar.errors import UserError
 from st_ar.model.transformer import Transformer
-from st_ar.selfguided.objective import EMATeacher, SelfGuided, sample_guidance
-from st_ar.training.loop import backward
+from st_ar.selfguided.guidance import make_teacher, sample_guidance
+from st_ar.selfguided.objective import SelfGuided
+from st_ar.training.loop import Learner, forward_backward
 from st_ar.training.parallel import choose_parallel, parallelize
 from tests.calls import Calls
 from tests.toys import random_model, random_sequences
@@ -69,7 +70,7 @@ def test_every_run_of_a_process_is_compiled_however_many_there_were_before(monke
         config = replace(GUIDED_RUN, compile=True, model=replace(GUIDED_RUN.model, dim=8 * width, n_heads=2))
         model = Transformer(config.model)
         student = SelfGuided(model, config.selfguided)
-        parallelize(student, EMATeacher(model, config.selfguided), config, "none", CPU, torch.float32)
+        parallelize(student, make_teacher(model, config.selfguided), config, "none", CPU, torch.float32)
         tokens, labels = random_sequences(config.model, 2)
         with torch.no_grad():
             model(tokens[:, :-1], labels)
@@ -98,13 +99,13 @@ def gradients(checkpointing: Any) -> tuple[dict[str, torch.Tensor], Counter[str]
     """Of a batch with dropout; and which operators it took, forward and backward."""
     config = replace(GUIDED_RUN, activation_checkpointing=checkpointing)
     torch.manual_seed(3)
-    teacher = EMATeacher(random_model(config.model, seed=1), config.selfguided)
+    teacher = make_teacher(random_model(config.model, seed=1), config.selfguided)
     student = SelfGuided(random_model(config.model, seed=0), config.selfguided).train()
     called = parallelize(student, teacher, config, "none", CPU, torch.float32)
     tokens = torch.randint(16, (6, 2, 16), generator=torch.Generator().manual_seed(5))
-    draws = sample_guidance(config.selfguided, config.model, images=6, views=2, seed=0, step=1)
+    draws = sample_guidance(config.selfguided, (6, 2, config.model.sequence_length), seed=0, step=1)
     with Calls() as calls:
-        backward(called, teacher, tokens, torch.arange(6) % 3, draws, 1, torch.float32)
+        forward_backward(Learner(called, teacher, 1, torch.float32), tokens, torch.arange(6) % 3, draws)
     assert set(student.state_dict()) == set(SelfGuided(random_model(config.model), config.selfguided).state_dict())
     return {name: p.grad for name, p in student.named_parameters() if p.grad is not None}, calls.counts
 

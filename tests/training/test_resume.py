@@ -17,7 +17,7 @@ from st_ar.data.store import TokenStore
 from st_ar.distributed import stop_on_signal
 from st_ar.hardware import choose_dtype
 from st_ar.model.weights import open_model
-from st_ar.training import loop
+from st_ar.training import run as run_module
 from st_ar.training.checkpoint_files import list_checkpoints
 from st_ar.training.loop import train
 from st_ar.training.run import append_log
@@ -95,7 +95,7 @@ def test_a_run_that_broke_before_its_first_checkpoint_begins_anew(
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "append_log", broken)
+        patch.setattr(run_module, "append_log", broken)
         with pytest.raises(KeyboardInterrupt):
             train(GUIDED_RUN, tokens, tmp_path / "run", preset="toy")
     assert len(log_of(tmp_path / "run")) == 3
@@ -243,7 +243,7 @@ def test_an_exports_folder_is_no_run(tokens: Path, run: Path) -> None:
 def test_images_are_not_negatives_of_themselves(tokens: Path, tmp_path: Path) -> None:
     large = 2 * len(TokenStore(tokens))
     with refused(
-        tmp_path, f"--batch-size {large} is more than the {large // 2} images of .*: give at most {large // 2}"
+        tmp_path, f"--batch-size {large} is more than the {large // 2} images of .*; give at most {large // 2}"
     ):
         train(replace(GUIDED_RUN, batch_size=large), tokens, tmp_path / "run")
 

@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 
 from st_ar.errors import UserError
 from st_ar.model.weights import open_model
-from st_ar.selfguided.objective import Losses, SelfGuided, sample_guidance
+from st_ar.selfguided.guidance import sample_guidance
+from st_ar.selfguided.objective import Losses, SelfGuided
 from st_ar.training import loop
 from st_ar.training.checkpoint_files import list_checkpoints
-from st_ar.training.loop import backward, train
+from st_ar.training.loop import Learner, forward_backward, train
 from st_ar.training.run import append_log, read_log, rewind_log
 from tests.disk import contents, full_disk, refused
 from tests.training.toy_runs import GUIDED_RUN, PLAIN_RUN, assert_same_result, assert_same_weights, log_of, saved_state
@@ -155,21 +156,22 @@ def poisoned(patch: pytest.MonkeyPatch, **steps: float) -> None:
     poison = {int(name.removeprefix("at_")): value for name, value in steps.items()}
     current = 0
 
-    def seen(config: Any, model: Any, *, step: int, **rest: Any) -> Any:
+    def seen(config: Any, shape: Any, *, step: int, **rest: Any) -> Any:
         nonlocal current
         current = step
-        return sample_guidance(config, model, step=step, **rest)
+        return sample_guidance(config, shape, step=step, **rest)
 
-    def armed(student: SelfGuided, *rest: Any) -> Losses:
-        losses = backward(student, *rest)
+    def armed(learner: Learner, *rest: Any) -> Losses:
+        losses = forward_backward(learner, *rest)
         if current in poison:
-            gradient = student.model.tok_embeddings.weight.grad
+            assert isinstance(learner.student, SelfGuided)
+            gradient = learner.student.model.tok_embeddings.weight.grad
             assert gradient is not None
             gradient[3, 5] = poison[current]
         return losses
 
     patch.setattr(loop, "sample_guidance", seen)
-    patch.setattr(loop, "backward", armed)
+    patch.setattr(loop, "forward_backward", armed)
 
 
 SKIPPING = replace(GUIDED_RUN, skip_nonfinite=2, checkpoint_every=1, keep=20)
@@ -271,11 +273,11 @@ def test_a_step_too_large_for_memory_is_too(
     def greedy(*args: Any) -> Losses:
         if (tmp_path / "run" / "export").is_dir():
             list(fail())
-        return backward(*args)
+        return forward_backward(*args)
 
     smallest = replace(GUIDED_RUN, accumulate=6, activation_checkpointing="full", checkpoint_every=1)
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "backward", greedy)
+        patch.setattr(loop, "forward_backward", greedy)
         with pytest.raises(
             UserError, match=r"^out of memory.*: give a smaller --batch-size than 6 or a smaller --model$"
         ):
@@ -287,6 +289,6 @@ def test_another_error_is_left_as_it_is(tokens: Path, tmp_path: Path, monkeypatc
     def broken(*args: Any) -> Losses:
         raise RuntimeError("shapes do not fit")
 
-    monkeypatch.setattr(loop, "backward", broken)
+    monkeypatch.setattr(loop, "forward_backward", broken)
     with pytest.raises(RuntimeError, match="shapes do not fit"):
         train(PLAIN_RUN, tokens, tmp_path / "run")

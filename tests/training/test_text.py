@@ -25,10 +25,11 @@ from st_ar.model.transformer import Transformer
 from st_ar.model.weights import open_model
 from st_ar.randomness import RandomStream, torch_seed
 from st_ar.sampling import choose_conditions, sample_images
+from st_ar.selfguided.guidance import make_teacher, sample_guidance
 from st_ar.selfguided.losses import next_token_loss
-from st_ar.selfguided.objective import EMATeacher, SelfGuided, sample_guidance
+from st_ar.selfguided.objective import SelfGuided
 from st_ar.tokenizer import to_uint8
-from st_ar.training.loop import backward, drop_labels, train
+from st_ar.training.loop import Learner, drop_labels, forward_backward, train
 from tests.data.random_store import write_store
 from tests.disk import contents, refused
 from tests.small_line import random_tokenizer
@@ -144,8 +145,9 @@ def test_batches_pair_each_image_with_its_own_caption(tokens: Path, text: Path) 
 def test_dropped_captions_are_those_of_dropped_classes() -> None:
     model, captions = random_model(TINY_TEXT), random_captions(TINY_TEXT, [1, 3, 5, 2, 4] * 8)
     null = model.cls_embedding.null(captions)
-    dropped = drop_labels(captions, null, 0.5, seed=1, step=2)
-    which = drop_labels(torch.zeros(40, dtype=torch.int64), 1, 0.5, seed=1, step=2).bool()
+    dropping = replace(GUIDED_RUN, class_dropout=0.5, seed=1)
+    dropped = drop_labels(captions, null, dropping, step=2)
+    which = drop_labels(torch.zeros(40, dtype=torch.int64), 1, dropping, step=2).bool()
     assert 0 < which.sum() < 40
     assert torch.equal(dropped[which], null[which])
     assert torch.equal(dropped[~which], captions[~which])
@@ -158,13 +160,13 @@ def test_self_guided_gradients_are_finite_and_micro_batches_add_up(own: bool) ->
     for pieces in (1, 4):
         torch.manual_seed(3)
         teacher, student = (
-            EMATeacher(random_model(TINY_TEXT, 1), config),
+            make_teacher(random_model(TINY_TEXT, 1), config),
             SelfGuided(random_model(TINY_TEXT, 0), config),
         )
         codes = torch.randint(11, (4, 2, 9), generator=torch.Generator().manual_seed(5))
-        draws = sample_guidance(config, TINY_TEXT, images=4, views=2, seed=0, step=1)
+        draws = sample_guidance(config, (4, 2, TINY_TEXT.sequence_length), seed=0, step=1)
         captions = random_captions(TINY_TEXT, [1, 5, 3, 2])
-        losses = backward(student.train(), teacher, codes, captions, draws, pieces, torch.float32)
+        losses = forward_backward(Learner(student.train(), teacher, pieces, torch.float32), codes, captions, draws)
         assert all(loss > 0 for loss in losses)
         gradients.append({name: p.grad for name, p in student.named_parameters() if p.grad is not None})
     whole, pieced = gradients
@@ -177,13 +179,13 @@ def test_self_guided_gradients_are_finite_and_micro_batches_add_up(own: bool) ->
 
 def test_views_share_their_images_caption() -> None:
     config = replace(GUIDED.selfguided, mask_ratio=0.0, beta=0.0)
-    student, teacher = SelfGuided(random_model(TINY_TEXT), config), EMATeacher(random_model(TINY_TEXT), config)
+    student, teacher = SelfGuided(random_model(TINY_TEXT), config), make_teacher(random_model(TINY_TEXT), config)
     codes = torch.randint(11, (2, 3, 9), generator=torch.Generator().manual_seed(5))
     captions = random_captions(TINY_TEXT, [2, 5])
-    draws = sample_guidance(config, TINY_TEXT, images=2, views=3, seed=0, step=1)
+    draws = sample_guidance(config, (2, 3, TINY_TEXT.sequence_length), seed=0, step=1)
     with torch.no_grad():
         targets = student.teach(teacher, codes, captions, draws.positions)
-        losses = student.eval()(codes, captions, draws, targets, None, 0)
+        losses = student.eval()(codes, captions, draws, targets)
         alone = [
             next_token_loss(student.model(codes[b, m : m + 1, :-1], captions[b : b + 1]).logits, codes[b, m : m + 1])
             for b in range(2)

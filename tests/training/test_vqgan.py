@@ -35,7 +35,7 @@ from st_ar.tokenizer.vq import VQTokenizer
 from st_ar.training import vqgan as module
 from st_ar.training.checkpoint import Checkpoints
 from st_ar.training.checkpoint_files import list_checkpoints
-from st_ar.training.vqgan import VQGAN, Discriminator, Training, backward, hinge_loss, revive, train_tokenizer
+from st_ar.training.vqgan import VQGAN, Discriminator, VQLearner, backward, hinge_loss, revive, train_tokenizer
 from tests.data.pictures import encoded
 from tests.disk import contents, full_disk, refused
 from tests.killing import survivors
@@ -47,8 +47,8 @@ ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 
 
-def training_of(config: VQTrainConfig = TOY_GAN) -> Training:
-    training = Training(config, CPU)
+def training_of(config: VQTrainConfig = TOY_GAN) -> VQLearner:
+    training = VQLearner(config, CPU)
     training.share()
     return training
 
@@ -60,7 +60,7 @@ def batch(step: int, config: VQTrainConfig = TOY_GAN) -> Tensor:
         return to_pixels(pixels.batch(step - 1)).contiguous()
 
 
-def steps(training: Training, numbers: range, rate: float = 3e-3) -> list[dict[str, Tensor]]:
+def steps(training: VQLearner, numbers: range, rate: float = 3e-3) -> list[dict[str, Tensor]]:
     return [training.step(batch(step), step, rate) for step in numbers]
 
 
@@ -71,7 +71,7 @@ def weights(module: nn.Module) -> dict[str, Tensor]:
 # Gradients
 
 
-def losses_of(training: Training, images: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+def losses_of(training: VQLearner, images: Tensor) -> tuple[dict[str, Tensor], Tensor]:
     made = training.network(images)
     losses = {"l1": F.l1_loss(made.images, images), "l2": F.mse_loss(made.images, images)}
     losses["adversarial"] = -training.adversary(made.images).mean()
@@ -264,7 +264,7 @@ def test_the_gradient_norm_is_that_before_clipping(monkeypatch: pytest.MonkeyPat
     clipped, free = training_of(config), training_of()
     norms: list[float] = []
 
-    def watched(training: Training) -> dict[str, Tensor]:
+    def watched(training: VQLearner) -> dict[str, Tensor]:
         step = training.optimizer.step
         monkeypatch.setattr(
             training.optimizer,
@@ -406,7 +406,7 @@ def test_evaluations_are_the_exported_tokenizers_and_have_pictures(straight: Pat
 
 
 def test_the_run_is_a_tokenizer_with_the_averaged_weights(straight: Path) -> None:
-    training = Training(TOY_GAN, CPU)
+    training = VQLearner(TOY_GAN, CPU)
     training.share()
     checkpoints = Checkpoints(straight / "checkpoints", keep=2)
     assert checkpoints.newest() == 12
@@ -500,14 +500,14 @@ def test_a_run_killed_again_and_again_ends_as_if_it_had_never_stopped(tmp_path: 
 def stopped(out: Path, step: int, number: signal.Signals, monkeypatch: pytest.MonkeyPatch) -> Interrupted:
     """TOY_GAN, sent a signal during a step."""
     with monkeypatch.context() as patch:
-        take = Training.step
+        take = VQLearner.step
 
-        def signalled(training: Training, images: Tensor, current: int, rate: float) -> dict[str, Tensor]:
+        def signalled(training: VQLearner, images: Tensor, current: int, rate: float) -> dict[str, Tensor]:
             if current == step:
                 os.kill(os.getpid(), number)
             return take(training, images, current, rate)
 
-        patch.setattr(Training, "step", signalled)
+        patch.setattr(VQLearner, "step", signalled)
         with pytest.raises(Interrupted) as raised:
             train_tokenizer(TOY_GAN, colours(), out, preset="toy")
     return raised.value

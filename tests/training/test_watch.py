@@ -27,11 +27,12 @@ from st_ar.figures import strip
 from st_ar.hardware import flops_per_token, training_flops
 from st_ar.model.weights import load_model
 from st_ar.sampling import sample_images
-from st_ar.selfguided.objective import EMATeacher, SelfGuided, sample_guidance
+from st_ar.selfguided.guidance import make_teacher, sample_guidance
+from st_ar.selfguided.objective import SelfGuided
 from st_ar.tokenizer import load_tokenizer
 from st_ar.training import track, watch
 from st_ar.training import watch as glances
-from st_ar.training.loop import backward, train
+from st_ar.training.loop import Learner, forward_backward, train
 from st_ar.training.watch import CollapseMonitor, RidgeProbe, effective_rank, feature_spread, spread_labels
 from tests.data.random_store import random_store
 from tests.disk import contents, refused
@@ -150,21 +151,23 @@ def test_a_watched_run_killed_and_resumed_ends_the_same_and_shows_the_same(
     line: Path, watched: Path, unseen: Path, tmp_path: Path, instant: str
 ) -> None:
     out = tmp_path / "run"
+    module, name = ("loop", "forward_backward") if instant == "backward" else ("run", "append_log")
     script = f"""
 import os, signal, sys
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
+from st_ar.training import {module}
 from st_ar.training import loop
 from tests.training.test_watch import RUN, everything
-original, count = loop.{"backward" if instant == "backward" else "append_log"}, 0
+original, count = {module}.{name}, 0
 def armed(*args):
     global count
     count += 1
     if count == {7 if instant == "backward" else 5}:
         os.kill(os.getpid(), signal.SIGKILL)
     return original(*args)
-loop.{"backward" if instant == "backward" else "append_log"} = armed
+{module}.{name} = armed
 line = Path({str(line)!r})
 loop.train(RUN, line / "tokens", Path({str(out)!r}), watching=everything(line))
 """
@@ -325,7 +328,7 @@ def test_samples_and_probes_that_fail_are_switched_off_and_the_run_goes_on(
     run = train(RUN, line / "tokens", tmp_path / "run", watching=everything(line, track=("none",)))
     assert_same_weights(run, unseen)
     said = capsys.readouterr().err.splitlines()
-    assert said == [f"st-ar: {what} switched off: out of memory; the run goes on" for what in ("probe", "samples")]
+    assert said == [f"st-ar: {what} switched off: out of memory; training continues" for what in ("probe", "samples")]
 
 
 @pytest.mark.parametrize(
@@ -407,13 +410,13 @@ def test_images_that_differ_by_position_alone_have_collapsed() -> None:
 def step_of(config: SelfGuidedConfig, pieces: int, wanted: bool) -> tuple[dict[str, float], dict[str, Tensor]]:
     """What a step shows, and its gradients."""
     torch.manual_seed(3)
-    teacher = EMATeacher(random_model(MODEL, seed=1), config)
+    teacher = make_teacher(random_model(MODEL, seed=1), config)
     student = SelfGuided(random_model(MODEL, seed=0), config).train()
     features = CollapseMonitor(student)
     tokens = torch.randint(16, (8, 2, 16), generator=torch.Generator().manual_seed(5))
-    draws = sample_guidance(config, MODEL, images=8, views=2, seed=0, step=1)
-    features.begin(wanted)
-    backward(student, teacher, tokens, torch.zeros(8, dtype=torch.int64), draws, pieces, torch.float32)
+    draws = sample_guidance(config, (8, 2, MODEL.sequence_length), seed=0, step=1)
+    features.start_step(wanted)
+    forward_backward(Learner(student, teacher, pieces, torch.float32), tokens, torch.zeros(8, dtype=torch.int64), draws)
     shown = features.measure()
     features.close()
     return shown, {name: p.grad for name, p in student.named_parameters() if p.grad is not None}
@@ -425,7 +428,7 @@ def test_a_step_shows_the_contrasted_features() -> None:
     assert sorted(shown) == [f"{what}_{of}" for what in ("rank", "std") for of in ("projected", "student", "teacher")]
     torch.manual_seed(3)
     tokens = torch.randint(16, (8, 2, 16), generator=torch.Generator().manual_seed(5))
-    positions = sample_guidance(config, MODEL, images=8, views=2, seed=0, step=1).positions
+    positions = sample_guidance(config, (8, 2, MODEL.sequence_length), seed=0, step=1).positions
     teacher = random_model(MODEL, seed=1)
     with torch.no_grad():
         mid = teacher.features(tokens[:, 0, :-1], torch.zeros(8, dtype=torch.int64), layers=[1])[1][:, positions]

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from st_ar.config import ModelConfig, OptimConfig, SelfGuidedConfig, TrainConfig
 from st_ar.model.transformer import Transformer
-from st_ar.selfguided.objective import EMATeacher, SelfGuided
+from st_ar.selfguided.guidance import make_teacher
+from st_ar.selfguided.objective import SelfGuided
 from st_ar.training.checkpoint import Checkpoints, State
 from st_ar.training.optim import adamw
 from tests.disk import contents
@@ -52,7 +53,7 @@ def assert_same_result(run: Path, expected: Path) -> None:
 def saved_state(run: Path, step: int) -> dict[str, Tensor]:
     """Every tensor of a checkpoint."""
     model = Transformer(GUIDED_RUN.model)
-    teacher = EMATeacher(model, GUIDED_RUN.selfguided)
+    teacher = make_teacher(model, GUIDED_RUN.selfguided)
     student = SelfGuided(model, GUIDED_RUN.selfguided)
     state = State({"student": student, "ema": teacher.model}, student, adamw(student, GUIDED_RUN.optim))
     Checkpoints(run / "checkpoints", keep=1).restore(step, state)

@@ -12,13 +12,14 @@ from typing import Any
 import torch
 
 from st_ar.tokenizer.vq import VQTokenizer
+from st_ar.training import run
 from st_ar.training import vqgan as train
 from tests.training.toy_gan import TOY_GAN, colours
 
 
 def arm(instant: str, step: int) -> None:
     """Replace what the training calls at the instant by a version that ends the process first."""
-    append_log, write, rename = train.append_log, VQTokenizer.write, os.replace
+    append_log, write, rename = run.append_log, VQTokenizer.write, os.replace
 
     def at(here: str, now: bool) -> None:
         if here == instant and now:
@@ -36,7 +37,7 @@ def arm(instant: str, step: int) -> None:
         at("checkpoint", Path(target).name == f"step_{step:08d}")
         rename(source, target)
 
-    train.append_log, VQTokenizer.write, os.replace = armed_append_log, armed_write, armed_rename
+    run.append_log, VQTokenizer.write, os.replace = armed_append_log, armed_write, armed_rename
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from st_ar.errors import UserError
 from st_ar.model.transformer import Transformer, attention_bias, attention_weights
 from st_ar.progress import progress
 from st_ar.randomness import RandomStream, torch_generator
-from st_ar.selfguided.objective import random_key_mask, show_own_position
+from st_ar.selfguided.guidance import random_key_mask, show_own_position
 
 WEIGHTS_AT_ONCE = 2**23
 """Weights of one layer that are in memory together: 8 images of 256 tokens and 16 heads, 32 MiB."""

@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.tensor import DTensor
 
-from st_ar.config import TrainConfig
+from st_ar.config import RunConfig, TrainConfig
 from st_ar.distributed import broadcast_from_rank0, get_rank, host_group
 from st_ar.errors import UserError
 from st_ar.model.weights import EMA, LIVE, exported_step, save_weights
@@ -344,17 +344,20 @@ class _Background(threading.Thread):
 
 
 class CheckpointExporter:
-    """Saves and restores a run. All ranks call its methods together.
+    """Saves and restores a run: checkpoints, and the weights that it exports. All ranks call its methods together.
 
     Args:
         out: the run's folder.
-        about: what the exports say of themselves besides the step and the model.
+        config: the run's settings.
+        state: what checkpoints hold.
+        validation: the validation loss, by which the best weights are kept.
+        about: what exports say besides the step and the model.
     """
 
     def __init__(
-        self, out: Path, config: TrainConfig, state: State, validated: Validation, about: Mapping[str, Any]
+        self, out: Path, config: TrainConfig, state: State, validation: Validation, about: Mapping[str, Any]
     ) -> None:
-        self.out, self.config, self.state, self.validated, self.about = out, config, state, validated, about
+        self.out, self.config, self.state, self.validation, self.about = out, config, state, validation, about
         self.checkpoints = Checkpoints(
             out / "checkpoints",
             keep=config.keep,
@@ -364,12 +367,13 @@ class CheckpointExporter:
         )
 
     def restore(self) -> int:
-        """Load the newest whole checkpoint, and export it if the run was killed before that; its step, 0 if there is none."""
+        """Load the newest whole checkpoint and export it if that is missing; returns its step, 0 if there is none."""
         step = broadcast_from_rank0(self.checkpoints.newest)
         self.checkpoints.restore(step, self.state)
         measured = self.checkpoints.recorded(step, LOSS)
-        late = [folder for folder in self._folders(step, measured) if exported_step(self.out / folder) != step]
-        if late := broadcast_from_rank0(lambda: late):
+        folders = self._folders(step, measured)
+        late = broadcast_from_rank0(lambda: [path for path in folders if exported_step(path) != step])
+        if late:
             tensors = self.state.tensors()
             weights = tensors | whole_weights(tensors, keep=get_rank() == 0)
             if get_rank() == 0:
@@ -377,24 +381,26 @@ class CheckpointExporter:
         return step
 
     def save(self, step: int, measured: Mapping[str, float]) -> None:
-        """Begin to write everything as it is now; `measured` on the validation store, if it was."""
+        """Begin to write everything as it is now, with the validation loss if it was measured."""
         then = partial(self._export, self._folders(step, measured), step, measured)
         self.checkpoints.save(step, self.state, measured, then=then)
 
-    def _folders(self, step: int, measured: Mapping[str, float]) -> list[str]:
-        """Where the weights of a step belong."""
-        if not step:
-            return []
-        kept = self.config.keep_every and step % self.config.keep_every == 0
-        best = ["best"] if self.validated.improves(measured) else []
-        return ["export", *best, *([f"kept/step_{step:08d}"] if kept else [])]
+    def _folders(self, step: int, measured: Mapping[str, float]) -> list[Path]:
+        best = [self.out / "best"] if step and self.validation.improves(measured) else []
+        return [*export_folders(self.out, "export", step, self.config), *best]
 
     def _export(
-        self, folders: list[str], step: int, measured: Mapping[str, float], tensors: Mapping[str, Tensor]
+        self, folders: Sequence[Path], step: int, measured: Mapping[str, float], tensors: Mapping[str, Tensor]
     ) -> None:
         weights = {LIVE: under("student.model.", tensors), EMA: under("ema.", tensors)}
         for folder in folders:
-            save_weights(self.out / folder, weights, self.config.model, {"step": step, **self.about, **measured})
+            save_weights(folder, weights, self.config.model, {"step": step, **self.about, **measured})
+
+
+def export_folders(out: Path, newest: str, step: int, config: RunConfig) -> list[Path]:
+    """Folders that the weights of a checkpoint belong in: the newest's, and with --keep-every its own."""
+    kept = config.keep_every and step % config.keep_every == 0
+    return [out / newest, *([out / "kept" / f"step_{step:08d}"] if kept else [])] if step else []
 
 
 def under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -408,17 +414,25 @@ def not_finite(terms: Mapping[str, Tensor]) -> str:
 
 
 def require_finite(
-    terms: Mapping[str, Tensor], step: int, checkpoints: Checkpoints, *, remedy: str = "train with --dtype float32"
+    terms: Mapping[str, Tensor], step: int, checkpoints: Checkpoints, *, skipping: int | None = None
 ) -> None:
-    """Stop before a broken state is saved; what is being written is finished first.
+    """Stop a run before a broken state is saved. A checkpoint that is being written is finished first.
+
+    Args:
+        terms: losses and gradient norms by name.
+        step: the step that they are of.
+        checkpoints: the run's checkpoints.
+        skipping: how many such steps the run may skip; None if it cannot skip any.
 
     Raises:
-        UserError: one of the losses or gradient norms is not finite.
+        UserError: one of the terms is not finite.
     """
     if wrong := not_finite(terms):
         checkpoints.wait()
         done = list_checkpoints(checkpoints.folder)
         good = f"the last good checkpoint is {done[-1][1]}" if done else "there is no checkpoint yet"
+        more = "" if skipping is None else f", or skip more such steps than --skip-nonfinite {skipping}"
         raise UserError(
-            f"the loss or its gradient is not finite at step {step} ({wrong}): {good}; lower --optim.lr, or {remedy}"
+            f"the loss or its gradient is not finite at step {step} ({wrong}): {good}; "
+            f"lower --optim.lr, or train with --dtype float32{more}"
         )

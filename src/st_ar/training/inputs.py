@@ -1,14 +1,19 @@
-"""The weights that a run begins with, if they are not random: a model's."""
+"""What a model is trained on and starts from: token store, captions, validation store, initial weights."""
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from st_ar.config import ModelConfig, TrainConfig
-from st_ar.data.store import TokenStore
+from st_ar.data.store import TokenBatches, TokenStore
+from st_ar.data.text import open_text
+from st_ar.distributed import Ranks
 from st_ar.errors import UserError
 from st_ar.evaluation.likelihood import validation_loss
 from st_ar.files import read_json, sha256
@@ -16,77 +21,150 @@ from st_ar.model.transformer import Transformer
 from st_ar.model.weights import check_store, open_model
 from st_ar.settings import differences, to_dict
 
-MAY_DIFFER = ("token_dropout", "residual_dropout", "ffn_dropout", "drop_path")
-"""Settings of a model that its weights do not depend on; nor on the grid, since positions are computed."""
+WEIGHTLESS = ("token_dropout", "residual_dropout", "ffn_dropout", "drop_path")
+"""Model settings that the weights do not depend on. They do not depend on the grid either, since positions are computed."""
+LOSS = "validation_loss"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataPaths:
+    """Paths of what a model is trained on and starts from."""
+
+    tokens: Path
+    """Token store."""
+    text: Path | None = None
+    """Captions of the token store's images, for a text model and no other."""
+    validation: Path | None = None
+    """Token store to measure the EMA weights on."""
+    init: Path | None = None
+    """Model to start from instead of random weights."""
+    init_ema: bool = False
+    """Start from its EMA weights instead of the live ones."""
+
+
+class Inputs:
+    """What a model is trained on and starts from, opened and checked against the settings.
+
+    Args:
+        paths: where it is.
+        config: the run's settings.
+        best: folder of the best weights so far, if there are any.
+        ranks: the ranks that share each batch.
+
+    Raises:
+        UserError: a store, captions (or their absence) or initial weights that do not fit the model.
+    """
+
+    def __init__(self, paths: DataPaths, config: TrainConfig, best: Path, ranks: Ranks) -> None:
+        self.config = config
+        self.store = store = TokenStore(paths.tokens)
+        store.check_model(config.model)
+        self.initial = Initial(paths.init, ema=paths.init_ema, config=config.model, trained_on=store)
+        self.captions = open_text(paths.text, config.model, self.initial.encoder)
+        if self.captions is not None:
+            self.captions.check_tokens(store)
+        if config.selfguided.contrast and config.batch_size > len(store):
+            raise UserError(
+                f"--batch-size {config.batch_size} is more than the {len(store)} images of {paths.tokens}: images would be "
+                f"negatives of themselves; give at most {len(store)}"
+            )
+        self.validation = Validation(paths.validation, store, config, best)
+        conditions = None
+        if self.captions is not None:
+            conditions = partial(self.captions.features, text_tokens=config.model.text_tokens)
+        self._batches = TokenBatches(
+            store,
+            batch_size=config.batch_size,
+            views=config.views,
+            seed=config.seed,
+            conditions=conditions,
+            ranks=ranks,
+        )
+
+    def batch(self, step: int) -> tuple[Tensor, Tensor]:
+        """Return this rank's tokens int64 [b, M, T] and labels [b, ..] of optimizer step `step`, counted from 1."""
+        return self._batches.batch(step - 1)
+
+    def describe(self) -> dict[str, Any]:
+        """What config.json says of the inputs, once every checksum of the stores is verified.
+
+        Raises:
+            UserError: a store is damaged.
+        """
+        for read in filter(None, (self.store, self.captions, self.validation.store)):
+            read.verify()
+        text = {} if self.captions is None else {"text": self.captions.describe()}
+        return {"tokens": self.store.describe(), **text, **self.validation.describe(), **self.initial.describe()}
+
+    def describe_export(self, preset: str) -> dict[str, Any]:
+        """What exported weights say of the inputs."""
+        encoder = {} if self.captions is None else {"encoder": self.captions.encoder}
+        meta = self.store.meta
+        about = {"preset": preset, "class_names": meta.class_names, "tokenizer": meta.tokenizer}
+        return {**about, "class_dropout": self.config.class_dropout, **encoder}
 
 
 class Initial:
-    """A model to begin from, or none.
+    """A model to start from, or none.
 
     Args:
-        path: a run, an export folder, a .safetensors file, a .pt file of LlamaGen's, or hub:OWNER/NAME; None for random weights.
-        ema: its averaged instead of its live weights.
-        config: the model that is trained.
-        trained_on: the store that it is trained on.
+        path: a run, an export folder, a .safetensors file, a LlamaGen .pt file, or hub:OWNER/NAME; None for random weights.
+        ema: use its EMA weights instead of the live ones.
+        config: the model to train.
+        trained_on: the store to train on.
 
     Raises:
-        UserError: no model, one of another architecture, of another tokenizer, or with other classes.
+        UserError: no model, or one of another architecture, tokenizer or classes.
     """
 
     def __init__(self, path: Path | None, *, ema: bool, config: ModelConfig, trained_on: TokenStore) -> None:
         self.model, self.info = None, None
         if path is None:
             if ema:
-                raise UserError(
-                    "--init-ema says which weights of --init to begin with: give --init too, or leave it out"
-                )
+                raise UserError("--init-ema selects weights of --init: give --init too, or leave it out")
             return
         self.model, self.info = open_model(path, ema=ema, grid=config.grid)
         changed = {
             name: values
             for name, values in differences(to_dict(self.info.config), to_dict(config)).items()
-            if name not in MAY_DIFFER
+            if name not in WEIGHTLESS
         }
         if changed:
             listed = "; ".join(
                 f"--model.{name.replace('_', '-')} is {old} there, {new} here" for name, (old, new) in changed.items()
             )
-            raise UserError(
-                f"{self.info.source} is not of the model to be trained: {listed}; give its settings, or its preset"
-            )
+            raise UserError(f"{self.info.source} is another model: {listed}; give its settings, or its preset")
         check_store(self.info, trained_on)
 
     @property
     def encoder(self) -> str:
-        """Of a text model: the encoder of the captions that it knows, as far as that is known."""
+        """A text model's encoder of captions, if it is known."""
         return "" if self.info is None else self.info.encoder
 
     def describe(self) -> dict[str, Any]:
-        """What a run records of the weights; nothing of random ones."""
+        """What config.json says of the weights; nothing of random ones."""
         if self.info is None:
             return {}
         return {"init": {"sha256": sha256(self.info.source), "ema": self.info.ema, "step": self.info.step}}
 
-    def give(self, model: Transformer) -> None:
-        """Give them to the model that is trained, which keeps its random ones if there are none."""
+    def load_into(self, model: Transformer) -> None:
+        """Copy the weights into the model to train, which keeps its random ones if there are none."""
         if self.model is not None:
             model.load_state_dict(self.model.state_dict())
             self.model = None
 
 
-LOSS = "validation_loss"
-
-
 class Validation:
-    """Measures the averaged weights on a store, or on none.
+    """The validation loss of the EMA weights on a store, if there is one, and the best value so far.
 
     Args:
         tokens: the validation store; without it nothing is measured.
-        trained_on: the store that the model is trained on, whose tokenizer the other must have.
-        best: folder of the best weights so far, where there may be some.
+        trained_on: the store to train on, whose tokenizer the other must have.
+        config: the run's settings.
+        best: folder of the best weights so far, if there are any.
 
     Raises:
-        UserError: a store that does not suit the model, or a text model: a token store has no captions.
+        UserError: the store does not fit the model, or a text model, since a token store has no captions.
     """
 
     def __init__(self, tokens: Path | None, trained_on: TokenStore, config: TrainConfig, best: Path) -> None:
@@ -101,19 +179,19 @@ class Validation:
             self.best = float(read_json(best / "config.json", "an export folder").get(LOSS, math.inf))
 
     def describe(self) -> dict[str, Any]:
-        """What a run records of the store; nothing without one."""
+        """What config.json says of the store; nothing without one."""
         return {} if self.store is None else {"validation": self.store.describe()}
 
-    def measure(self, averaged: Transformer, batch_size: int, dtype: torch.dtype = torch.float32) -> dict[str, float]:
-        """What to record of the averaged weights as they are now; of shards that are gathered in `dtype`, in that type."""
+    def measure(self, average: Transformer, batch_size: int, dtype: torch.dtype = torch.float32) -> dict[str, float]:
+        """The record of the loss of the EMA weights as they are now. Sharded weights are gathered in `dtype`."""
         if self.store is None:
             return {}
-        images, device = self.config.validation_images, averaged.output.weight.device
+        images, device = self.config.validation_images, average.output.weight.device
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            return {LOSS: validation_loss(averaged, self.store, images=images, batch_size=batch_size)}
+            return {LOSS: validation_loss(average, self.store, images=images, batch_size=batch_size)}
 
     def improves(self, record: Mapping[str, Any]) -> bool:
-        """Whether what was measured is the best so far, which it is from then on."""
+        """Whether a record is the best so far. It is then remembered as such."""
         better = self.store is not None and record.get(LOSS, math.inf) < self.best
         if better:
             self.best = record[LOSS]

@@ -21,13 +21,20 @@ def adamw(module: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
 
 
 def clip_gradients(parameters: Iterable[Tensor], largest: float) -> Tensor:
-    """Scale the gradients down to a norm of `all_reduce_max` if they exceed it, 0 for never; returns their norm, of all ranks' shards."""
+    """Scale gradients down to a norm of at most `largest`, 0 for never; returns their norm before, over all ranks' shards."""
     parameters = list(parameters)
     norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     if isinstance(norm, DTensor):
         norm = norm.full_tensor()
     nn.utils.clip_grads_with_norm_(parameters, largest or math.inf, norm)
     return norm
+
+
+def set_learning_rate(rate: float, *optimizers: torch.optim.Optimizer) -> None:
+    """Set the learning rate of every parameter."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = rate
 
 
 def learning_rate(config: OptimConfig, step: int, total: int) -> float:

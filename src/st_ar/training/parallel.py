@@ -16,7 +16,8 @@ from st_ar.config import TrainConfig
 from st_ar.distributed import data_parallel
 from st_ar.errors import UserError
 from st_ar.model.transformer import Transformer
-from st_ar.selfguided.objective import EMATeacher, SelfGuided
+from st_ar.selfguided.guidance import EMATeacher
+from st_ar.selfguided.objective import SelfGuided
 
 aten = torch.ops.aten
 KEPT = [
@@ -65,7 +66,7 @@ def choose_parallel(config: TrainConfig, world: int) -> str:
 
 def parallelize(
     student: SelfGuided,
-    teacher: EMATeacher,
+    teacher: EMATeacher[Transformer],
     config: TrainConfig,
     parallel: str,
     device: torch.device,

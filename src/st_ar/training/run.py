@@ -1,21 +1,21 @@
-"""The run folder: whose it is, and whether it may be continued."""
+"""A run's folder: who may train in it, what it records, and what both trainers do around their steps."""
 
 import contextlib
 import fcntl
 import json
 import re
 import statistics
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
 from st_ar.config import RunConfig, TrainConfig
-from st_ar.distributed import Ranks
-from st_ar.errors import UserError, cause
+from st_ar.distributed import Ranks, broadcast_from_rank0, process_group
+from st_ar.errors import Interrupted, UserError, cause
 from st_ar.files import atomic_write, is_nonempty, parse_json, read_json, write_json
-from st_ar.hardware import describe
+from st_ar.hardware import describe, freed_memory_kept
 from st_ar.settings import differences, from_dict, matches_type, to_dict
 from st_ar.training.checkpoint_files import list_checkpoints
 from st_ar.training.optim import learning_rate
@@ -27,13 +27,96 @@ MAY_CHANGE = (
     *("parallel", "shard_size", "activation_checkpointing", "rank_timeout", "evaluate_every", "evaluate_images"),
     *("accumulate", "selfguided.until"),
 )
-"""Settings that a resumed run may change: none of them alters a step already taken. `open_run` makes sure of it, of the first two and
-the last, that the type of the products stays, and that the negatives do."""
+"""Settings that a resumed run may change. None of them alters a step already taken: `open_run` checks the lengths, the type of the
+products, and the negatives."""
 LOCK = ".lock"
 
 
+@contextlib.contextmanager
+def training_session(config: RunConfig) -> Generator[tuple[Ranks, torch.device]]:
+    """Join the ranks and choose the device. Running out of memory and losing a rank become clear errors."""
+    timeout = config.rank_timeout if isinstance(config, TrainConfig) else 1800
+    with (
+        process_group(config.device, timeout) as (ranks, device),
+        explain_out_of_memory(config, ranks.world),
+        freed_memory_kept(),
+    ):
+        yield ranks, device
+
+
+class Run:
+    """A run's folder while it trains: its record, lock and log. Rank 0 writes; every rank calls `open` and `start`.
+
+    Use it as a context, which ends with the lock released.
+
+    Args:
+        out: the folder.
+        config: the run's settings.
+        ranks: the ranks that train together.
+        preset: the preset's name, for the record.
+        resume: continue the run in the folder.
+    """
+
+    def __init__(self, out: Path, config: RunConfig, ranks: Ranks, *, preset: str, resume: bool) -> None:
+        self.out, self.config, self.ranks, self.preset, self.resume = out, config, ranks, preset, resume
+        self.writes = ranks.rank == 0
+        self.record: dict[str, Any] = {}
+        self._lock: BinaryIO | None = None
+
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._lock is not None:
+            self._lock.close()
+
+    def open(
+        self, describe_data: Callable[[], dict[str, Any]], dtype: torch.dtype, *, images: int, exported: int | None
+    ) -> None:
+        """Begin the run, or check that it may be continued, and lock the folder.
+
+        Args:
+            describe_data: verifies the training data and says what config.json keeps of it.
+            dtype: type of the matrix products.
+            images: number of training images.
+            exported: step of the weights beside the checkpoints; None if there are none.
+
+        Raises:
+            UserError: on every rank, if rank 0 cannot begin or continue the run.
+        """
+
+        def begin() -> dict[str, Any]:
+            record = describe_run(self.config, describe_data(), dtype, self.preset)
+            open_run(self.out, record, self.config, images, resume=self.resume, exported=exported)
+            self._lock = lock_run(self.out)
+            return record
+
+        self.record = broadcast_from_rank0(begin)
+
+    def start(self, step: int) -> int:
+        """Write config.json and drop what was logged after `step`; returns how many steps before it were skipped."""
+
+        def rewind() -> int:
+            write_json(self.out / "config.json", self.record)
+            rewind_log(self.out / "log.jsonl", step)
+            return skipped_steps(self.out / "log.jsonl")
+
+        return broadcast_from_rank0(rewind)
+
+    def log(self, entry: dict[str, Any]) -> None:
+        """Append an entry to log.jsonl."""
+        if self.writes:
+            append_log(self.out / "log.jsonl", entry)
+
+    def interrupted(self, step: int, total: int, signum: int) -> Interrupted:
+        """The exception that ends a run after a signal, once it is saved."""
+        return Interrupted(
+            f"stopped at step {step} of {total}; the run is saved: the same command with --resume continues it", signum
+        )
+
+
 def describe_run(config: RunConfig, data: dict[str, Any], dtype: torch.dtype, preset: str) -> dict[str, Any]:
-    """What config.json says: everything that the run depends on, and where it runs; `data` says what it is trained on."""
+    """What config.json says: everything that the run depends on, and where it runs."""
     return {
         "format_version": FORMAT_VERSION,
         "preset": preset,
@@ -47,13 +130,13 @@ def describe_run(config: RunConfig, data: dict[str, Any], dtype: torch.dtype, pr
 def open_run(
     out: Path, record: dict[str, Any], config: RunConfig, images: int, *, resume: bool, exported: int | None
 ) -> None:
-    """Begin a run in `out`, or make sure that this is the run to be continued there.
+    """Begin a run in `out`, or check that it is the run to continue.
 
     Args:
-        exported: the step of the weights that lie there beside the checkpoints; None if there are none.
+        exported: step of the weights beside the checkpoints; None if there are none.
 
     Raises:
-        UserError: a run or something else is there; nothing is there to resume; or it was begun with other settings.
+        UserError: the folder holds a run or something else, holds nothing to resume, or the run has other settings.
     """
     file = out / "config.json"
     done = list_checkpoints(out / "checkpoints")
@@ -101,29 +184,28 @@ def open_run(
 
 
 def _few_negatives(config: RunConfig) -> bool:
-    """Whether the images of a micro-batch are each other's only negatives."""
+    """Whether the negatives come from the micro-batch alone."""
     return isinstance(config, TrainConfig) and config.selfguided.contrast and config.selfguided.negatives == "local"
 
 
-@contextlib.contextmanager
-def lock_run(out: Path) -> Generator[None]:
-    """Hold a run's folder as long as it is trained in; where the file system has no locks, hold nothing.
+def lock_run(out: Path) -> BinaryIO:
+    """Lock a run's folder until the file returned is closed. Where the file system has no locks, nothing is locked.
 
     Raises:
-        UserError: another process holds it, or its lock is no file that can be written.
+        UserError: another process holds the lock, or the lock's file cannot be opened.
     """
     try:
-        file = open(out / LOCK, "ab")  # noqa: SIM115 -- closed below
+        file = open(out / LOCK, "ab")  # noqa: SIM115 -- the caller closes it
     except OSError as error:
         raise UserError(f"{out / LOCK} cannot be opened ({error.strerror}): remove it") from error
-    with file as lock:
-        try:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            raise UserError(f"another process is training in {out}: wait for its end, or stop it first") from None
-        except OSError:
-            pass
-        yield
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        file.close()
+        raise UserError(f"another process is training in {out}: wait for its end, or stop it first") from None
+    except OSError:
+        pass
+    return file
 
 
 def _check_past(out: Path, begun: RunConfig, config: RunConfig, images: int, step: int) -> None:

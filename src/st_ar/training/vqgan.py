@@ -4,14 +4,14 @@ After LlamaGen (arXiv 2406.06525) and VQGAN (arXiv 2012.09841). B: images, d: fe
 V: codebook entries. Images are RGB in [-1, 1], channels first.
 """
 
-import contextlib
 import copy
 import json
 import math
 import time
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,24 +22,25 @@ from st_ar.data.loading import CropLoader
 from st_ar.data.source import ImageSource
 from st_ar.distributed import (
     all_gather,
+    all_reduce_max,
     all_reduce_mean,
     all_reduce_sum,
     broadcast_from_rank0,
     data_parallel,
-    process_group,
     stop_on_signal,
 )
-from st_ar.errors import Interrupted, UserError
+from st_ar.errors import UserError
 from st_ar.evaluation.reconstruction import evaluation_images, reconstruct, save_picture
-from st_ar.files import atomic_write, read_json, write_json
+from st_ar.files import atomic_write, read_json
 from st_ar.hardware import choose_dtype, to_device
 from st_ar.progress import progress
 from st_ar.randomness import RandomStream, torch_generator, torch_seed
+from st_ar.selfguided.guidance import ema_decay, ema_update
 from st_ar.tokenizer import to_pixels
 from st_ar.tokenizer.vq import CONFIG, Painter, Reader, VQTokenizer, nearest_codes
-from st_ar.training.checkpoint import Checkpoints, State, require_finite
-from st_ar.training.optim import adamw, learning_rate
-from st_ar.training.run import append_log, describe_run, explain_out_of_memory, lock_run, open_run, rewind_log
+from st_ar.training.checkpoint import Checkpoints, State, export_folders, require_finite
+from st_ar.training.optim import adamw, learning_rate, set_learning_rate
+from st_ar.training.run import Run, training_session
 
 
 class Reconstruction(NamedTuple):
@@ -153,8 +154,8 @@ def revive(
     return len(rows)
 
 
-class Training:
-    """The networks, the average and the optimizers, and what a step does to them."""
+class VQLearner:
+    """The networks, their average and the optimizers, and what a step does to them."""
 
     def __init__(self, config: VQTrainConfig, device: torch.device) -> None:
         torch.manual_seed(torch_seed(config.seed, RandomStream.INITIALISATION))
@@ -192,8 +193,7 @@ class Training:
     def step(self, images: Tensor, step: int, rate: float) -> dict[str, Tensor]:
         """Optimizer step `step`, counted from 1, on this rank's images [B, 3, S, S]; what there is to be logged of it."""
         config = self.config
-        for group in [*self.optimizer.param_groups, *self.adversary_optimizer.param_groups]:
-            group["lr"] = rate
+        set_learning_rate(rate, self.optimizer, self.adversary_optimizer)
         heard = step > config.adversary.start
         autocast = torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
         with autocast:
@@ -228,8 +228,7 @@ class Training:
     @torch.no_grad()
     def _follow(self, codes: Tensor, step: int) -> Tensor:
         """Move the average, and count which codes were used [V]."""
-        decay = min(self.config.ema_decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(list(self.ema.parameters()), list(self.network.parameters()), 1 - decay)
+        ema_update(self.ema, self.network, ema_decay(self.config.ema_decay, step))
         used, counts = codes.flatten(), codes.new_zeros(self.config.model.codebook_size)
         counts = all_reduce_sum(
             counts.scatter_add_(0, used, torch.ones_like(used))
@@ -248,8 +247,24 @@ class Training:
         self.network.idle.masked_fill_(dead, 0)
 
     def tokenizer(self) -> VQTokenizer:
-        """The averaged weights, as they are now, as a tokenizer."""
+        """A tokenizer of the EMA weights as they are now."""
         return VQTokenizer(self.config.model, {name: tensor.clone() for name, tensor in self.ema.tensors().items()})
+
+    def export(self, folders: Sequence[Path], step: int) -> None:
+        """Write the tokenizer as it is now."""
+        tokenizer = self.tokenizer()
+        for folder in folders:
+            tokenizer.write(folder, step=step)
+
+    def save(self, checkpoints: Checkpoints, step: int, folders: Sequence[Path]) -> None:
+        """Begin to write a checkpoint, and the tokenizer after it."""
+        tokenizer = self.tokenizer()
+
+        def export(_: object) -> None:
+            for folder in folders:
+                tokenizer.write(folder, step=step)
+
+        checkpoints.save(step, self.state(step), then=export)
 
 
 def backward(losses: dict[str, Tensor], made: Tensor, last_layer: Tensor, config: VQTrainConfig) -> Tensor:
@@ -301,7 +316,12 @@ def train_tokenizer(
     weights, bit for bit on a CPU.
 
     Args:
-        test_images: what PSNR, SSIM and use of the codebook are measured on, centre crops; the training images if None.
+        config: every setting of the run.
+        images: the source to train on.
+        out: the run's folder.
+        test_images: source of the centre crops for PSNR, SSIM and codebook usage; the training images if None.
+        resume: continue the run in `out` from its newest checkpoint.
+        preset: the preset's name, for the record.
         workers: processes that decode images; 0 for none beside this one. By default one for each core, at most 8, but
             none where small images fit in memory and are decoded once.
 
@@ -310,15 +330,11 @@ def train_tokenizer(
             that is not finite.
         Interrupted: SIGINT or SIGTERM came; a checkpoint of the last finished step was written.
     """
-    with (
-        process_group(config.device) as (ranks, device),
-        explain_out_of_memory(config, ranks.world),
-        contextlib.ExitStack() as held,
-    ):
-        writes = ranks.rank == 0
+    with training_session(config) as (ranks, device), Run(out, config, ranks, preset=preset, resume=resume) as run:
+        # Open everything, build the networks, and restore them.
         if config.batch_size % ranks.world:
             raise UserError(f"--batch-size {config.batch_size} is no multiple of the {ranks.world} ranks")
-        pixels = CropLoader(
+        crops = CropLoader(
             images,
             size=config.size,
             crop_range=config.crop_range,
@@ -328,96 +344,79 @@ def train_tokenizer(
             workers=workers,
             ranks=ranks,
         )
-        steps = config.total_steps(pixels.images)
-        training = Training(config, device)
-        data = {"images": {"source": images.name, "images": pixels.images, "content": images.content}}
-        record = describe_run(config, data, training.dtype, preset)
-        measured_on = test_images or images
-        examples = evaluation_images(measured_on, config.size, config.evaluate_images) if writes else None
-        if writes:
-            open_run(out, record, config, pixels.images, resume=resume, exported=_exported_step(out))
-            held.enter_context(lock_run(out))
+        total = config.total_steps(crops.images)
+        learner = VQLearner(config, device)
+        evaluation = Evaluation(test_images or images, config, out) if run.writes else None
+        data = {"images": {"source": images.name, "images": crops.images, "content": images.content}}
+        run.open(lambda: data, learner.dtype, images=crops.images, exported=_exported_step(out))
         checkpoints = Checkpoints(out / "checkpoints", keep=config.keep, keep_every=config.keep_every)
         start = broadcast_from_rank0(checkpoints.newest)
-        checkpoints.restore(start, training.state(start))
-        if writes:
-            write_json(out / "config.json", record)
-            rewind_log(out / "log.jsonl", start)
-            for folder in _folders(out, start, config):
-                if _exported_step(folder) != start:  # killed between its checkpoint and its export
-                    training.tokenizer().write(folder, step=start)
-        training.share()
+        checkpoints.restore(start, learner.state(start))
+        run.start(start)
+        if run.writes:
+            late = [path for path in export_folders(out, ".", start, config) if _exported_step(path) != start]
+            learner.export(late, start)
+        learner.share()
 
-        def evaluate(step: int) -> str:
-            assert examples is not None
-            made, found = reconstruct(training.tokenizer().to(device, torch.float32), examples)
-            save_picture(out / "reconstructions" / f"step_{step:08d}.png", examples, made)
-            entry = {"step": step, "evaluated_on": measured_on.name, "images": len(examples), **found._asdict()}
-            append_log(out / "log.jsonl", entry)
-            return f"PSNR {found.psnr:.2f} dB, {found.usage:.0%} of codes used, "
+        clock, clock_step, quality = time.perf_counter(), start, ""
+        with (
+            stop_on_signal() as signals,
+            crops,
+            checkpoints,
+            progress(out.name, total, unit="steps", done=start, shown=run.writes) as bar,
+        ):
+            crops.prepare(start)
+            for step in range(start + 1, total + 1):
+                batch = to_pixels(to_device(crops.batch(step - 1), device)).contiguous(memory_format=learner.layout)
+                rate = learning_rate(config.optim, step, total)
+                terms = learner.step(batch, step, rate)
 
-        def save(step: int) -> None:
-            tokenizer = training.tokenizer()
+                # Log.
+                checkpoints.check()
+                last, log = step == total, step % config.log_every == 0 or step == total
+                if log or device.type == "cpu":  # reading a loss waits for a GPU
+                    require_finite(terms, step, checkpoints)
+                if log:
+                    speed = config.batch_size * (step - clock_step) / (time.perf_counter() - clock)
+                    entry = {name: all_reduce_mean(value.float()).item() for name, value in terms.items()}
+                    run.log({"step": step, **entry, "lr": rate, "images_per_second": speed})
+                    bar.note(f"{quality}L1 {entry['loss_l1']:.3f}, {speed:,.0f} images/s")
+                    clock, clock_step = time.perf_counter(), step
+                if evaluation and (step % config.evaluate_every == 0 or last):
+                    entry, quality = evaluation.measure(learner.tokenizer(), step, device)
+                    run.log(entry)
 
-            def write(_: object) -> None:
-                for folder in _folders(out, step, config):
-                    tokenizer.write(folder, step=step)
-
-            checkpoints.save(step, training.state(step), then=write)
-
-        with stop_on_signal() as stop, pixels, checkpoints:
-            pixels.prepare(start)
-            clock, clock_step, quality = time.perf_counter(), start, ""
-            with progress(out.name, steps, unit="steps", done=start, shown=writes) as bar:
-                for step in range(start + 1, steps + 1):
-                    batch = to_pixels(to_device(pixels.batch(step - 1), device)).contiguous(
-                        memory_format=training.layout
-                    )
-                    rate = learning_rate(config.optim, step, steps)
-                    found = training.step(batch, step, rate)
-
-                    checkpoints.check()
-                    last, log = step == steps, step % config.log_every == 0
-                    if log or last or device.type == "cpu":  # reading a loss makes the host wait for a GPU
-                        require_finite(found, step, checkpoints)
-                    if log or last:
-                        speed = config.batch_size * (step - clock_step) / (time.perf_counter() - clock)
-                        entry = {name: all_reduce_mean(value.float()).item() for name, value in found.items()}
-                        if writes:
-                            append_log(
-                                out / "log.jsonl", {"step": step, **entry, "lr": rate, "images_per_second": speed}
-                            )
-                        bar.note(f"{quality}L1 {entry['loss_l1']:.3f}, {speed:,.0f} images/s")
-                    stopping = stop[0] if stop else 0
-                    if ranks.world > 1:  # all stop together, at a step where they meet anyway
-                        stopping = int(all_gather(torch.tensor([stopping], device=device)).max()) if log else 0
-                    if writes and (step % config.evaluate_every == 0 or last):
-                        quality = evaluate(step)
-                    if writes and (step % config.checkpoint_every == 0 or last or stopping):
-                        require_finite(found, step, checkpoints)
-                        save(step)
-                    if log:
-                        clock, clock_step = time.perf_counter(), step
-                    bar.advance(1)
-                    if stopping and not last:
-                        checkpoints.wait()
-                        raise Interrupted(
-                            f"stopped at step {step} of {steps}; the run is saved: the same command with --resume continues it",
-                            stopping,
-                        )
-        if writes and pixels.broken:
+                # Save if due; stop if asked, all ranks together.
+                signum = all_reduce_max(signals[0] if signals else 0)
+                if run.writes and (step % config.checkpoint_every == 0 or last or signum):
+                    require_finite(terms, step, checkpoints)
+                    learner.save(checkpoints, step, export_folders(out, ".", step, config))
+                bar.advance(1)
+                if signum and not last:
+                    checkpoints.wait()
+                    raise run.interrupted(step, total, signum)
+        if run.writes and crops.broken:
             with atomic_write(out / "skipped.jsonl") as aside:
-                lines = ({"index": index, "reason": reason} for index, reason in sorted(pixels.broken.items()))
+                lines = ({"index": index, "reason": reason} for index, reason in sorted(crops.broken.items()))
                 aside.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return out
 
 
-def _folders(out: Path, step: int, config: VQTrainConfig) -> list[Path]:
-    """Where the tokenizer of a step belongs."""
-    kept = config.keep_every and step % config.keep_every == 0
-    return [out, *([out / "kept" / f"step_{step:08d}"] if kept else [])] if step else []
+class Evaluation:
+    """Reconstructions of some test images: PSNR, SSIM, codebook usage, and a picture."""
+
+    def __init__(self, source: ImageSource, config: VQTrainConfig, out: Path) -> None:
+        self.source, self.out = source, out
+        self.examples = evaluation_images(source, config.size, config.evaluate_images)
+
+    def measure(self, tokenizer: VQTokenizer, step: int, device: torch.device) -> tuple[dict[str, Any], str]:
+        """The entry for log.jsonl, and a few words for the progress."""
+        made, found = reconstruct(tokenizer.to(device, torch.float32), self.examples)
+        save_picture(self.out / "reconstructions" / f"step_{step:08d}.png", self.examples, made)
+        entry = {"step": step, "evaluated_on": self.source.name, "images": len(self.examples), **found._asdict()}
+        return entry, f"PSNR {found.psnr:.2f} dB, {found.usage:.0%} of codes used, "
 
 
-def _exported_step(out: Path) -> int | None:
-    """The step of the tokenizer in a folder; None if there is none that is whole."""
-    return read_json(out / CONFIG, "a tokenizer").get("step") if (out / CONFIG).exists() else None
+def _exported_step(folder: Path) -> int | None:
+    """The step of the tokenizer in a folder; None if there is no whole one."""
+    return read_json(folder / CONFIG, "a tokenizer").get("step") if (folder / CONFIG).exists() else None

@@ -1,6 +1,6 @@
-"""What a run shows of itself while it trains: numbers, samples and probes, in log.jsonl, in samples/ and in trackers.
+"""What a run shows while it trains: numbers, collapse indicators, sample grids and quick probes, for log.jsonl and trackers.
 
-Nothing here changes a weight: features are read off passes that are made anyway, samples and probes come from a copy.
+Nothing here changes a weight. Features come from passes that the step makes anyway, samples and probes from a copy of the model.
 """
 
 import contextlib
@@ -21,7 +21,6 @@ from torch.distributed.tensor import DTensor
 
 from st_ar.config import SampleSettings, TrainConfig, WatchConfig
 from st_ar.data.store import TokenStore
-from st_ar.data.text import TextStore
 from st_ar.distributed import all_gather
 from st_ar.errors import UserError
 from st_ar.evaluation.probe import accuracies, require_classes
@@ -32,21 +31,27 @@ from st_ar.hardware import peak_flops, training_flops_per_token
 from st_ar.model.transformer import Transformer
 from st_ar.randomness import RandomStream, numpy_generator
 from st_ar.sampling import Sampler
-from st_ar.selfguided.objective import GuidanceSample, SelfGuided, TeacherFeatures
+from st_ar.selfguided.guidance import Features, GuidanceSample
+from st_ar.selfguided.objective import SelfGuided
 from st_ar.tokenizer import load_tokenizer, open_tokenizer
+from st_ar.training.inputs import Inputs
 from st_ar.training.run import read_log
 from st_ar.training.track import Background, close_all, open_trackers, reason, require_trackers, warn
 
 
 class Watch:
-    """Watches one run. Everything that could not be shown later is refused here, before the run begins.
+    """What is shown of one run. Whatever could not be shown later is refused here, before the run begins.
 
     Args:
+        config: what to show.
+        training: the run's settings.
         out: the run's folder, as it was left.
-        store, captions: what is trained on.
+        inputs: what the run trains on.
+        device: where the model is.
+        dtype: type of its matrix products.
 
     Raises:
-        UserError: a tracker's package is missing, or a tokenizer, labels or test store do not suit the run.
+        UserError: a tracker's package is missing, or a tokenizer, labels or test store do not fit the run.
     """
 
     def __init__(
@@ -54,8 +59,7 @@ class Watch:
         config: WatchConfig,
         training: TrainConfig,
         out: Path,
-        store: TokenStore,
-        captions: TextStore | None,
+        inputs: Inputs,
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
@@ -65,12 +69,10 @@ class Watch:
         self.glances: dict[str, tuple[int, Callable[[Transformer, int], dict[str, float]]]] = {}
         if config.sample_tokenizer is not None:
             settings = SampleSettings(cfg_scale=config.sample_cfg_scale, seed=training.seed)
-            self.samples = SampleGrid(
-                config.sample_tokenizer, store, captions, config.sample_labels, settings, training, device
-            )
+            self.samples = SampleGrid(config.sample_tokenizer, inputs, config.sample_labels, settings, device)
             self.glances["samples"] = config.sample_every, self._sample
         if config.probe_test_tokens is not None:
-            self.probe = RidgeProbe(store, TokenStore(config.probe_test_tokens), training)
+            self.probe = RidgeProbe(inputs.store, TokenStore(config.probe_test_tokens), training)
             self.glances["probe"] = config.probe_every, self._probe
         logged = read_log(out / "log.jsonl")
         self.logged = logged[-1]["step"] if logged else 0
@@ -80,7 +82,7 @@ class Watch:
 
     @contextlib.contextmanager
     def follow(self, student: SelfGuided, record: dict[str, Any], start: int) -> Generator[None]:
-        """Within the block the run's steps after `start` are followed; `record` is what config.json says."""
+        """Follow the steps after `start` within the block; `record` is the run's config.json."""
         self.model, self.features = student.model, CollapseMonitor(student)
         self.is_first = not dist.is_initialized() or dist.get_rank() == 0
         self.ranks = dist.get_world_size() if dist.is_initialized() else 1
@@ -92,22 +94,22 @@ class Watch:
             self.features.close()
             close_all(self.trackers)
 
-    def begin(self, step: int, total: int) -> bool:
-        """Before step `step` of `total`: whether it is to be logged, and `look` called after it, by every rank."""
+    def start_step(self, step: int, total: int) -> bool:
+        """Prepare for step `step` of `total`; returns whether every rank must call `log_step` after it."""
         log = step % self.training.log_every == 0 or step == total or self.config.looks_at(step)
-        self.features.begin(log)
+        self.features.start_step(log)
         self._flops = self.flops[step <= int(self.training.selfguided.until * total)]
         return log
 
-    def look(self, step: int, entry: dict[str, float]) -> dict[str, float]:
-        """Add to a step's numbers what else there is to see, and give all to the trackers; returns what log.jsonl keeps."""
+    def log_step(self, step: int, entry: dict[str, float]) -> dict[str, float]:
+        """Add what else there is to a step's numbers, and send all to the trackers; returns the entry for log.jsonl."""
         entry = entry | self.features.measure() | self._machine(entry["tokens_per_second"]) | self._glance(step)
         entry = {name: value for name, value in entry.items() if math.isfinite(value)}
-        self.send(step, {name: value for name, value in entry.items() if name != "step"})
+        self.log_scalars(step, {name: value for name, value in entry.items() if name != "step"})
         return entry
 
-    def send(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Give the trackers numbers of a step."""
+    def log_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Send numbers of a step to the trackers."""
         for tracker in self.trackers:
             tracker.log(step, scalars)
 
@@ -123,7 +125,7 @@ class Watch:
         return found
 
     def _glance(self, step: int) -> dict[str, float]:
-        """Samples and the probe, where they are due. Trouble with them is said, and the run goes on without them."""
+        """Samples and the probe, if due. Failures are reported; training continues."""
         if not self.config.looks_at(step):
             return {}
 
@@ -136,7 +138,7 @@ class Watch:
                 try:
                     found |= work(copy.to(self.device, self.dtype), step)
                 except Exception as error:  # such as no memory for them: no reason to end a run
-                    warn(f"{name} switched off: {reason(error)}; the run goes on")
+                    warn(f"{name} switched off: {reason(error)}; training continues")
                     del self.glances[name]
         return found
 
@@ -186,21 +188,20 @@ class SampleGrid:
     def __init__(
         self,
         tokenizer: Path,
-        store: TokenStore,
-        captions: TextStore | None,
+        inputs: Inputs,
         labels: Sequence[int],
         settings: SampleSettings,
-        training: TrainConfig,
         device: torch.device,
     ) -> None:
+        store, captions, model = inputs.store, inputs.captions, inputs.config.model
         codes = load_tokenizer(tokenizer)
-        store.check_model(training.model, codes.fingerprint if store.meta.tokenizer else None)
+        store.check_model(model, codes.fingerprint if store.meta.tokenizer else None)
         if codes.vocab_size != store.meta.vocab_size:
             raise UserError(
                 f"--sample-tokenizer {tokenizer} has {codes.vocab_size} codes, {store.folder} has {store.meta.vocab_size}: "
                 "give the tokenizer that made the store"
             )
-        known = training.model.num_classes if captions is None else len(captions)
+        known = model.num_classes if captions is None else len(captions)
         if wrong := [label for label in labels if not 0 <= label < known]:
             raise UserError(f"--sample-labels {wrong[0]} is out of range: give 0 to {known - 1}")
         self.tokenizer, self.captions, self.settings, self.device = tokenizer, captions, settings, device
@@ -295,25 +296,25 @@ def effective_rank(features: Tensor) -> float:
 
 
 class CollapseMonitor:
-    """Sees the student's and the teacher's features pass by, by hooks on the student, in the steps that are asked for.
+    """Collects the student's and the teacher's features from a step's passes, by hooks on the student.
 
-    What it sees, at the positions of Eq. 5: the student's and the teacher's features at the contrast layer and the student's
-    projected ones; without contrast, the teacher's last layer.
+    At the positions of Eq. 5: both networks' features at the contrast layer, and the student's projected ones. Without contrast,
+    the teacher's last layer.
     """
 
     def __init__(self, student: SelfGuided) -> None:
         self.wanted = False
         self.seen: dict[str, list[Tensor]] = {}
-        self.hooks = [student.register_forward_pre_hook(self._see_teacher, with_kwargs=True)]
+        self.hooks = [student.register_forward_pre_hook(self._see_teacher)]
         if student.projector is not None:
             self.hooks.append(student.projector.register_forward_hook(self._see_student))
 
-    def begin(self, wanted: bool) -> None:
-        """Before a step: forget the last one's, and look or look away."""
+    def start_step(self, wanted: bool) -> None:
+        """Forget the last step's features, and collect this one's or not."""
         self.wanted, self.seen = wanted, {}
 
     def measure(self) -> dict[str, float]:
-        """std_NAME and rank_NAME of the features that this step has shown; every rank calls it, and gets the same."""
+        """std_NAME and rank_NAME of the step's features. Every rank calls it and gets the same."""
         found: dict[str, float] = {}
         for name, parts in self.seen.items():
             features = all_gather(torch.cat(parts)[:COLLAPSE_IMAGES])[:COLLAPSE_IMAGES]
@@ -322,23 +323,21 @@ class CollapseMonitor:
         return found
 
     def close(self) -> None:
-        """Look no more."""
+        """Remove the hooks."""
         for hook in self.hooks:
             hook.remove()
 
     def _add(self, name: str, features: Tensor) -> None:
         self.seen.setdefault(name, []).append(features.detach()[:, 0])
 
-    def _see_teacher(self, _student: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _see_teacher(self, _student: nn.Module, args: tuple[Tensor, Tensor, GuidanceSample, Features, int]) -> None:
         if not self.wanted:
             return
-        given = [*args, *kwargs.values()]
-        targets = next(each for each in given if isinstance(each, TeacherFeatures))
-        draws = next(each for each in given if isinstance(each, GuidanceSample))
-        if targets.mid is not None:
-            self._add("teacher", targets.mid)
-        elif targets.last is not None and draws.positions is not None:
-            self._add("teacher_last", targets.last[:, :, draws.positions])
+        tokens, _, sample, teacher, offset = args
+        if teacher.middle is not None:  # it may hold the whole batch's
+            self._add("teacher", teacher.middle[offset : offset + len(tokens)])
+        elif teacher.last is not None and sample.positions is not None:
+            self._add("teacher_last", teacher.last[:, :, sample.positions])
 
     def _see_student(self, _projector: nn.Module, args: tuple[Tensor, ...], projected: Tensor) -> None:
         if self.wanted:
