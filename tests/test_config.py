@@ -7,7 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 import torch
@@ -236,7 +236,7 @@ def test_settings_that_do_not_go_together_are_refused_with_their_flags(
 
 
 def numeric_fields(*kinds: object) -> list[tuple[type, str]]:
-    return [(cls, field.name) for cls in REQUIRED for field in dataclasses.fields(cls) if field.type in kinds]
+    return [(cls, name) for cls in REQUIRED for name, hint in get_type_hints(cls).items() if hint in kinds]
 
 
 def test_every_numeric_setting_has_a_value_that_is_refused() -> None:
@@ -537,19 +537,25 @@ def test_damaged_settings_are_refused(change: dict[str, Any], match: str) -> Non
 
 MISTAKES: list[tuple[type, dict[str, Any], str]] = [
     *(
-        (VQConfig, {name: 0}, f"--model.{name.replace('_', '-')} must be at least 1, not 0")
-        for name in ("channels", "z_channels", "codebook_size", "codebook_dim", "residual_blocks")
+        (VQConfig, {name: 0}, rf"--model.{name.replace('_', '-')} must lie in \[1, {most}\], not 0")
+        for name, most in {
+            "channels": 4096,
+            "z_channels": 4096,
+            "codebook_size": 65536,
+            "codebook_dim": 4096,
+            "residual_blocks": 64,
+        }.items()
     ),
-    (VQConfig, {"multipliers": ()}, "--model.multipliers must be numbers of at least 1"),
-    (VQConfig, {"multipliers": (1, 0)}, "--model.multipliers must be numbers of at least 1"),
+    (VQConfig, {"multipliers": ()}, "--model.multipliers must be 1 to 10 numbers"),
+    (VQConfig, {"multipliers": (1, 0)}, r"--model.multipliers must lie in \[1, 64\], not \(1, 0\)"),
     (VQConfig, {"channels": 24, "multipliers": (1, 2)}, "--model.channels 24 times --model.multipliers 2 is 48: .* 32"),
-    (VQConfig, {"codebook_size": 65537}, "--model.codebook-size 65537 does not fit .*: at most 65536"),
+    (VQConfig, {"codebook_size": 65537}, r"--model.codebook-size must lie in \[1, 65536\], not 65537"),
     (AdversaryConfig, {"start": -1}, "--adversary.start must be 0 or more, not -1"),
     (AdversaryConfig, {"weight": -0.1}, "--adversary.weight must be 0 or more, not -0.1"),
     (AdversaryConfig, {"weight": float("inf")}, "--adversary.weight must be a finite number, not inf"),
     (AdversaryConfig, {"weight": float("nan")}, "--adversary.weight must be a finite number, not nan"),
-    (AdversaryConfig, {"channels": 0}, "--adversary.channels must be at least 1, not 0"),
-    (AdversaryConfig, {"layers": 0}, "--adversary.layers must be at least 1, not 0"),
+    (AdversaryConfig, {"channels": 0}, r"--adversary.channels must lie in \[1, 4096\], not 0"),
+    (AdversaryConfig, {"layers": 0}, r"--adversary.layers must lie in \[1, 10\], not 0"),
     (AdversaryConfig, {"channels": 24}, "--adversary.channels 24 gives a layer 48 channels: .* 32"),
     (VQTrainConfig, {"steps": 1, "epochs": 1.0}, "give --steps or --epochs, not both"),
     (VQTrainConfig, {"steps": None}, "give --steps or --epochs: how long"),
@@ -557,15 +563,15 @@ MISTAKES: list[tuple[type, dict[str, Any], str]] = [
     (VQTrainConfig, {"steps": None, "epochs": 0.0}, "--epochs must be above 0, not 0.0"),
     *(
         (VQTrainConfig, {name: 0}, f"--{name.replace('_', '-')} must be at least 1, not 0")
-        for name in (
-            *("size", "batch_size", "log_every", "evaluate_every", "evaluate_images", "checkpoint_every", "keep"),
-        )
+        for name in (*("log_every", "evaluate_every", "evaluate_images", "checkpoint_every", "keep"),)
     ),
     *(
         (VQTrainConfig, {name: value}, f"--{name.replace('_', '-')} must be {words}, not {value}")
         for name in ("l1_weight", "l2_weight", "perceptual_weight", "codebook_weight", "commitment")
         for value, words in ((-1.0, "0 or more"), (float("nan"), "a finite number"), (float("inf"), "a finite number"))
     ),
+    (VQTrainConfig, {"size": 0}, r"--size must lie in \[1, 4096\], not 0"),
+    (VQTrainConfig, {"batch_size": 0}, r"--batch-size must lie in \[1, 1048576\], not 0"),
     (VQTrainConfig, {"l1_weight": 0, "l2_weight": 0}, "--l1-weight, --l2-weight or --perceptual-weight"),
     (VQTrainConfig, {"crop_range": 0.9}, r"--crop-range must lie in \[1, 2\], not 0.9"),
     (VQTrainConfig, {"crop_range": float("nan")}, "--crop-range must be a finite number, not nan"),
@@ -574,7 +580,11 @@ MISTAKES: list[tuple[type, dict[str, Any], str]] = [
     (VQTrainConfig, {"seed": -1}, "--seed must be 0 or more, not -1"),
     (VQTrainConfig, {"dtype": "float16"}, "--dtype must be one of auto, float32, bfloat16, not 'float16'"),
     (VQTrainConfig, {"device": "tpu"}, "--device must be one of auto, cpu, cuda, not 'tpu'"),
-    (VQTrainConfig, {"size": 100}, "--size 100 is no whole number of 16-pixel codes: --model.multipliers has 5 levels"),
+    (
+        VQTrainConfig,
+        {"size": 100},
+        "--size 100 is not a multiple of a code's 16 pixels: --model.multipliers has 5 levels",
+    ),
     (VQTrainConfig, {"size": 8, "model": VQConfig(multipliers=(1,))}, "--size 8 is too small: SSIM"),
     (VQTrainConfig, {"size": 16, "adversary": AdversaryConfig(start=0)}, "--adversary.layers 3 leaves 2 of 16 pixels"),
 ]
@@ -644,8 +654,8 @@ def test_samples_and_probes_are_due_at_their_own_steps() -> None:
     ("values", "message"),
     [
         ({"track": ("mlflow",)}, "--track must be some of tensorboard, wandb, trackio, none, not 'mlflow'"),
-        ({"track": ("wandb", "wandb")}, "--track wandb wandb names one more than once"),
-        ({"track": ("none", "wandb")}, "--track none stands alone"),
+        ({"track": ("wandb", "wandb")}, "--track wandb wandb has a name twice"),
+        ({"track": ("none", "wandb")}, "--track none cannot be combined"),
         ({"sample_every": -1}, "--sample-every must be 0"),
         ({"sample_every": 5}, "--sample-every 5 needs --sample-tokenizer"),
         ({"probe_every": 5}, "--probe-every 5 needs --probe-test-tokens"),

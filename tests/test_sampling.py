@@ -272,7 +272,7 @@ def test_a_tokenizer_of_another_codebook_is_refused() -> None:
 
 
 def test_settings_out_of_range_are_refused() -> None:
-    with pytest.raises(UserError, match="temperature must be above 0, not 0"):
+    with pytest.raises(UserError, match="--temperature must be above 0, not 0"):
         sample_images(random_model(), random_tokenizer(), [0], SampleSettings(temperature=0.0))
     with pytest.raises(UserError, match="label 9 is out of range"):
         sample_images(random_model(), random_tokenizer(), [9])
@@ -558,7 +558,7 @@ def test_another_kind_of_file_is_refused(line: SmallLine, tmp_path: Path, name: 
     [
         ({"labels": [0, 9]}, "label 9 is out of range"),
         ({"labels": []}, "no labels were given"),
-        ({"top_k": 12}, "--top-k must lie between 0 .off. and the 11 tokens of the codebook, not 12"),
+        ({"top_k": 12}, r"--top-k must lie in \[0, 11\], the size of the codebook, not 12"),
         ({"batch_size": 0}, "--batch-size must be at least 1, not 0"),
     ],
 )

@@ -6,9 +6,22 @@ Nothing here imports torch, so that `st-ar --help` is quick.
 import dataclasses
 import json
 import sys
+from dataclasses import dataclass
 from numbers import Integral, Real
 from types import UnionType
-from typing import Any, Literal, TypeGuard, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+from typing import (
+    Annotated,
+    Any,
+    ClassVar,
+    Literal,
+    TypeGuard,
+    TypeVar,
+    Union,
+    cast,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 from st_ar.errors import UserError
 
@@ -21,19 +34,88 @@ def require(condition: bool, message: str) -> None:
         raise UserError(message)
 
 
-def require_types(config: Any, prefix: str) -> None:
-    """Every field must hold what its type says; numbers are finite. `prefix` begins the flags: `--model.`, say."""
-    for name, hint in get_type_hints(type(config)).items():
-        value = getattr(config, name)
-        if not matches_type(value, hint):
-            raise UserError(f"{prefix}{name.replace('_', '-')} must be {_in_words(hint)}, not {value!r}")
+@dataclass(frozen=True)
+class Range:
+    """The numbers that a field takes: `Annotated[int, Range(1)]`. `low` and `high` are included, `above` and `below` are not."""
+
+    low: float | None = None
+    high: float | None = None
+    above: float | None = None
+    below: float | None = None
+    means: str = ""
+    """What `low` stands for: "off"."""
+    hint: str = ""
+    """What to do instead."""
+
+    def __contains__(self, value: float) -> bool:
+        return (
+            (self.low is None or value >= self.low)
+            and (self.high is None or value <= self.high)
+            and (self.above is None or value > self.above)
+            and (self.below is None or value < self.below)
+        )
+
+    def __str__(self) -> str:
+        start = f"({self.above}" if self.above is not None else f"[{self.low}"
+        if self.high is not None or self.below is not None:
+            return f"lie in {start}, {f'{self.below})' if self.below is not None else f'{self.high}]'}"
+        if self.above is not None:
+            return f"be above {self.above}"
+        means = f" ({self.means})" if self.means else ""
+        return f"be 0{means} or more" if self.low == 0 else f"be at least {self.low}{means}"
 
 
-def require_most(config: Any, prefix: str, **most: int) -> None:
-    """Sizes that no machine has are mistakes, or damaged files that would ask for all of its memory."""
-    for name, limit in most.items():
-        value = getattr(config, name)
-        require(value <= limit, f"{prefix}{name.replace('_', '-')} must be at most {limit}, not {value}")
+Count = Annotated[int, Range(1)]
+Whole = Annotated[int, Range(0)]
+Share = Annotated[float, Range(0, 1)]
+"""Zero and one included."""
+Portion = Annotated[float, Range(0, below=1)]
+"""One excluded."""
+Weight = Annotated[float, Range(0)]
+Positive = Annotated[float, Range(above=0)]
+Seed = Whole
+
+
+class Checked:
+    """A frozen dataclass that checks its fields when it is made: each holds what its type says, within its `Range`.
+
+    `class ModelConfig(Checked, prefix="--model.")` names the flags of its fields in messages.
+    """
+
+    prefix: ClassVar[str] = "--"
+
+    def __init_subclass__(cls, prefix: str | None = None) -> None:
+        if prefix is not None:
+            cls.prefix = prefix
+
+    def __post_init__(self) -> None:
+        hints = get_type_hints(type(self), include_extras=True)
+        for field in dataclasses.fields(cast(Any, self)):
+            value, flag = getattr(self, field.name), f"{self.prefix}{flag_name(field.name)}"
+            require(
+                matches_type(value, hints[field.name]), f"{flag} must be {_in_words(hints[field.name])}, not {value!r}"
+            )
+            if broken := _broken_range(value, hints[field.name]):
+                raise UserError(f"{flag} must {broken}, not {value}{broken.hint and '; '}{broken.hint}")
+
+
+def flag_name(field: str) -> str:
+    """A field's name as tyro makes an option of it, without the dashes."""
+    return field.replace("_", "-")
+
+
+def _broken_range(value: Any, hint: Any) -> Range | None:
+    """The range that a value of this type breaks."""
+    kind, parts = get_origin(hint), get_args(hint)
+    if kind is Annotated:
+        return next((part for part in parts[1:] if isinstance(part, Range) and value not in part), None)
+    if kind in (Union, UnionType):
+        fitting = next(part for part in parts if matches_type(value, part))
+        return _broken_range(value, fitting)
+    if kind is tuple:
+        inner = parts[:1] * len(value) if parts[-1] is Ellipsis else parts
+        return next(filter(None, map(_broken_range, value, inner)), None)
+    return None
 
 
 LARGEST = 1 << 64
@@ -45,6 +127,8 @@ def matches_type(value: Any, hint: type[C]) -> TypeGuard[C]:
     """Whether a value is of a type of config fields. A whole number will do for a float; true and false are no numbers."""
     kind: Any = get_origin(hint)
     parts = get_args(hint)
+    if kind is Annotated:
+        return matches_type(value, parts[0])
     if hint is Any:  # pyright: ignore[reportUnnecessaryComparison] -- a type to typing alone
         return True
     if kind is Literal:
@@ -70,6 +154,8 @@ def matches_type(value: Any, hint: type[C]) -> TypeGuard[C]:
 
 def _in_words(hint: Any) -> str:
     kind, parts = get_origin(hint), get_args(hint)
+    if kind is Annotated:
+        return _in_words(parts[0])
     if kind is Literal:
         return f"one of {', '.join(parts)}"
     if kind in (Union, UnionType):

@@ -475,7 +475,7 @@ class TestMistakes:
 
     def test_more_likely_tokens_than_there_are(self, capsys: Capture, line: Line) -> None:
         command = line.sample_command(line.folder / "new.npz", "--top-k", "65")
-        refused(capsys, r"--top-k must lie between 0 \(off\) and the 64 tokens of the codebook, not 65", *command)
+        refused(capsys, r"--top-k must lie in \[0, 64\], the size of the codebook, not 65", *command)
 
     def test_samples_over_samples(self, capsys: Capture, line: Line) -> None:
         for taken in (line.tokenizer, line.run):

@@ -252,7 +252,7 @@ def test_a_flipped_bit_in_the_weights_is_found(export: Path) -> None:
 def test_a_network_deeper_than_any_is_refused_before_it_is_built(export: Path) -> None:
     save_file(load_file(export / "model.safetensors"), export / "model.safetensors")  # that says nothing of itself
     edit(export, model=model_settings(export) | {"n_layers": 10**9})
-    with refused(export, r"config\.json: --model\.n-layers must be at most 1024, not 1000000000"):
+    with refused(export, r"config\.json: --model\.n-layers must lie in \[1, 1024\], not 1000000000"):
         load_model(export)
 
 

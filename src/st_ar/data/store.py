@@ -16,7 +16,7 @@ from st_ar.distributed import Ranks
 from st_ar.errors import UserError
 from st_ar.files import open_array, read_json, sha256, write_json
 from st_ar.randomness import RandomStream, numpy_generator
-from st_ar.settings import from_dict, require_types
+from st_ar.settings import Checked, from_dict
 
 FORMAT_VERSION = 1
 SHARD_KEYS = ("images", "codes", "labels", "codes_sha256", "labels_sha256")
@@ -32,7 +32,7 @@ def shard_names(index: int, shards: int | None) -> tuple[str, str]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class StoreMeta:
+class StoreMeta(Checked, prefix=""):
     """What meta.json says."""
 
     source: str
@@ -49,9 +49,6 @@ class StoreMeta:
     skipped: int = 0
     """Images of the source that could not be used; skipped.jsonl lists them."""
     format_version: int = FORMAT_VERSION
-
-    def __post_init__(self) -> None:
-        require_types(self, "")
 
     def write(self, folder: Path) -> None:
         """Write meta.json: from then on the folder is a complete store."""

@@ -19,7 +19,7 @@ from st_ar.demo.models import LoadedModel, ModelPool
 from st_ar.errors import UserError, cause
 from st_ar.files import parse_json
 from st_ar.sampling import Sampler
-from st_ar.settings import from_dict, require, require_types, to_dict
+from st_ar.settings import Checked, from_dict, require, to_dict
 from st_ar.tokenizer import Tokenizer, to_uint8
 
 FORMAT_VERSION = 1
@@ -30,7 +30,7 @@ MOST_IMAGES = 16
 
 
 @dataclass(frozen=True, kw_only=True)
-class WeightsRecord:
+class WeightsRecord(Checked, prefix="weights."):
     """Which weights."""
 
     file: str
@@ -38,12 +38,9 @@ class WeightsRecord:
     ema: bool
     step: int
 
-    def __post_init__(self) -> None:
-        require_types(self, "weights.")
-
 
 @dataclass(frozen=True, kw_only=True)
-class GenerationRecord:
+class GenerationRecord(Checked, prefix=""):
     """All that an image depends on."""
 
     weights: WeightsRecord
@@ -63,7 +60,7 @@ class GenerationRecord:
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
-        require_types(self, "")
+        super().__post_init__()
         require(self.format_version == FORMAT_VERSION, f"format_version {self.format_version} is not {FORMAT_VERSION}")
         require(1 <= len(self.labels) <= MOST_IMAGES, f"there are {len(self.labels)} labels, not 1 to {MOST_IMAGES}")
         require(min(self.labels) >= 0, f"label {min(self.labels)} is below 0")

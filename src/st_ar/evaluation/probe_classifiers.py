@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -19,46 +19,30 @@ from st_ar.errors import UserError
 from st_ar.hardware import to_device
 from st_ar.progress import progress
 from st_ar.randomness import RandomStream, torch_generator
-from st_ar.settings import require_most, require_types
+from st_ar.settings import Checked, Portion, Positive, Range, Seed, Weight, Whole
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProbeConfig:
-    """The protocol's settings; the defaults are MAE's."""
+class ProbeConfig(Checked):
+    """The protocol's settings. The defaults are MAE's."""
 
-    epochs: int = 90
+    epochs: Annotated[int, Range(1, 1 << 16)] = 90
     """Passes over the training features."""
-    warmup_epochs: int = 10
-    """Passes over which the learning rate rises linearly; then it falls to 0 by a cosine."""
-    batch_size: int = 16384
-    """Features per step; small data sets scale it down so that an epoch has at least 32 steps."""
-    base_lr: float = 0.1
-    """Learning rate for a batch of 256; it scales with the batch."""
-    min_lr: float = 1.0
-    """The peak rate is not scaled below this: LARS's steps are a share of the weights' norm, and with the small rate of a small
-    batch it stops far from convergence after 90 epochs of a few thousand images. 0 scales all the way, MAE's rule to the letter."""
-    momentum: float = 0.9
+    warmup_epochs: Whole = 10
+    """Passes of linear warm-up. A cosine to 0 follows."""
+    batch_size: Annotated[int, Range(2, 1 << 24)] = 16384
+    """Features per step. On small data sets it is smaller, so that an epoch has at least 32 steps."""
+    base_lr: Positive = 0.1
+    """Learning rate for a batch of 256. It scales with the batch."""
+    min_lr: Weight = 1.0
+    """Smallest peak rate after scaling. With a small batch's rate LARS does not converge within 90 epochs of a few thousand images.
+    0 is MAE's rule to the letter."""
+    momentum: Portion = 0.9
     """LARS's momentum."""
-    trust: float = 1e-3
+    trust: Positive = 1e-3
     """LARS's trust coefficient."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of initialisation and order."""
-
-    def __post_init__(self) -> None:
-        require_types(self, "--")
-        for name, least in (("epochs", 1), ("warmup_epochs", 0), ("batch_size", 2), ("seed", 0)):
-            value = getattr(self, name)
-            if value < least:
-                raise UserError(f"--{name.replace('_', '-')} must be {least} or more, not {value}")
-        require_most(self, "--", epochs=1 << 16, batch_size=1 << 24)
-        if not 0 <= self.min_lr < math.inf:
-            raise UserError(f"--min-lr must be 0 or more, not {self.min_lr}")
-        for name in ("base_lr", "trust"):
-            value = getattr(self, name)
-            if not 0 < value < math.inf:
-                raise UserError(f"--{name.replace('_', '-')} must be above 0, not {value}")
-        if not 0 <= self.momentum < 1:
-            raise UserError(f"--momentum must lie in [0, 1), not {self.momentum}")
 
 
 class Lars:
