@@ -1,4 +1,4 @@
-"""Processes that draw the samples of tests/test_sample_job.py: some are killed at a chosen instant, two are ranks.
+"""Processes that draw the samples of tests/test_sampling.py: killed at a chosen instant.
 
 python -m tests.sampling_processes LINE FOLDER: forks them all from one process, since imports take the most of their time.
 """
@@ -13,7 +13,6 @@ from typing import Any
 import torch
 
 from st_ar.config import SampleSettings
-from st_ar.distributed import Ranks
 from st_ar.model.weights import open_model
 from st_ar.sampling import Sampler, sample_to
 from tests.small_line import random_tokenizer
@@ -36,13 +35,13 @@ INSTANTS = {
 """By output: a job is killed just before this file takes its name, or, for job.json, just before it is removed."""
 
 
-def draw(model_folder: Path, out: Path, *, ranks: Ranks | None = None, batch_size: int = BATCH, **changes: Any) -> None:
+def draw(model_folder: Path, out: Path, *, batch_size: int = BATCH, **changes: Any) -> None:
     """The samples, with some settings changed."""
     model, info = open_model(model_folder, ema=changes.pop("ema", False))
     labels = changes.pop("labels", LABELS)
     settings = SampleSettings(**{**SETTINGS.__dict__, **changes})
     sampler = Sampler(model, random_tokenizer(), settings)
-    sample_to(out, sampler, labels, info, batch_size=batch_size, ranks=ranks)
+    sample_to(out, sampler, labels, info, batch_size=batch_size)
 
 
 def arm(name: str) -> None:
@@ -85,15 +84,6 @@ def main(model: Path, folder: Path) -> None:
                 draw(model, folder / f"{out}-{instant}" / out)
 
             assert os.waitstatus_to_exitcode(os.waitpid(fork(killed), 0)[1]) == -signal.SIGKILL, (out, instant)
-        ranks = [
-            fork(
-                lambda rank=rank, out=out: draw(
-                    model, folder / "ranks" / out, ranks=Ranks(rank=rank, world=2, timeout=30)
-                )
-            )
-            for rank in range(2)
-        ]
-        assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in ranks] == [0, 0]
 
 
 if __name__ == "__main__":

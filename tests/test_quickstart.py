@@ -171,19 +171,19 @@ def test_a_second_call_measures_again_without_training_again(copy: Path, capsys:
 
 @pytest.mark.parametrize("changes", [{"steps": 4}, {"seed": 1}, {"images": "photos"}, {"steps": None}])
 def test_other_settings_are_refused(made: Path, changes: dict[str, Any]) -> None:
-    with refused(made, "holds a quickstart with other settings: give the same ones to continue it"):
+    with refused(made, "was begun with other settings: .*Give the old ones"):
         quickstart(made, **({"images": "digits", "steps": 3} | changes))
 
 
 def test_a_folder_with_something_else_in_it_is_refused(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("precious")
-    with refused(tmp_path, "exists already and is no quickstart of ours"):
+    with refused(tmp_path, "exists already and is not empty: a quickstart is never written over"):
         quickstart(tmp_path, images="digits", steps=3)
 
 
 def test_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "out").write_text("precious")
-    with refused(tmp_path, "exists already and is no quickstart of ours"):
+    with refused(tmp_path, "exists already and is not empty: a quickstart is never written over"):
         quickstart(tmp_path / "out", images="digits", steps=3)
 
 

@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import st_ar
+from st_ar import sampling
 from st_ar.config import ModelConfig, SampleSettings
 from st_ar.data.text import TextStore, write_text
-from st_ar.distributed import Ranks
 from st_ar.errors import UserError
 from st_ar.files import sha256
 from st_ar.model.generate import generate
@@ -26,7 +26,7 @@ from st_ar.model.transformer import Transformer
 from st_ar.model.weights import open_model, save_export
 from st_ar.presets import PRESETS
 from st_ar.randomness import RandomStream, torch_seed
-from st_ar.sampling import JOB, Sampler, choose_conditions, choose_labels, sample_images, sample_to
+from st_ar.sampling import JOB, Sampler, SampleWriter, choose_conditions, choose_labels, sample_images, sample_to
 from tests.disk import contents, full_disk, refused
 from tests.sampling_processes import BATCH, INSTANTS, LABELS, SETTINGS, draw
 from tests.small_line import SmallLine, make_line, random_tokenizer
@@ -203,11 +203,13 @@ def test_images_are_told_token_by_token(count: int) -> None:
     assert np.cumsum(told).tolist() == [count * drawn // 9 for drawn in range(1, 10)]
 
 
-def test_pictures_are_painted_a_few_at_a_time() -> None:
+def test_images_are_decoded_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     sampler, some = Sampler(random_model(), random_tokenizer(), SOME_SETTINGS), list[int]()
     tokens = torch.arange(40 * 9).view(40, 9) % 11
-    pictures = sampler.pictures(tokens, lambda: some.append(1))
-    assert len(some) == 3
+    decode = sampling.decode_to_images
+    monkeypatch.setattr(sampling, "decode_to_images", lambda *args: some.append(len(args[1])) or decode(*args))
+    pictures = sampler.pictures(tokens)
+    assert some == [16, 16, 8]
     assert np.abs(pictures.astype(int) - painted(tokens).astype(int)).max() <= 1
 
 
@@ -433,42 +435,6 @@ def test_a_killed_job_goes_on_to_the_same_files(
     assert drawn == list(range(first, 7))  # and no finished part is drawn again
 
 
-@BOTH
-def test_two_ranks_at_once_write_the_same_files(disturbed: Path, straight: Path, out: str) -> None:
-    everything = contents(disturbed / "ranks")
-    assert not [name for name in everything if "partial" in name or ".parts" in name]
-    for name, there in contents(straight / out).items():
-        assert everything[name] == there
-
-
-def test_a_rank_shows_that_it_lives_at_every_token(
-    line: SmallLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    beats: list[Path] = []
-    monkeypatch.setattr(Ranks, "beat", lambda _, folder: beats.append(folder))
-    draw(line.model, tmp_path / "samples")
-    tokens = open_model(line.model)[0].config.sequence_length
-    assert len(beats) >= 4 * tokens  # of 4 parts
-    assert set(beats) == {tmp_path / "samples"}
-
-
-@BOTH
-def test_ranks_one_after_another_write_the_same_files(
-    line: SmallLine, straight: Path, tmp_path: Path, out: str
-) -> None:
-    path = tmp_path / out
-    with pytest.raises(UserError, match="rank 1 of 2 has waited for rank 0 to begin"):
-        draw(line.model, path, ranks=Ranks(rank=1, world=2, timeout=0.05))
-    with pytest.raises(UserError, match="rank 0 of 2 has waited for part 1 of 4"):
-        draw(line.model, path, ranks=Ranks(rank=0, world=2, timeout=0.05))
-    draw(line.model, path, ranks=Ranks(rank=1, world=2))
-    assert not (tmp_path / "samples.json").exists()
-    draw(line.model, path, ranks=Ranks(rank=0, world=2))
-    assert contents(tmp_path) == contents(straight / out)
-    draw(line.model, path, ranks=Ranks(rank=1, world=2))  # one that comes when all is done has nothing to do
-    assert contents(tmp_path) == contents(straight / out)
-
-
 @pytest.mark.parametrize("batch_size", [1, 3, 8])
 def test_batches_of_any_size_write_the_same_npz(
     line: SmallLine, straight: Path, tmp_path: Path, batch_size: int
@@ -482,30 +448,35 @@ def test_batches_of_any_size_write_the_same_npz(
 
 
 def begin(line: SmallLine, out: Path) -> None:
-    """A job that stopped for want of its other rank."""
-    with pytest.raises(UserError, match="has waited"):
-        draw(line.model, out, ranks=Ranks(rank=0, world=2, timeout=0.05))
+    """A job that was stopped before its end."""
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SampleWriter, "finish", stop)
+        with pytest.raises(KeyboardInterrupt):
+            draw(line.model, out)
 
 
 @BOTH
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"seed": 10}, "settings"),
-        ({"cfg_scale": None}, "settings"),
-        ({"ema": True}, "weights"),
-        ({"labels": [0, 2, 1, 0, 0, 1, 1]}, "labels"),
-        ({"labels": [0, 2]}, "images, labels"),
-        ({"batch_size": 3}, "batch_size"),
+        ({"seed": 10}, r"settings\.seed was 9, now 10\. Give the old ones"),
+        ({"cfg_scale": None}, r"settings\.cfg_scale was 1\.5, now 1\.0"),
+        ({"ema": True}, r"weights\.ema was False, now True"),
+        ({"labels": [0, 2, 1, 0, 0, 1, 1]}, r"labels was \[0, 2, .*, now \[0, 2, "),
+        ({"labels": [0, 2]}, r"images was 7, now 2; labels was"),
+        ({"batch_size": 3}, "batch_size was 2, now 3"),
     ],
 )
 def test_going_on_with_other_settings_is_refused(
     line: SmallLine, tmp_path: Path, out: str, changes: dict[str, Any], named: str
 ) -> None:
     begin(line, tmp_path / out)
-    for rank in range(2):
-        with refused(tmp_path, f"holds unfinished samples of other {named}: give the same settings"):
-            draw(line.model, tmp_path / out, ranks=Ranks(rank=rank, world=2), **changes)
+    with refused(tmp_path, f"was begun with other settings: .*{named}"):
+        draw(line.model, tmp_path / out, **changes)
 
 
 @BOTH

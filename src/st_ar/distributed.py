@@ -8,9 +8,9 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Generator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
+from importlib import import_module
 from types import FrameType
 from typing import Any, TypeVar
 
@@ -22,16 +22,16 @@ from torch.nn.parallel import DistributedDataParallel
 from st_ar.errors import UserError
 from st_ar.hardware import choose_device
 
+JOB_TIMEOUT = 24 * 3600.0
+"""Seconds that ranks of a job wait for one another at its end. A rank that dies is noticed at once."""
 
-@dataclass(kw_only=True)
+
+@dataclass(frozen=True, kw_only=True)
 class Ranks:
     """Which of how many processes this is."""
 
     rank: int = 0
     world: int = 1
-    timeout: float = 900
-    """Seconds without a sign of life from the others before one gives up waiting for them."""
-    _last_beat: float = field(default=-float("inf"), init=False)
 
     @classmethod
     def from_environment(cls) -> "Ranks":
@@ -54,55 +54,6 @@ class Ranks:
         """Which of `count` things, a multiple of the ranks, are this one's."""
         each = count // self.world
         return slice(self.rank * each, (self.rank + 1) * each)
-
-    def beat(self, folder: Path) -> None:
-        """Show the others that this one is alive; call it often."""
-        now = time.monotonic()
-        if self.world > 1 and now - self._last_beat > min(5, self.timeout / 4):
-            self._last_beat = now
-            self._sign_of_life(folder).write_text(f"{os.getpid()} {now}")
-
-    def wait(self, folder: Path, ready: Callable[[], bool], what: Callable[[], str]) -> None:
-        """Return once `ready`; the others' signs of life in `folder` prolong the wait.
-
-        Args:
-            what: says in the error what did not come.
-
-        Raises:
-            UserError: no sign of life for `timeout` seconds.
-        """
-        seen: dict[str, str] = {}
-        since = time.monotonic()
-        while not ready():
-            signs = self._signs_of_others(folder)
-            if signs != seen:
-                seen, since = signs, time.monotonic()
-            if time.monotonic() - since > self.timeout:
-                raise UserError(
-                    f"rank {self.rank} of {self.world} has waited for {what()}, {self.timeout:.0f} s of it without a sign of "
-                    "life from the others: start all ranks by the same command to go on; finished shards are kept"
-                )
-            if folder.is_dir():
-                self.beat(folder)
-            time.sleep(min(0.5, self.timeout / 10))
-
-    def clear(self, folder: Path) -> None:
-        """Remove everyone's signs of life."""
-        for path in folder.glob(".rank-*.partial"):
-            path.unlink(missing_ok=True)
-
-    def _sign_of_life(self, folder: Path) -> Path:
-        return folder / f".rank-{self.rank:05d}.partial"
-
-    def _signs_of_others(self, folder: Path) -> dict[str, str]:
-        signs: dict[str, str] = {}
-        for path in folder.glob(".rank-*.partial"):
-            if path != self._sign_of_life(folder):
-                try:
-                    signs[path.name] = path.read_text()
-                except OSError:  # just removed by rank 0
-                    continue
-        return signs
 
 
 Made = TypeVar("Made")
@@ -135,6 +86,8 @@ def process_group(device: str, timeout: float = 1800) -> Generator[tuple[Ranks, 
     if dist.is_initialized():  # by who calls, for several jobs in turn: torchrun's store serves one group
         yield ranks, chosen
         return
+    # Imported with a group in being, this module keeps it in default arguments, and gloo's threads abort the process at its end.
+    import_module("torch.distributed.nn.functional")
     # Tensors on the CPU go by gloo beside NCCL: hosts agree without waiting for their GPUs.
     backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
     try:
@@ -277,6 +230,11 @@ def all_reduce_max(number: int) -> int:
     numbers = torch.tensor([number])
     dist.all_reduce(numbers, op=dist.ReduceOp.MAX)
     return int(numbers)
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    all_reduce_max(0)
 
 
 def all_gather(tensor: Tensor) -> Tensor:

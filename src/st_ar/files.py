@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from st_ar.errors import UserError, cause
+from st_ar.settings import differences
 
 
 @contextlib.contextmanager
@@ -169,6 +170,43 @@ def require_absent(path: Path, what: str, besides: Collection[str] = (), *, flag
         raise UserError(
             f"{path} exists already and is not empty: {what} is never written over; choose another {flag} or remove it"
         )
+
+
+def claim(file: Path, settings: dict[str, Any], what: str, *, taken: Iterable[Path] = ()) -> bool:
+    """Begin a job in a folder, or continue it there; `file` in it keeps the job's settings.
+
+    Args:
+        file: file of the settings, such as job.json.
+        settings: JSON values that must be the same to continue.
+        what: the job's result: "a token store".
+        taken: paths besides the folder that must be absent.
+
+    Returns:
+        Whether the job had been begun.
+
+    Raises:
+        UserError: the folder holds something else, or a job with other settings.
+    """
+    if file.exists():
+        require_same(file.parent, differences(read_json(file, f"an unfinished job ({what})"), settings))
+        return True
+    for path in (*taken, file.parent):
+        require_absent(path, what)
+    write_json(file, settings)
+    return False
+
+
+def require_same(folder: Path, changed: Mapping[str, tuple[Any, Any]]) -> None:
+    """Refuse to continue what was begun in a folder with other settings: name -> (old, new)."""
+    if changed:
+        listed = "; ".join(f"{name} was {_short(old)}, now {_short(new)}" for name, (old, new) in changed.items())
+        raise UserError(
+            f"{folder} was begun with other settings: {listed}. Give the old ones to resume it, or choose another --out"
+        )
+
+
+def _short(value: Any) -> str:
+    return text if len(text := str(value)) <= 80 else f"{text[:80]} .."
 
 
 def require_place(path: Path) -> None:

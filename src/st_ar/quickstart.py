@@ -18,7 +18,6 @@ from st_ar.config import SampleSettings, TrainConfig
 from st_ar.data.images import open_images
 from st_ar.data.source import Crops, ImageSource
 from st_ar.data.store import META, TokenStore
-from st_ar.errors import UserError
 from st_ar.evaluation import metrics as features
 from st_ar.evaluation.attention import AttentionStatistics, attention_maps, attention_statistics, attention_steps
 from st_ar.evaluation.likelihood import validation_loss
@@ -27,7 +26,7 @@ from st_ar.evaluation.probe import ProbeResult, probe
 from st_ar.evaluation.probe_classifiers import ProbeConfig
 from st_ar.evaluation.probe_features import batches
 from st_ar.figures import Drawing, attention_figure, line_chart, overview_figure, strip
-from st_ar.files import is_nonempty, read_json, write_json
+from st_ar.files import claim, read_json, write_json
 from st_ar.hardware import describe
 from st_ar.model.transformer import Transformer
 from st_ar.model.weights import load_model
@@ -169,17 +168,11 @@ def _config(preset: str, steps: int | None, seed: int) -> TrainConfig:
 
 
 def _claim(out: Path, images: str, configs: Mapping[str, TrainConfig]) -> None:
-    now = {"images": images, **{name: to_dict(config) for name, config in configs.items()}}
+    settings = {"images": images, **{name: to_dict(config) for name, config in configs.items()}}
     file = out / "quickstart.json"
-    if file.exists():
-        found = read_json(file, "a quickstart")
-        if found != {key: now[key] for key in found if key in now}:  # an older version compared two methods
-            raise UserError(
-                f"{out} holds a quickstart with other settings: give the same ones to continue it, or choose another --out"
-            )
-    elif is_nonempty(out):
-        raise UserError(f"{out} exists already and is no quickstart of ours: choose another --out")
-    write_json(file, now)
+    earlier = read_json(file, "a quickstart") if file.exists() else settings
+    claim(file, {name: value for name, value in settings.items() if name in earlier}, "a quickstart")
+    write_json(file, settings)  # an earlier version compared two methods
 
 
 def _tokenizer(folder: Path, source: ImageSource) -> Tokenizer:

@@ -17,10 +17,10 @@ from torch import Tensor
 from st_ar.config import ModelConfig, SampleSettings
 from st_ar.data.source import BrokenImageError, read_image
 from st_ar.data.text import TextStore
-from st_ar.distributed import Ranks
+from st_ar.distributed import JOB_TIMEOUT, barrier, broadcast_from_rank0, process_group
 from st_ar.errors import UserError, cause
 from st_ar.figures import strip
-from st_ar.files import atomic_write, open_array, read_json, require_absent, save_array, sha256, write_json
+from st_ar.files import atomic_write, claim, open_array, save_array, sha256, write_json
 from st_ar.hardware import SideStream, choose_device, choose_dtype, describe, local_device, require_compiler
 from st_ar.model.generate import TokenSampler
 from st_ar.model.transformer import Transformer
@@ -50,50 +50,25 @@ class SampleWriter:
         UserError: something else is there, or a job that was begun with other settings.
     """
 
-    def __init__(self, out: Path, count: int, record: dict[str, Any], batch_size: int, ranks: Ranks) -> None:
+    def __init__(self, out: Path, count: int, record: dict[str, Any], batch_size: int) -> None:
         if out.suffix[1:2].isalpha() and out.suffix != ".npz":  # a folder may be called cfg1.5
             raise UserError(
                 f"--out {out}: samples are written to a .npz file or to a folder of PNGs, not to {out.suffix}"
             )
-        self.out, self.count, self.batch_size, self.ranks = out, count, batch_size, ranks
+        self.out, self.count, self.batch_size = out, count, batch_size
         self.parts = -(-count // batch_size)
         self.packs = out.suffix == ".npz"
         self.folder = out.with_name(f"{out.name}.parts") if self.packs else out
         self.metadata = out.with_suffix(".json") if self.packs else out / METADATA
         self.preview = out.with_name(f"{out.name}.preview.png")
         self.record = json.loads(json.dumps({"images": count, "batch_size": batch_size, **record}))
-        if ranks.rank == 0:
-            self._claim()
-        else:
-            ranks.wait(self.folder, lambda: self._is_begun or self._is_drawn, lambda: f"rank 0 to begin {out}")
-            if self._is_begun:
-                self._compare()
+        taken = [self.out, self.metadata, self.preview]
+        broadcast_from_rank0(lambda: claim(self.folder / JOB, self.record, "a set of samples", taken=taken))
 
     @property
-    def _is_begun(self) -> bool:
-        return (self.folder / JOB).exists()
-
-    @property
-    def _is_drawn(self) -> bool:
-        """Whether every picture is where it belongs."""
+    def _is_complete(self) -> bool:
+        """Whether every image is where it belongs. A job that was killed after that has only to clear up."""
         return self.metadata.exists()
-
-    def _claim(self) -> None:
-        if self._is_begun:
-            self._compare()
-            return
-        for path in (self.out, self.metadata, self.preview, self.folder):
-            require_absent(path, "a set of samples")
-        write_json(self.folder / JOB, self.record)
-
-    def _compare(self) -> None:
-        begun = read_json(self.folder / JOB, "an unfinished set of samples")
-        other = [name for name, value in self.record.items() if begun.get(name) != value]
-        if other:
-            raise UserError(
-                f"{self.folder} holds unfinished samples of other {', '.join(other)}: give the same settings to go on, "
-                "choose another --out, or remove it"
-            )
 
     def numbers(self, part: int) -> range:
         """The images of a part."""
@@ -102,7 +77,7 @@ class SampleWriter:
     def is_finished(self, part: int) -> bool:
         """Whether a part's pictures are there."""
         files = [self._path(part), self._seal(part)] if self.packs else map(self._path, self.numbers(part))
-        return self._is_drawn or all(file.exists() for file in files)
+        return self._is_complete or all(file.exists() for file in files)
 
     def _path(self, number: int) -> Path:
         """Of a part (.npz), or of an image (PNGs)."""
@@ -112,13 +87,8 @@ class SampleWriter:
         """The checksum of a part (.npz), written after it; a PNG has one inside."""
         return self._path(part).with_suffix(".sha256")
 
-    def beat(self) -> None:
-        """Show the other ranks that this one is at work; not after its last part, when rank 0 clears the folder."""
-        self.ranks.beat(self.folder)
-
     def write(self, part: int, pictures: np.ndarray) -> None:
         """Write a part's pictures."""
-        self.beat()
         if self.packs:
             save_array(self._path(part), pictures)
             with atomic_write(self._seal(part)) as aside:
@@ -128,15 +98,17 @@ class SampleWriter:
             _save_picture(self._path(number), picture)
 
     def finish(self, labels: Sequence[int]) -> None:
-        """Wait for the other ranks' parts; write a preview, the .npz, and the metadata. Rank 0's to do."""
-        if not self._is_drawn:
-            self._wait_for_all()
+        """Wait for all ranks, then (rank 0) write a preview, the .npz and the metadata."""
+        barrier()
+        broadcast_from_rank0(lambda: self._finish(labels))
+
+    def _finish(self, labels: Sequence[int]) -> None:
+        if not self._is_complete:
             _save_picture(self.preview, strip(self._first(min(self.count, PREVIEW)), min(self.count, 8)))
             if self.packs:
                 with atomic_write(self.out) as aside:
                     self._pack(aside, labels)
             write_json(self.metadata, {**self.record, "environment": describe()})
-        self.ranks.clear(self.folder)
         if self.packs:
             for part in range(self.parts):
                 self._path(part).unlink(missing_ok=True)
@@ -144,15 +116,6 @@ class SampleWriter:
         (self.folder / JOB).unlink()
         if self.packs:
             shutil.rmtree(self.folder)
-
-    def _wait_for_all(self) -> None:
-        todo = set(range(self.parts))
-
-        def ready() -> bool:
-            todo.difference_update([part for part in todo if self.is_finished(part)])
-            return not todo
-
-        self.ranks.wait(self.folder, ready, lambda: f"part {min(todo)} of {self.parts}")
 
     def _first(self, count: int) -> np.ndarray:
         if not self.packs:
@@ -348,14 +311,9 @@ class Sampler:
         for drawn in drawer.steps(conditions, np.array(numbers), self.seed):
             yield drawer.tokens[:, :drawn]
 
-    def pictures(self, tokens: Tensor, on_some: Callable[[], None] | None = None) -> np.ndarray:
+    def pictures(self, tokens: Tensor) -> np.ndarray:
         """Tokens [n, T] -> uint8 [n, H, W, 3]; a few at a time, since a VQ network needs much memory for each."""
-        pictures: list[np.ndarray] = []
-        for some in tokens.split(PICTURES_AT_ONCE):
-            pictures.append(decode_to_images(self.tokenizer, some))
-            if on_some:
-                on_some()
-        return np.concatenate(pictures)
+        return np.concatenate([decode_to_images(self.tokenizer, some) for some in tokens.split(PICTURES_AT_ONCE)])
 
 
 def sample_to(
@@ -366,17 +324,16 @@ def sample_to(
     *,
     label_mode: str = "balanced",
     batch_size: int = 256,
-    ranks: Ranks | None = None,
 ) -> None:
     """Draw an image for each label into a .npz file (ADM's layout: arr_0 images, arr_1 labels) or a folder of PNGs.
 
-    metadata.json, or the .json beside the .npz, says how they were made. Ranks take parts in turn and meet in the files.
+    metadata.json, or the .json beside the .npz, says how they were made. Under torchrun, ranks take parts in turn.
 
     Raises:
         UserError: as `sample_images` and `SampleWriter`, or a full disk.
     """
     sampler.check(labels, batch_size)
-    ranks, text = ranks or Ranks(), sampler.text
+    text = sampler.text
     record = {
         "weights": {"file": info.source.name, "sha256": sha256(info.source), "ema": info.ema, "step": info.step},
         "dtype": str(sampler.model.output.weight.dtype).removeprefix("torch."),
@@ -390,30 +347,24 @@ def sample_to(
             else {"captions": list(labels), "text": {"encoder": text.encoder, "fingerprint": text.fingerprint}}
         ),
     }
-    job = SampleWriter(out, len(labels), record, batch_size, ranks)
-    mine = range(ranks.rank, job.parts, ranks.world)
-    left = [part for part in mine if not job.is_finished(part)]
-    total, todo = (sum(len(job.numbers(part)) for part in parts) for parts in (mine, left))
-    pace = Pace("images")
-    first = ranks.rank == 0
-    with (
-        progress("sample", total, unit="images", done=total - todo, shown=first) as bar,
-        SideStream(sampler.device) as beside,
-    ):
-
-        def advance(images: int) -> None:
-            job.beat()
-            pace.advance(bar, images)
-
-        for part in left:
-            tokens = sampler.tokens(job.numbers(part), labels, advance)
-            beside.run(partial(_paint, job, sampler, part, tokens))
-    if first:
+    with process_group("cpu", JOB_TIMEOUT) as (ranks, _):
+        job = SampleWriter(out, len(labels), record, batch_size)
+        own = range(ranks.rank, job.parts, ranks.world)
+        left = [part for part in own if not job.is_finished(part)]
+        total, todo = (sum(len(job.numbers(part)) for part in parts) for parts in (own, left))
+        pace = Pace("images")
+        with (
+            progress("sample", total, unit="images", done=total - todo, shown=ranks.rank == 0) as bar,
+            SideStream(sampler.device) as side,
+        ):
+            for part in left:
+                tokens = sampler.tokens(job.numbers(part), labels, partial(pace.advance, bar))
+                side.run(partial(_decode_and_write, job, sampler, part, tokens))
         job.finish(labels)
 
 
-def _paint(job: SampleWriter, sampler: Sampler, part: int, tokens: Tensor) -> None:
-    job.write(part, sampler.pictures(tokens, job.beat))
+def _decode_and_write(job: SampleWriter, sampler: Sampler, part: int, tokens: Tensor) -> None:
+    job.write(part, sampler.pictures(tokens))
 
 
 def choose_labels(

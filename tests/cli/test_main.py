@@ -493,7 +493,7 @@ class TestMistakes:
 
     def test_a_run_over_something_else(self, capsys: Capture, line: Line) -> None:
         command = line.train_command(line.tokenizer, "--steps", "3")
-        refused(capsys, "exists already and is no run of ours", *command)
+        refused(capsys, "exists already and is not empty", *command)
 
     def test_resuming_with_other_settings(self, capsys: Capture, line: Line) -> None:
         command = line.train_command(line.run, "--steps", "5", "--resume", "--optim.lr", "0.5")

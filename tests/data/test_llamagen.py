@@ -102,7 +102,7 @@ def test_a_killed_import_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
     with refused(tmp_path, "unfinished token store: run the same `st-ar import-tokens` again"):
         TokenStore(tmp_path / "store")
     before = (tmp_path / "store" / "codes-00000-of-00003.npy").stat().st_mtime_ns
-    with refused(tmp_path, "unfinished store of other vocab_size"):
+    with refused(tmp_path, "other settings: vocab_size was"):
         imported(tmp_path, vocab_size=60)
     imported(tmp_path)
     assert contents(tmp_path / "store") == contents(tmp_path / "straight")

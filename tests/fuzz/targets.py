@@ -20,7 +20,6 @@ from st_ar.data.llamagen import import_tokens
 from st_ar.data.source import Crops, Example, ImageSource
 from st_ar.data.store import TokenStore
 from st_ar.data.text import TextStore, write_text
-from st_ar.distributed import Ranks
 from st_ar.evaluation.generation.evaluate import Reference, evaluate, one_line, open_reference, write_reference
 from st_ar.evaluation.generation.features import Compute
 from st_ar.evaluation.generation.image_sets import open_set
@@ -274,7 +273,7 @@ class _Drawn(SampleWriter):
     """A job of eight pictures in parts of three."""
 
     def __init__(self, out: Path) -> None:
-        super().__init__(out, 8, {"settings": {"seed": 0}, "labels": [0] * 8}, 3, Ranks())
+        super().__init__(out, 8, {"settings": {"seed": 0}, "labels": [0] * 8}, 3)
 
     def draw(self, parts: int) -> None:
         for part in range(parts):

@@ -21,7 +21,6 @@ from PIL import Image
 from st_ar.data.images import open_images
 from st_ar.data.source import Crops, Example, ImageSource
 from st_ar.data.store import TokenStore
-from st_ar.distributed import Ranks
 from st_ar.errors import UserError
 from st_ar.tokenizer import to_pixels
 from st_ar.tokenizer.kmeans import KMeansTokenizer
@@ -188,7 +187,7 @@ OTHERS = {
 @pytest.mark.parametrize("what", OTHERS)
 def test_an_unfinished_job_is_not_continued_with_other_settings(unfinished: Path, what: str) -> None:
     settings = {"source": tiny_source(), "tokenizer": tiny_tokenizer(), "crops": TEN, "images_per_shard": PER_SHARD}
-    with refused(unfinished, rf"unfinished store of other {what.strip()} \(.*, now .*\): give the same settings"):
+    with refused(unfinished, rf"begun with other settings: .*{what.strip()} was .*, now .*Give the old ones"):
         tokenize(out=unfinished, **(settings | OTHERS[what]))
 
 
@@ -200,7 +199,7 @@ def test_a_finished_store_is_not_written_over(tmp_path: Path) -> None:
 
 def test_a_folder_of_other_things_is_not_written_into(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("precious")
-    with refused(tmp_path, "exists already and is not a token store: choose another --out"):
+    with refused(tmp_path, "exists already and is not empty: a token store is never written over"):
         tokenize_tiny(tmp_path)
 
 
@@ -226,7 +225,7 @@ def test_a_codebook_too_large_for_16_bits_is_refused(tmp_path: Path) -> None:
         tokenize(tiny_source(), large, TEN, tmp_path / "store")
 
 
-# Broken images, workers, ranks, streams
+# Broken images, workers, streams
 
 
 BROKEN = (2, 5, 6)
@@ -291,7 +290,7 @@ def test_too_many_broken_images_end_the_job_and_lose_nothing(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("share", [-0.1, 1.1, float("nan")])
 def test_a_share_out_of_bounds_is_refused(tmp_path: Path, share: float) -> None:
-    with refused(tmp_path, f"--max-skipped is a share of the images, between 0 and 1, not {share}"):
+    with refused(tmp_path, f"--max-skipped must lie in .0, 1., not {share}"):
         tokenize_mixed(tmp_path / "store", max_skipped=share)
 
 
@@ -354,53 +353,6 @@ def test_workers_end_when_the_job_is_killed(tmp_path: Path) -> None:
     assert contents(tmp_path / "store") == contents(tmp_path / "straight")
 
 
-def test_ranks_share_the_shards_and_write_the_same_bytes(tmp_path: Path) -> None:
-    stream = mixed_source(count=None, streaming=True)
-    tokenize_mixed(tmp_path / "alone")
-    tokenize_mixed(tmp_path / "alone-stream", stream)
-    code = (
-        "from tests.tokenizer.test_tokenize import *\n"
-        f"out, ranks = Path({str(tmp_path)!r}), Ranks.from_environment()\n"
-        "assert len(tokenize_mixed(out / 'shared', ranks=ranks)) == 8\n"
-        "stream = mixed_source(count=None, streaming=True)\n"
-        "assert len(tokenize_mixed(out / 'shared-stream', stream, ranks=ranks)) == 8\n"
-    )
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-X", "faulthandler", "-c", code],
-            cwd=ROOT,
-            env=os.environ | {"RANK": str(rank), "WORLD_SIZE": "2"},
-        )
-        for rank in range(2)
-    ]
-    try:
-        assert [process.wait(timeout=240) for process in processes] == [0, 0]
-    finally:
-        for process in processes:
-            if process.poll() is None:
-                process.send_signal(signal.SIGABRT)  # says where it stood
-                process.wait()
-    assert contents(tmp_path / "shared") == contents(tmp_path / "alone")
-    assert contents(tmp_path / "shared-stream") == contents(tmp_path / "alone-stream")
-
-
-def test_a_rank_that_never_comes_is_named_and_its_absence_loses_nothing(tmp_path: Path) -> None:
-    with pytest.raises(
-        UserError, match=r"rank 0 of 2 has waited for shards \[1\] of .*start all ranks by the same command"
-    ):
-        tokenize_mixed(tmp_path / "store", ranks=Ranks(rank=0, world=2, timeout=0.3))
-    with pytest.raises(UserError, match="rank 1 of 2 has waited for rank 0 to begin"):
-        tokenize_mixed(tmp_path / "other", ranks=Ranks(rank=1, world=2, timeout=0.3))
-    tokenize_mixed(tmp_path / "store")
-    tokenize_mixed(tmp_path / "straight")
-    assert contents(tmp_path / "store") == contents(tmp_path / "straight")
-
-
-def test_a_rank_that_comes_when_all_is_done_takes_the_finished_store(tmp_path: Path) -> None:
-    tokenize_mixed(tmp_path / "store")
-    assert len(tokenize_mixed(tmp_path / "store", ranks=Ranks(rank=1, world=2))) == 8
-
-
 @pytest.mark.parametrize("per_shard", [3, 4, 11, 100])
 def test_a_stream_of_unknown_length_gives_the_same_codes(tmp_path: Path, per_shard: int) -> None:
     stream = mixed_source(count=None, streaming=True, class_names=[])
@@ -452,32 +404,6 @@ def test_a_disk_too_small_is_found_out_before_the_start(tmp_path: Path, monkeypa
             with refused(tmp_path, r"needs 0.000 GB more, its disk has 0.000 GB free: make room"):
                 tokenize_tiny(tmp_path / "new" / "store")
             assert not (tmp_path / "new").exists()
-
-
-@pytest.mark.parametrize(
-    ("environment", "expected"), [({}, (0, 1)), ({"RANK": "2", "WORLD_SIZE": "4"}, (2, 4)), ({"RANK": "0"}, (0, 1))]
-)
-def test_ranks_are_torchruns(
-    environment: dict[str, str], expected: tuple[int, int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name in ("RANK", "WORLD_SIZE"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    ranks = Ranks.from_environment()
-    assert (ranks.rank, ranks.world) == expected
-
-
-@pytest.mark.parametrize(
-    ("rank", "world", "match"), [("x", "2", "must be numbers"), ("2", "2", r"RANK 2 must lie in \[0, ")]
-)
-def test_ranks_that_make_no_sense_are_refused(
-    rank: str, world: str, match: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("RANK", rank)
-    monkeypatch.setenv("WORLD_SIZE", world)
-    with pytest.raises(UserError, match=match):
-        Ranks.from_environment()
 
 
 # The shards have 1,008 and 14,208 bytes. C's buffered writes lose the end of a small one without NumPy's noticing.

@@ -234,7 +234,7 @@ def test_micro_batches_may_change_as_long_as_the_negatives_do_not(tokens: Path, 
 
 
 def test_an_exports_folder_is_no_run(tokens: Path, run: Path) -> None:
-    with refused(run, "export exists already and is no run of ours"):
+    with refused(run, "export exists already and is not empty"):
         train(GUIDED_RUN, tokens, run / "export", preset="toy")
     with refused(run, "export holds no run to resume, its config.json is of something else"):
         train(GUIDED_RUN, tokens, run / "export", resume=True, preset="toy")
@@ -312,9 +312,9 @@ def test_a_run_without_a_checkpoint_is_not_written_over_either(tokens: Path, run
 
 def test_a_folder_of_other_things_is_left_alone(tokens: Path, tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("precious")
-    with refused(tmp_path, "exists already and is no run of ours: choose another --out"):
+    with refused(tmp_path, "exists already and is not empty: a run is never written over"):
         train(PLAIN_RUN, tokens, tmp_path)
-    with refused(tmp_path, "exists already and is no run of ours: choose another --out"):
+    with refused(tmp_path, "exists already and is not empty: a run is never written over"):
         train(PLAIN_RUN, tokens, tmp_path / "thesis.tex")
 
 

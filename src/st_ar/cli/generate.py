@@ -75,7 +75,7 @@ class Sample:
             per_class=self.per_class,
         )
         sampler = Sampler(model, tokenizer, self.settings, text, compiled=self.compile)
-        sample_to(self.out, sampler, labels, info, label_mode=self.label_mode, batch_size=self.batch_size, ranks=ranks)
+        sample_to(self.out, sampler, labels, info, label_mode=self.label_mode, batch_size=self.batch_size)
         if ranks.rank == 0:
             size = info.config.grid * tokenizer.patch
             print(f"{self.out}: {len(labels):,} images of {size} x {size} pixels")

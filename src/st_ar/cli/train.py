@@ -115,7 +115,6 @@ class Tokenize:
         from st_ar.tokenizer import open_tokenizer
         from st_ar.tokenizer.tokenize import tokenize
 
-        ranks = Ranks.from_environment()
         source = open_images(self.images)
         crops = Crops(
             kind=self.crops,
@@ -131,9 +130,8 @@ class Tokenize:
             batch_size=self.batch_size,
             workers=self.workers if self.workers is not None else default_workers(source.count),
             max_skipped=self.max_skipped,
-            ranks=ranks,
         )
-        if ranks.rank == 0:
+        if Ranks.from_environment().rank == 0:
             print(_describe_store(self.out, store))
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 
 from st_ar.data.store import JOB, META, SKIPPED, StoreMeta, TokenStore, shard_names
-from st_ar.distributed import Ranks
+from st_ar.distributed import barrier, broadcast_from_rank0
 from st_ar.errors import UserError, cause
-from st_ar.files import atomic_write, is_nonempty, open_array, parse_json, read_json, save_array, sha256, write_json
+from st_ar.files import atomic_write, claim, open_array, parse_json, save_array, sha256, write_json
 
 
 @dataclass(frozen=True, order=True)
@@ -34,7 +34,6 @@ class TokenStoreWriter:
         shards: how many there will be; None if that is known only at the end.
         needed_bytes: size of the finished shards, so that a job which the disk cannot hold is not begun.
         max_skipped: share of the images that may be unusable.
-        ranks: which of how many processes this is; by default the only one.
 
     Raises:
         UserError: `out` holds something else, a finished store, or a job of other settings; or its disk is too small.
@@ -49,18 +48,11 @@ class TokenStoreWriter:
         shards: int | None,
         needed_bytes: int = 0,
         max_skipped: float = 0.01,
-        ranks: Ranks | None = None,
     ) -> None:
         if not 0 <= max_skipped <= 1:
-            raise UserError(f"--max-skipped is a share of the images, between 0 and 1, not {max_skipped}")
-        self.out, self.shards, self.max_skipped, self.ranks = out, shards, max_skipped, ranks or Ranks()
-        settings = {"verb": verb, **settings}
-        if self.ranks.rank == 0:
-            self._claim(settings, needed_bytes)
-        else:
-            self.ranks.wait(out, lambda: (out / JOB).exists() or self.is_complete, lambda: f"rank 0 to begin {out}")
-            if not self.is_complete:
-                self._compare(settings)
+            raise UserError(f"--max-skipped must lie in [0, 1], not {max_skipped}: it is a share of the images")
+        self.out, self.shards, self.max_skipped = out, shards, max_skipped
+        broadcast_from_rank0(lambda: self._claim({"verb": verb, **settings}, needed_bytes))
 
     @property
     def is_complete(self) -> bool:
@@ -68,20 +60,14 @@ class TokenStoreWriter:
         return (self.out / META).exists()
 
     def _claim(self, settings: dict[str, object], needed: int) -> None:
-        begun = (self.out / JOB).exists()
-        if self.is_complete and begun:  # killed while it cleared up
-            self._compare(settings)
-            self._clear()
-            return
-        if self.is_complete:
+        job = self.out / JOB
+        if self.is_complete and not job.exists():
             raise UserError(f"{self.out} is a finished token store already: choose another --out or remove it")
-        if begun:
-            self._compare(settings)
-        elif is_nonempty(self.out):
-            raise UserError(f"{self.out} exists already and is not a token store: choose another --out")
-        self._check_space(needed)
-        if not begun:
-            write_json(self.out / JOB, settings)
+        if not self.is_complete:
+            self._check_space(needed)
+        claim(job, settings, "a token store")
+        if self.is_complete:  # killed while it cleared up
+            self._clear()
 
     def _check_space(self, needed: int) -> None:
         there = next(folder for folder in (self.out, *self.out.absolute().parents) if folder.is_dir())
@@ -92,15 +78,6 @@ class TokenStoreWriter:
                 f"{self.out} needs {missing / 1e9:.3f} GB more, its disk has {free / 1e9:.3f} GB free: make room and give "
                 "the same command, or choose an --out on another disk"
             )
-
-    def _compare(self, settings: dict[str, object]) -> None:
-        begun = read_json(self.out / JOB, "an unfinished token store")
-        for key, value in settings.items():
-            if begun.get(key) != value:
-                raise UserError(
-                    f"{self.out} holds an unfinished store of other {key} ({begun.get(key)}, now {value}): "
-                    "give the same settings to finish it, or choose another --out"
-                )
 
     def is_finished(self, index: int) -> bool:
         """Whether a shard is there."""
@@ -118,11 +95,11 @@ class TokenStoreWriter:
         write_json(self._sums_path(index), self._sums(index))
 
     def check_skipped(self, fresh: list[Skipped], images: int) -> None:
-        """Stop the job if the finished shards and `fresh` have more unusable images than may be of `images`.
+        """Stop the job if too many of the first `images` images are unusable, in finished shards and in `fresh`.
 
         The list of them is left in skipped.jsonl.
         """
-        skipped = sorted(self._skipped() + fresh)
+        skipped = sorted(each for each in self._skipped() + fresh if each.index < images)
         if len(skipped) <= self.max_skipped * images + 1e-9:
             return
         _write_lines(self.out / SKIPPED, skipped)
@@ -132,10 +109,6 @@ class TokenStoreWriter:
             f"{first.name}: {first.reason}; {self.out / SKIPPED} lists them. Mend them or raise --max-skipped, then give "
             "the same command to go on: finished shards are kept"
         )
-
-    def beat(self) -> None:
-        """Show the other ranks that this one is alive; call it often."""
-        self.ranks.beat(self.out)
 
     def finish(
         self,
@@ -148,17 +121,18 @@ class TokenStoreWriter:
         crops: list[str],
         names: list[str],
     ) -> TokenStore:
-        """Wait for all `shards`, then (rank 0) write meta.json; the finished store.
+        """Wait for all ranks, then (rank 0) write meta.json; returns the finished store.
 
         Args:
-            names: the classes' names; empty if classes are numbered up to the largest label.
+            names: names of the classes; empty if classes are numbered up to the largest label.
         """
-        if self.ranks.rank > 0:
-            self.ranks.wait(self.out, lambda: self.is_complete, lambda: f"rank 0 to finish {self.out}")
-            return TokenStore(self.out)
-        self.ranks.wait(
-            self.out, lambda: not self._missing(shards), lambda: f"shards {self._missing(shards)} of {self.out}"
-        )
+        barrier()
+        broadcast_from_rank0(lambda: self._finish(shards, source, tokenizer, vocab_size, grid, crops, names))
+        return TokenStore(self.out)
+
+    def _finish(
+        self, shards: int, source: str, tokenizer: str, vocab_size: int, grid: int, crops: list[str], names: list[str]
+    ) -> None:
         skipped = sorted(self._skipped())
         entries: list[dict[str, str | int]] = []
         classes = len(names)
@@ -191,17 +165,12 @@ class TokenStoreWriter:
             skipped=len(skipped),
         ).write(self.out)
         self._clear()
-        return TokenStore(self.out)
 
     def _clear(self) -> None:
         """Remove what only an unfinished store has; its job.json last."""
         for path in (*self.out.glob("skipped-*.jsonl"), *self.out.glob("sums-*.json")):
             path.unlink()
-        self.ranks.clear(self.out)
         (self.out / JOB).unlink()
-
-    def _missing(self, shards: int) -> list[int]:
-        return [index for index in range(shards) if not self.is_finished(index)]
 
     def _sums(self, index: int) -> dict[str, str]:
         """The checksums of a shard's files."""

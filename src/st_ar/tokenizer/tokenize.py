@@ -13,7 +13,7 @@ from st_ar.data.loading import ImageDecoder, open_decoder
 from st_ar.data.source import MAX_CLASSES, Crops, Example, ImageSource
 from st_ar.data.store import TokenStore
 from st_ar.data.store_writer import Skipped, TokenStoreWriter
-from st_ar.distributed import Ranks
+from st_ar.distributed import JOB_TIMEOUT, process_group
 from st_ar.errors import UserError
 from st_ar.progress import Pace, Progress, progress
 from st_ar.tokenizer import Tokenizer, to_pixels
@@ -29,27 +29,24 @@ def tokenize(
     images_per_shard: int = 16384,
     workers: int = 0,
     max_skipped: float = 0.01,
-    ranks: Ranks | None = None,
 ) -> TokenStore:
     """Encode every crop of every image and write the store.
 
     A job that was stopped is continued by calling it again: finished shards are never rewritten, and meta.json, written
-    last, marks the store complete. Images that cannot be decoded are left out of their shard and listed. With several
-    ranks, rank r makes the shards r, r + world, ..; the bytes depend neither on their number nor on `workers`.
+    last, marks the store complete. Images that cannot be decoded are left out of their shard and listed. Under torchrun
+    rank r makes the shards r, r + world, ..; the bytes depend neither on the number of ranks nor on `workers`.
 
     Args:
         batch_size: crops encoded at once.
         images_per_shard: a shard is held in memory until it is whole.
         workers: processes that decode and resize; 0 for none beside this one.
         max_skipped: share of the images that may be unusable.
-        ranks: which of how many processes this is; by default the only one.
 
     Raises:
         UserError: `out` holds another store or job, the crops' size does not suit the tokenizer, too many images are
             unusable, a label is none of the source's classes, the source ends early, or the disk is too small.
     """
     grid = tokenizer.grid(crops.size)
-    ranks = ranks or Ranks()
     if tokenizer.vocab_size > 1 << 16:
         raise UserError(f"a codebook of {tokenizer.vocab_size} does not fit the store's 16-bit codes")
     if batch_size < 1 or images_per_shard < 1:
@@ -70,42 +67,41 @@ def tokenize(
     }
     shards = None if source.count is None else -(-source.count // images_per_shard)
     expected = source.count if source.count is not None else source.expected
-    job = TokenStoreWriter(
-        out,
-        verb="tokenize",
-        settings=settings,
-        shards=shards,
-        needed_bytes=(expected or 0) * (len(crops.names) * grid**2 * 2 + 4),
-        max_skipped=max_skipped,
-        ranks=ranks,
-    )
-    if job.is_complete:  # by rank 0, before this rank began, or but for what it had to clear up
-        return TokenStore(out)
-    mine = None if shards is None else range(ranks.rank, shards, ranks.world)
-    total, done = expected, 0
-    if source.count is not None and mine is not None:
-        sizes = {index: min(images_per_shard, source.count - index * images_per_shard) for index in mine}
-        total, done = sum(sizes.values()), sum(size for index, size in sizes.items() if job.is_finished(index))
-    first = ranks.rank == 0
-    with (
-        open_decoder(crops.side, workers) as decoder,
-        progress("tokenize", total, unit="images", done=done, shown=first) as bar,
-    ):
-        work = _Work(source, tokenizer, crops, job, decoder, bar, batch_size, images_per_shard)
-        for index in count(ranks.rank, ranks.world) if mine is None else mine:
-            if not job.is_finished(index) and not work.make_shard(index):
-                break  # the end of a source of unknown length
-    if shards is None:
-        shards = -(-work.reader.position // images_per_shard)
-    return job.finish(
-        shards=shards,
-        source=source.name,
-        tokenizer=tokenizer.fingerprint,
-        vocab_size=tokenizer.vocab_size,
-        grid=grid,
-        crops=crops.names,
-        names=list(source.class_names),
-    )
+    with process_group("cpu", JOB_TIMEOUT) as (ranks, _):
+        job = TokenStoreWriter(
+            out,
+            verb="tokenize",
+            settings=settings,
+            shards=shards,
+            needed_bytes=(expected or 0) * (len(crops.names) * grid**2 * 2 + 4),
+            max_skipped=max_skipped,
+        )
+        if job.is_complete:  # an earlier call was killed while it cleared up
+            return TokenStore(out)
+        own = None if shards is None else range(ranks.rank, shards, ranks.world)
+        total, done = expected, 0
+        if source.count is not None and own is not None:
+            sizes = {index: min(images_per_shard, source.count - index * images_per_shard) for index in own}
+            total, done = sum(sizes.values()), sum(size for index, size in sizes.items() if job.is_finished(index))
+        with (
+            open_decoder(crops.side, workers) as decoder,
+            progress("tokenize", total, unit="images", done=done, shown=ranks.rank == 0) as bar,
+        ):
+            work = _Work(source, tokenizer, crops, job, decoder, bar, batch_size, images_per_shard)
+            for index in count(ranks.rank, ranks.world) if own is None else own:
+                if not job.is_finished(index) and not work.make_shard(index):
+                    break  # the end of a source of unknown length
+        if shards is None:
+            shards = -(-work.reader.position // images_per_shard)
+        return job.finish(
+            shards=shards,
+            source=source.name,
+            tokenizer=tokenizer.fingerprint,
+            vocab_size=tokenizer.vocab_size,
+            grid=grid,
+            crops=crops.names,
+            names=list(source.class_names),
+        )
 
 
 @dataclass(frozen=True)
@@ -148,7 +144,6 @@ class _Work:
                 labels += [self._label(chunk[place], start + seen + place) for place in decoded.used]
             seen += len(chunk)
             self.pace.advance(self.bar, len(chunk))
-            self.job.beat()
         if self.source.count is not None and seen < length:
             raise UserError(
                 f"{self.source.name} ended after {start + seen} of {self.source.count} images: it has changed or is damaged; "

@@ -14,7 +14,7 @@ import torch
 from st_ar.config import RunConfig, TrainConfig
 from st_ar.distributed import Ranks, broadcast_from_rank0, process_group
 from st_ar.errors import Interrupted, UserError, cause
-from st_ar.files import atomic_write, is_nonempty, parse_json, read_json, write_json
+from st_ar.files import atomic_write, parse_json, read_json, require_absent, require_same, write_json
 from st_ar.hardware import describe, freed_memory_kept
 from st_ar.settings import differences, from_dict, matches_type, to_dict
 from st_ar.training.checkpoint_files import list_checkpoints
@@ -147,8 +147,7 @@ def open_run(
             raise UserError(
                 f"{out} holds a run already, {state}: give --resume to continue it, or choose another --out"
             )
-        if is_nonempty(out):
-            raise UserError(f"{out} exists already and is no run of ours: choose another --out")
+        require_absent(out, "a run")
         write_json(file, record)
         return
     if not done and exported:
@@ -175,11 +174,7 @@ def open_run(
         changed |= differences(there or {}, record.get(part) or {}, f"{part}.")
     if begun.get("dtype") != record["dtype"]:
         changed["dtype"] = (begun.get("dtype"), record["dtype"])
-    if changed:
-        listed = "; ".join(f"{name} was {old}, now {new}" for name, (old, new) in changed.items())
-        raise UserError(
-            f"{out} was begun with other settings: {listed}. Give the old ones to resume it, or choose another --out"
-        )
+    require_same(out, changed)
     _check_past(out, begun_config, config, images, step)
 
 
