@@ -97,6 +97,8 @@ def process_group(device: str, timeout: float = 1800) -> Generator[tuple[Ranks, 
             f"RANK and WORLD_SIZE say that this is one of several ranks, and they cannot meet ({error}): start them by torchrun, or "
             "unset both"
         ) from error
+    main = threading.current_thread() is threading.main_thread()
+    on_termination = signal.getsignal(signal.SIGTERM)
     try:
         with warnings.catch_warnings():  # of a layout that costs a copy for 1 x 1 convolutions, which are small
             warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
@@ -104,9 +106,13 @@ def process_group(device: str, timeout: float = 1800) -> Generator[tuple[Ranks, 
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and "gloo" not in str(error).lower():
             raise
+        if main:  # torchrun sends SIGTERM for the same loss: it must not end this rank before it has said what happened
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
         raise UserError(_loss(ranks, timeout, str(error).strip().splitlines()[0])) from error
     finally:
         dist.destroy_process_group()
+        if main:
+            signal.signal(signal.SIGTERM, on_termination)
 
 
 def _loss(ranks: Ranks, timeout: float, reason: str) -> str:
@@ -117,32 +123,18 @@ def _loss(ranks: Ranks, timeout: float, reason: str) -> str:
     store = dist.distributed_c10d._get_default_store()
     others = [rank for rank in range(ranks.world) if rank != ranks.rank]
     missing = others
-    with contextlib.suppress(RuntimeError), _deaf_to_termination():  # which torchrun sends for the same loss
+    with contextlib.suppress(RuntimeError):
         store.set(f"st-ar/alive/{ranks.rank}", "")
         until = time.monotonic() + ROLL_CALL
         while missing and time.monotonic() < until:
             missing = [rank for rank in missing if not store.check([f"st-ar/alive/{rank}"])]
             time.sleep(0.1)
     named = ("rank " if len(missing) == 1 else "ranks ") + ", ".join(map(str, missing)) if missing else "the connection"
-    reason = re.sub(r"^\[[^]]*\] ", "", reason).split(". ")[
-        0
-    ]  # of gloo's, without its place in the source and its advice
+    reason = re.sub(r"^\[[^]]*\] ", "", reason).split(". ")[0]  # without gloo's place in its source, and its advice
     return (
         f"rank {ranks.rank} of {ranks.world} has lost {named} ({reason}; it waits up to {timeout:g} s): what that one said "
         "last is above; start all of them again, a run with --resume"
     )
-
-
-@contextlib.contextmanager
-def _deaf_to_termination() -> Generator[None]:
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def host_group(timeout: float) -> dist.ProcessGroup | None:
@@ -259,7 +251,10 @@ def all_gather_ragged(tensor: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def stop_on_signal() -> Generator[list[int]]:
-    """A list that SIGINT and SIGTERM write their number into; a second one interrupts at once."""
+    """A list that SIGINT and SIGTERM append their number to; a second signal interrupts at once.
+
+    After an error among several ranks SIGTERM stays ignored until `process_group` has reported it.
+    """
     received: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield received
@@ -267,12 +262,20 @@ def stop_on_signal() -> Generator[list[int]]:
 
     def handle(signum: int, _frame: FrameType | None) -> None:
         received.append(signum)
+        restore()
+
+    def restore() -> None:
         for number, old in previous.items():
             signal.signal(number, old)
 
-    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous: dict[signal.Signals, Any] = {
+        number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)
+    }
     try:
         yield received
+    except RuntimeError:
+        if dist.is_initialized():
+            previous[signal.SIGTERM] = signal.SIG_IGN
+        raise
     finally:
-        for number, old in previous.items():
-            signal.signal(number, old)
+        restore()

@@ -217,7 +217,7 @@ def test_an_unknown_word_is_answered_in_one_line(capsys: Capture, arguments: tup
         (("--steps", "3", "--epochs", "1"), "give --steps or --epochs, not both"),
         (("--model.channels", "24"), "--model.channels 24 times --model.multipliers 2 is 48"),
         (("--adversary.channels", "24"), "--adversary.channels 24 gives a layer 48 channels"),
-        (("--size", "31"), "--size 31 is no whole number of 2-pixel codes"),
+        (("--size", "31"), "--size 31 is not a multiple of a code's 2 pixels"),
         (("--dtype", "float16"), "--dtype"),
         (("--optim.learning-rate", "1"), "--optim.learning-rate"),
     ],
