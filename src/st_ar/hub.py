@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from st_ar.config import ModelConfig
-from st_ar.errors import UserError
+from st_ar.errors import UserError, cause, damaged, require
 from st_ar.files import read_json
-from st_ar.model.weights import FILES, _hub, download, find_weights, open_model, read_card
+from st_ar.model.weights import FILES, download, find_weights, open_model, read_card
 from st_ar.settings import from_dict
 
 
@@ -43,7 +43,7 @@ def push_to_hub(
     Raises:
         UserError: no weights in `run`, or the hub refuses or cannot be reached.
     """
-    hub = _hub()
+    hub = require("huggingface_hub")
     folder = find_weights(Path(run), ema=False).parent
     card = model_card(folder, name, metrics=metrics or {}, licence=licence)
     try:
@@ -56,9 +56,8 @@ def push_to_hub(
             operations += [hub.CommitOperationAdd(f, str(folder / f)) for f in FILES if (folder / f).exists()]
             api.create_commit(name, operations=operations, commit_message="Upload st-ar model")
     except Exception as error:  # as above
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
-            f"hub:{name} cannot be written ({reason}): check the name and the network, and log in with `hf auth login`"
+            f"hub:{name} cannot be written ({cause(error)}): check the name and the network, and log in with `hf auth login`"
         ) from error
     return str(address)
 
@@ -71,9 +70,7 @@ def model_card(folder: Path, name: str, *, metrics: Mapping[str, float], licence
     model = from_dict(ModelConfig, export["model"], str(folder / "config.json"))
     config, tokens = (recipe.get(part, {}) for part in ("config", "tokens"))
     if not isinstance(config, dict) or not isinstance(tokens, dict):
-        raise UserError(
-            f"{run} is damaged: its config or its tokens are no objects; copy it again, or move the export away from it"
-        )
+        raise damaged(run, "its config or its tokens are no objects", "copy it again, or move the export away from it")
     preset = export.get("preset") or "none"
     shape = f"{model.n_layers} layers, {model.n_heads} heads, width {model.dim}"
     captions = [f"- captions: {export.get('encoder') or 'encoder not recorded'}"] if model.condition == "text" else []

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from st_ar.errors import UserError
+from st_ar.errors import UserError, require
 from st_ar.files import atomic_write, require_place
 
 
@@ -80,17 +80,8 @@ def require_page(path: Path) -> None:
     """
     if path.suffix.lower() not in (".html", ".htm"):
         raise UserError(f"--page {path}: the page is HTML; give a name that ends in .html")
-    require_reports()
+    require("jinja2")
     require_place(path)
-
-
-def require_reports() -> Any:
-    """The library that renders pages; UserError: it is not installed."""
-    try:
-        import jinja2
-    except ModuleNotFoundError as error:
-        raise UserError(f"reports are rendered by jinja2 ({error}): pip install 'st-ar[quickstart]'") from error
-    return jinja2
 
 
 def write_report(path: Path, *, title: str, lead: str, sections: Sequence[Section]) -> None:
@@ -99,7 +90,7 @@ def write_report(path: Path, *, title: str, lead: str, sections: Sequence[Sectio
     Raises:
         UserError: jinja2 is not installed, or the page cannot be written.
     """
-    environment = require_reports().Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment = require("jinja2").Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     templates = files("st_ar").joinpath("templates")
     template = environment.from_string(templates.joinpath("report.html").read_text())
     script = templates.joinpath("report.js").read_text()

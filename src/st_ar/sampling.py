@@ -18,7 +18,7 @@ from st_ar.config import ModelConfig, SampleSettings
 from st_ar.data.source import BrokenImageError, read_image
 from st_ar.data.text import TextStore
 from st_ar.distributed import JOB_TIMEOUT, barrier, broadcast_from_rank0, process_group
-from st_ar.errors import UserError, cause
+from st_ar.errors import UserError, damaged
 from st_ar.figures import strip
 from st_ar.files import atomic_write, claim, open_array, save_array, sha256, write_json
 from st_ar.hardware import SideStream, choose_device, choose_dtype, describe, local_device, require_compiler
@@ -148,9 +148,7 @@ class SampleWriter:
 
     def _damaged(self, number: int, error: Exception) -> UserError:
         path = self._path(number)
-        return UserError(
-            f"{path} is damaged ({cause(error)}): remove it and give the same command to have it drawn again"
-        )
+        return damaged(path, error, "remove it and give the same command to have it drawn again")
 
     def _pack(self, path: Path, labels: Sequence[int]) -> None:
         """ADM's layout, arr_0 pictures and arr_1 labels, one part in memory at a time."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import tyro
 
 from st_ar.cli.options import Device, Json, Models, ModelType, Names, Weights
-from st_ar.errors import UserError
+from st_ar.errors import UserError, require
 from st_ar.reproduce.paper import EXPERIMENTS, SCALES, Experiment, Name, Row, ScaleName, Size, resized
 
 if TYPE_CHECKING:
@@ -123,11 +123,10 @@ class Demo:
     def run(self) -> None:
         self._check()
         from st_ar.demo.serve import bind, private_folder, require_gradio, serve
-        from st_ar.figures import require_matplotlib
 
         with private_folder():
             require_gradio()
-            require_matplotlib()
+            require("matplotlib")
             bind(self.host, self.port).close()  # before anything that takes long
             serve(self._setup(), self.host, self.port)
 
@@ -213,9 +212,8 @@ class Reproduce:
 
     def run(self) -> None:
         from st_ar.cli import run_command
-        from st_ar.figures import require_matplotlib
         from st_ar.files import read_json
-        from st_ar.report import check_json, json_alone, keep_json, require_reports
+        from st_ar.report import check_json, json_alone, keep_json
         from st_ar.reproduce.page import print_plan, show
         from st_ar.reproduce.plan import Data, Plan, fit_model, run_stages
 
@@ -252,8 +250,8 @@ class Reproduce:
         if self.dry_run:
             print_plan(plan(experiment.rows), self.out)
             return
-        require_reports()
-        require_matplotlib()
+        require("jinja2")
+        require("matplotlib")
         # How long the rows of equal time are is known when the others have been trained.
         with json_alone(self.json):
             run_stages(

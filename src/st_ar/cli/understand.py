@@ -28,7 +28,7 @@ from st_ar.cli.options import (
     check_page,
 )
 from st_ar.config import InvarianceSettings
-from st_ar.errors import UserError
+from st_ar.errors import UserError, require
 
 
 @dataclass(kw_only=True)
@@ -157,14 +157,14 @@ class Probe:
 
     def _check_options(self) -> None:
         """Refuse what could not be kept at the end, and options of another method."""
-        from st_ar.figures import require_drawable, require_matplotlib
+        from st_ar.figures import require_drawable
         from st_ar.files import require_absent, require_place
         from st_ar.report import check_json
 
         check_json(self.json)
         check_page(self.page)
         if self.page:
-            require_matplotlib()
+            require("matplotlib")
         if self.out:
             require_absent(self.out, "a result")
             require_place(self.out)

@@ -13,7 +13,7 @@ from torch import Tensor
 from st_ar.config import ModelConfig
 from st_ar.data.source import PLACES
 from st_ar.distributed import Ranks
-from st_ar.errors import UserError
+from st_ar.errors import UserError, damaged
 from st_ar.files import open_array, read_json, sha256, write_json
 from st_ar.randomness import RandomStream, numpy_generator
 from st_ar.settings import Checked, from_dict
@@ -93,7 +93,7 @@ class TokenStore:
         try:
             self.meta = from_dict(StoreMeta, saved, META)
         except UserError as error:
-            raise UserError(f"{self.folder / META} is damaged ({error}); tokenize again") from error
+            raise damaged(self.folder / META, error, "tokenize again") from error
         self._check_shards()
         sizes = [len(self._map(shard, "codes")) for shard in self.meta.shards]
         labels = [np.array(self._map(shard, "labels")) for shard in self.meta.shards]
@@ -121,9 +121,7 @@ class TokenStore:
                 shard["codes"],
                 shard["labels"],
             ) not in names:
-                raise UserError(
-                    f"{self.folder / META} is damaged (its entry of shard {index} is not of that shard); tokenize again"
-                )
+                raise damaged(self.folder / META, f"its entry of shard {index} is not of that shard", "tokenize again")
 
     def _map(self, shard: dict[str, str | int], what: str) -> np.ndarray:
         path = self.folder / str(shard[what])
@@ -198,9 +196,7 @@ class TokenStore:
             for what in ("codes", "labels"):
                 path = self.folder / str(shard[what])
                 if sha256(path) != shard[f"{what}_sha256"]:
-                    raise UserError(
-                        f"{path} is damaged: its content does not match the checksum in meta.json; tokenize again"
-                    )
+                    raise damaged(path, "its content does not match the checksum in meta.json", "tokenize again")
         highest = max(int(codes.max()) for shard in self.meta.shards if (codes := self._map(shard, "codes")).size)
         if highest >= self.meta.vocab_size:
             raise UserError(

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from st_ar.data.source import CENTER_RANGE, LARGE_SIZE, MAX_CLASSES, TEN_RANGE, Example, ImageSource
-from st_ar.errors import UserError
+from st_ar.errors import UserError, cause, damaged, require
 from st_ar.files import printable
 
 ROWS = 64
@@ -26,7 +26,7 @@ def open_parquet(spec: str) -> ImageSource:
     Raises:
         UserError: no such files, damaged ones, no such columns, files that differ, or `datasets` is not installed.
     """
-    datasets = _import_datasets()
+    datasets = require("datasets")
     import pyarrow as arrow
     import pyarrow.parquet as parquet
 
@@ -50,7 +50,7 @@ def open_parquet(spec: str) -> ImageSource:
                 if found.label and not found.class_names:
                     highest = max([highest, *(_highest(batch) for batch in file.iter_batches(columns=[found.label]))])
         except (arrow.ArrowException, OSError) as error:
-            raise UserError(f"{path} is no parquet file, or damaged: {_one_line(error)}; fetch it again") from error
+            raise UserError(f"{path} is no parquet file, or damaged: {cause(error)}; fetch it again") from error
         if columns is not None and found != columns:
             raise UserError(
                 f"{path} differs from {paths[0]} in its columns or class names: give a glob for one data set alone"
@@ -76,9 +76,7 @@ def open_parquet(spec: str) -> ImageSource:
                 for row, values in _rows(parquet, path, wanted, start):
                     yield to_example(values, columns, printable(f"{Path(path).name}:{row}"))
             except (arrow.ArrowException, OSError) as error:
-                raise UserError(
-                    f"{path} is damaged: {_one_line(error)}; fetch it again, then give the same command to go on"
-                ) from error
+                raise damaged(path, error, "fetch it again, then give the same command to go on") from error
             start = 0
 
     return ImageSource(
@@ -102,7 +100,7 @@ def open_hub(spec: str) -> ImageSource:
     Raises:
         UserError: no such data set, split or columns, no network, or `datasets` is not installed.
     """
-    datasets = _import_datasets()
+    datasets = require("datasets")
     place, options = split_options(spec, ("image", "label", "config"))
     name, _, split = place.partition(":")
     split = split or "train"
@@ -113,7 +111,7 @@ def open_hub(spec: str) -> ImageSource:
         features = stream.features or stream._resolve_features().features
     except Exception as error:  # of many libraries: the hub's, HTTP's, the file system's
         raise UserError(
-            f"hub:{name}: cannot open split {split!r}: {_one_line(error)}. Check the name, the split (hub:NAME:SPLIT), "
+            f"hub:{name}: cannot open split {split!r}: {cause(error)}. Check the name, the split (hub:NAME:SPLIT), "
             "#config=NAME and the network; a gated data set needs `hf auth login`; files on a disk are read by parquet: and folder:"
         ) from error
     columns = find_columns(features, options, f"hub:{name}")
@@ -132,7 +130,7 @@ def open_hub(spec: str) -> ImageSource:
             raise
         except Exception as error:  # see above
             raise UserError(
-                f"hub:{name}: image {row} could not be read: {_one_line(error)}; give the same command to go on"
+                f"hub:{name}: image {row} could not be read: {cause(error)}; give the same command to go on"
             ) from error
 
     return ImageSource(
@@ -147,16 +145,6 @@ def open_hub(spec: str) -> ImageSource:
         streaming=True,
         expected=known.num_examples if known else None,
     )
-
-
-def _import_datasets() -> Any:
-    try:
-        import datasets
-    except ModuleNotFoundError as error:
-        raise UserError(
-            f"parquet: and hub: are read by the datasets library ({error}): pip install 'st-ar[data]'"
-        ) from error
-    return datasets
 
 
 def _rows(parquet: Any, path: str, columns: list[str], start: int) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -177,10 +165,6 @@ def _rows(parquet: Any, path: str, columns: list[str], start: int) -> Iterator[t
 
 def _highest(batch: Any) -> int:
     return max((value for value in batch.column(0).to_pylist() if value is not None), default=0)
-
-
-def _one_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 IMAGE_NAMES = ("image", "img", "jpg", "jpeg", "png", "webp", "picture", "pixel_values")

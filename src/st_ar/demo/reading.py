@@ -14,11 +14,10 @@ from torch import Tensor
 from st_ar.data.store import TokenStore
 from st_ar.demo.inputs import whole
 from st_ar.demo.models import LoadedModel
-from st_ar.errors import UserError
+from st_ar.errors import UserError, require
 from st_ar.evaluation.attention import weights_by_layer
-from st_ar.evaluation.probe_classifiers import ShallowClassifiers, require_sklearn
+from st_ar.evaluation.probe_classifiers import ShallowClassifiers
 from st_ar.evaluation.probe_features import uniform_steps
-from st_ar.figures import require_matplotlib
 from st_ar.randomness import RandomStream, numpy_generator
 
 KEPT = 4
@@ -131,7 +130,7 @@ class Guesser:
 
     def __init__(self, opened: LoadedModel, store: TokenStore, images: int) -> None:
         config = opened.weights.config
-        require_sklearn()
+        require("sklearn")
         store.check_model(config, opened.info.tokenizer)
         if len(np.unique(store.labels)) < 2:
             raise UserError(f"{store.folder} has images of one class alone: a probe has nothing to tell apart")
@@ -281,7 +280,7 @@ def _cell(grid: int, heads: int) -> int:
 
 def _colours(name: str) -> np.ndarray:
     """A colour map as uint8 [256, 3]."""
-    colours = require_matplotlib().colormaps[name](np.arange(256))
+    colours = require("matplotlib").colormaps[name](np.arange(256))
     return (np.asarray(colours)[:, :3] * 255).astype(np.uint8)
 
 

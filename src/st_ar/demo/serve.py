@@ -21,7 +21,7 @@ from st_ar.demo.runs_tab import runs_tab
 from st_ar.demo.setup import Setup
 from st_ar.demo.tabs import compare_tab, generate_tab, gr
 from st_ar.demo.understand_tab import understand_tab
-from st_ar.errors import Interrupted, UserError
+from st_ar.errors import Interrupted, UserError, require
 from st_ar.files import parse_json
 
 Message = MutableMapping[str, Any]
@@ -225,11 +225,7 @@ def require_gradio() -> Any:
     os.environ["GRADIO_ANALYTICS_CACHE_FREQUENCY"] = str(
         1 << 31
     )  # events between its statistics, which nobody sees here
-    try:
-        import gradio
-    except ModuleNotFoundError as error:
-        raise UserError(f"the page is made with Gradio ({error}): pip install 'st-ar[demo]'") from error
-    return gradio
+    return require("gradio")
 
 
 def build_app(setup: Setup, host: str) -> Any:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from st_ar.config import ModelConfig
 from st_ar.data.store import TokenStore
-from st_ar.errors import UserError
+from st_ar.errors import UserError, require
 from st_ar.evaluation.attention import (
     NO_MASKS,
     STATISTICS,
@@ -22,13 +22,13 @@ from st_ar.evaluation.attention import (
     require_between,
     store_maps,
 )
-from st_ar.figures import Drawing, attention_figure, line_chart, require_matplotlib
+from st_ar.figures import Drawing, attention_figure, line_chart
 from st_ar.files import atomic_folder, require_absent, require_place, write_csv, write_json
 from st_ar.hardware import choose_device
 from st_ar.model.transformer import Transformer
 from st_ar.model.weights import EvalModel, check_store, open_eval_models
 from st_ar.progress import progress
-from st_ar.report import Chart, Section, Table, require_reports, write_report
+from st_ar.report import Chart, Section, Table, write_report
 from st_ar.tokenizer import Tokenizer, decode_to_images, open_tokenizer
 
 
@@ -118,8 +118,8 @@ def report_attention(
     """
     require_absent(out, "a folder of attention maps")
     require_place(out)
-    require_matplotlib()
-    require_reports()
+    require("matplotlib")
+    require("jinja2")
     subjects = open_eval_models(paths, names, "ema" if ema else "live")
     for subject in subjects:
         subject.info.config.require_classes("st-ar attention")

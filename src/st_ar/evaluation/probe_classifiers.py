@@ -7,7 +7,6 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -205,16 +204,6 @@ NAMES: dict[Method, str] = {
 """What a method's numbers are called."""
 MAX_ITERATIONS = 1000
 """Of L-BFGS."""
-
-
-def require_sklearn() -> None:
-    """Refuse ridge and logistic regression where scikit-learn is not installed."""
-    try:
-        import_module("sklearn")
-    except ModuleNotFoundError as error:
-        raise UserError(
-            f"--method ridge and logistic are scikit-learn's ({error}): pip install 'st-ar[quickstart]', or give --method mae"
-        ) from error
 
 
 class ShallowClassifiers:

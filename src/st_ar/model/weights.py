@@ -12,7 +12,7 @@ from torch import Tensor
 
 from st_ar.config import ModelConfig
 from st_ar.data.store import TokenStore
-from st_ar.errors import UserError
+from st_ar.errors import UserError, cause, damaged, require
 from st_ar.files import atomic_write, read_json, read_safetensors, read_tensors, save_tensors, sha256, write_json
 from st_ar.model.transformer import Transformer
 from st_ar.settings import differences, from_dict, matches_type, to_dict
@@ -174,9 +174,7 @@ def read_card(card: Path) -> dict[str, Any]:
         raise UserError(f"{card} has format {saved.get('format_version')}; this st-ar reads {FORMAT_VERSION}")
     for name, kind in CARD.items():
         if name in saved and not matches_type(saved[name], kind):
-            raise UserError(
-                f"{card} is damaged: {name} is {saved[name]!r}; copy it again, or export it again from its run"
-            )
+            raise damaged(card, f"{name} is {saved[name]!r}", "copy it again, or export it again from its run")
     return saved
 
 
@@ -301,26 +299,17 @@ def open_eval_models(
 FILES = ("config.json", "model.safetensors", "ema.safetensors")
 
 
-def _hub() -> Any:
-    try:
-        import huggingface_hub
-    except ModuleNotFoundError as error:
-        raise UserError(f"the hub is reached through huggingface_hub ({error}): pip install 'st-ar[hub]'") from error
-    return huggingface_hub
-
-
 def download(name: str, revision: str | None = None) -> Path:
     """The folder of a model on the hub, downloaded once into huggingface_hub's cache.
 
     Raises:
         UserError: no such model, no access, or no network and nothing cached.
     """
-    hub = _hub()
+    hub = require("huggingface_hub")
     try:
         return Path(hub.snapshot_download(name, revision=revision, allow_patterns=list(FILES)))
     except Exception as error:  # the client's own, and those of the HTTP library that it happens to use
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
-            f"hub:{name} cannot be had ({reason}): check the name and the network, log in with `hf auth login` if it is "
+            f"hub:{name} cannot be had ({cause(error)}): check the name and the network, log in with `hf auth login` if it is "
             "private, or give a folder that was downloaded elsewhere"
         ) from error

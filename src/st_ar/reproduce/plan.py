@@ -8,7 +8,7 @@ from math import gcd
 from pathlib import Path
 from typing import Any, Literal
 
-from st_ar.errors import UserError
+from st_ar.errors import UserError, damaged
 from st_ar.evaluation.attention import STATISTICS
 from st_ar.evaluation.attention_report import COLUMNS
 from st_ar.files import read_json, write_json
@@ -186,9 +186,7 @@ def read_mark(path: Path) -> dict[str, Any]:
     mark = read_json(path, "a stage")
     seconds = mark.get("seconds")
     if not matches_type(mark.get("command"), list[str]) or not (seconds is None or matches_type(seconds, float)):
-        raise UserError(
-            f"{path} is damaged: it does not say what was done; remove it, and what it stands for, to do that again"
-        )
+        raise damaged(path, "it does not say what was done", "remove it, and what it stands for, to do that again")
     return mark
 
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from st_ar.data.source import BrokenImageError, Crops, ImageSource, center_crop, check_pixels
-from st_ar.errors import UserError, cause
+from st_ar.errors import UserError, damaged, require
 from st_ar.files import read_json, read_tensors, require_absent, save_tensors, write_json
 from st_ar.progress import progress
 
@@ -87,13 +87,11 @@ class KMeansTokenizer:
         try:
             tokenizer = cls(read_tensors(folder / CODEBOOK)["codebook"], config["patch"])
         except (KeyError, TypeError, AssertionError) as error:
-            raise UserError(
-                f"{folder} is damaged ({cause(error)}): its codebook and its {CONFIG} do not fit; train the tokenizer again"
+            raise damaged(
+                folder, error, f"its codebook and its {CONFIG} do not fit; train the tokenizer again"
             ) from error
         if tokenizer.fingerprint != config.get("fingerprint"):
-            raise UserError(
-                f"{folder} is damaged: its codebook does not match its fingerprint; train the tokenizer again"
-            )
+            raise damaged(folder, "its codebook does not match its fingerprint", "train the tokenizer again")
         return tokenizer
 
 
@@ -126,12 +124,9 @@ def train_kmeans(
         raise UserError(f"--seed must be 0 or more, not {seed}")
     if seed >= 1 << 32:
         raise UserError(f"--seed must be at most {(1 << 32) - 1}, scikit-learn's largest, not {seed}")
-    try:
-        from sklearn.cluster import MiniBatchKMeans
-    except ModuleNotFoundError as error:
-        raise UserError(
-            f"the kmeans tokenizer is trained by scikit-learn ({error}): pip install 'st-ar[quickstart]'"
-        ) from error
+    require("sklearn")
+    from sklearn.cluster import MiniBatchKMeans
+
     rows: list[np.ndarray] = []
     rng = np.random.default_rng(seed)
     side = Crops(kind="ten", size=size, range=source.crop_range).side

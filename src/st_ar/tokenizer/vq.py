@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from st_ar.config import VQConfig
-from st_ar.errors import UserError
+from st_ar.errors import UserError, damaged
 from st_ar.files import read_json, read_tensors, require_absent, save_tensors, write_json
 
 
@@ -312,9 +312,7 @@ class VQTokenizer:
             )
         tokenizer = cls.from_file(folder / WEIGHTS)
         if tokenizer.fingerprint != config.get("fingerprint"):
-            raise UserError(
-                f"{folder} is damaged: its weights do not match its fingerprint; copy or train the tokenizer again"
-            )
+            raise damaged(folder, "its weights do not match its fingerprint", "copy or train the tokenizer again")
         return tokenizer
 
     @classmethod

@@ -25,7 +25,7 @@ from torch.distributed.tensor import DTensor
 
 from st_ar.config import RunConfig, TrainConfig
 from st_ar.distributed import broadcast_from_rank0, get_rank, host_group
-from st_ar.errors import UserError
+from st_ar.errors import UserError, cause
 from st_ar.model.weights import EMA, LIVE, exported_step, save_weights
 from st_ar.training.checkpoint_files import (
     READ_ERRORS,
@@ -37,7 +37,6 @@ from st_ar.training.checkpoint_files import (
     newest_whole,
     read_record,
     read_tensors,
-    reason,
     write_manifest,
     write_tensors,
 )
@@ -228,7 +227,7 @@ class Checkpoints:
             state.load(partial(read_tensors, path / TENSORS))
         except READ_ERRORS as error:
             raise UserError(
-                f"{path} is damaged or not of this run ({reason(error)}); remove it to resume from the one before"
+                f"{path} is damaged or not of this run ({cause(error)}); remove it to resume from the one before"
             ) from error
 
     def _write(
@@ -278,7 +277,7 @@ class Checkpoints:
         except UserError as error:
             made = [error]
         except WRITE_ERRORS as error:
-            made = [UserError(reason(error))]
+            made = [UserError(cause(error))]
         if self._group is not None:
             everyones: list[list[Any]] = [[] for _ in range(dist.get_world_size(self._group))]
             dist.all_gather_object(everyones, made, self._group)

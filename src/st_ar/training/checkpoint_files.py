@@ -216,10 +216,3 @@ def _quietly() -> Generator[None]:
             yield
     finally:
         logging.disable(before)
-
-
-def reason(error: BaseException) -> str:
-    """The cause of one of the errors above in one line."""
-    if isinstance(error, dcp.CheckpointException) and error.failures:
-        error = next(iter(error.failures.values()))[0]
-    return (str(error).strip() or type(error).__name__).splitlines()[-1]

@@ -13,7 +13,7 @@ import torch
 
 from st_ar.config import RunConfig, TrainConfig
 from st_ar.distributed import Ranks, broadcast_from_rank0, process_group
-from st_ar.errors import Interrupted, UserError, cause
+from st_ar.errors import Interrupted, UserError, cause, damaged
 from st_ar.files import atomic_write, parse_json, read_json, require_absent, require_same, write_json
 from st_ar.hardware import describe, freed_memory_kept
 from st_ar.settings import differences, from_dict, matches_type, to_dict
@@ -283,8 +283,8 @@ def read_log(path: Path) -> list[dict[str, Any]]:
         except ValueError as error:
             if number == len(lines):
                 break
-            raise UserError(
-                f"{path} is damaged: line {number} is no logged step ({cause(error)}); mend or remove that line"
+            raise damaged(
+                path, f"line {number} is no logged step ({cause(error)}", "mend or remove that line"
             ) from error
         entries.append(entry)
     return entries

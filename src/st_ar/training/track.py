@@ -23,7 +23,7 @@ import numpy as np
 from PIL import Image
 
 from st_ar.config import TrackerName
-from st_ar.errors import UserError
+from st_ar.errors import UserError, cause
 from st_ar.files import read_json, write_json
 
 ROOM = 256
@@ -154,7 +154,7 @@ class Background:
         except Exception as error:  # whatever a tracker raises, training goes on
             self.off = True
             if not self.given_up:
-                warn(f"{self.name} is switched off: {reason(error)}; the run goes on, log.jsonl has everything")
+                warn(f"{self.name} is switched off: {cause(error)}; the run goes on, log.jsonl has everything")
 
     def close(self, deadline: float) -> None:
         """Let it finish what waits, until `deadline` (of time.monotonic) at most."""
@@ -219,11 +219,6 @@ def _identity(out: Path) -> dict[str, str]:
 def warn(message: str) -> None:
     """A line to the user."""
     print(f"st-ar: {message}", file=sys.stderr, flush=True)
-
-
-def reason(error: Exception) -> str:
-    """The cause in one line."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 class TensorBoard:

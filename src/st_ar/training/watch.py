@@ -22,9 +22,9 @@ from torch.distributed.tensor import DTensor
 from st_ar.config import SampleSettings, TrainConfig, WatchConfig
 from st_ar.data.store import TokenStore
 from st_ar.distributed import all_gather
-from st_ar.errors import UserError
+from st_ar.errors import UserError, cause, require
 from st_ar.evaluation.probe import accuracies, require_classes
-from st_ar.evaluation.probe_classifiers import ShallowClassifiers, require_sklearn
+from st_ar.evaluation.probe_classifiers import ShallowClassifiers
 from st_ar.figures import strip
 from st_ar.files import atomic_write
 from st_ar.hardware import peak_flops, training_flops_per_token
@@ -36,7 +36,7 @@ from st_ar.selfguided.objective import SelfGuided
 from st_ar.tokenizer import load_tokenizer, open_tokenizer
 from st_ar.training.inputs import Inputs
 from st_ar.training.run import read_log
-from st_ar.training.track import Background, close_all, open_trackers, reason, require_trackers, warn
+from st_ar.training.track import Background, close_all, open_trackers, require_trackers, warn
 
 
 class Watch:
@@ -138,7 +138,7 @@ class Watch:
                 try:
                     found |= work(copy.to(self.device, self.dtype), step)
                 except Exception as error:  # such as no memory for them: no reason to end a run
-                    warn(f"{name} switched off: {reason(error)}; training continues")
+                    warn(f"{name} switched off: {cause(error)}; training continues")
                     del self.glances[name]
         return found
 
@@ -236,7 +236,7 @@ class RidgeProbe:
 
     def __init__(self, train: TokenStore, test: TokenStore, training: TrainConfig) -> None:
         try:
-            require_sklearn()
+            require("sklearn")
         except UserError as error:
             raise UserError(
                 "--probe-every fits scikit-learn's ridge regression: pip install 'st-ar[quickstart]', or leave it out"

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from st_ar.config import Metric
-from st_ar.errors import UserError
+from st_ar.errors import UserError, damaged
 from st_ar.evaluation.generation.features import NEIGHBOURS, Collected, Compute, Extractor, collect
 from st_ar.evaluation.generation.image_sets import ImageSet, array_names, open_set, read_array
 from st_ar.evaluation.metrics import Gaussian, blocks_of, compare, frechet_distance, kernel_distance
@@ -180,7 +180,7 @@ def read_meta(path: Path) -> dict[str, Any]:
             raise
         meta, complete = {}, False
     if not complete or len(meta["size"]) != 2 or not {"name", "sha256"} <= meta["extractor"].keys():
-        raise UserError(f"{path} is damaged: its description is no JSON of ours; make it again by `st-ar reference`")
+        raise damaged(path, "its description is no JSON of ours", "make it again by `st-ar reference`")
     if meta["format_version"] != FORMAT_VERSION:
         raise UserError(f"{path} has format {meta['format_version']}; this st-ar reads {FORMAT_VERSION}")
     return meta

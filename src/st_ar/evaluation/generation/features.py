@@ -5,7 +5,7 @@ import heapq
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from st_ar.config import ExtractorName
 from st_ar.distributed import Ranks, all_gather_ragged
-from st_ar.errors import UserError
+from st_ar.errors import UserError, cause, require
 from st_ar.evaluation.generation.image_sets import ImageSet, image_digest
 from st_ar.evaluation.metrics import FeatureStatistics, InceptionScore
 from st_ar.hardware import freed_memory_kept, full_precision
@@ -119,17 +119,12 @@ def _efficientnet(device: torch.device, _: Path | None) -> Extractor:
 
 
 def _dinov2(device: torch.device, _: Path | None) -> Extractor:
-    try:
-        import transformers  # pyright: ignore[reportMissingImports] -- an extra
-    except ModuleNotFoundError as error:
-        raise UserError(f"DINOv2 is run by transformers ({error}): pip install 'st-ar[dinov2]'") from error
-    library: Any = transformers
+    library = require("transformers")
     try:  # weights as .safetensors, code from the library alone
         network = library.Dinov2Model.from_pretrained(DINOV2, use_safetensors=True).eval().to(device)
     except OSError as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
-            f"{DINOV2} cannot be had ({reason}): download it where there is a network and copy the cache of the Hugging Face hub"
+            f"{DINOV2} cannot be had ({cause(error)}): download it where there is a network and copy the cache of the Hugging Face hub"
         ) from error
     digest = hashlib.sha256()
     for key, tensor in sorted(network.state_dict().items()):

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from st_ar.config import Metric, SampleSettings
-from st_ar.errors import UserError
+from st_ar.errors import UserError, damaged, require
 from st_ar.evaluation.generation.evaluate import Reference, evaluate
 from st_ar.evaluation.generation.features import Compute, Extractor
 from st_ar.evaluation.generation.image_sets import open_set
-from st_ar.figures import line_chart, require_matplotlib
+from st_ar.figures import line_chart
 from st_ar.files import is_nonempty, read_json, require_place, sha256, write_csv, write_json
 from st_ar.sampling import Sampler, choose_conditions, open_model_and_tokenizer, sample_to
 from st_ar.settings import matches_type
@@ -97,7 +97,7 @@ def check_sweep(sampler: SweptModel, grid: Sequence[SampleSettings], out: Path) 
     """Refuse a setting that the model has not, and a place that is taken, before anything is drawn."""
     for settings in grid:
         settings.resolved(sampler.info.config)
-    require_matplotlib()
+    require("matplotlib")
     require_place(out)
     if is_nonempty(out, besides=("samples", "results", *FILES)):
         raise UserError(f"{out} holds something else than a sweep: choose another --out")
@@ -138,9 +138,7 @@ def sweep(
             not matches_type(numbers, dict[str, float])
             or numbers.keys() != (rows[0]["metrics"] if rows else {**numbers, distance: 0}).keys()
         ):
-            raise UserError(
-                f"{kept} is damaged: it has no metrics of this sweep; remove it to have them measured again"
-            )
+            raise damaged(kept, "it has no metrics of this sweep", "remove it to have them measured again")
         chosen = {name: getattr(settings, name) for name in SWEPT}
         rows.append(chosen | {"metrics": numbers, "samples": samples.name, "result": kept.name})
     rows.sort(key=lambda row: row["metrics"][distance])
