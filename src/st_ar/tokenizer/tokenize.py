@@ -1,7 +1,7 @@
 """The tokenizing job: images of a source -> crops -> codes -> a token store, shard by shard."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import count, islice
 from pathlib import Path
@@ -15,7 +15,7 @@ from st_ar.data.store import TokenStore
 from st_ar.data.store_writer import Skipped, TokenStoreWriter
 from st_ar.distributed import JOB_TIMEOUT, process_group
 from st_ar.errors import UserError
-from st_ar.progress import Pace, Progress, progress
+from st_ar.progress import Progress, progress
 from st_ar.tokenizer import Tokenizer, to_pixels
 
 
@@ -116,7 +116,6 @@ class _Work:
     bar: Progress
     batch_size: int
     images_per_shard: int
-    pace: Pace = field(default_factory=lambda: Pace("images"))
 
     @cached_property
     def reader(self) -> "_Reader":
@@ -143,7 +142,7 @@ class _Work:
                 codes[len(labels) : len(labels) + len(decoded.used)] = self._encode(decoded.pixels)
                 labels += [self._label(chunk[place], start + seen + place) for place in decoded.used]
             seen += len(chunk)
-            self.pace.advance(self.bar, len(chunk))
+            self.bar.count(len(chunk))
         if self.source.count is not None and seen < length:
             raise UserError(
                 f"{self.source.name} ended after {start + seen} of {self.source.count} images: it has changed or is damaged; "

@@ -1,19 +1,16 @@
-"""Trackers: TensorBoard, Weights & Biases and trackio behind the same few lines, each in a thread of its own.
+"""Trackers: TensorBoard, Weights & Biases and trackio behind one interface.
 
-A tracker can be slow, dead or broken; training then goes on without it. Entries wait in a queue of limited length, what does
-not fit is left out and said, an error switches the tracker off, and at the end it has a few seconds to finish.
+A tracker that fails is reported and switched off; training continues. wandb and trackio send in the background by themselves.
 """
 
 import io
 import os
-import queue
 import secrets
 import struct
 import sys
-import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -26,10 +23,8 @@ from st_ar.config import TrackerName
 from st_ar.errors import UserError, cause
 from st_ar.files import read_json, write_json
 
-ROOM = 256
-"""Entries that may wait for a tracker."""
 PATIENCE = 5.0
-"""Seconds that trackers have at the end, together."""
+"""Seconds that wandb has to reach its server at the start, and to send what is left at the end."""
 PROJECT = "st-ar"
 
 
@@ -58,7 +53,7 @@ class Wandb:
 
     def __init__(self, folder: Path, identity: dict[str, str], config: dict[str, Any]) -> None:
         wandb: Any = import_module("wandb")
-        settings = wandb.Settings(finish_timeout=PATIENCE, silent=True, console="off")
+        settings = wandb.Settings(init_timeout=PATIENCE, finish_timeout=PATIENCE, silent=True, console="off")
         online = os.environ.get("WANDB_MODE", "online") == "online"
         if online and not wandb.login(prompt=False, verify=False):  # it would ask on the terminal, and wait
             raise UserError("it has no key: set WANDB_API_KEY or call `wandb login`, or set WANDB_MODE=offline")
@@ -109,70 +104,46 @@ class Trackio:
         self.run.finish()
 
 
-class Background:
-    """A tracker at work in a thread of its own, opened when the first entry comes; none of its methods but `close` waits.
+class SafeTracker:
+    """A tracker whose errors switch it off with a message instead of ending the run.
 
-    after: entries up to this step are already with the tracker, and are left out.
+    Args:
+        name: what messages call it.
+        open_tracker: makes the tracker.
+        after: the last step that the tracker already has; entries up to it are left out.
     """
 
-    def __init__(self, name: str, open_tracker: Callable[[], Tracker], *, after: int = 0, room: int = ROOM) -> None:
-        self.name, self.open_tracker, self.after = name, open_tracker, after
-        self.waiting: queue.Queue[Callable[[Tracker], None] | None] = queue.Queue(room)
-        self.off = self.given_up = False
-        self.left_out = 0
-        self.thread = threading.Thread(target=self._work, name=f"tracker {name}", daemon=True)
-        self.thread.start()
+    def __init__(self, name: str, open_tracker: Callable[[], Tracker], *, after: int = 0) -> None:
+        self.name, self.after = name, after
+        self.tracker: Tracker | None = None
+        with self._switching_off():
+            self.tracker = open_tracker()
 
     def log(self, step: int, scalars: Mapping[str, float]) -> None:
-        if step > self.after:
-            self._add(lambda tracker: tracker.log(step, scalars))
+        """Keep a step's numbers."""
+        if self.tracker and step > self.after:
+            with self._switching_off():
+                self.tracker.log(step, scalars)
 
     def images(self, step: int, name: str, array: np.ndarray) -> None:
-        if step > self.after:
-            self._add(lambda tracker: tracker.images(step, name, array))
+        """Keep a picture, uint8 [H, W, 3]."""
+        if self.tracker and step > self.after:
+            with self._switching_off():
+                self.tracker.images(step, name, array)
 
-    def _add(self, entry: Callable[[Tracker], None]) -> None:
-        if self.off:
-            return
-        try:
-            self.waiting.put_nowait(entry)
-        except queue.Full:
-            self.left_out += 1
-            if self.left_out == 1:
-                warn(
-                    f"{self.name} is slow or does not answer: entries are left out while {self.waiting.maxsize} wait for it"
-                )
+    def close(self) -> None:
+        """Finish."""
+        if self.tracker:
+            with self._switching_off():
+                self.tracker.close()
 
-    def _work(self) -> None:
-        tracker: Tracker | None = None
+    @contextmanager
+    def _switching_off(self) -> Generator[None]:
         try:
-            while (entry := self.waiting.get()) is not None:
-                tracker = tracker or self.open_tracker()
-                entry(tracker)
-            if tracker is not None:
-                tracker.close()
+            yield
         except Exception as error:  # whatever a tracker raises, training goes on
-            self.off = True
-            if not self.given_up:
-                warn(f"{self.name} is switched off: {cause(error)}; the run goes on, log.jsonl has everything")
-
-    def close(self, deadline: float) -> None:
-        """Let it finish what waits, until `deadline` (of time.monotonic) at most."""
-        with suppress(queue.Full):
-            self.waiting.put(None, timeout=max(0, deadline - time.monotonic()))
-        self.thread.join(max(0, deadline - time.monotonic()))
-        self.given_up = self.thread.is_alive()
-        if self.given_up or self.left_out:
-            lost = self.left_out + (self.waiting.qsize() if self.given_up else 0)
-            how = f"has not finished within {PATIENCE:g} s" if self.given_up else "was too slow"
-            warn(f"{self.name} {how}: {lost} entries or more are not there; log.jsonl has everything")
-
-
-def close_all(trackers: Sequence[Background]) -> None:
-    """Close them within PATIENCE seconds in all."""
-    deadline = time.monotonic() + PATIENCE
-    for tracker in trackers:
-        tracker.close(deadline)
+            self.tracker = None
+            warn(f"{self.name} is switched off: {cause(error)}; the run goes on, and log.jsonl has everything")
 
 
 def require_trackers(names: Sequence[TrackerName]) -> None:
@@ -188,7 +159,7 @@ def require_trackers(names: Sequence[TrackerName]) -> None:
 
 def open_trackers(
     names: Sequence[TrackerName], out: Path, config: dict[str, Any], *, start: int, logged: int
-) -> list[Background]:
+) -> list[SafeTracker]:
     """Begin to track a run, or go on with it under the name that it has in each tracker.
 
     Args:
@@ -197,15 +168,15 @@ def open_trackers(
         start: the step that the run goes on from.
         logged: the last step that it has logged before; wandb and trackio take no step twice.
     """
-    opened: list[Background] = []
+    opened: list[SafeTracker] = []
     if "tensorboard" in names:
-        opened.append(Background("TensorBoard", lambda: TensorBoard(out / "tensorboard", start + 1)))
+        opened.append(SafeTracker("TensorBoard", lambda: TensorBoard(out / "tensorboard", start + 1)))
     if "wandb" in names or "trackio" in names:
         identity = _identity(out)
         if "wandb" in names:
-            opened.append(Background("wandb", lambda: Wandb(out, identity, config), after=logged))
+            opened.append(SafeTracker("wandb", lambda: Wandb(out, identity, config), after=logged))
         if "trackio" in names:
-            opened.append(Background("trackio", lambda: Trackio(identity, config), after=logged))
+            opened.append(SafeTracker("trackio", lambda: Trackio(identity, config), after=logged))
     return opened
 
 

@@ -36,7 +36,7 @@ from st_ar.selfguided.objective import SelfGuided
 from st_ar.tokenizer import load_tokenizer, open_tokenizer
 from st_ar.training.inputs import Inputs
 from st_ar.training.run import read_log
-from st_ar.training.track import Background, close_all, open_trackers, require_trackers, warn
+from st_ar.training.track import SafeTracker, open_trackers, require_trackers, warn
 
 
 class Watch:
@@ -78,7 +78,7 @@ class Watch:
         self.logged = logged[-1]["step"] if logged else 0
         self.peak = peak_flops(device, dtype)
         self.flops = [training_flops_per_token(training, until=share) for share in (0.0, 1.0)]
-        self.trackers: list[Background] = []
+        self.trackers: list[SafeTracker] = []
 
     @contextlib.contextmanager
     def follow(self, student: SelfGuided, record: dict[str, Any], start: int) -> Generator[None]:
@@ -92,7 +92,8 @@ class Watch:
             yield
         finally:
             self.features.close()
-            close_all(self.trackers)
+            for tracker in self.trackers:
+                tracker.close()
 
     def start_step(self, step: int, total: int) -> bool:
         """Prepare for step `step` of `total`; returns whether every rank must call `log_step` after it."""

@@ -115,7 +115,9 @@ def test_what_cannot_be_swept_is_refused(line: SmallLine, reference: Reference, 
     (tmp_path / "taken" / "thesis.txt").write_text("x")
     with refused(tmp_path, "holds something else than a sweep"):
         sweep(sampler(line, tmp_path / "taken"), GRID, reference, toy(), ["fid"], tmp_path / "taken", Compute())
-    with refused(tmp_path, "--top-k must lie in \[0, 11\], the size of the codebook, not 12"):  # the last setting, before the first is drawn
+    with refused(
+        tmp_path, r"--top-k must lie in \[0, 11\], the size of the codebook, not 12"
+    ):  # the last setting, before the first is drawn
         settings = settings_of([1.0], [1.0], [0, 12])
         sweep(sampler(line, tmp_path / "out"), settings, reference, toy(), ["fid"], tmp_path / "out", Compute())
 
