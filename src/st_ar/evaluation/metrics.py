@@ -1,7 +1,7 @@
 """Metrics of generated images: Frechet distance, Inception Score, precision, recall, density, coverage, KID. Pure functions."""
 
 import contextlib
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -10,7 +10,6 @@ from torch import Tensor
 
 from st_ar.distributed import all_reduce_sum
 from st_ar.errors import UserError
-from st_ar.hardware import full_precision
 
 BLOCK = 1024
 """Rows that are merged at once."""
@@ -132,13 +131,9 @@ class InceptionScore:
 
 
 NEIGHBOUR_BLOCK = 4096
-"""Rows and columns of a block of distances: 67 MB in float32."""
-SPARE = 2
-"""Candidates beyond the k-th that are measured exactly."""
-DOUBT = 64 * torch.finfo(torch.float32).eps
-"""Relative to the two squared lengths: within this a float32 distance is not trusted to be larger or smaller than another."""
-CHUNK = 1 << 20
-"""Differences that are held at once where distances are computed exactly."""
+"""Rows and columns of a block of distances: 134 MB in float64."""
+TIE = 1e-12
+"""Squared distances that differ by less than this share of the largest squared length are equal: float64 products round so much."""
 
 Features = np.ndarray | Tensor
 
@@ -178,52 +173,32 @@ def check_features(*sets: Features) -> list[Tensor]:
     return tensors
 
 
-def squared_distances(x: Tensor, y: Tensor) -> Tensor:
-    """Exact squared distances of pairs, float64: [.., D] and [.., D], broadcast -> [..]."""
-    return (x.double() - y.double()).square().sum(-1)
-
-
-class _Set:
-    """Features that are shifted by a common offset as blocks are read, so that lengths are not much above distances."""
+class _Blocks:
+    """Features [N, D] in float64 blocks around a common offset, which keeps lengths close to distances."""
 
     def __init__(self, features: Tensor, offset: Tensor) -> None:
-        self.features, self.offset = features, offset
-        self.lengths = torch.cat([self.block(start).square().sum(1) for start in self.starts()])
+        self.features, self.offset = features, offset.double()
 
-    def __len__(self) -> int:
-        return len(self.features)
+    def __iter__(self) -> Iterator[tuple[slice, Tensor]]:
+        for start in range(0, len(self.features), NEIGHBOUR_BLOCK):
+            here = slice(start, start + NEIGHBOUR_BLOCK)
+            yield here, self.features[here].double() - self.offset
 
-    def starts(self) -> range:
-        return range(0, len(self.features), NEIGHBOUR_BLOCK)
-
-    def block(self, start: int) -> Tensor:
-        return (self.features[start : start + NEIGHBOUR_BLOCK] - self.offset).float()
-
-    def distances(self, start: int, other: "_Set", other_start: int) -> Tensor:
-        """Squared distances float32 of a block to a block of another set: [rows, columns]; rounding may make them negative."""
-        x, y = self.block(start), other.block(other_start)
-        found = torch.addmm(
-            other.lengths[other_start : other_start + len(y)][None].expand(len(x), -1), x, y.T, alpha=-2
-        )
-        return found.add_(self.lengths[start : start + len(x), None])
+    def longest(self) -> float:
+        """The largest squared length."""
+        return max(block.square().sum(1).max().item() for _, block in self)
 
 
-class _Nearest:
-    """The candidates for the nearest others of each member, by float32 distances."""
+def _squared_distances(x: Tensor, y: Tensor) -> Tensor:
+    """[n, D] and [m, D] -> [n, m]; rounding may make them negative."""
+    lengths = x.square().sum(1)[:, None] + y.square().sum(1)
+    return lengths.addmm_(x, y.T, alpha=-2)
 
-    def __init__(self, count: int, keep: int, device: torch.device) -> None:
-        self.keep = keep
-        self.values = torch.full((count, keep), torch.inf, device=device)
-        self.indices = torch.zeros((count, keep), dtype=torch.int64, device=device)
 
-    def add(self, start: int, distances: Tensor, first: int) -> None:
-        """Distances [rows, columns] of the members from `start` on to those from `first` on."""
-        rows = slice(start, start + len(distances))
-        found = distances.topk(min(self.keep, distances.shape[1]), dim=1, largest=False, sorted=False)
-        values = torch.cat([self.values[rows], found.values], 1)
-        indices = torch.cat([self.indices[rows], found.indices + first], 1)
-        best = values.topk(self.keep, dim=1, largest=False, sorted=False)
-        self.values[rows], self.indices[rows] = best.values, indices.gather(1, best.indices)
+def _smallest(found: Tensor, distances: Tensor) -> Tensor:
+    """The k smallest of a row's distances so far [n, k], and of more [n, m]; sorted."""
+    k = found.shape[1]
+    return torch.cat([found, distances.topk(min(k, distances.shape[1]), largest=False).values], 1).sort().values[:, :k]
 
 
 def blocks_of(reference: int, samples: int, both: bool) -> int:
@@ -240,7 +215,7 @@ def neighbour_distances(
 ) -> Tensor:
     """Squared distances of each member to its k-th nearest other member: [N, D] -> float64 [N, len(ks)].
 
-    Each pair is computed once; a member's twin at another index counts as another at distance 0.
+    Each pair is computed once. A twin at another index counts as another member at distance 0.
 
     Raises:
         UserError: fewer than k other members.
@@ -249,46 +224,21 @@ def neighbour_distances(
         raise UserError(
             f"{len(features)} images are too few for neighbours: k = {max(ks)} needs at least {max(ks) + 1}"
         )
-    members = _Set(features, features.mean(0) if offset is None else offset)
-    nearest = _Nearest(len(features), min(max(ks) + SPARE, len(features) - 1), features.device)
-    for start in members.starts():
-        for other in range(start, len(features), NEIGHBOUR_BLOCK):
-            distances = members.distances(start, members, other)
-            if start == other:
+    members = _Blocks(features, features.mean(0) if offset is None else offset)
+    nearest = torch.full((len(features), max(ks)), torch.inf, dtype=torch.float64, device=features.device)
+    for rows, x in members:
+        for columns, y in members:
+            if columns.start < rows.start:
+                continue
+            distances = _squared_distances(x, y)
+            if rows == columns:
                 distances.fill_diagonal_(torch.inf)
             else:
-                nearest.add(other, distances.T.contiguous(), start)
-            nearest.add(start, distances, other)
+                nearest[columns] = _smallest(nearest[columns], distances.T)
+            nearest[rows] = _smallest(nearest[rows], distances)
             if advance:
                 advance(1)
-    exact = torch.empty(nearest.values.shape, dtype=torch.float64, device=features.device)
-    rows = max(1, CHUNK // (nearest.keep * features.shape[1]))
-    for start in range(0, len(features), rows):
-        some = slice(start, start + rows)
-        exact[some] = squared_distances(features[some, None], features[nearest.indices[some]])
-    return exact.sort(dim=1).values[:, [k - 1 for k in ks]]
-
-
-class _Inside:
-    """Which pairs (center, member of another set) have the member in the center's ball; blocks come in any order."""
-
-    def __init__(self, centers: Tensor, radii: Tensor, members: Tensor) -> None:
-        self.centers, self.radii, self.members = centers, radii, members
-        self.small = radii.float()
-        self.balls = torch.zeros(len(members), dtype=torch.int64, device=members.device)  # that each member lies in
-        self.filled = torch.zeros(len(centers), dtype=torch.bool, device=members.device)  # balls that hold a member
-
-    def add(self, start: int, distances: Tensor, first: int, doubt: Tensor) -> None:
-        """Distances [rows, columns] from centers from `start` on to members from `first` on, and what they may be wrong by."""
-        beyond = distances - self.small[start : start + len(distances), None]
-        inside = beyond <= -doubt
-        row, column = (beyond.abs() < doubt).nonzero(as_tuple=True)
-        for some in range(0, len(row), pairs := max(1, CHUNK // self.centers.shape[1])):
-            r, c = row[some : some + pairs], column[some : some + pairs]
-            exact = squared_distances(self.centers[start + r], self.members[first + c])
-            inside[r, c] = exact <= self.radii[start + r]
-        self.balls[first : first + distances.shape[1]] += inside.sum(0)
-        self.filled[start : start + len(distances)] |= inside.any(1)
+    return nearest[:, [k - 1 for k in ks]]
 
 
 class Comparison(NamedTuple):
@@ -299,7 +249,6 @@ class Comparison(NamedTuple):
 
 
 @torch.no_grad()
-@full_precision()
 def compare(
     reference: Features,
     samples: Features,
@@ -324,32 +273,33 @@ def compare(
     assert k is not None or density_k is not None
     if len(drawn) == 0:
         raise UserError("there are no samples to compare")
-    offset = real.mean(0)
-    ks = tuple(each for each in (k, density_k) if each is not None)
-    radii = neighbour_distances(real, ks, offset, advance)
-    in_real = {each: _Inside(real, radii[:, place], drawn) for place, each in enumerate(ks)}
-    in_drawn = _Inside(drawn, neighbour_distances(drawn, (k,), offset, advance)[:, 0], real) if k is not None else None
-    ours, theirs = _Set(real, offset), _Set(drawn, offset)
-    for start in ours.starts():
-        for other in theirs.starts():
-            distances = ours.distances(start, theirs, other)
-            doubt = (
-                ours.lengths[start : start + NEIGHBOUR_BLOCK, None] + theirs.lengths[other : other + NEIGHBOUR_BLOCK]
-            ).mul_(DOUBT)
+    offset = real.double().mean(0)
+    ks = tuple({each for each in (k, density_k) if each is not None})
+    ours, theirs = _Blocks(real, offset), _Blocks(drawn, offset)
+    tie = TIE * max(ours.longest(), theirs.longest())
+    radii = dict(zip(ks, neighbour_distances(real, ks, offset, advance).T + tie, strict=True))
+    drawn_radii = neighbour_distances(drawn, (k,), offset, advance)[:, 0] + tie if k is not None else None
+    balls = {each: torch.zeros(len(drawn), dtype=torch.int64, device=drawn.device) for each in ks}  # around each sample
+    found = torch.zeros(len(real), dtype=torch.bool, device=real.device)  # in a sample's ball
+    covered = torch.zeros_like(found)  # its ball holds a sample
+    for rows, x in ours:
+        for columns, y in theirs:
+            distances = _squared_distances(x, y)
+            for each in ks:
+                inside = distances <= radii[each][rows, None]
+                balls[each][columns] += inside.sum(0)
+                if each == density_k:
+                    covered[rows] |= inside.any(1)
+            if drawn_radii is not None:
+                found[rows] |= (distances <= drawn_radii[columns]).any(1)
             if advance:
                 advance(1)
-            for inside in in_real.values():
-                inside.add(start, distances, other, doubt)
-            if in_drawn:
-                in_drawn.add(other, distances.T, start, doubt.T)
-    found, dense = None, None
-    if in_drawn and k is not None:
-        precision = (in_real[k].balls > 0).double().mean().item()
-        found = PrecisionRecall(precision, (in_drawn.balls > 0).double().mean().item())
+    pair, density = None, None
+    if k is not None:
+        pair = PrecisionRecall((balls[k] > 0).double().mean().item(), found.double().mean().item())
     if density_k is not None:
-        inside = in_real[density_k]
-        dense = DensityCoverage(inside.balls.double().mean().item() / density_k, inside.filled.double().mean().item())
-    return Comparison(found, dense)
+        density = DensityCoverage(balls[density_k].double().mean().item() / density_k, covered.double().mean().item())
+    return Comparison(pair, density)
 
 
 Array = np.ndarray
