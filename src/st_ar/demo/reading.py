@@ -17,7 +17,7 @@ from st_ar.demo.models import LoadedModel
 from st_ar.errors import UserError, require
 from st_ar.evaluation.attention import weights_by_layer
 from st_ar.evaluation.probe_classifiers import ShallowClassifiers
-from st_ar.evaluation.probe_features import uniform_steps
+from st_ar.evaluation.probe_features import read_features, uniform_steps
 from st_ar.randomness import RandomStream, numpy_generator
 
 KEPT = 4
@@ -168,13 +168,9 @@ class Guesser:
         labels, classes = torch.from_numpy(self.store.labels[self.images]), len(self.store.meta.class_names)
         self.classify = ShallowClassifiers(np.concatenate(rows), labels, classes, "ridge", 1.0, mean_over_steps=False)
 
-    @torch.no_grad()
     def _features(self, tokens: Tensor) -> Tensor:
         """Tokens [n, T] -> float32 [n, S, D], on the host."""
-        network = self.opened.network
-        null = network.null_condition(len(tokens))
-        states = network.features(tokens[:, :-1].to(network.output.weight.device), null, layers=[self.layer])
-        return states[self.layer][:, torch.tensor(self.steps) - 1].float().cpu()
+        return read_features(self.opened.network, tokens, [self.layer], self.steps)[self.layer]
 
 
 SIDE = 512

@@ -292,23 +292,34 @@ class Features:
 
 
 @torch.no_grad()
+def read_features(
+    model: Transformer, tokens: Tensor, layers: Sequence[int], steps: Sequence[int], dtype: torch.dtype = torch.float32
+) -> dict[int, Tensor]:
+    """Hidden states of tokens [n, T] under the null condition: layer -> float32 [n, S, D], on the host.
+
+    Step t is the position that predicts token t, having read t - 1 tokens.
+    """
+    device = model.output.weight.device
+    with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+        null = model.null_condition(len(tokens))
+        states = model.features(tokens[:, :-1].to(device), null, layers=layers)
+    positions = torch.tensor(steps, device=device) - 1
+    return {layer: states[layer][:, positions].float().cpu() for layer in layers}
+
+
 def hidden_states(
     model: Transformer, store: TokenStore, reading: FeatureSpec, crops: Sequence[int]
 ) -> Iterator[dict[int, np.ndarray]]:
     """Batch by batch, crop by crop, the states of each layer at the steps: float32 [n, S, D]."""
     assert not model.training
     before = [parameter.clone() for parameter in model.parameters()]
-    config, device = model.config, model.output.weight.device
-    positions = torch.tensor(reading.steps, device=device) - 1
+    config = model.config
     fits = AT_ONCE // (4 * config.sequence_length * config.dim * len(reading.layers))
-    autocast = torch.autocast(device.type, dtype=reading.dtype, enabled=reading.dtype != torch.float32)
     numbers = ", ".join(map(str, reading.layers))
     with progress(f"read layer {numbers}", len(store) * len(crops), unit="images") as bar:
         for tokens, _ in batches(store, crops, max(1, min(reading.batch_size, fits))):
-            with autocast:
-                null = model.null_condition(len(tokens))
-                states = model.features(tokens[:, :-1].to(device), null, layers=reading.layers)
-            yield {layer: states[layer][:, positions].float().cpu().numpy() for layer in reading.layers}
+            found = read_features(model, tokens, reading.layers, reading.steps, reading.dtype)
+            yield {layer: states.numpy() for layer, states in found.items()}
             bar.advance(len(tokens))
     assert all(map(torch.equal, before, model.parameters())), "probing changed the network"
 

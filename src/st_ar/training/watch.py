@@ -25,6 +25,7 @@ from st_ar.distributed import all_gather
 from st_ar.errors import UserError, cause, require
 from st_ar.evaluation.probe import accuracies, require_classes
 from st_ar.evaluation.probe_classifiers import ShallowClassifiers
+from st_ar.evaluation.probe_features import read_features
 from st_ar.figures import strip
 from st_ar.files import atomic_write
 from st_ar.hardware import peak_flops, training_flops_per_token
@@ -259,15 +260,12 @@ class RidgeProbe:
         classify = ShallowClassifiers(train, train_labels, classes, "ridge", 1.0, mean_over_steps=False)
         return accuracies(classify, test, test_labels, [1])[1][0]
 
-    @torch.no_grad()
     def _read(self, network: Transformer, store: TokenStore, images: np.ndarray) -> np.ndarray:
-        """The state at the last position without a condition, float32 [n, 1, D]."""
+        """Features at the last position, float32 [n, 1, D]."""
         rows: list[Tensor] = []
         for some in np.split(images, range(AT_ONCE, len(images), AT_ONCE)):
-            codes = store.center_codes(some).astype(np.int64)
-            tokens = torch.from_numpy(codes[:, :-1]).to(network.output.weight.device)
-            states = network.features(tokens, network.null_condition(len(some)), layers=[self.layer])
-            rows.append(states[self.layer][:, -1:].float().cpu())
+            tokens = torch.from_numpy(store.center_codes(some).astype(np.int64))
+            rows.append(read_features(network, tokens, [self.layer], tokens.shape[1:])[self.layer])
         return torch.cat(rows).numpy()
 
 
