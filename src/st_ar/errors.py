@@ -1,5 +1,7 @@
 """Errors that users are meant to see, and what they are made of."""
 
+import sys
+from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
 
@@ -29,6 +31,16 @@ def cause(error: BaseException) -> str:
     lines = [" ".join(line.split()) for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     telling = (line for line in lines if "GLOBAL" in line or "nsupported" in line)  # in torch's long messages
     return next(telling, lines[0])[:200]
+
+
+def note(text: str) -> None:
+    """Tell the user, on standard error, what they should know although the work goes on."""
+    print(f"st-ar: note: {text}", file=sys.stderr, flush=True)
+
+
+def listed(names: Sequence[str], most: int = 5) -> str:
+    """The first names, and how many more there are."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def damaged(path: object, why: BaseException | str, remedy: str) -> UserError:

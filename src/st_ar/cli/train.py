@@ -102,13 +102,15 @@ class Tokenize:
     batch_size: int = 256
     """Crops to encode at once."""
     max_skipped: MaxSkipped = 0.01
+    num_classes: int | None = None
+    """Number of classes, where they are numbers and this part of the data set may lack the last ones."""
     device: Device = "auto"
     dtype: VQType = "float32"
     compile: bool = False
     """Compile a VQ network with torch.compile: faster after half a minute. Needs a C++ compiler on a CPU."""
 
     def run(self) -> None:
-        from st_ar.data.images import open_images
+        from st_ar.data.images import open_images, with_num_classes
         from st_ar.data.loading import default_workers
         from st_ar.data.source import Crops
         from st_ar.distributed import Ranks
@@ -116,6 +118,8 @@ class Tokenize:
         from st_ar.tokenizer.tokenize import tokenize
 
         source = open_images(self.images)
+        if self.num_classes is not None:
+            source = with_num_classes(source, self.num_classes)
         crops = Crops(
             kind=self.crops,
             size=self.size if self.size is not None else source.size,
@@ -181,9 +185,13 @@ class ImportTokens:
 
 
 def _describe_store(out: Path, store: "TokenStore") -> str:
+    import numpy as np
+
     grid, meta = store.meta.grid, store.meta
+    images = np.bincount(store.labels, minlength=len(meta.class_names))
+    classes = f"{len(images)} classes of {images.min():,} to {images.max():,} images" if len(images) > 1 else "1 class"
     skipped = f"; {meta.skipped} unusable images are listed in {out / 'skipped.jsonl'}" if meta.skipped else ""
-    return f"{out}: {len(store):,} images x {len(meta.crops)} crops x {grid} x {grid} tokens{skipped}"
+    return f"{out}: {len(store):,} images x {len(meta.crops)} crops x {grid} x {grid} tokens; {classes}{skipped}"
 
 
 @dataclass(kw_only=True)

@@ -7,7 +7,9 @@ one is skipped wherever it comes from.
 
 import hashlib
 import os
+import unicodedata
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -16,7 +18,8 @@ import numpy as np
 from PIL import Image
 
 from st_ar.data.source import CENTER_RANGE, LARGE_SIZE, TEN_RANGE, Example, ImageSource
-from st_ar.errors import UserError
+from st_ar.distributed import Ranks
+from st_ar.errors import UserError, listed, note
 from st_ar.files import printable
 
 PHOTOGRAPHS = {
@@ -47,19 +50,39 @@ SOURCES = "folder:PATH, parquet:GLOB, hub:NAME[:SPLIT], photos[:train|:test] or 
 def open_images(spec: str) -> ImageSource:
     """Open `folder:PATH`, `parquet:GLOB`, `hub:NAME[:SPLIT]`, `photos`, `photos:test`, `digits:train`, ..
 
-    Without a split it is the training split.
+    Without a split it is the training split. Rank 0 prints the source's notes.
 
     Raises:
         UserError: an unknown source or split, no images or labels there, or a package that is not installed.
     """
     kind, _, rest = spec.partition(":")
     if kind == "folder":
-        return open_folder(rest)
-    if kind in ("parquet", "hub"):
+        source = open_folder(rest)
+    elif kind in ("parquet", "hub"):
         from st_ar.data.tables import open_hub, open_parquet
 
-        return open_parquet(rest) if kind == "parquet" else open_hub(rest)
-    return _open_embedded(spec)
+        source = open_parquet(rest) if kind == "parquet" else open_hub(rest)
+    else:
+        source = _open_embedded(spec)
+    if Ranks.from_environment().rank == 0:
+        for text in source.notes:
+            note(text)
+    return source
+
+
+def with_num_classes(source: ImageSource, num_classes: int) -> ImageSource:
+    """A source whose classes are numbers from 0, with `num_classes` of them: a part of a data set may lack the last ones.
+
+    Raises:
+        UserError: its classes have names, or there are more of them.
+    """
+    names = [str(label) for label in range(num_classes)]
+    if list(source.class_names) != names[: len(source.class_names)]:
+        raise UserError(
+            f"--num-classes {num_classes} is for classes that are numbers from 0 to at most {num_classes - 1}; those of "
+            f"{source.name} are {listed(source.class_names)}: leave --num-classes out"
+        )
+    return replace(source, class_names=names)
 
 
 def _open_embedded(spec: str) -> ImageSource:
@@ -159,26 +182,45 @@ SUFFIXES = frozenset(
 )
 
 
-def open_folder(path: str) -> ImageSource:
-    """The images below `path`; classes are its sub-folders in the order of their names (as text, by code point).
+IGNORED = frozenset(
+    (
+        *("__macosx", "@eadir", "@tmp", "@recycle", "#recycle", "#snapshot", "$recycle.bin", "recycler", "lost+found"),
+        *("found.000", "system volume information", "network trash folder", "temporary items", "__pycache__"),
+    )
+)
+"""Folders that operating systems, NAS devices and archivers make, in lower case."""
 
-    Images may lie deeper within a class's folder; names that begin with a dot and files that are no images are passed
-    over. A class without images keeps its index. A folder with images and no sub-folders is one class.
+
+def open_folder(path: str) -> ImageSource:
+    """The images below `path`; classes are its sub-folders.
+
+    Classes are sorted by name: as numbers if all names are numbers, otherwise as text in Unicode's composed form (NFC), by code
+    point. Images may lie deeper within a class's folder. Names that begin with a dot, IGNORED folders and files that are not
+    images are skipped. A class without images keeps its index. A folder with images and no sub-folders is one class.
 
     Raises:
-        UserError: no such folder, no images, images beside the class folders, or a folder that cannot be read.
+        UserError: no such folder, no images, images beside the class folders, classes one level too high, two classes of one
+            name, or a folder that cannot be read.
     """
     if not path:
         raise UserError("folder: needs a path, such as folder:imagenet/train")
     root = Path(path).expanduser()
     if not root.is_dir():
         raise UserError(f"folder:{path}: no such folder; give the one that holds a sub-folder for each class")
+    ignored: list[str] = []
     try:
-        loose, classes = _children(root, "")
-        names = classes if classes else [root.resolve().name]
-        files = [_images_below(root, name, set()) for name in classes] if classes else [loose]
+        loose, classes = _children(root, "", ignored)
+        numbered = all(name.isascii() and name.isdecimal() for name in classes)
+        if numbered:
+            classes.sort(key=lambda name: (int(name), name))
+        files = [_images_below(root, name, set(), ignored) for name in classes] if classes else [loose]
     except OSError as error:
         raise UserError(f"folder:{path}: cannot read {error.filename}: {error.strerror}") from error
+    names = [unicodedata.normalize("NFC", printable(name)) for name in classes or [root.resolve().name]]
+    if twins := sorted({name for name in names if names.count(name) > 1}):
+        raise UserError(
+            f"folder:{path} has two folders called {twins[0]!r}, in composed and decomposed Unicode: rename or merge them"
+        )
     if classes and loose:
         raise UserError(
             f"folder:{path} has {len(loose)} images beside its {len(classes)} sub-folders, such as {loose[0]}: "
@@ -187,6 +229,13 @@ def open_folder(path: str) -> ImageSource:
     if not any(files):
         raise UserError(
             f"folder:{path} holds no images in {len(classes)} sub-folders: looked for {' '.join(sorted(SUFFIXES))}"
+        )
+    filled = [name for name, some in zip(classes, files, strict=False) if some]
+    if filled and not any(file.count("/") == 1 for some in files for file in some):
+        meant = next((name for name in filled if name.lower() in ("train", "training")), filled[0])
+        raise UserError(
+            f"folder:{path} has no images directly in its sub-folders {', '.join(filled[:3])}{', ..' * (len(filled) > 3)}, only in "
+            f"folders below them: give folder:{Path(path) / meant} if the classes are there, or move the images up"
         )
     paths = [file for some in files for file in some]
     labels = [label for label, some in enumerate(files) for _ in some]
@@ -197,7 +246,7 @@ def open_folder(path: str) -> ImageSource:
 
     return ImageSource(
         name=printable(f"folder:{path}"),
-        class_names=list(map(printable, names)),
+        class_names=names,
         count=len(paths),
         examples=examples,
         size=LARGE_SIZE,
@@ -205,11 +254,30 @@ def open_folder(path: str) -> ImageSource:
         center_range=CENTER_RANGE,
         mirror=True,
         content=hashlib.sha256(os.fsencode("\n".join(paths))).hexdigest(),
+        notes=_notes(f"folder:{path}", names, files, numbered, ignored),
     )
 
 
-def _children(root: Path, folder: str) -> tuple[list[str], list[str]]:
-    """Image files and sub-folders of root / folder, each in order, as paths from the root."""
+def _notes(
+    source: str, names: list[str], files: list[list[str]], numbered: bool, ignored: list[str]
+) -> tuple[str, ...]:
+    notes: list[str] = []
+    if numbered and names != sorted(names):
+        notes.append(f"{source}: all classes are numbers and are sorted as numbers, from {names[0]} to {names[-1]}")
+    if ignored:
+        notes.append(f"{source}: skipped folders that hold no class: {listed(sorted(map(printable, ignored)))}")
+    if empty := [name for name, some in zip(names, files, strict=True) if not some]:
+        notes.append(f"{source}: {len(empty)} of {len(names)} classes have no images: {listed(empty)}")
+    return tuple(notes)
+
+
+def _order(name: str) -> tuple[str, str]:
+    """Equal names in composed and decomposed Unicode come to one place."""
+    return unicodedata.normalize("NFC", name), name
+
+
+def _children(root: Path, folder: str, ignored: list[str]) -> tuple[list[str], list[str]]:
+    """Image files and sub-folders of root / folder, each in order, as paths from the root; adds to the `ignored` folders."""
     files: list[str] = []
     folders: list[str] = []
     with os.scandir(root / folder) as entries:
@@ -217,18 +285,20 @@ def _children(root: Path, folder: str) -> tuple[list[str], list[str]]:
             if entry.name.startswith("."):
                 continue
             name = f"{folder}/{entry.name}" if folder else entry.name
-            if entry.is_dir():
+            if entry.name.lower() in IGNORED:
+                ignored.append(name)
+            elif entry.is_dir():
                 folders.append(name)
             elif f".{entry.name.rpartition('.')[2]}".lower() in SUFFIXES:
                 files.append(name)
-    return sorted(files), sorted(folders)
+    return sorted(files, key=_order), sorted(folders, key=_order)
 
 
-def _images_below(root: Path, folder: str, seen: set[str]) -> list[str]:
+def _images_below(root: Path, folder: str, seen: set[str], ignored: list[str]) -> list[str]:
     """All images below a folder, its own first; a folder that links lead back to is read once."""
     real = os.path.realpath(root / folder)
     if real in seen:
         return []
     seen.add(real)
-    files, folders = _children(root, folder)
-    return files + [file for name in folders for file in _images_below(root, name, seen)]
+    files, folders = _children(root, folder, ignored)
+    return files + [file for name in folders for file in _images_below(root, name, seen, ignored)]

@@ -250,6 +250,8 @@ class ImageSource:
     """Number of images that a source without `count` is said to have: for progress and disk space."""
     content: str = ""
     """Differs if the images or their order do, as far as that is known without reading them."""
+    notes: tuple[str, ...] = ()
+    """What the user should know about how the images were read."""
 
     def range_for(self, kind: Kind) -> float:
         """The crop range that suits the source, for the centre crop alone or for ten."""

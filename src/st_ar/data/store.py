@@ -1,8 +1,9 @@
 """The token store: images' codes on disk, in a folder that says what it is (docs/formats.md)."""
 
 import hashlib
+import unicodedata
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
@@ -48,6 +49,8 @@ class StoreMeta(Checked, prefix=""):
     """One {images, codes, labels, codes_sha256, labels_sha256} for each shard."""
     skipped: int = 0
     """Images of the source that could not be used; skipped.jsonl lists them."""
+    notes: list[str] = field(default_factory=list)
+    """What was noted about the source when it was read."""
     format_version: int = FORMAT_VERSION
 
     def write(self, folder: Path) -> None:
@@ -56,9 +59,12 @@ class StoreMeta(Checked, prefix=""):
 
 
 def same_names(ours: Sequence[str], theirs: Sequence[str]) -> bool:
-    """Whether two lists of class names agree; numbers alone are no names, and agree with all."""
-    numbers = [str(index) for index in range(len(ours))]
-    return list(ours) == list(theirs) or numbers in (list(ours), list(theirs))
+    """Whether two lists of class names agree. The numbers from 0, which stand for missing names, agree with any real names."""
+    lists = [[unicodedata.normalize("NFC", name) for name in names] for names in (ours, theirs)]
+    if lists[0] == lists[1] or len(ours) != len(theirs):
+        return lists[0] == lists[1]
+    numbered = [all(name.isdecimal() for name in names) for names in lists]
+    return not all(numbered) and [str(index) for index in range(len(ours))] in lists
 
 
 def difference(ours: Sequence[str], theirs: Sequence[str]) -> str:

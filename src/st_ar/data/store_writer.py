@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -120,18 +121,28 @@ class TokenStoreWriter:
         grid: int,
         crops: list[str],
         names: list[str],
+        notes: Sequence[str] = (),
     ) -> TokenStore:
         """Wait for all ranks, then (rank 0) write meta.json; returns the finished store.
 
         Args:
             names: names of the classes; empty if classes are numbered up to the largest label.
+            notes: what was noted about the source.
         """
         barrier()
-        broadcast_from_rank0(lambda: self._finish(shards, source, tokenizer, vocab_size, grid, crops, names))
+        broadcast_from_rank0(lambda: self._finish(shards, source, tokenizer, vocab_size, grid, crops, names, notes))
         return TokenStore(self.out)
 
     def _finish(
-        self, shards: int, source: str, tokenizer: str, vocab_size: int, grid: int, crops: list[str], names: list[str]
+        self,
+        shards: int,
+        source: str,
+        tokenizer: str,
+        vocab_size: int,
+        grid: int,
+        crops: list[str],
+        names: list[str],
+        notes: Sequence[str],
     ) -> None:
         skipped = sorted(self._skipped())
         entries: list[dict[str, str | int]] = []
@@ -163,6 +174,7 @@ class TokenStoreWriter:
             images=images,
             shards=entries,
             skipped=len(skipped),
+            notes=list(notes),
         ).write(self.out)
         self._clear()
 

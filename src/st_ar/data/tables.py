@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 from st_ar.data.source import CENTER_RANGE, LARGE_SIZE, MAX_CLASSES, TEN_RANGE, Example, ImageSource
 from st_ar.errors import UserError, cause, damaged, require
@@ -31,7 +32,13 @@ def open_parquet(spec: str) -> ImageSource:
     import pyarrow.parquet as parquet
 
     pattern, options = split_options(spec, ("image", "label"))
-    paths = sorted(glob.glob(str(Path(pattern).expanduser()), recursive=True)) if pattern else []  # noqa: PTH207
+    literal = str(Path(pattern).expanduser())
+    if not pattern:
+        paths = []
+    elif Path(literal).exists():  # a name may hold the characters of a pattern
+        paths = [literal]
+    else:
+        paths = sorted(glob.glob(literal, recursive=True))  # noqa: PTH207
     if not paths:
         raise UserError(f"parquet:{pattern} matches no file here ({Path.cwd()}); give a path or a quoted glob")
     columns: Columns | None = None
@@ -60,7 +67,8 @@ def open_parquet(spec: str) -> ImageSource:
     assert columns is not None
     if not sum(counts):
         raise UserError(f"parquet:{pattern} has no rows in {len(paths)} files")
-    if highest >= min(sum(counts), MAX_CLASSES):
+    known = "label" in options or columns.label in LABEL_NAMES  # of other columns, such as ids, only the numbers tell
+    if highest >= (MAX_CLASSES if known else min(sum(counts), MAX_CLASSES)):
         raise UserError(
             f"parquet:{pattern} has numbers up to {highest} in {columns.label!r} for {sum(counts)} rows: these are no class "
             "indices; name another column by #label=COLUMN, or #label=none"
@@ -74,7 +82,7 @@ def open_parquet(spec: str) -> ImageSource:
                 continue
             try:
                 for row, values in _rows(parquet, path, wanted, start):
-                    yield to_example(values, columns, printable(f"{Path(path).name}:{row}"))
+                    yield to_example(values, columns, printable(f"{Path(path).name}:{row}"), Path(path).parent)
             except (arrow.ArrowException, OSError) as error:
                 raise damaged(path, error, "fetch it again, then give the same command to go on") from error
             start = 0
@@ -242,19 +250,34 @@ def split_options(spec: str, known: Sequence[str]) -> tuple[str, dict[str, str]]
     return place, options
 
 
-def to_example(values: dict[str, Any], columns: Columns, name: str) -> Example:
-    """A row as an example. Without an image it gets an empty one, to be skipped; without a label, -1."""
+def to_example(values: dict[str, Any], columns: Columns, name: str, folder: Path | None = None) -> Example:
+    """A row as an example. Without an image it gets an empty one, to be skipped; without a label, -1.
+
+    Args:
+        folder: where the table lies, and the paths in it begin. None for a data set that the datasets library opens.
+
+    Raises:
+        UserError: the table points to an image that is not on this disk.
+    """
     picture = values[columns.image]
     if isinstance(picture, dict):
-        picture = picture["bytes"] or _file(picture.get("path"))
+        picture = picture["bytes"] or _file(picture.get("path"), name, folder)
     label = values[columns.label] if columns.label else 0
     return Example(b"" if picture is None else picture, -1 if label is None else int(label), name)
 
 
-def _file(path: str | None) -> bytes | Path | None:
+def _file(path: str | None, name: str, folder: Path | None) -> bytes | Path | None:
     """An image that the table only points to: on this disk, or within the data set on the hub."""
-    if not path or "://" not in path:
-        return Path(path) if path else None
+    if not path:
+        return None
+    if path.startswith("file://"):
+        path = unquote(urlsplit(path).path)
+    if "://" not in path:
+        return Path(path) if folder is None else folder / path
+    if folder is not None:
+        raise UserError(
+            f"{name} points to {path}, which is not on this disk: download the images, or embed their bytes"
+        )
     from datasets.utils.file_utils import xopen
 
     with xopen(path, "rb") as file:

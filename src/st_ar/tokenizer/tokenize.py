@@ -44,7 +44,7 @@ def tokenize(
 
     Raises:
         UserError: `out` holds another store or job, the crops' size does not suit the tokenizer, too many images are
-            unusable, a label is none of the source's classes, the source ends early, or the disk is too small.
+            unusable, the source ends early, or the disk is too small.
     """
     grid = tokenizer.grid(crops.size)
     if tokenizer.vocab_size > 1 << 16:
@@ -101,6 +101,7 @@ def tokenize(
             grid=grid,
             crops=crops.names,
             names=list(source.class_names),
+            notes=source.notes,
         )
 
 
@@ -136,11 +137,18 @@ class _Work:
         for chunk, decoded in self.decoder.decode(chunks):
             for place, reason in decoded.broken:
                 skipped.append(Skipped(start + seen + place, chunk[place].name, reason))
-            if decoded.broken and (images := self.source.count or self.source.expected):
+            usable: list[int] = []
+            for row, place in enumerate(decoded.used):
+                if fault := self._fault(chunk[place]):
+                    skipped.append(Skipped(start + seen + place, chunk[place].name, fault))
+                else:
+                    usable.append(row)
+            if skipped and (images := self.source.count or self.source.expected):
                 self.job.check_skipped(skipped, images)
-            if decoded.used:
-                codes[len(labels) : len(labels) + len(decoded.used)] = self._encode(decoded.pixels)
-                labels += [self._label(chunk[place], start + seen + place) for place in decoded.used]
+            if usable:
+                pixels = decoded.pixels if len(usable) == len(decoded.used) else decoded.pixels[usable]
+                codes[len(labels) : len(labels) + len(usable)] = self._encode(pixels)
+                labels += [chunk[decoded.used[row]].label for row in usable]
             seen += len(chunk)
             self.bar.count(len(chunk))
         if self.source.count is not None and seen < length:
@@ -160,14 +168,13 @@ class _Work:
         codes = self.tokenizer.encode(to_pixels(cut.flatten(0, 1)))
         return codes.flatten(1).unflatten(0, cut.shape[:2]).cpu().numpy().astype(np.uint16)
 
-    def _label(self, example: Example, index: int) -> int:
+    def _fault(self, example: Example) -> str:
+        """Why an example cannot be used by its label; empty if it can."""
         classes = len(self.source.class_names)
-        if not 0 <= example.label < (classes or MAX_CLASSES):
-            raise UserError(
-                f"image {index} ({example.name}) of {self.source.name} has label {example.label}, which is none of its "
-                f"{classes or 'numbered'} classes: a split without labels? Give another; of a table, #label=none takes all as one class"
-            )
-        return example.label
+        if 0 <= example.label < (classes or MAX_CLASSES):
+            return ""
+        label = "no label" if example.label == -1 else f"label {example.label}"
+        return f"{label}, outside the {classes or 'numbered'} classes (a split without labels? #label=none takes all as one class)"
 
 
 def _chunks(examples: Iterator[Example], length: int) -> Iterator[list[Example]]:
