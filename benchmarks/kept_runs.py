@@ -1,12 +1,12 @@
 """A table of all runs that benchmarks/collect.py has kept in a folder of results, whenever and wherever each was made.
 
     python benchmarks/kept_runs.py cifar10-kmeans
-    python benchmarks/kept_runs.py cifar10-kmeans --price docs/images/cifar10-price.svg
+    python benchmarks/kept_runs.py cifar10-kmeans --cost docs/images/cifar10-cost.svg
     python benchmarks/kept_runs.py cifar10-kmeans --rows 'AR on the same two views (control)' '+ view' --curves probe.svg
 
-A line for each recipe and its weights, with the mean and standard deviation over its seeds. Runs of one folder share their
-tokenizer and reference, which is checked here. Figures are of the live weights after the last step: what each recipe gains over the
-control in the probe and what it costs in distance, a point for each seed; and the probe's accuracy over what has been read.
+One row per recipe and kind of weights, with the mean and standard deviation over its seeds. All runs of a folder must share their
+tokenizer and reference. Figures show the live weights after the last step: each recipe's gain in the probe and cost in FD against the
+control, one point per seed; and the probe's accuracy by tokens read.
 """
 
 import argparse
@@ -79,7 +79,7 @@ def read(folder: Path) -> dict[str, dict[int, dict[str, float]]]:
             sys.exit(f"{path.name} and {first[1]} were not measured on the same: they do not compare")
         label = named.get(recipe, recipe)
         label += f", after {step:,} steps" if step else ""
-        label += ", averaged weights" if part["ema"] else ""
+        label += ", EMA weights" if part["ema"] else ""
         place = list(named).index(recipe) if recipe in named else len(named)
         found[place, step, label][int(part["seed"])] |= numbers(path, kind)
     if not found:
@@ -97,14 +97,14 @@ def chosen(
     rows: dict[str, dict[int, dict[str, float]]], labels: Sequence[str]
 ) -> dict[str, dict[int, dict[str, float]]]:
     """What figures show: the rows of the last step's live weights, or of those only the named."""
-    ended = {label: seeds for label, seeds in rows.items() if ", after " not in label and "averaged" not in label}
+    ended = {label: seeds for label, seeds in rows.items() if ", after " not in label and "EMA weights" not in label}
     if unknown := [label for label in labels if label not in ended]:
         sys.exit(f"there is no row {unknown[0]!r}; there are {', '.join(map(repr, ended))}")
     return {label: ended[label] for label in labels or ended}
 
 
-def price(rows: dict[str, dict[int, dict[str, float]]], target: Path) -> None:
-    """Draw what each recipe gains and costs."""
+def cost(rows: dict[str, dict[int, dict[str, float]]], target: Path) -> None:
+    """Draw the gain and the cost of each recipe."""
     columns = probe_columns(rows)
     if not columns:
         sys.exit("there are no probes to draw")
@@ -115,14 +115,14 @@ def price(rows: dict[str, dict[int, dict[str, float]]], target: Path) -> None:
     }
     if not points.get(CONTROL.label):
         sys.exit("there is no control to compare with")
-    distance, probe = (mean(point[axis] for point in points[CONTROL.label]) for axis in (0, 1))
+    control_fd, probe = (mean(point[axis] for point in points[CONTROL.label]) for axis in (0, 1))
     series = {
-        label: ([100 * (x / distance - 1) for x, _ in found], [y - probe for _, y in found])
+        label: ([100 * (x / control_fd - 1) for x, _ in found], [y - probe for _, y in found])
         for label, found in points.items()
         if found
     }
-    name = "What each form of self-guidance gains in understanding and costs in samples"
-    x, y = "Frechet distance above the control's, %", "probe, points above the control's"
+    name = "Gain in the probe and cost in FD of each form of self-guidance"
+    x, y = "FD above the control's, %", "probe, points above the control's"
     line_chart(series, name=name, x=x, y=y, legend_above=True).save(target)
     print(target)
 
@@ -155,11 +155,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", help="folder below benchmarks/results")
     parser.add_argument("--rows", nargs="+", default=(), metavar="LABEL", help="what is drawn; all by default")
-    parser.add_argument("--price", type=Path, metavar="FILE.svg", help="draw gains and costs")
+    parser.add_argument("--cost", type=Path, metavar="FILE.svg", help="draw gain and cost")
     parser.add_argument("--curves", type=Path, metavar="FILE.svg", help="draw the probe over what has been read")
     given = parser.parse_args()
-    if given.rows and not (given.price or given.curves):
-        parser.error("--rows says what --price and --curves draw: give one of them")
+    if given.rows and not (given.cost or given.curves):
+        parser.error("--rows says what --cost and --curves draw: give one of them")
     rows = read(RESULTS / given.name / "runs")
     there = {column for seeds in rows.values() for found in seeds.values() for column in found}
     columns = {column: digits for column, digits in COLUMNS.items() if column in there}
@@ -169,8 +169,8 @@ def main() -> None:
         curve = " ".join(spread(seeds, column, 1).replace(" ± ", "±") for column in probe_columns({label: seeds}))
         print(f"| {label} | {len(seeds)} | {' | '.join(cells)} | {curve or '-'} |")
     drawn = chosen(rows, given.rows)
-    if given.price:
-        price(drawn, given.price)
+    if given.cost:
+        cost(drawn, given.cost)
     if given.curves:
         curves(drawn, given.curves)
 

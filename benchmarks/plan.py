@@ -134,7 +134,7 @@ def plan(config: TrainConfig, machines: Machines, *, images: int, crops: int) ->
         ("labels and orders of two epochs in each rank's memory", _bytes(3 * 8 * images)),
         ("checkpoint", f"{_bytes(saved)}, {saved / machines.disk:.0f} s at {_bytes(machines.disk)}/s"),
         ("export", _bytes(2 * 4 * parameters(model))),
-        ("weights, gradients, moments and average of a GPU: ddp", _bytes(state)),
+        ("weights, gradients, moments and EMA of a GPU: ddp", _bytes(state)),
         (
             f"the same: hybrid of {per_machine}, fsdp of {ranks}",
             f"{_bytes(state / per_machine)}, {_bytes(state / ranks)}",

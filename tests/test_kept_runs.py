@@ -51,7 +51,7 @@ def test_runs_have_their_tables_labels_and_order_and_every_seed_counts(kept_runs
     rows = kept_runs.read(folder)
     assert [(label, list(seeds)) for label, seeds in rows.items()] == [
         (CONTROL.label, [0, 2]),
-        (f"{CONTROL.label}, averaged weights", [2]),
+        (f"{CONTROL.label}, EMA weights", [2]),
         (ST_AR, [0]),
         (f"{CONTROL.label}, size L", [0]),
         ("of-no-table", [0]),
@@ -69,14 +69,14 @@ def test_gains_and_costs_are_over_the_controls_mean(
     drawn: dict[str, Any] = {}
     draw = kept_runs.line_chart
     monkeypatch.setattr(kept_runs, "line_chart", lambda series, **rest: (drawn.update(series), draw(series, **rest))[1])
-    kept_runs.price(kept_runs.read(folder), folder / "price.svg")
+    kept_runs.cost(kept_runs.read(folder), folder / "cost.svg")
     distances, probes = drawn[CONTROL.label]
     assert distances == pytest.approx([-25.0, 25.0])
     assert probes == pytest.approx([-6.25, 6.25])
     distances, probes = drawn[ST_AR]
     assert distances == pytest.approx([50.0])
     assert probes == pytest.approx([18.75])
-    assert "<svg" in (folder / "price.svg").read_text()
+    assert "<svg" in (folder / "cost.svg").read_text()
 
 
 def test_figures_show_live_weights_at_the_end_and_of_them_what_is_asked_for(
@@ -107,7 +107,7 @@ def test_rows_without_a_figure_are_refused_and_with_one_drawn(
     monkeypatch.setattr("sys.argv", asked)
     with pytest.raises(SystemExit):
         kept_runs.main()
-    assert "--rows says what --price and --curves draw: give one of them" in capsys.readouterr().err
+    assert "--rows says what --cost and --curves draw: give one of them" in capsys.readouterr().err
     monkeypatch.setattr("sys.argv", [*asked, "--curves", str(tmp_path / "probe.svg")])
     kept_runs.main()
     assert f"| {ST_AR} | 1 | 6.00 | 0.750 | 0.500 | 3.750 | 25.0 50.0 |" in capsys.readouterr().out
