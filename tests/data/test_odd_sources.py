@@ -255,3 +255,30 @@ def test_tokenizing_shows_how_many_images_the_classes_have(tmp_path: Path, capsy
         capsys.readouterr().out.strip()
         == f"{tmp_path / 'out'}: 4 images x 1 crops x 2 x 2 tokens; 3 classes of 0 to 3 images"
     )
+
+
+def test_images_that_were_mended_are_in_the_store_that_is_finished_later(tmp_path: Path) -> None:
+    for label in range(6):
+        picture(tmp_path / f"pictures/{'ab'[label % 2]}/{label}.png", 40 * label)
+    whole = (tmp_path / "pictures/a/2.png").read_bytes()
+    (tmp_path / "pictures/a/2.png").write_bytes(whole[:50])
+    (tmp_path / "pictures/b/5.png").write_bytes(b"")
+    source = open_images(f"folder:{tmp_path / 'pictures'}")
+    crops = Crops(kind="center", size=8, range=1.0)
+    codebook = KMeansTokenizer(torch.linspace(-1, 1, 9)[:, None].repeat(1, 48), 4)
+
+    def run(max_skipped: float) -> TokenStore:
+        return tokenize(source, codebook, crops, tmp_path / "out", images_per_shard=2, max_skipped=max_skipped)
+
+    with pytest.raises(UserError, match=r"2 of 6 images cannot be used"):
+        run(0.2)
+    made = {path.name for path in (tmp_path / "out").glob("sums-*")}
+    assert len(made) == 2  # the first lacks a/2.png
+    (tmp_path / "pictures/a/2.png").write_bytes(whole)
+    with pytest.raises(UserError, match=r"1 of 6 images cannot be used.* is b/5.png: empty"):
+        run(0.0)
+    store = run(0.2)
+    assert store.labels.tolist() == [0, 0, 0, 1, 1]
+    assert store.meta.skipped == 1
+    (line,) = (tmp_path / "out/skipped.jsonl").read_text().splitlines()
+    assert json.loads(line)["name"] == "b/5.png"

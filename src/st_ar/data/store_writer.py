@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -26,8 +26,8 @@ class Skipped:
 class TokenStoreWriter:
     """The writing side of a token store (docs/formats.md).
 
-    A shard's checksums are written last and mark it finished; a finished shard is never rewritten; meta.json, written last
-    of all by rank 0, marks the store complete and takes the checksums over.
+    A shard's checksums are written last and mark it finished. A finished shard is rewritten only if an image that it lacks has been
+    mended. meta.json, written last of all by rank 0, marks the store complete and takes the checksums over.
 
     Args:
         verb: the command that makes it, to be named in errors.
@@ -83,6 +83,13 @@ class TokenStoreWriter:
     def is_finished(self, index: int) -> bool:
         """Whether a shard is there."""
         return self._sums_path(index).exists() and (self.out / shard_names(index, self.shards)[1]).exists()
+
+    def reopen_mended(self, index: int, usable: Callable[[int], bool]) -> None:
+        """Mark a finished shard unfinished if an image that it lacks can be used now; `usable` tells it by the image's index."""
+        path = self._skipped_path(index)
+        if self.is_finished(index) and path.exists() and any(usable(each.index) for each in self._skipped([path])):
+            self._sums_path(index).unlink()
+            path.unlink()
 
     def write(self, index: int, codes: np.ndarray, labels: np.ndarray, skipped: list[Skipped]) -> None:
         """Write a shard: codes uint16 [n, crops, T], labels int32 [n], and which images it lacks."""
@@ -195,10 +202,10 @@ class TokenStoreWriter:
     def _skipped_path(self, index: int) -> Path:
         return self.out / shard_names(index, self.shards)[0].replace("codes", "skipped").replace(".npy", ".jsonl")
 
-    def _skipped(self) -> list[Skipped]:
-        """The unusable images of all finished shards, this rank's and the others'."""
+    def _skipped(self, paths: Iterable[Path] | None = None) -> list[Skipped]:
+        """The unusable images of these lists; by default of all shards, this rank's and the others'."""
         try:
-            lines = [line for path in self.out.glob("skipped-*.jsonl") for line in _lines_of(path)]
+            lines = [line for path in paths or self.out.glob("skipped-*.jsonl") for line in _lines_of(path)]
             return [Skipped(**parse_json(line)) for line in lines]
         except (OSError, ValueError, TypeError) as error:
             raise UserError(

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import count, islice
 from pathlib import Path
 
@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from st_ar.data.loading import ImageDecoder, open_decoder
-from st_ar.data.source import MAX_CLASSES, Crops, Example, ImageSource
+from st_ar.data.source import MAX_CLASSES, BrokenImageError, Crops, Example, ImageSource
 from st_ar.data.store import TokenStore
 from st_ar.data.store_writer import Skipped, TokenStoreWriter
 from st_ar.distributed import JOB_TIMEOUT, process_group
@@ -32,9 +32,10 @@ def tokenize(
 ) -> TokenStore:
     """Encode every crop of every image and write the store.
 
-    A job that was stopped is continued by calling it again: finished shards are never rewritten, and meta.json, written
-    last, marks the store complete. Images that cannot be decoded are left out of their shard and listed. Under torchrun
-    rank r makes the shards r, r + world, ..; the bytes depend neither on the number of ranks nor on `workers`.
+    The same call continues a stopped job. Finished shards are kept, except those that lack an image which has been mended since.
+    meta.json, written last, marks the store complete. Images that cannot be decoded, or whose label is not a class, are left out of
+    their shard and listed. Under torchrun rank r makes the shards r, r + world, ..; the bytes depend neither on the number of ranks nor
+    on `workers`.
 
     Args:
         batch_size: crops encoded at once.
@@ -79,6 +80,8 @@ def tokenize(
         if job.is_complete:  # an earlier call was killed while it cleared up
             return TokenStore(out)
         own = None if shards is None else range(ranks.rank, shards, ranks.world)
+        for index in own or ():
+            job.reopen_mended(index, partial(_usable, source))
         total, done = expected, 0
         if source.count is not None and own is not None:
             sizes = {index: min(images_per_shard, source.count - index * images_per_shard) for index in own}
@@ -139,7 +142,7 @@ class _Work:
                 skipped.append(Skipped(start + seen + place, chunk[place].name, reason))
             usable: list[int] = []
             for row, place in enumerate(decoded.used):
-                if fault := self._fault(chunk[place]):
+                if fault := label_fault(self.source, chunk[place]):
                     skipped.append(Skipped(start + seen + place, chunk[place].name, fault))
                 else:
                     usable.append(row)
@@ -168,13 +171,26 @@ class _Work:
         codes = self.tokenizer.encode(to_pixels(cut.flatten(0, 1)))
         return codes.flatten(1).unflatten(0, cut.shape[:2]).cpu().numpy().astype(np.uint16)
 
-    def _fault(self, example: Example) -> str:
-        """Why an example cannot be used by its label; empty if it can."""
-        classes = len(self.source.class_names)
-        if 0 <= example.label < (classes or MAX_CLASSES):
-            return ""
-        label = "no label" if example.label == -1 else f"label {example.label}"
-        return f"{label}, outside the {classes or 'numbered'} classes (a split without labels? #label=none takes all as one class)"
+
+def _usable(source: ImageSource, index: int) -> bool:
+    """Whether an image of a source that was skipped can be decoded and has a label now."""
+    example = next(source.examples(index), None)
+    if source.streaming or example is None or label_fault(source, example):
+        return False
+    try:
+        example.read()
+    except BrokenImageError:
+        return False
+    return True
+
+
+def label_fault(source: ImageSource, example: Example) -> str:
+    """Why an example cannot be used by its label; empty if it can."""
+    classes = len(source.class_names)
+    if 0 <= example.label < (classes or MAX_CLASSES):
+        return ""
+    label = "no label" if example.label == -1 else f"label {example.label}"
+    return f"{label}, outside the {classes or 'numbered'} classes (a split without labels? #label=none takes all as one class)"
 
 
 def _chunks(examples: Iterator[Example], length: int) -> Iterator[list[Example]]:
