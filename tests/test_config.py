@@ -577,7 +577,7 @@ MISTAKES: list[tuple[type, dict[str, Any], str]] = [
     (VQTrainConfig, {"crop_range": float("nan")}, "--crop-range must be a finite number, not nan"),
     (VQTrainConfig, {"revive_after": -1}, r"--revive-after must be 0 \(never\) or more, not -1"),
     (VQTrainConfig, {"ema_decay": 1.0}, r"--ema-decay must lie in \[0, 1\), not 1.0"),
-    (VQTrainConfig, {"seed": -1}, "--seed must be 0 or more, not -1"),
+    (VQTrainConfig, {"seed": -1}, "--seed must lie in \\[0, 18446744073709551615\\], not -1"),
     (VQTrainConfig, {"dtype": "float16"}, "--dtype must be one of auto, float32, bfloat16, not 'float16'"),
     (VQTrainConfig, {"device": "tpu"}, "--device must be one of auto, cpu, cuda, not 'tpu'"),
     (
@@ -664,7 +664,7 @@ def test_samples_and_probes_are_due_at_their_own_steps() -> None:
         ({"sample_cfg_scale": 2.0}, "--sample-cfg-scale does nothing without --sample-every"),
         (
             {"sample_every": 5, "sample_tokenizer": T, "sample_cfg_scale": 0.5},
-            "--sample-cfg-scale must be at least 1",
+            "--sample-cfg-scale must lie in \\[1, 1000\\]",
         ),
         ({"probe_test_tokens": T}, "--probe-test-tokens does nothing without --probe-every"),
     ],

@@ -328,16 +328,16 @@ PUBLISHED_SCALES = {(768, 12): 2.0, (1024, 24): 2.0, (1280, 36): 1.75, (1536, 48
 class SampleSettings(Checked):
     """How tokens are sampled; see `st_ar.generate`."""
 
-    cfg_scale: Annotated[float, Range(1, means="none")] | None = None
+    cfg_scale: Annotated[float, Range(1, 1000, means="none")] | None = None
     """Classifier-free guidance scale. 1 is none. By default LlamaGen's for its class models (B and L 2.0, XL and XXL 1.75,
     3B 1.65), and 1 for others."""
     cfg_schedule: Literal["constant", "linear", "power-cosine"] = "constant"
     """Guidance over the tokens: constant, or rising from 1 to cfg_scale linearly or by RAR's power-cosine."""
-    cfg_power: Positive = 1.0
+    cfg_power: Annotated[float, Range(above=0, high=1000)] = 1.0
     """Power of power-cosine. Larger values start guidance later."""
     cfg_interval: Annotated[int, Range(-1, means="all")] = -1
     """Guide only the first token and this many decode steps + 1. -1 guides all."""
-    temperature: Annotated[float, Range(above=0, hint="for the most likely token give --top-k 1")] = 1.0
+    temperature: Annotated[float, Range(0.001, 1000, hint="for the most likely token give --top-k 1")] = 1.0
     """Temperature of the softmax."""
     top_k: Annotated[int, Range(0, means="off")] = 0
     """Sample from the k most likely tokens. 0 for all."""
@@ -377,7 +377,7 @@ class WatchConfig(Checked):
     """Tokenizer to decode them with."""
     sample_labels: tuple[int, ...] = ()
     """Their classes (captions of a text model), one image each. The random numbers stay the same. By default 16, evenly spaced."""
-    sample_cfg_scale: Annotated[float, Range(1, means="none")] | None = None
+    sample_cfg_scale: Annotated[float, Range(1, 1000, means="none")] | None = None
     """Their guidance scale. By default that of `st-ar sample`."""
     probe_every: Annotated[int, Range(0, means="never")] = 0
     """Optimizer steps between quick probes: ridge regression on half-depth features at the last position, with at most 4,000 images

@@ -49,7 +49,7 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     """auto, float32 or bfloat16 -> the type of matrix products; auto takes bfloat16 where the hardware has it."""
     if name == "auto":
-        fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else _cpu_has_bfloat16()
+        fast = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else _cpu_has_bfloat16()
         return torch.bfloat16 if fast else torch.float32
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
 

@@ -73,7 +73,7 @@ Portion = Annotated[float, Range(0, below=1)]
 """One excluded."""
 Weight = Annotated[float, Range(0)]
 Positive = Annotated[float, Range(above=0)]
-Seed = Whole
+Seed = Annotated[int, Range(0, 2**64 - 1)]
 
 
 class Checked:
@@ -92,9 +92,9 @@ class Checked:
         hints = get_type_hints(type(self), include_extras=True)
         for field in dataclasses.fields(cast(Any, self)):
             value, flag = getattr(self, field.name), f"{self.prefix}{flag_name(field.name)}"
-            require(
-                matches_type(value, hints[field.name]), f"{flag} must be {_in_words(hints[field.name])}, not {value!r}"
-            )
+            if not matches_type(value, hints[field.name]):
+                limit = " below 2^64" if isinstance(value, int) and abs(value) >= LARGEST else ""
+                raise UserError(f"{flag} must be {_in_words(hints[field.name])}{limit}, not {value!r}")
             if broken := _broken_range(value, hints[field.name]):
                 raise UserError(f"{flag} must {broken}, not {value}{broken.hint and '; '}{broken.hint}")
 

@@ -468,7 +468,7 @@ def test_after_the_first_token_nothing_waits_for_the_device() -> None:
     sampler = TokenSampler(random_model(), 3, SampleSettings(cfg_scale=2.0, top_k=7, top_p=0.9, cfg_interval=3))
     with Waits() as waits:
         sampler.draw(LABELS, np.arange(3), 0, on_token=lambda _: waited.append(waits.count))
-    assert waited[0] > 0  # the labels' range, and whether the first logits are finite
+    assert waited[0] > 0  # the labels' range
     assert set(waited) == {waited[0]}
 
 
@@ -523,17 +523,17 @@ def test_a_label_out_of_range_is_refused(label: int) -> None:
     [
         ({"num_tokens": 10}, r"10 tokens asked for.* 9: give 1 to"),
         ({"num_tokens": 0}, r"0 tokens asked for.* 9: give 1 to"),
-        ({"cfg_scale": 0.5}, r"--cfg-scale must be at least 1 .*not 0\.5"),
-        ({"cfg_scale": -2.0}, r"--cfg-scale must be at least 1 .*not -2\.0"),
+        ({"cfg_scale": 0.5}, r"--cfg-scale must lie in \[1, 1000\], not 0\.5"),
+        ({"cfg_scale": -2.0}, r"--cfg-scale must lie in \[1, 1000\], not -2\.0"),
         ({"cfg_scale": math.nan}, r"--cfg-scale must be a finite number or nothing, not nan"),
-        ({"cfg_power": 0.0}, r"--cfg-power must be above 0, not 0\.0"),
+        ({"cfg_power": 0.0}, r"--cfg-power must lie in \(0, 1000\], not 0\.0"),
         ({"cfg_schedule": "cosine"}, r"--cfg-schedule must be one of constant, linear, power-cosine, not 'cosine'"),
-        ({"temperature": 0.0}, r"--temperature must be above 0, not 0\.0.*--top-k 1"),
-        ({"temperature": -1.0}, r"--temperature must be above 0, not -1\.0.*--top-k 1"),
+        ({"temperature": 0.0}, r"--temperature must lie in \[0.001, 1000\], not 0\.0.*--top-k 1"),
+        ({"temperature": -1.0}, r"--temperature must lie in \[0.001, 1000\], not -1\.0.*--top-k 1"),
         ({"images": [0, 1]}, r"images must be 3 whole numbers of 0 or more, one for each label, not \[0 1\]"),
         ({"images": [0, -1, 2]}, r"images must be 3 whole numbers of 0 or more"),
         ({"images": [0.5, 1.0, 2.0]}, r"images must be 3 whole numbers of 0 or more"),
-        ({"seed": -1}, r"the seed must lie in \[0, 2\^64\), not -1"),
+        ({"seed": -1}, r"the seed must lie in \[0, 18446744073709551615\], not -1"),
         ({"temperature": math.nan}, r"--temperature must be a finite number, not nan"),
         ({"top_k": -1}, r"--top-k must be 0 \(off\) or more, not -1"),
         ({"top_k": 12}, r"--top-k must lie in \[0, 11\].*not 12"),

@@ -43,18 +43,19 @@ def uniforms(seed: int, images: np.ndarray, count: int) -> Tensor:
 
     Counter-based (Philox), so that no image's depend on how many others there are.
     """
-    drawn = [np.random.Generator(np.random.Philox(key=[seed, int(n)])).random(count, np.float32) for n in images]
+    keys = [np.array([seed, n], np.uint64) for n in images.tolist()]
+    drawn = [np.random.Generator(np.random.Philox(key=key)).random(count, np.float32) for key in keys]
     return torch.from_numpy(np.stack(drawn))
 
 
 def choose(logits: Tensor, uniform: Tensor) -> Tensor:
     """Draw a token [B] from each row of logits [B, V], given a number in [0, 1) for each [B]: the inverse of the
-    cumulative distribution. Nothing waits for the device.
+    cumulative distribution. Nothing waits for the device. Logits that are not finite give some token, never one outside the codebook.
     """
     # In whole numbers sums are exact in any order, so that a token without mass is never drawn, on a GPU neither.
     mass = (logits.float().softmax(dim=-1) * 2**40).long().cumsum(dim=-1)
     place = (uniform[:, None].double() * mass[:, -1:]).long()
-    return torch.searchsorted(mass, place, right=True)[:, 0]
+    return torch.searchsorted(mass, place, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
 
 
 class TokenSampler:
@@ -82,6 +83,7 @@ class TokenSampler:
         self.noise = torch.zeros(batch, total, device=device)
         scales = [guidance_scale(self.settings, position, total) for position in range(total)]
         self.scales = torch.tensor(scales, device=device)
+        self.finite = torch.ones((), dtype=torch.bool, device=device)  # whether all logits of a draw were
         self.position = torch.zeros(1, dtype=torch.int64, device=device)  # of the token to be drawn
         self.graphs: dict[tuple[bool, int], torch.cuda.CUDAGraph] = {}
         self.turn = 0  # of draws that have begun
@@ -127,8 +129,7 @@ class TokenSampler:
             self.noise.copy_(uniforms(seed, images, self.noise.shape[1]))
         null = [self.model.cls_embedding.null(labels)] if self.is_guided else []
         logits = self.decoder.begin(torch.cat([labels, *null]))
-        if not logits.isfinite().all():  # once, since the host waits
-            raise UserError("the model's logits are not finite: its training has diverged, or it needs float32")
+        self.finite.fill_(True)
         self.position.zero_()
         self._choose(logits, self.is_guided)
         interval = self.settings.cfg_interval
@@ -143,6 +144,8 @@ class TokenSampler:
             else:
                 self._advance(guided, length)
         yield count
+        if not self.finite:  # read once, at the end, since the host waits for it
+            raise UserError("the model's logits are not finite: its training has diverged, or it needs --dtype float32")
 
     def _advance(self, guided: bool, length: int) -> None:
         """Read the last token and draw the next; nothing waits for the device."""
@@ -154,6 +157,7 @@ class TokenSampler:
         if guided:
             conditional, null = logits.chunk(2)
             logits = null + self.scales.index_select(0, self.position) * (conditional - null)
+        self.finite.logical_and_(logits.isfinite().all())
         if self.greedy:
             chosen = logits.argmax(dim=-1)
         else:
@@ -266,4 +270,4 @@ def _check_request(model: Transformer, labels: Tensor, numbers: np.ndarray, seed
     if numbers.shape != (len(labels),) or numbers.dtype.kind not in "iu" or numbers.min() < 0:
         raise UserError(f"images must be {len(labels)} whole numbers of 0 or more, one for each label, not {numbers}")
     if not 0 <= seed < 2**64:
-        raise UserError(f"the seed must lie in [0, 2^64), not {seed}")
+        raise UserError(f"the seed must lie in [0, {2**64 - 1}], not {seed}")
