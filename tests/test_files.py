@@ -157,6 +157,19 @@ def test_equal_tensors_are_equal_files(file: Path) -> None:
         assert file.with_name(f"{number}").read_bytes() == file.read_bytes()
 
 
+def test_a_file_says_that_its_tensors_are_pytorchs_and_its_header_is_in_order(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    save_tensors(path, {"größe": torch.arange(3), "a": torch.ones(2, 2)}, note='two "words"\n')
+    data = path.read_bytes()
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    assert list(header["__metadata__"]) == sorted(header["__metadata__"])
+    assert header["__metadata__"]["format"] == "pt"
+    tensors, said = read_safetensors(path)
+    assert said == {"note": 'two "words"\n'}
+    assert torch.equal(tensors["größe"], torch.arange(3))
+    assert load_file(path).keys() == tensors.keys()
+
+
 @given(place=st.integers(0, 10_000), bit=st.integers(0, 7))
 def test_a_flipped_bit_is_found_or_does_no_harm(tmp_path_factory: pytest.TempPathFactory, place: int, bit: int) -> None:
     path = tmp_path_factory.mktemp("flipped") / "x.safetensors"

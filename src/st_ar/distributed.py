@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from st_ar.errors import UserError
+from st_ar.errors import UserError, cause, note
 from st_ar.hardware import choose_device
 
 JOB_TIMEOUT = 24 * 3600.0
@@ -57,6 +57,8 @@ class Ranks:
 
 
 Made = TypeVar("Made")
+PATIENCE, JOIN_TIMEOUT = 5.0, 600.0
+"""Seconds that a rank waits for the others at its start: until it says so, and at most."""
 ROLL_CALL = 5.0
 """Seconds for the ranks to say that they are alive when a collective has failed."""
 
@@ -90,13 +92,7 @@ def process_group(device: str, timeout: float = 1800) -> Generator[tuple[Ranks, 
     import_module("torch.distributed.nn.functional")
     # Tensors on the CPU go by gloo beside NCCL: hosts agree without waiting for their GPUs.
     backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
-    try:
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
-    except ValueError as error:
-        raise UserError(
-            f"RANK and WORLD_SIZE say that this is one of several ranks, and they cannot meet ({error}): start them by torchrun, or "
-            "unset both"
-        ) from error
+    _join(ranks, backend, timeout)
     main = threading.current_thread() is threading.main_thread()
     on_termination = signal.getsignal(signal.SIGTERM)
     try:
@@ -113,6 +109,33 @@ def process_group(device: str, timeout: float = 1800) -> Generator[tuple[Ranks, 
         dist.destroy_process_group()
         if main:
             signal.signal(signal.SIGTERM, on_termination)
+
+
+def _join(ranks: Ranks, backend: str, timeout: float) -> None:
+    """Meet the other ranks.
+
+    Raises:
+        UserError: they cannot meet, as with variables that a cluster has left over.
+    """
+    at = ":".join(os.environ.get(name, f"({name} is not set)") for name in ("MASTER_ADDR", "MASTER_PORT"))
+    what = f"rank {ranks.rank} of {ranks.world}, as RANK and WORLD_SIZE say,"
+    waiting = threading.Timer(
+        PATIENCE, note, [f"{what} waits for the others at {at}; unset RANK and WORLD_SIZE to run alone"]
+    )
+    waiting.daemon = True
+    if "TORCHELASTIC_RUN_ID" not in os.environ:  # torchrun starts all ranks, or says why not
+        waiting.start()
+    try:
+        store, _, _ = next(dist.rendezvous("env://", ranks.rank, ranks.world, timeout=timedelta(seconds=JOIN_TIMEOUT)))
+        dist.init_process_group(
+            backend, store=store, rank=ranks.rank, world_size=ranks.world, timeout=timedelta(seconds=timeout)
+        )
+    except (ValueError, RuntimeError) as error:
+        raise UserError(
+            f"{what} cannot meet the others at {at} ({cause(error)}): start them by torchrun, or unset RANK and WORLD_SIZE to run alone"
+        ) from error
+    finally:
+        waiting.cancel()
 
 
 def _loss(ranks: Ranks, timeout: float, reason: str) -> str:

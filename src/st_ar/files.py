@@ -262,13 +262,26 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], **said: Any) -> None
         shutil.rmtree(scratch, ignore_errors=True)
         try:
             scratch.mkdir()
-            # One entry of metadata: several would be written in random order.
-            save_file(kept, scratch / path.name, metadata={OURS: json.dumps(said, sort_keys=True)})
+            # Other libraries, such as accelerate, refuse a file that does not say that its tensors are PyTorch's.
+            save_file(kept, scratch / path.name, metadata={OURS: json.dumps(said, sort_keys=True), "format": "pt"})
+            _sort_metadata(scratch / path.name)
             (scratch / "mode").touch()  # as the umask has it; the library lets nobody else read what it writes
             (scratch / path.name).chmod((scratch / "mode").stat().st_mode)
             os.replace(scratch / path.name, aside)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _sort_metadata(path: Path) -> None:
+    """Put a .safetensors file's metadata in order, which the library writes at random: equal weights give equal bytes."""
+    with open(path, "r+b") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        end = file.tell()
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+        file.seek(8)
+        file.write(text.ljust(end - 8))
+        assert file.tell() == end, "the header has another length"
 
 
 @contextlib.contextmanager

@@ -56,10 +56,3 @@ def test_ranks_that_make_no_sense_are_refused(
     monkeypatch.setenv("WORLD_SIZE", world)
     with pytest.raises(UserError, match=match):
         Ranks.from_environment()
-
-
-def test_ranks_without_torchrun_are_told_how_to_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RANK", "1")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match=r"cannot meet .*start them by torchrun, or unset both"):
-        tokenize_mixed(tmp_path / "store")
