@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Sequence
+from functools import cache
 from importlib import import_module
 from typing import Any
 
@@ -33,8 +34,9 @@ def cause(error: BaseException) -> str:
     return next(telling, lines[0])[:200]
 
 
+@cache
 def note(text: str) -> None:
-    """Tell the user, on standard error, what they should know although the work goes on."""
+    """Tell the user, on standard error and once, what they should know although the work goes on."""
     print(f"st-ar: note: {text}", file=sys.stderr, flush=True)
 
 

@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from st_ar.errors import UserError, cause, damaged
+from st_ar.errors import UserError, cause, damaged, note
 from st_ar.settings import differences
 
 
@@ -226,6 +226,8 @@ def cache_folder() -> Path:
 
 WRAPPERS = ("model", "module", "state_dict")
 """Where LlamaGen's files keep their weights: DDP's, DeepSpeed's, and others'; FSDP's are bare."""
+EMA_WRAPPERS = ("ema", "model_ema", "ema_model")
+"""Where LlamaGen's and others' files keep their EMA weights, beside the live ones."""
 PREFIXES = ("_orig_mod.", "module.")
 """What torch.compile and DDP put before a parameter's name."""
 
@@ -330,14 +332,19 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, said
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
+def read_tensors(path: Path, *, ema: bool = False) -> dict[str, Tensor]:
     """The weights in a .pt, .pth, .bin or .safetensors file, by plain parameter names.
+
+    A note says which were taken of a file that holds live and EMA weights, or EMA weights only.
 
     Pickles are loaded with `weights_only=True`; beside tensors and plain values only `argparse.Namespace` is let through,
     which some of LlamaGen's files hold.
 
+    Args:
+        ema: take the EMA weights of a .pt, .pth or .bin file.
+
     Raises:
-        UserError: no such file, damaged, no weights in it, or a pickle that names anything else.
+        UserError: no such file, damaged, no such weights in it, or a pickle that names anything else.
     """
     if not path.is_file():
         raise UserError(f"{path} does not exist or is no file: copy it again, or give another")
@@ -355,7 +362,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         ) from error
     except Exception as error:  # torch's reader of pickles raises nearly everything
         raise damaged(path, error, "copy or download it again") from error
-    return {plain_name(name): tensor for name, tensor in unwrap(loaded, path).items()}
+    return {plain_name(name): tensor for name, tensor in unwrap(loaded, path, ema=ema).items()}
 
 
 def _check_zip(path: Path) -> None:
@@ -368,8 +375,20 @@ def _check_zip(path: Path) -> None:
                 raise ValueError(f"{wrong} does not match its checksum")
 
 
-def unwrap(loaded: Any, path: Path) -> dict[str, Tensor]:
-    """The dict of tensors inside what a file held."""
+def unwrap(loaded: Any, path: Path, *, ema: bool = False) -> dict[str, Tensor]:
+    """The dict of tensors inside what a file held; see `read_tensors`."""
+    averaged = [name for name in EMA_WRAPPERS if isinstance(loaded, dict) and isinstance(loaded.get(name), dict)]
+    if ema and not averaged:
+        raise UserError(f"{path} holds no EMA weights, under {', '.join(EMA_WRAPPERS)}: leave out --ema")
+    if averaged:
+        name = next((name for name in WRAPPERS if isinstance(loaded.get(name), dict)), "")
+        if ema or not name:
+            note(
+                f"{path}: taking its EMA weights, {averaged[0]!r}" + (f", not {name!r}" if name else ", the only ones")
+            )
+            loaded = loaded[averaged[0]]
+        else:
+            note(f"{path}: taking {name!r}, not its EMA weights {averaged[0]!r}")
     for _ in range(len(WRAPPERS)):
         inner = [loaded[key] for key in WRAPPERS if isinstance(loaded, dict) and isinstance(loaded.get(key), dict)]
         if not inner:

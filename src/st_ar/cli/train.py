@@ -372,9 +372,9 @@ def convert(
             f"{target}: give a name that ends in .pt with --to llamagen, and a folder's name with --to st-ar"
         )
     if _is_tokenizer(source):
-        if ema or grid is not None:
-            raise UserError(f"{source} is a tokenizer: leave out --ema and --grid, which are for models")
-        tokenizer = load_tokenizer(source)
+        if grid is not None:
+            raise UserError(f"{source} is a tokenizer: leave out --grid, which is for models")
+        tokenizer = load_tokenizer(f"{source}#ema" if ema else source)
         if not isinstance(tokenizer, VQTokenizer):
             raise UserError(f"{source} is a {tokenizer.kind} tokenizer: LlamaGen has VQ-GANs only")
         if to == "llamagen":
@@ -391,6 +391,7 @@ def convert(
         known = {"step": info.step, "class_names": info.class_names, "tokenizer": info.tokenizer, "preset": ""}
         known |= {"encoder": info.encoder} if info.encoder else {}
         known |= {} if info.class_dropout is None else {"class_dropout": info.class_dropout}
+        known |= {"ema": True} if info.ema else {}
         save_weights(target, {"model.safetensors": model.state_dict()}, model.config, known)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return f"{target}: {parameters / 1e6:.1f}M parameters, {info.config.n_layers} layers, {info.config.condition_name}"
@@ -402,4 +403,5 @@ def _is_tokenizer(source: Path) -> bool:
 
     if source.is_dir():
         return (source / CONFIG).exists()
-    return source.is_file() and "quantize.embedding.weight" in read_tensors(source)
+    file = Path(str(source).removesuffix("#ema"))
+    return file.is_file() and "quantize.embedding.weight" in read_tensors(file, ema=file != source)

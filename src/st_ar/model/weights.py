@@ -26,6 +26,7 @@ CARD: dict[str, Any] = {
     "encoder": str,
     "class_dropout": float | None,
     "preset": str,
+    "ema": bool,
 }
 """What config.json may say beside the model's settings."""
 
@@ -82,6 +83,11 @@ def find_weights(path: Path, ema: bool) -> Path:
         for folder in (path, path / "export"):
             if (folder / "config.json").exists() and (folder / name).exists():
                 return folder / name
+            if (folder / "config.json").exists() and (folder / (LIVE if ema else EMA)).exists():
+                option = "leave out --ema" if ema else "give --ema"
+                raise UserError(f"{folder / name} is missing: copy it beside {LIVE if ema else EMA}, or {option}")
+        if (path / "config.json").exists() and "model" in read_json(path / "config.json", "a run"):
+            raise UserError(f"{path / name} is missing: config.json is there without weights; copy the folder again")
         if (path / "config.json").exists():
             raise UserError(f"{path} has no weights yet: they are written at the first checkpoint (--checkpoint-every)")
         raise UserError(
@@ -91,7 +97,7 @@ def find_weights(path: Path, ema: bool) -> Path:
         raise UserError(f"{path} does not exist; give a run, an export folder or a .safetensors file")
     if path.suffix not in (".safetensors", ".pt", ".pth", ".bin"):
         raise UserError(f"{path} is not a .safetensors or .pt file; give a run, an export folder or a file of weights")
-    if not ema or path.name == EMA:
+    if not ema or path.name == EMA or path.suffix != ".safetensors":
         return path
     if path.name != LIVE or not path.with_name(EMA).exists():
         raise UserError(f"{path} has no averaged weights beside it: name their file, or leave out ema")
@@ -114,7 +120,7 @@ def open_model(path: Path | str, *, ema: bool = False, grid: int | None = None) 
     card = file.parent / "config.json"
     own = file.suffix == ".safetensors" and card.exists()
     saved = read_card(card) if own else {}
-    tensors, said = read_weights(file)
+    tensors, said = read_weights(file, ema)
     tensors.pop("freqs_cis", None)  # in LlamaGen's older files; computed here
     config = from_dict(ModelConfig, saved["model"], str(card)) if own else infer_config(tensors, file)
     _check_said(said, config if own else None, file)
@@ -140,14 +146,14 @@ def open_model(path: Path | str, *, ema: bool = False, grid: int | None = None) 
         encoder=saved.get("encoder", ""),
         class_dropout=saved.get("class_dropout"),
         source=file,
-        ema=file.name == EMA,
+        ema=file.name == EMA or (ema and not own),
     )
     return model.eval(), info
 
 
-def read_weights(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """A file's weights, and what it says of them if it is one of `save_weights`."""
-    return read_safetensors(file) if file.suffix == ".safetensors" else (read_tensors(file), {})
+def read_weights(file: Path, ema: bool = False) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """A file's weights, and its metadata if `save_weights` wrote it; `ema` chooses among those of a .pt file."""
+    return read_safetensors(file) if file.suffix == ".safetensors" else (read_tensors(file, ema=ema), {})
 
 
 def _check_said(said: dict[str, Any], config: ModelConfig | None, file: Path) -> None:
@@ -229,7 +235,7 @@ class EvalModel:
         Raises:
             UserError: its file is another by now, as a run's is after a checkpoint.
         """
-        model, _ = open_model(self.info.source)
+        model, _ = open_model(self.info.source, ema=self.info.ema)
         if sha256(self.info.source) != self.sha256:
             raise UserError(
                 f"{self.info.source} has changed since this call began: its run goes on; take a copy, or wait for its end"

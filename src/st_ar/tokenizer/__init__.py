@@ -50,7 +50,7 @@ class Tokenizer(Protocol):
 
 
 def load_tokenizer(path: Path | str) -> Tokenizer:
-    """A tokenizer from its folder, or from a file of LlamaGen's (vq_ds16_c2i.pt, vq_ds8_c2i.pt).
+    """A tokenizer from its folder, or from a file of LlamaGen's (vq_ds16_c2i.pt, vq_ds8_c2i.pt); FILE#ema takes its EMA weights.
 
     Raises:
         UserError: not a tokenizer, an unknown kind, damaged, or a pickle that holds more than weights.
@@ -59,6 +59,8 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
     from st_ar.tokenizer.vq import VQTokenizer
 
     place = Path(path)
+    if str(place).endswith("#ema") and not place.exists():
+        return VQTokenizer.from_file(Path(str(place).removesuffix("#ema")), ema=True)
     if place.is_file():
         return VQTokenizer.from_file(place)
     if not place.is_dir():

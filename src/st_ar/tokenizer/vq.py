@@ -316,12 +316,12 @@ class VQTokenizer:
         return tokenizer
 
     @classmethod
-    def from_file(cls, path: Path) -> "VQTokenizer":
+    def from_file(cls, path: Path, *, ema: bool = False) -> "VQTokenizer":
         """A tokenizer from a file of weights: LlamaGen's vq_ds16_c2i.pt and vq_ds8_c2i.pt, or .safetensors.
 
         The network's shape is read off the weights; anything of another architecture is refused with the first difference.
         """
-        tensors = read_tensors(path)
+        tensors = read_tensors(path, ema=ema)
         tensors.pop("quantize.codebook_used", None)  # bookkeeping of LlamaGen's training
         config = infer_config(tensors, path)
         with torch.device("meta"):
