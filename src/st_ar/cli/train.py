@@ -58,6 +58,8 @@ class TrainVQ:
     """Folder of the run, which becomes the tokenizer's."""
     test_images: str | None = None
     """Image source for PSNR, SSIM and codebook usage. The training images by default."""
+    init: Path | None = None
+    """VQ tokenizer to start from instead of random weights: a folder, or LlamaGen's .pt."""
     resume: bool = False
     """Continue the run in --out from its newest checkpoint, with the same settings."""
     workers: Workers = None
@@ -73,6 +75,7 @@ class TrainVQ:
             open_images(self.images),
             self.out,
             test_images=open_images(self.test_images) if self.test_images else None,
+            init=self.init,
             resume=self.resume,
             preset=self.preset,
             workers=self.workers,
@@ -216,6 +219,7 @@ class Train:
 
     def run(self, preset: str) -> None:
         from st_ar.training.loop import train
+        from st_ar.training.run import skipped_steps
 
         train(
             self.config,
@@ -230,7 +234,9 @@ class Train:
             preset=preset,
         )
         if os.environ.get("RANK", "0") == "0":
-            print(f"{self.out}: trained; weights in {self.out / 'export'}")
+            skipped = skipped_steps(self.out / "log.jsonl")
+            without = f"; {skipped} steps were skipped because their loss or gradient was not finite" if skipped else ""
+            print(f"{self.out}: trained; weights in {self.out / 'export'}{without}")
             self._print_best()
 
     def _print_best(self) -> None:

@@ -430,8 +430,9 @@ def require_finite(
         checkpoints.wait()
         done = list_checkpoints(checkpoints.folder)
         good = f"the last good checkpoint is {done[-1][1]}" if done else "there is no checkpoint yet"
-        more = "" if skipping is None else f", or skip more such steps than --skip-nonfinite {skipping}"
+        more = "" if skipping is None else f"; or continue with --resume and a larger --skip-nonfinite than {skipping}"
+        begin = f" from it with --init {checkpoints.folder.parent} and another --out" if done else ""
         raise UserError(
-            f"the loss or its gradient is not finite at step {step} ({wrong}): {good}; "
-            f"lower --optim.lr, or train with --dtype float32{more}"
+            f"the loss or its gradient is not finite at step {step} ({wrong}): {good}. "
+            f"Start a new run{begin}, with a lower --optim.lr or --dtype float32{more}"
         )

@@ -36,7 +36,7 @@ from st_ar.hardware import choose_dtype, to_device
 from st_ar.progress import progress
 from st_ar.randomness import RandomStream, torch_generator, torch_seed
 from st_ar.selfguided.guidance import ema_decay, ema_update
-from st_ar.tokenizer import to_pixels
+from st_ar.tokenizer import load_tokenizer, to_pixels
 from st_ar.tokenizer.vq import CONFIG, Painter, Reader, VQTokenizer, nearest_codes
 from st_ar.training.checkpoint import Checkpoints, State, export_folders, require_finite
 from st_ar.training.optim import adamw, learning_rate, set_learning_rate
@@ -65,10 +65,12 @@ class VQGAN(nn.Module):
 
     def __init__(self, config: VQConfig) -> None:
         super().__init__()
+        self.config = config
         self.reader = Reader(config)
         self.painter = Painter(config)
         self.codebook = nn.Parameter(F.normalize(torch.randn(config.codebook_size, config.codebook_dim), dim=-1))
-        self.register_buffer("idle", torch.zeros(config.codebook_size))  # steps since a code was last used
+        # Steps since a code was last chosen; -1 - steps since it was revived, until it is chosen for the first time
+        self.register_buffer("idle", torch.full((config.codebook_size,), -1.0))
 
     def forward(self, images: Tensor) -> Reconstruction:
         z = self.reader(images)
@@ -85,6 +87,21 @@ class VQGAN(nn.Module):
             codes,
             flat,
         )
+
+    def load(self, tokenizer: VQTokenizer) -> None:
+        """Take a tokenizer's weights.
+
+        Raises:
+            UserError: it has another architecture.
+        """
+        if tokenizer.config != self.config:
+            raise UserError(
+                f"--init has the architecture {tokenizer.config}, not {self.config}: give a tokenizer of the preset's"
+            )
+        for half in (self.reader, self.painter):
+            half.load_state_dict({name: tokenizer.tensors[name] for name in half.state_dict()})
+        with torch.no_grad():
+            self.codebook.copy_(F.normalize(tokenizer.tensors["quantize.embedding.weight"].float(), dim=-1))
 
     @property
     def last_layer(self) -> Tensor:
@@ -157,12 +174,15 @@ def revive(
 class VQLearner:
     """The networks, their average and the optimizers, and what a step does to them."""
 
-    def __init__(self, config: VQTrainConfig, device: torch.device) -> None:
+    def __init__(self, config: VQTrainConfig, device: torch.device, init: VQTokenizer | None = None) -> None:
         torch.manual_seed(torch_seed(config.seed, RandomStream.INITIALISATION))
+        self.initialised = init is not None
         self.config, self.device = config, device
         self.dtype = choose_dtype(config.dtype, device)
         self.layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
         self.network, self.adversary = VQGAN(config.model).to(device), Discriminator(config.adversary).to(device)
+        if init is not None:
+            self.network.load(init)
         for parameter in [*self.network.parameters(), *self.adversary.parameters()]:
             if parameter.dim() == 4:
                 parameter.data = parameter.data.contiguous(memory_format=self.layout)
@@ -215,6 +235,7 @@ class VQLearner:
             losses["discriminator"].backward()
             _update(self.adversary, self.adversary_optimizer, config.optim.grad_clip)
         counts = self._follow(made.codes, step)
+        in_use = self._chosen_lately()
         self._revive(made.features, step)
         shares = counts / counts.sum()
         return {
@@ -222,7 +243,7 @@ class VQLearner:
             "adversarial_weight": weight,
             "grad_norm": norm,
             "perplexity": torch.special.entr(shares).sum().exp(),
-            "codes_in_use": (self.network.idle < (config.revive_after or 100)).float().mean(),
+            "codes_in_use": in_use.float().mean(),
         }
 
     @torch.no_grad()
@@ -233,18 +254,25 @@ class VQLearner:
         counts = all_reduce_sum(
             counts.scatter_add_(0, used, torch.ones_like(used))
         )  # for bincount the host waits for a GPU
-        self.network.idle.add_(1).masked_fill_(counts > 0, 0)
+        idle = self.network.idle
+        idle.add_(torch.where(idle < 0, -1.0, 1.0)).masked_fill_(counts > 0, 0)
         return counts
 
+    def _chosen_lately(self) -> Tensor:
+        """Which codes were chosen in the last `revive_after` steps; bool [V]. Revived codes must be chosen to count."""
+        idle = self.network.idle
+        return (idle >= 0) & (idle < (self.config.revive_after or 100))
+
     def _revive(self, features: Tensor, step: int) -> None:
-        """The first batch's features become the codebook; later, codes that have long been idle become features."""
-        every = self.config.revive_after
-        if not every or (step > 1 and step % every):
+        """The first batch's features become a new codebook; later, codes that have long been idle become features."""
+        every, first = self.config.revive_after, step == 1 and not self.initialised
+        if not every or (step % every and not first):
             return
-        dead = self.network.idle >= (0 if step == 1 else every)
+        idle = self.network.idle
+        dead = torch.where(idle < 0, -1 - idle, idle) >= (0 if first else every)
         draws = torch_generator(self.config.seed, RandomStream.CODEBOOK, step)
         revive(self.network.codebook, self.ema.codebook, dead, all_gather(features), self.optimizer, draws)
-        self.network.idle.masked_fill_(dead, 0)
+        self.network.idle.masked_fill_(dead, -1)
 
     def tokenizer(self) -> VQTokenizer:
         """A tokenizer of the EMA weights as they are now."""
@@ -300,12 +328,20 @@ def _update(module: nn.Module, optimizer: torch.optim.Optimizer, clip: float) ->
     return norm
 
 
+def _open_init(path: Path) -> VQTokenizer:
+    tokenizer = load_tokenizer(path)
+    if not isinstance(tokenizer, VQTokenizer):
+        raise UserError(f"--init {path} is a {tokenizer.kind} tokenizer: give a VQ tokenizer")
+    return tokenizer
+
+
 def train_tokenizer(
     config: VQTrainConfig,
     images: ImageSource,
     out: Path,
     *,
     test_images: ImageSource | None = None,
+    init: Path | None = None,
     resume: bool = False,
     preset: str = "",
     workers: int | None = None,
@@ -320,6 +356,7 @@ def train_tokenizer(
         images: the source to train on.
         out: the run's folder.
         test_images: source of the centre crops for PSNR, SSIM and codebook usage; the training images if None.
+        init: a VQ tokenizer to start from instead of random weights. The discriminator and AdamW's moments start anew.
         resume: continue the run in `out` from its newest checkpoint.
         preset: the preset's name, for the record.
         workers: processes that decode images; 0 for none beside this one. By default one for each core, at most 8, but
@@ -345,9 +382,12 @@ def train_tokenizer(
             ranks=ranks,
         )
         total = config.total_steps(crops.images)
-        learner = VQLearner(config, device)
+        start_from = None if init is None else _open_init(init)
+        learner = VQLearner(config, device, start_from)
         evaluation = Evaluation(test_images or images, config, out) if run.writes else None
-        data = {"images": {"source": images.name, "images": crops.images, "content": images.content}}
+        data: dict[str, Any] = {"images": {"source": images.name, "images": crops.images, "content": images.content}}
+        if start_from is not None:
+            data["init"] = {"fingerprint": start_from.fingerprint}
         run.open(lambda: data, learner.dtype, images=crops.images, exported=_exported_step(out))
         checkpoints = Checkpoints(out / "checkpoints", keep=config.keep, keep_every=config.keep_every)
         start = broadcast_from_rank0(checkpoints.newest)
