@@ -59,6 +59,8 @@ class Ranks:
 Made = TypeVar("Made")
 PATIENCE, JOIN_TIMEOUT = 5.0, 600.0
 """Seconds that a rank waits for the others at its start: until it says so, and at most."""
+GRACE = 0.2
+"""Seconds for gloo's threads to finish after the last collective."""
 ROLL_CALL = 5.0
 """Seconds for the ranks to say that they are alive when a collective has failed."""
 
@@ -106,6 +108,9 @@ def process_group(device: str, timeout: float = 1800) -> Generator[tuple[Ranks, 
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
         raise UserError(_loss(ranks, timeout, str(error).strip().splitlines()[0])) from error
     finally:
+        # Gloo's threads need the GIL to drop their last tensors. Whoever destroys the group, or later the last DDP module, joins
+        # these threads with the GIL held: without a moment to finish both wait for ever.
+        time.sleep(GRACE)
         dist.destroy_process_group()
         if main:
             signal.signal(signal.SIGTERM, on_termination)

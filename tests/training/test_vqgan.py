@@ -687,11 +687,11 @@ def test_a_run_starts_from_another_tokenizer(straight: Path, tmp_path: Path) -> 
     assert started["loss_l1"] < random["loss_l1"]
     assert started["codes_in_use"] > 0.5  # its codebook is kept, and chosen from
     more = replace(anew, steps=2)
-    with pytest.raises(UserError, match="was begun with other settings: init.fingerprint was .*, now None"):
+    with pytest.raises(UserError, match=r"was begun with other settings: init.fingerprint was .*, now None"):
         train_tokenizer(more, colours(), tmp_path / "init", resume=True, preset="toy")
     train_tokenizer(more, colours(), tmp_path / "init", init=straight, resume=True, preset="toy")
     wider = replace(anew, model=replace(anew.model, codebook_size=anew.model.codebook_size + 1))
-    with pytest.raises(UserError, match="--init has the architecture .*: give a tokenizer of the preset's"):
+    with pytest.raises(UserError, match=r"--init has the architecture .*: give a tokenizer of the preset's"):
         train_tokenizer(wider, colours(), tmp_path / "wider", init=straight, preset="toy")
     assert not (tmp_path / "wider").exists()
 

@@ -93,6 +93,12 @@ def require_one_rank(name: str) -> None:
         )
 
 
+def expand_home(argument: str) -> str:
+    """An argument with ~ as the home folder in its value, which shells leave alone in --out=~/run."""
+    option, mark, value = argument.partition("=") if argument.startswith("--") else ("", "", argument)
+    return option + mark + (os.path.expanduser(value) if value.startswith("~") else value)  # noqa: PTH111 -- text
+
+
 def read_command(arguments: Sequence[str]) -> Callable[[], None]:
     """Parse a command line, the command first; returns what to call to run it.
 
@@ -101,6 +107,7 @@ def read_command(arguments: Sequence[str]) -> Callable[[], None]:
         SystemExit: unknown options or wrong values; the cause is printed.
     """
     name, *rest = arguments
+    rest = [expand_home(argument) for argument in rest]
     if name not in COMMANDS:
         raise UserError(f"unknown command {name!r}: give one of {', '.join(COMMANDS)}; st-ar --help explains them")
     if not COMMANDS[name].several_ranks:

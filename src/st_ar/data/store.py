@@ -85,7 +85,7 @@ class TokenStore:
     """
 
     def __init__(self, folder: Path | str) -> None:
-        self.folder = Path(folder)
+        self.folder = Path(folder).expanduser()
         if not self.folder.is_dir():
             raise UserError(f"{folder} is no token store: no such folder; `st-ar tokenize` makes one")
         if not (self.folder / META).exists() and (self.folder / JOB).exists():

@@ -32,7 +32,7 @@ def write_text(path: Path | str, captions: Iterable[np.ndarray | Tensor], *, enc
         UserError: a file that is there or has another ending; no captions; or a caption that is empty, of another shape or
             type, not finite, or with a row of zeros, which would be read as padding.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     if path.suffix != ".safetensors":
         raise UserError(f"{path}: captions' features are written to a .safetensors file; give a name that ends so")
     require_absent(path, "a text store")
@@ -75,7 +75,7 @@ class TextStore:
     """
 
     def __init__(self, path: Path | str) -> None:
-        self.path = Path(path)
+        self.path = Path(path).expanduser()
         if not self.path.exists():
             raise UserError(f"{path} does not exist: give captions' features, a .safetensors file or a folder of them")
         inside = sorted(self.path.glob("*.safetensors")) if self.path.is_dir() else [self.path]

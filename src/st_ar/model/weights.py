@@ -77,6 +77,7 @@ def exported_step(folder: Path) -> int | None:
 def find_weights(path: Path, ema: bool) -> Path:
     """The file that a run, an export folder or a .safetensors path stands for."""
     name = EMA if ema else LIVE
+    path = path.expanduser()
     if str(path).startswith("hub:"):
         path = download(str(path).removeprefix("hub:"))
     if path.is_dir():

@@ -58,7 +58,7 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
     from st_ar.tokenizer.kmeans import KMeansTokenizer
     from st_ar.tokenizer.vq import VQTokenizer
 
-    place = Path(path)
+    place = Path(path).expanduser()
     if str(place).endswith("#ema") and not place.exists():
         return VQTokenizer.from_file(Path(str(place).removesuffix("#ema")), ema=True)
     if place.is_file():

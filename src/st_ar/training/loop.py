@@ -61,6 +61,7 @@ def train(
             settings or data, a full disk, too little memory, a loss that is not finite, or ranks that do not fit or are lost.
         Interrupted: SIGINT or SIGTERM came to any rank; a checkpoint of the last finished step was written.
     """
+    out = out.expanduser()
     with training_session(config) as (ranks, device), Run(out, config, ranks, preset=preset, resume=resume) as run:
         # Open everything. What cannot work is refused here, before the run begins.
         parallel, dtype = choose_parallel(config, ranks.world), choose_dtype(config.dtype, device)
