@@ -15,6 +15,7 @@ from st_ar.data.images import open_images, with_num_classes
 from st_ar.data.source import Crops
 from st_ar.data.store import TokenStore, same_names
 from st_ar.errors import UserError
+from st_ar.evaluation.probe import require_classes
 from st_ar.tokenizer.kmeans import KMeansTokenizer
 from st_ar.tokenizer.tokenize import tokenize
 
@@ -282,3 +283,20 @@ def test_images_that_were_mended_are_in_the_store_that_is_finished_later(tmp_pat
     assert store.meta.skipped == 1
     (line,) = (tmp_path / "out/skipped.jsonl").read_text().splitlines()
     assert json.loads(line)["name"] == "b/5.png"
+
+
+def test_testing_on_the_training_images_is_noted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = table(tmp_path / "a.parquet", [0, 1, 0, 1])
+    ten = tokenize(
+        open_images(f"parquet:{path}"),
+        KMeansTokenizer(torch.linspace(-1, 1, 9)[:, None].repeat(1, 48), 4),
+        Crops(kind="ten", size=8, range=1.0),
+        tmp_path / "ten",
+    )
+    center = tokens(f"parquet:{path}", tmp_path / "center")
+    other = tokens(f"parquet:{table(tmp_path / 'b.parquet', [0, 1, 1, 1])}", tmp_path / "other")
+    require_classes(ten, other)
+    assert noted(capsys) == []
+    require_classes(ten, center)
+    said = f"{center.folder} has the images of {ten.folder}: what is measured on it is measured on the training images"
+    assert noted(capsys) == [said]

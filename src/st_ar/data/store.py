@@ -14,7 +14,7 @@ from torch import Tensor
 from st_ar.config import ModelConfig
 from st_ar.data.source import PLACES
 from st_ar.distributed import Ranks
-from st_ar.errors import UserError, damaged
+from st_ar.errors import UserError, damaged, note
 from st_ar.files import open_array, read_json, sha256, write_json
 from st_ar.randomness import RandomStream, numpy_generator
 from st_ar.settings import Checked, from_dict
@@ -73,6 +73,15 @@ def difference(ours: Sequence[str], theirs: Sequence[str]) -> str:
         if a != b:
             return f"class {index} is {a!r} and {b!r}"
     return "the first of which have the same names"
+
+
+def note_same_images(train: "TokenStore", test: "TokenStore") -> None:
+    """Note that images are tested on which were trained on."""
+    same_source = (train.meta.source, train.meta.images) == (test.meta.source, test.meta.images)
+    if train.fingerprint == test.fingerprint or same_source:
+        note(
+            f"{test.folder} has the images of {train.folder}: what is measured on it is measured on the training images"
+        )
 
 
 class TokenStore:

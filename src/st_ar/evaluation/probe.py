@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from st_ar.config import ModelConfig
-from st_ar.data.store import TokenStore, difference, same_names
+from st_ar.data.store import TokenStore, difference, note_same_images, same_names
 from st_ar.errors import UserError, require
 from st_ar.evaluation.probe_classifiers import (
     NAMES,
@@ -105,6 +105,7 @@ def require_classes(train_store: TokenStore, test_store: TokenStore) -> None:
             f"{train_store.folder} and {test_store.folder} have other classes ({len(names)} and "
             f"{len(test_store.meta.class_names)}, {difference(names, test_store.meta.class_names)}): give stores of one data set"
         )
+    note_same_images(train_store, test_store)
     if len(np.unique(train_store.labels)) < 2:
         raise UserError(f"all images of {train_store.folder} are of one class: there is nothing for a probe to tell")
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from st_ar.config import ModelConfig, TrainConfig
-from st_ar.data.store import TokenBatches, TokenStore
+from st_ar.data.store import TokenBatches, TokenStore, note_same_images
 from st_ar.data.text import open_text
 from st_ar.distributed import Ranks
 from st_ar.errors import UserError
@@ -175,6 +175,7 @@ class Validation:
         self.store = TokenStore(tokens)
         self.store.check_model(config.model, trained_on.meta.tokenizer)
         self.store.check_classes(trained_on.meta.class_names, trained_on.folder)
+        note_same_images(trained_on, self.store)
         if (best / "config.json").exists():
             self.best = float(read_json(best / "config.json", "an export folder").get(LOSS, math.inf))
 
