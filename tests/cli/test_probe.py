@@ -262,4 +262,4 @@ def test_results_are_never_written_over(line: SmallLine, tmp_path: Path, capsys:
     match = "taken.json exists already.*another --figure"
     refused(capsys, tmp_path, match, command(line, *SHORT, "--figure", tmp_path / "taken.svg"))
     for flag, name in (("--out", "new.json"), ("--figure", "new.svg")):
-        refused(capsys, tmp_path, "taken.json is no folder", command(line, *SHORT, flag, taken / name))
+        refused(capsys, tmp_path, "taken.json is not a folder", command(line, *SHORT, flag, taken / name))

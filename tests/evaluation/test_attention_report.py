@@ -279,7 +279,7 @@ def test_a_folder_or_file_that_exists_is_not_written_over(line: SmallLine, tmp_p
     (tmp_path / "file").write_text("mine")
     for name in ("maps", "file"):
         with refused(
-            tmp_path, f"{name} exists already and is not empty: a folder of attention maps is never written over"
+            tmp_path, f"{name} exists already and is not empty: a folder of attention maps is never overwritten"
         ):
             look(line, tmp_path / name)
 

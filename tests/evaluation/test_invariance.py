@@ -387,7 +387,7 @@ def test_a_place_that_cannot_be_written_is_refused_before_anything_is_encoded(
 ) -> None:
     monkeypatch.setattr(invariance_job, "measure", lambda *_, **__: pytest.fail("it was measured"))
     (tmp_path / "file").write_text("")
-    with refused_call(tmp_path, "cannot write .*file is no folder"):
+    with refused_call(tmp_path, "cannot write .*file is not a folder"):
         measure_invariance({"a": mean_tokenizer(4)}, "photos:test", tmp_path / "file" / "out", SMALL)
 
 

@@ -130,7 +130,7 @@ def test_a_truncated_codebook_is_refused(saved: Path, left: int) -> None:
 
 def test_a_missing_codebook_is_refused(saved: Path) -> None:
     (saved / "codebook.safetensors").unlink()
-    with refused(saved, "codebook.safetensors does not exist or is no file: copy it again"):
+    with refused(saved, "codebook.safetensors does not exist or is not a file: copy it again"):
         load_tokenizer(saved)
 
 
@@ -176,7 +176,7 @@ def test_a_folder_of_other_things_is_no_tokenizer(tmp_path: Path) -> None:
 def test_saving_never_writes_over_anything(saved: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("precious")
     for place in (saved, tmp_path, tmp_path / "file"):
-        with refused(tmp_path, "exists already and is not empty: .*never written over"):
+        with refused(tmp_path, "exists already and is not empty: .*never overwritten"):
             random_tokenizer(seed=1).save(place)
 
 

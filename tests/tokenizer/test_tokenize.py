@@ -199,7 +199,7 @@ def test_a_finished_store_is_not_written_over(tmp_path: Path) -> None:
 
 def test_a_folder_of_other_things_is_not_written_into(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("precious")
-    with refused(tmp_path, "exists already and is not empty: a token store is never written over"):
+    with refused(tmp_path, "exists already and is not empty: a token store is never overwritten"):
         tokenize_tiny(tmp_path)
 
 
