@@ -196,8 +196,8 @@ def export(line: SmallLine, folder: Path, **info: object) -> Path:
 @pytest.mark.parametrize(
     ("info", "match"),
     [
-        ({"tokenizer": "f" * 64}, "was made by tokenizer .*, the model speaks the codes of ffffffffffff"),
-        ({"class_names": ["ant", "cow", "bee"]}, "tokens names its classes otherwise than .*model.safetensors"),
+        ({"tokenizer": "f" * 64}, "was made by tokenizer .*, the model uses the codes of ffffffffffff"),
+        ({"class_names": ["ant", "cow", "bee"]}, "tokens and .*model.safetensors have different class names"),
         ({"class_dropout": 0}, "was trained with --class-dropout 0 and knows no null class"),
     ],
 )

@@ -250,7 +250,7 @@ def test_the_home_folder_is_found(animals: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_mistakes_are_explained(animals: Path, tmp_path: Path) -> None:
-    with refused(tmp_path, "nowhere: no such folder; give the one that holds a sub-folder for each class"):
+    with refused(tmp_path, "nowhere: no such folder; give the one with a sub-folder for each class"):
         open_images(f"folder:{tmp_path / 'nowhere'}")
     with refused(tmp_path, "folder: needs a path"):
         open_images("folder:")
@@ -260,5 +260,5 @@ def test_mistakes_are_explained(animals: Path, tmp_path: Path) -> None:
     with refused(tmp_path, "has 1 images beside its 3 sub-folders, such as stray.png: move them"):
         open_images(f"folder:{animals}")
     (tmp_path / "empty" / "class").mkdir(parents=True)
-    with refused(tmp_path, "holds no images in 1 sub-folders: looked for .*jpg"):
+    with refused(tmp_path, "has no images in 1 sub-folders: looked for .*jpg"):
         open_images(f"folder:{tmp_path / 'empty'}")

@@ -1,4 +1,4 @@
-"""Reading images: every kind becomes upright 8-bit RGB, or says why it cannot."""
+"""Decoding and cropping: every format becomes upright 8-bit RGB, or a BrokenImageError."""
 
 import contextlib
 import io
@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from st_ar.data import source as decode
+from st_ar.data import source
 from st_ar.data.source import MAX_PIXELS, BrokenImageError, Crops, Kind, center_crop, five_crops, read_image
 from st_ar.errors import UserError
 from tests.data.pictures import broken_pictures, encoded, noise, png
@@ -104,7 +104,7 @@ def test_one_bit_and_the_first_frame() -> None:
 
 @pytest.mark.parametrize("what", broken_pictures())
 def test_what_is_broken_says_why_in_one_line(what: str) -> None:
-    reasons = {"truncated jpeg": "truncated", "empty": "empty", "text": "no image of a known", "bomb": "limit"}
+    reasons = {"truncated jpeg": "truncated", "empty": "empty", "text": "not an image of a known", "bomb": "limit"}
     with pytest.raises(BrokenImageError, match=reasons.get(what, ".")) as raised:
         read_image(broken_pictures()[what])
     assert "\n" not in str(raised.value)
@@ -126,14 +126,14 @@ def test_the_limits_are_explicit_and_pillows_warning_is_an_error(monkeypatch: py
         with pytest.raises(BrokenImageError, match="320 pixels"):
             read_image(encoded(noise()))
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
-        monkeypatch.setattr(decode, "MAX_PIXELS", 319)
+        monkeypatch.setattr(source, "MAX_PIXELS", 319)
         with pytest.raises(BrokenImageError, match="20 x 16 pixels are more than the limit of 319"):
             read_image(encoded(noise()))
 
 
 def test_a_file_too_large_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.png").write_bytes(encoded(noise()))
-    monkeypatch.setattr(decode, "MAX_BYTES", 100)
+    monkeypatch.setattr(source, "MAX_BYTES", 100)
     with pytest.raises(BrokenImageError, match="bytes are more than the limit of 100"):
         read_image(tmp_path / "a.png")
 
@@ -155,7 +155,7 @@ def test_a_png_whose_pixels_are_damaged_is_refused_even_where_pillow_shows_other
     assert others  # or our own comparison of checksums could go
 
 
-PLACES = ["top-left", "top-right", "bottom-left", "bottom-right", "center"]
+POSITIONS = ["top-left", "top-right", "bottom-left", "bottom-right", "center"]
 
 
 def slow_center_crop(image: Image.Image, size: int) -> np.ndarray:
@@ -217,7 +217,7 @@ def cut_by_hand(pixels: np.ndarray, size: int, place: str) -> np.ndarray:
 
 def test_five_crops_are_corners_and_center_in_order() -> None:
     pixels = coordinates(8)
-    for crop, place in zip(five_crops(pixels, 4), PLACES, strict=True):
+    for crop, place in zip(five_crops(pixels, 4), POSITIONS, strict=True):
         np.testing.assert_array_equal(crop, cut_by_hand(pixels, 4, place), err_msg=place)
 
 
@@ -237,9 +237,9 @@ def test_ten_crops_are_five_and_five_of_the_mirror_image() -> None:
     crops = Crops(kind="ten", size=4, range=1.5)
     pixels = coordinates(6)
     cut = crops.cut(Image.fromarray(pixels))
-    expected = [cut_by_hand(image, 4, place) for image in (pixels, np.fliplr(pixels)) for place in PLACES]
+    expected = [cut_by_hand(image, 4, place) for image in (pixels, np.fliplr(pixels)) for place in POSITIONS]
     np.testing.assert_array_equal(cut, np.stack(expected))
-    assert crops.names == PLACES + [f"mirrored-{place}" for place in PLACES]
+    assert crops.names == POSITIONS + [f"mirrored-{place}" for place in POSITIONS]
 
 
 def test_a_mirrored_left_crop_is_the_right_crop_mirrored() -> None:
@@ -251,7 +251,7 @@ def test_a_mirrored_left_crop_is_the_right_crop_mirrored() -> None:
 
 def test_ten_crops_without_mirror_are_five() -> None:
     crops = Crops(kind="ten", size=4, range=1.5, mirror=False)
-    assert crops.names == PLACES
+    assert crops.names == POSITIONS
     np.testing.assert_array_equal(crops.cut(Image.fromarray(coordinates(6))), five_crops(coordinates(6), 4))
 
 
@@ -309,7 +309,7 @@ def test_a_size_below_one_is_refused() -> None:
 def test_ten_crops_of_odd_sizes_at_llamagens_ranges(width: int, height: int, wide: float) -> None:
     whole = slow_center_crop(noise_of(width, height), int(64 * wide))
     cut = Crops(kind="ten", size=64, range=wide).cut(noise_of(width, height))
-    expected = [cut_by_hand(image, 64, place) for image in (whole, np.fliplr(whole)) for place in PLACES[:4]]
+    expected = [cut_by_hand(image, 64, place) for image in (whole, np.fliplr(whole)) for place in POSITIONS[:4]]
     np.testing.assert_array_equal(cut[[0, 1, 2, 3, 5, 6, 7, 8]], np.stack(expected))
     start = round((len(whole) - 64) / 2)
     np.testing.assert_array_equal(cut[4], whole[start : start + 64, start : start + 64])

@@ -111,7 +111,7 @@ def test_verify_names_the_shard_with_a_flipped_byte(folder: Path, name: str) -> 
     else:
         flip_byte(folder / name)
     store = TokenStore(folder)
-    with refused(folder, rf"{name} is damaged: .* checksum in meta.json; tokenize again"):
+    with refused(folder, rf"{name} is damaged \(.* checksum in meta.json\): tokenize again"):
         store.verify()
 
 
@@ -121,7 +121,7 @@ def test_labels_that_are_no_classes_are_refused_on_opening(folder: Path, label: 
     labels[-1] = label
     np.save(folder / LAST_LABELS, labels)
     low, high = (-1, 2) if label < 0 else (0, 3)
-    with refused(folder, rf"has labels {low} to {high}, its meta.json names 3 classes; tokenize again"):
+    with refused(folder, rf"has labels {low} to {high}, but its meta.json names 3 classes; tokenize again"):
         TokenStore(folder)
 
 
@@ -157,13 +157,13 @@ def test_a_shard_of_pickled_objects_is_never_unpickled(folder: Path) -> None:
 )
 def test_a_shard_of_another_type_or_shape_is_named_with_both(folder: Path, array: np.ndarray, found: str) -> None:
     replace_shard(folder, FIRST_CODES, array)
-    with refused(folder, rf"{FIRST_CODES} holds {found}, meta.json promises uint16 \[4, 3, 16\]"):
+    with refused(folder, rf"{FIRST_CODES} is {found}, but meta.json says uint16 \[4, 3, 16\]"):
         TokenStore(folder)
 
 
 def test_labels_of_another_type_are_named_with_both(folder: Path) -> None:
     replace_shard(folder, LAST_LABELS, np.zeros(3, np.float32))
-    with refused(folder, rf"{LAST_LABELS} holds float32 \[3\], meta.json promises int32 \[3\]"):
+    with refused(folder, rf"{LAST_LABELS} is float32 \[3\], but meta.json says int32 \[3\]"):
         TokenStore(folder)
 
 
@@ -176,13 +176,13 @@ def test_another_format_version_is_refused_with_the_one_that_is_read(folder: Pat
 
 def test_a_count_of_images_that_the_shards_do_not_hold_is_refused(folder: Path) -> None:
     edit_meta(folder, images=12)
-    with refused(folder, "holds 11 images, its meta.json says 12"):
+    with refused(folder, "has 11 images, but its meta.json says 12"):
         TokenStore(folder)
 
 
 def test_a_store_of_no_images_is_refused(folder: Path) -> None:
     edit_meta(folder, images=0, shards=[])
-    with refused(folder, "holds 0 images"):
+    with refused(folder, "has 0 images"):
         TokenStore(folder)
 
 
@@ -203,7 +203,7 @@ def test_a_meta_whose_values_make_no_sense_is_refused(folder: Path, changes: dic
 
 
 def test_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
-    with refused(tmp_path, "nowhere is no token store: no such folder; `st-ar tokenize` makes one"):
+    with refused(tmp_path, "nowhere is not a token store: no such folder; `st-ar tokenize` makes one"):
         TokenStore(tmp_path / "nowhere")
 
 
@@ -249,7 +249,7 @@ def test_a_model_of_another_tokenizer_is_refused_with_both_fingerprints(folder: 
 def test_the_entries_of_two_shards_may_not_change_places(folder: Path) -> None:
     meta = json.loads((folder / "meta.json").read_text())
     edit_meta(folder, shards=meta["shards"][::-1])
-    with refused(folder, r"meta\.json is damaged \(its entry of shard 0 is not of that shard\); tokenize again"):
+    with refused(folder, r"meta\.json is damaged \(its entry 0 is not of that shard\): tokenize again"):
         TokenStore(folder)
 
 
@@ -258,13 +258,13 @@ def test_a_missing_checksum_is_refused(folder: Path, key: str) -> None:
     meta = json.loads((folder / "meta.json").read_text())
     del meta["shards"][2][key]
     edit_meta(folder, shards=meta["shards"])
-    with refused(folder, r"meta\.json is damaged \(its entry of shard 2"):
+    with refused(folder, r"meta\.json is damaged \(its entry 2"):
         TokenStore(folder)
 
 
 def test_codes_beyond_the_codebook_are_found(folder: Path) -> None:
     edit_meta(folder, vocab_size=7)
-    with refused(folder, r"has codes up to 15, its meta\.json says that there are 7; tokenize again"):
+    with refused(folder, r"has codes up to 15, but its meta\.json says vocab_size 7; tokenize again"):
         TokenStore(folder).verify()
 
 

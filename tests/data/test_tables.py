@@ -114,9 +114,9 @@ def test_columns_are_found_by_type_then_by_name(features: Any, options: dict[str
         (
             {"img": IMAGE, "label": datasets.Value("string")},
             {"label": "label"},
-            r"column 'label' is string, a label column holds whole numbers \(a ClassLabel or int\): .*#label=none",
+            r"column 'label' is string, but a label column holds whole numbers \(a ClassLabel or int\): .*#label=none",
         ),
-        ({"img": IMAGE, "label": LABEL}, {"image": "label"}, "an? image column holds images or the bytes of files"),
+        ({"img": IMAGE, "label": LABEL}, {"image": "label"}, "but an? image column holds images or the bytes of files"),
     ],
 )
 def test_columns_that_leave_a_doubt_are_refused(features: Any, options: dict[str, str], match: str) -> None:
@@ -137,18 +137,18 @@ def test_mistakes_with_parquet_files_are_explained(files: Path) -> None:
     with refused(files, "matches no file here"):
         open_images(f"parquet:{files}/test-*.parquet")
     write(files / "other" / "b.parquet", table(3, datasets.ClassLabel(names=["x", "y", "z"])))
-    with refused(files, r"train-00000.parquet differs from .*b.parquet in its columns or class names"):
+    with refused(files, r"train-00000.parquet and .*b.parquet have different columns or class names"):
         open_images(f"parquet:{files}/**/*.parquet")
     (files / "text.parquet").write_text("no table")
-    with refused(files, "text.parquet is no parquet file, or damaged"):
+    with refused(files, "text.parquet is not a parquet file, or damaged"):
         open_images(f"parquet:{files}/text.parquet")
     whole = (files / "train-00000.parquet").read_bytes()
     (files / "cut.parquet").write_bytes(whole[: len(whole) // 2])
-    with refused(files, "cut.parquet is no parquet file, or damaged"):
+    with refused(files, "cut.parquet is not a parquet file, or damaged"):
         open_images(f"parquet:{files}/cut.parquet")
     ids = pyarrow.table({"image": [b"x"] * 3, "id": [100, 200, 300]})
     write(files / "ids.parquet", ids)
-    with refused(files, "has numbers up to 300 in 'id' for 3 rows: these are no class indices"):
+    with refused(files, "has numbers up to 300 in 'id' for 3 rows: these are not class indices"):
         open_images(f"parquet:{files}/ids.parquet")
 
 
@@ -158,7 +158,7 @@ def test_a_file_damaged_in_the_middle_ends_with_its_name(files: Path) -> None:
     data = bytearray(path.read_bytes())
     data[4 : len(data) // 2] = b"\xff" * (len(data) // 2 - 4)
     path.write_bytes(data)
-    with refused(files, "train-00000.parquet is damaged: .*give the same command to go on"):
+    with refused(files, "train-00000.parquet is damaged .*give the same command to continue"):
         list(source.examples(0))
 
 

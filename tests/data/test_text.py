@@ -171,11 +171,11 @@ def test_what_is_missing_or_damaged_is_refused(tmp_path: Path) -> None:
     write_text(tmp_path / "text.safetensors", random_rows([4]))
     whole = (tmp_path / "text.safetensors").read_bytes()
     (tmp_path / "text.safetensors").write_bytes(whole[:-1])
-    with refused(tmp_path, "text.safetensors is damaged or incomplete .*copy it again"):
+    with refused(tmp_path, "text.safetensors is damaged .*copy it again"):
         TextStore(tmp_path)
     (tmp_path / "text.safetensors").write_bytes(whole)
     flip_byte(tmp_path / "text.safetensors", 0)
-    with refused(tmp_path, "text.safetensors is damaged or incomplete .*copy it again"):
+    with refused(tmp_path, "text.safetensors is damaged .*copy it again"):
         TextStore(tmp_path)
 
 
@@ -224,7 +224,7 @@ def test_verifying_finds_a_flipped_bit(tmp_path: Path) -> None:
     text.verify()
     assert text.encoder == "a"
     flip_byte(tmp_path / "1.safetensors")
-    with refused(tmp_path, r"1\.safetensors is damaged: its content does not match its checksum"):
+    with refused(tmp_path, r"1\.safetensors is damaged \(its content does not match its checksum\)"):
         TextStore(tmp_path).verify()
 
 

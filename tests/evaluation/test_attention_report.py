@@ -349,7 +349,7 @@ def test_several_models_must_all_read_the_store(line: SmallLine, tmp_path: Path)
     with refused(tmp_path, "larger cannot read the images: .* has 3 tokens a side, the model 4"):
         look(line, tmp_path / "maps", line.model, tmp_path / "larger")
     save_export(tmp_path / "foreign", random_model(), random_model(), {"tokenizer": "f" * 64})
-    with refused(tmp_path, "foreign cannot read the images: .* the model speaks the codes of ffffffffffff"):
+    with refused(tmp_path, "foreign cannot read the images: .* the model uses the codes of ffffffffffff"):
         look(line, tmp_path / "maps", line.model, tmp_path / "foreign")
 
 
