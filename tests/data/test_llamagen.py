@@ -116,13 +116,13 @@ def test_folders_that_do_not_belong_together_are_refused(tmp_path: Path) -> None
     (tmp_path / "empty").mkdir()
     for settings, match in [
         ({"codes": tmp_path / "nowhere"}, "nowhere: No such file or directory; give LlamaGen's folder"),
-        ({"codes": tmp_path / "empty"}, "empty holds no files named 0.npy"),
-        ({"codes": tmp_path / "labels"}, r"0.npy holds \[1\], not LlamaGen's \[1, crops, tokens\]"),
-        ({"codes": tmp_path / "oblong"}, "has 8 tokens for each crop, which is no square"),
+        ({"codes": tmp_path / "empty"}, "empty has no files 0.npy"),
+        ({"codes": tmp_path / "labels"}, r"0.npy is \[1\], not \[1, crops, tokens\]: give LlamaGen"),
+        ({"codes": tmp_path / "oblong"}, "has 8 tokens for each crop, not a square"),
         ({"more_codes": tmp_path / "large"}, "codes has 9 tokens for each crop, .*large has 16"),
-        ({"labels": tmp_path / "large"}, r"0.npy holds int64 \[1, 10, 16\], not one label"),
-        ({"vocab_size": 30}, "has codes from . to .., not within --vocab-size 30"),
-        ({"num_classes": 3}, "3.npy holds label 3, which is none of --num-classes 3"),
+        ({"labels": tmp_path / "large"}, r"0.npy is int64 \[1, 10, 16\], not one label"),
+        ({"vocab_size": 30}, "has codes from . to .., outside --vocab-size 30"),
+        ({"num_classes": 3}, "3.npy has label 3, outside --num-classes 3"),
     ]:
         with pytest.raises(UserError, match=match):
             imported(tmp_path, **({"out": tmp_path / "other" / match} | settings))
@@ -142,7 +142,7 @@ def test_a_missing_file_or_one_of_another_shape_is_named(tmp_path: Path) -> None
     np.save(tmp_path / "labels" / "5.npy", np.array([1]))
     np.save(tmp_path / "codes" / "5.npy", np.zeros((1, 10, 16), np.int64))
     with pytest.raises(
-        UserError, match=r"5.npy holds int64 \[1, 10, 16\], the folder's first file integers \[1, 10, 9\]"
+        UserError, match=r"5.npy is int64 \[1, 10, 16\], but the folder's first file is integers \[1, 10, 9\]"
     ):
         imported(tmp_path)
 

@@ -329,7 +329,7 @@ def test_more_broken_images_than_whole_ones_are_refused(broken: int, fine: bool)
         if fine:
             assert min(numbers(pixels.batch(0))) >= 15
         else:
-            with pytest.raises(UserError, match=r"pictures: 16 of 30 images cannot be read, such as 0\.png: .*; mend"):
+            with pytest.raises(UserError, match=r"pictures: 16 of 30 images cannot be read, such as 0\.png: .*; repair"):
                 pixels.batch(0)
 
 
@@ -342,7 +342,7 @@ def test_a_source_that_ends_early_is_refused(reading: str, missed: str) -> None:
 
 
 def test_a_source_must_say_how_many_images_it_has() -> None:
-    with pytest.raises(UserError, match="pictures does not say how many images it has: give a folder"):
+    with pytest.raises(UserError, match="pictures has an unknown number of images: give a folder"):
         opened(pictures(count=None))
     assert opened(pictures(count=None, expected=20)).images == 20
     assert sorted(taken(20, replace(pictures(), count=None, expected=20))) == list(range(20))

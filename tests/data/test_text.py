@@ -97,7 +97,7 @@ def test_hidden_and_half_written_files_of_a_folder_are_not_read(tmp_path: Path) 
 @pytest.mark.parametrize("images", [[-1, 0], [0, 2]])
 def test_a_caption_that_is_not_there_is_refused(tmp_path: Path, images: list[int]) -> None:
     write_text(tmp_path / "0.safetensors", random_rows([2, 1]))
-    with pytest.raises(UserError, match="captions 0 to 1"):
+    with pytest.raises(UserError, match="captions 0 to 1, not"):
         TextStore(tmp_path).features(np.array(images), 3)
 
 
@@ -129,7 +129,7 @@ def test_nothing_is_written_over_or_under_another_ending(tmp_path: Path) -> None
     write_text(tmp_path / "text.safetensors", random_rows([1]))
     with refused(tmp_path, "exists already"):
         write_text(tmp_path / "text.safetensors", random_rows([2]))
-    with refused(tmp_path, r"ends so"):
+    with refused(tmp_path, "is not a .safetensors file"):
         write_text(tmp_path / "text.npz", random_rows([2]))
 
 
@@ -144,12 +144,12 @@ def test_a_full_disk_leaves_no_half_written_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("tensors", "message"),
     [
-        ({"features": torch.ones(3, 2)}, "holds features: a text store has features and lengths"),
+        ({"features": torch.ones(3, 2)}, "has features: a text store has features and lengths"),
         (
             {"features": torch.ones(3, 2), "lengths": torch.tensor([3]), "mask": torch.ones(1)},
-            "holds features, lengths, mask",
+            "has features, lengths, mask",
         ),
-        ({"features": torch.ones(3, 2), "lengths": torch.tensor([1, 1])}, "add up to 2 rows, features have 3"),
+        ({"features": torch.ones(3, 2), "lengths": torch.tensor([1, 1])}, "the lengths sum to 2, but there are 3 rows"),
         ({"features": torch.ones(3, 2), "lengths": torch.tensor([3, 0])}, "each 1 or more"),
         ({"features": torch.ones(3, 2), "lengths": torch.tensor([3.0])}, "lengths must be int64"),
         ({"features": torch.ones(0, 2), "lengths": torch.zeros(0, dtype=torch.int64)}, "at least one caption"),
@@ -166,7 +166,7 @@ def test_another_files_content_is_refused(tmp_path: Path, tensors: dict[str, Ten
 def test_what_is_missing_or_damaged_is_refused(tmp_path: Path) -> None:
     with refused(tmp_path, "nowhere does not exist"):
         TextStore(tmp_path / "nowhere")
-    with refused(tmp_path, "holds no .safetensors file"):
+    with refused(tmp_path, "has no .safetensors file"):
         TextStore(tmp_path)
     write_text(tmp_path / "text.safetensors", random_rows([4]))
     whole = (tmp_path / "text.safetensors").read_bytes()
@@ -197,9 +197,9 @@ def test_captions_are_for_text_models_and_text_models_for_captions(tmp_path: Pat
     assert opened is not None
     assert len(opened) == 1
     assert open_text(path, TINY_TEXT) is not None
-    with pytest.raises(UserError, match="drawn for 3 classes: leave it out"):
+    with pytest.raises(UserError, match="this one is for 3 classes: leave it out"):
         open_text(path, TINY)
-    with pytest.raises(UserError, match="give their features with --text"):
+    with pytest.raises(UserError, match="needs captions: give their features with --text"):
         open_text(None, TINY_TEXT)
     with pytest.raises(UserError, match=r"width 6, the model reads 2048: train with --model.text-dim 6"):
         open_text(path, ModelConfig(dim=8, n_layers=1, n_heads=1, condition="text"))
@@ -213,7 +213,7 @@ def test_there_is_a_caption_for_each_image(tmp_path: Path) -> None:
         write_text(tmp_path / f"{count}.safetensors", random_rows([1] * count))
     TextStore(tmp_path / "3.safetensors").check_tokens(store)
     for count in (2, 4):
-        with pytest.raises(UserError, match=f"has {count} captions, .*tokens 3 images: caption i must be image i's"):
+        with pytest.raises(UserError, match=f"has {count} captions, .*tokens 3 images: give one caption for each image"):
             TextStore(tmp_path / f"{count}.safetensors").check_tokens(store)
 
 

@@ -297,7 +297,7 @@ def test_a_share_out_of_bounds_is_refused(tmp_path: Path, share: float) -> None:
 def test_a_source_without_a_usable_image_is_refused(tmp_path: Path) -> None:
     source = mixed_source(count=1, examples=lambda start: iter([Example(b"", 0, "nothing.png")][start:]))
     with pytest.raises(
-        UserError, match=r"noise:train has no image that can be used, .*skipped.jsonl says why: mend them"
+        UserError, match=r"noise:train has no usable image; .*skipped.jsonl gives the reasons: repair them"
     ):
         tokenize_mixed(tmp_path / "store", source, max_skipped=1)
 
@@ -401,7 +401,7 @@ def test_a_disk_too_small_is_found_out_before_the_start(tmp_path: Path, monkeypa
         if enough:
             assert len(tokenize_tiny(tmp_path / "new" / "store")) == COUNT
         else:
-            with refused(tmp_path, r"needs 0.000 GB more, its disk has 0.000 GB free: make room"):
+            with refused(tmp_path, r"needs 0.000 GB more, but its disk has 0.000 GB free: free some space"):
                 tokenize_tiny(tmp_path / "new" / "store")
             assert not (tmp_path / "new").exists()
 

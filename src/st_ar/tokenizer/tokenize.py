@@ -70,7 +70,7 @@ def tokenize(
     with process_group("cpu", JOB_TIMEOUT) as (ranks, _):
         job = TokenStoreWriter(
             out,
-            verb="tokenize",
+            command="tokenize",
             settings=settings,
             shards=shards,
             needed_bytes=(expected or 0) * (len(crops.names) * grid**2 * 2 + 4),
