@@ -329,7 +329,9 @@ def test_more_broken_images_than_whole_ones_are_refused(broken: int, fine: bool)
         if fine:
             assert min(numbers(pixels.batch(0))) >= 15
         else:
-            with pytest.raises(UserError, match=r"pictures: 16 of 30 images cannot be read, such as 0\.png: .*; repair"):
+            with pytest.raises(
+                UserError, match=r"pictures: 16 of 30 images cannot be read, such as 0\.png: .*; repair"
+            ):
                 pixels.batch(0)
 
 

@@ -213,7 +213,9 @@ def test_there_is_a_caption_for_each_image(tmp_path: Path) -> None:
         write_text(tmp_path / f"{count}.safetensors", random_rows([1] * count))
     TextStore(tmp_path / "3.safetensors").check_tokens(store)
     for count in (2, 4):
-        with pytest.raises(UserError, match=f"has {count} captions, .*tokens 3 images: give one caption for each image"):
+        with pytest.raises(
+            UserError, match=f"has {count} captions, .*tokens 3 images: give one caption for each image"
+        ):
             TextStore(tmp_path / f"{count}.safetensors").check_tokens(store)
 
 

@@ -78,7 +78,7 @@ def test_the_fingerprint_tells_codebooks_and_patch_sizes_apart() -> None:
 def test_a_grid_is_counted_in_whole_patches() -> None:
     assert random_tokenizer().grid(12) == 4
     with pytest.raises(
-        UserError, match="images of 32 pixels are no whole number of 3-pixel patches: choose another --size"
+        UserError, match="images of 32 pixels cannot be cut into 3-pixel patches: choose another --size"
     ):
         random_tokenizer().grid(32)
     with pytest.raises(UserError, match="images of 10 pixels"):
@@ -116,7 +116,7 @@ def test_a_flipped_byte_of_the_codebook_is_found(saved: Path) -> None:
 
 def test_another_codebook_is_found(saved: Path) -> None:
     save_file({"codebook": load_file(saved / "codebook.safetensors")["codebook"] / 2}, saved / "codebook.safetensors")
-    with refused(saved, r"is damaged \(its codebook does not match its fingerprint\): train the tokenizer again"):
+    with refused(saved, r"is damaged \(its weights do not match its fingerprint\): copy or train the tokenizer again"):
         load_tokenizer(saved)
 
 
@@ -139,7 +139,7 @@ def test_a_missing_codebook_is_refused(saved: Path) -> None:
 )
 def test_a_codebook_of_another_shape_or_name_is_refused(saved: Path, tensors: dict[str, Tensor]) -> None:
     save_file(tensors, saved / "codebook.safetensors")
-    with refused(saved, "is damaged .*its codebook and its tokenizer.json do not fit; train the tokenizer again"):
+    with refused(saved, "is damaged .*its codebook does not match its tokenizer.json.*train the tokenizer again"):
         load_tokenizer(saved)
 
 
@@ -163,7 +163,7 @@ def test_another_format_is_refused(saved: Path) -> None:
 
 
 def test_a_missing_folder_says_how_to_make_one(tmp_path: Path) -> None:
-    with refused(tmp_path, "nowhere is no tokenizer: no such folder or file; `st-ar train-tokenizer` makes one"):
+    with refused(tmp_path, "nowhere is not a tokenizer: no such folder or file; `st-ar train-tokenizer` makes one"):
         load_tokenizer(tmp_path / "nowhere")
 
 
@@ -265,7 +265,7 @@ def test_pixels_become_bytes_as_llamagen_does(value: float, byte: int) -> None:
 
 
 def test_of_many_images_some_that_are_evenly_spaced_are_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kmeans, "MOST_IMAGES", 10)
+    monkeypatch.setattr(kmeans, "MAX_IMAGES", 10)
     pixels = np.random.default_rng(0).integers(0, 256, (25, 6, 6, 3)).astype(np.uint8)
     decoded: list[int] = []
 

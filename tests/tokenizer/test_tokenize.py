@@ -214,7 +214,7 @@ def test_an_empty_folder_is_used(tmp_path: Path) -> None:
 
 
 def test_crops_that_are_no_whole_number_of_patches_are_refused_before_anything_is_written(tmp_path: Path) -> None:
-    with refused(tmp_path, "images of 10 pixels are no whole number of 4-pixel patches: choose another --size"):
+    with refused(tmp_path, "images of 10 pixels cannot be cut into 4-pixel patches: choose another --size"):
         tokenize_tiny(tmp_path / "store", crops=Crops(kind="ten", size=10, range=1.2))
     assert not (tmp_path / "store").exists()
 

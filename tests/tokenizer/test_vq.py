@@ -14,7 +14,7 @@ from torch import Tensor
 
 from st_ar import load_tokenizer
 from st_ar.config import VQ_8, VQ_16, VQConfig
-from st_ar.tokenizer.vq import Painter, Reader, VQTokenizer, infer_config, nearest_codes
+from st_ar.tokenizer.vq import VQDecoder, VQEncoder, VQTokenizer, infer_config, nearest_codes
 from tests.disk import contents, flip_byte, refused
 from tests.toys import FIXTURES
 
@@ -38,7 +38,7 @@ def theirs() -> VQTokenizer:
 
 def random_tensors(config: VQConfig = SMALL, seed: int = 0) -> dict[str, Tensor]:
     torch.manual_seed(seed)
-    tensors = {**Reader(config).state_dict(), **Painter(config).state_dict()}
+    tensors = {**VQEncoder(config).state_dict(), **VQDecoder(config).state_dict()}
     return tensors | {"quantize.embedding.weight": torch.randn(config.codebook_size, config.codebook_dim)}
 
 
@@ -79,7 +79,7 @@ def test_names_and_shapes_are_those_of_the_published_models(name: str, config: V
     layout = json.loads((FIXTURES / "llamagen_layouts.json").read_text())[name]
     layout.pop("quantize.codebook_used")
     with torch.device("meta"):
-        ours = {**Reader(config).state_dict(), **Painter(config).state_dict()}
+        ours = {**VQEncoder(config).state_dict(), **VQDecoder(config).state_dict()}
         theirs = {key: torch.empty(shape) for key, shape in layout.items()}
     assert {key: list(value.shape) for key, value in ours.items()} | {"quantize.embedding.weight": [16384, 8]} == layout
     assert infer_config(theirs, Path(name)) == config
@@ -102,18 +102,18 @@ def test_only_the_half_in_use_is_built_and_none_has_gradients() -> None:
     tokenizer = VQTokenizer(SMALL, random_tensors())
     images = torch.rand(1, 3, 8, 8).requires_grad_() * 2 - 1
     codes = tokenizer.encode(images)
-    assert "painter" not in tokenizer.__dict__
-    assert not any(parameter.requires_grad for parameter in tokenizer.reader.parameters())
+    assert "decoder" not in tokenizer.__dict__
+    assert not any(parameter.requires_grad for parameter in tokenizer.encoder.parameters())
     assert not VQTokenizer(SMALL, random_tensors()).decode(codes).requires_grad
     other = VQTokenizer(SMALL, random_tensors())
     other.decode(codes)
-    assert "reader" not in other.__dict__
+    assert "encoder" not in other.__dict__
 
 
 def test_rectangles_and_sizes_that_do_not_fit() -> None:
     tokenizer = VQTokenizer(SMALL, random_tensors())
     assert tokenizer.encode(torch.zeros(1, 3, 8, 12)).shape == (1, 4, 6)
-    with pytest.raises(ValueError, match=r"7 pixels are no whole number of 2-pixel codes.*--size"):
+    with pytest.raises(ValueError, match=r"7 pixels cannot be cut into 2-pixel patches.*--size"):
         tokenizer.encode(torch.zeros(1, 3, 8, 7))
 
 
@@ -195,7 +195,7 @@ def test_another_architecture_is_refused_with_the_first_difference(
 
 def test_a_transformer_is_no_tokenizer(tmp_path: Path) -> None:
     save_file({"tok_embeddings.weight": torch.zeros(3, 4)}, tmp_path / "model.safetensors")
-    with refused(tmp_path, r"no VQ-GAN.*encoder\.conv_in\.weight"):
+    with refused(tmp_path, r"not a VQ-GAN.*encoder\.conv_in\.weight"):
         load_tokenizer(tmp_path / "model.safetensors")
 
 

@@ -11,10 +11,11 @@ from st_ar.data.store import JOB, META, SKIPPED, StoreMeta, TokenStore, shard_na
 from st_ar.distributed import barrier, broadcast_from_rank0
 from st_ar.errors import UserError, cause
 from st_ar.files import atomic_write, claim, open_array, parse_json, save_array, sha256, write_json
+from st_ar.settings import Checked
 
 
 @dataclass(frozen=True, order=True)
-class Skipped:
+class Skipped(Checked, prefix=""):
     """An unusable image."""
 
     index: int
