@@ -158,10 +158,10 @@ def test_what_reads_many_images_keeps_the_memory_that_it_frees(tmp_path: Path) -
     np.savez(tmp_path / "images.npz", arr_0=np.zeros((4, 8, 8, 3), np.uint8))
 
     def run(images: torch.Tensor) -> Extracted:
-        seen.append(len(hardware._within))
+        seen.append(len(hardware._active))
         return Extracted(images.flatten(1).float()[:, :2])
 
-    model.layers[0].register_forward_hook(lambda *_: seen.append(len(hardware._within)))
+    model.layers[0].register_forward_hook(lambda *_: seen.append(len(hardware._active)))
     for work in (
         lambda: validation_loss(model, store),
         lambda: collect(
@@ -172,4 +172,4 @@ def test_what_reads_many_images_keeps_the_memory_that_it_frees(tmp_path: Path) -
         work()
         assert seen
         assert set(seen) == {1}
-        assert not hardware._within
+        assert not hardware._active
