@@ -2,6 +2,7 @@
 
 import json
 import pickle
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -59,11 +60,16 @@ def test_reconstruction_equals_the_recorded_one(theirs: VQTokenizer) -> None:
     assert (quantised - io["quant"]).abs().max() < 1e-6
 
 
-def test_compiled_halves_give_the_recorded_codes_and_reconstruction(theirs: VQTokenizer) -> None:
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_a_compiled_tokenizer_gives_the_recorded_codes_and_reconstruction(
+    theirs: VQTokenizer, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(torch.nn.Module.compile, backend=backend))
     io = recorded("io/")
     compiled = theirs.to(torch.device("cpu"), torch.float32, compiled=True)
     assert torch.equal(compiled.encode(io["image"]), io["codes"])
     assert (compiled.decode(io["codes"]) - io["reconstruction"]).abs().max() < 1e-4
+    assert all(half._compiled_call_impl is not None for half in (compiled.encoder, compiled.decoder))
 
 
 def test_bfloat16_gives_nearly_the_same_codes(theirs: VQTokenizer) -> None:

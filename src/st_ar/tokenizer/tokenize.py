@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from st_ar.data.loading import ImageDecoder, open_decoder
+from st_ar.data.decoding import ImageDecoder, open_decoder
 from st_ar.data.source import MAX_CLASSES, Crops, Example, ImageSource
 from st_ar.data.store import TokenStore
 from st_ar.data.store_writer import Skipped, TokenStoreWriter
