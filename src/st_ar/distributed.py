@@ -35,11 +35,7 @@ class Ranks:
 
     @classmethod
     def from_environment(cls) -> "Ranks":
-        """Read torchrun's RANK and WORLD_SIZE; without them there is one rank.
-
-        Raises:
-            UserError: invalid values.
-        """
+        """Read torchrun's RANK and WORLD_SIZE; without them there is one rank."""
         try:
             rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
         except ValueError as error:
@@ -67,9 +63,6 @@ def process_group(device: str, timeout: float = 1800) -> Generator[tuple[Ranks, 
 
     Args:
         timeout: seconds that a rank waits for the others in a collective.
-
-    Raises:
-        UserError: no such device, more ranks than GPUs, invalid variables of torchrun, or a lost rank.
     """
     ranks, chosen = Ranks.from_environment(), choose_device(device)
     if ranks.world == 1:

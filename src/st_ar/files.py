@@ -258,11 +258,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], **metadata: Any) -> 
 
 @contextlib.contextmanager
 def opened_safetensors(path: Path) -> Generator[tuple[Any, dict[str, Any]]]:
-    """An open .safetensors file and the metadata of `save_tensors`; other programs' files have none.
-
-    Raises:
-        UserError: no such file, or damage, also if the block finds it.
-    """
+    """An open .safetensors file and the metadata of `save_tensors`; other programs' files have none."""
     try:
         open(path, "rb").close()
     except OSError as error:
@@ -287,11 +283,7 @@ def require_digest(path: Path, metadata: dict[str, Any], pieces: Iterable[tuple[
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors and metadata of a .safetensors file, checked if it has a checksum.
-
-    Raises:
-        UserError: no such file, or damaged.
-    """
+    """The tensors and metadata of a .safetensors file, checked if it has a checksum."""
     with opened_safetensors(path) as (file, metadata):
         tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 -- not a dict
         require_digest(path, metadata, in_pieces(tensors))

@@ -1,4 +1,4 @@
-"""Importing LlamaGen's folders of .npy files: the same numbers in a store, whatever happens on the way."""
+"""Importing LlamaGen's folders of .npy files, also after an interruption."""
 
 import json
 import os
@@ -43,7 +43,7 @@ def all_codes(store: TokenStore) -> np.ndarray:
     return store.codes(np.arange(len(store)), crops)
 
 
-def test_codes_and_labels_come_over_in_the_order_of_their_numbers(tmp_path: Path) -> None:
+def test_codes_and_labels_are_imported_in_order(tmp_path: Path) -> None:
     codes = write_llamagen(tmp_path)
     store = imported(tmp_path)
     store.verify()
@@ -70,7 +70,7 @@ def test_two_crops_are_the_centre_and_its_mirror_image(tmp_path: Path) -> None:
     np.testing.assert_array_equal(all_codes(store), codes)
 
 
-def test_files_cut_short_are_left_out_and_listed(tmp_path: Path) -> None:
+def test_truncated_files_are_left_out_and_listed(tmp_path: Path) -> None:
     codes = write_llamagen(tmp_path)
     whole = (tmp_path / "codes" / "7.npy").read_bytes()
     (tmp_path / "codes" / "7.npy").write_bytes(whole[:-10])
@@ -87,7 +87,7 @@ def test_files_cut_short_are_left_out_and_listed(tmp_path: Path) -> None:
     assert [(line["index"], line["name"]) for line in lines] == [(0, "0.npy"), (7, "7.npy")]
 
 
-def test_a_killed_import_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
+def test_a_killed_import_continues_to_the_same_bytes(tmp_path: Path) -> None:
     write_llamagen(tmp_path)
     imported(tmp_path, out=tmp_path / "straight")
     code = (

@@ -50,15 +50,10 @@ def open_images(spec: str) -> ImageSource:
         from st_ar.data.tables import open_hub, open_parquet
 
         return open_parquet(rest) if kind == "parquet" else open_hub(rest)
-    return _open_embedded(spec)
-
-
-def _open_embedded(spec: str) -> ImageSource:
-    kind, _, split = spec.partition(":")
-    split = split or "train"
     readers = {"photos": _photos, "digits": _digits}
     if kind not in readers:
         raise UserError(f"unknown image source {spec!r}: give {SOURCES}")
+    split = rest or "train"
     if split not in ("train", "test"):
         raise UserError(f"{kind} has no split {split!r}: give {kind}:train or {kind}:test")
     try:
@@ -141,9 +136,6 @@ def open_folder(path: str) -> ImageSource:
 
     Class folders may be nested. Hidden files and other files are ignored. A class without images keeps its index. A folder of
     images without sub-folders is one class.
-
-    Raises:
-        UserError: no such folder, no images, images beside the class folders, or an unreadable folder.
     """
     if not path:
         raise UserError("folder: needs a path, such as folder:imagenet/train")

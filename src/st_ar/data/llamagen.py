@@ -33,11 +33,14 @@ class _Folders:
     """(crops, T) of each folder of codes."""
     vocab_size: int
 
-    def read(self, number: int) -> tuple[np.ndarray, int]:
-        """The codes uint16 [crops, T] of all folders and the label of an image."""
-        parts = [self._codes(path, number, shape) for path, shape in zip(self.codes, self.shapes, strict=True)]
+    def read(self, number: int) -> tuple[np.ndarray, int] | UnreadableError:
+        """The codes uint16 [crops, T] of all folders and the label of an image, or why they are unreadable."""
         path = self.labels / f"{number}.npy"
-        label = _load(path)
+        try:
+            parts = [self._codes(folder, number, shape) for folder, shape in zip(self.codes, self.shapes, strict=True)]
+            label = _load(path)
+        except UnreadableError as error:
+            return error
         if label.size != 1 or not np.issubdtype(label.dtype, np.integer):
             raise UserError(f"{path} is {label.dtype} {list(label.shape)}, not one label: give LlamaGen's label folder")
         return np.concatenate(parts), int(label.item())
@@ -151,17 +154,10 @@ def import_tokens(
 def _read_all(
     reader: _Folders, numbers: Sequence[int], threads: ThreadPoolExecutor
 ) -> Iterator[tuple[int, tuple[np.ndarray, int] | UnreadableError]]:
-    """The codes and label of each image, in order; a bounded number is read ahead."""
-
-    def read(number: int) -> tuple[int, tuple[np.ndarray, int] | UnreadableError]:
-        try:
-            return number, reader.read(number)
-        except UnreadableError as error:
-            return number, error
-
+    """The result for each image, in order; a bounded number is read ahead."""
     source = iter(numbers)
     while batch := list(islice(source, 64 * READERS)):
-        yield from threads.map(read, batch)
+        yield from zip(batch, threads.map(reader.read, batch), strict=True)
 
 
 def _load(path: Path) -> np.ndarray:

@@ -45,9 +45,6 @@ class CropLoader:
         batch_size: images of a step over all ranks; each rank gets an equal part.
         workers: decoding processes besides this one. Default: `default_workers`, or 0 if all images fit in memory.
         memory: bytes of decoded images in a window.
-
-    Raises:
-        UserError: a source with an unknown number of images.
     """
 
     def __init__(

@@ -35,9 +35,6 @@ class TokenStoreWriter:
         shards: number of shards; None if unknown before the end.
         needed_bytes: size of the shards, to refuse a disk that is too small.
         max_skipped: largest share of unusable images.
-
-    Raises:
-        UserError: `out` holds something else, a finished store, or a job with other settings; or the disk is too small.
     """
 
     def __init__(

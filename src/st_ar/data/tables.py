@@ -22,9 +22,6 @@ def open_parquet(spec: str) -> ImageSource:
     """The rows of the parquet files that match a glob, sorted by file name.
 
     `GLOB#image=COLUMN,label=COLUMN` names ambiguous columns; `label=none` makes one class.
-
-    Raises:
-        UserError: no such files or columns, damaged or different files, or `datasets` is not installed.
     """
     datasets = require("datasets")
     import pyarrow as arrow
@@ -48,7 +45,8 @@ def open_parquet(spec: str) -> ImageSource:
                 found = find_columns(datasets.Features.from_arrow_schema(file.schema_arrow), options, f"parquet:{path}")
                 counts.append(file.metadata.num_rows)
                 if found.label and not found.class_names:
-                    highest = max([highest, *(_highest(batch) for batch in file.iter_batches(columns=[found.label]))])
+                    batches = file.iter_batches(columns=[found.label])
+                    highest = max([highest, *(max(batch[0].drop_null().to_pylist(), default=0) for batch in batches)])
         except (arrow.ArrowException, OSError) as error:
             raise UserError(f"{path} is not a parquet file, or damaged: {cause(error)}; fetch it again") from error
         if columns is not None and found != columns:
@@ -92,9 +90,6 @@ def open_hub(spec: str) -> ImageSource:
     """Stream a data set of the Hugging Face hub, or a folder in its layout: `NAME[:SPLIT]`.
 
     `NAME:SPLIT#config=NAME,image=COLUMN,label=COLUMN` resolves what is ambiguous.
-
-    Raises:
-        UserError: no such data set, split or columns, no network, or `datasets` is not installed.
     """
     datasets = require("datasets")
     location, options = split_options(spec, ("image", "label", "config"))
@@ -156,10 +151,6 @@ def _rows(parquet: Any, path: str, columns: list[str], start: int) -> Iterator[t
                 row += batch.num_rows
 
 
-def _highest(batch: Any) -> int:
-    return max((value for value in batch.column(0).to_pylist() if value is not None), default=0)
-
-
 IMAGE_NAMES = ("image", "img", "jpg", "jpeg", "png", "webp", "picture", "pixel_values")
 LABEL_NAMES = ("label", "labels", "fine_label", "class", "target", "cls", "y")
 """Of several possible columns, the first of these names is taken."""
@@ -186,9 +177,6 @@ def find_columns(features: Any, options: dict[str, str], where: str) -> Columns:
 
     Args:
         features: `datasets.Features`, column -> type.
-
-    Raises:
-        UserError: no such column, or several.
     """
     import datasets
 

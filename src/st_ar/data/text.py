@@ -167,9 +167,6 @@ def open_text(path: Path | None, config: ModelConfig, encoder: str = "") -> Text
 
     Args:
         encoder: text encoder of the model's training, if known.
-
-    Raises:
-        UserError: captions that are missing, not needed, or of another width or encoder than the model's.
     """
     if config.condition == "class":
         if path is not None:

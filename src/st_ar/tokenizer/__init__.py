@@ -89,11 +89,7 @@ def decode_to_images(tokenizer: Tokenizer, tokens: Tensor) -> np.ndarray:
 
 
 def open_tokenizer(path: Path, device: str, dtype: str, compiled: bool = False) -> Tokenizer:
-    """Load a tokenizer for a device; `dtype` and `compiled` apply to VQ networks.
-
-    Raises:
-        UserError: not a tokenizer, or no such device.
-    """
+    """Load a tokenizer for a device; `dtype` and `compiled` apply to VQ networks."""
     tokenizer = load_tokenizer(path)
     if isinstance(tokenizer, VQTokenizer):
         chosen = local_device(choose_device(device))
