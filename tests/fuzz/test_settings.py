@@ -78,7 +78,7 @@ def use(config: Any) -> None:
 
 # The command line
 
-VALUES = ("-1", "0", "nan", "inf", "1e308", "1e-308", "9" * 30, "9" * 5000, "x", "", "0.5", "1,2", "None")
+VALUES = ("-1", "0", "nan", "inf", "1e308", "1e-308", "9" * 30, "x", "9" * 5000, "", "0.5", "1,2", "None")
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +110,8 @@ def test_a_strange_option_ends_in_one_line_or_in_work(
 ) -> None:
     fixed, options = commands(line)[command]
     monkeypatch.setattr("st_ar.training.loop.train", lambda *_, **__: None)  # tests/training covers what it refuses
-    for number, (option, value) in enumerate((option, value) for option in options for value in VALUES):
+    pairs = [(option, value) for index, option in enumerate(options) for value in VALUES[index % 2 :: 2]]
+    for number, (option, value) in enumerate(pairs):
         out = ["--out", str(tmp_path / f"out-{number}")]
         assert _status([*command.split(), *fixed, *out, f"--{option}={value}"]) in (0, 2), (option, value)
         assert "Traceback" not in capsys.readouterr().err
