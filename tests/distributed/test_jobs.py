@@ -1,4 +1,4 @@
-"""Tokenizing and sampling on several ranks: the files of one process, and nothing lost when a rank dies."""
+"""Tokenizing and sampling on several ranks write the same files as one process."""
 
 from pathlib import Path
 
@@ -23,7 +23,7 @@ def test_two_ranks_write_the_files_of_one_process(tmp_path: Path) -> None:
     assert contents(tmp_path / "both") == contents(tmp_path / "alone")
 
 
-def test_a_job_whose_rank_was_killed_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
+def test_a_job_with_a_killed_rank_continues_to_the_same_bytes(tmp_path: Path) -> None:
     done = torchrun(2, "-m", "tests.distributed.jobs", "kill", tmp_path, logs=tmp_path / "logs")
     assert done.returncode != 0
     assert not (tmp_path / "killed" / "meta.json").exists()

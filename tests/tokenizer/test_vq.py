@@ -1,4 +1,4 @@
-"""The VQ-GAN agrees with LlamaGen's recorded outputs, and with the layouts of its published models."""
+"""The VQ-GAN against LlamaGen's recorded outputs and the layouts of its published models."""
 
 import json
 import pickle
@@ -43,7 +43,7 @@ def random_tensors(config: VQConfig = SMALL, seed: int = 0) -> dict[str, Tensor]
     return tensors | {"quantize.embedding.weight": torch.randn(config.codebook_size, config.codebook_dim)}
 
 
-def test_the_shape_of_the_recorded_network_is_read_off_its_weights(theirs: VQTokenizer) -> None:
+def test_the_config_is_inferred_from_the_weights(theirs: VQTokenizer) -> None:
     assert theirs.config == VQConfig(multipliers=(1, 1), z_channels=32, codebook_size=64)
     assert theirs.grid(32) == 16
 
@@ -99,12 +99,12 @@ def test_the_nearest_code_is_the_nearest_by_euclidean_distance() -> None:
     assert torch.equal(nearest_codes(features, codebook, rows=7), plain)
 
 
-def test_an_image_is_encoded_alike_alone_and_in_a_batch(theirs: VQTokenizer) -> None:
+def test_encoding_does_not_depend_on_the_batch(theirs: VQTokenizer) -> None:
     images = recorded("io/")["image"]
     assert torch.equal(theirs.encode(images[1:]), theirs.encode(images)[1:])
 
 
-def test_only_the_half_in_use_is_built_and_none_has_gradients() -> None:
+def test_encoder_and_decoder_are_built_when_used_without_gradients() -> None:
     tokenizer = VQTokenizer(SMALL, random_tensors())
     images = torch.rand(1, 3, 8, 8).requires_grad_() * 2 - 1
     codes = tokenizer.encode(images)
@@ -116,7 +116,7 @@ def test_only_the_half_in_use_is_built_and_none_has_gradients() -> None:
     assert "encoder" not in other.__dict__
 
 
-def test_rectangles_and_sizes_that_do_not_fit() -> None:
+def test_rectangles_are_encoded_and_other_sizes_refused() -> None:
     tokenizer = VQTokenizer(SMALL, random_tensors())
     assert tokenizer.encode(torch.zeros(1, 3, 8, 12)).shape == (1, 4, 6)
     with pytest.raises(ValueError, match=r"7 pixels cannot be cut into 2-pixel patches.*--size"):
@@ -134,7 +134,7 @@ def test_codes_out_of_range_are_refused(wrong: int) -> None:
 
 @pytest.mark.parametrize("wrapper", [None, "model", "module", "state_dict"])
 @pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
-def test_files_of_llamagens_load_however_they_are_wrapped(tmp_path: Path, wrapper: str | None, prefix: str) -> None:
+def test_llamagen_files_load_with_any_wrapper(tmp_path: Path, wrapper: str | None, prefix: str) -> None:
     tensors = random_tensors() | {"quantize.codebook_used": torch.zeros(65536)}
     named = {prefix + name: tensor for name, tensor in tensors.items()}
     torch.save(named if wrapper is None else {wrapper: named, "steps": 3}, tmp_path / "vq.pt")
@@ -157,7 +157,7 @@ def test_a_folder_round_trip(tmp_path: Path) -> None:
         tokenizer.save(tmp_path / "vq")
 
 
-def test_the_fingerprint_is_of_what_gives_codes_their_meaning() -> None:
+def test_the_fingerprint_depends_on_encoder_and_codebook() -> None:
     first = VQTokenizer(SMALL, random_tensors()).fingerprint
     for name in ("encoder.mid.1.q.weight", "quant_conv.bias", "quantize.embedding.weight"):
         changed = random_tensors()
@@ -165,9 +165,8 @@ def test_the_fingerprint_is_of_what_gives_codes_their_meaning() -> None:
         assert VQTokenizer(SMALL, changed).fingerprint != first
 
 
-def test_damage_is_found(tmp_path: Path) -> None:
+def test_damage_is_refused(tmp_path: Path) -> None:
     VQTokenizer(SMALL, random_tensors()).save(tmp_path / "vq")
-    # the last tensors of the file are the codebook and the encoder's, whose values the fingerprint covers
     whole = contents(tmp_path / "vq")["vq.safetensors"]
     flip_byte(tmp_path / "vq" / "vq.safetensors")
     with refused(tmp_path, "does not match|do not match"):
@@ -199,7 +198,7 @@ def test_another_architecture_is_refused_with_the_first_difference(
         load_tokenizer(tmp_path / "vq.safetensors")
 
 
-def test_a_transformer_is_no_tokenizer(tmp_path: Path) -> None:
+def test_a_transformer_is_refused(tmp_path: Path) -> None:
     save_file({"tok_embeddings.weight": torch.zeros(3, 4)}, tmp_path / "model.safetensors")
     with refused(tmp_path, r"not a VQ-GAN.*encoder\.conv_in\.weight"):
         load_tokenizer(tmp_path / "model.safetensors")
@@ -216,7 +215,7 @@ class Trap:
 
 
 @pytest.mark.parametrize("writer", ["torch", "pickle"])
-def test_a_pickle_that_would_run_code_is_refused_and_runs_none(tmp_path: Path, writer: str) -> None:
+def test_a_pickle_with_code_is_refused_and_not_run(tmp_path: Path, writer: str) -> None:
     trap = {"model": {"quantize.embedding.weight": torch.zeros(2, 2)}, "args": Trap(tmp_path / "sprung")}
     if writer == "torch":
         torch.save(trap, tmp_path / "vq.pt")
