@@ -214,7 +214,7 @@ def describe() -> dict[str, Any]:
         "torch": torch.__version__,
         "python": platform.python_version(),
         "cpu": _cpu_name(),
-        "instructions": _cpu_instructions(),
+        "instructions": torch.backends.cpu.get_cpu_capability() + " + bfloat16" * _cpu_has_bfloat16(),
         "threads": torch.get_num_threads(),
     }
     if torch.cuda.is_available():
@@ -253,12 +253,6 @@ def _version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def _cpu_instructions() -> str:
-    """The CPU instructions that torch uses, such as AVX2 or AVX512 + bfloat16."""
-    capability = torch.backends.cpu.get_cpu_capability()
-    return f"{capability} + bfloat16" if _cpu_has_bfloat16() else capability
 
 
 def _cpu_name() -> str:

@@ -19,7 +19,6 @@ from st_ar.randomness import RandomStream, numpy_generator
 from st_ar.settings import Checked, from_dict
 
 FORMAT_VERSION = 1
-SHARD_KEYS = ("images", "codes", "labels", "codes_sha256", "labels_sha256")
 OPEN = 256
 """Shards that are mapped at once. Each takes a file descriptor; the limit of a process is often 1,024."""
 META, JOB, SKIPPED = "meta.json", "job.json", "skipped.jsonl"
@@ -112,7 +111,7 @@ class TokenStore:
 
     def _check_shards(self) -> None:
         """Refuse incomplete entries, and file names that do not belong to the entry's index."""
-        types = {key: int if key == "images" else str for key in SHARD_KEYS}
+        types = {"images": int, **dict.fromkeys(("codes", "labels", "codes_sha256", "labels_sha256"), str)}
         for index, shard in enumerate(self.meta.shards):
             names = [shard_names(index, count) for count in (len(self.meta.shards), None)]
             complete = {key: type(value) for key, value in shard.items()} == types
@@ -121,11 +120,9 @@ class TokenStore:
 
     def _map(self, shard: dict[str, str | int], what: str) -> np.ndarray:
         path = self.folder / str(shard[what])
-        tokens = self.meta.grid**2
-        shape, dtype = {
-            "codes": ((shard["images"], len(self.meta.crops), tokens), np.uint16),
-            "labels": ((shard["images"],), np.int32),
-        }[what]
+        shape, dtype = (shard["images"],), np.int32
+        if what == "codes":
+            shape, dtype = (shard["images"], len(self.meta.crops), self.meta.grid**2), np.uint16
         try:
             array = open_array(path)
         except FileNotFoundError:
