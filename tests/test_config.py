@@ -524,7 +524,7 @@ def test_json_gives_the_same_settings_back(
     [
         ({"colour": 1}, r"config\.json: unknown settings \['colour'\]"),
         ({"model": {"depth": 1}}, r"config\.json: unknown settings \['depth'\]"),
-        ({"adversary": 3}, r"config\.json: the settings of AdversaryConfig are no JSON object"),
+        ({"adversary": 3}, r"config\.json: the settings of AdversaryConfig are not a JSON object"),
         ({"size": 0}, "--size"),
     ],
 )

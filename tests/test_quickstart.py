@@ -177,13 +177,13 @@ def test_other_settings_are_refused(made: Path, changes: dict[str, Any]) -> None
 
 def test_a_folder_with_something_else_in_it_is_refused(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("precious")
-    with refused(tmp_path, "exists already and is not empty: a quickstart is never written over"):
+    with refused(tmp_path, "exists already and is not empty: a quickstart is never overwritten"):
         quickstart(tmp_path, images="digits", steps=3)
 
 
 def test_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "out").write_text("precious")
-    with refused(tmp_path, "exists already and is not empty: a quickstart is never written over"):
+    with refused(tmp_path, "exists already and is not empty: a quickstart is never overwritten"):
         quickstart(tmp_path / "out", images="digits", steps=3)
 
 

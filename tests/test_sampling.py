@@ -502,7 +502,7 @@ def test_what_is_in_the_way_is_refused(line: SmallLine, tmp_path: Path, out: str
     (tmp_path / taken).parent.mkdir(exist_ok=True)
     (tmp_path / taken).write_bytes(b"precious")
     with refused(
-        tmp_path, f"{taken.split('/')[0]} exists already and is not empty: a set of samples is never written over"
+        tmp_path, f"{taken.split('/')[0]} exists already and is not empty: a set of samples is never overwritten"
     ):
         draw(line.model, tmp_path / out)
 

@@ -196,8 +196,8 @@ def export(line: SmallLine, folder: Path, **info: object) -> Path:
 @pytest.mark.parametrize(
     ("info", "match"),
     [
-        ({"tokenizer": "f" * 64}, "was made by tokenizer .*, the model speaks the codes of ffffffffffff"),
-        ({"class_names": ["ant", "cow", "bee"]}, "tokens names its classes otherwise than .*model.safetensors"),
+        ({"tokenizer": "f" * 64}, "was made by tokenizer .*, the model uses the codes of ffffffffffff"),
+        ({"class_names": ["ant", "cow", "bee"]}, "tokens and .*model.safetensors have different class names"),
         ({"class_dropout": 0}, "was trained with --class-dropout 0 and knows no null class"),
     ],
 )
@@ -262,4 +262,4 @@ def test_results_are_never_written_over(line: SmallLine, tmp_path: Path, capsys:
     match = "taken.json exists already.*another --figure"
     refused(capsys, tmp_path, match, command(line, *SHORT, "--figure", tmp_path / "taken.svg"))
     for flag, name in (("--out", "new.json"), ("--figure", "new.svg")):
-        refused(capsys, tmp_path, "taken.json is no folder", command(line, *SHORT, flag, taken / name))
+        refused(capsys, tmp_path, "taken.json is not a folder", command(line, *SHORT, flag, taken / name))

@@ -298,7 +298,7 @@ def test_a_file_gives_its_picture_and_its_recipe_back() -> None:
         (png(None), "does not say how it was drawn"),
         (png("{"), "what this PNG says of itself is damaged"),
         (png("[" * 100_000), "what this PNG says of itself is damaged"),
-        (png("[]"), "the settings of GenerationRecord are no JSON object"),
+        (png("[]"), "the settings of GenerationRecord are not a JSON object"),
         (png("{}"), r"settings \[.*'labels'.*\] are missing"),
         (png(changed(more=1)), r"unknown settings \['more'\]"),
         (png(changed(format_version=2)), "format_version 2 is not 1"),

@@ -406,7 +406,7 @@ def test_a_store_that_names_other_classes_is_refused(setup: Setup, tmp_path: Pat
     meta = json.loads((store / "meta.json").read_text())
     meta |= {"class_names": names, "tokenizer": setup.shelf.tokenizer.fingerprint}
     (store / "meta.json").write_text(json.dumps(meta))
-    with pytest.raises(UserError, match=r"names its classes otherwise than m \(class 0 is 'ant' and 'bee'\)"):
+    with pytest.raises(UserError, match=r"and m have different class names \(class 0 is 'ant' and 'bee'\)"):
         Setup(shelf=shelf, store=TokenStore(store), probe_store=None)
     shelf.close()
 

@@ -1,4 +1,4 @@
-"""Checkpoints that several ranks write together: killed on the way, damaged, and on a disk that is full for one of them."""
+"""Checkpoints of several ranks: killed while writing, damaged, and on a disk that is full for one of them."""
 
 import json
 import re
@@ -17,7 +17,7 @@ WORKER = ("-m", "tests.distributed.saving")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two ranks' runs: straight, and full, whose disk was full for rank 1 for a while."""
+    """The runs of two ranks: straight, and full, with a disk that was full for rank 1 for a while."""
     out = tmp_path_factory.mktemp("out")
     random_store(out / "tokens", images=20, crops=4, shards=2)
     said = checked_torchrun(2, *WORKER, "whole", out / "tokens", out, logs=out / "logs")

@@ -279,7 +279,7 @@ def test_a_folder_or_file_that_exists_is_not_written_over(line: SmallLine, tmp_p
     (tmp_path / "file").write_text("mine")
     for name in ("maps", "file"):
         with refused(
-            tmp_path, f"{name} exists already and is not empty: a folder of attention maps is never written over"
+            tmp_path, f"{name} exists already and is not empty: a folder of attention maps is never overwritten"
         ):
             look(line, tmp_path / name)
 
@@ -349,7 +349,7 @@ def test_several_models_must_all_read_the_store(line: SmallLine, tmp_path: Path)
     with refused(tmp_path, "larger cannot read the images: .* has 3 tokens a side, the model 4"):
         look(line, tmp_path / "maps", line.model, tmp_path / "larger")
     save_export(tmp_path / "foreign", random_model(), random_model(), {"tokenizer": "f" * 64})
-    with refused(tmp_path, "foreign cannot read the images: .* the model speaks the codes of ffffffffffff"):
+    with refused(tmp_path, "foreign cannot read the images: .* the model uses the codes of ffffffffffff"):
         look(line, tmp_path / "maps", line.model, tmp_path / "foreign")
 
 

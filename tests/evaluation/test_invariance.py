@@ -367,7 +367,7 @@ def test_the_pictures_say_which_tokens_differ_and_which_have_no_counterpart() ->
 @pytest.mark.parametrize(
     ("images", "changes", "match"),
     [
-        ("photos:test", {"size": 15}, "15 pixels are no whole number of 4-pixel patches: choose another --size"),
+        ("photos:test", {"size": 15}, "15 pixels cannot be cut into 4-pixel patches: choose another --size"),
         ("photos:test", {"shifts": (0, 15)}, "a shift of 15 pixels leaves nothing to compare .*: shift by at most 12"),
         ("photos:test", {"shown_shift": 15}, "a shift of 15 pixels leaves nothing to compare"),
         ("photo:test", {}, "photo:test does not exist: give a .npz file .* or an image source such as folder:PATH"),
@@ -387,7 +387,7 @@ def test_a_place_that_cannot_be_written_is_refused_before_anything_is_encoded(
 ) -> None:
     monkeypatch.setattr(invariance_job, "measure", lambda *_, **__: pytest.fail("it was measured"))
     (tmp_path / "file").write_text("")
-    with refused_call(tmp_path, "cannot write .*file is no folder"):
+    with refused_call(tmp_path, "cannot write .*file is not a folder"):
         measure_invariance({"a": mean_tokenizer(4)}, "photos:test", tmp_path / "file" / "out", SMALL)
 
 
@@ -440,7 +440,7 @@ def test_two_tokenizers_by_command(tmp_path: Path, command: list[str | Path], ca
 @pytest.mark.parametrize(
     ("more", "match"),
     [
-        (("--tokenizer", "nowhere"), "nowhere is no tokenizer: no such folder or file"),
+        (("--tokenizer", "nowhere"), "nowhere is not a tokenizer: no such folder or file"),
         (("--tokenizer", "A", "B", "--names", "x"), "--names must give each of 2 tokenizers a name of its own, not x"),
         (("--tokenizer", "A", "B", "--names", "x", "x"), "a name of its own, not x, x"),
         (("--tokenizer", "A", "--num", "1"), "--num must be at least 2, not 1"),

@@ -143,7 +143,7 @@ def test_the_classes_of_both_stores_are_the_same_ones(tmp_path: Path, telling: t
     meta = replace(telling[1].meta, shards=TokenStore(other).meta.shards, images=9, crops=TokenStore(other).meta.crops)
     for names, match in (
         (["class-0", "class-2", "class-1"], "3 and 3, class 1 is 'class-1' and 'class-2'"),
-        (["class-0", "class-1", "class-2", "x"], "3 and 4, the first of which have the same names"),
+        (["class-0", "class-1", "class-2", "x"], "3 and 4, one list has more names"),
     ):
         replace(meta, class_names=names).write(other)
         with pytest.raises(UserError, match=f"have other classes .{match}.: give stores of one data set"):

@@ -350,7 +350,7 @@ def test_a_reconstruction_that_fails_leaves_no_folder(tmp_path: Path) -> None:
 
 
 def test_images_that_do_not_suit_the_tokenizer_are_refused() -> None:
-    with pytest.raises(UserError, match="5 pixels are no whole number of 2-pixel patches"):
+    with pytest.raises(UserError, match="5 pixels cannot be cut into 2-pixel patches"):
         measure_tokenizer(random_tokenizer(), of_source(random_source(size=6), 5), None, Compute())
 
 

@@ -361,7 +361,7 @@ def test_an_export_from_before_there_were_captions_is_a_class_models(tmp_path: P
 @pytest.mark.parametrize("held", [{}, {"model": {}}, {"steps": 3}, [1, 2], {"model": {"lr": 0.1}}])
 def test_a_file_without_weights_is_refused(tmp_path: Path, held: Any) -> None:
     torch.save(held, tmp_path / "empty.pt")
-    with refused(tmp_path, "holds no weights"):
+    with refused(tmp_path, "has no weights"):
         load_model(tmp_path / "empty.pt")
 
 

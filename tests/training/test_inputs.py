@@ -111,14 +111,14 @@ def test_another_architecture_is_refused(tokens: Path, straight: Path, tmp_path:
 def test_a_model_of_other_codes_is_refused(tokens: Path, straight: Path, tmp_path: Path) -> None:
     other = shutil.copytree(tokens, tmp_path / "tokens")
     replace(TokenStore(other).meta, tokenizer="f" * 64).write(other)
-    with refused(tmp_path, "made by tokenizer ffffffffffff, the model speaks the codes of 0123456789ab"):
+    with refused(tmp_path, "made by tokenizer ffffffffffff, the model uses the codes of 0123456789ab"):
         train(GUIDED_RUN, other, tmp_path / "run", init=straight)
 
 
 def test_a_model_of_other_classes_is_refused(tokens: Path, straight: Path, tmp_path: Path) -> None:
     other = shutil.copytree(tokens, tmp_path / "tokens")
     replace(TokenStore(other).meta, class_names=["cat", "dog", "hen"]).write(other)
-    with refused(tmp_path, "names its classes otherwise"):
+    with refused(tmp_path, "have different class names"):
         train(GUIDED_RUN, other, tmp_path / "run", init=straight)
 
 

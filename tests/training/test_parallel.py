@@ -50,7 +50,7 @@ def test_a_rank_that_nobody_can_meet_says_how_to_start(monkeypatch: pytest.Monke
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    message = "RANK and WORLD_SIZE say .* MASTER_ADDR .*: start them by torchrun, or unset both"
+    message = "RANK and WORLD_SIZE announce .* MASTER_ADDR .*: start them by torchrun, or unset both"
     with pytest.raises(UserError, match=message), process_group("cpu", 60):
         pass
 

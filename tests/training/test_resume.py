@@ -312,9 +312,9 @@ def test_a_run_without_a_checkpoint_is_not_written_over_either(tokens: Path, run
 
 def test_a_folder_of_other_things_is_left_alone(tokens: Path, tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("precious")
-    with refused(tmp_path, "exists already and is not empty: a run is never written over"):
+    with refused(tmp_path, "exists already and is not empty: a run is never overwritten"):
         train(PLAIN_RUN, tokens, tmp_path)
-    with refused(tmp_path, "exists already and is not empty: a run is never written over"):
+    with refused(tmp_path, "exists already and is not empty: a run is never overwritten"):
         train(PLAIN_RUN, tokens, tmp_path / "thesis.tex")
 
 

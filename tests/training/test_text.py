@@ -301,10 +301,10 @@ def test_the_line_by_hand(tokens: Path, text: Path, tmp_path: Path, capsys: pyte
     capsys.readouterr()
     before = contents(tmp_path)
     out = tmp_path / "nothing"
-    mistake(capsys, "give their features with --text", "sample", *sampling, "--out", out)
+    mistake(capsys, "needs captions: give their features with --text", "sample", *sampling, "--out", out)
     mistake(capsys, "--labels are classes", "sample", *sampling, "--text", text, "--labels", 1, "--out", out)
     mistake(capsys, "--num must be at least 1", "sample", *sampling, "--text", text, "--num", 0, "--out", out)
-    mistake(capsys, "give their features with --text", "train", "st-ar-xl-t2i", *training, "--out", out)
+    mistake(capsys, "needs captions: give their features with --text", "train", "st-ar-xl-t2i", *training, "--out", out)
     wrong = ["--model.text-dim", 7]
     mistake(
         capsys,
@@ -319,7 +319,7 @@ def test_the_line_by_hand(tokens: Path, text: Path, tmp_path: Path, capsys: pyte
         out,
     )
     of_classes = [*shape, *rest, "--model.num-classes", 1, "--text", text]
-    mistake(capsys, "drawn for 1 classes", "train", "llamagen-b", *of_classes, "--out", out)
+    mistake(capsys, "this one is for 1 classes", "train", "llamagen-b", *of_classes, "--out", out)
     write_text(tmp_path / "few.safetensors", [np.ones((1, WIDTH), np.float32)] * 3)
     few = ["--text", tmp_path / "few.safetensors"]
     mistake(capsys, "has 3 captions", "train", "st-ar-xl-t2i", *training, *few, "--out", out)

@@ -610,7 +610,7 @@ def test_what_is_there_is_not_written_over(run: Path, tmp_path: Path) -> None:
         train_tokenizer(TOY_GAN, colours(), run)
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "thesis.tex").write_text("precious")
-    with refused(tmp_path, "exists already and is not empty: a run is never written over"):
+    with refused(tmp_path, "exists already and is not empty: a run is never overwritten"):
         train_tokenizer(TOY_GAN, colours(), tmp_path / "thesis")
 
 

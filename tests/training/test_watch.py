@@ -334,10 +334,10 @@ def test_samples_and_probes_that_fail_are_switched_off_and_the_run_goes_on(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"sample_tokenizer": "other"}, "the model speaks the codes of"),
-        ({"sample_tokenizer": "nowhere"}, "is no tokenizer"),
+        ({"sample_tokenizer": "other"}, "the model uses the codes of"),
+        ({"sample_tokenizer": "nowhere"}, "is not a tokenizer"),
         ({"sample_labels": (3,)}, "--sample-labels 3 is out of range: give 0 to 2"),
-        ({"probe_test_tokens": "nowhere"}, "is no token store"),
+        ({"probe_test_tokens": "nowhere"}, "is not a token store"),
         ({"probe_test_tokens": "foreign"}, "--model.vocab-size"),
     ],
 )

@@ -108,8 +108,8 @@ class Tokenize:
     """Compile a VQ network with torch.compile: faster after half a minute. Needs a C++ compiler on a CPU."""
 
     def run(self) -> None:
+        from st_ar.data.decoding import default_workers
         from st_ar.data.images import open_images
-        from st_ar.data.loading import default_workers
         from st_ar.data.source import Crops
         from st_ar.distributed import Ranks
         from st_ar.tokenizer import open_tokenizer

@@ -1,9 +1,4 @@
-"""Image sources: labelled images under one interface, whatever they are stored in.
-
-`photos` and `digits` travel inside the wheels of scikit-image and scikit-learn and need no network; folders are read by
-folders.py, parquet files and data sets of the hub by tables.py. Images are decoded by decode.py only, so that a broken
-one is skipped wherever it comes from.
-"""
+"""Folders of images, and the `photos` and `digits` inside the wheels of scikit-image and scikit-learn."""
 
 import hashlib
 import os
@@ -15,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from st_ar.data.source import CENTER_RANGE, LARGE_SIZE, TEN_RANGE, Example, ImageSource
+from st_ar.data.source import Example, ImageSource
 from st_ar.errors import UserError
 from st_ar.files import printable
 
@@ -39,18 +34,14 @@ PHOTOGRAPHS = {
 }
 """Class name -> package and file."""
 SHORT_SIDE, BLOCK, PATCH = 320, 80, 36
-
-
 SOURCES = "folder:PATH, parquet:GLOB, hub:NAME[:SPLIT], photos[:train|:test] or digits[:train|:test]"
 
 
 def open_images(spec: str) -> ImageSource:
-    """Open `folder:PATH`, `parquet:GLOB`, `hub:NAME[:SPLIT]`, `photos`, `photos:test`, `digits:train`, ..
-
-    Without a split it is the training split.
+    """Open `folder:PATH`, `parquet:GLOB`, `hub:NAME[:SPLIT]`, `photos[:SPLIT]` or `digits[:SPLIT]`. The default split is train.
 
     Raises:
-        UserError: an unknown source or split, no images or labels there, or a package that is not installed.
+        UserError: an unknown source or split, no images or labels, or a package that is not installed.
     """
     kind, _, rest = spec.partition(":")
     if kind == "folder":
@@ -59,22 +50,17 @@ def open_images(spec: str) -> ImageSource:
         from st_ar.data.tables import open_hub, open_parquet
 
         return open_parquet(rest) if kind == "parquet" else open_hub(rest)
-    return _open_embedded(spec)
-
-
-def _open_embedded(spec: str) -> ImageSource:
-    kind, _, split = spec.partition(":")
-    split = split or "train"
     readers = {"photos": _photos, "digits": _digits}
     if kind not in readers:
         raise UserError(f"unknown image source {spec!r}: give {SOURCES}")
+    split = rest or "train"
     if split not in ("train", "test"):
         raise UserError(f"{kind} has no split {split!r}: give {kind}:train or {kind}:test")
     try:
         images, labels, names = readers[kind](split)
     except (ModuleNotFoundError, FileNotFoundError) as error:
         raise UserError(
-            f"the images of {kind} come inside other packages ({error}): pip install 'st-ar[quickstart]'"
+            f"the images of {kind} are part of other packages ({error}): pip install 'st-ar[quickstart]'"
         ) from error
 
     def examples(start: int) -> Iterator[Example]:
@@ -97,16 +83,16 @@ Labelled = tuple[np.ndarray, np.ndarray, Sequence[str]]
 
 @cache
 def _photos(split: str) -> Labelled:
-    """36-pixel patches of 16 photographs, class = photograph, in a fixed shuffled order.
+    """36-pixel patches of 16 photographs, one class each, in a fixed shuffled order.
 
-    Each photograph is resized to 320 pixels on its short side and cut into blocks of 80; every fourth block (along the
-    diagonals) is for testing. Patches never cross a block's border, so no test pixel is ever trained on.
+    The short side is resized to 320 pixels. Every fourth block of 80 pixels, along the diagonals, belongs to the test split.
+    Patches do not cross blocks, so no test pixel is trained on.
     """
     offsets = np.linspace(0, BLOCK - PATCH, 6 if split == "train" else 5).round().astype(int)
     patches: list[np.ndarray] = []
     labels: list[int] = []
-    for label, place in enumerate(PHOTOGRAPHS.values()):
-        package, _, path = place.partition("/")
+    for label, location in enumerate(PHOTOGRAPHS.values()):
+        package, _, path = location.partition("/")
         with files(package).joinpath(path).open("rb") as file:
             photo = Image.open(file).convert("RGB")
         scale = SHORT_SIDE / min(photo.size)
@@ -127,7 +113,7 @@ def _photos(split: str) -> Labelled:
 
 @cache
 def _digits(split: str) -> Labelled:
-    """Handwritten digits, 8 x 8 grey levels enlarged to 32 x 32 with a border of 2; the last 500 are for testing."""
+    """Handwritten digits of 8 x 8 grey levels, enlarged to 32 x 32, with a border of 2; the last 500 are the test split."""
     from sklearn.datasets import load_digits
 
     pixels, labels = load_digits(return_X_y=True)
@@ -140,39 +126,22 @@ def _digits(split: str) -> Labelled:
 
 
 SUFFIXES = frozenset(
-    (
-        ".jpg",
-        ".jpeg",
-        ".jpe",
-        ".jfif",
-        ".png",
-        ".webp",
-        ".bmp",
-        ".gif",
-        ".tif",
-        ".tiff",
-        ".ppm",
-        ".pgm",
-        ".jp2",
-        ".avif",
-    )
+    f".{name}"
+    for name in ("jpg", "jpeg", "jpe", "jfif", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm", "jp2", "avif")
 )
 
 
 def open_folder(path: str) -> ImageSource:
-    """The images below `path`; classes are its sub-folders in the order of their names (as text, by code point).
+    """The images in `path`; its sub-folders are the classes, sorted by name (by code point).
 
-    Images may lie deeper within a class's folder; names that begin with a dot and files that are no images are passed
-    over. A class without images keeps its index. A folder with images and no sub-folders is one class.
-
-    Raises:
-        UserError: no such folder, no images, images beside the class folders, or a folder that cannot be read.
+    Class folders may be nested. Hidden files and other files are ignored. A class without images keeps its index. A folder of
+    images without sub-folders is one class.
     """
     if not path:
         raise UserError("folder: needs a path, such as folder:imagenet/train")
     root = Path(path).expanduser()
     if not root.is_dir():
-        raise UserError(f"folder:{path}: no such folder; give the one that holds a sub-folder for each class")
+        raise UserError(f"folder:{path}: no such folder; give the one with a sub-folder for each class")
     try:
         loose, classes = _children(root, "")
         names = classes if classes else [root.resolve().name]
@@ -186,10 +155,10 @@ def open_folder(path: str) -> ImageSource:
         )
     if not any(files):
         raise UserError(
-            f"folder:{path} holds no images in {len(classes)} sub-folders: looked for {' '.join(sorted(SUFFIXES))}"
+            f"folder:{path} has no images in {len(classes)} sub-folders: looked for {' '.join(sorted(SUFFIXES))}"
         )
-    paths = [file for some in files for file in some]
-    labels = [label for label, some in enumerate(files) for _ in some]
+    paths = [file for folder in files for file in folder]
+    labels = [label for label, folder in enumerate(files) for _ in folder]
 
     def examples(start: int) -> Iterator[Example]:
         for index in range(start, len(paths)):
@@ -200,16 +169,13 @@ def open_folder(path: str) -> ImageSource:
         class_names=list(map(printable, names)),
         count=len(paths),
         examples=examples,
-        size=LARGE_SIZE,
-        crop_range=TEN_RANGE,
-        center_range=CENTER_RANGE,
-        mirror=True,
+        center_range=1.0,
         content=hashlib.sha256(os.fsencode("\n".join(paths))).hexdigest(),
     )
 
 
 def _children(root: Path, folder: str) -> tuple[list[str], list[str]]:
-    """Image files and sub-folders of root / folder, each in order, as paths from the root."""
+    """The image files and the sub-folders of root / folder, as sorted paths relative to the root."""
     files: list[str] = []
     folders: list[str] = []
     with os.scandir(root / folder) as entries:
@@ -225,7 +191,7 @@ def _children(root: Path, folder: str) -> tuple[list[str], list[str]]:
 
 
 def _images_below(root: Path, folder: str, seen: set[str]) -> list[str]:
-    """All images below a folder, its own first; a folder that links lead back to is read once."""
+    """All images below a folder, its own first. `seen` ends cycles of links."""
     real = os.path.realpath(root / folder)
     if real in seen:
         return []

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from st_ar.data.loading import decode
+from st_ar.data.decoding import decode
 from st_ar.data.source import ImageSource
 from st_ar.distributed import all_gather_ragged, all_reduce_sum
 from st_ar.errors import UserError

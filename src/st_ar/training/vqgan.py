@@ -37,7 +37,7 @@ from st_ar.progress import progress
 from st_ar.randomness import RandomStream, torch_generator, torch_seed
 from st_ar.selfguided.guidance import ema_decay, ema_update
 from st_ar.tokenizer import to_pixels
-from st_ar.tokenizer.vq import CONFIG, Painter, Reader, VQTokenizer, nearest_codes
+from st_ar.tokenizer.vq import CONFIG, VQDecoder, VQEncoder, VQTokenizer, nearest_codes
 from st_ar.training.checkpoint import Checkpoints, State, export_folders, require_finite
 from st_ar.training.optim import adamw, learning_rate, set_learning_rate
 from st_ar.training.run import Run, training_session
@@ -65,8 +65,8 @@ class VQGAN(nn.Module):
 
     def __init__(self, config: VQConfig) -> None:
         super().__init__()
-        self.reader = Reader(config)
-        self.painter = Painter(config)
+        self.reader = VQEncoder(config)
+        self.painter = VQDecoder(config)
         self.codebook = nn.Parameter(F.normalize(torch.randn(config.codebook_size, config.codebook_dim), dim=-1))
         self.register_buffer("idle", torch.zeros(config.codebook_size))  # steps since a code was last used
 

@@ -473,7 +473,7 @@ def test_work_is_refused_before_it_is_done(line: Path, capsys: Capture, tmp_path
     evaluated = ("evaluate", tmp_path / "s.npz", *OFFLINE, "--reference")
     fails(capsys, "samples have 24x24 pixels, the reference 32x32", *evaluated, line / "others")
     below = tmp_path / "file" / "x.npz"
-    fails(capsys, "cannot write .*file is no folder", "reference", line / "others", "--out", below, *OFFLINE)
+    fails(capsys, "cannot write .*file is not a folder", "reference", line / "others", "--out", below, *OFFLINE)
 
 
 def test_a_result_does_not_take_the_place_of_what_the_samples_say(line: Path, capsys: Capture, tmp_path: Path) -> None:

@@ -15,8 +15,8 @@ from typing import IO, Any
 import numpy as np
 from PIL import Image
 
+from st_ar.data.decoding import default_workers, open_decoder
 from st_ar.data.images import open_images
-from st_ar.data.loading import default_workers, open_decoder
 from st_ar.data.source import (
     MAX_CLASSES,
     BrokenImageError,
