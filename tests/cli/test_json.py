@@ -134,7 +134,7 @@ def test_a_place_that_cannot_be_written_is_found_before_the_work(
 @pytest.mark.parametrize(
     ("verb", "heads"),
     [
-        ("evaluate", ["Numbers", "In a line, for a paper", "Samples", "What identifies these numbers"]),
+        ("evaluate", ["Numbers", "In one line, for a paper", "Samples", "What identifies these numbers"]),
         ("invariance", ["Equal tokens", "What identifies these numbers"]),
         ("probe", ["Accuracy", "Weights", "What identifies these numbers"]),
     ],

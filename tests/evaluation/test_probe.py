@@ -9,7 +9,7 @@ import torch
 
 from st_ar.data.store import TokenStore
 from st_ar.errors import UserError
-from st_ar.evaluation import probe as probing
+from st_ar.evaluation import probe as probe_module
 from st_ar.evaluation.probe import ProbeMethod, accuracies, probe, probe_layers, require_classes
 from st_ar.evaluation.probe_classifiers import Method, ProbeConfig
 from st_ar.evaluation.probe_features import FeatureCache, uniform_steps
@@ -134,7 +134,7 @@ def test_a_step_out_of_range_is_refused(telling: tuple[TokenStore, TokenStore], 
 
 @pytest.mark.parametrize("crop", [-1, 2])
 def test_a_crop_out_of_range_is_refused(telling: tuple[TokenStore, TokenStore], crop: int) -> None:
-    with pytest.raises(UserError, match=f"no crop {crop} in .*: it has 2 of each image"):
+    with pytest.raises(UserError, match=f"no crop {crop} in .*: it has crops 0 to 1"):
         probe(random_model(), *telling, steps=[9], train_crops=[0, crop], config=SHORT)
 
 
@@ -146,7 +146,7 @@ def test_the_classes_of_both_stores_are_the_same_ones(tmp_path: Path, telling: t
         (["class-0", "class-1", "class-2", "x"], "3 and 4, the first of which have the same names"),
     ):
         replace(meta, class_names=names).write(other)
-        with pytest.raises(UserError, match=f"have other classes .{match}.: give stores of one data set"):
+        with pytest.raises(UserError, match=f"have different classes .{match}.: give stores of one data set"):
             require_classes(telling[0], TokenStore(other))
     replace(meta, class_names=["0", "1", "2"]).write(other)
     require_classes(telling[0], TokenStore(other))  # numbers are no names
@@ -156,7 +156,7 @@ def test_images_without_labels_are_refused(tmp_path: Path) -> None:
     """A store has a label for every image; of a source without labels they are all of one class."""
     codes = np.zeros((4, 1, 9), np.uint16)
     alone = TokenStore(write_store(tmp_path / "alone", codes, np.zeros(4), vocab_size=11, num_classes=1))
-    with pytest.raises(UserError, match="alone has 1 class: its images have no labels"):
+    with pytest.raises(UserError, match="alone has 1 class, and a probe needs 2 or more: tokenize images with classes"):
         require_classes(alone, alone)
     one = TokenStore(write_store(tmp_path / "one", codes, np.ones(4), vocab_size=11, num_classes=3))
     with pytest.raises(UserError, match=r"all images of .*one are of one class"):
@@ -164,7 +164,7 @@ def test_images_without_labels_are_refused(tmp_path: Path) -> None:
 
 
 def test_top_5_is_a_count_of_the_likelier_classes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(probing, "ROWS", 7)
+    monkeypatch.setattr(probe_module, "ROWS", 7)
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(40, 3, 8, generator=generator)
     labels = torch.randint(8, (40,), generator=generator)

@@ -21,7 +21,7 @@ from st_ar.data.images import open_images
 from st_ar.data.source import Example, ImageSource, center_crop
 from st_ar.errors import UserError
 from st_ar.evaluation.generation.features import Compute
-from st_ar.evaluation.generation.image_sets import of_source, open_files
+from st_ar.evaluation.generation.image_sets import from_source, open_files
 from st_ar.evaluation.metrics import frechet_distance, mean_and_covariance
 from st_ar.evaluation.reconstruction import (
     FaithfulnessMeter,
@@ -351,7 +351,7 @@ def test_a_reconstruction_that_fails_leaves_no_folder(tmp_path: Path) -> None:
 
 def test_images_that_do_not_suit_the_tokenizer_are_refused() -> None:
     with pytest.raises(UserError, match="5 pixels are no whole number of 2-pixel patches"):
-        measure_tokenizer(random_tokenizer(), of_source(random_source(size=6), 5), None, Compute())
+        measure_tokenizer(random_tokenizer(), from_source(random_source(size=6), 5), None, Compute())
 
 
 def test_reconstruct_by_command_never_says_fid_of_another_network(tmp_path: Path, capsys: Capture) -> None:

@@ -91,7 +91,7 @@ class Probe:
             ProbeMethod,
             accuracy_figure,
             accuracy_table,
-            choose_subjects_reading,
+            choose_eval_features,
             describe_cache,
             describe_probes,
             probe_layers,
@@ -114,7 +114,7 @@ class Probe:
         stores = TokenStore(self.tokens), TokenStore(self.test_tokens)
         subjects = open_eval_models(self.model, self.names, self.weights, ema=self.ema)
         readings = [
-            choose_subjects_reading(s, *stores, self.layers, self.steps, self.train_crops, dtype) for s in subjects
+            choose_eval_features(s, *stores, self.layers, self.steps, self.train_crops, dtype) for s in subjects
         ]
         for store in stores:
             store.verify()

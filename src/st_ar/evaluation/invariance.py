@@ -294,7 +294,7 @@ def measure_invariance(
             "name": source.name,
             "content": source.content,
             "count": pictures.used,
-            "drawn": pictures.drawn,
+            "drawn": pictures.random,
             "skipped": pictures.skipped,
             "enlarged": pictures.enlarged,
             "sha256": pictures.digests.hexdigest(),

@@ -15,7 +15,7 @@ from st_ar.data.loading import decode
 from st_ar.data.source import ImageSource
 from st_ar.distributed import all_gather_ragged, all_reduce_sum
 from st_ar.errors import UserError
-from st_ar.evaluation.generation.features import Compute, Extractor, batches, content_hash
+from st_ar.evaluation.generation.features import Compute, Extractor, content_hash, image_batches
 from st_ar.evaluation.generation.image_sets import ImageSet, image_digest
 from st_ar.evaluation.metrics import FeatureStatistics, frechet_distance
 from st_ar.figures import strip
@@ -171,11 +171,11 @@ class _Picture:
             if index in self.wanted:
                 self.found.append((index, torch.stack([images[place], made[place].cpu()])))
 
-    def save(self, path: Path, size: tuple[int, int], place: Compute) -> None:
+    def save(self, path: Path, size: tuple[int, int], compute: Compute) -> None:
         indices = torch.tensor([index for index, _ in self.found], dtype=torch.int64)
         pairs = torch.stack([pair for _, pair in self.found]) if self.found else torch.empty(0, 2, *size, 3).byte()
-        indices, pairs = (all_gather_ragged(tensor.to(place.device)).cpu() for tensor in (indices, pairs))
-        if place.ranks.rank == 0 and len(pairs):
+        indices, pairs = (all_gather_ragged(tensor.to(compute.device)).cpu() for tensor in (indices, pairs))
+        if compute.ranks.rank == 0 and len(pairs):
             images, made = pairs[indices.argsort()].unbind(1)
             save_picture(path, images.numpy(), made.numpy(), SHOWN)
 
@@ -185,7 +185,7 @@ def measure_tokenizer(
     tokenizer: Tokenizer,
     images: ImageSet,
     extractor: Extractor | None,
-    place: Compute,
+    compute: Compute,
     *,
     picture: Path | None = None,
     folder: Path | None = None,
@@ -209,10 +209,10 @@ def measure_tokenizer(
         )
     tokenizer.grid(images.size[0])
     meter, digests, shown = FaithfulnessMeter(tokenizer.vocab_size), list[tuple[int, bytes]](), _Picture(images)
-    real, drawn = (FeatureStatistics(extractor.dim if extractor else 1, place.device) for _ in range(2))
-    share = images.count // place.ranks.world if images.count is not None else None
-    with progress("reconstruct", share, unit="images", shown=place.ranks.rank == 0) as bar:
-        for indices, pixels in batches(images, place):
+    real, drawn = (FeatureStatistics(extractor.dim if extractor else 1, compute.device) for _ in range(2))
+    share = images.count // compute.ranks.world if images.count is not None else None
+    with progress("reconstruct", share, unit="images", shown=compute.ranks.rank == 0) as bar:
+        for indices, pixels in image_batches(images, compute):
             digests += [(index, image_digest(image)) for index, image in zip(indices, pixels, strict=True)]
             there = torch.from_numpy(pixels)
             codes = tokenizer.encode(to_pixels(there))
@@ -223,14 +223,14 @@ def measure_tokenizer(
                 for index, image in zip(indices, made.numpy(), strict=True):
                     Image.fromarray(image).save(folder / f"{index:06d}.png")
             if extractor:
-                real.update(extractor.extract(there.to(place.device)).features)
-                drawn.update(extractor.extract(made.to(place.device)).features)
+                real.update(extractor.extract(there.to(compute.device)).features)
+                drawn.update(extractor.extract(made.to(compute.device)).features)
             bar.advance(len(indices))
-    meter.reduce(place.device)
+    meter.reduce(compute.device)
     if not meter.count:
-        raise UserError(f"{images.name} has no image that can be used")
+        raise UserError(f"{images.name} has no usable image")
     if picture:
-        shown.save(picture, images.size, place)
+        shown.save(picture, images.size, compute)
     metrics: dict[str, float] = {}
     if extractor:
         real.reduce()
@@ -239,7 +239,7 @@ def measure_tokenizer(
     faithfulness = meter.result()
     metrics |= {"PSNR (dB)": faithfulness.psnr, "SSIM": faithfulness.ssim}
     metrics |= {"codebook usage": faithfulness.usage, "codebook perplexity": faithfulness.perplexity}
-    content = content_hash(digests, place)
+    content = content_hash(digests, compute)
     return {
         "metrics": metrics,
         "images": {"name": images.name, "count": meter.count, "size": list(images.size), "sha256": content},
