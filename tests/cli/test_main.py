@@ -580,8 +580,8 @@ class TestMistakes:
             (["--steps", "64"], "no step 64: maps can be drawn after reading 1 to 63"),
             (["--images", "500"], "no image 500: .* has images 0 to 499"),
             (["--mask-ratio", "1"], "--mask-ratio must lie in"),
-            (["--seed", "1"], "--seed and --no-mask-own-position are about masked keys: give --mask-ratio too"),
-            (["--no-mask-own-position"], "--seed and --no-mask-own-position are about masked keys"),
+            (["--seed", "1"], "--seed and --no-mask-own-position need masked keys: give --mask-ratio too"),
+            (["--no-mask-own-position"], "--seed and --no-mask-own-position need masked keys"),
         ],
     )
     def test_attention_to_what_is_not_there(self, capsys: Capture, line: Line, option: list[str], match: str) -> None:

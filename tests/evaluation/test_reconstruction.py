@@ -20,6 +20,7 @@ from st_ar.cli import main
 from st_ar.data.images import open_images
 from st_ar.data.source import Example, ImageSource, center_crop
 from st_ar.errors import UserError
+from st_ar.evaluation import reconstruction
 from st_ar.evaluation.generation.features import Compute
 from st_ar.evaluation.generation.image_sets import from_source, open_files
 from st_ar.evaluation.metrics import frechet_distance, mean_and_covariance
@@ -232,7 +233,7 @@ def test_broken_images_are_passed_over_and_a_source_of_nothing_else_is_refused()
     mixed = [*broken, whole, *broken]
     source = numbered(1, count=len(mixed), examples=lambda start: iter(mixed[start:]))
     assert len(evaluation_images(source, 12, 100)) == 1
-    with pytest.raises(UserError, match="numbers has no image that can be read"):
+    with pytest.raises(UserError, match="numbers has no readable image"):
         evaluation_images(replace(source, examples=lambda start: iter(broken[start:]), count=len(broken)), 12, 100)
 
 
@@ -257,10 +258,11 @@ def flat(values: range) -> np.ndarray:
     ],
 )
 def test_each_image_is_shown_above_its_reconstruction(
-    tmp_path: Path, images: int, count: int, columns: int, expected: list[list[int]]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, images: int, count: int, columns: int, expected: list[list[int]]
 ) -> None:
+    monkeypatch.setattr(reconstruction, "SHOWN", count)
     path = tmp_path / "new" / "picture.png"
-    save_picture(path, flat(range(images)), flat(range(100, 100 + images)), count, columns)
+    save_picture(path, flat(range(images)), flat(range(100, 100 + images)), columns)
     with Image.open(path) as picture:
         assert picture.format == "PNG"
         pixels = np.asarray(picture)

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from st_ar.config import ModelConfig
-from st_ar.evaluation.attention_report import WORDS
+from st_ar.evaluation.attention_report import GLOSSARY
 from st_ar.figures import line_chart
 from st_ar.files import write_csv, write_json
 from st_ar.hardware import choose_device, choose_dtype, describe, flops_per_token
@@ -63,7 +63,7 @@ def show(name: str, plan: Plan) -> None:
     looks = [column for column in columns if column.key.startswith(ATTENTION)]
     tables = [
         _table([column for column in columns if column not in looks], found, caption=""),
-        *([_table(looks, found, caption=f"{LOOKS}. {WORDS}")] if looks else []),
+        *([_table(looks, found, caption=f"{LOOKS}. {GLOSSARY}")] if looks else []),
     ]
     for title, table in zip((experiment.title, LOOKS), tables, strict=False):
         print(f"\n{title}\n")
