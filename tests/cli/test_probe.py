@@ -241,7 +241,7 @@ def test_a_model_that_changes_while_it_waits_is_refused(
         (["--penalty", "3"], "--penalty has no meaning with --method mae"),
         (["--method", "ridge"], "--epochs has no meaning with --method ridge"),
         (["--cache-limit", "0"], "--cache-limit must be above 0 GB, not 0"),
-        (["--figure", "curves.pdf"], r"drawn as \.svg or \.png, not as \.pdf"),
+        (["--figure", "curves.pdf"], r"curves\.pdf is not a \.svg or \.png file: give a name"),
         (["--figure", "probe.svg", "--out", "probe.json"], "keeps its numbers in probe.json, which is --out"),
     ],
 )

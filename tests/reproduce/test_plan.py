@@ -321,7 +321,7 @@ def test_a_rows_numbers_are_read_from_what_its_commands_left(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("seeds", [(), (1, 1), (-1,)])
 def test_seeds_that_say_nothing_are_refused(seeds: tuple[int, ...]) -> None:
-    with pytest.raises(UserError, match="--seeds must be different numbers of 0 or more"):
+    with pytest.raises(UserError, match="--seeds must be one or more different numbers of 0 or more"):
         Plan(EXPERIMENTS["table3"], SCALES["tiny"], PHOTOS, WORK, seeds=seeds)
 
 

@@ -25,7 +25,7 @@ from st_ar.figures import Drawing, TwoViews, embedded, line_chart, views_figure
 from st_ar.files import atomic_folder, require_absent, require_place, write_csv, write_json
 from st_ar.hardware import describe
 from st_ar.progress import progress
-from st_ar.report import Chart, Section, Table, identified, write_report
+from st_ar.report import Chart, Section, Table, provenance, write_report
 from st_ar.tokenizer import Tokenizer, to_pixels
 from st_ar.tokenizer.vq import VQTokenizer
 
@@ -411,7 +411,7 @@ def invariance_page(
         raise UserError(f"cannot read the figures in {out} ({error}): measure again into another --out") from error
     sections = [
         Section(title="Equal tokens", parts=[Table(columns=header, rows=rows), *figures]),
-        identified(result, ["images", "settings", "environment"]),
+        provenance(result, ["images", "settings", "environment"]),
     ]
     images = result["images"]
     lead = f"The share of tokens that stay when an image's view changes, over {images['count']:,} images of {images['name']}."

@@ -35,7 +35,7 @@ from st_ar.figures import COLOURS, Drawing, line_chart
 from st_ar.hardware import describe
 from st_ar.model.transformer import Transformer
 from st_ar.model.weights import EvalModel, check_store
-from st_ar.report import Chart, Section, Table, identified, write_report
+from st_ar.report import Chart, Section, Table, provenance, write_report
 
 ROWS = 16384
 """Images classified at once."""
@@ -379,7 +379,7 @@ def probe_page(
     sections = [
         Section(title="Accuracy", paragraphs=notes, parts=[Table(columns=header, rows=rows), curves]),
         Section(title="Weights", parts=[files]),
-        identified(record, ["settings", "train", "test", "environment"]),
+        provenance(record, ["settings", "train", "test", "environment"]),
     ]
     first = probed[0].result
     lead = f"{record['method']}; {first.train_images:,} training and {first.test_images:,} test images."

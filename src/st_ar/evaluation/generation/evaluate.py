@@ -19,7 +19,7 @@ from st_ar.evaluation.metrics import Gaussian, compare, count_blocks, frechet_di
 from st_ar.files import atomic_write, parse_json, require_absent, sha256
 from st_ar.hardware import describe
 from st_ar.progress import progress
-from st_ar.report import Gallery, Section, Table, identified, png_uri, write_report
+from st_ar.report import Gallery, Section, Table, png_uri, provenance, write_report
 from st_ar.settings import matches_type
 
 FORMAT_VERSION = 1
@@ -428,7 +428,7 @@ def evaluation_page(path: Path, result: dict[str, Any], samples: ImageSet) -> No
         Section(title="Numbers", paragraphs=result["notes"], parts=[Table(columns=["", "value"], rows=numbers)]),
         Section(title="In one line, for a paper", commands=[one_line(result)]),
         Section(title="Samples", parts=[gallery]),
-        identified(result, ["samples", "reference", "extractor", "settings", "environment"]),
+        provenance(result, ["samples", "reference", "extractor", "settings", "environment"]),
     ]
     measured, reference = result["samples"], result["reference"]
     lead = f"{measured['count']:,} samples of {measured['name']}, measured against {reference['name']}."
