@@ -55,11 +55,7 @@ def style(name: str) -> dict[str, Any]:
 
 
 def require_drawable(path: Path) -> None:
-    """Check before the work that a figure can be drawn.
-
-    Raises:
-        UserError: neither FILE.svg nor FILE.png, or matplotlib is not installed.
-    """
+    """Check before the work that a figure can be drawn."""
     if path.suffix not in (".svg", ".png"):
         raise UserError(f"{path} is not a .svg or .png file: give a name that ends in .svg or .png")
     require("matplotlib")
@@ -85,11 +81,7 @@ class Drawing:
         return text.replace("<svg ", f'<svg role="img" aria-label={quoteattr(self.name)} ', 1)
 
     def save(self, path: Path) -> None:
-        """Write FILE.svg or FILE.png, and the numbers to FILE.json.
-
-        Raises:
-            UserError: another file type, or it cannot be written.
-        """
+        """Write FILE.svg or FILE.png, and the numbers to FILE.json."""
         require_drawable(path)
         with atomic_write(path) as aside:
             if path.suffix == ".svg":

@@ -53,7 +53,6 @@ class Method:
     """One of the three methods that the quickstart compares."""
 
     folder: str
-    """Run folder."""
     preset: str
     """Preset; {} is replaced by the images' name."""
 
@@ -87,7 +86,6 @@ class Measured:
     frechet: float
     """FD-regions between samples and test images."""
     attention: dict[int, AttentionStatistics]
-    """By layer."""
     seconds_per_step: float
     """Median over the log's intervals."""
 
@@ -103,7 +101,6 @@ class Results:
     samples: Mapping[str, np.ndarray]
     """uint8 [N, S, S, 3]."""
     labels: Sequence[int]
-    """Classes of the samples."""
     real: np.ndarray
     """Test images, uint8 [N, S, S, 3]."""
     store: TokenStore

@@ -69,11 +69,7 @@ def png_uri(picture: np.ndarray) -> str:
 
 
 def require_page(path: Path) -> None:
-    """Check before the work that a report can be written.
-
-    Raises:
-        UserError: jinja2 is not installed, another file type, or a folder that is not writable.
-    """
+    """Check before the work that a report can be written."""
     if path.suffix.lower() not in (".html", ".htm"):
         raise UserError(f"--page {path} is not an HTML file: give a name that ends in .html")
     require("jinja2")

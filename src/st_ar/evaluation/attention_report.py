@@ -49,11 +49,7 @@ class AttentionOptions:
     masks: ImageMasks = NO_MASKS
 
     def resolved(self, configs: Mapping[str, ModelConfig], store: TokenStore) -> "AttentionOptions":
-        """Fill in the defaults and remove repeated values. Layers and steps ascend.
-
-        Raises:
-            UserError: a layer, head, step or image out of range, or none at all.
-        """
+        """Fill in the defaults and remove repeated values. Layers and steps ascend."""
         length = store.meta.grid**2
         layers = self.layers or (max(1, min(config.n_layers for config in configs.values()) // 2),)
         heads = _heads(self.heads, max(config.n_heads for config in configs.values()))
@@ -187,11 +183,9 @@ class AttentionResults:
 
     subjects: Sequence[EvalModel]
     models: Mapping[str, Transformer]
-    """By the subjects' names."""
     store: TokenStore
     statistics: dict[str, dict[int, LayerStatistics]]
     options: AttentionOptions
-    """Resolved."""
 
     @property
     def masking(self) -> str:

@@ -25,7 +25,6 @@ STAGE_ENDS = (0, 2, 4, 10)
 NORMS = {"conv_stem": "bn0", "expand_conv": "bn0", "depthwise_conv": "bn1", "project_conv": "bn2", "conv_head": "bn1"}
 """The batch norm after each convolution, by their names in the file."""
 EPSILON = 1e-3
-"""Epsilon of the batch norms."""
 
 
 class Features(NamedTuple):

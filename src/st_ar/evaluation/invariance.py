@@ -85,11 +85,7 @@ class Change:
         return (crop[:, :, ::-1] if self.kind == "flip" else crop).copy()
 
     def pairs(self, grid: int, patch: int) -> tuple[Pairs, Pairs]:
-        """Return the pairs of corresponding tokens along rows and along columns.
-
-        Raises:
-            UserError: a shift that leaves no pairs.
-        """
+        """Return the pairs of corresponding tokens along rows and along columns."""
         if self.kind == "resize":
             return resized(grid, self.amount), resized(grid, self.amount)
         if whole_tokens(max(self.offset), patch) >= grid:
@@ -128,14 +124,12 @@ def chance_level(codes: np.ndarray) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class Geometry:
-    """Position of the views in a picture, in pixels."""
+    """Sides of a view and of a picture, and the position of view A, in pixels."""
 
     size: int
-    """Side of a view."""
     origin: int
     """Distance of view A from the top and from the left."""
     side: int
-    """Side of the picture."""
 
     @classmethod
     def around(cls, size: int, shifts: Sequence[int], factors: Sequence[float]) -> "Geometry":
@@ -187,9 +181,6 @@ def measure(
     Args:
         pictures: batches uint8 [b, side, side, 3].
         advance: called with the number of views that are done.
-
-    Raises:
-        UserError: views of a size that a tokenizer cannot encode, a shift that leaves no pairs, or fewer than two pictures.
     """
     size, origin = geometry.size, geometry.origin
     patches = {name: _patch(tokenizer, size) for name, tokenizer in tokenizers.items()}
@@ -395,11 +386,7 @@ def two_views(tokenizer: Tokenizer, pictures: np.ndarray, change: Change, geomet
 def invariance_page(
     path: Path, header: Sequence[str], rows: Sequence[Sequence[str]], result: dict[str, Any], out: Path
 ) -> None:
-    """Write the HTML report of `st-ar invariance`, with the figures in `out`.
-
-    Raises:
-        UserError: jinja2 is not installed, a figure cannot be read, or the report cannot be written.
-    """
+    """Write the HTML report of `st-ar invariance`, with the figures in `out`."""
     captions = {"curve.svg": "Equal tokens over the shift.", "views.svg": "Two views; tokens that differ are marked."}
     try:
         figures = [

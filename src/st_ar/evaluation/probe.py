@@ -36,6 +36,7 @@ from st_ar.hardware import describe
 from st_ar.model.transformer import Transformer
 from st_ar.model.weights import EvalModel, check_store
 from st_ar.report import Chart, Section, Table, provenance, write_report
+from st_ar.settings import Checked, Positive
 
 ROWS = 16384
 """Images classified at once."""
@@ -64,20 +65,15 @@ class ProbeResult:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProbeMethod:
+class ProbeMethod(Checked):
     """The classifiers, and how they are trained."""
 
     name: Method = "mae"
     config: ProbeConfig = field(default_factory=ProbeConfig)
-    """Settings of mae."""
-    penalty: float = 1.0
+    penalty: Positive = 1.0
     """Ridge regression's alpha or logistic regression's 1 / C, on standardised features."""
     mean_over_steps: bool = False
     """Add a classifier per layer for the mean over steps."""
-
-    def __post_init__(self) -> None:
-        if not 0 < self.penalty < float("inf"):
-            raise UserError(f"--penalty must be above 0, not {self.penalty}")
 
     def require_library(self) -> None:
         """Refuse a method whose library is missing."""
@@ -243,11 +239,7 @@ def choose_eval_features(
     train_crops: Sequence[int] | None,
     dtype: torch.dtype,
 ) -> FeatureSpec:
-    """Return the features to read of a model. Empty layers or steps mean the defaults of `choose_features`.
-
-    Raises:
-        UserError: as `choose_features` and `check_store`; or the model was trained without the null condition.
-    """
+    """Return the features to read of a model. Empty layers or steps mean the defaults of `choose_features`."""
     config, stores = subject.info.config, (train_store, test_store)
     layers = range(1, config.n_layers + 1) if isinstance(layers, str) else layers
     spec, _ = choose_features(
@@ -362,11 +354,7 @@ def describe_probes(
 def probe_page(
     path: Path, probed: Sequence[Probed], method: ProbeMethod, record: dict[str, Any], notes: Sequence[str]
 ) -> None:
-    """Write the HTML report of linear probes: table, curves and the record of `describe_probes`.
-
-    Raises:
-        UserError: jinja2 or matplotlib is not installed, or the report cannot be written.
-    """
+    """Write the HTML report of linear probes: table, curves and the record of `describe_probes`."""
     header, rows = accuracy_table(probed)
     curves = Chart(svg=accuracy_figure(probed, method).svg(), caption="Top-1 accuracy on the test images.")
     weights = [

@@ -26,7 +26,6 @@ class ProbeConfig(Checked):
     """Settings of MAE's protocol, with its defaults."""
 
     epochs: Annotated[int, Range(1, 1 << 16)] = 90
-    """Passes over the training features."""
     warmup_epochs: Whole = 10
     """Passes of linear warm-up. A cosine to 0 follows."""
     batch_size: Annotated[int, Range(2, 1 << 24)] = 16384
@@ -36,9 +35,7 @@ class ProbeConfig(Checked):
     min_lr: Weight = 1.0
     """Smallest peak rate after scaling. Without it LARS does not converge in 90 epochs of a few thousand images. 0 is MAE's exact rule."""
     momentum: Portion = 0.9
-    """LARS's momentum."""
     trust: Positive = 1e-3
-    """LARS's trust coefficient."""
     seed: Seed = 0
     """Seed of the initial weights and the order of the images."""
 
@@ -162,9 +159,6 @@ def fit_classifiers(
     Args:
         layers: features [N, S, D] of each layer, in memory or memory-mapped. labels: int64 [N].
         mean_over_steps: adds a classifier per layer for the mean over steps.
-
-    Raises:
-        UserError: fewer than 2 images.
     """
     count, steps, dim = layers[0].shape
     if count < 2:
@@ -198,9 +192,7 @@ NAMES: dict[Method, str] = {
     "ridge": "ridge regression, not the MAE protocol",
     "logistic": "logistic regression, not the MAE protocol",
 }
-"""Names of the methods in tables and figures."""
 MAX_ITERATIONS = 1000
-"""Iterations of L-BFGS."""
 
 
 class ShallowClassifiers:

@@ -64,11 +64,7 @@ class FeatureCache:
         return HEADER + math.prod(entry["shape"]) * np.dtype(self.stored).itemsize
 
     def reserve(self, entries: Iterable[Entry]) -> None:
-        """Make space for these entries and those reserved before, by removing the least recently used of the others.
-
-        Raises:
-            UserError: they exceed the limit, or the disk has too little space.
-        """
+        """Make space for these entries and those reserved before, by removing the least recently used of the others."""
         self.reserved |= {self.name(entry): self._size(entry) for entry in entries}
         total = sum(self.reserved.values())
         less = "; fewer --layers, --steps or --train-crops need less" + (
@@ -150,11 +146,7 @@ class FeatureCache:
 
     @contextlib.contextmanager
     def writing(self, entries: Sequence[Entry]) -> Generator[list["FeatureFile"]]:
-        """Open files for the features [n, ..] of new entries. They are kept only if the block succeeds.
-
-        Raises:
-            UserError: the disk is full or refuses, or a number is too large for the dtype on disk.
-        """
+        """Open files for the features [n, ..] of new entries. They are kept only if the block succeeds."""
         asides: list[Path] = []
         with contextlib.ExitStack() as stack:
             stack.callback(lambda: [shutil.rmtree(aside, ignore_errors=True) for aside in asides])

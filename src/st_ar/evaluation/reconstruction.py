@@ -35,9 +35,6 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
     """Return the structural similarity of pairs of uint8 [B, H, W, 3], averaged over colours and pixels: float [B].
 
     Wang et al. 2004: a Gaussian window of 11 pixels with deviation 1.5, K1 0.01, K2 0.03, without padding.
-
-    Raises:
-        UserError: images smaller than the window.
     """
     if min(a.shape[1:3]) < 11:
         raise UserError(f"SSIM compares windows of 11 pixels: images of {a.shape[1]} x {a.shape[2]} are too small")
@@ -64,7 +61,6 @@ class Faithfulness(NamedTuple):
     psnr: float
     """Mean over images in dB. An exact reconstruction counts as if one value were off by one level."""
     ssim: float
-    """Mean over images."""
     usage: float
     """Share of the codebook that is used."""
     perplexity: float
@@ -122,11 +118,7 @@ def reconstruct(tokenizer: Tokenizer, images: np.ndarray, batch_size: int = 64) 
 
 
 def evaluation_images(source: ImageSource, size: int, count: int, chunks: int = 16) -> np.ndarray:
-    """Return centre crops uint8 [n, size, size, 3] of up to `count` readable images, from evenly spaced chunks of the source.
-
-    Raises:
-        UserError: none of them is readable.
-    """
+    """Return centre crops uint8 [n, size, size, 3] of up to `count` readable images, from evenly spaced chunks of the source."""
     bounds, starts = np.array([0, count]), np.array([0])
     if not source.streaming and source.count and source.count > count:
         bounds = np.linspace(0, count, chunks + 1).astype(int)

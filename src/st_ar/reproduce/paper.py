@@ -346,7 +346,6 @@ class Scale:
     """Options of `st-ar sample` for the number of images."""
     extractor: str = "efficientnet"
     probe: tuple[str, ...] = ()
-    """Options of `st-ar probe`."""
     features: float = 0.0
     """Largest size of the probes' feature cache in bytes, if it matters."""
     image_count: int | None = None
@@ -354,7 +353,6 @@ class Scale:
     sample_count: int = 1024
     """Number of samples, to estimate disk space."""
     side: int = 32
-    """Side of an image in pixels."""
 
     def config(
         self,

@@ -19,7 +19,6 @@ from st_ar.settings import matches_type
 from st_ar.training.run import read_log, seconds_per_step, trained_config
 
 TOKENS, TIME = "tokens read (M)", "training (min)"
-"""Names of the two budgets."""
 
 ATTENTION = "attention at half depth"
 """Prefix of the names of attention statistics."""
@@ -129,7 +128,6 @@ class Stage:
 
     name: str
     command: tuple[str, ...]
-    """The command and its options."""
     makes: Path
     flops: float = 0.0
     """FLOPs of training, which takes most of the time."""
@@ -175,11 +173,7 @@ def run_stages(stages: Sequence[Stage], work: Path, call: Callable[[list[str]], 
 
 
 def read_status(path: Path) -> dict[str, Any]:
-    """Read a stage's command and seconds; the seconds are None until it is done.
-
-    Raises:
-        UserError: not a file of `run_stages`.
-    """
+    """Read a stage's command and seconds; the seconds are None until it is done."""
     status = read_json(path, "a stage")
     seconds = status.get("seconds")
     if not matches_type(status.get("command"), list[str]) or not (seconds is None or matches_type(seconds, float)):
@@ -235,9 +229,6 @@ class Plan:
         steps: optimizer steps of 50 epochs at the small scales; by default the preset's.
         weights: the weights to measure.
         compiled: compile the runs.
-
-    Raises:
-        UserError: invalid seeds, or a scale that needs a tokenizer and got none.
     """
 
     def __init__(

@@ -234,11 +234,7 @@ SUBSETS, SUBSET_SIZE = 100, 1000
 
 
 def choose_metrics(metrics: Sequence[Metric], extractor_is_inception: bool) -> list[Metric]:
-    """Return the metrics in a fixed order, without repeats. The default is ADM's suite, or the part that the extractor supports.
-
-    Raises:
-        UserError: a metric that only Inception supports.
-    """
+    """Return the metrics in a fixed order, without repeats. The default is ADM's suite, or the part that the extractor supports."""
     if not metrics:
         metrics = (
             ["fid", "sfid", "is", "precision", "recall"] if extractor_is_inception else ["fd", "precision", "recall"]
@@ -415,11 +411,7 @@ SHOWN = 16
 
 
 def evaluation_page(path: Path, result: dict[str, Any], samples: ImageSet) -> None:
-    """Write the HTML report of `evaluate`'s result, with the first samples.
-
-    Raises:
-        UserError: jinja2 is not installed, or the report cannot be written.
-    """
+    """Write the HTML report of `evaluate`'s result, with the first samples."""
     numbers = [[name, format_number(name, value)] for name, value in result["metrics"].items()]
     pictures = [png_uri(pixels) for _, pixels in islice(samples.read(0, 1), SHOWN)]
     rows = [(f"from {first}", pictures[first : first + 8]) for first in range(0, len(pictures), 8)]

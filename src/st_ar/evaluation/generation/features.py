@@ -21,6 +21,7 @@ from st_ar.evaluation.metrics import FeatureStatistics, InceptionScore
 from st_ar.hardware import freed_memory_kept, full_precision
 from st_ar.progress import progress
 from st_ar.randomness import RandomStream
+from st_ar.settings import Checked, Count
 
 DINOV2 = "facebook/dinov2-large"
 """ViT-L/14 on the Hugging Face hub."""
@@ -148,17 +149,13 @@ NEIGHBOURS = frozenset({"precision", "recall", "density", "coverage", "kid"})
 
 
 @dataclass(frozen=True, kw_only=True)
-class Compute:
+class Compute(Checked):
     """Device, ranks and batch size of an evaluation."""
 
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     ranks: Ranks = field(default_factory=Ranks)
-    batch_size: int = 64
+    batch_size: Count = 64
     """Changes features only by rounding."""
-
-    def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise UserError(f"--batch-size must be at least 1, not {self.batch_size}")
 
 
 @dataclass(kw_only=True)

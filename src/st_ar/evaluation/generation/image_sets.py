@@ -33,7 +33,6 @@ from st_ar.sampling import JOB, METADATA
 from st_ar.settings import matches_type
 
 CHUNK = 64
-"""Images read at once."""
 _SOURCE = re.compile(r"(folder|parquet|hub):.|(photos|digits)(:\w+)?$")
 Images = Iterator[tuple[int, np.ndarray]]
 
@@ -267,11 +266,7 @@ def from_source(source: ImageSource, size: int | None = None) -> ImageSet:
 
 
 def open_pictures(spec: str) -> ImageSource:
-    """Open an image source, or a .npz file or folder of PNGs as a source.
-
-    Raises:
-        UserError: nothing there, or no images.
-    """
+    """Open an image source, or a .npz file or folder of PNGs as a source."""
     if is_source(spec):
         return open_images(spec)
     images = open_files(spec, or_source=True)

@@ -234,7 +234,6 @@ class Inception(nn.Module):
 
 
 FILES = ("pt_inception-2015-12-05-6726825d.pth", "weights-inception-2015-12-05-6726825d.pth")
-"""Names under which the file is published."""
 URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{FILES[0]}"
 SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 """SHA-256 of the file; its name has the first 8 digits. FID is defined by these weights."""
@@ -299,11 +298,7 @@ def _read(answer: BinaryIO) -> bytes:
 
 
 def load_inception(path: Path | None = None, device: torch.device | str = "cpu") -> Inception:
-    """Load the network with its public weights (Apache-2.0); `path` as for `find_weights`.
-
-    Raises:
-        UserError: as `find_weights`; or the file's parameters are not the network's.
-    """
+    """Load the network with its public weights (Apache-2.0); `path` as for `find_weights`."""
     file = find_weights(path)
     tensors = {name: t for name, t in read_tensors(file).items() if not name.endswith(".num_batches_tracked")}
     with torch.device("meta"):

@@ -30,11 +30,7 @@ def hash_settings(value: Any) -> str:
 def list_settings(
     cfg_scales: Sequence[float], temperatures: Sequence[float], top_ks: Sequence[int], **rest: Any
 ) -> list[SampleSettings]:
-    """Return every combination, with guidance innermost.
-
-    Raises:
-        UserError: no values, repeated values, or a guidance scale below 1.
-    """
+    """Return every combination, with guidance innermost."""
     for flag, values in (("--cfg-scales", cfg_scales), ("--temperatures", temperatures), ("--top-ks", top_ks)):
         if not values or len(set(values)) < len(values):
             raise UserError(f"{flag} must name at least one value, and each value once, not {list(values)}")
