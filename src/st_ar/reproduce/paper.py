@@ -125,8 +125,14 @@ def _row(size: Size, epochs: int, guided: bool, paper: Mapping[str, float]) -> R
     )
 
 
-def _ablated(label: str, paper: Mapping[str, float], contrast: float | None = None, **changes: Any) -> Row:
-    return Row(label=label, recipe=Recipe(contrast=contrast, changes=changes), paper=paper)
+def _ablated(
+    label: str, paper: Mapping[str, float] | None = None, contrast: float | None = None, **changes: Any
+) -> Row:
+    return Row(label=label, recipe=Recipe(contrast=contrast, changes=changes), paper=paper or {})
+
+
+def _contrast(variant: str = "", contrast: float | None = None, **changes: Any) -> Row:
+    return _ablated(f"contrast alone, nothing masked{variant}", None, contrast, alpha=0.0, mask_ratio=0.0, **changes)
 
 
 def _quarters(method: str, recipe: Recipe) -> tuple[Row, ...]:
@@ -220,17 +226,17 @@ EXPERIMENTS: dict[Name, Experiment] = {
         rows=(
             Row(label="ST-AR, our defaults", recipe=Recipe()),
             CONTROL,
-            _ablated("sum over pairs, as printed", {}, reduction="sum"),
-            _ablated("contrast temperature 0.1", {}, temperature=0.1),
-            _ablated("contrast temperature 0.5", {}, temperature=0.5),
+            _ablated("sum over pairs, as printed", reduction="sum"),
+            _ablated("contrast temperature 0.1", temperature=0.1),
+            _ablated("contrast temperature 0.5", temperature=0.5),
             Row(label="local negatives, 4 micro-batches", recipe=Recipe(changes={"negatives": "local"}, accumulate=4)),
-            _ablated("projector of 2 layers", {}, projector_depth=2),
-            _ablated("projector 1024 wide", {}, projector_hidden=1024),
-            _ablated("own position visible", {}, mask_own_position=False),
-            _ablated("MIM after the final norm", {}, mim_features="after_norm"),
-            _ablated("EMA without warm-up", {}, ema_warmup=False),
-            _ablated("EMA decay 0.99", {}, ema_decay=0.99),
-            _ablated("EMA decay 0.9999", {}, ema_decay=0.9999),
+            _ablated("projector of 2 layers", projector_depth=2),
+            _ablated("projector 1024 wide", projector_hidden=1024),
+            _ablated("own position visible", mask_own_position=False),
+            _ablated("MIM after the final norm", mim_features="after_norm"),
+            _ablated("EMA without warm-up", ema_warmup=False),
+            _ablated("EMA decay 0.99", ema_decay=0.99),
+            _ablated("EMA decay 0.9999", ema_decay=0.9999),
         ),
         metrics=("probe",),
     ),
@@ -239,17 +245,15 @@ EXPERIMENTS: dict[Name, Experiment] = {
         rows=(
             Row(label="ST-AR", recipe=Recipe()),
             CONTROL,
-            _ablated("in every second step", {}, every=2),
-            _ablated("in the first half of the run", {}, until=0.5),
-            _ablated("in the first 80 % of the run", {}, until=0.8),
-            _ablated("half of the sequences masked", {}, masked_share=0.5),
-            _ablated("nothing masked", {}, mask_ratio=0.0),
-            _ablated("contrast alone", {}, alpha=0.0),
-            _ablated("contrast alone, nothing masked", {}, alpha=0.0, mask_ratio=0.0),
-            _ablated(
-                "contrast alone, nothing masked, at a third of the depth", {}, contrast=1 / 3, alpha=0.0, mask_ratio=0.0
-            ),
-            _ablated("contrast alone, nothing masked, in every second step", {}, alpha=0.0, mask_ratio=0.0, every=2),
+            _ablated("in every second step", every=2),
+            _ablated("in the first half of the run", until=0.5),
+            _ablated("in the first 80 % of the run", until=0.8),
+            _ablated("half of the sequences masked", masked_share=0.5),
+            _ablated("nothing masked", mask_ratio=0.0),
+            _ablated("contrast alone", alpha=0.0),
+            _contrast(),
+            _contrast(", at a third of the depth", contrast=1 / 3),
+            _contrast(", in every second step", every=2),
         ),
         metrics=("fid", "probe"),
     ),
@@ -258,30 +262,20 @@ EXPERIMENTS: dict[Name, Experiment] = {
         rows=(
             Row(label="ST-AR", recipe=Recipe()),
             CONTROL,
-            _ablated("half of the sequences masked", {}, masked_share=0.5),
-            _ablated("a mask of r = 0.1", {}, mask_ratio=0.1),
-            _ablated("own position visible", {}, mask_own_position=False),
-            _ablated("a quarter of alpha and beta", {}, alpha=0.25, beta=0.125),
-            _ablated("contrast temperature 0.5", {}, temperature=0.5),
-            _ablated("contrast temperature 0.5, in the first 80 % of the run", {}, temperature=0.5, until=0.8),
-            _ablated("positions from the 17th on", {}, first_position=16),
-            _ablated("in the first half of the run", {}, until=0.5),
-            _ablated("in the first 80 % of the run", {}, until=0.8),
-            _ablated("contrast alone, nothing masked", {}, alpha=0.0, mask_ratio=0.0),
-            _ablated(
-                "contrast alone, nothing masked, in the first half of the run", {}, alpha=0.0, mask_ratio=0.0, until=0.5
-            ),
-            _ablated(
-                "contrast alone, nothing masked, in the first 80 % of the run", {}, alpha=0.0, mask_ratio=0.0, until=0.8
-            ),
-            _ablated(
-                "contrast alone, nothing masked, at contrast temperature 0.5",
-                {},
-                alpha=0.0,
-                mask_ratio=0.0,
-                temperature=0.5,
-            ),
-            _ablated("contrast alone, nothing masked, at half the weight", {}, alpha=0.0, mask_ratio=0.0, beta=0.25),
+            _ablated("half of the sequences masked", masked_share=0.5),
+            _ablated("a mask of r = 0.1", mask_ratio=0.1),
+            _ablated("own position visible", mask_own_position=False),
+            _ablated("a quarter of alpha and beta", alpha=0.25, beta=0.125),
+            _ablated("contrast temperature 0.5", temperature=0.5),
+            _ablated("contrast temperature 0.5, in the first 80 % of the run", temperature=0.5, until=0.8),
+            _ablated("positions from the 17th on", first_position=16),
+            _ablated("in the first half of the run", until=0.5),
+            _ablated("in the first 80 % of the run", until=0.8),
+            _contrast(),
+            _contrast(", in the first half of the run", until=0.5),
+            _contrast(", in the first 80 % of the run", until=0.8),
+            _contrast(", at contrast temperature 0.5", temperature=0.5),
+            _contrast(", at half the weight", beta=0.25),
         ),
         metrics=("fid", "precision", "recall", "probe"),
     ),
@@ -295,12 +289,12 @@ EXPERIMENTS: dict[Name, Experiment] = {
             ),
             CONTROL,
             EQUAL_TIME,
-            _ablated("+ MIM", {}, beta=0.0),
-            _ablated("+ step", {}, alpha=0.0, mask_ratio=0.0, view_loss=False),
-            _ablated("+ view", {}, alpha=0.0, mask_ratio=0.0, step_loss=False),
-            _ablated("+ MIM + step", {}, view_loss=False),
-            _ablated("+ MIM + view", {}, step_loss=False),
-            _ablated("+ MIM + step + view (ST-AR)", {}),
+            _ablated("+ MIM", beta=0.0),
+            _ablated("+ step", alpha=0.0, mask_ratio=0.0, view_loss=False),
+            _ablated("+ view", alpha=0.0, mask_ratio=0.0, step_loss=False),
+            _ablated("+ MIM + step", view_loss=False),
+            _ablated("+ MIM + view", step_loss=False),
+            _ablated("+ MIM + step + view (ST-AR)"),
         ),
         metrics=("fid", "precision", "recall", "probe", "attention"),
     ),
