@@ -13,7 +13,7 @@ import math
 import statistics
 import sys
 from collections.abc import Generator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -58,7 +58,7 @@ class Section:
     title: str
     paragraphs: Sequence[str] = ()
     commands: Sequence[str] = ()
-    parts: Sequence[Table | Chart | Gallery] = field(default_factory=tuple)
+    parts: Sequence[Table | Chart | Gallery] = ()
 
 
 def png_uri(picture: np.ndarray) -> str:

@@ -561,7 +561,7 @@ class TestMistakes:
             (["--layers", "3"], "no layer 3: this network has layers 1 to 2"),
             (["--layers", "1", "0"], "no layer 0: this network has layers 1 to 2"),
             (["--steps", "65"], "no step 65: this model's images have steps 1 to 64"),
-            (["--train-crops", "5"], "no crop 5 in .*train: it has crops 0 to 4"),
+            (["--train-crops", "5"], "no crop 5: .*train has crops 0 to 4"),
             (["--train-crops"], "--train-crops"),
             (["--epochs", "0"], "--epochs"),
             (["--base-lr", "nan"], "--base-lr"),

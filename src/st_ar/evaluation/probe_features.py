@@ -21,6 +21,7 @@ from torch import Tensor
 from st_ar.config import ModelConfig
 from st_ar.data.store import TokenStore
 from st_ar.errors import UserError
+from st_ar.evaluation.attention import require_between
 from st_ar.files import open_array, read_json, sha256, write_json
 from st_ar.model.transformer import Transformer
 from st_ar.progress import progress
@@ -257,19 +258,14 @@ class FeatureSpec:
     def check(self, config: ModelConfig, store: TokenStore, crops: Sequence[int]) -> None:
         """Refuse a store that is not the model's, and layers, steps or crops out of range."""
         store.check_model(config)
-        length, depth = config.sequence_length, config.n_layers
-        if wrong := [layer for layer in self.layers if not 1 <= layer <= depth]:
-            raise UserError(f"no layer {wrong[0]}: this network has layers 1 to {depth}")
-        if wrong := [step for step in self.steps if not 1 <= step <= length]:
-            raise UserError(f"no step {wrong[0]}: this model's images have steps 1 to {length}")
+        require_between("layer", self.layers, 1, config.n_layers, "this network has layers")
+        require_between("step", self.steps, 1, config.sequence_length, "this model's images have steps")
+        require_between("crop", crops, 0, len(store.meta.crops) - 1, f"{store.folder} has crops")
         for name, values in (("--layers", self.layers), ("--steps", self.steps), ("--train-crops", crops)):
             if not values:
                 raise UserError(f"{name} is empty: give at least one")
             if len(set(values)) < len(values):
                 raise UserError(f"{name} {' '.join(map(str, values))} repeats a value: give each once")
-        if wrong := [crop for crop in crops if not 0 <= crop < len(store.meta.crops)]:
-            count = len(store.meta.crops)
-            raise UserError(f"no crop {wrong[0]} in {store.folder}: it has crops 0 to {count - 1}")
 
 
 @dataclass(frozen=True, kw_only=True)
