@@ -561,7 +561,7 @@ class TestMistakes:
             (["--layers", "3"], "no layer 3: this network has layers 1 to 2"),
             (["--layers", "1", "0"], "no layer 0: this network has layers 1 to 2"),
             (["--steps", "65"], "no step 65: this model's images have steps 1 to 64"),
-            (["--train-crops", "5"], "no crop 5 in .*train: it has 5 of each image"),
+            (["--train-crops", "5"], "no crop 5: .*train has crops 0 to 4"),
             (["--train-crops"], "--train-crops"),
             (["--epochs", "0"], "--epochs"),
             (["--base-lr", "nan"], "--base-lr"),
@@ -580,8 +580,8 @@ class TestMistakes:
             (["--steps", "64"], "no step 64: maps can be drawn after reading 1 to 63"),
             (["--images", "500"], "no image 500: .* has images 0 to 499"),
             (["--mask-ratio", "1"], "--mask-ratio must lie in"),
-            (["--seed", "1"], "--seed and --no-mask-own-position are about masked keys: give --mask-ratio too"),
-            (["--no-mask-own-position"], "--seed and --no-mask-own-position are about masked keys"),
+            (["--seed", "1"], "--seed and --no-mask-own-position need masked keys: give --mask-ratio too"),
+            (["--no-mask-own-position"], "--seed and --no-mask-own-position need masked keys"),
         ],
     )
     def test_attention_to_what_is_not_there(self, capsys: Capture, line: Line, option: list[str], match: str) -> None:

@@ -198,7 +198,7 @@ def export(line: SmallLine, folder: Path, **info: object) -> Path:
     [
         ({"tokenizer": "f" * 64}, "was made by tokenizer .*, the model uses the codes of ffffffffffff"),
         ({"class_names": ["ant", "cow", "bee"]}, "tokens and .*model.safetensors have different class names"),
-        ({"class_dropout": 0}, "was trained with --class-dropout 0 and knows no null class"),
+        ({"class_dropout": 0}, "was trained with --class-dropout 0 and has no null class"),
     ],
 )
 def test_a_model_that_the_stores_or_the_protocol_do_not_suit_is_refused(
@@ -235,13 +235,13 @@ def test_a_model_that_changes_while_it_waits_is_refused(
     ("options", "match"),
     [
         (["--layers", "5"], "no layer 5: this network has layers 1 to 4"),
-        (["--layers", "2", "2"], "--layers 2 2 names one more than once"),
+        (["--layers", "2", "2"], "--layers 2 2 repeats a value"),
         (["--steps", "10"], "no step 10: this model's images have steps 1 to 9"),
         (["--names", "a", "b"], "2 --names for 1 models"),
         (["--penalty", "3"], "--penalty has no meaning with --method mae"),
         (["--method", "ridge"], "--epochs has no meaning with --method ridge"),
         (["--cache-limit", "0"], "--cache-limit must be above 0 GB, not 0"),
-        (["--figure", "curves.pdf"], r"drawn as \.svg or \.png, not as \.pdf"),
+        (["--figure", "curves.pdf"], r"curves\.pdf is not a \.svg or \.png file: give a name"),
         (["--figure", "probe.svg", "--out", "probe.json"], "keeps its numbers in probe.json, which is --out"),
     ],
 )

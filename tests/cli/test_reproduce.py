@@ -143,7 +143,7 @@ def test_what_rows_look_at_is_a_table_of_its_own(images: Path, tmp_path: Path, c
     capsys.readouterr()
     show("evidence", plan)
     said = capsys.readouterr().out
-    looks = said[said.index("What the layer at half depth looks at") :].splitlines()
+    looks = said[said.index("Attention of the layer at half depth") :].splitlines()
     assert looks[2].split("  ")[-1].strip() == "entropy (nats), EMA"
     layers = json.loads((out / "runs" / "ar-b-50-epochs-2-views-seed0-attention" / "statistics.json").read_text())
     (model,) = layers["models"].values()
@@ -195,7 +195,7 @@ def test_full_size_is_planned(tmp_path: Path, capsys: Capture) -> None:
         (["--data", "photos:train"], "--scale tiny needs --data and --test-data, both"),
         (["--rows", "AR", "ST-AR"], "table3 has no row 'ST-AR': --rows takes some of 'AR', 'AR on the same"),
         (["--steps", "0"], "--steps must be at least 1"),
-        (["--seeds", "1", "1"], "--seeds must be different numbers"),
+        (["--seeds", "1", "1"], "--seeds must be one or more different numbers"),
         (
             ["--scale", "imagenet", "--steps", "5", "--data", "photos", "--test-data", "photos"],
             "imagenet has the paper's lengths",

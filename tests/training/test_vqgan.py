@@ -616,7 +616,7 @@ def test_what_is_there_is_not_written_over(run: Path, tmp_path: Path) -> None:
 
 def test_images_that_cannot_be_read_leave_no_run_behind(tmp_path: Path) -> None:
     broken = replace(colours(), examples=lambda start: (Example(b"", 0) for _ in range(start, 8)))
-    with refused(tmp_path, "has no image that can be read"):
+    with refused(tmp_path, "has no readable image"):
         train_tokenizer(TOY_GAN, colours(), tmp_path / "run", test_images=broken)
 
 

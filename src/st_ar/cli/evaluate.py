@@ -67,7 +67,7 @@ class Evaluate:
             open_reference,
         )
         from st_ar.evaluation.generation.features import Compute, load_extractor
-        from st_ar.evaluation.generation.image_sets import metadata_of, open_files
+        from st_ar.evaluation.generation.image_sets import metadata_path, open_files
         from st_ar.report import check_json, keep_json, print_table
 
         metrics = choose_metrics(self.metrics, self.extractor == "inception")
@@ -76,7 +76,7 @@ class Evaluate:
         check_json(self.json)
         check_page(self.page)
         samples = open_files(self.samples)
-        told = metadata_of(Path(self.samples).expanduser())
+        told = metadata_path(Path(self.samples).expanduser())
         if self.json and samples.metadata and Path(self.json).absolute() == told.absolute():
             raise UserError(f"--json {self.json} is the samples' own description: give the result another name")
         with process_group(self.device) as (ranks, device):

@@ -120,7 +120,7 @@ class Sweep:
     def run(self) -> None:
         from st_ar.evaluation.generation.evaluate import check_sizes, choose_metrics, format_number, open_reference
         from st_ar.evaluation.generation.features import Compute, load_extractor
-        from st_ar.evaluation.generation.sweep import FILES, SweptModel, check_sweep, settings_of, sweep
+        from st_ar.evaluation.generation.sweep import FILES, SweptModel, check_sweep, list_settings, sweep
         from st_ar.files import read_json
         from st_ar.hardware import choose_device
         from st_ar.report import check_json, json_alone, keep_json, print_table
@@ -130,7 +130,7 @@ class Sweep:
         is_inception = self.extractor == "inception"
         default: tuple[Metric, ...] = ("fid", "is") if is_inception else ("fd",)
         metrics = choose_metrics([*(self.metrics or default), "fd"], is_inception)
-        grid = settings_of(self.cfg_scales, self.temperatures, self.top_ks, seed=self.seed)
+        grid = list_settings(self.cfg_scales, self.temperatures, self.top_ks, seed=self.seed)
         device = choose_device(self.device)
         place = Compute(device=device, batch_size=self.batch_size)
         sampler = SweptModel(

@@ -91,7 +91,7 @@ class Probe:
             ProbeMethod,
             accuracy_figure,
             accuracy_table,
-            choose_subjects_reading,
+            choose_eval_features,
             describe_cache,
             describe_probes,
             probe_layers,
@@ -114,7 +114,7 @@ class Probe:
         stores = TokenStore(self.tokens), TokenStore(self.test_tokens)
         subjects = open_eval_models(self.model, self.names, self.weights, ema=self.ema)
         readings = [
-            choose_subjects_reading(s, *stores, self.layers, self.steps, self.train_crops, dtype) for s in subjects
+            choose_eval_features(s, *stores, self.layers, self.steps, self.train_crops, dtype) for s in subjects
         ]
         for store in stores:
             store.verify()
@@ -216,7 +216,7 @@ class Attention:
 
     def run(self) -> None:
         from st_ar.evaluation.attention import ImageMasks
-        from st_ar.evaluation.attention_report import AttentionOptions, report_attention, table_of
+        from st_ar.evaluation.attention_report import AttentionOptions, report_attention, statistics_table
         from st_ar.files import read_json
         from st_ar.report import check_json, json_alone, keep_json, print_table
 
@@ -240,7 +240,7 @@ class Attention:
             device=self.device,
         )
         if self.json != "-":
-            print_table(*table_of(statistics))
+            print_table(*statistics_table(statistics))
         with json_alone(self.json):
             print(f"\npage: {self.out / 'attention.html'}")
         if self.json:
