@@ -19,24 +19,25 @@ import pytest
 from st_ar import quickstart as module
 from st_ar.cli import run_command
 from st_ar.data.store import TokenStore
+from st_ar.demo.inputs import MAX_BYTES
 from st_ar.demo.models import ModelPool
-from st_ar.demo.reading import NONE, OWN
+from st_ar.demo.reading import NO_CLASS, OWN_CLASS
 from st_ar.demo.serve import (
     HEADERS,
-    MOST_BODY,
-    QUEUE,
-    STREAM,
+    JOIN_PATH,
+    MAX_BODY,
+    STREAM_PATH,
     Guard,
-    JobsAfterClosing,
     Message,
+    StreamCloseBarrier,
     bind,
     build_app,
     describe,
     is_local,
 )
 from st_ar.demo.setup import Setup, find_runs, quickstart_setup
-from st_ar.demo.tabs import still_known
-from st_ar.demo.understand_tab import still_there
+from st_ar.demo.tabs import update_classes
+from st_ar.demo.understand_tab import update_choices
 from st_ar.errors import UserError
 from st_ar.quickstart import quickstart
 from tests.data.random_store import random_store
@@ -53,13 +54,13 @@ def line(tmp_path: Path) -> SmallLine:
 
 
 def ask(
-    app: Any, path: str, *, host: str = "localhost:7860", method: str = "GET", **headers: str
+    app: Any, path: str, *, host: str = "localhost:7860", method: str = "GET", body: bytes = b"", **headers: str
 ) -> tuple[int, dict[str, str], bytes]:
     """What an ASGI application answers."""
     sent: list[dict[str, Any]] = []
 
     async def receive() -> dict[str, Any]:
-        return {"type": "http.request", "body": b"", "more_body": False}
+        return {"type": "http.request", "body": body, "more_body": False}
 
     async def send(message: dict[str, Any]) -> None:
         sent.append(message)
@@ -116,7 +117,7 @@ def test_the_page_is_served_with_headers_that_keep_it_here(app: Guard) -> None:
     ],
 )
 def test_what_the_page_does_not_need_does_not_answer(app: Guard, path: str) -> None:
-    assert ask(app, path)[::2] == (404, b"there is nothing here")
+    assert ask(app, path)[::2] == (404, b"not found")
 
 
 def test_files_of_the_machine_are_not_served(app: Guard) -> None:
@@ -130,9 +131,17 @@ def test_other_hosts_names_and_large_requests_are_refused(app: Guard) -> None:
         assert ask(app, "/", host=host)[0] == 421
     for host in ("localhost", "LOCALHOST:1", "127.0.0.1:7860", "[::1]:7860"):
         assert ask(app, "/", host=host)[0] == 200
-    assert ask(app, "/gradio_api/upload", method="POST", content_length=str(MOST_BODY + 1))[0] == 413
+    assert ask(app, "/gradio_api/upload", method="POST", content_length=str(MAX_BODY + 1))[0] == 413
     assert ask(app, "/gradio_api/upload", method="POST", content_length="x")[0] == 413
     assert ask(app, "/gradio_api/upload", method="POST", transfer_encoding="chunked")[0] == 411
+
+
+@pytest.mark.parametrize(("size", "status"), [(MAX_BYTES, 200), (MAX_BYTES + 1, 413)])
+def test_larger_uploads_are_refused_by_gradio(app: Guard, size: int, status: int) -> None:
+    head = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\n'
+    body = head + b"a" * size + b"\r\n--x--\r\n"
+    given = {"content_type": "multipart/form-data; boundary=x", "content_length": str(len(body))}
+    assert ask(app, "/gradio_api/upload", method="POST", body=body, **given)[0] == status
 
 
 def test_local_addresses_are_known() -> None:
@@ -154,7 +163,7 @@ def test_a_port_that_is_taken_or_none_is_refused() -> None:
 
 @pytest.mark.parametrize(
     ("signum", "status", "last"),
-    [(signal.SIGINT, 130, "st-ar: interrupted\n"), (signal.SIGTERM, 143, "st-ar: the page is closed\n")],
+    [(signal.SIGINT, 130, "st-ar: interrupted\n"), (signal.SIGTERM, 143, "st-ar: the demo was stopped\n")],
 )
 def test_the_command_serves_until_it_is_ended(
     line: SmallLine, tmp_path: Path, signum: signal.Signals, status: int, last: str
@@ -172,7 +181,7 @@ def test_the_command_serves_until_it_is_ended(
         try:
             assert process.stdout is not None
             said = process.stdout.readline()
-            found = re.fullmatch(r"the page is at (http://localhost:\d+)  \(Ctrl-C ends it\)\n", said)
+            found = re.fullmatch(r"the demo is at (http://localhost:\d+) \(press Ctrl-C to stop it\)\n", said)
             assert found, said
             assert len([*(tmp_path / "temporary").glob("st-ar-demo-*")]) == 1
             with urllib.request.urlopen(found[1], timeout=60) as answer:
@@ -225,7 +234,7 @@ def test_models_that_do_not_suit_are_refused(line: SmallLine, tmp_path: Path) ->
     random_tokenizer(12).save(tmp_path / "larger")
     info = random_model(TINY)
     save_export(tmp_path / "silent", info, info, {"step": 0, "preset": "toy"})
-    with pytest.raises(UserError, match=r"speaks of 11 codes, .* has 12"):
+    with pytest.raises(UserError, match=r"has 11 codes, .* has 12"):
         ModelPool([tmp_path / "silent"], tmp_path / "larger", device="cpu")
 
 
@@ -234,8 +243,8 @@ def test_weights_that_became_another_model_are_refused_when_they_are_opened(tmp_
 
     with small_setup(tmp_path) as (setup, _):
         export(tmp_path / "first", replace(TINY, n_layers=2), 10)
-        with pytest.raises(UserError, match="is another model than when the page was started"):
-            setup.shelf.run(lambda: setup.shelf.open("first (EMA)"))
+        with pytest.raises(UserError, match="has changed since the demo started"):
+            setup.pool.run(lambda: setup.pool.open("first (EMA)"))
 
 
 def test_runs_are_found_among_the_models_and_named(line: SmallLine, tmp_path: Path) -> None:
@@ -262,13 +271,13 @@ def test_the_quickstarts_models_are_taken_or_made(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(module, "quickstart", None)  # a finished one is not made again
     setup = quickstart_setup(folder, device="cpu", dtype="float32", probe_images=50)
     try:
-        assert setup.shelf.names == ["AR", "ST-AR", "AR (EMA)", "ST-AR (EMA)"]
+        assert setup.pool.names == ["AR", "ST-AR", "AR (EMA)", "ST-AR (EMA)"]
         assert {name: run.name for name, run in setup.runs.items()} == {"AR": "llamagen", "ST-AR": "st-ar"}
         assert setup.store is not None
         image = setup.from_store(0)
-        assert [*setup.guess("ST-AR", image)][-1].total == 50
+        assert [*setup.predict("ST-AR", image)][-1].total == 50
     finally:
-        setup.shelf.close()
+        setup.pool.close()
     made: list[Path] = []
 
     def make(out: Path) -> Path:
@@ -290,7 +299,7 @@ async def gradio(scope: Message, receive: Any, send: Any) -> None:
     """Queues every job, and closes every stream after one message."""
     await receive()
     await send({"type": "http.response.start", "status": 200, "headers": []})
-    if scope["path"].startswith(STREAM):
+    if scope["path"].startswith(STREAM_PATH):
         for body in (DONE, CLOSE):
             await send({"type": "http.response.body", "body": body, "more_body": True})
     await send({"type": "http.response.body", "body": b"", "more_body": False})
@@ -299,8 +308,8 @@ async def gradio(scope: Message, receive: Any, send: Any) -> None:
 class Asked:
     """A request of a browser's, and what has come back so far."""
 
-    def __init__(self, app: JobsAfterClosing, path: str, visitor: str) -> None:
-        body = json.dumps({"data": [], "session_hash": visitor}).encode() if path == QUEUE else b""
+    def __init__(self, app: StreamCloseBarrier, path: str, visitor: str) -> None:
+        body = json.dumps({"data": [], "session_hash": visitor}).encode() if path == JOIN_PATH else b""
         self.to_come: asyncio.Queue[Message] = asyncio.Queue()
         self.to_come.put_nowait({"type": "http.request", "body": body, "more_body": False})
         self.got: list[Message] = []
@@ -326,18 +335,18 @@ async def settle() -> None:
 
 def test_a_job_is_confirmed_when_the_browser_has_dropped_the_closed_stream() -> None:
     async def tell() -> None:
-        app = JobsAfterClosing(gradio)
-        stream = Asked(app, STREAM, "me")
+        app = StreamCloseBarrier(gradio)
+        stream = Asked(app, STREAM_PATH, "me")
         await settle()
         assert stream.bodies == [DONE, CLOSE]  # the answer's end waits
-        mine, other = Asked(app, QUEUE, "me"), Asked(app, QUEUE, "you")
+        mine, other = Asked(app, JOIN_PATH, "me"), Asked(app, JOIN_PATH, "you")
         await settle()
         assert (mine.got, other.bodies) == ([], [b""])
         stream.drop()
         await settle()
         assert (mine.bodies, stream.bodies) == ([b""], [DONE, CLOSE, b""])
         assert app.closing == {}
-        later = Asked(app, QUEUE, "me")
+        later = Asked(app, JOIN_PATH, "me")
         await settle()
         assert later.bodies == [b""]
         await asyncio.gather(*(asked.served for asked in (stream, mine, other, later)))
@@ -347,8 +356,8 @@ def test_a_job_is_confirmed_when_the_browser_has_dropped_the_closed_stream() -> 
 
 def test_a_browser_that_keeps_a_closed_stream_is_waited_for_a_while() -> None:
     async def tell() -> None:
-        app = JobsAfterClosing(gradio, patience=0.05)
-        stream, job = Asked(app, STREAM, "me"), Asked(app, QUEUE, "me")
+        app = StreamCloseBarrier(gradio, timeout=0.05)
+        stream, job = Asked(app, STREAM_PATH, "me"), Asked(app, JOIN_PATH, "me")
         await settle()
         assert job.got == []
         await asyncio.gather(stream.served, job.served)
@@ -359,11 +368,11 @@ def test_a_browser_that_keeps_a_closed_stream_is_waited_for_a_while() -> None:
 
 def test_requests_that_do_not_say_whose_they_are_are_passed_on() -> None:
     async def tell() -> None:
-        app = JobsAfterClosing(gradio)
-        stream = Asked(app, STREAM, "me")
+        app = StreamCloseBarrier(gradio)
+        stream = Asked(app, STREAM_PATH, "me")
         await settle()
         for body in (b"", b"{", b"[]", b"\xff", b"{}"):
-            job = Asked(app, QUEUE, "")
+            job = Asked(app, JOIN_PATH, "")
             job.to_come.get_nowait()
             job.to_come.put_nowait({"type": "http.request", "body": body, "more_body": False})
             await job.served
@@ -376,10 +385,10 @@ def test_requests_that_do_not_say_whose_they_are_are_passed_on() -> None:
 
 def test_weights_of_one_shape_are_named_together(tmp_path: Path) -> None:
     models = [export(tmp_path / name, replace(TINY, n_layers=layers), 1) for name, layers in (("a", 4), ("<b>", 2))]
-    shelf = ModelPool(models, make_line(tmp_path).tokenizer, device="cpu", dtype="float32")
-    shelf.close()
-    size = f"layers of {TINY.dim}, 3 x 3 tokens"
-    assert describe(shelf) == f"a, a (EMA): 4 {size}; <b>, <b> (EMA): 2 {size}; cpu, float32"
+    pool = ModelPool(models, make_line(tmp_path).tokenizer, device="cpu", dtype="float32")
+    pool.close()
+    size = f"layers of width {TINY.dim}, 3 x 3 tokens"
+    assert describe(pool) == f"a, a (EMA): 4 {size}; <b>, <b> (EMA): 2 {size}; cpu, float32"
 
 
 @pytest.fixture(scope="module")
@@ -390,40 +399,40 @@ def setup(tmp_path_factory: pytest.TempPathFactory) -> Generator[Setup]:
         export(folder / "a", TINY, 1),
         export(folder / "b", replace(TINY, n_layers=2, n_heads=1, num_classes=2), 1, ["ant", "bee"]),
     ]
-    shelf = ModelPool(models, make_line(folder).tokenizer, device="cpu", dtype="float32")
-    yield Setup(shelf=shelf, store=None, probe_store=None)
-    shelf.close()
+    pool = ModelPool(models, make_line(folder).tokenizer, device="cpu", dtype="float32")
+    yield Setup(pool=pool, store=None, probe_store=None)
+    pool.close()
 
 
 def test_a_store_that_names_other_classes_is_refused(setup: Setup, tmp_path: Path) -> None:
     names = ["bee", "ant"]
-    shelf = ModelPool(
+    pool = ModelPool(
         [export(tmp_path / "m", replace(TINY, num_classes=2), 1, ["ant", "bee"])],
         make_line(tmp_path).tokenizer,
         device="cpu",
     )
     store = random_store(tmp_path / "store", images=2, grid=TINY.grid, vocab_size=TINY.vocab_size, num_classes=2)[0]
     meta = json.loads((store / "meta.json").read_text())
-    meta |= {"class_names": names, "tokenizer": setup.shelf.tokenizer.fingerprint}
+    meta |= {"class_names": names, "tokenizer": setup.pool.tokenizer.fingerprint}
     (store / "meta.json").write_text(json.dumps(meta))
     with pytest.raises(UserError, match=r"names its classes otherwise than m \(class 0 is 'ant' and 'bee'\)"):
-        Setup(shelf=shelf, store=TokenStore(store), probe_store=None)
-    shelf.close()
+        Setup(pool=pool, store=TokenStore(store), probe_store=None)
+    pool.close()
 
 
 def test_classes_stay_chosen_as_far_as_other_weights_know_them(setup: Setup) -> None:
-    kept = still_known(setup, "b", [0, 2, 1])
+    kept = update_classes(setup, "b", [0, 2, 1])
     assert kept["choices"] == [("ant", 0), ("bee", 1)]
     assert kept["value"] == [0, 1]
-    assert still_known(setup, "a", [0, 2, 1])["value"] == [0, 2, 1]
-    assert still_known(setup, "a", None)["value"] == []
+    assert update_classes(setup, "a", [0, 2, 1])["value"] == [0, 2, 1]
+    assert update_classes(setup, "a", None)["value"] == []
 
 
 def test_class_layer_and_head_stay_as_far_as_other_weights_have_them(setup: Setup) -> None:
-    given, layer, head = still_there(setup, "b", 2, 4, 2)
-    assert (given["value"], layer["value"], head["value"]) == (OWN, 2, 0)
+    given, layer, head = update_choices(setup, "b", 2, 4, 2)
+    assert (given["value"], layer["value"], head["value"]) == (OWN_CLASS, 2, 0)
     assert layer["maximum"] == 2
     assert head["choices"] == [("average", 0), ("1", 1)]
-    assert given["choices"] == [("the image's own", OWN), ("none", NONE), ("ant", 0), ("bee", 1)]
-    given, layer, head = still_there(setup, "a", 2, 4, 2)
+    assert given["choices"] == [("the image's own", OWN_CLASS), ("none", NO_CLASS), ("ant", 0), ("bee", 1)]
+    given, layer, head = update_choices(setup, "a", 2, 4, 2)
     assert (given["value"], layer["value"], head["value"]) == (2, 4, 2)

@@ -149,7 +149,7 @@ class Demo:
         assert self.tokenizer is not None
         return Setup(
             runs=find_runs(self.model, self.runs),
-            shelf=ModelPool(self.model, self.tokenizer, names=self.names, device=self.device, dtype=self.dtype),
+            pool=ModelPool(self.model, self.tokenizer, names=self.names, device=self.device, dtype=self.dtype),
             store=open_store(self.tokens) if self.tokens else None,
             probe_store=open_store(self.probe_tokens) if self.probe_tokens else None,
             probe_images=self.probe_images,
