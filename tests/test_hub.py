@@ -115,5 +115,5 @@ def test_the_card_of_an_export_alone_leaves_out_what_it_cannot_know(tmp_path: Pa
 def test_a_run_whose_config_is_damaged_is_refused_for_its_card(run: Path, part: str) -> None:
     record = json.loads((run / "config.json").read_text())
     (run / "config.json").write_text(json.dumps(record | {part: 3}))
-    with refused(run, r"config\.json is damaged: its config or its tokens are no objects"):
+    with refused(run, r"config\.json is damaged \(config or tokens is not an object\)"):
         model_card(run / "export", "somebody/toy", metrics={}, licence="mit")

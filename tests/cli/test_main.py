@@ -55,7 +55,7 @@ def test_a_place_that_may_not_be_read_is_one_line(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(Path, "is_dir", is_dir)
     with pytest.raises(SystemExit) as stop:
         main(["tokenize", "--images", "folder:a/hidden", "--tokenizer", "t", "--out", "o"])
-    message = "st-ar: a/hidden: Permission denied; give a path that you may read and write\n"
+    message = "st-ar: a/hidden: Permission denied; give a path that you can read and write\n"
     assert (stop.value.code, *capsys.readouterr()) == (2, "", message)
 
 
@@ -180,8 +180,8 @@ sys.exit("torch" in sys.modules)
     [
         (("tran",), "unknown command 'tran': give one of quickstart, .*attention"),
         (("train", "st-ar-digit"), r"unknown preset 'st-ar-digit': did you mean st-ar-digits\?"),
-        (("train", "--tokens", "x"), "train needs a preset before its options: one of llamagen-b"),
-        (("train",), "train needs a preset"),
+        (("train", "--tokens", "x"), "train has no preset: give one of llamagen-b.* before the options"),
+        (("train",), "train has no preset"),
     ],
 )
 def test_an_unknown_word_is_answered_in_one_line(capsys: Capture, arguments: tuple[str, ...], match: str) -> None:

@@ -198,10 +198,10 @@ def test_the_command_serves_until_it_is_ended(
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        (("--model", "model"), "--model needs --tokenizer"),
-        (("--model", "a", "b", "c", "--tokenizer", "tokenizer"), "names 3 models: the demo compares two at most"),
-        (("--tokenizer", "tokenizer"), "--tokenizer goes with --model"),
-        (("--probe-tokens", "tokens"), "--probe-tokens goes with --model"),
+        (("--model", "model"), "--model needs a tokenizer"),
+        (("--model", "a", "b", "c", "--tokenizer", "tokenizer"), "has 3 models: the demo compares at most two"),
+        (("--tokenizer", "tokenizer"), "--tokenizer needs --model"),
+        (("--probe-tokens", "tokens"), "--probe-tokens needs --model"),
         (
             ("--model", "model", "--tokenizer", "tokenizer", "--quickstart", "other"),
             "--quickstart and --model exclude each other",
@@ -209,7 +209,7 @@ def test_the_command_serves_until_it_is_ended(
         (("--model", "model", "--tokenizer", "tokenizer", "--probe-images", "1"), "--probe-images must be at least 2"),
         (("--model", "model", "--tokenizer", "tokenizer", "--runs", "tokens"), "is not a run"),
         (("--model", "nothing", "--tokenizer", "tokenizer"), "nothing does not exist"),
-        (("--model", "model", "--tokenizer", "tokenizer", "--host", ""), "--host must name an address"),
+        (("--model", "model", "--tokenizer", "tokenizer", "--host", ""), "--host is empty: give an address"),
         (("--model", "model", "model", "--tokenizer", "tokenizer"), "two models are called"),
         (("--model", "model", "--tokenizer", "tokenizer", "--names", "a", "b"), "2 --names for 1 models"),
     ],

@@ -106,7 +106,7 @@ def add_fields(setup: Setup, name: str, key: str) -> list[Any]:
         power = gr.Slider(0.25, 4, 1, step=0.05, label="Power of power-cosine", info="higher: guidance starts later")
         temperature = gr.Slider(0.1, 2, 1, step=0.05, label="Temperature", elem_id=f"{key}-temperature")
         top_k = gr.Slider(
-            0, config.vocab_size, 0, step=1, label="Top-k", info="sample from the k most probable tokens; 0 is all"
+            0, config.vocab_size, 0, step=1, label="Top-k", info="sample from the k most likely tokens; 0 is all"
         )
         top_p = gr.Slider(
             0.05,
