@@ -23,10 +23,7 @@ from st_ar.cli import COMMANDS, load_command, main
 from st_ar.cli.train import Train
 from st_ar.config import (
     InvarianceSettings,
-    ModelConfig,
-    OptimConfig,
     SampleSettings,
-    SelfGuidedConfig,
     TrainConfig,
     WatchConfig,
 )
@@ -92,14 +89,13 @@ def refused(capsys: Capture, match: str, *arguments: str | Path) -> None:
 def flags(cls: type, prefix: str = "") -> list[str]:
     """Every option that a dataclass of settings has on the command line."""
     found: list[str] = []
-    nested = (ModelConfig, SelfGuidedConfig, OptimConfig)
     for field in dataclasses.fields(cls):
-        hint = get_type_hints(cls)[field.name]
-        name = field.name.replace("_", "-")
+        hint: Any = get_type_hints(cls)[field.name]
+        name = prefix + field.name.replace("_", "-")
         if hint in (SampleSettings, InvarianceSettings):
             found += flags(hint, prefix)
         else:
-            found += flags(hint, f"{prefix}{name}.") if hint in nested else [f"--{prefix}{name}"]
+            found += flags(hint, f"{name}.") if dataclasses.is_dataclass(hint) else [f"--{name}"]
     return found
 
 
@@ -160,7 +156,8 @@ def test_help_does_not_wait_for_torch() -> None:
     script = """
 import sys
 from st_ar.cli import main
-for arguments in (["--help"], ["train", "--help"], ["train", "st-ar-b", "--help"], ["sample", "--help"], ["nonsense"]):
+for arguments in (["--help"], ["train", "--help"], ["train", "st-ar-b", "--help"], ["sample", "--help"], ["nonsense"],
+                  ["train-tokenizer", "--help"], ["train-tokenizer", "vq-16", "--help"], ["train-tokenizer", "vq-61"]):
     try:
         main(arguments)
     except SystemExit:
@@ -170,6 +167,7 @@ sys.exit("torch" in sys.modules)
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "usage: st-ar train PRESET" in done.stdout
+    assert "usage: st-ar train-tokenizer PRESET" in done.stdout
 
 
 # Mistakes in the words themselves

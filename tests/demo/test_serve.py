@@ -16,9 +16,10 @@ from typing import Any
 
 import pytest
 
-from st_ar import quickstart as module
+from st_ar import quickstart
 from st_ar.cli import run_command
 from st_ar.data.store import TokenStore
+from st_ar.demo import serve
 from st_ar.demo.inputs import MAX_BYTES
 from st_ar.demo.models import ModelPool
 from st_ar.demo.reading import NO_CLASS, OWN_CLASS
@@ -38,13 +39,11 @@ from st_ar.demo.serve import (
 from st_ar.demo.setup import Setup, find_runs, quickstart_setup
 from st_ar.demo.tabs import update_classes
 from st_ar.demo.understand_tab import update_choices
-from st_ar.errors import UserError
-from st_ar.quickstart import quickstart
+from st_ar.errors import Interrupted, UserError
 from tests.data.random_store import random_store
 from tests.demo.small_page import export, small_setup
 from tests.disk import refused
 from tests.small_line import SmallLine, make_line
-from tests.test_quickstart import small_preset
 from tests.toys import TINY, TINY_TEXT, random_model
 
 
@@ -161,13 +160,7 @@ def test_a_port_that_is_taken_or_none_is_refused() -> None:
         bind("203.0.113.7", 0)
 
 
-@pytest.mark.parametrize(
-    ("signum", "status", "last"),
-    [(signal.SIGINT, 130, "st-ar: interrupted\n"), (signal.SIGTERM, 143, "st-ar: the demo was stopped\n")],
-)
-def test_the_command_serves_until_it_is_ended(
-    line: SmallLine, tmp_path: Path, signum: signal.Signals, status: int, last: str
-) -> None:
+def test_the_command_serves_until_it_is_interrupted(line: SmallLine, tmp_path: Path) -> None:
     (tmp_path / "temporary").mkdir()
     command = ["demo", "--model", line.model, "--tokenizer", line.tokenizer, "--tokens", line.tokens]
     command += ["--port", "0", "--device", "cpu"]
@@ -180,19 +173,40 @@ def test_the_command_serves_until_it_is_ended(
     ) as process:
         try:
             assert process.stdout is not None
-            said = process.stdout.readline()
-            found = re.fullmatch(r"the demo is at (http://localhost:\d+) \(press Ctrl-C to stop it\)\n", said)
-            assert found, said
+            line_read = process.stdout.readline()
+            found = re.fullmatch(r"the demo is at (http://localhost:\d+) \(press Ctrl-C to stop it\)\n", line_read)
+            assert found, line_read
             assert len([*(tmp_path / "temporary").glob("st-ar-demo-*")]) == 1
             with urllib.request.urlopen(found[1], timeout=60) as answer:
                 assert b"model (EMA)" in answer.read()
-            process.send_signal(signum)
+            process.send_signal(signal.SIGINT)
             out, err = process.communicate(timeout=60)
         finally:
             process.kill()
-    assert (process.returncode, out) == (status, "")
-    assert err == last
+    assert (process.returncode, out, err) == (130, "", "st-ar: interrupted\n")
     assert list((tmp_path / "temporary").glob("st-ar-demo-*")) == []
+
+
+def test_sigterm_ends_the_server_and_its_handlers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    real = serve.make_server
+
+    def make_server(setup: Setup, host: str) -> Any:
+        server = real(setup, host)
+        startup = server.startup
+
+        async def start_and_terminate(sockets: list[socket.socket]) -> None:
+            await startup(sockets)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+        server.startup = start_and_terminate
+        return server
+
+    monkeypatch.setattr(serve, "make_server", make_server)
+    with small_setup(tmp_path) as (setup, _), pytest.raises(Interrupted, match="the demo was stopped") as stop:
+        serve.serve(setup, "127.0.0.1", 0)
+    assert stop.value.signum == signal.SIGTERM
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
 
 
 @pytest.mark.parametrize(
@@ -261,34 +275,17 @@ def test_runs_are_found_among_the_models_and_named(line: SmallLine, tmp_path: Pa
     assert find_runs([line.model], []) == {}
 
 
-def test_the_quickstarts_models_are_taken_or_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import dataclasses
-
-    monkeypatch.setattr(module, "get_preset", small_preset)
-    monkeypatch.setattr(module, "PROBE", dataclasses.replace(module.PROBE, epochs=2, warmup_epochs=1))
-    monkeypatch.setattr(module, "SAMPLES", 20)
-    folder = quickstart(tmp_path / "quickstart", images="digits", steps=2).parent
-    monkeypatch.setattr(module, "quickstart", None)  # a finished one is not made again
-    setup = quickstart_setup(folder, device="cpu", dtype="float32", probe_images=50)
-    try:
-        assert setup.pool.names == ["AR", "ST-AR", "AR (EMA)", "ST-AR (EMA)"]
-        assert {name: run.name for name, run in setup.runs.items()} == {"AR": "llamagen", "ST-AR": "st-ar"}
-        assert setup.store is not None
-        image = setup.from_store(0)
-        assert [*setup.predict("ST-AR", image)][-1].total == 50
-    finally:
-        setup.pool.close()
+def test_a_missing_quickstart_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[Path] = []
 
     def make(out: Path) -> Path:
         made.append(out)
         raise UserError("stopped here")
 
-    monkeypatch.setattr(module, "quickstart", make)
-    (folder / "summary.json").unlink()
+    monkeypatch.setattr(quickstart, "quickstart", make)
     with pytest.raises(UserError, match="stopped here"):
-        quickstart_setup(folder, device="cpu", dtype="float32", probe_images=50)
-    assert made == [folder]
+        quickstart_setup(tmp_path, device="cpu", dtype="float32", probe_images=50)
+    assert made == [tmp_path]
 
 
 CLOSE = b'data: {"event_id":null,"msg":"close_stream"}\n\n'
