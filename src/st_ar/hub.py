@@ -1,7 +1,6 @@
 """Models on the Hugging Face hub: upload of an export folder with a model card, and download."""
 
 import json
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -49,12 +48,9 @@ def push_to_hub(
     try:
         api = hub.HfApi()
         address = api.create_repo(name, private=private, exist_ok=True)
-        with tempfile.TemporaryDirectory() as scratch:
-            path = Path(scratch) / "README.md"
-            path.write_text(card)
-            operations = [hub.CommitOperationAdd("README.md", str(path))]
-            operations += [hub.CommitOperationAdd(f, str(folder / f)) for f in FILES if (folder / f).exists()]
-            api.create_commit(name, operations=operations, commit_message="Upload st-ar model")
+        operations = [hub.CommitOperationAdd("README.md", card.encode())]
+        operations += [hub.CommitOperationAdd(f, str(folder / f)) for f in FILES if (folder / f).exists()]
+        api.create_commit(name, operations=operations, commit_message="Upload st-ar model")
     except Exception as error:  # huggingface_hub raises many types
         raise UserError(
             f"hub:{name} cannot be written ({cause(error)}): check the name and the network, and log in with `hf auth login`"

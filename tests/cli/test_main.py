@@ -138,7 +138,7 @@ def test_a_presets_help_explains_every_setting(capsys: Capture, monkeypatch: pyt
     own = [
         f"--{field.name.replace('_', '-')}"
         for field in dataclasses.fields(Train)
-        if field.name not in ("config", "watching")
+        if field.name not in ("preset", "config", "watching")
     ]
     for flag in [*own, *flags(WatchConfig), *flags(TrainConfig)]:
         assert re.search(rf"(?m)^\W*{flag}\b", text), flag

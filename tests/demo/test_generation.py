@@ -3,7 +3,6 @@
 import contextlib
 import io
 import json
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -18,17 +17,18 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from st_ar.config import SampleSettings
+from st_ar.demo import generation
 from st_ar.demo.generation import (
     PNG_KEY,
     Frame,
     GenerationRecord,
     PreviewDecoder,
-    PreviewPace,
     WeightsRecord,
     choose_labels,
     compare_images,
     generate_frames,
     match_weights,
+    preview_delay,
     read_record,
     to_png,
 )
@@ -48,11 +48,10 @@ from tests.toys import TINY, random_model
 SETTINGS = SampleSettings(cfg_scale=2.0, top_k=9, temperature=0.9, seed=4)
 
 
-class EveryToken(PreviewPace):
+@pytest.fixture
+def every_token(monkeypatch: pytest.MonkeyPatch) -> None:
     """A preview at each of them."""
-
-    def is_due(self) -> bool:
-        return True
+    monkeypatch.setattr(generation, "preview_delay", lambda _: 0.0)
 
 
 @pytest.fixture
@@ -82,8 +81,9 @@ def test_the_page_draws_what_the_command_draws(setup: Setup, tmp_path: Path) -> 
     )
 
 
+@pytest.mark.usefixtures("every_token")
 def test_previews_show_the_tokens_that_are_drawn_and_nothing_of_the_others(setup: Setup) -> None:
-    frames = [frame for [frame] in generate_frames(setup.pool, ["first"], [0, 1], SETTINGS, EveryToken())]
+    frames = [frame for [frame] in generate_frames(setup.pool, ["first"], [0, 1], SETTINGS)]
     assert [frame.done for frame in frames] == [*range(1, 10)]
     whole = frames[-1].images
     for frame in frames[:-1]:
@@ -94,13 +94,14 @@ def test_previews_show_the_tokens_that_are_drawn_and_nothing_of_the_others(setup
         np.testing.assert_array_equal(frame.images[..., :3][visible], whole[visible])
 
 
+@pytest.mark.usefixtures("every_token")
 def test_previews_are_painted_in_the_type_that_draws_and_whole_images_exactly(tmp_path: Path) -> None:
     tokenizer = VQTokenizer(SMALL, random_tensors())
     tokenizer.save(tmp_path / "tokenizer")
     config = replace(TINY, vocab_size=SMALL.codebook_size)
     save_export(tmp_path / "model", random_model(config, 1), random_model(config, 2), {"step": 1, "preset": "toy"})
     pool = ModelPool([tmp_path / "model"], tmp_path / "tokenizer", device="cpu", dtype="bfloat16")
-    *before, [whole] = generate_frames(pool, ["model"], [0, 1], SETTINGS, EveryToken())
+    *before, [whole] = generate_frames(pool, ["model"], [0, 1], SETTINGS)
     pool.close()
     assert whole.tokens is not None
     codes = whole.tokens.view(2, 3, 3)
@@ -146,9 +147,10 @@ def test_another_seed_and_another_setting_draw_otherwise_with_the_same_memory(se
     np.testing.assert_array_equal(last(setup, "first", labels=[0, 1])[0].images, first)
 
 
+@pytest.mark.usefixtures("every_token")
 def test_a_drawing_that_is_left_ends_and_the_next_one_is_whole(setup: Setup) -> None:
     expected = last(setup, "first", labels=[0, 1])[0].images
-    left = generate_frames(setup.pool, ["first"], [1, 0], SETTINGS, EveryToken())
+    left = generate_frames(setup.pool, ["first"], [1, 0], SETTINGS)
     assert next(left)[0].done == 1
     left.close()
     assert [*left] == []
@@ -231,14 +233,9 @@ def test_names_and_labels_that_are_not_there_are_refused(setup: Setup) -> None:
         last(setup, "first", labels=[0], settings=SampleSettings(top_k=12))
 
 
-def test_previews_leave_most_of_the_time_to_the_drawing() -> None:
-    pace = PreviewPace(rate=10, share=0.25)
-    assert pace.is_due()
-    pace.count(1.0)
-    assert not pace.is_due()
-    assert pace.due - time.perf_counter() == pytest.approx(3.0, abs=0.2)
-    pace.count(0.0)
-    assert pace.due - time.perf_counter() == pytest.approx(0.1, abs=0.09)
+def test_previews_take_a_quarter_of_the_time_and_come_12_times_a_second_at_most() -> None:
+    assert preview_delay(1.0) == pytest.approx(3.0)
+    assert preview_delay(0.0) == pytest.approx(1 / 12)
 
 
 def test_all_work_of_the_models_is_done_in_one_thread(setup: Setup) -> None:

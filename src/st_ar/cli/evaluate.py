@@ -8,23 +8,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from st_ar.cli.options import (
-    SOURCES,
-    Device,
-    Extractor,
-    ImageSet,
-    Inception,
-    Json,
-    Metrics,
-    Page,
-    Resize,
-    Size,
-    Tokenizer,
-    VQType,
-    check_page,
-    check_seeds,
-    check_side,
-)
+from st_ar.cli import options
 from st_ar.errors import UserError
 
 
@@ -38,22 +22,25 @@ class Evaluate:
     samples: tyro.conf.Positional[str]
     """A .npz file with arr_0 (uint8 [N, H, W, 3]), or a folder of PNGs."""
     reference: Annotated[
-        str, tyro.conf.arg(help=f"A file of `st-ar reference`, an ADM reference batch (.npz), or images: {SOURCES}.")
+        str,
+        tyro.conf.arg(
+            help=f"A file of `st-ar reference`, an ADM reference batch (.npz), or images: {options.SOURCES}."
+        ),
     ]
-    metrics: Metrics = ()
-    extractor: Extractor = "inception"
-    inception: Inception = None
-    size: Size = None
-    resize: Resize = None
+    metrics: options.Metrics = ()
+    extractor: options.Extractor = "inception"
+    inception: options.Inception = None
+    size: options.Size = None
+    resize: options.Resize = None
     shuffle_seed: int | None = None
     """Shuffle the samples with this seed before the splits of IS. Use it for samples sorted by class."""
     seed: int = 0
     """Random seed of KID's subsets, and of the 10,000 images that represent a larger reference."""
     batch_size: int = 64
     """Images per forward pass."""
-    device: Device = "auto"
-    json: Json = None
-    page: Page = None
+    device: options.Device = "auto"
+    json: options.Json = None
+    page: options.Page = None
 
     def run(self) -> None:
         from st_ar.distributed import process_group, rank0_first
@@ -71,10 +58,10 @@ class Evaluate:
         from st_ar.report import check_json, keep_json, print_table
 
         metrics = choose_metrics(self.metrics, self.extractor == "inception")
-        check_seeds(self.seed, self.shuffle_seed)
-        check_side("--resize", self.resize)
+        options.check_seeds(self.seed, self.shuffle_seed)
+        options.check_side("--resize", self.resize)
         check_json(self.json)
-        check_page(self.page)
+        options.check_page(self.page)
         samples = open_files(self.samples)
         metadata = metadata_of(Path(self.samples).expanduser())
         if self.json and samples.metadata and Path(self.json).absolute() == metadata.absolute():
@@ -121,17 +108,17 @@ class MakeReference:
     For precision and recall, the file also holds 10,000 of the images and their features. Under torchrun the ranks share the images.
     """
 
-    source: tyro.conf.Positional[ImageSet]
+    source: tyro.conf.Positional[options.ImageSet]
     out: Path
     """New file FILE.npz."""
-    size: Size = None
-    extractor: Extractor = "inception"
-    inception: Inception = None
+    size: options.Size = None
+    extractor: options.Extractor = "inception"
+    inception: options.Inception = None
     seed: int = 0
     """Random seed of the choice of 10,000 images."""
     batch_size: int = 64
     """Images per forward pass."""
-    device: Device = "auto"
+    device: options.Device = "auto"
 
     def run(self) -> None:
         from st_ar.distributed import process_group, rank0_first
@@ -139,8 +126,8 @@ class MakeReference:
         from st_ar.evaluation.generation.features import Compute, load_extractor
         from st_ar.files import require_place
 
-        check_seeds(self.seed)
-        check_side("--size", self.size)
+        options.check_seeds(self.seed)
+        options.check_side("--size", self.size)
         require_place(self.out)
         with process_group(self.device) as (ranks, device):
             compute = Compute(device=device, ranks=ranks, batch_size=self.batch_size)
@@ -159,21 +146,21 @@ class Reconstruct:
     rFID compares reconstructions with their originals; it is not the FID of a generator. Under torchrun the ranks share the images.
     """
 
-    tokenizer: Tokenizer
-    images: ImageSet
-    size: Size = None
+    tokenizer: options.Tokenizer
+    images: options.ImageSet
+    size: options.Size = None
     extractor: Literal["inception", "efficientnet", "dinov2", "none"] = "inception"
     """Feature network of FD; none skips it. Only the FD of Inception is rFID."""
-    inception: Inception = None
+    inception: options.Inception = None
     batch_size: int = 32
     """Images to encode at once."""
-    device: Device = "auto"
-    dtype: VQType = "float32"
+    device: options.Device = "auto"
+    dtype: options.VQType = "float32"
     out: Path | None = None
     """New PNG file with some images, each above its reconstruction."""
     save: Path | None = None
     """New folder for all reconstructions as PNGs. `st-ar evaluate` takes it as samples or as the reference."""
-    json: Json = None
+    json: options.Json = None
 
     def run(self) -> None:
         from st_ar.distributed import process_group, rank0_first
@@ -185,7 +172,7 @@ class Reconstruct:
         from st_ar.report import check_json, keep_json, print_table
         from st_ar.tokenizer import open_tokenizer
 
-        check_side("--size", self.size)
+        options.check_side("--size", self.size)
         check_json(self.json)
         for path in filter(None, (self.out, self.save)):
             require_place(path)

@@ -6,22 +6,7 @@ from typing import Annotated
 
 import tyro
 
-from st_ar.cli.options import (
-    Device,
-    Ema,
-    Extractor,
-    Inception,
-    Json,
-    LabelMode,
-    Metrics,
-    Model,
-    ModelType,
-    Resize,
-    Size,
-    Text,
-    Tokenizer,
-    check_side,
-)
+from st_ar.cli import options
 from st_ar.config import Metric, SampleSettings
 
 
@@ -29,30 +14,30 @@ from st_ar.config import Metric, SampleSettings
 class Sample:
     """Sample images from a model into a .npz file (ADM's layout) or a folder of PNGs, with a file of the settings.
 
-    Run the same command again to continue a stopped job. Under torchrun the ranks share the images: torchrun --nproc-per-node 4
-    "$(which st-ar)" sample ..
+    Run the same command again to continue a stopped job. Under torchrun the ranks share the images:
+    torchrun --nproc-per-node 4 "$(which st-ar)" sample ..
     """
 
-    model: Model
-    tokenizer: Tokenizer
+    model: options.Model
+    tokenizer: options.Tokenizer
     out: Path
     """FILE.npz, or a folder for PNGs."""
-    text: Text = None
+    text: options.Text = None
     num: Annotated[int | None, tyro.conf.arg(aliases=["--num-images"])] = None
     """Number of images. 64 by default, or one per caption. Under torchrun, which refuses --num, write --num-images."""
     per_class: int | None = None
     """Images per class, instead of --num. FID uses 50,000 images: 50 for each of 1,000 classes."""
     labels: tuple[int, ...] = ()
     """Classes to sample. All by default."""
-    label_mode: LabelMode = "balanced"
+    label_mode: options.LabelMode = "balanced"
     settings: Annotated[SampleSettings, tyro.conf.arg(name="")] = field(default_factory=SampleSettings)
     batch_size: int = 256
     """Images to sample and write at once. It can change images only by rounding."""
-    ema: Ema = False
+    ema: options.Ema = False
     grid: int | None = None
     """Tokens per side, if not the trained size: 24 for 384 px with LlamaGen's 256 px weights."""
-    device: Device = "auto"
-    dtype: ModelType = "auto"
+    device: options.Device = "auto"
+    dtype: options.ModelType = "auto"
     compile: bool = False
     """Compile the transformer's blocks with torch.compile: faster after a few seconds. Needs a C++ compiler on a CPU."""
 
@@ -89,8 +74,8 @@ class Sweep:
     Samples and results stay in --out and are reused. Run the same command again to continue a stopped sweep.
     """
 
-    model: Model
-    tokenizer: Tokenizer
+    model: options.Model
+    tokenizer: options.Tokenizer
     reference: str
     """Reference, as for `st-ar evaluate`. A file of `st-ar reference` is fastest."""
     out: Path
@@ -102,21 +87,21 @@ class Sweep:
     top_ks: tuple[int, ...] = (0,)
     """Values of k: sample from the k most likely tokens; 0 for all."""
     num: int = 10_000
-    """Images per setting. FD depends on it: fewer images give larger values, which only compare with each other."""
-    label_mode: LabelMode = "balanced"
-    metrics: Metrics = ()
-    extractor: Extractor = "inception"
-    inception: Inception = None
-    size: Size = None
-    resize: Resize = None
-    ema: Ema = False
+    """Images per setting. FD depends on it: fewer images give larger values. Compare only FD of the same number."""
+    label_mode: options.LabelMode = "balanced"
+    metrics: options.Metrics = ()
+    extractor: options.Extractor = "inception"
+    inception: options.Inception = None
+    size: options.Size = None
+    resize: options.Resize = None
+    ema: options.Ema = False
     seed: int = 0
     """Random seed of labels and samples."""
     batch_size: int = 64
     """Images to sample and to measure at once."""
-    device: Device = "auto"
-    dtype: ModelType = "auto"
-    json: Json = None
+    device: options.Device = "auto"
+    dtype: options.ModelType = "auto"
+    json: options.Json = None
 
     def run(self) -> None:
         from st_ar.evaluation.generation.evaluate import check_sizes, choose_metrics, format_number, open_reference
@@ -127,7 +112,7 @@ class Sweep:
         from st_ar.report import check_json, json_alone, keep_json, print_table
 
         check_json(self.json)
-        check_side("--resize", self.resize)
+        options.check_side("--resize", self.resize)
         is_inception = self.extractor == "inception"
         default: tuple[Metric, ...] = ("fid", "is") if is_inception else ("fd",)
         metrics = choose_metrics([*(self.metrics or default), "fd"], is_inception)

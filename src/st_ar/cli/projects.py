@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 import tyro
 
-from st_ar.cli.options import Device, Json, Models, ModelType, Names, Weights
+from st_ar.cli import options
 from st_ar.errors import UserError, require
 from st_ar.reproduce.paper import EXPERIMENTS, SCALES, Experiment, Name, Row, ScaleName, Size, resized
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True)
 class Quickstart:
-    """Train AR, ST-AR and ST-AR's contrastive losses only on embedded images; probe, sample and compare them.
+    """Train AR, ST-AR, and ST-AR with its contrastive losses only, on embedded images; probe, sample and compare them.
 
     The images come with scikit-image and scikit-learn. It takes less than five minutes on two cores with AVX512-BF16, and writes
     report.html, overview.svg and summary.json. Run the same command again to continue a stopped quickstart.
@@ -32,7 +32,7 @@ class Quickstart:
     """Optimizer steps of each model. By default those of the preset."""
     seed: int = 0
     """Random seed."""
-    json: Json = None
+    json: options.Json = None
 
     def run(self) -> None:
         from st_ar.files import read_json
@@ -61,7 +61,7 @@ class Quickstart:
 class Env:
     """Print versions, CPU, GPUs, memory and threads for a bug report."""
 
-    json: Json = None
+    json: options.Json = None
 
     def run(self) -> None:
         from st_ar.hardware import environment
@@ -99,10 +99,10 @@ class Demo:
     Without --model it uses the models of the quickstart, and runs the quickstart first if necessary. Needs the extra demo.
     """
 
-    model: Models = ()
+    model: options.Models = ()
     tokenizer: Path | None = None
     """Tokenizer of the models: its folder, or a LlamaGen .pt file."""
-    names: Names = ()
+    names: options.Names = ()
     tokens: Path | None = None
     """Token store with images to inspect."""
     probe_tokens: Path | None = None
@@ -117,8 +117,8 @@ class Demo:
     """Address to serve on. With any other address, other machines can reach the demo, and anyone who does can use it."""
     port: int = 7860
     """Port to serve on; 0 takes a free port."""
-    device: Device = "auto"
-    dtype: ModelType = "auto"
+    device: options.Device = "auto"
+    dtype: options.ModelType = "auto"
 
     def run(self) -> None:
         self._check()
@@ -180,13 +180,14 @@ class Reproduce:
     """
 
     what: tyro.conf.Positional[Name]
-    """Table or figure. Five are not in the paper: questions (what it leaves open), evidence (each loss by itself and with the
-    others), cheaper and remedies (less expensive self-guidance), length (long runs measured after each quarter)."""
+    """Table or figure of the paper. Five others are ours: questions (what the paper leaves open), evidence (each loss separately),
+    cheaper and remedies (less expensive self-guidance), length (long runs measured after each quarter)."""
     out: Path
     """Folder for all runs and results."""
     scale: ScaleName = "tiny"
-    """tiny: 1.1M parameters on the embedded photographs or --data, minutes per run on two cores. small: 3.1M on --data, hours. Both
-    use images of 32 pixels. imagenet: the models and training lengths of the paper."""
+    """tiny: 1.1M parameters on the embedded photographs or --data, minutes per run on two cores.
+    small: 3.1M parameters on --data, hours. Both use images of 32 pixels.
+    imagenet: the models and training lengths of the paper."""
     data: str | None = None
     """Image source of the training images (folder:PATH, parquet:GLOB, hub:NAME:SPLIT). tiny has a default."""
     test_data: str | None = None
@@ -203,12 +204,12 @@ class Reproduce:
     """Random seeds of each row. The table shows mean and standard deviation."""
     steps: int | None = None
     """Optimizer steps in place of 50 epochs at the scales tiny and small. 300 epochs become six times as many."""
-    weights: Weights = "live"
+    weights: options.Weights = "live"
     compile: bool = False
     """Train with --compile: faster for runs longer than a few minutes. Needs a C++ compiler on a CPU."""
     dry_run: bool = False
     """Print the commands with the time and disk space that they need, and run nothing."""
-    json: Json = None
+    json: options.Json = None
 
     def run(self) -> None:
         from st_ar.cli import run_command

@@ -1,16 +1,15 @@
 """Commands from images to a trained model: train-tokenizer, tokenize, import-tokens, train, convert."""
 
 import os
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
 import tyro
 
-from st_ar.cli import require_one_rank
-from st_ar.cli.options import Device, ImageSource, MaxSkipped, Text, Tokenizer, VQType, Workers
+from st_ar.cli import options, require_one_rank
 from st_ar.config import VQ_PRESETS, RunConfig, TrainConfig, VQTrainConfig, WatchConfig
 from st_ar.errors import UserError
 from st_ar.presets import PRESETS, get_preset, unknown_preset
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
 class TrainKMeans:
     """k-means over pixel patches, in seconds."""
 
-    images: ImageSource
+    images: options.ImageSource
     out: Path
     """Folder of the tokenizer."""
     vocab_size: int = 256
@@ -53,14 +52,14 @@ class TrainVQ:
     """Train a VQ-GAN."""
 
     preset: tyro.conf.Suppress[str] = ""
-    images: ImageSource
+    images: options.ImageSource
     out: Path
     """Folder of the run, which is also the tokenizer's folder."""
     test_images: str | None = None
     """Image source for PSNR, SSIM and codebook usage. By default the training images."""
     resume: bool = False
     """Continue the run in --out from its latest checkpoint, with the same settings."""
-    workers: Workers = None
+    workers: options.Workers = None
     config: Annotated[VQTrainConfig, tyro.conf.arg(name="")]
 
     def run(self) -> None:
@@ -85,8 +84,8 @@ class TrainVQ:
 class Tokenize:
     """Encode all crops of all images into a token store. Run the same command again to continue a stopped job."""
 
-    images: ImageSource
-    tokenizer: Tokenizer
+    images: options.ImageSource
+    tokenizer: options.Tokenizer
     out: Path
     """Folder of the token store."""
     crops: Literal["center", "center-mirror", "ten"] = "ten"
@@ -94,16 +93,16 @@ class Tokenize:
     size: int | None = None
     """Side of a crop in pixels. By default 32 for photos and digits, 256 for others."""
     crop_range: float | None = None
-    """Shorter side of an image before cropping, in multiples of --size. By default 1.125 for photos and digits; for others 1.1
-    with ten crops and 1.0 for the centre."""
+    """Shorter side of an image before cropping, in multiples of --size.
+    By default 1.125 for photos and digits; for others 1.1 with ten crops and 1.0 for the centre."""
     mirror: bool = True
     """Include mirror images. Digits are never mirrored."""
-    workers: Workers = None
+    workers: options.Workers = None
     batch_size: int = 256
     """Crops to encode at once."""
-    max_skipped: MaxSkipped = 0.01
-    device: Device = "auto"
-    dtype: VQType = "float32"
+    max_skipped: options.MaxSkipped = 0.01
+    device: options.Device = "auto"
+    dtype: options.VQType = "float32"
     compile: bool = False
     """Compile a VQ network with torch.compile: faster after half a minute. Needs a C++ compiler on a CPU."""
 
@@ -156,7 +155,7 @@ class ImportTokens:
     """Number of classes. By default the largest label plus one."""
     tokenizer: Path | None = None
     """Tokenizer of the codes. With it, the store is checked against models, and samples can be decoded."""
-    max_skipped: MaxSkipped = 0.01
+    max_skipped: options.MaxSkipped = 0.01
 
     def run(self) -> None:
         from st_ar.data.llamagen import import_tokens
@@ -190,9 +189,10 @@ def _describe_store(out: Path, store: "TokenStore") -> str:
 class Train:
     """Train a model on a token store."""
 
+    preset: tyro.conf.Suppress[str] = ""
     tokens: Path
     """Token store to train on."""
-    text: Text = None
+    text: options.Text = None
     validation: Path | None = None
     """Token store for the validation loss of the EMA weights at each checkpoint. OUT/best keeps the best weights."""
     init: Path | None = None
@@ -206,7 +206,7 @@ class Train:
     watching: Annotated[WatchConfig, tyro.conf.arg(name="")] = field(default_factory=WatchConfig)
     config: Annotated[TrainConfig, tyro.conf.arg(name="")]
 
-    def run(self, preset: str) -> None:
+    def run(self) -> None:
         from st_ar.training.loop import train
 
         train(
@@ -219,7 +219,7 @@ class Train:
             init_ema=self.init_ema,
             watching=self.watching,
             resume=self.resume,
-            preset=preset,
+            preset=self.preset,
         )
         if os.environ.get("RANK", "0") == "0":
             print(f"{self.out}: trained; weights in {self.out / 'export'}")
@@ -245,56 +245,30 @@ def read_train(arguments: Sequence[str]) -> Callable[[], None]:
         "--tokens STORE [--text TEXT] [--validation STORE] [--init MODEL] --out RUN [--resume] [--steps N | --epochs N] "
         "[any setting]"
     )
-    chosen = _choose_preset("train", usage, PRESETS, arguments)
-    if isinstance(chosen, str):
-        return partial(print, chosen)
-    name, rest = chosen
-    options = train_command(name, rest)
-    command = tyro.cli(options, prog=f"st-ar train {name}", args=rest, description=PRESETS[name].__doc__)
-    return partial(command.run, name)
-
-
-def train_command(preset: str, arguments: Sequence[str] = ()) -> type[Train]:
-    """Return the options of `st-ar train PRESET`, with the preset's values as defaults."""
-    default = _with_budget(get_preset(preset), arguments)
-
-    @dataclass(kw_only=True)
-    class TrainPreset(Train):
-        config: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(default_factory=lambda: default)
-
-    return TrainPreset
+    name, rest = _choose_preset("train", usage, PRESETS, arguments)
+    config = _with_budget(get_preset(name), rest)
+    default = Train(preset=name, tokens=tyro.MISSING, out=tyro.MISSING, config=config)
+    prog, description = f"st-ar train {name}", PRESETS[name].__doc__
+    return tyro.cli(Train, prog=prog, args=rest, description=description, default=default).run
 
 
 def read_train_tokenizer(arguments: Sequence[str]) -> Callable[[], None]:
     """Parse `st-ar train-tokenizer PRESET ...`: kmeans, or a VQ-GAN's preset, which sets the defaults."""
     presets = {"kmeans": TrainKMeans, **VQ_PRESETS}
-    chosen = _choose_preset("train-tokenizer", "--images SRC --out DIR [any setting]", presets, arguments)
-    if isinstance(chosen, str):
-        return partial(print, chosen)
-    name, rest = chosen
+    name, rest = _choose_preset("train-tokenizer", "--images SRC --out DIR [any setting]", presets, arguments)
     prog, description = f"st-ar train-tokenizer {name}", presets[name].__doc__
     if name == "kmeans":
         require_one_rank("train-tokenizer kmeans")
         return tyro.cli(TrainKMeans, prog=prog, args=rest, description=description).run
-    return tyro.cli(train_vq_command(name, rest), prog=prog, args=rest, description=description).run
-
-
-def train_vq_command(preset: str, arguments: Sequence[str] = ()) -> type[TrainVQ]:
-    """Return the options of `st-ar train-tokenizer PRESET` for a VQ-GAN, with the preset's values as defaults."""
-    name, default = preset, _with_budget(VQ_PRESETS[preset](), arguments)
-
-    @dataclass(kw_only=True)
-    class TrainPreset(TrainVQ):
-        preset: tyro.conf.Suppress[str] = name
-        config: Annotated[VQTrainConfig, tyro.conf.arg(name="")] = field(default_factory=lambda: default)
-
-    return TrainPreset
+    config = _with_budget(VQ_PRESETS[name](), rest)
+    default = TrainVQ(preset=name, images=tyro.MISSING, out=tyro.MISSING, config=config)
+    return tyro.cli(TrainVQ, prog=prog, args=rest, description=description, default=default).run
 
 
 def _choose_preset(
     command: str, usage: str, presets: Mapping[str, Callable[..., object]], arguments: Sequence[str]
-) -> tuple[str, list[str]] | str:
-    """The preset and the options after it, or the help text for --help."""
+) -> tuple[str, list[str]]:
+    """The preset and the options after it. For --help it prints the presets and exits."""
     if arguments and arguments[0] in presets:
         return arguments[0], list(arguments[1:])
     if arguments and not arguments[0].startswith("-"):
@@ -302,18 +276,19 @@ def _choose_preset(
     if not arguments or arguments[0] not in ("-h", "--help"):
         raise UserError(f"{command} has no preset: give one of {', '.join(presets)} before the options")
     listed = "\n".join(f"  {name:24}{(build.__doc__ or '').splitlines()[0]}" for name, build in presets.items())
-    return (
+    print(
         f"usage: st-ar {command} PRESET {usage}\n\n"
         f"st-ar {command} PRESET --help lists every setting with the preset's values. The presets:\n\n{listed}"
     )
+    sys.exit(0)
 
 
 Run = TypeVar("Run", bound=RunConfig)
 
 
-def _with_budget(default: Run, options: Sequence[str]) -> Run:
+def _with_budget(default: Run, arguments: Sequence[str]) -> Run:
     """The preset, without its own length if --steps or --epochs is given."""
-    given = {flag: any(a.split("=")[0] == f"--{flag}" for a in options) for flag in ("steps", "epochs")}
+    given = {flag: any(a.split("=")[0] == f"--{flag}" for a in arguments) for flag in ("steps", "epochs")}
     if given["steps"] == given["epochs"]:
         return default
     return replace(default, steps=1 if given["steps"] else None, epochs=1 if given["epochs"] else None)

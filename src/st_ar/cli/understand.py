@@ -9,24 +9,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from st_ar.cli.options import (
-    Device,
-    Ema,
-    EmaWeights,
-    ImageSet,
-    Json,
-    MaskOwnPosition,
-    MaskRatio,
-    MaskSeed,
-    Models,
-    Names,
-    Page,
-    Result,
-    Tokenizer,
-    VQType,
-    Weights,
-    check_page,
-)
+from st_ar.cli import options
 from st_ar.config import InvarianceSettings
 from st_ar.errors import UserError, require
 
@@ -39,14 +22,14 @@ class Probe:
     features are cached in --cache for the next call.
     """
 
-    model: Models
+    model: options.Models
     tokens: Path
     """Token store to train the probes on."""
     test_tokens: Path
     """Token store to test the probes on (its centre crops)."""
-    names: Names = ()
-    weights: Weights = "live"
-    ema: EmaWeights = False
+    names: options.Names = ()
+    weights: options.Weights = "live"
+    ema: options.EmaWeights = False
     layers: tuple[int, ...] | Literal["all"] = ()
     """Layers to probe, counted from 1, or all. By default the middle layer."""
     steps: tuple[int, ...] = ()
@@ -56,8 +39,8 @@ class Probe:
     train_crops: tuple[int, ...] | None = None
     """Indices of the stored crops to train on. All by default. Only 4, the centre of ten crops, is ten times faster."""
     method: Literal["mae", "ridge", "logistic"] = "mae"
-    """mae is the protocol of published results. ridge and logistic regression are faster, give different numbers, and need
-    scikit-learn (extra quickstart)."""
+    """mae is the protocol of published results.
+    ridge and logistic regression are faster, give different numbers, and need scikit-learn (extra quickstart)."""
     penalty: float = 1.0
     """Penalty of ridge (alpha) and logistic regression (1 / C) on standardised features."""
     epochs: int = 90
@@ -71,18 +54,18 @@ class Probe:
     cache: Path | None = None
     """Folder for the features. By default `features` in $ST_AR_CACHE, or in st-ar in $XDG_CACHE_HOME or ~/.cache."""
     cache_limit: float = 50.0
-    """Largest size of the cache in GB. The least recently used features are deleted first. ImageNet's centre crops take 31 GB per
-    layer (8 steps, 768 features, float32)."""
+    """Largest size of the cache in GB. The least recently used features are deleted first.
+    ImageNet's centre crops take 31 GB per layer (8 steps, 768 features, float32)."""
     cache_dtype: Literal["float32", "float16"] = "float32"
     """Type of cached features. float16 takes half the space and rounds them to 11 bits."""
-    device: Device = "auto"
+    device: options.Device = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of the model's matrix products. auto is bfloat16 on GPUs that support it. The probes are float32."""
-    out: Result = None
-    json: Json = None
+    out: options.Result = None
+    json: options.Json = None
     figure: Path | None = None
     """FILE.svg or FILE.png for the curves. FILE.json gets their numbers."""
-    page: Page = None
+    page: options.Page = None
 
     def run(self) -> None:
         from st_ar.data.store import TokenStore
@@ -162,7 +145,7 @@ class Probe:
         from st_ar.report import check_json
 
         check_json(self.json)
-        check_page(self.page)
+        options.check_page(self.page)
         if self.page:
             require("matplotlib")
         if self.out:
@@ -190,11 +173,11 @@ class Attention:
     Prints the statistics. --out gets the maps, the numbers and attention.html, which shows both.
     """
 
-    model: Models
-    names: Names = ()
+    model: options.Models
+    names: options.Names = ()
     tokens: Path
     """Token store of the images (their centre crops)."""
-    tokenizer: Tokenizer
+    tokenizer: options.Tokenizer
     out: Path
     """Folder for the maps, statistics.json, statistics.csv and attention.html."""
     layers: tuple[int, ...] = ()
@@ -207,12 +190,12 @@ class Attention:
     """Indices of the images to plot."""
     average: int = 256
     """Number of images for the statistics, evenly spaced in the store."""
-    mask_ratio: MaskRatio = 0.0
-    mask_own_position: MaskOwnPosition = True
-    seed: MaskSeed = 0
-    ema: Ema = False
-    device: Device = "auto"
-    json: Json = None
+    mask_ratio: options.MaskRatio = 0.0
+    mask_own_position: options.MaskOwnPosition = True
+    seed: options.MaskSeed = 0
+    ema: options.Ema = False
+    device: options.Device = "auto"
+    json: options.Json = None
 
     def run(self) -> None:
         from st_ar.evaluation.attention import ImageMasks
@@ -258,18 +241,18 @@ class Likelihood:
     exponential. Losses are comparable only between models of one tokenizer.
     """
 
-    model: Models
+    model: options.Models
     tokens: Path
     """Token store of the images."""
-    names: Names = ()
-    weights: Weights = "live"
-    ema: EmaWeights = False
-    mask_ratio: MaskRatio = 0.0
-    mask_own_position: MaskOwnPosition = True
-    seed: MaskSeed = 0
-    device: Device = "auto"
-    out: Result = None
-    json: Json = None
+    names: options.Names = ()
+    weights: options.Weights = "live"
+    ema: options.EmaWeights = False
+    mask_ratio: options.MaskRatio = 0.0
+    mask_own_position: options.MaskOwnPosition = True
+    seed: options.MaskSeed = 0
+    device: options.Device = "auto"
+    out: options.Result = None
+    json: options.Json = None
 
     def run(self) -> None:
         from st_ar.data.store import TokenStore
@@ -321,15 +304,15 @@ class Invariance:
 
     tokenizer: tuple[Path, ...]
     """Tokenizers: folders, or LlamaGen .pt files. Several are compared on the same views."""
-    images: ImageSet
+    images: options.ImageSet
     out: Path
     """Folder for invariance.json, invariance.csv, the curve and the images."""
-    names: Names = ()
+    names: options.Names = ()
     settings: Annotated[InvarianceSettings, tyro.conf.arg(name="")] = field(default_factory=InvarianceSettings)
-    device: Device = "auto"
-    dtype: VQType = "float32"
-    json: Json = None
-    page: Page = None
+    device: options.Device = "auto"
+    dtype: options.VQType = "float32"
+    json: options.Json = None
+    page: options.Page = None
 
     def run(self) -> None:
         from st_ar.evaluation.invariance import measure_invariance, summarise
@@ -337,7 +320,7 @@ class Invariance:
         from st_ar.tokenizer import open_tokenizer
 
         check_json(self.json)
-        check_page(self.page)
+        options.check_page(self.page)
         names = choose_names(self.tokenizer, self.names)
         tokenizers = {
             name: open_tokenizer(path, self.device, self.dtype)

@@ -77,11 +77,7 @@ def to_png(image: np.ndarray, record: GenerationRecord) -> bytes:
 
 
 def read_record(data: bytes) -> GenerationRecord:
-    """Read the record in a PNG file.
-
-    Raises:
-        UserError: not a PNG file, a PNG file without a record, or a damaged record.
-    """
+    """Read the record in a PNG file; UserError if there is none, or if it is damaged."""
     try:
         image = cast(PngImageFile, Image.open(io.BytesIO(data), formats=("PNG",)))
         text = image.info.get(PNG_KEY)
@@ -125,23 +121,9 @@ class Frame:
     """One for each finished image."""
 
 
-class PreviewPace:
-    """Decides when the next preview is due.
-
-    Args:
-        rate: previews per second at most.
-        share: share of the time spent on previews at most.
-    """
-
-    def __init__(self, rate: float = MAX_PREVIEWS, share: float = PREVIEW_SHARE) -> None:
-        self.rate, self.share, self.due = rate, share, 0.0
-
-    def is_due(self) -> bool:
-        return time.perf_counter() >= self.due
-
-    def count(self, seconds: float) -> None:
-        """Schedule the next preview after one that took `seconds`."""
-        self.due = time.perf_counter() + max(1 / self.rate, seconds * (1 - self.share) / self.share)
+def preview_delay(seconds: float) -> float:
+    """Return the time to wait after a preview that took `seconds`."""
+    return max(1 / MAX_PREVIEWS, seconds * (1 - PREVIEW_SHARE) / PREVIEW_SHARE)
 
 
 class PreviewDecoder:
@@ -175,11 +157,7 @@ class PreviewDecoder:
 
 
 def choose_labels(classes: Sequence[Any], count: int, num_classes: int) -> list[int]:
-    """Return the classes of `count` images: the chosen classes, repeated in order.
-
-    Raises:
-        UserError: no class is chosen, or a class that the model does not have.
-    """
+    """Return the classes of `count` images: the chosen classes, repeated in order. UserError if none or a wrong one is chosen."""
     if not classes:
         raise UserError("no class is chosen: choose one or more classes by name")
     if wrong := [c for c in classes if isinstance(c, bool) or not isinstance(c, int) or not 0 <= c < num_classes]:
@@ -188,11 +166,7 @@ def choose_labels(classes: Sequence[Any], count: int, num_classes: int) -> list[
 
 
 def generate_frames(
-    pool: ModelPool,
-    names: Sequence[str],
-    labels: Sequence[int],
-    settings: SampleSettings,
-    pace: PreviewPace | None = None,
+    pool: ModelPool, names: Sequence[str], labels: Sequence[int], settings: SampleSettings
 ) -> Generator[list[Frame], None, None]:
     """Generate an image for each label with one or two models, which take turns and share the random numbers.
 
@@ -210,11 +184,11 @@ def generate_frames(
         raise UserError("both sides have the same weights: choose two different ones")
     for name in names:
         pool.find(name)
-    return pool.iterate(_generate(pool, names, labels, settings, pace or PreviewPace()))
+    return pool.iterate(_generate(pool, names, labels, settings))
 
 
 def _generate(
-    pool: ModelPool, names: Sequence[str], labels: Sequence[int], settings: SampleSettings, pace: PreviewPace
+    pool: ModelPool, names: Sequence[str], labels: Sequence[int], settings: SampleSettings
 ) -> Generator[list[Frame], None, None]:
     start = time.perf_counter()
     models = [pool.open(name) for name in names]
@@ -225,15 +199,16 @@ def _generate(
     total = max(sampler.model.config.sequence_length for sampler in samplers)
     steps = [sampler.steps(range(len(labels)), labels) for sampler in samplers]
     tokens = [torch.empty(0)] * len(samplers)
+    preview_due = start
     for done in range(1, total + 1):
         tokens = [next(step, finished) for step, finished in zip(steps, tokens, strict=True)]
-        if done < total and pace.is_due():
-            now = time.perf_counter()
+        if done < total and (now := time.perf_counter()) >= preview_due:
             yield [
                 Frame(done=t.shape[1], total=preview.grid**2, images=preview.decode(t), seconds=now - start)
                 for preview, t in zip(previews, tokens, strict=True)
             ]
-            pace.count(time.perf_counter() - now)
+            end = time.perf_counter()
+            preview_due = end + preview_delay(end - now)
     yield [
         Frame(
             done=t.shape[1],
@@ -266,11 +241,7 @@ def _record(
 
 
 def match_weights(pool: ModelPool, record: GenerationRecord) -> str:
-    """Return the name of the weights that made the recorded image. Call it in the models' thread.
-
-    Raises:
-        UserError: the demo has other weights, another tokenizer or another dtype.
-    """
+    """Return the name of the weights that made an image; UserError if the demo has others. Call it in the models' thread."""
     wanted = record.weights
     if record.tokenizer != pool.tokenizer.fingerprint:
         raise UserError(

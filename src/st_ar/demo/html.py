@@ -135,7 +135,7 @@ def step_table(image: DemoImage, token: int, reading: Reading, class_weight: flo
         ("entropy of all tokens", f"{reading.entropy.min():.3f}\u00a0to\u00a0{reading.entropy.max():.3f}"),
         ("entropy of a uniform guess", f"{uniform:.3f}"),
         ("probability of the image's token", f"{reading.probability[token]:.4f}"),
-        ("more probable tokens", f"{int(reading.rank[token]):,}"),
+        ("more likely tokens", f"{int(reading.rank[token]):,}"),
         ("attention on the class", f"{class_weight:.3f}"),
     ]
     caption = f"Prediction of token {token} after {token} of {len(image.tokens)} tokens of {image.title}."

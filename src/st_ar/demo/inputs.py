@@ -35,11 +35,7 @@ def check_int(value: Any, name: str, low: int, high: int) -> int:
 def read_settings(
     scale: Any, schedule: Any, power: Any, temperature: Any, top_k: Any, top_p: Any, seed: Any, vocab_size: int
 ) -> SampleSettings:
-    """Return the sampling settings in the form's fields.
-
-    Raises:
-        UserError: a field is missing, of another type or out of range.
-    """
+    """Return the settings in the sampling fields; UserError if a field is missing, of another type or out of range."""
     return SampleSettings(
         cfg_scale=check_number(scale, "the guidance scale"),
         cfg_schedule=schedule,
@@ -70,10 +66,9 @@ def read_upload(path: object) -> bytes:
 
 
 def decode_upload(data: bytes) -> Image.Image:
-    """Return an uploaded image in RGB. Its size is checked before decoding, so that a small file cannot take much memory.
+    """Return an uploaded image in RGB; UserError if it is damaged, too large or of another format.
 
-    Raises:
-        UserError: not an image, an unsupported format, damaged or too large.
+    The size is checked before decoding, since a small file can have many pixels.
     """
     try:
         width, height = Image.open(io.BytesIO(data), formats=FORMATS).size
@@ -90,8 +85,7 @@ def decode_upload(data: bytes) -> Image.Image:
 def crop_upload(image: Image.Image, size: int) -> np.ndarray:
     """Return the centre crop of an image, uint8 [size, size, 3], like `st-ar tokenize --crops center`.
 
-    Raises:
-        UserError: the image is tiny, or so long that resizing would take much memory.
+    UserError if the image is tiny, or so long that resizing would take much memory.
     """
     width, height = image.size
     if min(width, height) < MIN_SIDE or max(width, height) > MAX_ASPECT * min(width, height):

@@ -27,11 +27,7 @@ OWN_CLASS, NO_CLASS = -2, -1
 
 
 def choose_label(choice: Any, own: int | None, null: int, *, has_null_class: bool) -> int:
-    """Return the label for a choice, where `own` is the image's class and `null` the null class.
-
-    Raises:
-        UserError: there is no such class, or no class is chosen for a model without a null class.
-    """
+    """Return the label for a choice, where `own` is the image's class and `null` the null class; UserError if there is none."""
     label = check_int(choice, "the class", OWN_CLASS, null - 1)
     if label == OWN_CLASS:
         label = NO_CLASS if own is None else own
@@ -53,7 +49,7 @@ class Reading:
     probability: np.ndarray
     """float32 [T]: probability of each token of the image."""
     rank: np.ndarray
-    """int64 [T]: number of tokens more probable than the image's own."""
+    """int64 [T]: number of tokens more likely than the image's own."""
 
 
 @torch.no_grad()
@@ -92,7 +88,7 @@ class Prediction:
     total: int
     layer: int
     by_step: tuple[tuple[int, tuple[str, ...]], ...] = ()
-    """(tokens read, names of the most probable classes, best first)."""
+    """(tokens read, names of the most likely classes, best first)."""
 
 
 class ClassProbe:

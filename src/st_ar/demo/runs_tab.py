@@ -65,11 +65,7 @@ def sample_steps(run: Path) -> tuple[int, ...]:
 
 
 def read_history(run: Path, name: str) -> History:
-    """Read the current state of a run.
-
-    Raises:
-        UserError: the log is missing, empty or damaged, or matplotlib is not installed.
-    """
+    """Read the current state of a run; UserError if its log is missing, empty or damaged."""
     log = read_log(run / "log.jsonl")
     if not log:
         raise UserError(f"{run} has no log yet: it appears here after its first logged step")
@@ -101,11 +97,7 @@ def _points(log: Sequence[dict[str, Any]], key: str) -> tuple[list[float], list[
 
 
 def read_sample(run: Path, step: int) -> Image.Image:
-    """Read the grid of samples of a step.
-
-    Raises:
-        UserError: it is missing or damaged.
-    """
+    """Read the grid of samples of a step; UserError if it is missing or damaged."""
     if step not in sample_steps(run):
         raise UserError(f"{run} has no samples of step {step}")
     path = run / "samples" / f"step_{step:08d}.png"

@@ -96,11 +96,7 @@ class Setup:
         return read_tokens(self.pool.open(name), torch.tensor(tokens), label)
 
     def predict(self, name: str, image: DemoImage) -> Generator[Prediction, None, None]:
-        """Yield the progress of fitting the probe of some weights, then its predictions for an image.
-
-        Raises:
-            UserError: there is no store to fit it on, or as for `ClassProbe`.
-        """
+        """Yield the progress of fitting the probe of some weights, then its predictions for an image."""
         self.pool.find(name)
         return self.pool.iterate(self._predict(name, image))
 
@@ -119,11 +115,7 @@ class Setup:
 
 
 def quickstart_setup(folder: Path, *, device: str, dtype: str, probe_images: int) -> Setup:
-    """Return the quickstart's models, stores and runs. Run the quickstart first if `folder` has no finished one.
-
-    Raises:
-        UserError: the folder holds something else.
-    """
+    """Return the quickstart's models, stores and runs. Run the quickstart first if `folder` has no finished one."""
     if not (folder / "summary.json").exists():
         from st_ar.quickstart import quickstart
 
@@ -147,11 +139,7 @@ def open_store(folder: Path) -> TokenStore:
 
 
 def find_runs(models: Sequence[Path], runs: Sequence[Path]) -> dict[str, Path]:
-    """Return the runs among `models` and all of `runs`, by name.
-
-    Raises:
-        UserError: one of `runs` is not a run, or two have the same name.
-    """
+    """Return the runs among `models` and all of `runs`, by name; UserError if one of `runs` is not a run."""
     for run in runs:
         trained_config(run)
     found = [path for path in models if (path / "log.jsonl").exists()]

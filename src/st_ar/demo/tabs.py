@@ -120,11 +120,7 @@ def add_fields(setup: Setup, name: str, key: str) -> list[Any]:
 
 
 def read_fields(setup: Setup, name: str, values: tuple[Any, ...]) -> tuple[list[int], SampleSettings]:
-    """Return the labels and the settings in the sampling fields.
-
-    Raises:
-        UserError: a field is missing, of another type or out of range.
-    """
+    """Return the labels and the settings in the sampling fields; UserError if a value is not allowed."""
     classes, count, *rest = values
     config = setup.pool.find(name).config
     chosen = list(classes) if isinstance(classes, list | tuple) else []
