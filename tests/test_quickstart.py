@@ -18,6 +18,7 @@ from st_ar.config import TrainConfig
 from st_ar.data.images import open_images
 from st_ar.data.source import ImageSource
 from st_ar.data.store import TokenStore
+from st_ar.demo.setup import quickstart_setup
 from st_ar.errors import UserError
 from st_ar.evaluation.likelihood import validation_loss
 from st_ar.model.weights import load_model
@@ -113,6 +114,16 @@ def test_all_methods_are_measured_in_finite_numbers(made: Path) -> None:
     assert summary["step_time_ratio"] == pytest.approx(
         summary["ST-AR"]["seconds_per_step"] / summary["AR"]["seconds_per_step"]
     )
+
+
+def test_the_demo_takes_a_finished_quickstart(made: Path) -> None:
+    setup = quickstart_setup(made, device="cpu", dtype="float32", probe_images=50)
+    try:
+        assert setup.pool.names == ["AR", "ST-AR", "AR (EMA)", "ST-AR (EMA)"]
+        assert {name: run.name for name, run in setup.runs.items()} == {"AR": "llamagen", "ST-AR": "st-ar"}
+        assert [*setup.predict("ST-AR", setup.from_store(0))][-1].total == 50
+    finally:
+        setup.pool.close()
 
 
 def test_the_validation_loss_is_that_of_the_exported_model_on_the_store(made: Path) -> None:

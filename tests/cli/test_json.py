@@ -160,6 +160,6 @@ def test_another_kind_of_page_is_refused(line: SmallLine, pictures: Path, tmp_pa
 
 
 def test_a_dry_run_has_no_numbers(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="--json writes measurements, and --dry-run"):
+    with pytest.raises(UserError, match="--json has no effect with --dry-run"):
         run_command(["reproduce", "table3", "--out", str(tmp_path / "out"), "--dry-run", "--json", "-"])
     assert not (tmp_path / "out").exists()

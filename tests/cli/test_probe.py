@@ -238,11 +238,11 @@ def test_a_model_that_changes_while_it_waits_is_refused(
         (["--layers", "2", "2"], "--layers 2 2 repeats a value"),
         (["--steps", "10"], "no step 10: this model's images have steps 1 to 9"),
         (["--names", "a", "b"], "2 --names for 1 models"),
-        (["--penalty", "3"], "--penalty has no meaning with --method mae"),
-        (["--method", "ridge"], "--epochs has no meaning with --method ridge"),
+        (["--penalty", "3"], "--penalty has no effect with --method mae"),
+        (["--method", "ridge"], "--epochs has no effect with --method ridge"),
         (["--cache-limit", "0"], "--cache-limit must be above 0 GB, not 0"),
         (["--figure", "curves.pdf"], r"curves\.pdf is not a \.svg or \.png file: give a name"),
-        (["--figure", "probe.svg", "--out", "probe.json"], "keeps its numbers in probe.json, which is --out"),
+        (["--figure", "probe.svg", "--out", "probe.json"], "writes its numbers to probe.json, which is --out"),
     ],
 )
 def test_options_that_contradict_are_refused(

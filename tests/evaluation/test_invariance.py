@@ -441,8 +441,8 @@ def test_two_tokenizers_by_command(tmp_path: Path, command: list[str | Path], ca
     ("more", "match"),
     [
         (("--tokenizer", "nowhere"), "nowhere is not a tokenizer: no such folder or file"),
-        (("--tokenizer", "A", "B", "--names", "x"), "--names must give each of 2 tokenizers a name of its own, not x"),
-        (("--tokenizer", "A", "B", "--names", "x", "x"), "a name of its own, not x, x"),
+        (("--tokenizer", "A", "B", "--names", "x"), "--names x: give each of the 2 tokenizers a different name"),
+        (("--tokenizer", "A", "B", "--names", "x", "x"), "--names x x: give each of the 2 tokenizers a different name"),
         (("--tokenizer", "A", "--num", "1"), "--num must be at least 2, not 1"),
         (("--tokenizer", "A", "--size", "0"), "--size must be at least 1, not 0"),
         (("--tokenizer", "A", "--shifts", "-1"), r"--shifts must be 0 or more, not \(-1,\)"),

@@ -336,4 +336,4 @@ def test_reconstruct_by_command_never_says_fid_of_another_network(tmp_path: Path
     assert list(json.loads(capsys.readouterr().out)["metrics"]) == list(result["metrics"])[1:]
     with pytest.raises(SystemExit):
         main([*command, "--extractor", "none", "--out", "x.jpg"])
-    assert "the picture is a PNG" in capsys.readouterr().err
+    assert "is not a PNG file: give a name that ends in .png" in capsys.readouterr().err

@@ -446,12 +446,12 @@ def test_a_target_that_exists_or_has_the_wrong_form_is_refused(tmp_path: Path) -
     for target, to, message in (
         ("there.pt", "llamagen", "exists already"),
         ("export", "st-ar", "exists already"),
-        ("folder", "llamagen", r"ends in \.pt"),
-        ("file.pt", "st-ar", "folder's name"),
+        ("folder", "llamagen", r"give a \.pt file for llamagen"),
+        ("file.pt", "st-ar", "or a folder for st-ar"),
     ):
         with pytest.raises(ValueError, match=message):
             convert(tmp_path / "export", tmp_path / target, to=to)
-    with pytest.raises(ValueError, match="keep no grid: --grid is for --to st-ar"):
+    with pytest.raises(ValueError, match="--grid needs --to st-ar: LlamaGen's files have no grid"):
         convert(tmp_path / "export", tmp_path / "model.pt", to="llamagen", grid=24)
     for option in ({"ema": True}, {"grid": 24}):
         with pytest.raises(ValueError, match="is a tokenizer: leave out --ema and --grid"):

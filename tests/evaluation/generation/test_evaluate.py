@@ -499,7 +499,9 @@ def test_a_result_does_not_overwrite_the_samples_metadata(pipeline: Path, capsys
     said = {"settings": {"cfg_scale": 2.0, "seed": 5}, "weights": {"sha256": "ab", "ema": False}, "labels": [0] * 6}
     (tmp_path / "s.json").write_text(json.dumps(said))
     command = ("evaluate", tmp_path / "s.npz", "--reference", pipeline / "reference.npz", *OFFLINE, "--metrics", "fd")
-    fails(capsys, "is the samples' own description: give the result", *command, "--json", tmp_path / "s.json")
+    fails(
+        capsys, "is the metadata file of the samples: give another file name", *command, "--json", tmp_path / "s.json"
+    )
     assert json.loads((tmp_path / "s.json").read_text()) == said
     (tmp_path / "s.json").unlink()
     for _ in range(2):  # a result there is no metadata, and may be made again
