@@ -115,7 +115,7 @@ def test_a_missing_path_is_refused_with_what_to_give(tmp_path: Path) -> None:
 
 def test_a_folder_of_other_things_is_no_model(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("hello")
-    with refused(tmp_path, r"is no model: .*give a run or an export folder"):
+    with refused(tmp_path, r"is not a model: .*give a run or an export folder"):
         load_model(tmp_path)
 
 
@@ -228,7 +228,7 @@ def test_a_config_that_no_weights_shape_contradicts_is_refused_by_what_the_weigh
     export: Path, setting: str, value: float
 ) -> None:
     edit(export, model=model_settings(export) | {setting: value})
-    with refused(export, rf"config\.json is not of these weights: {setting} is {value}, of the weights"):
+    with refused(export, rf"config\.json does not describe model\.safetensors: {setting} is {value} there"):
         load_model(export)
 
 
@@ -237,7 +237,7 @@ def test_live_and_averaged_weights_under_each_others_names_are_refused(export: P
     live.rename(export / "x")
     averaged.rename(live)
     (export / "x").rename(averaged)
-    with refused(export, r"model\.safetensors holds what was written as ema\.safetensors: give it that name back"):
+    with refused(export, r"model\.safetensors was written as ema\.safetensors: rename it to"):
         load_model(export)
     assert_same(load_model(averaged.rename(export / "mine.safetensors")), LIVE)
 
