@@ -244,7 +244,9 @@ def test_live_and_averaged_weights_under_each_others_names_are_refused(export: P
 
 def test_a_flipped_bit_in_the_weights_is_found(export: Path) -> None:
     flip_byte(export / "model.safetensors", -100)
-    with refused(export, r"model\.safetensors is damaged \(its content does not match its checksum\): .*export it again"):
+    with refused(
+        export, r"model\.safetensors is damaged \(its content does not match its checksum\): .*export it again"
+    ):
         load_model(export)
     assert_same(load_model(export, ema=True), AVERAGED)
 
