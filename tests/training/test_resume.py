@@ -196,7 +196,7 @@ def test_self_guidance_may_not_be_begun_or_ended_in_the_past(
 
 def test_weights_without_a_checkpoint_are_not_begun_anew(tokens: Path, run: Path) -> None:
     shutil.rmtree(run / "checkpoints")
-    with refused(run, "has weights of step 12 and no checkpoint to go on from: put its checkpoints back, or choose"):
+    with refused(run, "has weights of step 12 but no checkpoint to resume from: put its checkpoints back, or choose"):
         train(replace(GUIDED_RUN, steps=20), tokens, run, resume=True, preset="toy")
 
 
@@ -337,7 +337,7 @@ def test_a_damaged_checkpoint_is_named_and_the_end_is_the_same(
 ) -> None:
     flip_byte(run / "checkpoints" / "step_00000012" / "tensors" / "__0_0.distcp", 5000)
     train(GUIDED_RUN, tokens, run, resume=True, preset="toy")
-    assert "step_00000012 is damaged (tensors/__0_0.distcp does not have its checksum)" in capsys.readouterr().err
+    assert "step_00000012 is damaged (tensors/__0_0.distcp does not match its checksum)" in capsys.readouterr().err
     assert_same_result(run, straight)
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == [
         *("step_00000008", "step_00000012", "step_00000012.damaged")

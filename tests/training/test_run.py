@@ -94,7 +94,7 @@ def test_a_damaged_line_in_the_middle_is_named_and_nothing_after_it_is_lost(tmp_
     lines[1] = line
     log.write_text("\n".join(lines) + "\n", errors="surrogateescape")
     for read in (read_log, lambda path: rewind_log(path, 3)):
-        with refused(tmp_path, r"log\.jsonl is damaged: line 2 is no logged step .*mend or remove that line"):
+        with refused(tmp_path, r"log\.jsonl is damaged \(line 2: .*\): fix or remove that line"):
             read(log)
 
 
@@ -252,8 +252,8 @@ def test_a_network_too_large_for_memory_is_an_error_that_names_the_settings(toke
     huge = replace(GUIDED_RUN, selfguided=guided)
     with pytest.raises(
         UserError,
-        match=r"^out of memory \(2251799813685248 bytes more could not be had\): give --activation-checkpointing full, which "
-        r"may also be given with --resume; or give --accumulate 2, for micro-batches of 3 x 2 sequences; or give a smaller "
+        match=r"^out of memory \(2251799813685248 bytes more were needed\): give --activation-checkpointing full, "
+        r"also with --resume; or give --accumulate 2, for micro-batches of 3 x 2 sequences; or give a smaller "
         r"--batch-size than 6 or a smaller --model$",
     ):
         train(huge, tokens, tmp_path / "run")

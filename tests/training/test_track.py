@@ -67,7 +67,7 @@ def test_a_tracker_that_raises_is_switched_off_and_named_once(capsys: pytest.Cap
     tracker.close()
     assert failing.kept == [(1, "loss"), (2, "loss"), (3, "loss")]
     said = capsys.readouterr().err
-    assert said == "st-ar: failing is switched off: no route to the; the run goes on, and log.jsonl has everything\n"
+    assert said == "st-ar: failing is switched off: no route to the; training continues, and log.jsonl has everything\n"
 
 
 def test_a_package_that_is_missing_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:

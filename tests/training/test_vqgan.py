@@ -622,7 +622,7 @@ def test_images_that_cannot_be_read_leave_no_run_behind(tmp_path: Path) -> None:
 
 def test_a_tokenizer_without_a_checkpoint_is_not_begun_anew(run: Path) -> None:
     shutil.rmtree(run / "checkpoints")
-    with refused(run, "has weights of step 12 and no checkpoint to go on from"):
+    with refused(run, "has weights of step 12 but no checkpoint to resume from"):
         train_tokenizer(TOY_GAN, colours(), run, resume=True, preset="toy")
 
 

@@ -256,7 +256,7 @@ def test_the_probe_is_ridge_regression_at_the_last_step(line: Path, watched: Pat
 
 
 def test_the_probe_reads_few_images_of_a_large_store(line: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(glances, "PROBED", 7)
+    monkeypatch.setattr(glances, "PROBE_IMAGES", 7)
     stores = TokenStore(line / "tokens"), TokenStore(line / "test")
     probe, again = RidgeProbe(*stores, RUN), RidgeProbe(*stores, RUN)
     for images, same, store in zip(probe.images, again.images, stores, strict=True):

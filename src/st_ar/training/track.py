@@ -1,6 +1,6 @@
 """Trackers: TensorBoard, Weights & Biases and trackio behind one interface.
 
-A tracker that fails is reported and switched off; training continues. wandb and trackio send in the background by themselves.
+A tracker that fails is reported and switched off; training continues. wandb and trackio send in the background.
 """
 
 import io
@@ -24,19 +24,19 @@ from st_ar.errors import UserError, cause
 from st_ar.files import read_json, write_json
 
 PATIENCE = 5.0
-"""Seconds that wandb has to reach its server at the start, and to send what is left at the end."""
+"""Seconds that wandb has to reach its server at the start, and to send the rest at the end."""
 PROJECT = "st-ar"
 
 
 class Tracker(Protocol):
-    """What every tracker offers."""
+    """The interface of a tracker."""
 
     def log(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Keep a step's numbers."""
+        """Log the numbers of a step."""
         ...
 
     def images(self, step: int, name: str, array: np.ndarray) -> None:
-        """Keep a picture, uint8 [H, W, 3]."""
+        """Log an image, uint8 [H, W, 3]."""
         ...
 
     def close(self) -> None:
@@ -44,21 +44,38 @@ class Tracker(Protocol):
         ...
 
 
-class Wandb:
-    """Weights & Biases; its own variables (WANDB_MODE, WANDB_PROJECT, WANDB_ENTITY, ..) say where to.
+class _RemoteTracker:
+    """What Weights & Biases and trackio have in common."""
+
+    module: Any
+    run: Any
+
+    def log(self, step: int, scalars: Mapping[str, float]) -> None:
+        self.run.log(dict(scalars), step=step)
+
+    def images(self, step: int, name: str, array: np.ndarray) -> None:
+        self.run.log({name: self.module.Image(array)}, step=step)
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+class Wandb(_RemoteTracker):
+    """Weights & Biases, configured by its environment variables (WANDB_MODE, WANDB_PROJECT, WANDB_ENTITY, ..).
 
     Raises:
-        UserError: it would send, and has no key.
+        UserError: it is online and has no key.
     """
 
     def __init__(self, folder: Path, identity: dict[str, str], config: dict[str, Any]) -> None:
-        wandb: Any = import_module("wandb")
-        settings = wandb.Settings(init_timeout=PATIENCE, finish_timeout=PATIENCE, silent=True, console="off")
+        self.module = import_module("wandb")
+        settings = self.module.Settings(init_timeout=PATIENCE, finish_timeout=PATIENCE, silent=True, console="off")
         online = os.environ.get("WANDB_MODE", "online") == "online"
-        if online and not wandb.login(prompt=False, verify=False):  # it would ask on the terminal, and wait
+        if online and not self.module.login(
+            prompt=False, verify=False
+        ):  # without a key `init` would ask on the terminal
             raise UserError("it has no key: set WANDB_API_KEY or call `wandb login`, or set WANDB_MODE=offline")
-        self.wandb = wandb
-        self.run = wandb.init(
+        self.run = self.module.init(
             project=os.environ.get("WANDB_PROJECT", PROJECT),
             id=identity["id"],
             name=identity["name"],
@@ -68,23 +85,13 @@ class Wandb:
             settings=settings,
         )
 
-    def log(self, step: int, scalars: Mapping[str, float]) -> None:
-        self.run.log(dict(scalars), step=step)
 
-    def images(self, step: int, name: str, array: np.ndarray) -> None:
-        self.run.log({name: self.wandb.Image(array)}, step=step)
-
-    def close(self) -> None:
-        self.run.finish()
-
-
-class Trackio:
-    """trackio, on this machine unless TRACKIO_SPACE_ID or TRACKIO_SERVER_URL say otherwise."""
+class Trackio(_RemoteTracker):
+    """trackio, on this machine unless TRACKIO_SPACE_ID or TRACKIO_SERVER_URL is set."""
 
     def __init__(self, identity: dict[str, str], config: dict[str, Any]) -> None:
-        trackio: Any = import_module("trackio")
-        self.trackio = trackio
-        self.run = trackio.init(
+        self.module = import_module("trackio")
+        self.run = self.module.init(
             project=PROJECT,
             name=f"{identity['name']}-{identity['id']}",
             resume="allow",
@@ -94,23 +101,14 @@ class Trackio:
             auto_log_cpu=False,
         )
 
-    def log(self, step: int, scalars: Mapping[str, float]) -> None:
-        self.run.log(dict(scalars), step=step)
-
-    def images(self, step: int, name: str, array: np.ndarray) -> None:
-        self.run.log({name: self.trackio.Image(array)}, step=step)
-
-    def close(self) -> None:
-        self.run.finish()
-
 
 class SafeTracker:
     """A tracker whose errors switch it off with a message instead of ending the run.
 
     Args:
-        name: what messages call it.
-        open_tracker: makes the tracker.
-        after: the last step that the tracker already has; entries up to it are left out.
+        name: the tracker's name in messages.
+        open_tracker: opens the tracker.
+        after: the last step that the tracker already has; it gets later steps only.
     """
 
     def __init__(self, name: str, open_tracker: Callable[[], Tracker], *, after: int = 0) -> None:
@@ -120,13 +118,13 @@ class SafeTracker:
             self.tracker = open_tracker()
 
     def log(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Keep a step's numbers."""
+        """Log the numbers of a step."""
         if self.tracker and step > self.after:
             with self._switching_off():
                 self.tracker.log(step, scalars)
 
     def images(self, step: int, name: str, array: np.ndarray) -> None:
-        """Keep a picture, uint8 [H, W, 3]."""
+        """Log an image, uint8 [H, W, 3]."""
         if self.tracker and step > self.after:
             with self._switching_off():
                 self.tracker.images(step, name, array)
@@ -141,17 +139,13 @@ class SafeTracker:
     def _switching_off(self) -> Generator[None]:
         try:
             yield
-        except Exception as error:  # whatever a tracker raises, training goes on
+        except Exception as error:  # whatever a tracker raises, training continues
             self.tracker = None
-            warn(f"{self.name} is switched off: {cause(error)}; the run goes on, and log.jsonl has everything")
+            warn(f"{self.name} is switched off: {cause(error)}; training continues, and log.jsonl has everything")
 
 
 def require_trackers(names: Sequence[TrackerName]) -> None:
-    """Refuse trackers whose packages are missing.
-
-    Raises:
-        UserError: one is not installed.
-    """
+    """Refuse trackers whose packages are not installed."""
     for name, extra in (("wandb", "tracking"), ("trackio", "trackio")):
         if name in names and find_spec(name) is None:
             raise UserError(f"--track {name} needs the package {name}: pip install 'st-ar[{extra}]', or leave it out")
@@ -160,13 +154,13 @@ def require_trackers(names: Sequence[TrackerName]) -> None:
 def open_trackers(
     names: Sequence[TrackerName], out: Path, config: dict[str, Any], *, start: int, logged: int
 ) -> list[SafeTracker]:
-    """Begin to track a run, or go on with it under the name that it has in each tracker.
+    """Start to track a run, or continue under its name in each tracker.
 
     Args:
-        out: the run's folder; tracking.json there keeps its name for wandb and trackio.
-        config: what they show as its settings.
-        start: the step that the run goes on from.
-        logged: the last step that it has logged before; wandb and trackio take no step twice.
+        out: the run's folder. tracking.json there keeps the run's name in wandb and trackio.
+        config: settings that they show.
+        start: the step that the run continues from.
+        logged: the last step logged before; wandb and trackio accept no step twice.
     """
     opened: list[SafeTracker] = []
     if "tensorboard" in names:
@@ -188,16 +182,15 @@ def _identity(out: Path) -> dict[str, str]:
 
 
 def warn(message: str) -> None:
-    """A line to the user."""
+    """Print a message to stderr."""
     print(f"st-ar: {message}", file=sys.stderr, flush=True)
 
 
 class TensorBoard:
-    """Appends to an event file of its own in `folder`.
+    """A new TensorBoard event file in `folder`.
 
     Args:
-        first_step: what earlier files there say of this step and later ones is taken back (TensorBoard's purging), so that
-            steps that a resumed run makes anew do not show twice.
+        first_step: TensorBoard drops this step and later ones of earlier files, so that a resumed run shows no step twice.
     """
 
     def __init__(self, folder: Path, first_step: int) -> None:
@@ -207,15 +200,11 @@ class TensorBoard:
         self._append(first_step, _message(7, _integer(1, 1)))  # session_log: START
 
     def log(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Add a step's numbers."""
-        values = [
-            _message(1, _message(1, name.encode()) + _float(2, value))  # tag, simple_value
-            for name, value in scalars.items()
-        ]
-        self._append(step, _message(5, b"".join(values)))  # summary
+        # Fields: summary.value with tag and simple_value.
+        values = [_message(1, _message(1, name.encode()) + _float(2, value)) for name, value in scalars.items()]
+        self._append(step, _message(5, b"".join(values)))
 
     def images(self, step: int, name: str, array: np.ndarray) -> None:
-        """Add a picture uint8 [H, W, 3]."""
         png = io.BytesIO()
         Image.fromarray(array).save(png, format="PNG")
         height, width = array.shape[:2]
@@ -223,7 +212,7 @@ class TensorBoard:
         self._append(step, _message(5, _message(1, _message(1, name.encode()) + _message(4, image))))
 
     def close(self) -> None:
-        """Everything is in the file already."""
+        """Do nothing: everything is in the file."""
 
     def _append(self, step: int, content: bytes) -> None:
         event = struct.pack("<Bd", 1 << 3 | 1, time.time()) + _integer(2, step) + content
