@@ -6,7 +6,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,7 @@ from st_ar.sampling import sample_images
 from st_ar.selfguided.guidance import make_teacher, sample_guidance
 from st_ar.selfguided.objective import SelfGuided
 from st_ar.tokenizer import load_tokenizer
-from st_ar.training import track, watch
+from st_ar.training import watch
 from st_ar.training import watch as glances
 from st_ar.training.loop import Learner, forward_backward, train
 from st_ar.training.watch import CollapseMonitor, RidgeProbe, effective_rank, feature_spread, spread_labels
@@ -285,24 +284,6 @@ def test_mfu_is_the_models_operations_over_the_peak(
 
 
 # Trouble
-
-
-def test_a_tracker_that_hangs_does_not_stop_the_run(
-    line: Path, unseen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    over = threading.Event()
-
-    class Hanging(track.TensorBoard):
-        def log(self, step: int, scalars: Any) -> None:
-            over.wait()
-
-    monkeypatch.setattr(track, "TensorBoard", Hanging)
-    monkeypatch.setattr(track, "PATIENCE", 0.2)
-    run = train(RUN, line / "tokens", tmp_path / "run")
-    over.set()
-    assert_same_weights(run, unseen)
-    assert log_of(run) == log_of(unseen)
-    assert "TensorBoard has not finished within 0.2 s" in capsys.readouterr().err
 
 
 def test_a_tracker_that_raises_does_not_stop_the_run(
