@@ -5,6 +5,7 @@ import subprocess
 import sys
 import zipfile
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,11 @@ from PIL import Image
 
 import st_ar
 from st_ar import sampling
-from st_ar.config import ModelConfig, SampleSettings
+from st_ar.config import PUBLISHED_SCALES, SampleSettings
 from st_ar.data.text import TextStore, write_text
 from st_ar.errors import UserError
 from st_ar.files import sha256
 from st_ar.model.generate import generate
-from st_ar.model.transformer import Transformer
 from st_ar.model.weights import open_model, save_export
 from st_ar.presets import PRESETS
 from st_ar.randomness import RandomStream, torch_seed
@@ -112,26 +112,14 @@ def test_a_models_published_guidance_is_its_default(preset: str, scale: float) -
     assert given.resolved(config) == given
 
 
-def test_the_default_guidance_is_used() -> None:
-    config = ModelConfig(
-        dim=768,
-        n_layers=12,
-        n_heads=12,
-        vocab_size=11,
-        grid=2,
-        num_classes=3,
-        token_dropout=0.0,
-        residual_dropout=0.0,
-        ffn_dropout=0.0,
-    )
-    with torch.device("meta"):
-        model = Transformer(config)
-    sampler = Sampler(model, random_tokenizer(), SampleSettings())
-    assert sampler.settings.cfg_scale == 2.0
-    toy = sample_images(random_model(), random_tokenizer(), [0, 1])
-    np.testing.assert_array_equal(
-        toy, sample_images(random_model(), random_tokenizer(), [0, 1], SampleSettings(cfg_scale=1.0))
-    )
+def test_the_default_guidance_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokenizer = random_model(), random_tokenizer()
+    plain = sample_images(model, tokenizer, [0, 1], SampleSettings(cfg_scale=1.0))
+    np.testing.assert_array_equal(sample_images(model, tokenizer, [0, 1]), plain)
+    monkeypatch.setitem(PUBLISHED_SCALES, (TINY.dim, TINY.n_layers), 2.0)
+    assert Sampler(model, tokenizer, SampleSettings()).settings.cfg_scale == 2.0
+    guided = sample_images(model, tokenizer, [0, 1], SampleSettings(cfg_scale=2.0))
+    np.testing.assert_array_equal(sample_images(model, tokenizer, [0, 1]), guided)
 
 
 # Images
@@ -213,7 +201,9 @@ def test_images_are_decoded_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> 
     assert np.abs(pictures.astype(int) - painted(tokens).astype(int)).max() <= 1
 
 
-def test_compiled_steps_draw_the_same_images() -> None:
+def test_compiled_steps_draw_the_same_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    # tests/model/test_decoder.py has a whole compilation; here the steps are traced only.
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     model, tokenizer = random_model(), random_tokenizer()
     sampler = Sampler(model, tokenizer, SOME_SETTINGS, compiled=True)
     drawn = sampler.pictures(sampler.tokens(range(8), SOME_LABELS))

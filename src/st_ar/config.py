@@ -268,8 +268,6 @@ class TrainConfig(RunConfig):
     """Micro-batches per optimizer step. The result is the large batch's, negatives included."""
     class_dropout: Portion = 0.1
     """Share of images whose class or caption is replaced by the null condition (classifier-free guidance)."""
-    seed: Seed = 0
-    """Seed of initialisation, data order, crops, masks, positions and dropout."""
     validation_images: Count = 1024
     """Images of --validation to measure, evenly spaced in the store."""
     skip_nonfinite: Whole = 0
@@ -514,8 +512,6 @@ class VQTrainConfig(RunConfig):
 
     model: VQConfig = VQ_16
     adversary: AdversaryConfig = AdversaryConfig()
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    """Optimizer settings of the network and the discriminator."""
     size: Annotated[int, Range(1, 1 << 12)] = 256
     """Side of the images in pixels."""
     crop_range: Annotated[float, Range(1, 2)] = 1.1
@@ -538,8 +534,6 @@ class VQTrainConfig(RunConfig):
     """Replace a code that has been unused for this many steps by a feature of the batch. 0 for never."""
     ema_decay: Portion = 0.999
     """Decay of the EMA weights, which become the tokenizer. It starts with (1 + t) / (10 + t)."""
-    seed: Seed = 0
-    """Seed of initialisation, data order, crops and replaced codes."""
     log_every: Count = 20
     """Optimizer steps between lines of log.jsonl."""
     evaluate_every: Count = 1000

@@ -69,9 +69,11 @@ def test_every_run_of_a_process_is_compiled_however_many_there_were_before(monke
 
     monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend=count))
     found: list[int] = []
-    for width in range(1, 11):
+    for width in range(1, 10):  # torch keeps 8
         graphs.clear()
-        config = replace(GUIDED_RUN, compile=True, model=replace(GUIDED_RUN.model, dim=8 * width, n_heads=2))
+        config = replace(
+            GUIDED_RUN, compile=True, model=replace(GUIDED_RUN.model, dim=8 * width, n_heads=2, n_layers=1)
+        )
         model = Transformer(config.model)
         student = SelfGuided(model, config.selfguided)
         parallelize(student, make_teacher(model, config.selfguided), config, "none", CPU, torch.float32)
@@ -79,7 +81,7 @@ def test_every_run_of_a_process_is_compiled_however_many_there_were_before(monke
         with torch.no_grad():
             model(tokens[:, :-1], labels)
         found.append(len(graphs))
-    assert found == [1] * 10
+    assert found == [1] * 9
 
 
 @pytest.mark.parametrize("what", UNSUITABLE)

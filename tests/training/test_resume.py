@@ -25,15 +25,14 @@ from tests.data.random_store import random_store
 from tests.disk import contents, flip_byte, refused
 from tests.killing import survivors
 from tests.toys import NO_DROPOUT
+from tests.training.dying import die, train_guided
 from tests.training.toy_runs import GUIDED_RUN, PLAIN_RUN, assert_same_result, log_of
 
-ROOT = Path(__file__).parents[2]
 
-
-def signalled(tokens: Path, out: Path, name: str, instant: str, step: int) -> subprocess.CompletedProcess[str]:
-    """GUIDED_RUN in another process that gets a signal."""
-    command = [sys.executable, "-m", "tests.training.dying", tokens, out, name, instant, str(step)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+@pytest.fixture(scope="module")
+def dead(tokens: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """GUIDED_RUN in processes that get a signal. Each case is resumed by one test."""
+    return die(train_guided, tmp_path_factory.mktemp("dead"), tokens)
 
 
 @pytest.mark.parametrize(
@@ -44,11 +43,11 @@ def signalled(tokens: Path, out: Path, name: str, instant: str, step: int) -> su
     ],
 )
 def test_a_run_killed_while_it_is_saved_ends_as_if_it_had_never_stopped(
-    tokens: Path, straight: Path, tmp_path: Path, instant: str, step: int, left: list[str]
+    tokens: Path, straight: Path, dead: Path, instant: str, step: int, left: list[str]
 ) -> None:
-    out = tmp_path / "run"
-    done = signalled(tokens, out, "SIGKILL", instant, step)
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    case = dead / f"SIGKILL-{instant}-{step}"
+    out = case / "run"
+    assert int((case / "status").read_text()) == -signal.SIGKILL, (case / "said").read_text()
     assert sorted(path.name for path in (out / "checkpoints").iterdir()) == left
     train(GUIDED_RUN, tokens, out, resume=True, preset="toy")
     assert_same_result(out, straight)
@@ -72,14 +71,14 @@ def test_a_run_killed_twenty_times_ends_as_if_it_had_never_stopped(tmp_path: Pat
 
 @pytest.mark.parametrize(("name", "instant"), [("SIGTERM", "backward"), ("SIGINT", "log")])
 def test_a_run_asked_to_stop_saves_itself_and_goes_on_the_same(
-    tokens: Path, straight: Path, tmp_path: Path, name: str, instant: str
+    tokens: Path, straight: Path, dead: Path, name: str, instant: str
 ) -> None:
-    out = tmp_path / "run"
-    done = signalled(tokens, out, name, instant, 7)
-    assert done.returncode == 7, done.stderr
-    assert "stopped at step 7 of 12; the run is saved" in done.stdout
-    assert "--resume" in done.stdout
-    assert done.stdout.split()[-1] == str(int(signal.Signals[name]))
+    case = dead / f"{name}-{instant}-7"
+    out, said = case / "run", (case / "said").read_text()
+    assert int((case / "status").read_text()) == 7, said
+    assert "stopped at step 7 of 12; the run is saved" in said
+    assert "--resume" in said
+    assert said.split()[-1] == str(int(signal.Signals[name]))
     assert (out / "checkpoints" / "step_00000007").is_dir()
     assert open_model(out)[1].step == 7
     train(GUIDED_RUN, tokens, out, resume=True, preset="toy")

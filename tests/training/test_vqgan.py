@@ -6,8 +6,6 @@ import math
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -41,6 +39,7 @@ from tests.disk import contents, full_disk, refused
 from tests.killing import survivors
 from tests.ranks import checked_torchrun
 from tests.training import vqgan_ranked as ranked
+from tests.training.dying import die, train_gan
 from tests.training.toy_gan import TOY_GAN, colours
 
 ROOT = Path(__file__).parents[2]
@@ -470,6 +469,12 @@ def test_broken_images_are_listed_beside_the_run(tmp_path: Path) -> None:
 # Stopping and resuming
 
 
+@pytest.fixture(scope="module")
+def dead(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """TOY_GAN in processes that are killed. Each case is resumed by one test."""
+    return die(train_gan, tmp_path_factory.mktemp("dead"))
+
+
 @pytest.mark.parametrize(
     ("instant", "step", "left"),
     [
@@ -478,12 +483,11 @@ def test_broken_images_are_listed_beside_the_run(tmp_path: Path) -> None:
     ],
 )
 def test_a_run_killed_while_it_is_saved_ends_as_if_it_had_never_stopped(
-    straight: Path, tmp_path: Path, instant: str, step: int, left: list[str]
+    straight: Path, dead: Path, instant: str, step: int, left: list[str]
 ) -> None:
-    out = tmp_path / "run"
-    command = [sys.executable, "-m", "tests.training.vqgan_dying", out, instant, str(step)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    case = dead / f"SIGKILL-{instant}-{step}"
+    out = case / "run"
+    assert int((case / "status").read_text()) == -signal.SIGKILL, (case / "said").read_text()
     assert sorted(path.name for path in (out / "checkpoints").iterdir()) == left
     train_tokenizer(TOY_GAN, colours(), out, resume=True, preset="toy")
     assert_same_result(out, straight)

@@ -4,7 +4,6 @@ import json
 import math
 import shutil
 import signal
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -35,9 +34,9 @@ from st_ar.training.loop import Learner, forward_backward, train
 from st_ar.training.watch import CollapseMonitor, RidgeProbe, effective_rank, feature_spread, spread_labels
 from tests.data.random_store import random_store
 from tests.disk import contents, refused
-from tests.ranks import ROOT
 from tests.small_line import random_tokenizer
 from tests.toys import NO_DROPOUT, random_model
+from tests.training.dying import die, train_watched
 from tests.training.toy_runs import GUIDED_RUN, PLAIN_RUN
 
 NOTHING = WatchConfig(track=("none",))
@@ -145,33 +144,17 @@ def load_model_like(config: TrainConfig) -> Any:
     return Transformer(config.model).train()
 
 
-@pytest.mark.parametrize("instant", ["backward", "log"])
+@pytest.fixture(scope="module")
+def dead(line: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return die(train_watched, tmp_path_factory.mktemp("dead"), line)
+
+
+@pytest.mark.parametrize("case", ["SIGKILL-backward-7", "SIGKILL-log-8"])
 def test_a_watched_run_killed_and_resumed_ends_the_same_and_shows_the_same(
-    line: Path, watched: Path, unseen: Path, tmp_path: Path, instant: str
+    line: Path, watched: Path, unseen: Path, dead: Path, case: str
 ) -> None:
-    out = tmp_path / "run"
-    module, name = ("loop", "forward_backward") if instant == "backward" else ("run", "append_log")
-    script = f"""
-import os, signal, sys
-from pathlib import Path
-import torch
-torch.set_num_threads(1)
-from st_ar.training import {module}
-from st_ar.training import loop
-from tests.training.test_watch import RUN, everything
-original, count = {module}.{name}, 0
-def armed(*args):
-    global count
-    count += 1
-    if count == {7 if instant == "backward" else 5}:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return original(*args)
-{module}.{name} = armed
-line = Path({str(line)!r})
-loop.train(RUN, line / "tokens", Path({str(out)!r}), watching=everything(line))
-"""
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    out = dead / case / "run"
+    assert int((dead / case / "status").read_text()) == -signal.SIGKILL, (dead / case / "said").read_text()
     train(RUN, line / "tokens", out, watching=everything(line), resume=True)
     assert_same_weights(out, unseen)
     assert log_of(out) == log_of(watched)
@@ -336,7 +319,7 @@ def test_scikit_learn_is_asked_for_before_anything_is_written(
     line: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "sklearn", None)
-    with refused(tmp_path, r"--probe-every fits scikit-learn's .*pip install 'st-ar\[quickstart\]'"):
+    with refused(tmp_path, r"ridge and logistic methods need .*pip install 'st-ar\[quickstart\]'"):
         train(RUN, line / "tokens", tmp_path / "run", watching=everything(line))
 
 

@@ -58,16 +58,13 @@ class State:
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the live tensors by name."""
-        return self._tensors(self._optimizer_state())
+        return self._tensors(get_optimizer_state_dict(self.student, self.optimizer, options=OPTIONS))
 
     def load(self, read: Callable[[dict[str, Tensor]], None]) -> None:
         """Let `read` fill the tensors in place, then load the optimizer's."""
-        optimizer_state = self._optimizer_state()
+        optimizer_state = get_optimizer_state_dict(self.student, self.optimizer, options=OPTIONS)
         read(self._tensors(optimizer_state))
         set_optimizer_state_dict(self.student, self.optimizer, optimizer_state, options=OPTIONS)
-
-    def _optimizer_state(self) -> dict[str, Any]:
-        return get_optimizer_state_dict(self.student, self.optimizer, options=OPTIONS)
 
     def _tensors(self, optimizer_state: dict[str, Any]) -> dict[str, Tensor]:
         tensors = {

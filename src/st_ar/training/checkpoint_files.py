@@ -144,19 +144,10 @@ def _digest(content: Mapping[str, Any]) -> str:
 
 METADATA, FILESYSTEM = "torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem"
 ALLOWED = {
-    (METADATA, "Metadata"),
-    (METADATA, "MetadataIndex"),
-    (METADATA, "ChunkStorageMetadata"),
-    (METADATA, "TensorProperties"),
-    (METADATA, "TensorStorageMetadata"),
-    (METADATA, "_MEM_FORMAT_ENCODING"),
-    (METADATA, "StorageMeta"),
-    (FILESYSTEM, "_StorageInfo"),
-    ("torch.serialization", "_get_layout"),
-    ("torch", "Size"),
-    ("torch", "float32"),
-    ("pathlib", "PosixPath"),
-    ("pathlib._local", "PosixPath"),
+    *((METADATA, name) for name in ("Metadata", "MetadataIndex", "StorageMeta", "_MEM_FORMAT_ENCODING")),
+    *((METADATA, name) for name in ("ChunkStorageMetadata", "TensorProperties", "TensorStorageMetadata")),
+    *((FILESYSTEM, "_StorageInfo"), ("torch.serialization", "_get_layout"), ("torch", "Size"), ("torch", "float32")),
+    *(("pathlib", "PosixPath"), ("pathlib._local", "PosixPath")),
 }
 """Everything that a checkpoint's index may unpickle. The last is Python 3.13's name."""
 

@@ -98,41 +98,31 @@ class Inputs:
 
 
 class Initial:
-    """A model to start from, or none.
-
-    Args:
-        path: any model that `open_model` takes; None for random weights.
-        ema: use its EMA weights instead of the live ones.
-        config: the model to train.
-        store: the store to train on.
+    """A model to start from, or none: `path` is None or any model that `open_model` takes.
 
     Raises:
         UserError: the path is not a model, or the model has another architecture, tokenizer or classes.
     """
 
     def __init__(self, path: Path | None, *, ema: bool, config: ModelConfig, store: TokenStore) -> None:
-        self.model, self.info = None, None
+        self.model, self.info, self.encoder = None, None, ""
         if path is None:
             if ema:
                 raise UserError("--init-ema selects weights of --init: give --init too, or leave it out")
             return
         self.model, self.info = open_model(path, ema=ema, grid=config.grid)
-        changed = {
-            name: values
-            for name, values in differences(to_dict(self.info.config), to_dict(config)).items()
+        self.encoder = self.info.encoder
+        changes = differences(to_dict(self.info.config), to_dict(config)).items()
+        listed = [
+            f"--model.{flag_name(name)} is {old} there, {new} here"
+            for name, (old, new) in changes
             if name not in WEIGHTLESS
-        }
-        if changed:
-            listed = "; ".join(
-                f"--model.{flag_name(name)} is {old} there, {new} here" for name, (old, new) in changed.items()
+        ]
+        if listed:
+            raise UserError(
+                f"{self.info.source} is another model: {'; '.join(listed)}; give its settings, or its preset"
             )
-            raise UserError(f"{self.info.source} is another model: {listed}; give its settings, or its preset")
         check_store(self.info, store)
-
-    @property
-    def encoder(self) -> str:
-        """The text encoder of a text model, empty if it is not known."""
-        return "" if self.info is None else self.info.encoder
 
     def describe(self) -> dict[str, Any]:
         """Return the weights' entry of config.json, none for random weights."""
@@ -148,13 +138,7 @@ class Initial:
 
 
 class Validation:
-    """The validation loss of the EMA weights, and the best value so far.
-
-    Args:
-        tokens: the validation store; without one nothing is measured.
-        training: the store to train on, which must have the same tokenizer.
-        config: the run's settings.
-        best: folder of the best weights so far, which may not exist yet.
+    """The validation loss of the EMA weights, and the best value so far. Without a store, `tokens`, nothing is measured.
 
     Raises:
         UserError: the store does not fit the model, or the model is a text model: token stores have no captions.

@@ -276,9 +276,7 @@ def append_log(path: Path, entry: dict[str, Any]) -> None:
         with open(path, "a") as file:
             file.write(json.dumps(entry, allow_nan=False) + "\n")
     except OSError as error:
-        raise UserError(
-            f"cannot write {path}: {error.strerror or error}; free some space and continue with --resume"
-        ) from error
+        raise UserError(f"cannot write {path}: {cause(error)}; free some space and continue with --resume") from error
 
 
 @contextlib.contextmanager

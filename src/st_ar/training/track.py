@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -28,39 +28,26 @@ PATIENCE = 5.0
 PROJECT = "st-ar"
 
 
-class Tracker(Protocol):
-    """The interface of a tracker."""
-
-    def log(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Log the numbers of a step."""
-        ...
-
-    def images(self, step: int, name: str, array: np.ndarray) -> None:
-        """Log an image, uint8 [H, W, 3]."""
-        ...
-
-    def close(self) -> None:
-        """Finish."""
-        ...
-
-
-class _RemoteTracker:
-    """What Weights & Biases and trackio have in common."""
+class Tracker:
+    """A tracker. wandb and trackio have the same interface and differ in how they open a run."""
 
     module: Any
     run: Any
 
     def log(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Log the numbers of a step."""
         self.run.log(dict(scalars), step=step)
 
     def images(self, step: int, name: str, array: np.ndarray) -> None:
+        """Log an image, uint8 [H, W, 3]."""
         self.run.log({name: self.module.Image(array)}, step=step)
 
     def close(self) -> None:
+        """Finish."""
         self.run.finish()
 
 
-class Wandb(_RemoteTracker):
+class Wandb(Tracker):
     """Weights & Biases, configured by its environment variables (WANDB_MODE, WANDB_PROJECT, WANDB_ENTITY, ..).
 
     Raises:
@@ -86,7 +73,7 @@ class Wandb(_RemoteTracker):
         )
 
 
-class Trackio(_RemoteTracker):
+class Trackio(Tracker):
     """trackio, on this machine unless TRACKIO_SPACE_ID or TRACKIO_SERVER_URL is set."""
 
     def __init__(self, identity: dict[str, str], config: dict[str, Any]) -> None:
@@ -119,20 +106,20 @@ class SafeTracker:
 
     def log(self, step: int, scalars: Mapping[str, float]) -> None:
         """Log the numbers of a step."""
-        if self.tracker and step > self.after:
-            with self._switching_off():
+        with self._switching_off():
+            if self.tracker and step > self.after:
                 self.tracker.log(step, scalars)
 
     def images(self, step: int, name: str, array: np.ndarray) -> None:
         """Log an image, uint8 [H, W, 3]."""
-        if self.tracker and step > self.after:
-            with self._switching_off():
+        with self._switching_off():
+            if self.tracker and step > self.after:
                 self.tracker.images(step, name, array)
 
     def close(self) -> None:
         """Finish."""
-        if self.tracker:
-            with self._switching_off():
+        with self._switching_off():
+            if self.tracker:
                 self.tracker.close()
 
     @contextmanager
@@ -166,7 +153,10 @@ def open_trackers(
     if "tensorboard" in names:
         opened.append(SafeTracker("TensorBoard", lambda: TensorBoard(out / "tensorboard", start + 1)))
     if "wandb" in names or "trackio" in names:
-        identity = _identity(out)
+        file = out / "tracking.json"
+        if not file.exists():
+            write_json(file, {"id": secrets.token_hex(4), "name": out.name})
+        identity = read_json(file, "a tracked run")
         if "wandb" in names:
             opened.append(SafeTracker("wandb", lambda: Wandb(out, identity, config), after=logged))
         if "trackio" in names:
@@ -174,19 +164,12 @@ def open_trackers(
     return opened
 
 
-def _identity(out: Path) -> dict[str, str]:
-    file = out / "tracking.json"
-    if not file.exists():
-        write_json(file, {"id": secrets.token_hex(4), "name": out.name})
-    return read_json(file, "a tracked run")
-
-
 def warn(message: str) -> None:
     """Print a message to stderr."""
     print(f"st-ar: {message}", file=sys.stderr, flush=True)
 
 
-class TensorBoard:
+class TensorBoard(Tracker):
     """A new TensorBoard event file in `folder`.
 
     Args:

@@ -167,14 +167,11 @@ class VQLearner:
         self.ema = copy.deepcopy(self.network).eval().requires_grad_(False)
         self.optimizer = adamw(self.network, config.optim)
         self.adversary_optimizer = adamw(self.adversary, config.optim)
-        self.perceptual = self._load_perceptual()
+        self.perceptual: nn.Module | None = None
+        if config.perceptual_weight:
+            from st_ar.evaluation.efficientnet import PerceptualLoss, load_efficientnet
 
-    def _load_perceptual(self) -> nn.Module | None:
-        if not self.config.perceptual_weight:
-            return None
-        from st_ar.evaluation.efficientnet import PerceptualLoss, load_efficientnet
-
-        return PerceptualLoss(load_efficientnet(self.device))
+            self.perceptual = PerceptualLoss(load_efficientnet(device))
 
     def state(self, step: int) -> State:
         """Return the state to save after step `step`, without the discriminator before its first step."""

@@ -236,12 +236,7 @@ class RidgeProbe:
     """
 
     def __init__(self, train: TokenStore, test: TokenStore, training: TrainConfig) -> None:
-        try:
-            require("sklearn")
-        except UserError as error:
-            raise UserError(
-                "--probe-every fits scikit-learn's ridge regression: pip install 'st-ar[quickstart]', or leave it out"
-            ) from error
+        require("sklearn")
         test.check_model(training.model, train.meta.tokenizer or None)
         require_classes(train, test)
         self.stores = train, test
