@@ -214,11 +214,7 @@ def open_model_and_tokenizer(
     ema: bool = False,
     grid: int | None = None,
 ) -> tuple[Transformer, ModelInfo, Tokenizer]:
-    """Load a model and its tokenizer onto a device. `dtype` is the model's, as for `choose_dtype`.
-
-    Raises:
-        UserError: either is missing or damaged, they do not belong together, or there is no such device.
-    """
+    """Load a model and its tokenizer onto a device. `dtype` is the model's, as for `choose_dtype`."""
     target = local_device(choose_device(device))
     network, info = open_model(model, ema=ema, grid=grid)
     codes = open_tokenizer(tokenizer, device, "float32")
@@ -282,8 +278,7 @@ class Sampler:
     ) -> Tensor:
         """Draw the tokens int64 [n, T] of the images with these numbers; `labels` are those of the whole job.
 
-        Args:
-            advance: called after each token with the number of images that it completes, counting fractions.
+        `advance` is called after each token with the number of images that it completes, counting fractions.
         """
         count, length = len(numbers), self.model.config.sequence_length
         tokens = torch.empty(0)
@@ -371,11 +366,7 @@ def _require_count(flag: str, count: int) -> None:
 def choose_labels(
     num: int, num_classes: int, seed: int, *, mode: Literal["balanced", "random"], only: Sequence[int] = ()
 ) -> list[int]:
-    """Choose the labels of `num` images from all classes or those of `only`: cycling through them, or at random.
-
-    Raises:
-        UserError: `num` or a class is out of range.
-    """
+    """Choose the labels of `num` images from all classes or those of `only`: cycling through them, or at random."""
     _require_count("--num", num)
     if wrong := [label for label in only if not 0 <= label < num_classes]:
         raise UserError(f"--labels {wrong[0]} is out of range: the model knows classes 0 to {num_classes - 1}")
@@ -397,11 +388,7 @@ def choose_conditions(
 ) -> list[int]:
     """Choose the conditions of `num` images: classes (64 if None), or indices of a text model's captions (all if None).
 
-    Args:
-        per_class: number of images of each class or caption, instead of `num`.
-
-    Raises:
-        UserError: as `choose_labels`; classes given to a text model; or `per_class` with `num` or random labels.
+    `per_class` is the number of images of each class or caption, instead of `num`.
     """
     if per_class is not None:
         if num is not None:

@@ -159,11 +159,7 @@ def _check_metadata(metadata: dict[str, Any], config: ModelConfig | None, file: 
 
 
 def read_card(card: Path) -> dict[str, Any]:
-    """Read the config.json of an export folder.
-
-    Raises:
-        UserError: it is missing, damaged or of another format.
-    """
+    """Read the config.json of an export folder."""
     saved = read_json(card, "an export folder")
     if saved.get("format_version") != FORMAT_VERSION or "model" not in saved:
         raise UserError(f"{card} has format {saved.get('format_version')}; this st-ar reads {FORMAT_VERSION}")
@@ -219,11 +215,7 @@ class EvalModel:
     """Checksum of the file of weights."""
 
     def open(self) -> Transformer:
-        """Load the network, float32 on the CPU.
-
-        Raises:
-            UserError: its file has changed, as a run's does at a checkpoint.
-        """
+        """Load the network, float32 on the CPU. Its file may not have changed, as a run's does at a checkpoint."""
         model, _ = open_model(self.info.source)
         if sha256(self.info.source) != self.sha256:
             raise UserError(
@@ -245,11 +237,7 @@ def check_store(info: ModelInfo, store: TokenStore) -> None:
 
 
 def call_models(models: Sequence[Path], names: Sequence[str]) -> Sequence[str]:
-    """Return the names of models: those given, or the names of their run folders; full paths where these are equal.
-
-    Raises:
-        UserError: there are no models, or not one name each.
-    """
+    """Return the names of models: those given, or the names of their run folders; full paths where these are equal."""
     if not models:
         raise UserError("give at least one --model")
     if names and len(names) != len(models):
@@ -269,11 +257,7 @@ def open_eval_models(
 ) -> list[EvalModel]:
     """Check that the weights of models can be loaded and name them. Names of EMA weights end with (EMA) unless given.
 
-    Args:
-        ema: short for `weights` "ema".
-
-    Raises:
-        UserError: there are no models, one twice, not one name each, or `ema` with other weights; or as `open_model`.
+    `ema` is short for `weights` "ema".
     """
     if ema and weights == "both":
         raise UserError("--ema is short for --weights ema: leave it out for both")
@@ -293,11 +277,7 @@ FILES = ("config.json", LIVE, EMA)
 
 
 def download(name: str, revision: str | None = None) -> Path:
-    """Download a model from the hub into huggingface_hub's cache, unless it is there; returns its folder.
-
-    Raises:
-        UserError: there is no such model, no access, or no network and no cached copy.
-    """
+    """Download a model from the hub into huggingface_hub's cache, unless it is there; returns its folder."""
     hub = require("huggingface_hub")
     try:
         return Path(hub.snapshot_download(name, revision=revision, allow_patterns=list(FILES)))

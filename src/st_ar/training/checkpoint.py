@@ -337,12 +337,7 @@ class _Background(threading.Thread):
 class CheckpointExporter:
     """Saves and restores a run: its checkpoints and the weights that it exports. All ranks call its methods together.
 
-    Args:
-        out: the run's folder.
-        config: the run's settings.
-        state: the state to save.
-        validation: the validation loss, which selects the best weights.
-        about: entries of the exports' config.json besides the step and the model.
+    `about` has the entries of the exports' config.json besides the step and the model.
     """
 
     def __init__(
@@ -407,16 +402,9 @@ def not_finite(terms: Mapping[str, Tensor]) -> str:
 def require_finite(
     terms: Mapping[str, Tensor], step: int, checkpoints: Checkpoints, *, skipping: int | None = None
 ) -> None:
-    """Stop a run before a broken state is saved, after the current write has ended.
+    """Stop a run whose losses or gradient norms are not finite, before a broken state is saved.
 
-    Args:
-        terms: losses and gradient norms by name.
-        step: their step.
-        checkpoints: the run's checkpoints.
-        skipping: the number of such steps that the run may skip; None if it cannot skip any.
-
-    Raises:
-        UserError: one of the terms is not finite.
+    `skipping` is the number of such steps that the run may skip; None if it cannot skip any.
     """
     if wrong := not_finite(terms):
         checkpoints.wait()

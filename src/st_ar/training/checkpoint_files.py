@@ -61,9 +61,6 @@ def newest_whole(folder: Path) -> int:
     """Return the step of the newest checkpoint without damage, 0 without any checkpoint.
 
     Newer, damaged checkpoints are renamed to step_N.damaged and named on stderr.
-
-    Raises:
-        UserError: all checkpoints are damaged, the newest has a newer format, or a file cannot be read.
     """
     damaged: dict[Path, str] = {}
     newest = 0, folder
@@ -92,11 +89,7 @@ def newest_whole(folder: Path) -> int:
 
 
 def find_damage(folder: Path) -> str | None:
-    """Describe the first file of a checkpoint that is missing, truncated or altered; None if there is none.
-
-    Raises:
-        UserError: a file cannot be read, or the checkpoint has a newer format.
-    """
+    """Describe the first file of a checkpoint that is missing, truncated or altered; None if there is none."""
     try:
         content = parse_json((folder / MANIFEST).read_bytes().decode())
         version, files, digest = content["format_version"], content["files"], content.pop("sha256")

@@ -38,15 +38,7 @@ class DataPaths:
 
 
 class Inputs:
-    """The inputs of a run, opened and checked against its settings.
-
-    Args:
-        best: folder of the best weights so far, which may not exist yet.
-        ranks: the ranks that share each batch.
-
-    Raises:
-        UserError: a store, captions (or their absence) or initial weights do not fit the model.
-    """
+    """The inputs of a run, opened and checked against its settings. `best` is the folder of the best weights so far."""
 
     def __init__(self, paths: DataPaths, config: TrainConfig, best: Path, ranks: Ranks) -> None:
         self.config = config
@@ -79,11 +71,7 @@ class Inputs:
         return self._batches.batch(step - 1)
 
     def describe(self) -> dict[str, Any]:
-        """Verify the checksums of all stores and return the inputs' entries of config.json.
-
-        Raises:
-            UserError: a store is damaged.
-        """
+        """Verify the checksums of all stores and return the inputs' entries of config.json."""
         for store in filter(None, (self.store, self.captions, self.validation.store)):
             store.verify()
         text = {} if self.captions is None else {"text": self.captions.describe()}
@@ -98,11 +86,7 @@ class Inputs:
 
 
 class Initial:
-    """A model to start from, or none: `path` is None or any model that `open_model` takes.
-
-    Raises:
-        UserError: the path is not a model, or the model has another architecture, tokenizer or classes.
-    """
+    """A model to start from, with the architecture, tokenizer and classes of the run, or none."""
 
     def __init__(self, path: Path | None, *, ema: bool, config: ModelConfig, store: TokenStore) -> None:
         self.model, self.info, self.encoder = None, None, ""
@@ -138,11 +122,7 @@ class Initial:
 
 
 class Validation:
-    """The validation loss of the EMA weights, and the best value so far. Without a store, `tokens`, nothing is measured.
-
-    Raises:
-        UserError: the store does not fit the model, or the model is a text model: token stores have no captions.
-    """
+    """The validation loss of the EMA weights, and the best value so far. Without a store, `tokens`, nothing is measured."""
 
     def __init__(self, tokens: Path | None, training: TokenStore, config: TrainConfig, best: Path) -> None:
         self.config, self.store, self.best = config, None, math.inf

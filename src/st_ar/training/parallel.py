@@ -32,11 +32,7 @@ KEPT = [
 
 
 def choose_parallel(config: TrainConfig, world: int) -> str:
-    """Return none, ddp or fsdp for `world` ranks.
-
-    Raises:
-        UserError: the settings do not fit the number of ranks.
-    """
+    """Return none, ddp or fsdp for `world` ranks, and refuse settings that do not fit their number."""
     if world == 1:
         if config.parallel in ("ddp", "fsdp"):
             raise UserError(
@@ -78,11 +74,8 @@ def parallelize(
 ) -> nn.Module:
     """Move student and teacher to the device and share them among the ranks; returns the module to call for the student.
 
-    The order is: activation checkpointing, compilation of each block, sharding or DDP. Parameters keep their names.
-
-    Args:
-        parallel: the result of `choose_parallel`.
-        dtype: type of matrix products.
+    The order is: activation checkpointing, compilation of each block, sharding or DDP (`parallel`, from `choose_parallel`).
+    Parameters keep their names.
     """
     if config.activation_checkpointing != "none":
         for block in student.model.layers:

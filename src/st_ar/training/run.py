@@ -65,16 +65,11 @@ class Run:
     def open(
         self, describe_data: Callable[[], dict[str, Any]], dtype: torch.dtype, *, images: int, exported: int | None
     ) -> None:
-        """Begin the run, or check that it can continue, and lock the folder.
+        """Begin the run, or check that it can continue, and lock the folder. Errors of rank 0 are raised on every rank.
 
         Args:
             describe_data: verifies the training data and returns its description for config.json.
-            dtype: type of the matrix products.
-            images: number of training images.
             exported: step of the exported weights; None if there are none.
-
-        Raises:
-            UserError: on every rank, if rank 0 cannot begin or continue the run.
         """
 
         def begin() -> dict[str, Any]:
@@ -164,11 +159,7 @@ def open_run(
 
 
 def lock_run(out: Path) -> BinaryIO:
-    """Lock a run's folder until the returned file is closed. On file systems without locks nothing is locked.
-
-    Raises:
-        UserError: another process holds the lock, or the lock file cannot be opened.
-    """
+    """Lock a run's folder until the returned file is closed. On file systems without locks nothing is locked."""
     try:
         file = open(out / LOCK, "ab")  # noqa: SIM115 -- the caller closes it
     except OSError as error:
@@ -209,21 +200,13 @@ def _require_same_past(out: Path, saved: RunConfig, config: RunConfig, images: i
 
 
 def trained_config(run: Path) -> TrainConfig:
-    """Read a run's settings.
-
-    Raises:
-        UserError: the folder is not a run.
-    """
+    """Read a run's settings."""
     path = run / "config.json"
     return from_dict(TrainConfig, read_json(path, "a run").get("config"), str(path))
 
 
 def seconds_per_step(run: Path) -> float:
-    """Return a run's mean seconds per step, from the median speeds with self-guidance and after it ended.
-
-    Raises:
-        UserError: the folder is not a run, or its log has no speeds.
-    """
+    """Return a run's mean seconds per step, from the median speeds with self-guidance and after it ended."""
     config = trained_config(run)
     entries = read_log(run / "log.jsonl")
     speeds = {entry["step"]: entry["tokens_per_second"] for entry in entries if "tokens_per_second" in entry}
@@ -238,11 +221,7 @@ def seconds_per_step(run: Path) -> float:
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """Read the log entries. A last line that a killed run left incomplete is skipped.
-
-    Raises:
-        UserError: another line is damaged, or the file cannot be read.
-    """
+    """Read the log entries. A last line that a killed run left incomplete is skipped."""
     entries: list[dict[str, Any]] = []
     if not path.exists():
         return entries

@@ -48,11 +48,7 @@ class Tracker:
 
 
 class Wandb(Tracker):
-    """Weights & Biases, configured by its environment variables (WANDB_MODE, WANDB_PROJECT, WANDB_ENTITY, ..).
-
-    Raises:
-        UserError: it is online and has no key.
-    """
+    """Weights & Biases, configured by its environment variables (WANDB_MODE, WANDB_PROJECT, WANDB_ENTITY, ..)."""
 
     def __init__(self, folder: Path, identity: dict[str, str], config: dict[str, Any]) -> None:
         self.module = import_module("wandb")
@@ -90,13 +86,7 @@ class Trackio(Tracker):
 
 
 class SafeTracker:
-    """A tracker whose errors switch it off with a message instead of ending the run.
-
-    Args:
-        name: the tracker's name in messages.
-        open_tracker: opens the tracker.
-        after: the last step that the tracker already has; it gets later steps only.
-    """
+    """A tracker whose errors switch it off with a message instead of ending the run. It gets only the steps after `after`."""
 
     def __init__(self, name: str, open_tracker: Callable[[], Tracker], *, after: int = 0) -> None:
         self.name, self.after = name, after

@@ -132,15 +132,9 @@ def revive(
     optimizer: torch.optim.Optimizer,
     generator: torch.Generator,
 ) -> int:
-    """Replace dead codes by random features, in the codebook [V, d] and its EMA, and reset their moments.
+    """Replace dead codes, bool [V], by random unit features [N, d] in the codebook [V, d] and its EMA; returns their number.
 
-    Args:
-        dead: bool [V].
-        features: unit features [N, d] to draw from.
-        generator: a CPU generator, so that all ranks draw the same.
-
-    Returns:
-        The number of dead codes.
+    Their moments are reset. The generator is the CPU's, so that all ranks draw the same.
     """
     rows = dead.nonzero().flatten()
     drawn = features[torch.randint(len(features), (len(rows),), generator=generator).to(features.device)]
@@ -294,9 +288,6 @@ def train_tokenizer(
     bit on a CPU.
 
     Args:
-        config: every setting of the run.
-        images: the source to train on.
-        out: the run's folder.
         test_images: source of the centre crops for PSNR, SSIM and codebook usage; the training images if None.
         resume: continue the run in `out` from its newest checkpoint.
         preset: the preset's name, for the record.

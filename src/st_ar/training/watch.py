@@ -42,19 +42,7 @@ from st_ar.training.track import SafeTracker, open_trackers, require_trackers, w
 
 
 class Watch:
-    """Watches one run. It checks everything that it will need before the run begins.
-
-    Args:
-        config: what to log besides losses.
-        training: the run's settings.
-        out: the run's folder.
-        inputs: the run's inputs.
-        device: the model's device.
-        dtype: type of matrix products.
-
-    Raises:
-        UserError: a tracker's package is missing, or a tokenizer, labels or test store do not fit the run.
-    """
+    """Watches one run. It checks before the run that trackers are installed and that tokenizer, labels and test store fit."""
 
     def __init__(
         self,
@@ -180,11 +168,7 @@ def copy_on_rank0(model: Transformer) -> Transformer | None:
 
 
 class SampleGrid:
-    """A grid of samples with the same labels and random numbers each time.
-
-    Raises:
-        UserError: a label is out of range, or the tokenizer has other codes than the store.
-    """
+    """A grid of samples with the same labels and random numbers each time."""
 
     def __init__(
         self,
@@ -230,9 +214,6 @@ class RidgeProbe:
     """Ridge regression on the features at the last position, which takes seconds. It is not the MAE protocol.
 
     The images are chosen once, with the seed, from the training store and the test store. Both are read at their centre crops.
-
-    Raises:
-        UserError: the stores do not belong together or have no classes, or scikit-learn is not installed.
     """
 
     def __init__(self, train: TokenStore, test: TokenStore, training: TrainConfig) -> None:
