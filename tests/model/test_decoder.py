@@ -88,7 +88,7 @@ def test_the_part_read_grows_by_buckets() -> None:
     assert [exact.seek(position) for position in range(8)] == [2, 3, 4, 5, 6, 7, 8, 9]
 
 
-def test_sequences_left_out_leave_the_others_alone() -> None:
+def test_fewer_sequences_may_be_read_later() -> None:
     model = random_model()
     tokens, labels = random_sequences(TINY, 4)
     decoder = CachedDecoder(model, 4)
@@ -169,12 +169,12 @@ def test_all_but_the_matrices_is_shared() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=str)
-def test_types_without_packed_products_are_left_alone(dtype: torch.dtype) -> None:
+def test_dtypes_without_packed_products_are_not_packed(dtype: torch.dtype) -> None:
     model = random_model().to(dtype)
     assert packed(model, 4) is model
 
 
-def test_without_onednn_the_model_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_onednn_the_model_is_not_packed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     model = random_model()
     assert packed(model, 4) is model

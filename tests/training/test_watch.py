@@ -150,7 +150,7 @@ def dead(line: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("case", ["SIGKILL-backward-7", "SIGKILL-log-8"])
-def test_a_watched_run_killed_and_resumed_ends_the_same_and_shows_the_same(
+def test_a_watched_run_killed_and_resumed_ends_and_logs_the_same(
     line: Path, watched: Path, unseen: Path, dead: Path, case: str
 ) -> None:
     out = dead / case / "run"
@@ -163,7 +163,7 @@ def test_a_watched_run_killed_and_resumed_ends_the_same_and_shows_the_same(
     assert curve(out, "loss_ar") == curve(watched, "loss_ar")
 
 
-def test_a_resumed_run_may_be_watched_otherwise(line: Path, unseen: Path, tmp_path: Path) -> None:
+def test_a_resumed_run_may_be_watched_differently(line: Path, unseen: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     train(replace(RUN, steps=7), line / "tokens", out, watching=NOTHING)
     train(RUN, line / "tokens", out, watching=everything(line, sample_every=2), resume=True)
@@ -281,7 +281,7 @@ def test_a_tracker_that_raises_does_not_stop_the_run(
     assert capsys.readouterr().err.count("TensorBoard is switched off") == 1
 
 
-def test_samples_and_probes_that_fail_are_switched_off_and_the_run_goes_on(
+def test_samples_and_probes_that_fail_are_switched_off(
     line: Path, unseen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def broken(*_: Any) -> float:
@@ -323,7 +323,7 @@ def test_scikit_learn_is_asked_for_before_anything_is_written(
         train(RUN, line / "tokens", tmp_path / "run", watching=everything(line))
 
 
-def test_a_moved_run_goes_on(line: Path, unseen: Path, tmp_path: Path) -> None:
+def test_a_moved_run_continues(line: Path, unseen: Path, tmp_path: Path) -> None:
     train(replace(RUN, steps=7), line / "tokens", tmp_path / "run", watching=everything(line))
     moved = Path(shutil.move(tmp_path / "run", tmp_path / "elsewhere"))
     train(RUN, line / "tokens", moved, watching=everything(line), resume=True)
@@ -365,7 +365,7 @@ def test_the_spread_is_none_for_one_point_and_the_largest_for_all_directions() -
     assert feature_spread(two) == pytest.approx(0.5)
 
 
-def test_images_that_differ_by_position_alone_have_collapsed() -> None:
+def test_images_that_differ_only_by_position_have_collapsed() -> None:
     positions = torch.randn(1, 4, 8, generator=torch.Generator().manual_seed(0)).expand(6, 4, 8)
     assert feature_spread(positions) == pytest.approx(0, abs=1e-6)
     assert effective_rank(positions) == pytest.approx(1, abs=1e-4)

@@ -38,9 +38,7 @@ class CachedDecoder:
         length = self._round_up(self.condition_length - 1 + self.sequence_length)
         length += compiled  # one position that is never read: torch.compile would compile the whole cache and parts of it separately
         shape = (config.n_layers, 2, rows, config.n_heads, length, config.head_dim)
-        self.cache = torch.zeros(
-            shape, dtype=dtype, device=device
-        )  # masked positions are read too: they must not be NaN
+        self.cache = torch.zeros(shape, dtype=dtype, device=device)  # no NaN: masked positions are read too
         self.mask = torch.full((rows, 1, 1, length), float("-inf"), dtype=dtype, device=device)
         self.index = torch.zeros(1, dtype=torch.int64, device=device)  # of the position to read next
         self.step = torch.compile(_copy(_step)) if compiled else _step

@@ -53,9 +53,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        rows = max(
-            512, 4 * x.shape[1]
-        )  # each chunk adds to the V x D gradient of weight: small ones would spend their time there
+        # Each chunk adds to the V x D gradient of weight. With small chunks these sums would take most of the time.
+        rows = max(512, 4 * x.shape[1])
         wide = torch.promote_types(x.dtype, torch.float32)
         loss, matrix = x.new_zeros((), dtype=wide), weight.to(x.dtype)
         x_grad, weight_grad = torch.empty_like(x), None

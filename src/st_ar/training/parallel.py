@@ -142,6 +142,4 @@ def _shard(model: Transformer, mesh: DeviceMesh, dtype: torch.dtype) -> None:
         policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in model.layers:
         fully_shard(block, mesh=mesh, mp_policy=policy)
-    fully_shard(
-        model.output, mesh=mesh, mp_policy=policy, reshard_after_forward=False
-    )  # the backward pass needs it first
+    fully_shard(model.output, mesh=mesh, mp_policy=policy, reshard_after_forward=False)  # backward needs it first

@@ -55,6 +55,7 @@ class Watch:
     ) -> None:
         self.config, self.training, self.out = config, training, out
         self.device, self.dtype = device, dtype
+        self.total = training.total_steps(len(inputs.store))
         require_trackers(config.track)
         self.periodic: dict[str, tuple[int, Callable[[Transformer, int], dict[str, float]]]] = {}
         if config.sample_tokenizer is not None:
@@ -75,7 +76,7 @@ class Watch:
         """Watch the steps after `start` within the block; `record` is the run's config.json."""
         self.model, self.features = student.model, CollapseMonitor(student)
         self.ranks = dist.get_world_size() if dist.is_initialized() else 1
-        if get_rank() == 0:
+        if get_rank() == 0 and start < self.total:  # a finished run has nothing to track
             self.trackers = open_trackers(self.config.track, self.out, record, start=start, logged=self.logged)
         try:
             yield
