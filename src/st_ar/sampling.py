@@ -257,7 +257,7 @@ class Sampler:
         if compiled:
             require_compiler(self.device)
         self.seed = torch_seed(settings.seed, RandomStream.SAMPLING)
-        self.token_sampler: tuple[int, TokenSampler] | None = None
+        self.drawer: tuple[int, TokenSampler] | None = None
 
     def check(self, labels: Sequence[int], batch_size: int) -> None:
         """Refuse labels and batch sizes that cannot be drawn."""
@@ -295,10 +295,10 @@ class Sampler:
         """
         count = len(numbers)
         conditions = self._conditions([labels[number] for number in numbers]).to(self.device)
-        if self.token_sampler is None or self.token_sampler[0] != count:
-            self.token_sampler = None  # free its memory first
-            self.token_sampler = count, TokenSampler(self.model, count, self.settings, compiled=self.compiled)
-        sampler = self.token_sampler[1]
+        if self.drawer is None or self.drawer[0] != count:
+            self.drawer = None  # free its memory first
+            self.drawer = count, TokenSampler(self.model, count, self.settings, compiled=self.compiled)
+        sampler = self.drawer[1]
         for drawn in sampler.steps(conditions, np.array(numbers), self.seed):
             yield sampler.tokens[:, :drawn]
 

@@ -59,9 +59,9 @@ class Served:
     def position(self, name: str) -> int | None:
         """The token that weights are drawing, or drew last."""
         opened = self.setup.shelf.opened.get(name)
-        if opened is None or opened.sampler is None or opened.sampler.token_sampler is None:
+        if opened is None or opened.sampler is None or opened.sampler.drawer is None:
             return None
-        return int(opened.sampler.token_sampler[1].position)
+        return int(opened.sampler.drawer[1].position)
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = SOON / 1000) -> None:

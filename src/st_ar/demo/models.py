@@ -62,7 +62,7 @@ class LoadedModel:
         """One with these settings; what the last one has laid out in memory serves it, if only the seed is another."""
         last, self.sampler = self.sampler, Sampler(self.drawer, tokenizer, settings)
         if last is not None and replace(last.settings, seed=settings.seed) == self.sampler.settings:
-            self.sampler.token_sampler = last.token_sampler
+            self.sampler.drawer = last.drawer
         return self.sampler
 
 
