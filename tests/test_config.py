@@ -639,7 +639,7 @@ def test_epochs_are_counted_in_images() -> None:
 T = Path("tokenizer")
 
 
-def test_without_a_word_there_are_tensorboards_curves_alone() -> None:
+def test_by_default_there_are_only_tensorboards_curves() -> None:
     config = WatchConfig()
     assert config.track == ("tensorboard",)
     assert not any(config.looks_at(step) for step in range(1, 100))

@@ -37,7 +37,7 @@ def test_a_rank_killed_while_it_saves_and_a_damaged_shard_cost_nothing_but_time(
     flip_byte(run / "checkpoints" / "step_00000004" / "tensors" / "__1_0.distcp", 3000)
     checked_torchrun(2, *WORKER, "resumed", folder / "tokens", folder, logs=folder / "logs-resumed")
     said = [path.read_text() for path in sorted((folder / "logs-resumed").glob("*/attempt_0/*/stderr.log"))]
-    assert [text.count("is damaged (tensors/__1_0.distcp does not have its checksum)") for text in said] == [1, 0]
+    assert [text.count("is damaged (tensors/__1_0.distcp does not match its checksum)") for text in said] == [1, 0]
     assert contents(run / "export") == contents(folder / "straight" / "export")
     assert steps(run) == steps(folder / "straight") == [6, 8]
 
