@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from st_ar.config import VQ_PRESETS, ModelConfig, TrainConfig
 from st_ar.hardware import flops_per_token, parameters, training_flops_per_token
 from st_ar.presets import get_preset
-from st_ar.tokenizer.vq import Reader
+from st_ar.tokenizer.vq import VQEncoder
 
 SHARD = 16384
 """Images of a shard of a token store."""
@@ -99,7 +99,7 @@ def store_bytes(model: ModelConfig, images: int, crops: int) -> int:
 def tokenizing_flops(images: int, crops: int) -> float:
     """Operations that VQ-16's encoder takes for the crops of all images, at 256 pixels."""
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        Reader(VQ_PRESETS["vq-16"]().model)(torch.empty(1, 3, 256, 256))
+        VQEncoder(VQ_PRESETS["vq-16"]().model)(torch.empty(1, 3, 256, 256))
     return float(images) * crops * counter.get_total_flops()
 
 

@@ -26,10 +26,10 @@ from st_ar.evaluation.reconstruction import evaluation_images
 from st_ar.hardware import choose_device, choose_dtype
 from st_ar.tokenizer import load_tokenizer, to_pixels
 from st_ar.tokenizer.tokenize import tokenize
-from st_ar.tokenizer.vq import Painter, Reader, VQTokenizer
+from st_ar.tokenizer.vq import VQDecoder, VQEncoder, VQTokenizer
 
 
-def plain_encode(reader: Reader, codebook: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
+def plain_encode(reader: VQEncoder, codebook: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
     """Nearest neighbour by |z|^2 + |e|^2 - 2 z e, all at once."""
     features = reader(images)
     z = features.permute(0, 2, 3, 1).reshape(-1, codebook.shape[1])
@@ -40,7 +40,7 @@ def plain_encode(reader: Reader, codebook: torch.Tensor, images: torch.Tensor) -
 def random_tokenizer(config: VQConfig) -> VQTokenizer:
     """A tokenizer with untrained weights."""
     torch.manual_seed(0)
-    tensors = {**Reader(config).state_dict(), **Painter(config).state_dict()}
+    tensors = {**VQEncoder(config).state_dict(), **VQDecoder(config).state_dict()}
     tensors["quantize.embedding.weight"] = torch.randn(config.codebook_size, config.codebook_dim)
     return VQTokenizer(config, tensors)
 
@@ -51,7 +51,7 @@ def measure_encoding(
     """Images/s of each way of encoding images [B, 3, S, S], and how many of its codes equal the plain one's."""
     torch.compiler.reset()  # or what another batch's size was would be compiled for too
     dtype = choose_dtype("auto", device)
-    plain = Reader(tokenizer.config).requires_grad_(False)
+    plain = VQEncoder(tokenizer.config).requires_grad_(False)
     plain.load_state_dict({name: tokenizer.tensors[name] for name in plain.state_dict()})
     plain = plain.to(device)
     exact, fast = tokenizer.to(device, torch.float32), tokenizer.to(device, dtype)

@@ -524,7 +524,7 @@ def test_json_gives_the_same_settings_back(
     [
         ({"colour": 1}, r"config\.json: unknown settings \['colour'\]"),
         ({"model": {"depth": 1}}, r"config\.json: unknown settings \['depth'\]"),
-        ({"adversary": 3}, r"config\.json: the settings of AdversaryConfig are no JSON object"),
+        ({"adversary": 3}, r"config\.json: the settings of AdversaryConfig are not a JSON object"),
         ({"size": 0}, "--size"),
     ],
 )
@@ -639,7 +639,7 @@ def test_epochs_are_counted_in_images() -> None:
 T = Path("tokenizer")
 
 
-def test_without_a_word_there_are_tensorboards_curves_alone() -> None:
+def test_by_default_there_are_only_tensorboards_curves() -> None:
     config = WatchConfig()
     assert config.track == ("tensorboard",)
     assert not any(config.looks_at(step) for step in range(1, 100))

@@ -139,7 +139,7 @@ def test_a_saved_figure_stands_for_itself_with_its_numbers_beside_it(tmp_path: P
 
 
 def test_another_kind_of_figure_is_refused(tmp_path: Path) -> None:
-    with refused(tmp_path, r"drawn as \.svg or \.png, not as \.pdf"):
+    with refused(tmp_path, r"loss\.pdf is not a \.svg or \.png file: give a name"):
         line_chart({"AR": ([1, 2], [3, 4])}, name="loss", x="step", y="loss").save(tmp_path / "loss.pdf")
 
 

@@ -1,4 +1,4 @@
-"""What the hardware is asked for, and work beside other work."""
+"""Device, dtype, compiler, memory, and the description of the machine."""
 
 import platform
 import subprocess
@@ -20,9 +20,7 @@ from tests.data.random_store import random_store
 from tests.toys import random_model
 
 CPU = torch.device("cpu")
-needs_glibc = pytest.mark.skipif(
-    platform.libc_ver()[0] != "glibc", reason="only glibc is told what to do with freed memory"
-)
+needs_glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="freed memory is kept only with glibc")
 
 
 def cpu_with(monkeypatch: pytest.MonkeyPatch, machine: str, **has: bool) -> torch.dtype:
@@ -33,15 +31,15 @@ def cpu_with(monkeypatch: pytest.MonkeyPatch, machine: str, **has: bool) -> torc
     return choose_dtype("auto", CPU)
 
 
-def test_auto_takes_bfloat16_where_the_cpu_multiplies_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_is_bfloat16_if_the_cpu_multiplies_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cpu_with(monkeypatch, "x86_64", avx512=True) == torch.bfloat16
     assert cpu_with(monkeypatch, "x86_64", amx=True) == torch.bfloat16
-    assert cpu_with(monkeypatch, "x86_64", onednn=True) == torch.float32  # imitated
+    assert cpu_with(monkeypatch, "x86_64", onednn=True) == torch.float32  # emulated
     assert cpu_with(monkeypatch, "aarch64", onednn=True) == torch.bfloat16
     assert cpu_with(monkeypatch, "aarch64") == torch.float32
 
 
-def test_a_type_that_is_asked_for_is_taken() -> None:
+def test_an_explicit_dtype_is_used() -> None:
     assert choose_dtype("float32", CPU) == torch.float32
     assert choose_dtype("bfloat16", CPU) == torch.bfloat16
 
@@ -67,7 +65,7 @@ def test_a_gpus_peak_is_known_by_its_name(monkeypatch: pytest.MonkeyPatch, name:
     assert peak_flops(CPU, torch.bfloat16) is None
 
 
-def test_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(UserError, match="--device cuda: torch sees no GPU here"):
         choose_device("cuda")
@@ -87,35 +85,35 @@ def test_compiling_without_a_compiler_is_refused(tmp_path: Path, monkeypatch: py
     require_compiler(CPU)
 
 
-def test_the_codes_commit_is_told_where_it_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_revision_is_found_in_a_clone_or_an_installation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clone = Path(hardware.__file__).parents[2]
     command = ["git", "-C", clone, "rev-parse", "HEAD"]
     head = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
     if (clone / ".git").exists() and head:
         assert (revision() or "").removesuffix("-dirty") == head == describe()["revision"].removesuffix("-dirty")
     monkeypatch.setattr(hardware, "__file__", str(tmp_path / "lib" / "st_ar" / "hardware.py"))
-    told = '{"url": "https://host.example/st-ar", "vcs_info": {"vcs": "git", "commit_id": "0123abcd"}}'
-    monkeypatch.setattr(hardware.importlib.metadata.PathDistribution, "read_text", lambda *_: told)
+    origin = '{"url": "https://host.example/st-ar", "vcs_info": {"vcs": "git", "commit_id": "0123abcd"}}'
+    monkeypatch.setattr(hardware.importlib.metadata.PathDistribution, "read_text", lambda *_: origin)
     assert revision.__wrapped__() == "0123abcd"
     monkeypatch.setattr(hardware.importlib.metadata.PathDistribution, "read_text", lambda *_: None)
     assert revision.__wrapped__() is None
 
 
-def test_a_machine_is_described_with_what_its_cpu_multiplies_in(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_description_names_the_cpus_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "AVX512")
     for has, instructions in ((True, "AVX512 + bfloat16"), (False, "AVX512")):
         cpu_with(monkeypatch, "x86_64", avx512=has)
         assert describe()["instructions"] == instructions
 
 
-def test_work_beside_other_work_is_done_at_once_on_a_cpu() -> None:
+def test_a_side_stream_works_at_once_on_a_cpu() -> None:
     done: list[int] = []
-    with SideStream(CPU) as beside:
-        beside.run(lambda: done.append(1))
+    with SideStream(CPU) as side:
+        side.run(lambda: done.append(1))
         assert done == [1]
         with pytest.raises(ZeroDivisionError):
-            beside.run(lambda: done.append(1 // 0))
-        beside.run(lambda: done.append(2))
+            side.run(lambda: done.append(1 // 0))
+        side.run(lambda: done.append(2))
     assert done == [1, 2]
 
 
@@ -123,27 +121,27 @@ MEMORY = """
 import resource, torch
 from st_ar.hardware import freed_memory_kept
 
-def held():
+def resident():
     with open("/proc/self/statm") as file:
         return int(file.read().split()[1]) * resource.getpagesize() >> 20
 
 def use(megabytes, times):
     tensors = [torch.ones(megabytes << 18) for _ in range(times)]
     del tensors
-    return held()
+    return resident()
 
 base = use(40, 10)
 with freed_memory_kept():
     with freed_memory_kept():
         pass
     within = use(40, 10)
-after = held()
-print(base, within, after, use(600, 1))  # larger than any hole the others can have left
+after = resident()
+print(base, within, after, use(600, 1))  # larger than any remaining hole
 """
 
 
 @needs_glibc
-def test_freed_memory_is_kept_for_as_long_as_it_is_wanted() -> None:
+def test_freed_memory_is_kept_inside_the_block() -> None:
     done = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True)
     base, within, after, later = map(int, done.stdout.split())
     assert within > base + 300
@@ -152,16 +150,16 @@ def test_freed_memory_is_kept_for_as_long_as_it_is_wanted() -> None:
 
 
 @needs_glibc
-def test_what_reads_many_images_keeps_the_memory_that_it_frees(tmp_path: Path) -> None:
+def test_validation_and_feature_extraction_keep_freed_memory(tmp_path: Path) -> None:
     folder, _, _ = random_store(tmp_path / "tokens", images=4, crops=1, grid=3, vocab_size=11, num_classes=3)
     store, model, seen = TokenStore(folder), random_model(), list[int]()
     np.savez(tmp_path / "images.npz", arr_0=np.zeros((4, 8, 8, 3), np.uint8))
 
     def run(images: torch.Tensor) -> Extracted:
-        seen.append(len(hardware._within))
+        seen.append(len(hardware._active))
         return Extracted(images.flatten(1).float()[:, :2])
 
-    model.layers[0].register_forward_hook(lambda *_: seen.append(len(hardware._within)))
+    model.layers[0].register_forward_hook(lambda *_: seen.append(len(hardware._active)))
     for work in (
         lambda: validation_loss(model, store),
         lambda: collect(
@@ -172,4 +170,4 @@ def test_what_reads_many_images_keeps_the_memory_that_it_frees(tmp_path: Path) -
         work()
         assert seen
         assert set(seen) == {1}
-        assert not hardware._within
+        assert not hardware._active

@@ -1,4 +1,4 @@
-"""Progress where there is no terminal: a line each half minute, with what is left, and silence for short work."""
+"""Progress: a bar on a terminal, otherwise a line every 30 seconds, and silence for short work."""
 
 import sys
 
@@ -24,13 +24,11 @@ def test_short_work_is_silent(clock: list[float], capsys: pytest.CaptureFixture[
     assert capsys.readouterr() == ("", "")
 
 
-def test_long_work_tells_how_far_it_is_and_how_long_it_takes(
-    clock: list[float], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_long_work_prints_units_and_seconds_left(clock: list[float], capsys: pytest.CaptureFixture[str]) -> None:
     with progress("count", 10, unit="sheep") as bar:
-        for place in range(8):
+        for index in range(8):
             clock[0] += 10
-            bar.note(f"black {place}")
+            bar.note(f"black {index}")
             bar.advance(1)
     assert capsys.readouterr().err.splitlines() == [
         "count: 3/10 sheep, 70 s left black 2",
@@ -38,7 +36,7 @@ def test_long_work_tells_how_far_it_is_and_how_long_it_takes(
     ]
 
 
-def test_work_that_goes_on_counts_what_was_done_before_but_not_its_time(
+def test_resumed_work_counts_earlier_units_but_not_their_time(
     clock: list[float], capsys: pytest.CaptureFixture[str]
 ) -> None:
     with progress("count", 100, unit="sheep", done=80) as bar:
@@ -47,22 +45,25 @@ def test_work_that_goes_on_counts_what_was_done_before_but_not_its_time(
     assert capsys.readouterr().err == "count: 84/100 sheep, 160 s left\n"
 
 
-@pytest.mark.parametrize("there", [True, False])
+@pytest.mark.parametrize("installed", [True, False])
 def test_a_terminal_gets_a_bar_if_tqdm_is_installed_and_lines_otherwise(
-    clock: list[float], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, there: bool
+    clock: list[float], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, installed: bool
 ) -> None:
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    if not there:
+    if not installed:
         monkeypatch.setattr(module, "find_spec", lambda name: None)
         monkeypatch.setitem(sys.modules, "tqdm", None)  # importing it raises
     with progress("count", 10, unit="sheep") as bar:
         clock[0] += 31
         bar.advance(5)
-    said = capsys.readouterr().err
-    assert ("5/10" in said and "sheep/s" in said, said == "count: 5/10 sheep, 31 s left\n") == (there, not there)
+    text = capsys.readouterr().err
+    assert ("5/10" in text and "sheep/s" in text, text == "count: 5/10 sheep, 31 s left\n") == (
+        installed,
+        not installed,
+    )
 
 
-def test_work_of_unknown_length_tells_what_is_done(clock: list[float], capsys: pytest.CaptureFixture[str]) -> None:
+def test_work_of_unknown_length_prints_the_units_done(clock: list[float], capsys: pytest.CaptureFixture[str]) -> None:
     with progress("count", None, unit="sheep") as bar:
         clock[0] += 31
         bar.advance(7)

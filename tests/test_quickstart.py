@@ -1,10 +1,11 @@
-"""The quickstart: the whole line once, and what happens when it is called again."""
+"""The quickstart: the whole pipeline once, and resuming it."""
 
 import dataclasses
 import json
 import math
 import shutil
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,10 @@ import pytest
 from st_ar import quickstart as module
 from st_ar.cli import run_command
 from st_ar.config import TrainConfig
+from st_ar.data.images import open_images
+from st_ar.data.source import ImageSource
 from st_ar.data.store import TokenStore
+from st_ar.demo.setup import quickstart_setup
 from st_ar.errors import UserError
 from st_ar.evaluation.likelihood import validation_loss
 from st_ar.model.weights import load_model
@@ -23,6 +27,7 @@ from st_ar.quickstart import quickstart
 from st_ar.training.run import read_log
 from tests.disk import contents, refused
 
+IMAGES = 130
 RUNS = {name: method.folder for name, method in module.METHODS.items()}
 
 
@@ -33,11 +38,19 @@ def small_preset(name: str) -> TrainConfig:
     )
 
 
+def few_images(spec: str) -> ImageSource:
+    source = open_images(spec)
+    return dataclasses.replace(
+        source, count=IMAGES, examples=lambda start: islice(source.examples(start), IMAGES - start)
+    )
+
+
 @pytest.fixture(scope="module", autouse=True)
-def brief() -> Iterator[None]:
-    """The real thing, but for a smaller model, fewer probe epochs and fewer samples: those are most of its minute."""
+def small_quickstart() -> Iterator[None]:
+    """A smaller model, and fewer images, probe epochs and samples."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "get_preset", small_preset)
+        patch.setattr(module, "open_images", few_images)
         patch.setattr(module, "PROBE", dataclasses.replace(module.PROBE, epochs=2, warmup_epochs=1))
         patch.setattr(module, "SAMPLES", 60)
         yield
@@ -91,7 +104,7 @@ def test_all_methods_are_measured_in_finite_numbers(made: Path) -> None:
         assert len(measured["probe"]["top1"]) == 8
         assert all(0 <= share <= 1 for share in measured["probe"]["top1"])
         assert measured["probe"]["steps"] == [8, 16, 24, 32, 40, 48, 56, 64]
-        assert (measured["probe"]["train_images"], measured["probe"]["test_images"]) == (1297, 500)
+        assert (measured["probe"]["train_images"], measured["probe"]["test_images"]) == (IMAGES, IMAGES)
         assert list(measured["attention"]) == ["1", "2"]
         numbers = [measured[name] for name in ("validation_loss", "validation_loss_ema", "frechet", "seconds_per_step")]
         numbers += [value for layer in measured["attention"].values() for value in layer.values()]
@@ -103,16 +116,25 @@ def test_all_methods_are_measured_in_finite_numbers(made: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("method", RUNS)
-def test_the_validation_loss_is_that_of_the_kept_model_on_the_kept_store(made: Path, method: str) -> None:
-    store = TokenStore(made / "tokens-test")
+def test_the_demo_takes_a_finished_quickstart(made: Path) -> None:
+    setup = quickstart_setup(made, device="cpu", dtype="float32", probe_images=50)
+    try:
+        assert setup.pool.names == ["AR", "ST-AR", "AR (EMA)", "ST-AR (EMA)"]
+        assert {name: run.name for name, run in setup.runs.items()} == {"AR": "llamagen", "ST-AR": "st-ar"}
+        assert [*setup.predict("ST-AR", setup.from_store(0))][-1].total == 50
+    finally:
+        setup.pool.close()
+
+
+def test_the_validation_loss_is_that_of_the_exported_model_on_the_store(made: Path) -> None:
+    store, method = TokenStore(made / "tokens-test"), "ST-AR"
     measured = summary_of(made)[method]
     for ema, name in ((False, "validation_loss"), (True, "validation_loss_ema")):
         loss = validation_loss(load_model(made / RUNS[method], ema=ema), store)
         assert measured[name] == pytest.approx(loss, rel=1e-5)
 
 
-def test_the_runs_differ_in_the_method_alone_and_use_equal_tokens(made: Path) -> None:
+def test_the_runs_differ_only_in_the_method_and_use_equal_tokens(made: Path) -> None:
     configs = {m: json.loads((made / run / "config.json").read_text()) for m, run in RUNS.items()}
     plain, guided, contrast = (configs[m]["config"] for m in RUNS)
     for other in (guided, contrast):
@@ -130,9 +152,9 @@ def test_the_runs_differ_in_the_method_alone_and_use_equal_tokens(made: Path) ->
     assert changed == {"mask_ratio": 0, "alpha": 0, "step_loss": False}
 
 
-def test_the_report_names_all_methods_and_how_to_go_on(made: Path) -> None:
+def test_the_report_names_all_methods_and_the_next_commands(made: Path) -> None:
     html = (made / "report.html").read_text()
-    assert "AR and ST-AR on 1,297 images of digits" in html
+    assert "AR and ST-AR on 130 images of digits" in html
     assert '<th scope="col">AR</th><th scope="col">ST-AR</th><th scope="col">Contrast alone</th>' in html
     assert f"st-ar train st-ar-digits --tokens {made / 'tokens-train'} --out st-ar-long --steps 30" in html
     summary = summary_of(made)
@@ -143,8 +165,8 @@ def test_the_report_names_all_methods_and_how_to_go_on(made: Path) -> None:
     assert "nan" not in html.split("<svg")[0].lower().split()
 
 
-def test_every_artefact_is_what_the_matching_command_would_leave(made: Path) -> None:
-    for name, images, crops in (("tokens-train", 1297, 5), ("tokens-test", 500, 1)):
+def test_every_artefact_is_complete(made: Path) -> None:
+    for name, images, crops in (("tokens-train", IMAGES, 5), ("tokens-test", IMAGES, 1)):
         store = TokenStore(made / name)
         store.verify()
         assert (len(store), len(store.meta.crops)) == (images, crops)
@@ -177,13 +199,13 @@ def test_other_settings_are_refused(made: Path, changes: dict[str, Any]) -> None
 
 def test_a_folder_with_something_else_in_it_is_refused(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("precious")
-    with refused(tmp_path, "exists already and is not empty: a quickstart is never written over"):
+    with refused(tmp_path, "exists already and is not empty: a quickstart is never overwritten"):
         quickstart(tmp_path, images="digits", steps=3)
 
 
 def test_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "out").write_text("precious")
-    with refused(tmp_path, "exists already and is not empty: a quickstart is never written over"):
+    with refused(tmp_path, "exists already and is not empty: a quickstart is never overwritten"):
         quickstart(tmp_path / "out", images="digits", steps=3)
 
 
@@ -222,10 +244,6 @@ def killed_before_the_second_run_was_exported(out: Path) -> None:
     shutil.rmtree(out / "st-ar" / "export")
 
 
-def killed_before_the_second_run_began(out: Path) -> None:
-    shutil.rmtree(out / "st-ar")
-
-
 def killed_as_the_second_run_began(out: Path) -> None:
     """Its folder is there, its config.json is not yet."""
     shutil.rmtree(out / "st-ar")
@@ -243,7 +261,6 @@ def killed_as_the_tokenizer_was_saved(out: Path) -> None:
     "kill",
     [
         killed_before_the_second_run_was_exported,
-        killed_before_the_second_run_began,
         killed_as_the_second_run_began,
         killed_as_the_tokenizer_was_saved,
     ],

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import zipfile
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,11 @@ from PIL import Image
 
 import st_ar
 from st_ar import sampling
-from st_ar.config import ModelConfig, SampleSettings
+from st_ar.config import PUBLISHED_SCALES, SampleSettings
 from st_ar.data.text import TextStore, write_text
 from st_ar.errors import UserError
 from st_ar.files import sha256
 from st_ar.model.generate import generate
-from st_ar.model.transformer import Transformer
 from st_ar.model.weights import open_model, save_export
 from st_ar.presets import PRESETS
 from st_ar.randomness import RandomStream, torch_seed
@@ -112,26 +112,14 @@ def test_a_models_published_guidance_is_its_default(preset: str, scale: float) -
     assert given.resolved(config) == given
 
 
-def test_the_default_guidance_is_used() -> None:
-    config = ModelConfig(
-        dim=768,
-        n_layers=12,
-        n_heads=12,
-        vocab_size=11,
-        grid=2,
-        num_classes=3,
-        token_dropout=0.0,
-        residual_dropout=0.0,
-        ffn_dropout=0.0,
-    )
-    with torch.device("meta"):
-        model = Transformer(config)
-    sampler = Sampler(model, random_tokenizer(), SampleSettings())
-    assert sampler.settings.cfg_scale == 2.0
-    toy = sample_images(random_model(), random_tokenizer(), [0, 1])
-    np.testing.assert_array_equal(
-        toy, sample_images(random_model(), random_tokenizer(), [0, 1], SampleSettings(cfg_scale=1.0))
-    )
+def test_the_default_guidance_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokenizer = random_model(), random_tokenizer()
+    plain = sample_images(model, tokenizer, [0, 1], SampleSettings(cfg_scale=1.0))
+    np.testing.assert_array_equal(sample_images(model, tokenizer, [0, 1]), plain)
+    monkeypatch.setitem(PUBLISHED_SCALES, (TINY.dim, TINY.n_layers), 2.0)
+    assert Sampler(model, tokenizer, SampleSettings()).settings.cfg_scale == 2.0
+    guided = sample_images(model, tokenizer, [0, 1], SampleSettings(cfg_scale=2.0))
+    np.testing.assert_array_equal(sample_images(model, tokenizer, [0, 1]), guided)
 
 
 # Images
@@ -167,7 +155,7 @@ SOME_SETTINGS = SampleSettings(
 SOME_LABELS = [0, 1, 2, 0, 1, 1, 2, 0]
 
 
-def test_pictures_are_the_tokens_painted() -> None:
+def test_images_are_the_decoded_tokens() -> None:
     model = random_model()
     tokens = generate(
         model,
@@ -195,7 +183,7 @@ def test_images_are_the_same_in_batches_of_any_size(batch_size: int) -> None:
 
 
 @pytest.mark.parametrize("count", [1, 5, 9, 23])
-def test_images_are_told_token_by_token(count: int) -> None:
+def test_progress_counts_images_token_by_token(count: int) -> None:
     told: list[int] = []
     sampler = Sampler(random_model(), random_tokenizer(), SOME_SETTINGS)
     sampler.tokens(range(count), [0] * count, told.append)
@@ -213,14 +201,16 @@ def test_images_are_decoded_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> 
     assert np.abs(pictures.astype(int) - painted(tokens).astype(int)).max() <= 1
 
 
-def test_compiled_steps_draw_the_same_images() -> None:
+def test_compiled_steps_draw_the_same_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    # tests/model/test_decoder.py has a whole compilation; here the steps are traced only.
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     model, tokenizer = random_model(), random_tokenizer()
     sampler = Sampler(model, tokenizer, SOME_SETTINGS, compiled=True)
     drawn = sampler.pictures(sampler.tokens(range(8), SOME_LABELS))
     np.testing.assert_array_equal(drawn, sample_images(model, tokenizer, SOME_LABELS, SOME_SETTINGS))
 
 
-def test_an_image_depends_on_its_own_number_and_label_alone() -> None:
+def test_an_image_depends_only_on_its_number_and_label() -> None:
     model, tokenizer = random_model(), random_tokenizer()
     sampler = Sampler(model, tokenizer, SOME_SETTINGS)
     images = sample_images(model, tokenizer, SOME_LABELS, SOME_SETTINGS)
@@ -235,7 +225,7 @@ def test_an_image_depends_on_its_own_number_and_label_alone() -> None:
     assert len(np.unique(images.reshape(8, -1), axis=0)) == 8
 
 
-def test_images_of_captions_depend_on_their_own_number_and_caption_alone(tmp_path: Path) -> None:
+def test_images_of_captions_depend_only_on_number_and_caption(tmp_path: Path) -> None:
     rows = [row[row.any(-1)] for row in random_captions(TINY_TEXT, [1, 5, 3, 2])]
     write_text(tmp_path / "text.safetensors", rows)
     store, model, tokenizer = TextStore(tmp_path / "text.safetensors"), random_model(TINY_TEXT), random_tokenizer()
@@ -261,7 +251,7 @@ def test_a_seed_gives_the_same_images_and_another_seed_others() -> None:
 
 
 @pytest.mark.parametrize("cfg_scale", [1.0, 3.0])
-def test_the_likeliest_token_alone_is_greedy_sampling(cfg_scale: float) -> None:
+def test_top_k_1_is_greedy_sampling(cfg_scale: float) -> None:
     model, labels = random_model(), [2, 0]
     images = sample_images(model, random_tokenizer(), labels, SampleSettings(top_k=1, cfg_scale=cfg_scale))
     tokens = generate(model, torch.tensor(labels), greedy=True, cfg_scale=cfg_scale)
@@ -419,7 +409,7 @@ def disturbed(line: SmallLine, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 @pytest.mark.parametrize(("out", "instant"), [(out, instant) for out in INSTANTS for instant in INSTANTS[out]])
-def test_a_killed_job_goes_on_to_the_same_files(
+def test_a_killed_job_continues_to_the_same_files(
     line: SmallLine, disturbed: Path, straight: Path, out: str, instant: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = disturbed / f"{out}-{instant}"
@@ -502,7 +492,7 @@ def test_what_is_in_the_way_is_refused(line: SmallLine, tmp_path: Path, out: str
     (tmp_path / taken).parent.mkdir(exist_ok=True)
     (tmp_path / taken).write_bytes(b"precious")
     with refused(
-        tmp_path, f"{taken.split('/')[0]} exists already and is not empty: a set of samples is never written over"
+        tmp_path, f"{taken.split('/')[0]} exists already and is not empty: a set of samples is never overwritten"
     ):
         draw(line.model, tmp_path / out)
 
@@ -552,7 +542,7 @@ def test_what_cannot_be_drawn_is_refused_before_anything_is_written(
         ("samples", 100, r"job\.json: File too large", set()),
     ],
 )
-def test_a_full_disk_leaves_no_half_written_file_and_the_job_goes_on(
+def test_a_full_disk_leaves_no_incomplete_file_and_the_job_continues(
     line: SmallLine, straight: Path, tmp_path: Path, out: str, free: int, match: str, left: set[str]
 ) -> None:
     with pytest.raises(UserError, match=f"cannot write .*{match}; nothing there was changed"), full_disk(free):
@@ -575,7 +565,7 @@ def test_a_full_disk_leaves_no_half_written_file_and_the_job_goes_on(
         pytest.param(np.zeros((BATCH, 6, 6, 3), np.uint8), id="other pictures"),
     ],
 )
-def test_a_part_that_is_damaged_is_refused_and_drawn_again_once_it_is_gone(
+def test_a_damaged_part_is_refused_and_drawn_again_when_removed(
     line: SmallLine, straight: Path, tmp_path: Path, damage: bytes | np.ndarray
 ) -> None:
     begin(line, tmp_path / "samples.npz")
@@ -592,7 +582,7 @@ def test_a_part_that_is_damaged_is_refused_and_drawn_again_once_it_is_gone(
 
 
 @pytest.mark.parametrize("size", [None, 7])
-def test_a_picture_that_is_damaged_is_refused_and_drawn_again_once_it_is_gone(
+def test_a_damaged_image_is_refused_and_drawn_again_when_removed(
     line: SmallLine, straight: Path, tmp_path: Path, size: int | None
 ) -> None:
     begin(line, tmp_path / "samples")

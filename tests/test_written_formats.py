@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 import st_ar
 from st_ar.cli import run_command
 from st_ar.data.store import TokenStore
-from st_ar.demo.draw import read_recipe
+from st_ar.demo.generation import read_record
 from st_ar.files import sha256
 from tests.toys import FIXTURES
 
@@ -276,6 +276,6 @@ def test_a_probes_features_are_taken_from_the_old_cache(written: Path, tmp_path:
 
 
 def test_an_image_saved_from_the_demo_tells_how_it_was_drawn(written: Path) -> None:
-    found = read_recipe((written / "saved.png").read_bytes())
+    found = read_record((written / "saved.png").read_bytes())
     assert found.weights.sha256 == sha256(written / "run/export/model.safetensors")
     assert (found.labels, found.number, found.class_name, found.settings.cfg_scale) == ((0, 1, 2), 1, "noise", 1.5)

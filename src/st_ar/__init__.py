@@ -1,6 +1,6 @@
-"""st-ar: self-guided training for autoregressive image generation (ST-AR, arXiv 2509.15185) on LlamaGen's transformer.
+"""st-ar: self-guided training for autoregressive image generation (ST-AR, arXiv 2509.15185) with LlamaGen's transformer.
 
-The names below load torch when they are first used, so that `import st_ar` and `st-ar --help` are quick.
+The names below import torch on first use, so that `import st_ar` and `st-ar --help` are fast.
 """
 
 from importlib import import_module
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_PLACES = {
+_MODULES = {
     "ModelConfig": "st_ar.config",
     "Transformer": "st_ar.model.transformer",
     "UserError": "st_ar.errors",
@@ -48,9 +48,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _PLACES:
+    if name not in _MODULES:
         raise AttributeError(f"module 'st_ar' has no attribute {name!r}")
-    place = import_module(_PLACES[name])
     if name in ("losses", "metrics"):
-        return import_module(f"{place.__name__}.{name}")
-    return getattr(place, name)
+        return import_module(f"{_MODULES[name]}.{name}")
+    return getattr(import_module(_MODULES[name]), name)

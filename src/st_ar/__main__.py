@@ -1,4 +1,4 @@
-"""`python -m st_ar`, for torchrun and for machines where the script is not on the path."""
+"""`python -m st_ar`, for machines where the `st-ar` script is not on the path."""
 
 from st_ar.cli import main
 

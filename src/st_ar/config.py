@@ -1,7 +1,7 @@
-"""Every setting of training, sampling and tokenizers: frozen dataclasses whose field docstrings are the help.
+"""Every setting of training, sampling and tokenizers: frozen dataclasses whose field docstrings are the command line's help.
 
-A field's type says which values it takes. `__post_init__` checks what fields have to do with one another. Messages name the flag.
-Nothing here imports torch, so that help is fast.
+A field's type gives its allowed values. `__post_init__` checks combinations of fields. Nothing here imports torch, so that help
+is fast.
 """
 
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from typing import Annotated, Literal, get_args
 
 from st_ar.settings import Checked, Count, Portion, Positive, Range, Seed, Share, Weight, Whole, flag_name, require
 
-# Upper limits are far above any real model. They refuse mistakes, and damaged files that would ask for all memory.
+# The upper limits are far above any real model. They catch mistakes, and damaged files that would take all memory.
 Batch = Annotated[int, Range(1, 1 << 20)]
 Width = Annotated[int, Range(1, 1 << 16)]
 Depth = Annotated[int, Range(1, 1 << 10)]
@@ -27,7 +27,7 @@ class OptimConfig(Checked, prefix="--optim."):
     betas: tuple[Portion, Portion] = (0.9, 0.95)
     """AdamW's betas."""
     weight_decay: Weight = 0.05
-    """Weight decay of parameters with two or more dimensions. Others have none."""
+    """Weight decay of parameters with two or more dimensions. The others have none."""
     grad_clip: Annotated[float, Range(0, means="off")] = 1.0
     """Largest gradient norm. 0 turns clipping off."""
     schedule: Literal["constant", "cosine", "trapezoid"] = "constant"
@@ -73,7 +73,7 @@ class RunConfig(Checked):
         require(self.steps is not None or self.epochs is not None, "give --steps or --epochs: how long to train")
 
     def total_steps(self, images: int) -> int:
-        """Optimizer steps of the whole run on `images` images."""
+        """Return the optimizer steps of the whole run on `images` images."""
         if self.steps is not None:
             return self.steps
         assert self.epochs is not None
@@ -117,17 +117,17 @@ class ModelConfig(Checked, prefix="--model."):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        other = {"class": ("text_tokens", "text_dim"), "text": ("num_classes",)}[self.condition]
-        for name in other:
-            value, needed = getattr(self, name), "class" if self.condition == "text" else "text"
+        other, names = ("class", ["num_classes"]) if self.condition == "text" else ("text", ["text_tokens", "text_dim"])
+        for name in names:
+            value = getattr(self, name)
             require(
                 value == getattr(ModelConfig, name),
-                f"--model.{flag_name(name)} {value} is for {needed} models: leave it out, or give --model.condition {needed}",
+                f"--model.{flag_name(name)} {value} is for {other} models: leave it out, or give --model.condition {other}",
             )
         require(
             self.dim % self.n_heads == 0 and self.head_dim % 4 == 0,
             f"--model.dim {self.dim} over --model.n-heads {self.n_heads} must be a whole multiple of 4: "
-            "the rotary embedding turns pairs of features by row and by column",
+            "the rotary embedding rotates pairs of features by row and by column",
         )
         require(
             self.drop_path == 0 or (self.residual_dropout == 0 and self.ffn_dropout == 0),
@@ -146,7 +146,7 @@ class ModelConfig(Checked, prefix="--model."):
 
     @property
     def sequence_length(self) -> int:
-        """Tokens of an image, T."""
+        """Tokens of an image (T)."""
         return self.grid**2
 
     @property
@@ -156,13 +156,13 @@ class ModelConfig(Checked, prefix="--model."):
 
     @property
     def condition_name(self) -> str:
-        """The condition in words."""
+        """The condition in words, for messages."""
         if self.condition == "text":
             return f"captions of {self.text_tokens} x {self.text_dim} features"
         return f"{self.num_classes} classes"
 
     def require_classes(self, what: str) -> None:
-        """Refuse a text model where captions would be needed; `what` names the command."""
+        """Refuse a text model for a command or option, named `what`, that needs the conditions of a token store's images."""
         require(
             self.condition == "class",
             f"{what} needs each image's condition, and token stores have classes but no captions: text models are not "
@@ -182,7 +182,7 @@ class SelfGuidedConfig(Checked, prefix="--selfguided."):
     mask_ratio: Portion = 0.25
     """Share r of each sequence's image-token keys that are masked in the student's attention (Eq. 3)."""
     mask_own_position: bool = True
-    """Hide a masked token from its own query too (Eq. 3 read literally)."""
+    """Also hide a masked token from its own query (Eq. 3 read literally)."""
     masked_share: Share = 1.0
     """Share of a step's sequences whose keys are masked."""
     alpha: Weight = 1.0
@@ -196,7 +196,7 @@ class SelfGuidedConfig(Checked, prefix="--selfguided."):
     positions: Count = 4
     """Positions K drawn per step, shared by the batch (Eq. 5)."""
     first_position: Whole = 0
-    """First position that may be drawn, counted from 0. Early positions have seen little of the image."""
+    """First position that can be drawn, counted from 0. Early positions have seen little of the image."""
     contrast_layer: int | None = None
     """Layer whose features the contrastive losses compare, counted from 1. Half the depth by default."""
     temperature: Positive = 0.2
@@ -218,13 +218,13 @@ class SelfGuidedConfig(Checked, prefix="--selfguided."):
     ema_decay: Portion = 0.9999
     """Decay of the teacher, an exponential moving average of the student."""
     ema_warmup: bool = True
-    """Begin with the decay min(ema_decay, (1 + t) / (10 + t)) at optimizer step t, so that short runs get a useful teacher."""
+    """Start with the decay min(ema_decay, (1 + t) / (10 + t)) at optimizer step t, so that short runs get a useful teacher."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require(
             not self.contrast or self.step_loss or self.view_loss,
-            f"--selfguided.beta {self.beta} weighs no loss: turn on --selfguided.step-loss or --selfguided.view-loss, or set beta to 0",
+            f"--selfguided.beta {self.beta} has no loss to weigh: give --selfguided.step-loss, --selfguided.view-loss, or beta 0",
         )
         require(
             not (self.contrast and self.step_loss and self.positions < 2),
@@ -246,12 +246,12 @@ class SelfGuidedConfig(Checked, prefix="--selfguided."):
         return (step - 1) % self.every == 0 and step <= self.until * total
 
     def layer(self, n_layers: int) -> int:
-        """The contrast layer of a network of this depth."""
+        """Return the contrast layer of a network with `n_layers` layers."""
         return self.contrast_layer if self.contrast_layer is not None else max(1, n_layers // 2)
 
 
 PLAIN = SelfGuidedConfig(mask_ratio=0.0, alpha=0.0, beta=0.0)
-"""Plain autoregressive training: no mask, no teacher pass, no projector. EMA weights are kept all the same."""
+"""Plain autoregressive training: no mask, teacher pass or projector. The run still has EMA weights."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -261,27 +261,25 @@ class TrainConfig(RunConfig):
     model: ModelConfig
     selfguided: SelfGuidedConfig = PLAIN
     batch_size: Batch = 256
-    """Images per optimizer step, over all ranks and micro-batches. Each gives --views sequences."""
+    """Images per optimizer step, over all ranks and micro-batches. Each becomes --views sequences."""
     views: Depth = 1
     """Different crops of each image in a batch (M)."""
     accumulate: Count = 1
     """Micro-batches per optimizer step. The result is the large batch's, negatives included."""
     class_dropout: Portion = 0.1
     """Share of images whose class or caption is replaced by the null condition (classifier-free guidance)."""
-    seed: Seed = 0
-    """Seed of initialisation, data order, crops, masks, positions and dropout."""
     validation_images: Count = 1024
     """Images of --validation to measure, evenly spaced in the store."""
     skip_nonfinite: Whole = 0
-    """Number of steps that may be skipped because the loss or gradient is not finite. One more stops the run."""
+    """Steps that may be skipped because the loss or gradient is not finite. One more stops the run."""
     compile: bool = False
-    """Compile the transformer's blocks with torch.compile (needs a C++ compiler on a CPU)."""
+    """Compile the transformer's blocks with torch.compile. On a CPU it needs a C++ compiler."""
     parallel: Literal["auto", "none", "ddp", "fsdp"] = "auto"
     """How torchrun's ranks hold the weights: a copy each (ddp) or sharded (fsdp). auto is ddp on several ranks, none on one."""
     shard_size: int | None = None
-    """Ranks that fsdp shards one copy of the weights over. All by default; with fewer, each group of ranks has a copy."""
+    """Ranks over which fsdp shards one copy of the weights. All by default. With fewer, each group of ranks has a copy."""
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
-    """What the backward pass computes again to save memory: nothing, all but matrix products, or everything."""
+    """What the backward pass recomputes to save memory: nothing, all but matrix products, or everything."""
     rank_timeout: Positive = 600
     """Seconds that a rank waits for the others before it stops the run."""
 
@@ -297,7 +295,7 @@ class TrainConfig(RunConfig):
         )
         require(
             self.batch_size % self.accumulate == 0,
-            f"--batch-size {self.batch_size} is not a multiple of --accumulate {self.accumulate}",
+            f"--batch-size {self.batch_size} is not a multiple of --accumulate {self.accumulate}: give a multiple",
         )
         guided, depth = self.selfguided, self.model.n_layers
         require(
@@ -307,7 +305,7 @@ class TrainConfig(RunConfig):
         require(
             guided.first_position + guided.positions <= self.model.sequence_length,
             f"--selfguided.positions {guided.positions} is more than the {self.model.sequence_length - guided.first_position} tokens "
-            f"of an image from --selfguided.first-position {guided.first_position} on",
+            f"of an image from --selfguided.first-position {guided.first_position} on: give fewer",
         )
         require(
             not (guided.contrast and guided.view_loss and self.views < 2),
@@ -316,17 +314,17 @@ class TrainConfig(RunConfig):
         smallest = self.batch_size if guided.negatives == "global" else self.batch_size // self.accumulate
         require(
             not (guided.contrast and smallest < 2),
-            f"the contrastive losses need negatives: {smallest} image leaves none; give a larger --batch-size or --selfguided.beta 0",
+            f"the contrastive losses need negatives, and {smallest} image has none: give a larger --batch-size or --selfguided.beta 0",
         )
 
 
 PUBLISHED_SCALES = {(768, 12): 2.0, (1024, 24): 2.0, (1280, 36): 1.75, (1536, 48): 1.75, (3200, 24): 1.65}
-"""(dim, layers) -> LlamaGen's published guidance scale for its class models, B to 3B at 384 px."""
+"""(dim, layers) -> LlamaGen's published guidance scale of its class models, B to 3B at 384 px."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SampleSettings(Checked):
-    """How tokens are sampled; see `st_ar.generate`."""
+    """How tokens are sampled (see `st_ar.generate`)."""
 
     cfg_scale: Annotated[float, Range(1, 1000, means="none")] | None = None
     """Classifier-free guidance scale. 1 is none. By default LlamaGen's for its class models (B and L 2.0, XL and XXL 1.75,
@@ -336,7 +334,7 @@ class SampleSettings(Checked):
     cfg_power: Annotated[float, Range(above=0, high=1000)] = 1.0
     """Power of power-cosine. Larger values start guidance later."""
     cfg_interval: Annotated[int, Range(-1, means="all")] = -1
-    """Guide only the first token and this many decode steps + 1. -1 guides all."""
+    """Guide only the first token and the next cfg_interval + 1. -1 guides all."""
     temperature: Annotated[float, Range(0.001, 1000, hint="for the most likely token give --top-k 1")] = 1.0
     """Temperature of the softmax."""
     top_k: Annotated[int, Range(0, means="off")] = 0
@@ -347,7 +345,7 @@ class SampleSettings(Checked):
     """Seed of the classes or captions and of sampling."""
 
     def resolved(self, config: ModelConfig) -> "SampleSettings":
-        """These settings for a model, with its guidance scale if none was given.
+        """Return these settings for a model, with its default guidance scale if none was given.
 
         Raises:
             UserError: top_k is larger than the codebook.
@@ -367,23 +365,24 @@ TrackerName = Literal["tensorboard", "wandb", "trackio", "none"]
 
 @dataclass(frozen=True, kw_only=True)
 class WatchConfig(Checked):
-    """What is shown of a run beside log.jsonl. It has no effect on the weights and may differ when a run is resumed."""
+    """Trackers, samples and probes during training. They have no effect on the weights and may change when a run is resumed."""
 
     track: tuple[TrackerName, ...] = ("tensorboard",)
     """Where to log curves and samples: tensorboard (event files in the run), wandb (extra tracking), trackio (extra trackio), none."""
     sample_every: Annotated[int, Range(0, means="never")] = 0
     """Optimizer steps between grids of samples from the live weights, kept in samples/. 0 for none."""
     sample_tokenizer: Path | None = None
-    """Tokenizer to decode them with."""
+    """Tokenizer that decodes the samples."""
     sample_labels: tuple[int, ...] = ()
-    """Their classes (captions of a text model), one image each. The random numbers stay the same. By default 16, evenly spaced."""
+    """Classes of the samples (captions of a text model), one image each. By default 16, evenly spaced. All grids use the same
+    random numbers."""
     sample_cfg_scale: Annotated[float, Range(1, 1000, means="none")] | None = None
-    """Their guidance scale. By default that of `st-ar sample`."""
+    """Guidance scale of the samples. By default that of `st-ar sample`."""
     probe_every: Annotated[int, Range(0, means="never")] = 0
-    """Optimizer steps between quick probes: ridge regression on half-depth features at the last position, with at most 4,000 images
-    each for training and testing. 0 for none. It is not the MAE protocol. Needs scikit-learn (extra quickstart)."""
+    """Optimizer steps between quick probes: ridge regression on features of the contrast layer at the last position, with at most
+    4,000 images each for training and testing. 0 for none. It is not the MAE protocol. Needs scikit-learn (extra quickstart)."""
     probe_test_tokens: Path | None = None
-    """Token store to test them on (its centre crop)."""
+    """Token store to test the probes on (its centre crop)."""
 
     def __post_init__(self) -> None:
         for name in self.track:
@@ -402,13 +401,8 @@ class WatchConfig(Checked):
             not self.probe_every or self.probe_test_tokens is not None,
             f"--probe-every {self.probe_every} needs --probe-test-tokens: images that the model is not trained on",
         )
-        needs = {
-            "sample_tokenizer": "sample_every",
-            "sample_labels": "sample_every",
-            "sample_cfg_scale": "sample_every",
-            "probe_test_tokens": "probe_every",
-        }
-        for name, every in needs.items():
+        for name in ("sample_tokenizer", "sample_labels", "sample_cfg_scale", "probe_test_tokens"):
+            every = f"{name.split('_')[0]}_every"
             require(
                 getattr(self, name) in (None, ()) or getattr(self, every) > 0,
                 f"--{flag_name(name)} does nothing without --{flag_name(every)}: give both or neither",
@@ -421,22 +415,22 @@ class WatchConfig(Checked):
 
 @dataclass(frozen=True, kw_only=True)
 class InvarianceSettings(Checked):
-    """Which views of which images are compared; see `st_ar.evaluation.invariance`."""
+    """The views and images that are compared (see `st_ar.evaluation.invariance`)."""
 
     num: Annotated[int, Range(2)] = 200
-    """Images to measure, drawn with --seed. Of streams and image files the first."""
+    """Images to measure, chosen at random with --seed. Of streams and image files the first ones."""
     size: Count | None = None
-    """Side of a view in pixels. By default what suits the images. They are resized so that all views fit."""
+    """Side of a view in pixels. By default it suits the images, which are resized so that all views fit."""
     shifts: tuple[Whole, ...] = ()
     """Shifts in pixels, each horizontal, vertical and diagonal. By default from 0 to two tokens."""
     factors: tuple[Annotated[float, Range(0.5, 2)], ...] = (0.9, 0.95, 1.05, 1.1)
     """Factors by which the second view is enlarged about the centre."""
     shown: Whole = 4
-    """Number of images whose two views are drawn."""
+    """Number of images whose two views the figure shows."""
     shown_shift: Whole | None = None
-    """Diagonal shift in pixels between the views that are drawn. Half a token by default."""
+    """Diagonal shift in pixels between the views in the figure. Half a token by default."""
     seed: Seed = 0
-    """Seed for choosing the images."""
+    """Seed of the choice of images."""
     batch_size: Count = 32
     """Images to encode at once."""
 
@@ -446,7 +440,7 @@ Channels = Annotated[int, Range(1, 1 << 12)]
 
 @dataclass(frozen=True, kw_only=True)
 class VQConfig(Checked, prefix="--model."):
-    """A VQ-GAN's network. The defaults are LlamaGen's VQ-16."""
+    """The network of a VQ-GAN. The defaults are LlamaGen's VQ-16."""
 
     channels: Channels = 128
     """Channels at full resolution."""
@@ -455,7 +449,7 @@ class VQConfig(Checked, prefix="--model."):
     z_channels: Channels = 256
     """Channels between the network and the codebook's 1 x 1 convolutions."""
     codebook_size: Annotated[int, Range(1, 1 << 16)] = 16384
-    """Number of codes (V). Token stores have 16 bits a code."""
+    """Number of codes (V). Token stores have 16 bits per code."""
     codebook_dim: Channels = 8
     """Width of a code."""
     residual_blocks: Annotated[int, Range(1, 1 << 6)] = 2
@@ -468,16 +462,18 @@ class VQConfig(Checked, prefix="--model."):
         )
         for multiplier in self.multipliers:
             width = self.channels * multiplier
-            require(
-                width % min(32, width) == 0,
-                f"--model.channels {self.channels} times --model.multipliers {multiplier} is {width}: "
-                "the group norms need a multiple of 32, or fewer than 32",
+            _require_group_width(
+                width, f"--model.channels {self.channels} times --model.multipliers {multiplier} is {width}"
             )
 
     @property
     def patch(self) -> int:
-        """Pixels per side of a code."""
+        """Side of a code in pixels."""
         return 2 ** (len(self.multipliers) - 1)
+
+
+def _require_group_width(width: int, cause: str) -> None:
+    require(width % min(32, width) == 0, f"{cause}: the group norms need a multiple of 32, or fewer than 32")
 
 
 VQ_16 = VQConfig()
@@ -489,7 +485,7 @@ class AdversaryConfig(Checked, prefix="--adversary."):
     """The PatchGAN discriminator and its loss."""
 
     start: Whole = 20_000
-    """Optimizer steps before the discriminator is used. The run's length or more leaves it out."""
+    """Optimizer steps before the discriminator is used. A value of --steps or more leaves it out."""
     weight: Weight = 0.5
     """Weight of the adversarial loss."""
     adaptive: bool = True
@@ -502,15 +498,11 @@ class AdversaryConfig(Checked, prefix="--adversary."):
     def __post_init__(self) -> None:
         super().__post_init__()
         for width in self.widths[1:]:
-            require(
-                width % min(32, width) == 0,
-                f"--adversary.channels {self.channels} gives a layer {width} channels: "
-                "the group norms need a multiple of 32, or fewer than 32",
-            )
+            _require_group_width(width, f"--adversary.channels {self.channels} gives a layer {width} channels")
 
     @property
     def widths(self) -> list[int]:
-        """Channels after each convolution but the last, which gives the logits."""
+        """Channels after each convolution except the last, which returns the logits."""
         return [self.channels * min(2**index, 8) for index in range(self.layers + 1)]
 
 
@@ -520,14 +512,12 @@ class VQTrainConfig(RunConfig):
 
     model: VQConfig = VQ_16
     adversary: AdversaryConfig = AdversaryConfig()
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    """Optimizer settings of the network and the discriminator."""
     size: Annotated[int, Range(1, 1 << 12)] = 256
     """Side of the images in pixels."""
     crop_range: Annotated[float, Range(1, 2)] = 1.1
     """Short side that images are resized to, as a multiple of `size`, before a random crop."""
     mirror: bool = True
-    """Mirror half of the images. Sources whose mirror images mean something else, such as digits, are never mirrored."""
+    """Mirror half of the images. Sources whose mirror images have another meaning, such as digits, are never mirrored."""
     batch_size: Batch = 128
     """Images per optimizer step, over all ranks."""
     l1_weight: Weight = 1.0
@@ -535,7 +525,7 @@ class VQTrainConfig(RunConfig):
     l2_weight: Weight = 1.0
     """Weight of the mean squared error."""
     perceptual_weight: Weight = 0.0
-    """Weight of the difference in EfficientNet-Lite0's features (extra `metrics`). 0 leaves that network out."""
+    """Weight of the difference between EfficientNet-Lite0's features (extra `metrics`). 0 leaves the network out."""
     codebook_weight: Weight = 1.0
     """Weight of the loss that moves codes towards features."""
     commitment: Weight = 0.25
@@ -544,12 +534,10 @@ class VQTrainConfig(RunConfig):
     """Replace a code that has been unused for this many steps by a feature of the batch. 0 for never."""
     ema_decay: Portion = 0.999
     """Decay of the EMA weights, which become the tokenizer. It starts with (1 + t) / (10 + t)."""
-    seed: Seed = 0
-    """Seed of initialisation, data order, crops and replaced codes."""
     log_every: Count = 20
     """Optimizer steps between lines of log.jsonl."""
     evaluate_every: Count = 1000
-    """Optimizer steps between evaluations (PSNR, SSIM, codebook usage), each with a picture. One is also made at the end."""
+    """Optimizer steps between evaluations (PSNR, SSIM, codebook usage, a picture). The last step also has one."""
     evaluate_images: Count = 512
     """Images of an evaluation."""
 
@@ -564,7 +552,7 @@ class VQTrainConfig(RunConfig):
             f"--size {self.size} is not a multiple of a code's {self.model.patch} pixels: "
             f"--model.multipliers has {len(self.model.multipliers)} levels",
         )
-        require(self.size >= 11, f"--size {self.size} is too small: SSIM compares windows of 11 pixels")
+        require(self.size >= 11, f"--size {self.size} is too small: SSIM needs 11 pixels or more")
         smallest = self.size >> self.adversary.layers
         require(
             self.adversary.start >= (self.steps or 1 << 62) or smallest >= 3,
@@ -573,7 +561,7 @@ class VQTrainConfig(RunConfig):
 
 
 def vq_16() -> VQTrainConfig:
-    """LlamaGen's VQ-16 and its recipe: 256 px to 16 x 16 tokens, 40 epochs of ImageNet."""
+    """LlamaGen's VQ-16 with its settings: 256 px to 16 x 16 tokens, 40 epochs of ImageNet."""
     return VQTrainConfig(epochs=40, perceptual_weight=1.0)
 
 

@@ -1,4 +1,4 @@
-"""Several processes: ranks, process group, collectives, signals, and the error shown when a rank dies."""
+"""Ranks, process group, collectives, signals, and the error shown when a rank dies."""
 
 import contextlib
 import os
@@ -23,23 +23,19 @@ from st_ar.errors import UserError, cause, note
 from st_ar.hardware import choose_device
 
 JOB_TIMEOUT = 24 * 3600.0
-"""Seconds that ranks of a job wait for one another at its end. A rank that dies is noticed at once."""
+"""Seconds that ranks of a job wait for each other at its end. The death of a rank is noticed at once."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ranks:
-    """Which of how many processes this is."""
+    """The rank of this process, and the number of ranks."""
 
     rank: int = 0
     world: int = 1
 
     @classmethod
     def from_environment(cls) -> "Ranks":
-        """As torchrun says in RANK and WORLD_SIZE; without them there is one.
-
-        Raises:
-            UserError: they make no sense.
-        """
+        """Read torchrun's RANK and WORLD_SIZE; without them there is one rank."""
         try:
             rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
         except ValueError as error:
@@ -51,29 +47,26 @@ class Ranks:
         return cls(rank=rank, world=world)
 
     def share(self, count: int) -> slice:
-        """Which of `count` things, a multiple of the ranks, are this one's."""
+        """The slice of this rank in `count` items, a multiple of the ranks."""
         each = count // self.world
         return slice(self.rank * each, (self.rank + 1) * each)
 
 
-Made = TypeVar("Made")
-PATIENCE, JOIN_TIMEOUT = 5.0, 600.0
-"""Seconds that a rank waits for the others at its start: until it says so, and at most."""
+Result = TypeVar("Result")
+JOIN_NOTE, JOIN_TIMEOUT = 5.0, 600.0
+"""Seconds that a rank waits for the others at the start: until it prints a note, and at most."""
 GRACE = 0.2
 """Seconds for gloo's threads to finish after the last collective."""
 ROLL_CALL = 5.0
-"""Seconds for the ranks to say that they are alive when a collective has failed."""
+"""Seconds for the ranks to report that they are alive, after a collective failed."""
 
 
 @contextlib.contextmanager
 def process_group(device: str, timeout: float = 1800) -> Generator[tuple[Ranks, torch.device]]:
-    """Join the ranks that torchrun started, if it did; gives this one's place among them and its device.
+    """Join torchrun's process group, if there is one. Yield this process's ranks and device.
 
     Args:
         timeout: seconds that a rank waits for the others in a collective.
-
-    Raises:
-        UserError: no such device, more ranks than GPUs, torchrun's variables make no sense, or another rank was lost.
     """
     ranks, chosen = Ranks.from_environment(), choose_device(device)
     if ranks.world == 1:
@@ -83,30 +76,30 @@ def process_group(device: str, timeout: float = 1800) -> Generator[tuple[Ranks, 
         local = int(os.environ.get("LOCAL_RANK", "0"))
         if local >= torch.cuda.device_count():
             raise UserError(
-                f"local rank {local} has no GPU of its own, there are {torch.cuda.device_count()}: start fewer processes"
+                f"local rank {local} needs a GPU, but there are {torch.cuda.device_count()}: start fewer processes"
             )
         chosen = torch.device("cuda", local)
         torch.cuda.set_device(chosen)
-    if dist.is_initialized():  # by who calls, for several jobs in turn: torchrun's store serves one group
+    if dist.is_initialized():  # by the caller, for several jobs: torchrun's store serves one group
         yield ranks, chosen
         return
-    # Imported with a group in being, this module keeps it in default arguments, and gloo's threads abort the process at its end.
+    # If imported while a group exists, its default arguments keep the group alive, and gloo's threads abort the process at exit.
     import_module("torch.distributed.nn.functional")
-    # Tensors on the CPU go by gloo beside NCCL: hosts agree without waiting for their GPUs.
+    # CPU tensors use gloo beside NCCL, so that hosts can communicate without waiting for GPUs.
     backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
     _join(ranks, backend, timeout)
     main = threading.current_thread() is threading.main_thread()
     on_termination = signal.getsignal(signal.SIGTERM)
     try:
-        with warnings.catch_warnings():  # of a layout that costs a copy for 1 x 1 convolutions, which are small
+        with warnings.catch_warnings():  # about a small copy for 1 x 1 convolutions
             warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
             yield ranks, chosen
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and "gloo" not in str(error).lower():
             raise
-        if main:  # torchrun sends SIGTERM for the same loss: it must not end this rank before it has said what happened
+        if main:  # torchrun also sends SIGTERM after a loss, which must not end this rank before it reports the loss
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        raise UserError(_loss(ranks, timeout, str(error).strip().splitlines()[0])) from error
+        raise UserError(_describe_loss(ranks, timeout, str(error).strip().splitlines()[0])) from error
     finally:
         # Gloo's threads need the GIL to drop their last tensors. Whoever destroys the group, or later the last DDP module, joins
         # these threads with the GIL held: without a moment to finish both wait for ever.
@@ -117,15 +110,15 @@ def process_group(device: str, timeout: float = 1800) -> Generator[tuple[Ranks, 
 
 
 def _join(ranks: Ranks, backend: str, timeout: float) -> None:
-    """Meet the other ranks.
+    """Connect to the other ranks.
 
     Raises:
-        UserError: they cannot meet, as with variables that a cluster has left over.
+        UserError: they cannot connect, for example because a cluster has left RANK and WORLD_SIZE in the environment.
     """
-    at = ":".join(os.environ.get(name, f"({name} is not set)") for name in ("MASTER_ADDR", "MASTER_PORT"))
-    what = f"rank {ranks.rank} of {ranks.world}, as RANK and WORLD_SIZE say,"
+    address = ":".join(os.environ.get(name, f"({name} is not set)") for name in ("MASTER_ADDR", "MASTER_PORT"))
+    who = f"rank {ranks.rank} of {ranks.world}, as RANK and WORLD_SIZE say,"
     waiting = threading.Timer(
-        PATIENCE, note, [f"{what} waits for the others at {at}; unset RANK and WORLD_SIZE to run alone"]
+        JOIN_NOTE, note, [f"{who} waits for the others at {address}; unset RANK and WORLD_SIZE to run alone"]
     )
     waiting.daemon = True
     if "TORCHELASTIC_RUN_ID" not in os.environ:  # torchrun starts all ranks, or says why not
@@ -137,20 +130,16 @@ def _join(ranks: Ranks, backend: str, timeout: float) -> None:
         )
     except (ValueError, RuntimeError) as error:
         raise UserError(
-            f"{what} cannot meet the others at {at} ({cause(error)}): start them by torchrun, or unset RANK and WORLD_SIZE to run alone"
+            f"{who} cannot connect to the others at {address} ({cause(error)}): start them by torchrun, or unset RANK and WORLD_SIZE"
         ) from error
     finally:
         waiting.cancel()
 
 
-def _loss(ranks: Ranks, timeout: float, reason: str) -> str:
-    """What to say when a collective has failed: who does not answer.
-
-    Torchrun keeps the store outside its ranks, so that those who are left can still call the roll there.
-    """
+def _describe_loss(ranks: Ranks, timeout: float, reason: str) -> str:
+    """The message after a failed collective. It names the ranks that do not report through torchrun's store, which outlives them."""
     store = dist.distributed_c10d._get_default_store()
-    others = [rank for rank in range(ranks.world) if rank != ranks.rank]
-    missing = others
+    missing = [rank for rank in range(ranks.world) if rank != ranks.rank]
     with contextlib.suppress(RuntimeError):
         store.set(f"st-ar/alive/{ranks.rank}", "")
         until = time.monotonic() + ROLL_CALL
@@ -158,65 +147,57 @@ def _loss(ranks: Ranks, timeout: float, reason: str) -> str:
             missing = [rank for rank in missing if not store.check([f"st-ar/alive/{rank}"])]
             time.sleep(0.1)
     named = ("rank " if len(missing) == 1 else "ranks ") + ", ".join(map(str, missing)) if missing else "the connection"
-    reason = re.sub(r"^\[[^]]*\] ", "", reason).split(". ")[0]  # without gloo's place in its source, and its advice
+    reason = re.sub(r"^\[[^]]*\] ", "", reason).split(". ")[0]  # without gloo's source position and advice
     return (
-        f"rank {ranks.rank} of {ranks.world} has lost {named} ({reason}; it waits up to {timeout:g} s): what that one said "
-        "last is above; start all of them again, a run with --resume"
+        f"rank {ranks.rank} of {ranks.world} has lost {named} ({reason}; it waits up to {timeout:g} s): see the last output of "
+        "that rank above; start all of them again, a run with --resume"
     )
 
 
 def host_group(timeout: float) -> dist.ProcessGroup | None:
-    """A group of all ranks for a thread beside the training: its collectives go by gloo and meet no others.
+    """A gloo group for a thread beside the training; None if there is one rank.
 
     Args:
         timeout: seconds that a rank waits for the others.
-
-    Returns:
-        None if there is one rank.
     """
     if not dist.is_initialized():
         return None
     group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
-    assert isinstance(group, dist.ProcessGroup)  # no rank is left out
+    assert isinstance(group, dist.ProcessGroup)  # it has all ranks
     return group
 
 
-def rank0_first(action: Callable[[], Made]) -> Made:
-    """What `action` makes, on rank 0 before all others: what one has downloaded is there for the rest."""
-    if dist.is_initialized() and dist.get_rank() > 0:
-        dist.barrier()
+def rank0_first(action: Callable[[], Result]) -> Result:
+    """Call `action` on rank 0, then on the others, so that only rank 0 downloads."""
+    if get_rank() > 0:
+        barrier()
         return action()
-    made = action()
-    if dist.is_initialized():
-        dist.barrier()
-    return made
+    result = action()
+    barrier()
+    return result
 
 
-def broadcast_from_rank0(action: Callable[[], Made]) -> Made:
-    """What `action` makes on rank 0 alone, for all.
-
-    Raises:
-        UserError: on every rank, if it does so there.
-    """
+def broadcast_from_rank0(action: Callable[[], Result]) -> Result:
+    """Call `action` on rank 0 and return its result on all ranks. A UserError is raised on all ranks."""
     if not dist.is_initialized():
         return action()
-    made: list[Any] = [None]
+    result: list[Any] = [None]
     if dist.get_rank() == 0:
         try:
-            made = [action()]
+            result = [action()]
         except UserError as error:
-            made = [error]
-    dist.broadcast_object_list(made, device=torch.device("cpu"))
-    if isinstance(made[0], UserError):
-        raise made[0]
-    return made[0]
+            result = [error]
+    dist.broadcast_object_list(result, device=torch.device("cpu"))
+    if isinstance(result[0], UserError):
+        raise result[0]
+    return result[0]
 
 
 def data_parallel(module: nn.Module, *, gradient_as_bucket_view: bool = False) -> nn.Module:
-    """The module with its gradients averaged over the ranks; itself if there is one rank.
+    """Wrap a module so that gradients are averaged over the ranks; no wrapper for one rank.
 
     Args:
-        gradient_as_bucket_view: the gradients are what is sent, not copied to it: less memory.
+        gradient_as_bucket_view: keep gradients in the communication buffers, which saves memory.
     """
     if not dist.is_initialized():
         return module
@@ -226,7 +207,7 @@ def data_parallel(module: nn.Module, *, gradient_as_bucket_view: bool = False) -
 
 
 def get_rank() -> int:
-    """Which rank this is; 0 if there is one."""
+    """The rank of this process; 0 without a group."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
@@ -244,7 +225,7 @@ def all_reduce_sum(tensor: Tensor) -> Tensor:
 
 
 def all_reduce_max(number: int) -> int:
-    """The ranks' largest number. Hosts wait for one another, not for their GPUs."""
+    """The largest number of all ranks. Hosts do not wait for GPUs."""
     if not dist.is_initialized():
         return number
     numbers = torch.tensor([number])
@@ -258,7 +239,7 @@ def barrier() -> None:
 
 
 def all_gather(tensor: Tensor) -> Tensor:
-    """The ranks' tensors, of one shape, joined along the first dimension in the order of the ranks; without gradient."""
+    """Concatenate the ranks' tensors of equal shape along the first dimension, in rank order, without gradient."""
     if not dist.is_initialized():
         return tensor
     parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
@@ -267,7 +248,7 @@ def all_gather(tensor: Tensor) -> Tensor:
 
 
 def all_gather_ragged(tensor: Tensor) -> Tensor:
-    """The ranks' tensors, alike but for the length of their first dimension, joined along it in the order of the ranks."""
+    """Concatenate the ranks' tensors, whose first dimensions may differ, in rank order."""
     if not dist.is_initialized():
         return tensor
     lengths = all_gather(torch.tensor([len(tensor)], device=tensor.device)).tolist()
@@ -279,9 +260,9 @@ def all_gather_ragged(tensor: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def stop_on_signal() -> Generator[list[int]]:
-    """A list that SIGINT and SIGTERM append their number to; a second signal interrupts at once.
+    """A list of the signals SIGINT and SIGTERM that arrive in the block. A second signal interrupts at once.
 
-    After an error among several ranks SIGTERM stays ignored until `process_group` has reported it.
+    After an error among several ranks, SIGTERM is ignored until `process_group` has reported the error.
     """
     received: list[int] = []
     if threading.current_thread() is not threading.main_thread():

@@ -1,4 +1,4 @@
-"""Errors that users are meant to see, and what they are made of."""
+"""Errors for users, and helpers that word them."""
 
 import sys
 from collections.abc import Sequence
@@ -7,14 +7,14 @@ from importlib import import_module
 from typing import Any
 
 LONGEST = 1200
-"""Characters of a message; only those that quote damaged files could have more."""
+"""Maximum characters of a message; quotes of damaged files could be longer."""
 
 
 class UserError(ValueError):
-    """A mistake that the user can mend: its message names the cause, the values seen and the remedy.
+    """An error that the user can fix: the message gives the cause, the values and the remedy.
 
-    The command line prints it in one line, without a traceback, and exits with status 2. Whatever the values seen hold, the
-    message is one line, and not a long one: its middle is left out, since the cause comes first and the remedy last.
+    The command line prints it on one line, without a traceback, and exits with status 2. A message that is too long loses its
+    middle: the cause comes first and the remedy last.
     """
 
     def __init__(self, message: str) -> None:
@@ -23,15 +23,15 @@ class UserError(ValueError):
 
 
 def cause(error: BaseException) -> str:
-    """A library's error in one line that is short enough to stand inside another message."""
-    failures = getattr(error, "failures", None)  # torch.distributed.checkpoint: each rank's error
+    """A library's error as one short line, to quote in another message."""
+    failures = getattr(error, "failures", None)  # torch.distributed.checkpoint: rank -> error
     if failures and isinstance(failures, dict):
         error = next(iter(failures.values()))[0]
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     lines = [" ".join(line.split()) for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    telling = (line for line in lines if "GLOBAL" in line or "nsupported" in line)  # in torch's long messages
-    return next(telling, lines[0])[:200]
+    specific = (line for line in lines if "GLOBAL" in line or "nsupported" in line)  # in torch's long messages
+    return next(specific, lines[0])[:200]
 
 
 @cache
@@ -46,7 +46,7 @@ def listed(names: Sequence[str], most: int = 5) -> str:
 
 
 def damaged(path: object, why: BaseException | str, remedy: str) -> UserError:
-    """The error for a file that cannot be what it should be."""
+    """The error for a damaged file."""
     return UserError(f"{path} is damaged ({why if isinstance(why, str) else cause(why)}): {remedy}")
 
 
@@ -60,14 +60,14 @@ OPTIONAL = {
     "sklearn": ("k-means tokenizers and the probe's ridge and logistic methods", "quickstart"),
     "transformers": ("DINOv2's features", "dinov2"),
 }
-"""Packages that not everyone installs: what needs them, and the extra that brings them."""
+"""Optional package -> what needs it, and the extra that installs it."""
 
 
 def require(package: str) -> Any:
     """Import one of the OPTIONAL packages.
 
     Raises:
-        UserError: it is not installed; the message names the extra.
+        UserError: the package is not installed; the message names the extra.
     """
     try:
         return import_module(package)
@@ -78,7 +78,7 @@ def require(package: str) -> Any:
 
 
 class Interrupted(Exception):
-    """The run was asked to stop by a signal, and has saved itself."""
+    """A signal stopped the run, after it had saved a checkpoint."""
 
     def __init__(self, message: str, signum: int) -> None:
         super().__init__(message)

@@ -1,7 +1,6 @@
-"""Every figure of the project in one style: colour-blind safe, and readable on light and on dark pages.
+"""Figures in one colour-blind safe style, for light and dark backgrounds.
 
-In a page's SVG what is not a data colour takes the page's text colour. A file of SVG takes one from the reader's light or dark mode;
-a PNG is on white.
+Text and axes of an inline SVG take the page's text colour. An SVG file follows the reader's light or dark mode. A PNG is white.
 """
 
 import io
@@ -22,17 +21,17 @@ if TYPE_CHECKING:
 
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-"""Okabe and Ito's palette, in the order of use: telling apart needs no red-green vision."""
+"""Okabe and Ito's colour-blind safe palette, in order of use."""
 MARKERS = ("o", "s", "^", "D", "v", "P")
 DASHES = ("-", "--", ":")
-_INK = "#010203"  # stands for the page's text colour until the SVG is written; on the white of a PNG it stays
+_INK = "#010203"  # replaced by currentColor in an SVG
 _OWN_COLOURS = (
     "svg{color:#1b1f24;background:#fff}@media(prefers-color-scheme:dark){svg{color:#e6e9ee;background:#14171b}}"
 )
 
 
 def style(name: str) -> dict[str, Any]:
-    """Matplotlib's settings for a figure called `name`."""
+    """Return matplotlib's settings for a figure. `name` seeds the identifiers in its SVG."""
     return {
         "svg.fonttype": "none",
         "svg.hashsalt": name,
@@ -56,28 +55,24 @@ def style(name: str) -> dict[str, Any]:
 
 
 def require_drawable(path: Path) -> None:
-    """Refuse a figure that could not be drawn, before the work whose result it shows.
-
-    Raises:
-        UserError: neither FILE.svg nor FILE.png, or no matplotlib.
-    """
+    """Check before the work that a figure can be drawn."""
     if path.suffix not in (".svg", ".png"):
-        raise UserError(f"{path}: figures are drawn as .svg or .png, not as {path.suffix or 'a file without ending'}")
+        raise UserError(f"{path} is not a .svg or .png file: give a name that ends in .svg or .png")
     require("matplotlib")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Drawing:
-    """A figure, what it is called, and the numbers that it shows."""
+    """A figure, its name and its numbers."""
 
     figure: "Figure"
     name: str
-    """What it shows, for those who cannot see it."""
+    """Alternative text."""
     data: Any
     """The numbers, as plain JSON values."""
 
     def svg(self) -> str:
-        """For a page to take in."""
+        """Return SVG text to embed in an HTML page."""
         file = io.StringIO()
         with require("matplotlib").rc_context(style(self.name)):
             self.figure.savefig(file, format="svg", bbox_inches="tight", metadata={"Date": None, "Creator": None})
@@ -86,11 +81,7 @@ class Drawing:
         return text.replace("<svg ", f'<svg role="img" aria-label={quoteattr(self.name)} ', 1)
 
     def save(self, path: Path) -> None:
-        """Write FILE.svg or FILE.png, and the numbers beside it as FILE.json.
-
-        Raises:
-            UserError: another kind of file, or it cannot be written.
-        """
+        """Write FILE.svg or FILE.png, and the numbers to FILE.json."""
         require_drawable(path)
         with atomic_write(path) as aside:
             if path.suffix == ".svg":
@@ -102,7 +93,7 @@ class Drawing:
 
 
 def embedded(svg: str) -> str:
-    """The text of an SVG file of `Drawing.save` for a page to take in, in the page's colours."""
+    """Convert the text of an SVG file of `Drawing.save` to one that takes an HTML page's colours."""
     return svg.replace(f"<style>{_OWN_COLOURS}</style>", "", 1)
 
 
@@ -117,16 +108,14 @@ def line_chart(
     spread: Mapping[str, Sequence[float]] | None = None,
     legend_above: bool = False,
 ) -> Drawing:
-    """Lines over a common axis.
+    """Draw lines over a common axis.
 
     Args:
         series: label -> (x values, y values).
-        name: what the figure shows, for those who cannot see it; also keeps identifiers apart on a page.
+        name: alternative text; also makes identifiers unique on an HTML page.
         x, y: axis labels with units.
-        markers: whether to mark the points.
-        x_ticks: where to put ticks.
         spread: label -> half the height of a band around the line.
-        legend_above: put the legend over the axes, where lines leave it no room inside.
+        legend_above: put the legend above the axes.
     """
     matplotlib = require("matplotlib")
     from matplotlib.figure import Figure
@@ -154,22 +143,22 @@ def draw_lines(
     markers: bool = True,
     spread: Mapping[str, Sequence[float]] | None = None,
 ) -> None:
-    """Draw the lines of `line_chart` with labels and a legend into some axes."""
+    """Draw the lines of `line_chart` with labels and a legend."""
     for index, (label, (xs, ys)) in enumerate(series.items()):
-        turn, place = divmod(index, len(COLOURS))
-        dashes = DASHES[turn % len(DASHES)]
-        marker = MARKERS[(place + turn) % len(MARKERS)] if markers else None
-        axes.plot(xs, ys, label=label, color=COLOURS[place], marker=marker, markersize=6, linestyle=dashes)
+        cycle, colour = divmod(index, len(COLOURS))
+        dashes = DASHES[cycle % len(DASHES)]
+        marker = MARKERS[(colour + cycle) % len(MARKERS)] if markers else None
+        axes.plot(xs, ys, label=label, color=COLOURS[colour], marker=marker, markersize=6, linestyle=dashes)
         if spread and label in spread:
             low, high = (np.add(ys, np.multiply(sign, spread[label])) for sign in (-1, 1))
-            axes.fill_between(xs, low, high, color=COLOURS[place], alpha=0.15, linewidth=0)
+            axes.fill_between(xs, low, high, color=COLOURS[colour], alpha=0.15, linewidth=0)
     axes.set_xlabel(x)
     axes.set_ylabel(y)
     axes.legend()
 
 
 def strip(images: np.ndarray, columns: int) -> np.ndarray:
-    """Images uint8 [N, S, S, 3] as one picture, `columns` to a row, white where none is left."""
+    """Arrange images uint8 [N, S, S, 3] in one picture with `columns` per row, on white."""
     n, size = images.shape[:2]
     rows = -(-n // columns)
     canvas = np.full((rows * columns, size, size, 3), 255, np.uint8)
@@ -186,16 +175,15 @@ def attention_figure(
     name: str,
     masked: np.ndarray | None = None,
 ) -> Drawing:
-    """What each model looks at, over the images: a row for each image and model, a column for each step.
+    """Draw attention over the images, a row per image and model, a column per step.
 
-    The newest token is framed, the past is heat over the grey picture (scaled to each map's largest weight on a token),
-    the future is blank.
+    The newest token is framed, read tokens show heat scaled to each map's largest weight, unread tokens are blank.
 
     Args:
         images: uint8 [N, S, S, 3].
-        maps: model -> weights [N, T, T] of one layer, averaged over heads, rows are queries and key 0 is the class.
+        maps: model -> weights [N, T, T] of one layer; rows are queries, key 0 is the class.
         steps: numbers of tokens read, in 1..T-1.
-        masked: bool [N, T, T], True where a query may not look: those tokens have no heat.
+        masked: bool [N, T, T], True for masked keys, which show no heat.
     """
     matplotlib = require("matplotlib")
     from matplotlib.figure import Figure
@@ -218,7 +206,7 @@ def _draw_attention(
     steps: Sequence[int],
     masked: np.ndarray | None = None,
 ) -> None:
-    """Fill a grid of axes: a row for each image and model; the picture, then a column for each step."""
+    """Fill a grid of axes with the picture and one column per step, a row per image and model."""
     from matplotlib.patches import Rectangle
 
     size = images.shape[1]
@@ -229,7 +217,6 @@ def _draw_attention(
         for axes in cells[row]:
             axes.set_xticks([])
             axes.set_yticks([])
-            # The picture's outline, so that a dark past stands out from the blank.
             axes.spines[:].set(visible=True, linewidth=0.5, alpha=0.4)
             axes.set_xlim(-0.5, size - 0.5)
             axes.set_ylim(size - 0.5, -0.5)
@@ -271,16 +258,14 @@ def overview_figure(
     samples: Mapping[str, np.ndarray],
     name: str,
 ) -> Drawing:
-    """Probe curves, attention over one image, and samples of several models in one picture.
+    """Draw probe curves, attention over one image, and samples of several models in one figure.
 
     Args:
         curves: model -> (tokens read, probe accuracy in %).
         attention: one image uint8 [1, S, S, 3], and model -> weights as in `attention_figure`.
-        grid: tokens a side.
-        steps: numbers of tokens read at which attention is drawn.
-        layer: layer that the attention is of.
-        samples: model -> images uint8 [N, S, S, 3], of the same labels and seeds.
-        name: what the figure shows, for those who cannot see it.
+        grid: tokens per side. steps: numbers of tokens read for the attention. layer: the attention's layer.
+        samples: model -> images uint8 [N, S, S, 3], with equal labels and seeds.
+        name: alternative text.
     """
     matplotlib = require("matplotlib")
     from matplotlib.figure import Figure
@@ -297,8 +282,8 @@ def overview_figure(
         _draw_attention(cells, images, maps, grid=grid, steps=steps)
         cells[0, 0].set_title(f"layer {layer}", fontsize=10)
         rows = bottom.subgridspec(len(samples), 1, hspace=0.12).subplots(squeeze=False)[:, 0]
-        for axes, (model, drawn) in zip(rows, samples.items(), strict=True):
-            framed = np.pad(drawn, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=255)
+        for axes, (model, images) in zip(rows, samples.items(), strict=True):
+            framed = np.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=255)
             axes.imshow(strip(framed, len(framed)), interpolation="none")
             axes.set(xticks=[], yticks=[])
             axes.grid(visible=False)
@@ -311,23 +296,22 @@ def overview_figure(
 
 @dataclass(frozen=True, kw_only=True)
 class TwoViews:
-    """Two views of some images, and what became of their tokens."""
+    """Two views of some images, and which of their tokens differ."""
 
     first: np.ndarray
     second: np.ndarray
     """uint8 [k, S, S, 3]."""
     differ: np.ndarray
-    """For each view and token 1 where it differs from its counterpart, 0 where it is equal, nan where it has none: [2, k, g, g]."""
+    """[2, k, g, g] by view and token: 1 if it differs from its counterpart, 0 if it is equal, nan without a counterpart."""
 
 
 def views_figure(shown: Mapping[str, TwoViews], *, titles: tuple[str, str], name: str) -> Drawing:
-    """Two views of each image side by side with their tokens' grid: a row for each image, two columns for each tokenizer.
+    """Draw two views of each image with the grid of tokens, a row per image, two columns per tokenizer.
 
-    Tokens that differ are crossed out, those without counterpart are veiled; below stands the share of equal ones.
+    Tokens that differ are crossed out, and those without counterpart are faded. The share of equal tokens is below.
 
     Args:
-        shown: by the tokenizer's name, all of the same images.
-        titles: what the two views are called.
+        shown: the views of the same images by tokenizer. titles: titles of the two views.
     """
     matplotlib = require("matplotlib")
     from matplotlib.collections import LineCollection
@@ -336,29 +320,27 @@ def views_figure(shown: Mapping[str, TwoViews], *, titles: tuple[str, str], name
     rows = len(next(iter(shown.values())).first)
     equal: dict[str, list[float]] = {}
     with matplotlib.rc_context(style(name) | {"axes.grid": False}):
-        inches = max(2.1, 0.2 * max(views.differ.shape[-1] for views in shown.values()))  # of a view
+        inches = max(2.1, 0.2 * max(views.differ.shape[-1] for views in shown.values()))  # side of a view
         figure = Figure(figsize=(2 * inches * len(shown), (inches + 0.15) * rows))
         cells = figure.subplots(rows, 2 * len(shown), squeeze=False)
         for column, (label, views) in enumerate(shown.items()):
             size, grid = views.first.shape[1], views.differ.shape[-1]
             side = size / grid
-            equal[label] = [1 - float(np.nanmean(each)) for each in views.differ[0]]
+            equal[label] = [1 - float(np.nanmean(states)) for states in views.differ[0]]
             for row, (view, pictures) in product(range(rows), enumerate((views.first, views.second))):
                 axes = cells[row, 2 * column + view]
                 axes.imshow(pictures[row], extent=(0, size, size, 0), interpolation="none")
                 states = views.differ[view, row]
-                veil = np.zeros((grid, grid, 4))
-                veil[np.isnan(states)] = (1, 1, 1, 0.75)
-                axes.imshow(veil, extent=(0, size, size, 0), interpolation="none")
+                fade = np.zeros((grid, grid, 4))
+                fade[np.isnan(states)] = (1, 1, 1, 0.75)
+                axes.imshow(fade, extent=(0, size, size, 0), interpolation="none")
                 lines = [((0, at), (size, at)) for at in np.arange(grid + 1) * side]
                 lines += [((at, 0), (at, size)) for at in np.arange(grid + 1) * side]
                 axes.add_collection(LineCollection(lines, colors="white", linewidths=0.5, alpha=0.6))
                 centres = (np.argwhere(states == 1) + 0.5) * side
-                reach = side / 5
-                crosses = [
-                    ((x - reach, y + k * reach), (x + reach, y - k * reach)) for y, x in centres for k in (1, -1)
-                ]
-                for colour, width in (("white", 2.4), (COLOURS[1], 1.2)):  # seen on any picture
+                r = side / 5
+                crosses = [((x - r, y + k * r), (x + r, y - k * r)) for y, x in centres for k in (1, -1)]
+                for colour, width in (("white", 2.4), (COLOURS[1], 1.2)):  # visible on any picture
                     axes.add_collection(LineCollection(crosses, colors=colour, linewidths=width))
                 axes.set(xticks=[], yticks=[], xlim=(0, size), ylim=(size, 0))
                 axes.spines[:].set_visible(False)

@@ -1,10 +1,9 @@
-"""Files that are whole or absent: written aside, then renamed. JSON, CSV, and tensors with checksums."""
+"""Atomic writes (a temporary file, then a rename), JSON, CSV, arrays, and tensors with checksums."""
 
 import argparse
 import contextlib
 import csv
 import hashlib
-import io
 import json
 import os
 import pickle
@@ -27,68 +26,64 @@ from st_ar.settings import differences
 
 @contextlib.contextmanager
 def atomic_write(path: Path) -> Generator[Path]:
-    """A temporary path beside `path` that takes its name when the block ends well and vanishes when it does not."""
-    aside = path.with_name(f".{path.name}.partial")
+    """A temporary path beside `path`: renamed to `path` if the block succeeds, removed if it raises."""
+    temporary = path.with_name(f".{path.name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        yield aside
-        with open(aside, "rb") as file:
+        yield temporary
+        with open(temporary, "rb") as file:
             os.fsync(file.fileno())
-        os.replace(aside, path)
+        os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"cannot write {path}: {reason}; nothing there was changed") from error
     finally:
         with contextlib.suppress(OSError):
-            aside.unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
 def atomic_folder(path: Path) -> Generator[Path]:
-    """The same for a folder: a new one beside `path`, which must be absent or empty; what a killed job left of it is cleared."""
+    """The same for a folder; `path` must be absent or empty."""
     path = path.absolute()
-    aside = path.with_name(f".{path.name}.partial")
-    shutil.rmtree(aside, ignore_errors=True)
+    temporary = path.with_name(f".{path.name}.partial")
+    shutil.rmtree(temporary, ignore_errors=True)  # left by a killed job
     try:
-        aside.mkdir(parents=True)
-        yield aside
-        os.replace(aside, path)
+        temporary.mkdir(parents=True)
+        yield temporary
+        os.replace(temporary, path)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}; nothing there was changed") from error
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file, whole or not at all."""
-    with atomic_write(path) as aside:
-        aside.write_text(json.dumps(value, indent=2) + "\n")
+    """Write a JSON file atomically."""
+    with atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2) + "\n")
 
 
 def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Write a CSV file, whole or not at all; None is an empty cell."""
-    text = io.StringIO()
-    table = csv.writer(text, lineterminator="\n")
-    table.writerow(header)
-    table.writerows(rows)
-    with atomic_write(path) as aside:
-        aside.write_text(text.getvalue())
+    """Write a CSV file atomically; None is an empty cell."""
+    with atomic_write(path) as temporary, open(temporary, "w", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows([header, *rows])
 
 
 def printable(name: str) -> str:
-    """A file's name as text: bytes of it that are no UTF-8 are escaped, so that it can be printed, and written as JSON."""
+    """A file name with bytes that are not UTF-8 escaped, so that it can be printed and written as JSON."""
     return os.fsencode(name).decode(errors="backslashreplace")
 
 
 def parse_json(text: str) -> Any:
-    """A JSON value.
+    """Parse JSON.
 
     Raises:
-        ValueError: no JSON, a name that stands twice in an object, text that is no Unicode, or nested or long without end.
+        ValueError: not JSON, a repeated name in an object, a lone surrogate, or nested too deeply.
     """
     try:
         value = json.loads(text, object_pairs_hook=_without_repeats)
-        json.dumps(value, ensure_ascii=False).encode()  # no lone surrogates, which could not be printed or written
+        json.dumps(value, ensure_ascii=False).encode()  # refuses lone surrogates, which cannot be printed
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
     return value
@@ -96,12 +91,12 @@ def parse_json(text: str) -> Any:
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found := dict(pairs)) < len(pairs):
-        raise ValueError("a name stands twice in an object")
+        raise ValueError("an object repeats a name")
     return found
 
 
 def read_json(path: Path, what: str) -> dict[str, Any]:
-    """Read a JSON object; `what` says in the error what the file should have been."""
+    """Read a JSON object. In errors, `what` names the folder that the file should belong to."""
     try:
         value = parse_json(path.read_text())
     except FileNotFoundError:
@@ -111,53 +106,50 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
             f"{path} is unreadable ({cause(error)}): {path.parent} is not {what}, or it is damaged: copy or make it again"
         ) from error
     if not isinstance(value, dict):
-        raise UserError(f"{path} holds no JSON object: {path.parent} is not {what}, or it is damaged")
+        raise UserError(f"{path} is not a JSON object: {path.parent} is not {what}, or it is damaged")
     return value
 
 
 def open_array(path: Path) -> np.ndarray:
-    """A .npy file's array, memory-mapped: a header that promises more than the file holds takes no memory.
+    """Memory-map a .npy file, so that a false shape in its header allocates nothing.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: no .npy file, damaged, cut short, or of Python objects.
+        ValueError: not a .npy file, damaged, truncated, or of Python objects.
     """
     try:
         return _load_mapped(path)
     except FileNotFoundError:
         raise
-    except Exception as error:  # NumPy evaluates the header: damaged ones raise nearly everything
+    except Exception as error:  # NumPy evaluates the header: a damaged one can raise almost anything
         raise ValueError(cause(error)) from error
 
 
 def _load_mapped(path: Path, tries: int = 5) -> np.ndarray:
     try:
-        with np.errstate(over="raise"):  # of a shape's product
+        with np.errstate(over="raise"):  # in the product of the shape
             return np.load(path, mmap_mode="r", allow_pickle=False)
-    except SystemError:  # CPython 3.11's, when two threads parse headers at once (python/cpython#106905)
+    except SystemError:  # CPython 3.11, when two threads parse headers at once (python/cpython#106905)
         if tries == 1:
             raise
         return _load_mapped(path, tries - 1)
 
 
 def sha256(path: Path) -> str:
-    """The file's SHA-256, as hexadecimal digits."""
+    """The file's SHA-256 in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def save_array(path: Path, array: np.ndarray) -> None:
-    """Write a .npy file, whole or not at all.
-
-    Not by np.save: on a full disk it drops an array's last bytes without a word.
-    """
-    with atomic_write(path) as aside, open(aside, "wb") as file:
+    """Write a .npy file atomically. On a full disk np.save silently drops the last bytes; this raises."""
+    with atomic_write(path) as temporary, open(temporary, "wb") as file:
         np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
         file.write(np.ascontiguousarray(array).data)
 
 
 def is_nonempty(path: Path, besides: Collection[str] = ()) -> bool:
-    """Whether there is a file at `path`, or a folder with more in it than `besides` and what a killed write left."""
+    """Whether `path` is a file, or a folder that holds more than `besides` and temporary files of killed writes."""
     if not path.is_dir():
         return path.exists()
     names = {entry.name for entry in path.iterdir()} - set(besides)
@@ -165,24 +157,24 @@ def is_nonempty(path: Path, besides: Collection[str] = ()) -> bool:
 
 
 def require_absent(path: Path, what: str, besides: Collection[str] = (), *, flag: str = "--out") -> None:
-    """Refuse to write over something that is there; `besides` may be, left by a killed job. `flag` named the path."""
+    """Refuse to overwrite `path`. The files `besides` may exist, left by a killed job; `flag` is the option that gave the path."""
     if is_nonempty(path, besides):
         raise UserError(
-            f"{path} exists already and is not empty: {what} is never written over; choose another {flag} or remove it"
+            f"{path} exists already and is not empty: {what} is never overwritten; choose another {flag} or remove it"
         )
 
 
 def claim(file: Path, settings: dict[str, Any], what: str, *, taken: Iterable[Path] = ()) -> bool:
-    """Begin a job in a folder, or continue it there; `file` in it keeps the job's settings.
+    """Start a job in the folder of `file`, or continue it if the settings in `file` are the same.
 
     Args:
-        file: file of the settings, such as job.json.
-        settings: JSON values that must be the same to continue.
-        what: the job's result: "a token store".
-        taken: paths besides the folder that must be absent.
+        file: the job's settings, such as job.json.
+        settings: JSON values that must not change.
+        what: the job's result, such as "a token store".
+        taken: further paths that must be absent at the start.
 
     Returns:
-        Whether the job had been begun.
+        Whether the job is continued.
 
     Raises:
         UserError: the folder holds something else, or a job with other settings.
@@ -197,7 +189,7 @@ def claim(file: Path, settings: dict[str, Any], what: str, *, taken: Iterable[Pa
 
 
 def require_same(folder: Path, changed: Mapping[str, tuple[Any, Any]]) -> None:
-    """Refuse to continue what was begun in a folder with other settings: name -> (old, new)."""
+    """Refuse to continue a job if settings have changed: name -> (old, new)."""
     if changed:
         listed = "; ".join(f"{name} was {_short(old)}, now {_short(new)}" for name, (old, new) in changed.items())
         raise UserError(
@@ -210,66 +202,59 @@ def _short(value: Any) -> str:
 
 
 def require_place(path: Path) -> None:
-    """Refuse a path below a file or in a folder that may not be written to, before the work whose result it is for."""
+    """Refuse, before long work, a path whose folder is not writable."""
     parent = next(folder for folder in path.absolute().parents if folder.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        reason = "may not be written to" if parent.is_dir() else "is no folder"
-        raise UserError(f"cannot write {path}: {parent} {reason}; choose another place")
+        reason = "is not writable" if parent.is_dir() else "is not a folder"
+        raise UserError(f"cannot write {path}: {parent} {reason}; choose another folder")
 
 
 def cache_folder() -> Path:
-    """Where downloads and features are kept: $ST_AR_CACHE, or st-ar below $XDG_CACHE_HOME or ~/.cache."""
+    """The folder of downloads and features: $ST_AR_CACHE, or st-ar in $XDG_CACHE_HOME or ~/.cache."""
     if own := os.environ.get("ST_AR_CACHE"):
         return Path(own).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "st-ar"
 
 
-WRAPPERS = ("model", "module", "state_dict")
-"""Where LlamaGen's files keep their weights: DDP's, DeepSpeed's, and others'; FSDP's are bare."""
-EMA_WRAPPERS = ("ema", "model_ema", "ema_model")
-"""Where LlamaGen's and others' files keep their EMA weights, beside the live ones."""
-PREFIXES = ("_orig_mod.", "module.")
-"""What torch.compile and DDP put before a parameter's name."""
-
-
 OURS, DIGEST = "st_ar", "sha256"
-"""The key in a .safetensors file's metadata under which ours say what they are, and in that their checksum.
+"""The one key of our metadata in a .safetensors file, and the checksum's key inside it.
 
-One key, for safetensors writes several in no fixed order, and equal weights are to be equal files."""
+safetensors writes several keys in random order; with one key, equal weights give equal files."""
 ROWS = 4096
-"""Of a tensor's first dimension that are hashed at once."""
+"""Rows of a tensor that are hashed at once."""
 
 
-def digest(said: Mapping[str, Any], pieces: Iterable[tuple[str, Tensor]]) -> str:
-    """SHA-256 of what a file says of itself, and of its tensors by name, each in pieces of ROWS."""
-    found = hashlib.sha256(json.dumps(said, sort_keys=True).encode())
+def digest(metadata: Mapping[str, Any], pieces: Iterable[tuple[str, Tensor]]) -> str:
+    """SHA-256 of a file's metadata and of its tensors by name, each in pieces of ROWS."""
+    checksum = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
     for name, piece in pieces:
-        found.update(f" {name} {piece.dtype} {list(piece.shape)} ".encode())
-        found.update(piece.contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return found.hexdigest()
+        checksum.update(f" {name} {piece.dtype} {list(piece.shape)} ".encode())
+        checksum.update(piece.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return checksum.hexdigest()
 
 
 def in_pieces(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """As `digest` takes tensors that are in memory."""
+    """The pieces of tensors, as `digest` takes them."""
     return ((name, piece) for name in sorted(tensors) for piece in torch.atleast_1d(tensors[name]).split(ROWS))
 
 
-def save_tensors(path: Path, tensors: Mapping[str, Tensor], **said: Any) -> None:
-    """Write a .safetensors file, whole or not at all, with `said` (plain JSON values) and a checksum in its metadata."""
-    kept = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    said |= {DIGEST: digest(said, in_pieces(kept))}
-    # The library writes to a name of its own in the folder first: in one of ours, which the next write clears if this is killed.
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], **metadata: Any) -> None:
+    """Write a .safetensors file atomically, with JSON values and a checksum in its metadata."""
+    copies = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    metadata |= {DIGEST: digest(metadata, in_pieces(copies))}
+    # safetensors writes a temporary file of its own beside the target: a scratch folder lets the next write clean up after a kill.
     scratch = path.with_name(f".{path.name}.folder.partial")
-    with atomic_write(path) as aside:
+    with atomic_write(path) as temporary:
         shutil.rmtree(scratch, ignore_errors=True)
         try:
             scratch.mkdir()
-            # Other libraries, such as accelerate, refuse a file that does not say that its tensors are PyTorch's.
-            save_file(kept, scratch / path.name, metadata={OURS: json.dumps(said, sort_keys=True), "format": "pt"})
+            save_file(
+                copies, scratch / path.name, metadata={OURS: json.dumps(metadata, sort_keys=True), "format": "pt"}
+            )
             _sort_metadata(scratch / path.name)
-            (scratch / "mode").touch()  # as the umask has it; the library lets nobody else read what it writes
+            (scratch / "mode").touch()  # with the umask's permissions; safetensors gives none to others
             (scratch / path.name).chmod((scratch / "mode").stat().st_mode)
-            os.replace(scratch / path.name, aside)
+            os.replace(scratch / path.name, temporary)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
 
@@ -288,85 +273,86 @@ def _sort_metadata(path: Path) -> None:
 
 @contextlib.contextmanager
 def opened_safetensors(path: Path) -> Generator[tuple[Any, dict[str, Any]]]:
-    """A .safetensors file open for reading, and what `save_tensors` had to say: nothing, if another program wrote it.
-
-    Raises:
-        UserError: no such file, or damaged; also where the block reads what is damaged.
-    """
+    """An open .safetensors file and the metadata of `save_tensors`; other programs' files have none."""
     try:
         open(path, "rb").close()
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
     try:
         with safe_open(path, framework="pt") as file:
-            said = parse_json((file.metadata() or {}).get(OURS, "{}"))
-            if not isinstance(said, dict):
-                raise ValueError(f"its metadata {OURS} is no object")
-            yield file, said
+            metadata = parse_json((file.metadata() or {}).get(OURS, "{}"))
+            if not isinstance(metadata, dict):
+                raise ValueError(f"its metadata {OURS} is not an object")
+            yield file, metadata
     except UserError:
         raise
-    except Exception as error:  # the library's own, and torch's on types that it does not know
+    except Exception as error:  # safetensors' own errors, and torch's for unknown types
         raise damaged(path, error, "copy it again, or export it again from its run") from error
 
 
-def require_digest(path: Path, said: dict[str, Any], pieces: Iterable[tuple[str, Tensor]]) -> None:
-    """Compare what was read with the checksum in `said`, if there is one, and take that out.
-
-    Raises:
-        UserError: they differ.
-    """
-    check = said.pop(DIGEST, None)
-    if check is not None and check != digest(said, pieces):
+def require_digest(path: Path, metadata: dict[str, Any], pieces: Iterable[tuple[str, Tensor]]) -> None:
+    """Remove the checksum from `metadata` and refuse a file that does not match it."""
+    checksum = metadata.pop(DIGEST, None)
+    if checksum is not None and checksum != digest(metadata, pieces):
         raise damaged(path, "its content does not match its checksum", "copy it again, or export it again from its run")
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors of a .safetensors file, and what it says of them; both checked if it carries a checksum, as ours do.
+    """The tensors and metadata of a .safetensors file, checked if it has a checksum."""
+    with opened_safetensors(path) as (file, metadata):
+        tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 -- not a dict
+        require_digest(path, metadata, in_pieces(tensors))
+    return tensors, metadata
 
-    Raises:
-        UserError: no such file, damaged, or other content than when it was written.
-    """
-    with opened_safetensors(path) as (file, said):
-        tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 -- no dict
-        require_digest(path, said, in_pieces(tensors))
-    return tensors, said
+
+WRAPPERS, EMA_WRAPPERS = ("model", "module", "state_dict"), ("ema", "model_ema", "ema_model")
+"""Keys that hold the weights in checkpoints of LlamaGen (DDP), DeepSpeed and others; FSDP's are bare."""
+PREFIXES = ("_orig_mod.", "module.")
+"""Prefixes that torch.compile and DDP add to parameter names."""
 
 
 def read_tensors(path: Path, *, ema: bool = False) -> dict[str, Tensor]:
-    """The weights in a .pt, .pth, .bin or .safetensors file, by plain parameter names.
+    """The weights in a .pt, .pth, .bin or .safetensors file, by parameter name.
 
-    A note says which were taken of a file that holds live and EMA weights, or EMA weights only.
+    A note says which were taken from a file with live and EMA weights, or with EMA weights only. `ema` takes the EMA weights.
 
-    Pickles are loaded with `weights_only=True`; beside tensors and plain values only `argparse.Namespace` is let through,
-    which some of LlamaGen's files hold.
+    Pickles are loaded with `weights_only=True`, which also allows `argparse.Namespace`: some of LlamaGen's files hold one.
 
     Args:
         ema: take the EMA weights of a .pt, .pth or .bin file.
 
     Raises:
-        UserError: no such file, damaged, no such weights in it, or a pickle that names anything else.
+        UserError: no such file, damaged, without weights, or a pickle of other classes.
     """
     if not path.is_file():
-        raise UserError(f"{path} does not exist or is no file: copy it again, or give another")
+        raise UserError(f"{path} does not exist or is not a file: copy it again, or give another")
     if path.suffix == ".safetensors":
         return read_safetensors(path)[0]
     try:
         _check_zip(path)
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of pickle protocols
+            warnings.simplefilter("ignore")  # about pickle protocols
             loaded = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(
-            f"{path} was refused: it is no plain file of weights, and loading it could run code from it "
-            f"({cause(error)}). If you trust where it comes from, convert it to .safetensors with the tool that wrote it"
+            f"{path} was refused: it holds more than weights, and loading it could run code ({cause(error)}). If you trust "
+            "its source, convert it to .safetensors with the tool that wrote it"
         ) from error
-    except Exception as error:  # torch's reader of pickles raises nearly everything
+    except Exception as error:  # torch's unpickler can raise almost anything
         raise damaged(path, error, "copy or download it again") from error
-    return {plain_name(name): tensor for name, tensor in unwrap(loaded, path, ema=ema).items()}
+    loaded = _choose_weights(loaded, path, ema)
+    for _ in WRAPPERS:
+        inner = [loaded[key] for key in WRAPPERS if isinstance(loaded, dict) and isinstance(loaded.get(key), dict)]
+        loaded = inner[0] if inner else loaded
+    values = loaded.items() if isinstance(loaded, dict) else ()
+    tensors = {_plain_name(str(name)): value for name, value in values if isinstance(value, Tensor)}
+    if not tensors:
+        raise UserError(f"{path} has no weights, neither bare nor under {', '.join(WRAPPERS)}: give another file")
+    return tensors
 
 
 def _check_zip(path: Path) -> None:
-    """Compare the checksums of torch's files, which torch itself does not; those from before torch 1.6 have none."""
+    """Check a torch file's checksums, as torch does not. Files from before torch 1.6 have none."""
     with open(path, "rb") as file:
         if file.read(4) != b"PK\x03\x04":
             return
@@ -375,33 +361,23 @@ def _check_zip(path: Path) -> None:
                 raise ValueError(f"{wrong} does not match its checksum")
 
 
-def unwrap(loaded: Any, path: Path, *, ema: bool = False) -> dict[str, Tensor]:
-    """The dict of tensors inside what a file held; see `read_tensors`."""
-    averaged = [name for name in EMA_WRAPPERS if isinstance(loaded, dict) and isinstance(loaded.get(name), dict)]
+def _choose_weights(loaded: Any, path: Path, ema: bool) -> Any:
+    """The live or the EMA part of what a file holds."""
+    averaged = next((key for key in EMA_WRAPPERS if isinstance(loaded, dict) and isinstance(loaded.get(key), dict)), "")
     if ema and not averaged:
-        raise UserError(f"{path} holds no EMA weights, under {', '.join(EMA_WRAPPERS)}: leave out --ema")
-    if averaged:
-        name = next((name for name in WRAPPERS if isinstance(loaded.get(name), dict)), "")
-        if ema or not name:
-            note(
-                f"{path}: taking its EMA weights, {averaged[0]!r}" + (f", not {name!r}" if name else ", the only ones")
-            )
-            loaded = loaded[averaged[0]]
-        else:
-            note(f"{path}: taking {name!r}, not its EMA weights {averaged[0]!r}")
-    for _ in range(len(WRAPPERS)):
-        inner = [loaded[key] for key in WRAPPERS if isinstance(loaded, dict) and isinstance(loaded.get(key), dict)]
-        if not inner:
-            break
-        loaded = inner[0]
-    tensors = {str(k): v for k, v in loaded.items() if isinstance(v, Tensor)} if isinstance(loaded, dict) else {}
-    if not tensors:
-        raise UserError(f"{path} holds no weights, neither bare nor under {', '.join(WRAPPERS)}")
-    return tensors
+        raise UserError(f"{path} has no EMA weights, under {', '.join(EMA_WRAPPERS)}: leave out --ema")
+    if not averaged:
+        return loaded
+    live = next((key for key in WRAPPERS if isinstance(loaded.get(key), dict)), "")
+    if live and not ema:
+        note(f"{path}: using {live!r}, not its EMA weights {averaged!r}")
+        return loaded
+    note(f"{path}: using its EMA weights {averaged!r}" + (f", not {live!r}" if live else ""))
+    return loaded[averaged]
 
 
-def plain_name(name: str) -> str:
-    """A parameter's name without the prefixes of wrappers, in whatever order and number."""
+def _plain_name(name: str) -> str:
+    """A parameter's name without the wrappers' prefixes, however many there are."""
     while name.startswith(PREFIXES):
         name = name.split(".", 1)[1]
     return name.replace("._orig_mod.", ".")

@@ -1,4 +1,4 @@
-"""Where to compute and in which type: what the hardware has, or a clear word that it has not."""
+"""Device, dtype, host memory, versions, and FLOPs."""
 
 import contextlib
 import ctypes
@@ -24,7 +24,7 @@ from st_ar.errors import UserError
 
 
 def choose_device(name: str) -> torch.device:
-    """auto, cpu or cuda -> a device; auto takes a GPU if there is one."""
+    """The device of auto, cpu or cuda; auto prefers a GPU."""
     available = torch.cuda.is_available()
     if name == "cuda" and not available:
         raise UserError("--device cuda: torch sees no GPU here; give --device cpu, or install a CUDA build of torch")
@@ -35,19 +35,19 @@ def choose_device(name: str) -> torch.device:
 
 
 def local_device(device: torch.device) -> torch.device:
-    """The GPU of this process's local rank under torchrun, several ranks to a GPU if there are more of them."""
+    """The GPU of this process under torchrun; processes share GPUs if there are more processes."""
     if device.type == "cuda":
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     return device
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """The tensor on the device; a copy to a GPU does not wait for what the GPU is doing."""
+    """Copy a tensor to a device, to a GPU without waiting for it."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """auto, float32 or bfloat16 -> the type of matrix products; auto takes bfloat16 where the hardware has it."""
+    """The type of matrix products of auto, float32 or bfloat16; auto takes bfloat16 if the hardware has it."""
     if name == "auto":
         fast = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else _cpu_has_bfloat16()
         return torch.bfloat16 if fast else torch.float32
@@ -55,50 +55,48 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def _cpu_has_bfloat16() -> bool:
-    """Whether it multiplies in bfloat16 itself; oneDNN also imitates that on others, slowly."""
+    """Whether the CPU multiplies in bfloat16. oneDNN emulates it on others, slowly."""
     if platform.machine() in ("x86_64", "AMD64"):
         return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
-_within: list[object] = []
-"""One for each that is within `freed_memory_kept`: one in another, or threads beside each other."""
+_active: list[object] = []
+"""An item for each active `freed_memory_kept`, nested or in another thread."""
 _lock = threading.Lock()
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4
+"""Parameters of glibc's mallopt."""
 
 
 @contextlib.contextmanager
 def freed_memory_kept() -> Generator[None]:
-    """Within, this process keeps the host memory that it frees, for its next tensors (glibc alone; elsewhere nothing happens).
+    """Keep freed host memory for later tensors while the block runs (glibc only).
 
-    Otherwise each large tensor of each step is mapped anew, and the system clears its pages again (benchmarks/training.py,
-    benchmarks/reading.py). Once nobody is within any more the system gets back what is free: whatever comes next asks for
-    other sizes, and would add to it.
+    Otherwise the kernel maps and clears the pages of every large tensor in every step (benchmarks/training.py,
+    benchmarks/reading.py). When the last such block ends, free memory goes back to the system.
     """
     try:
         libc = ctypes.CDLL(None)
-        choose, trim = libc.mallopt, libc.malloc_trim
+        mallopt, malloc_trim = libc.mallopt, libc.malloc_trim
     except (OSError, AttributeError):
         yield
         return
     with _lock:
-        _within.append(libc)
-        choose(M_MMAP_MAX, 0)
-        choose(M_TRIM_THRESHOLD, -1)
+        _active.append(libc)
+        mallopt(M_MMAP_MAX, 0)
+        mallopt(M_TRIM_THRESHOLD, -1)
     try:
         yield
     finally:
         with _lock:
-            _within.pop()
-            if not _within:
-                choose(M_MMAP_MAX, 1 << 16)  # glibc's own
-                # these two: where glibc's own move to while large blocks come and go
-                choose(M_MMAP_THRESHOLD, 32 << 20)
-                choose(M_TRIM_THRESHOLD, 64 << 20)
-                trim(0)
+            _active.pop()
+            if not _active:
+                mallopt(M_MMAP_MAX, 1 << 16)  # glibc's default
+                # the values that glibc's dynamic thresholds reach with large blocks
+                mallopt(M_MMAP_THRESHOLD, 32 << 20)
+                mallopt(M_TRIM_THRESHOLD, 64 << 20)
+                malloc_trim(0)
 
-
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4
-"""Of glibc's malloc.h."""
 
 PEAK_BFLOAT16 = {
     "H100 PCIe": 756e12,
@@ -113,11 +111,11 @@ PEAK_BFLOAT16 = {
     "L40S": 362e12,
     "L4": 121e12,
 }
-"""Words of a GPU's name -> its dense bfloat16 FLOP/s by NVIDIA's data sheets; the first that fits counts."""
+"""Words of a GPU's name -> dense bfloat16 FLOP/s in NVIDIA's data sheet; the first match counts."""
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
-    """The FLOP/s that a GPU could reach in bfloat16; None for other types, CPUs, GPUs that are not listed and parts of one."""
+    """A GPU's peak FLOP/s in bfloat16; None for other types, CPUs, MIG slices and unlisted GPUs."""
     if device.type != "cuda" or dtype != torch.bfloat16:
         return None
     name = f" {torch.cuda.get_device_name(device).replace('-', ' ')} "
@@ -127,22 +125,18 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
 
 
 def require_compiler(device: torch.device) -> None:
-    """Refuse torch.compile where it would not find a compiler: of C++ for a CPU, of C for what starts a GPU's kernels.
-
-    Raises:
-        UserError: there is none.
-    """
+    """Refuse torch.compile without a compiler: of C++ for a CPU, of C for the launchers of a GPU's kernels."""
     names = ("g++", "clang++") if device.type == "cpu" else ("gcc", "clang", "cc")
-    given = os.environ.get("CXX" if device.type == "cpu" else "CC")
-    if not any(shutil.which(name) for name in ([given] if given else names)):
+    chosen = os.environ.get("CXX" if device.type == "cpu" else "CC")
+    if not any(shutil.which(name) for name in ([chosen] if chosen else names)):
         raise UserError(
-            f"--compile needs a compiler, {given or ' or '.join(names)}: install one, or leave --compile out"
+            f"--compile needs a compiler, {chosen or ' or '.join(names)}: install one, or leave --compile out"
         )
 
 
 @contextlib.contextmanager
 def full_precision() -> Generator[None]:
-    """Within the block float32 convolutions and matrix products are float32: no TF32 on a GPU (cuDNN's default), no bfloat16."""
+    """Compute float32 convolutions and matrix products in float32, without TF32 (cuDNN's default) or bfloat16."""
     cudnn: Any = torch.backends.cudnn
     mkldnn: Any = torch.backends.mkldnn
     backends: list[Any] = [cudnn.conv, torch.backends.cuda.matmul, mkldnn.conv, mkldnn.matmul]
@@ -157,10 +151,7 @@ def full_precision() -> Generator[None]:
 
 
 class SideStream:
-    """Runs pieces of work in order, beside what its user does next: on a GPU in a thread and a stream of its own.
-
-    A CPU has nothing to spare: there the work is done at once.
-    """
+    """Runs work in order, on a GPU in a separate thread and stream. On a CPU it runs the work at once."""
 
     def __init__(self, device: torch.device) -> None:
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
@@ -168,26 +159,26 @@ class SideStream:
         self.last: Future[None] | None = None
 
     def run(self, work: Callable[[], None]) -> None:
-        """Begin the work when the one before it is done, and the GPU with what it was given to do so far.
+        """Start work after the previous work and after what the GPU's current stream has queued.
 
-        Raises what the work before it has raised.
+        Raises the error of the previous work, if any.
         """
         if self.stream is None:
             work()
             return
-        given = torch.cuda.Event()
-        given.record(torch.cuda.current_stream(self.stream.device))
+        queued = torch.cuda.Event()
+        queued.record(torch.cuda.current_stream(self.stream.device))
         self.wait()
-        self.last = self.thread.submit(self._run, work, self.stream, given)
+        self.last = self.thread.submit(self._run, work, self.stream, queued)
 
     @staticmethod
-    def _run(work: Callable[[], None], stream: torch.cuda.Stream, given: torch.cuda.Event) -> None:
+    def _run(work: Callable[[], None], stream: torch.cuda.Stream, queued: torch.cuda.Event) -> None:
         with torch.cuda.stream(stream):
-            stream.wait_event(given)
+            stream.wait_event(queued)
             work()
 
     def wait(self) -> None:
-        """Return when all is done; raises what it has raised."""
+        """Wait for all work; raises its error, if any."""
         if self.last is not None:
             self.last.result()
 
@@ -202,30 +193,28 @@ class SideStream:
 
 @cache
 def revision() -> str | None:
-    """The commit of this code: of the clone that it runs from, "-dirty" if files there have changed since, or of the repository that
-    it was installed from; None if neither is known.
-    """
+    """The commit of this code, from its clone ("-dirty" if changed) or its installation; None if unknown."""
     clone = Path(__file__).parents[2]
     if (clone / ".git").exists():
         command = ["git", "-C", str(clone), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
         with contextlib.suppress(OSError):
-            done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 -- no words of others
+            done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 -- no user input
             return done.stdout.strip() or None
     with contextlib.suppress(importlib.metadata.PackageNotFoundError, ValueError):
-        told = importlib.metadata.distribution("st-ar").read_text("direct_url.json")
-        return json.loads(told or "{}").get("vcs_info", {}).get("commit_id")
+        origin = importlib.metadata.distribution("st-ar").read_text("direct_url.json")
+        return json.loads(origin or "{}").get("vcs_info", {}).get("commit_id")
     return None
 
 
 def describe() -> dict[str, Any]:
-    """The machine and the versions, for whoever reads the numbers later."""
+    """The machine and versions, recorded with results."""
     described: dict[str, Any] = {
         "st_ar": st_ar.__version__,
         **({"revision": found} if (found := revision()) else {}),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "cpu": _cpu_name(),
-        "instructions": _cpu_instructions(),
+        "instructions": torch.backends.cpu.get_cpu_capability() + " + bfloat16" * _cpu_has_bfloat16(),
         "threads": torch.get_num_threads(),
     }
     if torch.cuda.is_available():
@@ -242,7 +231,7 @@ VARIABLES = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "CUDA_VISIBLE_DEVICES", "PYTO
 
 
 def environment() -> dict[str, Any]:
-    """What a bug report needs: `describe`, the platform, memory, GPUs, packages' versions and variables that are set."""
+    """The data of a bug report: `describe`, platform, memory, GPUs, package versions and environment variables."""
     cuda = torch.cuda.is_available()
     gpus = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())] if cuda else []
     pages = {name: os.sysconf(name) for name in ("SC_PAGE_SIZE", "SC_PHYS_PAGES")}
@@ -266,12 +255,6 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _cpu_instructions() -> str:
-    """What torch's kernels use of the CPU, which its name does not always tell: AVX2, or AVX512 + bfloat16, say."""
-    capability = torch.backends.cpu.get_cpu_capability()
-    return f"{capability} + bfloat16" if _cpu_has_bfloat16() else capability
-
-
 def _cpu_name() -> str:
     try:
         with open("/proc/cpuinfo") as file:
@@ -281,19 +264,19 @@ def _cpu_name() -> str:
 
 
 def flops_per_token(config: ModelConfig) -> tuple[float, float]:
-    """Forward FLOPs per token of the blocks and of the vocabulary projection (two a multiply-add, causal attention)."""
+    """Forward FLOPs per token of the blocks and of the output layer: 2 for a multiply-add, causal attention."""
     per_block = 4 * config.dim**2 + 3 * config.dim * config.hidden_dim
-    attention = 2 * config.sequence_length * config.dim  # two products over half the keys, on average
+    attention = 2 * config.sequence_length * config.dim  # two products, on average over half the keys
     return config.n_layers * (2 * per_block + attention), 2 * config.dim * config.vocab_size
 
 
 def training_flops_per_token(config: TrainConfig, *, until: float | None = None) -> float:
-    """Three passes of everything, and the teacher's over the blocks up to the last that it is asked for, in the steps that have one.
+    """Training FLOPs per token: three forward passes, and the teacher's pass through the blocks that it needs.
 
-    What activation checkpointing repeats is not counted, nor the projector and the losses.
+    Recomputation of activation checkpointing, the projector and the losses are not counted.
 
     Args:
-        until: share of the run that has self-guidance, if not the config's.
+        until: fraction of the run with self-guidance, if not the config's.
     """
     body, head = flops_per_token(config.model)
     guided, depth = config.selfguided, config.model.n_layers
@@ -302,21 +285,22 @@ def training_flops_per_token(config: TrainConfig, *, until: float | None = None)
 
 
 def training_flops(config: TrainConfig, images: int) -> float:
-    """Of a whole run on a store of `images` images."""
+    """FLOPs of a whole run on a store of `images` images."""
     tokens = config.total_steps(images) * config.batch_size * config.views * config.model.sequence_length
     return tokens * training_flops_per_token(config)
 
 
 def parameters(config: ModelConfig) -> int:
-    """Weights of a transformer."""
+    """Number of a transformer's weights."""
     block = 4 * config.dim**2 + 3 * config.dim * config.hidden_dim + 2 * config.dim
     classes = (config.num_classes + 1) * config.dim
     return config.n_layers * block + 2 * config.vocab_size * config.dim + classes + config.dim
 
 
 def run_bytes(config: TrainConfig, images: int = 0) -> int:
-    """Disk that a class model's run takes at most, in float32: checkpoints (weights, average, AdamW's two moments) and exports, the
-    newest and, on a store of so many images, those that --keep-every keeps. The best by a validation store is not counted.
+    """Maximum disk space of a class model's run, in float32: checkpoints (weights, EMA weights, AdamW's moments) and exports.
+
+    Those of --keep-every count for a store of `images` images; the best export does not count.
     """
     kept = config.total_steps(images) // config.keep_every if config.keep_every else 0
     return parameters(config.model) * 4 * (4 * (config.keep + 1 + kept) + 2 * (1 + kept))

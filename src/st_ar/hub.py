@@ -1,7 +1,6 @@
-"""Models on the Hugging Face hub, through huggingface_hub: an export folder with a card that says how it was made."""
+"""Models on the Hugging Face hub: upload of an export folder with a model card, and download."""
 
 import json
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from st_ar.settings import from_dict
 
 
 def from_pretrained(name: str, *, ema: bool = False, revision: str | None = None, grid: int | None = None) -> Any:
-    """A Transformer from the hub, in evaluation mode; arguments as for `load_model`.
+    """Return a Transformer from the hub in evaluation mode. `ema` and `grid` are as for `load_model`.
 
     Args:
         name: owner/model on the hub.
@@ -31,17 +30,17 @@ def push_to_hub(
     licence: str = "apache-2.0",
     private: bool = False,
 ) -> str:
-    """Upload a run's or an export's weights with a generated card; returns the model's address.
+    """Upload the weights of a run or an export with a generated model card; return the model's URL.
 
     Args:
         run: a run or an export folder.
-        name: owner/model on the hub; made if it is not there.
+        name: owner/model on the hub, created if necessary.
         metrics: name -> value, for the card.
-        licence: the licence of the weights, by the hub's identifier.
-        private: whether a new model is private.
+        licence: the hub's identifier of the weights' licence.
+        private: make a new model private.
 
     Raises:
-        UserError: no weights in `run`, or the hub refuses or cannot be reached.
+        UserError: `run` has no weights, or the hub refuses or cannot be reached.
     """
     hub = require("huggingface_hub")
     folder = find_weights(Path(run), ema=False).parent
@@ -49,13 +48,10 @@ def push_to_hub(
     try:
         api = hub.HfApi()
         address = api.create_repo(name, private=private, exist_ok=True)
-        with tempfile.TemporaryDirectory() as scratch:
-            path = Path(scratch) / "README.md"
-            path.write_text(card)
-            operations = [hub.CommitOperationAdd("README.md", str(path))]
-            operations += [hub.CommitOperationAdd(f, str(folder / f)) for f in FILES if (folder / f).exists()]
-            api.create_commit(name, operations=operations, commit_message="Upload st-ar model")
-    except Exception as error:  # as above
+        operations = [hub.CommitOperationAdd("README.md", card.encode())]
+        operations += [hub.CommitOperationAdd(f, str(folder / f)) for f in FILES if (folder / f).exists()]
+        api.create_commit(name, operations=operations, commit_message="Upload st-ar model")
+    except Exception as error:  # huggingface_hub raises many types
         raise UserError(
             f"hub:{name} cannot be written ({cause(error)}): check the name and the network, and log in with `hf auth login`"
         ) from error
@@ -63,14 +59,14 @@ def push_to_hub(
 
 
 def model_card(folder: Path, name: str, *, metrics: Mapping[str, float], licence: str) -> str:
-    """The card of an export folder: what the model is, its recipe (from the run above it), data, metrics, licence."""
+    """Return the model card of an export folder: architecture, data, metrics, training settings of its run, licence."""
     export = read_card(folder / "config.json")
     run = folder.parent / "config.json"
-    recipe = read_json(run, "a run") if run.exists() else {}
+    training = read_json(run, "a run") if run.exists() else {}
     model = from_dict(ModelConfig, export["model"], str(folder / "config.json"))
-    config, tokens = (recipe.get(part, {}) for part in ("config", "tokens"))
+    config, tokens = (training.get(part, {}) for part in ("config", "tokens"))
     if not isinstance(config, dict) or not isinstance(tokens, dict):
-        raise damaged(run, "its config or its tokens are no objects", "copy it again, or move the export away from it")
+        raise damaged(run, "config or tokens is not an object", "copy it again, or move the export away from it")
     preset = export.get("preset") or "none"
     shape = f"{model.n_layers} layers, {model.n_heads} heads, width {model.dim}"
     captions = [f"- captions: {export.get('encoder') or 'encoder not recorded'}"] if model.condition == "text" else []
@@ -84,7 +80,7 @@ def model_card(folder: Path, name: str, *, metrics: Mapping[str, float], licence
         f"# LlamaGen-style transformer, preset {preset}",
         "",
         f"{shape}; {model.vocab_size} codes, {model.grid} x {model.grid} tokens, {model.condition_name}; "
-        f"{export.get('step', 0):,} optimizer steps. `model.safetensors` has the live weights, `ema.safetensors` the averaged ones, "
+        f"{export.get('step', 0):,} optimizer steps. `model.safetensors` has the live weights, `ema.safetensors` the EMA weights, "
         "both with LlamaGen's parameter names.",
         "",
         "    import st_ar",

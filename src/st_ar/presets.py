@@ -1,4 +1,4 @@
-"""Training presets: functions that derive from one another. `PRESETS` finds them all."""
+"""Training presets: functions that derive from one another, collected in `PRESETS`."""
 
 import difflib
 from collections.abc import Callable, Iterable
@@ -18,10 +18,10 @@ def preset(function: Callable[[], TrainConfig]) -> Callable[[], TrainConfig]:
 
 
 def get_preset(name: str) -> TrainConfig:
-    """A preset by name.
+    """Return a preset by name.
 
     Raises:
-        UserError: no such preset.
+        UserError: there is no such preset.
     """
     if name not in PRESETS:
         raise unknown_preset(name, PRESETS)
@@ -29,28 +29,28 @@ def get_preset(name: str) -> TrainConfig:
 
 
 def unknown_preset(name: str, presets: Iterable[str]) -> UserError:
-    """The error for a name that is none of the presets."""
+    """Return the error for a name that is not a preset."""
     near = difflib.get_close_matches(name, presets := list(presets), n=1)
     hint = f"did you mean {near[0]}? " if near else ""
     return UserError(f"unknown preset {name!r}: {hint}The presets are {', '.join(presets)}")
 
 
 def self_guided(base: TrainConfig, contrast_layer: int | None) -> TrainConfig:
-    """A plain preset with the paper's self-guidance: two views, r 0.25, alpha 1, beta 0.5, K 4."""
+    """Add the paper's self-guidance to a plain preset: two views, r 0.25, alpha 1, beta 0.5, K 4."""
     return replace(base, views=2, selfguided=SelfGuidedConfig(contrast_layer=contrast_layer))
 
 
 def inter_view_contrast(base: TrainConfig) -> TrainConfig:
-    """A self-guided preset with Eq. 7 alone: nothing masked, no MIM, no inter-step contrast."""
+    """Keep only Eq. 7 of a self-guided preset: no masks, no MIM, no inter-step contrast."""
     return replace(base, selfguided=replace(base.selfguided, mask_ratio=0.0, alpha=0.0, step_loss=False))
 
 
 def alternating_contrast(base: TrainConfig) -> TrainConfig:
-    """A self-guided preset with Eq. 6 and 7 in every second step: nothing masked, no MIM."""
+    """Keep only Eq. 6 and 7 of a self-guided preset, in every second step: no masks, no MIM."""
     return replace(base, selfguided=replace(base.selfguided, mask_ratio=0.0, alpha=0.0, every=2))
 
 
-# LlamaGen's models at 256 px (arXiv 2406.06525), for 300 epochs
+# LlamaGen's models at 256 px (arXiv 2406.06525), 300 epochs
 
 
 @preset
@@ -85,7 +85,7 @@ def llamagen_3b() -> TrainConfig:
 
 @preset
 def llamagen_xl_t2i() -> TrainConfig:
-    """LlamaGen-XL drawn for captions (120 rows of 2048 features), 775M parameters."""
+    """LlamaGen-XL for captions (120 x 2048 features), 775M parameters."""
     base = llamagen_xl()
     return replace(base, model=replace(base.model, condition="text"))
 
@@ -113,22 +113,22 @@ def st_ar_xl() -> TrainConfig:
 
 @preset
 def st_ar_xl_t2i() -> TrainConfig:
-    """ST-AR on LlamaGen-XL drawn for captions, contrast at layer 18."""
+    """ST-AR on LlamaGen-XL for captions, contrast at layer 18."""
     return self_guided(llamagen_xl_t2i(), 18)
 
 
-# One for each ablation row of the paper's Tables 3 to 6: B, 50 epochs. Where a row has the defaults it is `st-ar-b-50`.
+# The ablations of the paper's Tables 3 to 6: B, 50 epochs. Rows with the default settings are `st-ar-b-50`.
 
 
 @preset
 def llamagen_b_50() -> TrainConfig:
-    """Table 3, no self-guidance: LlamaGen-B for 50 epochs."""
+    """Table 3, no losses: LlamaGen-B for 50 epochs."""
     return replace(llamagen_b(), epochs=50)
 
 
 @preset
 def st_ar_b_50() -> TrainConfig:
-    """Table 3, all losses; Table 4, r 0.25; Table 5, layer 6; Table 6, K 4."""
+    """Table 3, all losses; Table 4, mask ratio 0.25; Table 5, contrast at layer 6; Table 6, 4 positions."""
     return replace(st_ar_b(), epochs=50)
 
 
@@ -141,7 +141,7 @@ def _ablation(name: str, doc: str, **changes: object) -> None:
     preset(build)
 
 
-_ablation("mim", "Table 3, MIM alone.", beta=0.0)
+_ablation("mim", "Table 3, MIM only.", beta=0.0)
 _ablation("mim_step", "Table 3, MIM and inter-step contrast.", view_loss=False)
 _ablation("mim_view", "Table 3, MIM and inter-view contrast.", step_loss=False)
 for _percent in (15, 35, 45):
@@ -152,12 +152,12 @@ for _positions in (2, 8, 16):
     _ablation(f"k{_positions}", f"Table 6, {_positions} positions.", positions=_positions)
 
 
-# The embedded photographs (32 px, 8 x 8 tokens of 256 codes): quickstart's models, minutes on a CPU
+# The embedded photographs (32 px, 8 x 8 tokens of 256 codes): the models of quickstart, minutes on a CPU
 
 
 @preset
 def llamagen_photos() -> TrainConfig:
-    """1.1M parameters on the embedded photographs, plain, on two views of each image (the augmentation-only control)."""
+    """Embedded photographs, 1.1M parameters, no self-guidance; two views per image, as the control of st-ar-photos."""
     return TrainConfig(
         model=ModelConfig(
             dim=128,
@@ -180,9 +180,8 @@ def llamagen_photos() -> TrainConfig:
 
 @preset
 def st_ar_photos() -> TrainConfig:
-    """ST-AR on the embedded photographs: the same data, steps and tokens as llamagen-photos."""
-    guided = SelfGuidedConfig(projector_hidden=512, ema_decay=0.999)
-    return replace(llamagen_photos(), selfguided=guided)
+    """ST-AR on the embedded photographs: the data, steps and tokens of llamagen-photos."""
+    return replace(llamagen_photos(), selfguided=SelfGuidedConfig(projector_hidden=512, ema_decay=0.999))
 
 
 @preset
@@ -203,7 +202,7 @@ def st_ar_digits() -> TrainConfig:
 
 @preset
 def llamagen_cifar10() -> TrainConfig:
-    """3.1M parameters on CIFAR-10, plain, on two views of each image (the augmentation-only control)."""
+    """CIFAR-10, 3.1M parameters, no self-guidance; two views per image, as the control of st-ar-cifar10."""
     base = llamagen_photos()
     model = replace(base.model, dim=192, n_layers=6, n_heads=6, vocab_size=1024, num_classes=10)
     optim = replace(base.optim, warmup_steps=100)
@@ -212,11 +211,11 @@ def llamagen_cifar10() -> TrainConfig:
 
 @preset
 def st_ar_cifar10() -> TrainConfig:
-    """ST-AR on CIFAR-10: the same data, steps and tokens as llamagen-cifar10."""
+    """ST-AR on CIFAR-10: the data, steps and tokens of llamagen-cifar10."""
     return replace(llamagen_cifar10(), selfguided=st_ar_photos().selfguided)
 
 
-# Cheaper recipes, derived from the paper's method. docs/cifar10.md has the measurements that the descriptions quote.
+# Cheaper variants of the paper's method. docs/cifar10.md has the measurements that the descriptions quote.
 
 
 def _recipes(size: str) -> None:

@@ -1,7 +1,6 @@
-"""The whole pipeline on images that are already on the machine: AR, ST-AR and its contrast alone, side by side, in minutes.
+"""`st-ar quickstart`: the whole pipeline in minutes, on images that come with the package. It compares AR, ST-AR and contrast alone.
 
-Every stage leaves the artefact that the matching command would leave, so the other commands work on what is here. A stopped
-quickstart continues where it was.
+Every stage writes the same artefacts as its own command. A stopped quickstart can be resumed.
 """
 
 import math
@@ -12,19 +11,24 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch
 
 from st_ar.config import SampleSettings, TrainConfig
 from st_ar.data.images import open_images
 from st_ar.data.source import Crops, ImageSource
 from st_ar.data.store import META, TokenStore
-from st_ar.evaluation import metrics as features
-from st_ar.evaluation.attention import AttentionStatistics, attention_maps, attention_statistics, attention_steps
+from st_ar.evaluation.attention import (
+    AttentionStatistics,
+    attention_maps,
+    attention_statistics,
+    attention_steps,
+    center_crops,
+)
+from st_ar.evaluation.attention_report import AXES
 from st_ar.evaluation.likelihood import validation_loss
-from st_ar.evaluation.metrics import frechet_distance, mean_and_covariance
+from st_ar.evaluation.metrics import frechet_distance, mean_and_covariance, region_statistics
 from st_ar.evaluation.probe import ProbeResult, probe
 from st_ar.evaluation.probe_classifiers import ProbeConfig
-from st_ar.evaluation.probe_features import batches
+from st_ar.evaluation.probe_features import token_batches
 from st_ar.figures import Drawing, attention_figure, line_chart, overview_figure, strip
 from st_ar.files import claim, read_json, write_json
 from st_ar.hardware import describe
@@ -46,12 +50,11 @@ Images = Literal["photos", "digits"]
 
 @dataclass(frozen=True)
 class Method:
-    """One of the three trainings that the quickstart compares."""
+    """One of the three methods that the quickstart compares."""
 
     folder: str
-    """Its run's folder in the quickstart's."""
     preset: str
-    """Its preset; {} stands for the images' name."""
+    """Preset; {} is replaced by the images' name."""
 
 
 METHODS = {
@@ -62,14 +65,18 @@ METHODS = {
 PROBE = ProbeConfig()
 SAMPLES = 1024
 CENTRE = 4
-"""The centre among the ten crops. The probes train on it alone, which is quick."""
-SEED_NOISE = 0.2
+"""The centre crop among the ten crops. The probes train on it only, which is quick."""
+FD = "FD-regions"
+FD_DESCRIPTION = (
+    "Frechet distance between means and standard deviations of colour over a 4 x 4 grid of regions, pixels in [0, 1]"
+)
+FD_NOISE = 0.2
 """FD-regions differs by up to this share between seeds (twice the standard deviation; docs/results.md)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """What the quickstart measures of one model."""
+    """Measurements of one model."""
 
     validation_loss: float
     """Nats per token on the test images, live weights."""
@@ -79,14 +86,13 @@ class Measured:
     frechet: float
     """FD-regions between samples and test images."""
     attention: dict[int, AttentionStatistics]
-    """By layer."""
     seconds_per_step: float
     """Median over the log's intervals."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Results:
-    """Everything that the report shows. Mappings go from method to value."""
+    """Everything that the report shows. Mappings are by method."""
 
     images: str
     configs: Mapping[str, TrainConfig]
@@ -95,7 +101,6 @@ class Results:
     samples: Mapping[str, np.ndarray]
     """uint8 [N, S, S, 3]."""
     labels: Sequence[int]
-    """Labels of the samples."""
     real: np.ndarray
     """Test images, uint8 [N, S, S, 3]."""
     store: TokenStore
@@ -105,20 +110,21 @@ class Results:
 
 
 def quickstart(out: Path, *, images: Images = "photos", steps: int | None = None, seed: int = 0) -> Path:
-    """Train, probe, sample and compare AR, ST-AR and the contrast alone at equal tokens; returns the report's path.
+    """Train, probe, sample and compare AR, ST-AR and contrast alone at equal tokens; returns the report's path.
 
     Args:
-        out: folder for all artefacts. The same call continues a stopped quickstart.
-        images: which of the embedded sources.
+        out: folder for all artefacts. The same call resumes a stopped quickstart.
+        images: the built-in images to train on.
         steps: optimizer steps of each model; the preset's if None.
-        seed: seed of everything.
+        seed: seed of the runs and samples.
 
     Raises:
-        UserError: `out` holds something else, or a quickstart with other settings.
+        UserError: `out` holds other files, or a quickstart with other settings.
     """
     started = time.perf_counter()
     presets = {name: method.preset.format(images) for name, method in METHODS.items()}
-    configs = {name: _config(preset, steps, seed) for name, preset in presets.items()}
+    changes = {"seed": seed} | ({} if steps is None else {"steps": steps})
+    configs = {name: replace(get_preset(preset), **changes) for name, preset in presets.items()}
     _claim(out, images, configs)
     source, test_source = open_images(f"{images}:train"), open_images(f"{images}:test")
     tokenizer = _tokenizer(out / "tokenizer", source)
@@ -130,7 +136,9 @@ def quickstart(out: Path, *, images: Images = "photos", steps: int | None = None
 
     order = np.random.default_rng(seed).permutation(len(test_store))
     labels = test_store.labels[np.resize(order, SAMPLES)].tolist()
-    real = np.concatenate([_center(example.read(), test_source) for example in test_source.examples(0)])
+    center = Crops(kind="center", size=test_source.size, range=test_source.crop_range)
+    real = np.concatenate([center.cut(example.read()) for example in test_source.examples(0)])
+    decoded = decode_to_images(tokenizer, center_crops(store, range(min(1024, len(store))))[0])
     models = {name: load_model(run) for name, run in runs.items()}
     settings = SampleSettings(seed=seed, cfg_scale=1.0)
     samples = {name: sample_images(model, tokenizer, labels, settings) for name, model in models.items()}
@@ -144,7 +152,7 @@ def quickstart(out: Path, *, images: Images = "photos", steps: int | None = None
         real=real,
         store=store,
         test_store=test_store,
-        decoded_frechet=_frechet(_decoded(tokenizer, store, 1024), real),
+        decoded_frechet=_frechet(decoded, real),
     )
     summary = _summary(results, seed, time.perf_counter() - started)
     write_json(out / "summary.json", summary)
@@ -154,7 +162,7 @@ def quickstart(out: Path, *, images: Images = "photos", steps: int | None = None
 
 
 def token_budget(config: TrainConfig) -> int:
-    """Tokens that a run of a given number of steps trains on."""
+    """Return the number of tokens that a run with --steps trains on."""
     assert config.steps is not None
     return config.steps * config.batch_size * config.views * config.model.sequence_length
 
@@ -162,17 +170,12 @@ def token_budget(config: TrainConfig) -> int:
 # Stages
 
 
-def _config(preset: str, steps: int | None, seed: int) -> TrainConfig:
-    config = replace(get_preset(preset), seed=seed)
-    return config if steps is None else replace(config, steps=steps)
-
-
 def _claim(out: Path, images: str, configs: Mapping[str, TrainConfig]) -> None:
     settings = {"images": images, **{name: to_dict(config) for name, config in configs.items()}}
     file = out / "quickstart.json"
     earlier = read_json(file, "a quickstart") if file.exists() else settings
     claim(file, {name: value for name, value in settings.items() if name in earlier}, "a quickstart")
-    write_json(file, settings)  # an earlier version compared two methods
+    write_json(file, settings)  # adds the third method to a quickstart of an earlier version
 
 
 def _tokenizer(folder: Path, source: ImageSource) -> Tokenizer:
@@ -190,25 +193,15 @@ def _store(folder: Path, source: ImageSource, tokenizer: Tokenizer, kind: Litera
     return tokenize(source, tokenizer, crops, folder)
 
 
-def _center(image: Any, source: ImageSource) -> np.ndarray:
-    return Crops(kind="center", size=source.size, range=source.crop_range).cut(image)
-
-
-def _decoded(tokenizer: Tokenizer, store: TokenStore, count: int) -> np.ndarray:
-    """Decoded training images: the best that a model of these tokens can draw."""
-    codes = store.center_codes(np.arange(min(count, len(store))))
-    return decode_to_images(tokenizer, torch.from_numpy(codes.astype(np.int64)))
-
-
 def _frechet(images: np.ndarray, reference: np.ndarray) -> float:
-    statistics_of = [mean_and_covariance(features.region_statistics(x)) for x in (images, reference)]
-    return frechet_distance(*statistics_of[0], *statistics_of[1])
+    statistics = [mean_and_covariance(region_statistics(x)) for x in (images, reference)]
+    return frechet_distance(*statistics[0], *statistics[1])
 
 
 def _measure(
     model: Transformer, run: Path, store: TokenStore, test_store: TokenStore, samples: np.ndarray, real: np.ndarray
 ) -> Measured:
-    tokens, labels = next(batches(test_store, [0], 256))
+    tokens, labels = next(token_batches(test_store, [0], 256))
     layers = range(1, model.config.n_layers + 1)
     maps = attention_maps(model, tokens[:, :-1], labels, layers=layers)
     return Measured(
@@ -230,7 +223,7 @@ def _summary(results: Results, seed: int, seconds: float) -> dict[str, Any]:
         "tokens_per_method": token_budget(config),
         "seed": seed,
         "samples": SAMPLES,
-        "frechet_distance": features.DESCRIPTION,
+        "frechet_distance": FD_DESCRIPTION,
         "frechet_of_decoded_training_images": results.decoded_frechet,
         **{name: asdict(result) for name, result in measured.items()},
         "step_time_ratio": measured["ST-AR"].seconds_per_step / base,
@@ -249,8 +242,8 @@ def write_page(path: Path, results: Results, summary: Mapping[str, Any]) -> None
     parameters = sum(parameter.numel() for parameter in results.models["AR"].parameters())
     lead = (
         f"Three transformers of {parameters / 1e6:.2f} million parameters with the same data, order, initialisation and "
-        f"{token_budget(config) / 1e6:.1f} million training tokens. One trains plainly (AR), one with the paper's "
-        "self-guidance (ST-AR), one with its inter-view contrast alone and nothing masked."
+        f"{token_budget(config) / 1e6:.1f} million training tokens: one without guidance (AR), one with the paper's "
+        "self-guidance (ST-AR), and one with only its inter-view contrast and no masks."
     )
     sections = [
         _results_section(results, summary),
@@ -274,19 +267,19 @@ def _results_section(results: Results, summary: Mapping[str, Any]) -> Section:
         Column(key="best", label="Probe accuracy, best step, %", digits=1, factor=100),
         Column(key="loss", label="Validation loss, nats per token (lower is better)", digits=3),
         Column(key="ema", label="Validation loss, EMA weights", digits=3),
-        Column(key="frechet", label=f"{features.NAME} of samples (lower is better)", digits=4),
+        Column(key="frechet", label=f"{FD} of samples (lower is better)", digits=4),
         Column(key="seconds", label="Seconds per training step", digits=3),
     ]
     caption = (
-        f"One run each, seed {summary['seed']}, live weights unless stated. {features.NAME} is the "
-        f"{features.DESCRIPTION}: {summary['samples']:,} samples without guidance against the test images. "
+        f"One run each, seed {summary['seed']}, live weights unless stated. {FD} is the "
+        f"{FD_DESCRIPTION}: {summary['samples']:,} samples without guidance against the test images. "
         f"Decoded training images have {results.decoded_frechet:.4f}, the tokenizer's lower bound."
     )
     paragraphs = [
         *(_finding(name, results, summary) for name in METHODS if name != "AR"),
-        f"{features.NAME} sees colours and contrasts, not objects, and is no FID.",
+        f"{FD} measures colours and contrasts, not objects, and is not FID.",
         "These runs take minutes. The paper trains on ImageNet for 50 to 300 epochs and reports better samples as well as better "
-        "understanding. At this length, expect the gain in understanding alone.",
+        "understanding. At this length, expect only the gain in understanding.",
     ]
     rows = table_columns(columns, {name: _spreads(result) for name, result in results.measured.items()})
     table = Table(columns=["", *results.measured], rows=rows, caption=caption)
@@ -294,19 +287,19 @@ def _results_section(results: Results, summary: Mapping[str, Any]) -> Section:
 
 
 def _finding(name: str, results: Results, summary: Mapping[str, Any]) -> str:
-    """A method against AR, in words."""
+    """Compare a method with AR in one sentence."""
     ar, guided = results.measured["AR"], results.measured[name]
     share, gain = ar.probe.top1[-1], 100 * (guided.probe.top1[-1] - ar.probe.top1[-1])
     noise = 200 * math.sqrt(2 * share * (1 - share) / ar.probe.test_images)
-    within = f", which is within the test set's noise of {noise:.1f} points" if abs(gain) < noise else ""
+    within = f", within the test set's noise of {noise:.1f} points" if abs(gain) < noise else ""
     loss = 100 * (guided.validation_loss / ar.validation_loss - 1)
     frechet = guided.frechet / ar.frechet - 1
     samples = f"{100 * abs(frechet):.0f} % {'higher' if frechet > 0 else 'lower'}"
-    seeds = ", within the noise of seeds" if abs(frechet) < SEED_NOISE else ""
+    seeds = ", within the noise between seeds" if abs(frechet) < FD_NOISE else ""
     time_ratio = summary["step_time_ratio" if name == "ST-AR" else "step_time_ratio_contrast"]
     return (
         f"{name} against AR: probe accuracy after the whole image {gain:+.1f} points{within}; validation loss {loss:+.1f} %; "
-        f"{features.NAME} {samples}{seeds}; a training step takes {time_ratio:.2f} times as long at equal tokens."
+        f"{FD} {samples}{seeds}; a training step takes {time_ratio:.2f} times as long at equal tokens."
     )
 
 
@@ -330,21 +323,21 @@ def _probe_curves(results: Results) -> dict[str, tuple[list[float], list[float]]
 
 
 def _probe_section(results: Results) -> Section:
-    some = results.measured["AR"].probe
+    probe = results.measured["AR"].probe
     drawing = line_chart(
         _probe_curves(results),
         name=f"probe accuracy by step on {results.images}",
         x="tokens read",
         y="probe accuracy (%)",
-        x_ticks=some.steps,
+        x_ticks=probe.steps,
     )
     unseen = ", cut from regions of the photographs that no model trained on" if results.images == "photos" else ""
     caption = (
-        f"Linear probes on layer {some.layer}, one per number of tokens read. The network does not see the label. Trained on the centre "
-        f"crops of {some.train_images:,} images, tested on {some.test_images:,}{unseen}."
+        f"Linear probes on layer {probe.layer}, one per number of tokens read. The network does not see the label. Trained on the centre "
+        f"crops of {probe.train_images:,} images, tested on {probe.test_images:,}{unseen}."
     )
     rows = [[name, *map(_percent, result.probe.top1)] for name, result in results.measured.items()]
-    table = Table(columns=["tokens read", *map(str, some.steps)], rows=rows)
+    table = Table(columns=["tokens read", *map(str, probe.steps)], rows=rows)
     return Section(
         title="What the models understand as they read", parts=[Chart(svg=drawing.svg(), caption=caption), table]
     )
@@ -359,22 +352,20 @@ def _training_section(out: Path) -> Section:
     last = logs["ST-AR"][-1]
     caption = (
         "Next-token loss during training. ST-AR's is computed with a quarter of the keys masked, so compare the validation losses above "
-        f"instead. At the end ST-AR's other losses are: MIM {last['loss_mim']:.3f}, inter-step {last['loss_step']:.3f}, "
+        f"instead. ST-AR's other losses at the end: MIM {last['loss_mim']:.3f}, inter-step {last['loss_step']:.3f}, "
         f"inter-view {last['loss_view']:.3f}."
     )
     return Section(title="Training", parts=[Chart(svg=drawing.svg(), caption=caption)])
 
 
 def _attention(results: Results, count: int) -> tuple[np.ndarray, dict[str, np.ndarray], int]:
-    """The test images of highest contrast, each of another class; each model's maps of them; the layer, at half depth."""
+    """Return `count` test images of high contrast and different classes, each model's attention maps, and the layer."""
     config, real, test_store = results.models["AR"].config, results.real, results.test_store
     layer = max(1, config.n_layers // 2)
-    contrast = real.std(axis=(1, 2, 3))
-    lively = np.argsort(-contrast)
-    _, first = np.unique(test_store.labels[lively], return_index=True)
-    chosen = lively[np.sort(first)[:count]]
-    codes = torch.from_numpy(test_store.center_codes(chosen).astype(np.int64))
-    labels = torch.from_numpy(test_store.labels[chosen])
+    by_contrast = np.argsort(-real.std(axis=(1, 2, 3)))
+    _, first = np.unique(test_store.labels[by_contrast], return_index=True)
+    chosen = by_contrast[np.sort(first)[:count]]
+    codes, labels = center_crops(test_store, chosen.tolist())
     maps = {
         name: attention_maps(model, codes[:, :-1], labels, layers=[layer])[layer].mean(1).numpy()
         for name, model in results.models.items()
@@ -388,12 +379,13 @@ def _attention_section(results: Results) -> Section:
     steps = attention_steps(config.sequence_length)
     drawing = attention_figure(images, maps, grid=config.grid, steps=steps, name=f"attention at layer {layer}")
     caption = (
-        f"Attention of layer {layer}, mean over heads, after so many tokens. Framed: the newest token. Brighter: more weight. "
+        f"Attention of layer {layer}, mean over heads, by number of tokens read. Framed: the newest token. Brighter: more weight. "
         "Blank: not read yet."
     )
     rows = [
         [
-            f"{name}, layer {number}",
+            name,
+            str(number),
             _percent(a.class_weight),
             _percent(a.neighbour_weight),
             f"{a.distance:.2f}",
@@ -403,7 +395,7 @@ def _attention_section(results: Results) -> Section:
         for number, a in result.attention.items()
     ]
     table = Table(
-        columns=["", "weight on the class", "weight on the 3 x 3 around", "mean distance (tokens)", "entropy (nats)"],
+        columns=["", "layer", *AXES],
         rows=rows,
         caption="Means over heads, steps and 256 test images.",
     )
@@ -411,16 +403,17 @@ def _attention_section(results: Results) -> Section:
 
 
 def _samples_section(results: Results, per_class: int = 6) -> Section:
-    labels, real, test_store = np.array(results.labels), results.real, results.test_store
+    labels, test_store = np.array(results.labels), results.test_store
+
+    def first_of(images: np.ndarray, classes: np.ndarray, index: int) -> str:
+        return png_uri(strip(images[classes == index][:per_class], per_class))
+
     rows = [
         (
             name,
             [
-                png_uri(strip(real[test_store.labels == index][:per_class], per_class)),
-                *(
-                    png_uri(strip(images[labels == index][:per_class], per_class))
-                    for images in results.samples.values()
-                ),
+                first_of(results.real, test_store.labels, index),
+                *(first_of(images, labels, index) for images in results.samples.values()),
             ],
         )
         for index, name in enumerate(test_store.meta.class_names)
@@ -441,11 +434,11 @@ def _method_section(out: Path, results: Results, summary: Mapping[str, Any]) -> 
         paragraphs=[
             f"All: {config.steps} steps of {config.batch_size} images x {config.views} crops x {config.model.sequence_length} tokens "
             f"(k-means on 4 x 4 pixels, {config.model.vocab_size} codes), AdamW with learning rate {config.optim.lr}, no dropout. "
-            "AR reads the same two crops as the others, so the comparison is not about augmentation.",
+            "AR trains on the same two crops as the others, so augmentation does not differ.",
             f"ST-AR: mask ratio {guided.mask_ratio}, alpha {guided.alpha}, beta {guided.beta}, {guided.positions} positions, temperature "
             f"{guided.temperature}, teacher decay up to {guided.ema_decay}. Contrast alone: mask ratio 0, alpha 0, no inter-step loss.",
-            f"Machine: {machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}. This page's numbers are in summary.json. "
-            "Every model, store and tokenizer lies beside it for the other commands. A longer run, its probe and samples:",
+            f"Machine: {machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}. The numbers above are in summary.json. "
+            "The models, stores and tokenizer are beside it, for the other commands. A longer run, its probe and samples:",
         ],
         commands=[
             f"st-ar train st-ar-{images} --tokens {out / 'tokens-train'} --out st-ar-long --steps {10 * summary['steps']}",
@@ -456,7 +449,7 @@ def _method_section(out: Path, results: Results, summary: Mapping[str, Any]) -> 
 
 
 def _overview(results: Results) -> Drawing:
-    """Probe curves, attention and samples in one picture."""
+    """Probe curves, attention and samples in one figure."""
     images, maps, layer = _attention(results, 1)
     config = results.models["AR"].config
     order = _spread_over_classes(np.array(results.labels), 16)
@@ -467,14 +460,14 @@ def _overview(results: Results) -> Drawing:
         steps=attention_steps(config.sequence_length),
         layer=layer,
         samples={name: found[order] for name, found in results.samples.items()},
-        name=f"AR, ST-AR and the contrast alone on {results.images}",
+        name=f"AR, ST-AR and contrast alone on {results.images}",
     )
 
 
 def _spread_over_classes(labels: np.ndarray, count: int) -> np.ndarray:
-    """Indices of `count` samples: the first of each class, then the second of each, and so on."""
-    rank = np.empty(len(labels), np.int64)
+    """Return the indices of `count` samples: the first of each class, then the second of each, and so on."""
+    number = np.empty(len(labels), np.int64)  # within its class
     for label in np.unique(labels):
-        of_class = np.flatnonzero(labels == label)
-        rank[of_class] = np.arange(len(of_class))
-    return np.lexsort((labels, rank))[:count]
+        members = np.flatnonzero(labels == label)
+        number[members] = np.arange(len(members))
+    return np.lexsort((labels, number))[:count]

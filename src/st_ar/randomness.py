@@ -1,7 +1,7 @@
-"""Every random draw of a run is a pure function of (seed, purpose, step): nothing to save, nothing to rewind.
+"""Random numbers as a pure function of (seed, stream, step), so that a checkpoint needs no generator state.
 
-A resumed run, another number of ranks or another micro-batch size therefore sees the same data, crops, masks,
-positions and dropped labels. (Dropout inside the network is drawn where it is needed: by rank and micro-batch.)
+Data order, crops, masks, positions and dropped labels depend neither on resuming nor on the number of ranks or the
+micro-batch size. Dropout inside the network depends on the rank and the micro-batch.
 """
 
 from enum import IntEnum
@@ -11,7 +11,7 @@ import torch
 
 
 class RandomStream(IntEnum):
-    """What a draw is for; the numbers are part of the data order and never change."""
+    """The use of random numbers. The values are a format: changing one changes the data order."""
 
     INITIALISATION = 0
     ORDER = 1
@@ -26,17 +26,17 @@ class RandomStream(IntEnum):
     EVALUATION = 10
 
 
-def numpy_generator(seed: int, purpose: RandomStream, step: int = 0) -> np.random.Generator:
-    """A NumPy generator for one purpose at one step."""
-    return np.random.default_rng([seed, purpose, step])
+def numpy_generator(seed: int, stream: RandomStream, step: int = 0) -> np.random.Generator:
+    """A NumPy generator for a stream at a step."""
+    return np.random.default_rng([seed, stream, step])
 
 
-def torch_seed(seed: int, purpose: RandomStream, step: int = 0, rank: int = 0) -> int:
-    """A seed for torch.manual_seed, for one purpose at one step; another on each rank for what is drawn on each."""
-    entropy = [seed, purpose, step, rank] if rank else [seed, purpose, step]
+def torch_seed(seed: int, stream: RandomStream, step: int = 0, rank: int = 0) -> int:
+    """A seed for torch.manual_seed, for a stream at a step; give `rank` for numbers that differ between ranks."""
+    entropy = [seed, stream, step, rank] if rank else [seed, stream, step]
     return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> 1)
 
 
-def torch_generator(seed: int, purpose: RandomStream, step: int = 0) -> torch.Generator:
-    """A CPU generator for one purpose at one step; the same draws whatever device they are used on."""
-    return torch.Generator().manual_seed(torch_seed(seed, purpose, step))
+def torch_generator(seed: int, stream: RandomStream, step: int = 0) -> torch.Generator:
+    """A CPU generator for a stream at a step; the numbers do not depend on the device that uses them."""
+    return torch.Generator().manual_seed(torch_seed(seed, stream, step))

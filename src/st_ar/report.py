@@ -1,7 +1,7 @@
-"""HTML reports: one self-contained page, everything inline, readable on a phone, light and dark, whole when it is printed.
+"""Tables on the terminal, results as JSON, and self-contained HTML reports.
 
-Tables sort by a click on a column's head, figures and pictures open large. The page's policy lets nothing but that script run, and
-nothing be fetched.
+A report's tables sort by a click on a column's head, and its figures open large. Its content security policy allows only that
+script, and no requests.
 """
 
 import base64
@@ -13,7 +13,7 @@ import math
 import statistics
 import sys
 from collections.abc import Generator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ import numpy as np
 from PIL import Image
 
 from st_ar.errors import UserError, require
-from st_ar.files import atomic_write, require_place
+from st_ar.files import atomic_write, require_place, write_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +44,7 @@ class Chart:
 
 @dataclass(frozen=True, kw_only=True)
 class Gallery:
-    """Rows of pictures under column headings: for each row its name and a picture (a PNG data URI) a column."""
+    """Rows of pictures under column headings. A row is its name and a picture (a PNG data URI) per column."""
 
     columns: Sequence[str]
     rows: Sequence[tuple[str, Sequence[str]]]
@@ -53,54 +53,50 @@ class Gallery:
 
 @dataclass(frozen=True, kw_only=True)
 class Section:
-    """A heading, paragraphs, commands to copy, and what is shown."""
+    """A heading, paragraphs, commands to copy, and tables or figures."""
 
     title: str
     paragraphs: Sequence[str] = ()
     commands: Sequence[str] = ()
-    parts: Sequence[Table | Chart | Gallery] = field(default_factory=tuple)
+    parts: Sequence[Table | Chart | Gallery] = ()
 
 
 def png_uri(picture: np.ndarray) -> str:
-    """A picture uint8 [H, W, 3] as a data URI."""
+    """Encode a picture uint8 [H, W, 3] as a data URI."""
     file = io.BytesIO()
     Image.fromarray(picture).save(file, format="PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
 
 
-def _kind(part: Table | Chart | Gallery) -> str:
-    return type(part).__name__.lower()
-
-
 def require_page(path: Path) -> None:
-    """Refuse, before the work that it is to show, a page that could not be written.
-
-    Raises:
-        UserError: jinja2 is not installed, another kind of file, or its folder may not be written to.
-    """
+    """Check before the work that a report can be written."""
     if path.suffix.lower() not in (".html", ".htm"):
-        raise UserError(f"--page {path}: the page is HTML; give a name that ends in .html")
+        raise UserError(f"--page {path} is not an HTML file: give a name that ends in .html")
     require("jinja2")
     require_place(path)
 
 
 def write_report(path: Path, *, title: str, lead: str, sections: Sequence[Section]) -> None:
-    """Write the page, whole or not at all.
+    """Write an HTML report atomically.
 
     Raises:
-        UserError: jinja2 is not installed, or the page cannot be written.
+        UserError: jinja2 is not installed, or the report cannot be written.
     """
     environment = require("jinja2").Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     templates = files("st_ar").joinpath("templates")
     template = environment.from_string(templates.joinpath("report.html").read_text())
     script = templates.joinpath("report.js").read_text()
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    html = template.render(
+        title=title,
+        lead=lead,
+        sections=sections,
+        kind=lambda part: type(part).__name__.lower(),
+        script=script,
+        script_hash=f"sha256-{digest}",
+    )
     with atomic_write(path) as aside:
-        aside.write_text(
-            template.render(
-                title=title, lead=lead, sections=sections, kind=_kind, script=script, script_hash=f"sha256-{digest}"
-            )
-        )
+        aside.write_text(html)
 
 
 @dataclass(frozen=True)
@@ -108,35 +104,35 @@ class Spread:
     """A measurement repeated with several seeds."""
 
     values: tuple[float, ...]
-    """One for each seed."""
+    """One value per seed."""
 
     @property
     def mean(self) -> float:
-        """Of the seeds."""
+        """Mean over the seeds."""
         return statistics.fmean(self.values)
 
     @property
     def deviation(self) -> float | None:
-        """Standard deviation over the seeds (n - 1 in the denominator); None for a single one, which says nothing about spread."""
+        """Standard deviation over the seeds (n - 1); None for one seed."""
         return statistics.stdev(self.values) if len(self.values) > 1 else None
 
     def text(self, digits: int) -> str:
-        """84.8 ± 0.7, or 84.8 alone for one seed."""
+        """Format as 84.8 ± 0.7, or as 84.8 for one seed."""
         spread = "" if self.deviation is None else f" ± {self.deviation:.{digits}f}"
         return f"{self.mean:.{digits}f}{spread}"
 
     def describe(self) -> dict[str, object]:
-        """As plain JSON values."""
+        """Return plain JSON values."""
         return {"mean": self.mean, "deviation": self.deviation, "values": list(self.values)}
 
 
-def difference(of: Spread, over: Spread) -> Spread:
-    """Seed by seed, since both methods saw the same data in the same order."""
-    return Spread(tuple(a - b for a, b in zip(of.values, over.values, strict=True)))
+def difference(a: Spread, b: Spread) -> Spread:
+    """Return a - b seed by seed. Paired runs see the same data in the same order."""
+    return Spread(tuple(x - y for x, y in zip(a.values, b.values, strict=True)))
 
 
 def is_noise(paired: Spread) -> bool | None:
-    """Whether a paired difference is less than two standard errors from zero; None where one seed cannot say."""
+    """Whether a paired difference is within two standard errors of zero; None for one seed."""
     if paired.deviation is None:
         return None
     return abs(paired.mean) <= 2 * paired.deviation / math.sqrt(len(paired.values))
@@ -144,55 +140,46 @@ def is_noise(paired: Spread) -> bool | None:
 
 @dataclass(frozen=True, kw_only=True)
 class Column:
-    """How a measurement is shown."""
+    """The format of a measurement."""
 
     key: str
     label: str
     digits: int
     factor: float = 1
-    """100 for shares shown in per cent."""
+    """100 for shares in per cent."""
 
-    def text(self, measured: Spread | None) -> str:
-        """The cell; a dash for what was not measured."""
-        return "-" if measured is None else Spread(tuple(self.factor * v for v in measured.values)).text(self.digits)
+    def text(self, spread: Spread | None) -> str:
+        """Format a cell; a dash for a missing measurement."""
+        return "-" if spread is None else Spread(tuple(self.factor * v for v in spread.values)).text(self.digits)
 
 
 def table_rows(columns: Sequence[Column], rows: Mapping[str, Mapping[str, Spread]]) -> list[list[str]]:
-    """Rows of text for a terminal (`printing.print_table`) or a page (`report.Table`): the method, then its columns."""
-    return [[label, *(column.text(found.get(column.key)) for column in columns)] for label, found in rows.items()]
+    """Format a table with a row per method and a column per measurement."""
+    return [[label, *(column.text(spreads.get(column.key)) for column in columns)] for label, spreads in rows.items()]
 
 
 def table_columns(columns: Sequence[Column], rows: Mapping[str, Mapping[str, Spread]]) -> list[list[str]]:
-    """The same lying down: a row for each measurement, a column for each method."""
-    return [[column.label, *(column.text(found.get(column.key)) for found in rows.values())] for column in columns]
+    """Format a table with a row per measurement and a column per method."""
+    return [[column.label, *(column.text(spreads.get(column.key)) for spreads in rows.values())] for column in columns]
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Columns in line: the first to the left, the others to the right."""
+    """Print aligned columns: the first to the left, the others to the right."""
     widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
     for row in (header, *rows):
-        first, *rest = (
-            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        )
-        print("  ".join([first, *rest]).rstrip())
+        cells = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]
+        cells[0] = row[0].ljust(widths[0])
+        print("  ".join(cells).rstrip())
 
 
 def check_json(where: str | None) -> None:
-    """Refuse a --json that could not be written at the end.
-
-    Raises:
-        UserError: its folder is none, or may not be written to.
-    """
-    from st_ar.files import require_place
-
+    """Check before the work that --json can be written."""
     if where not in (None, "-"):
         require_place(Path(where))
 
 
 def keep_json(where: str | None, result: Mapping[str, Any]) -> None:
-    """Write a result as JSON to a file, or (-) to standard output; None does nothing."""
-    from st_ar.files import write_json
-
+    """Write a result as JSON to a file or (-) to standard output; None does nothing."""
     if where == "-":
         print(json.dumps(result, indent=2))
     elif where is not None:
@@ -201,28 +188,28 @@ def keep_json(where: str | None, result: Mapping[str, Any]) -> None:
 
 @contextlib.contextmanager
 def json_alone(where: str | None) -> Generator[None]:
-    """While this lasts, what is printed goes to standard error if JSON is to have standard output (-) to itself."""
+    """Print to standard error in this block if --json is -, so that standard output holds only the JSON."""
     with contextlib.redirect_stdout(sys.stderr) if where == "-" else contextlib.nullcontext():
         yield
 
 
 LONGEST = 200
-"""Characters of a value; lists of labels are longer."""
+"""Most characters of a value in a report; lists of labels are longer."""
 
 
-def facts(record: Mapping[str, Any], before: str = "") -> list[list[str]]:
-    """A nested record as rows: names joined by dots, values as text; what is empty is left out."""
+def _flatten(record: Mapping[str, Any], prefix: str = "") -> list[list[str]]:
+    """Flatten a nested record into rows of dotted name and text. Empty values are left out."""
     rows: list[list[str]] = []
     for key, value in record.items():
         if isinstance(value, Mapping):
-            rows += facts(value, f"{before}{key}.")
-        elif value is not None and value != "" and value != [] and value != {}:
+            rows += _flatten(value, f"{prefix}{key}.")
+        elif value is not None and value not in ("", []):
             text = value if isinstance(value, str) else json.dumps(value)
-            rows.append([f"{before}{key}", text if len(text) <= LONGEST else f"{text[:LONGEST]} .."])
+            rows.append([f"{prefix}{key}", text if len(text) <= LONGEST else f"{text[:LONGEST]} .."])
     return rows
 
 
-def identified(result: Mapping[str, Any], keys: Sequence[str]) -> Section:
-    """A section with tables of everything that identifies a result's numbers."""
-    found = [Table(columns=[key, ""], rows=facts(result[key])) for key in keys]
-    return Section(title="What identifies these numbers", parts=[table for table in found if table.rows])
+def provenance(result: Mapping[str, Any], keys: Sequence[str]) -> Section:
+    """Return a section with tables of everything that identifies a result's numbers."""
+    tables = [Table(columns=[key, ""], rows=_flatten(result[key])) for key in keys]
+    return Section(title="Provenance", parts=[table for table in tables if table.rows])

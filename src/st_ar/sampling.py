@@ -1,4 +1,4 @@
-"""Images from a model, in memory or on disk. A stopped job is continued by the same call."""
+"""Sampling of images, in memory or to disk. The same call continues a stopped job."""
 
 import json
 import shutil
@@ -30,24 +30,24 @@ from st_ar.randomness import RandomStream, torch_seed
 from st_ar.tokenizer import Tokenizer, decode_to_images, open_tokenizer
 
 JOB, METADATA = "job.json", "metadata.json"
-"""In a folder of samples: marks them as unfinished, and says how they were made."""
+"""Files in a folder of samples: the settings of an unfinished job, and the description of the samples."""
 PREVIEW = 64
-"""Images of the preview."""
+"""Number of images in the preview."""
 
 
 class SampleWriter:
-    """Pictures on their way to a .npz file or a folder of PNGs (docs/formats.md).
+    """Writes images to a .npz file or a folder of PNGs, part by part (docs/formats.md).
 
-    job.json marks the job as begun and is removed last of all; the metadata are written when every picture is there.
+    job.json marks an unfinished job and is removed last. The metadata are written when all images are.
 
     Args:
         out: FILE.npz, or a folder.
         count: images of the whole job.
-        record: what must be the same for a stopped job to be continued; it becomes part of the metadata.
-        batch_size: images of a part, drawn at once and written at once.
+        record: settings that must be the same to continue a stopped job; they become part of the metadata.
+        batch_size: images of a part.
 
     Raises:
-        UserError: something else is there, or a job that was begun with other settings.
+        UserError: `out` has other files, or a job with other settings.
     """
 
     def __init__(self, out: Path, count: int, record: dict[str, Any], batch_size: int) -> None:
@@ -67,44 +67,44 @@ class SampleWriter:
 
     @property
     def _is_complete(self) -> bool:
-        """Whether every image is where it belongs. A job that was killed after that has only to clear up."""
+        """Whether all images are written. A job that was killed after that only has to clean up."""
         return self.metadata.exists()
 
     def numbers(self, part: int) -> range:
-        """The images of a part."""
+        """Return the numbers of a part's images."""
         return range(part * self.batch_size, min(self.count, (part + 1) * self.batch_size))
 
     def is_finished(self, part: int) -> bool:
-        """Whether a part's pictures are there."""
-        files = [self._path(part), self._seal(part)] if self.packs else map(self._path, self.numbers(part))
+        """Whether a part's images are written."""
+        files = [self._path(part), self._checksum(part)] if self.packs else map(self._path, self.numbers(part))
         return self._is_complete or all(file.exists() for file in files)
 
     def _path(self, number: int) -> Path:
-        """Of a part (.npz), or of an image (PNGs)."""
+        """Return the file of a part (.npz) or of an image (PNGs)."""
         return self.folder / (f"part-{number:06d}.npy" if self.packs else f"{number:06d}.png")
 
-    def _seal(self, part: int) -> Path:
-        """The checksum of a part (.npz), written after it; a PNG has one inside."""
+    def _checksum(self, part: int) -> Path:
+        """Return the file with the checksum of a part (.npz), which is written after it. A PNG has a checksum inside."""
         return self._path(part).with_suffix(".sha256")
 
-    def write(self, part: int, pictures: np.ndarray) -> None:
-        """Write a part's pictures."""
+    def write(self, part: int, images: np.ndarray) -> None:
+        """Write a part's images."""
         if self.packs:
-            save_array(self._path(part), pictures)
-            with atomic_write(self._seal(part)) as aside:
+            save_array(self._path(part), images)
+            with atomic_write(self._checksum(part)) as aside:
                 aside.write_text(sha256(self._path(part)) + "\n")
             return
-        for number, picture in zip(self.numbers(part), pictures, strict=True):
-            _save_picture(self._path(number), picture)
+        for number, image in zip(self.numbers(part), images, strict=True):
+            _save_image(self._path(number), image)
 
     def finish(self, labels: Sequence[int]) -> None:
-        """Wait for all ranks, then (rank 0) write a preview, the .npz and the metadata."""
+        """Wait for all ranks, then write a preview, the .npz and the metadata on rank 0."""
         barrier()
         broadcast_from_rank0(lambda: self._finish(labels))
 
     def _finish(self, labels: Sequence[int]) -> None:
         if not self._is_complete:
-            _save_picture(self.preview, strip(self._first(min(self.count, PREVIEW)), min(self.count, 8)))
+            _save_image(self.preview, strip(self._read_first(min(self.count, PREVIEW)), min(self.count, 8)))
             if self.packs:
                 with atomic_write(self.out) as aside:
                     self._pack(aside, labels)
@@ -112,67 +112,67 @@ class SampleWriter:
         if self.packs:
             for part in range(self.parts):
                 self._path(part).unlink(missing_ok=True)
-                self._seal(part).unlink(missing_ok=True)
+                self._checksum(part).unlink(missing_ok=True)
         (self.folder / JOB).unlink()
         if self.packs:
             shutil.rmtree(self.folder)
 
-    def _first(self, count: int) -> np.ndarray:
+    def _read_first(self, count: int) -> np.ndarray:
         if not self.packs:
-            return np.stack([self._picture(number) for number in range(count)])
+            return np.stack([self._read_image(number) for number in range(count)])
         parts = range(-(-count // self.batch_size))
-        return np.concatenate([self._part(part) for part in parts])[:count]
+        return np.concatenate([self._read_part(part) for part in parts])[:count]
 
-    def _picture(self, number: int) -> np.ndarray:
+    def _read_image(self, number: int) -> np.ndarray:
         try:
-            picture = np.asarray(read_image(self._path(number)))
+            image = np.asarray(read_image(self._path(number)))
         except BrokenImageError as error:
             raise self._damaged(number, error) from error
-        if number and picture.shape != self._picture(0).shape:
-            raise self._damaged(number, ValueError(f"its shape is {list(picture.shape)}"))
-        return picture
+        if number and image.shape != self._read_image(0).shape:
+            raise self._damaged(number, f"its shape is {list(image.shape)}")
+        return image
 
-    def _part(self, part: int) -> np.ndarray:
-        """A part's pictures, memory-mapped."""
+    def _read_part(self, part: int) -> np.ndarray:
+        """Read a part's images, memory-mapped."""
         try:
-            pictures = open_array(self._path(part))
-            if pictures.ndim != 4 or (len(pictures), pictures.dtype) != (len(self.numbers(part)), np.uint8):
-                raise ValueError(f"it holds {pictures.dtype} {list(pictures.shape)}")
-            if self._seal(part).read_bytes().strip() != sha256(self._path(part)).encode():
-                raise ValueError(f"{self._seal(part).name} is the checksum of something else")
+            images = open_array(self._path(part))
+            if images.ndim != 4 or (len(images), images.dtype) != (len(self.numbers(part)), np.uint8):
+                raise ValueError(f"it holds {images.dtype} {list(images.shape)}")
+            if self._checksum(part).read_bytes().strip() != sha256(self._path(part)).encode():
+                raise ValueError(f"it does not match {self._checksum(part).name}")
         except (OSError, ValueError) as error:
             raise self._damaged(part, error) from error
-        if part and pictures.shape[1:] != open_array(self._path(0)).shape[1:]:
-            raise self._damaged(part, ValueError(f"its pictures have the shape {list(pictures.shape[1:])}"))
-        return pictures
+        if part and images.shape[1:] != open_array(self._path(0)).shape[1:]:
+            raise self._damaged(part, f"its images have the shape {list(images.shape[1:])}")
+        return images
 
-    def _damaged(self, number: int, error: Exception) -> UserError:
-        path = self._path(number)
-        return damaged(path, error, "remove it and give the same command to have it drawn again")
+    def _damaged(self, number: int, why: Exception | str) -> UserError:
+        return damaged(self._path(number), why, "remove it and give the same command to draw it again")
 
     def _pack(self, path: Path, labels: Sequence[int]) -> None:
-        """ADM's layout, arr_0 pictures and arr_1 labels, one part in memory at a time."""
+        """Write ADM's layout, images as arr_0 and labels as arr_1, with one part in memory at a time."""
         with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
             with archive.open("arr_0.npy", "w", force_zip64=True) as file:
                 for part in range(self.parts):
-                    pictures = self._part(part)
+                    images = self._read_part(part)
                     if part == 0:
-                        header = np.lib.format.header_data_from_array_1_0(pictures)
-                        header["shape"] = (self.count, *pictures.shape[1:])
+                        header = np.lib.format.header_data_from_array_1_0(images)
+                        header["shape"] = (self.count, *images.shape[1:])
                         np.lib.format.write_array_header_1_0(file, header)
-                    file.write(np.ascontiguousarray(pictures).data)
+                    file.write(np.ascontiguousarray(images).data)
             with archive.open("arr_1.npy", "w") as file:
                 np.lib.format.write_array(file, np.array(labels, np.int64), allow_pickle=False)
 
 
-def _save_picture(path: Path, picture: np.ndarray) -> None:
+def _save_image(path: Path, image: np.ndarray) -> None:
     with atomic_write(path) as aside:
-        Image.fromarray(picture).save(aside, format="PNG")
+        Image.fromarray(image).save(aside, format="PNG")
 
 
-PICTURES_AT_ONCE = 16
-MOST = 10_000_000
-"""Images of a job: more are a mistake."""
+DECODE_BATCH = 16
+"""Images to decode at once: a VQ network needs much memory for each."""
+MAX_IMAGES = 10_000_000
+"""Maximum number of images of a job. More are a mistake."""
 
 
 def sample_images(
@@ -184,25 +184,25 @@ def sample_images(
     *,
     batch_size: int = 256,
 ) -> np.ndarray:
-    """Draw an image for each label: uint8 [images, H, W, 3]. Image n depends on the seed, n and its label alone.
+    """Draw an image for each label: uint8 [images, H, W, 3]. Image n depends only on the seed, n and its label.
 
     Args:
-        labels: classes; for a text model, indices of the captions in `text`.
-        text: the captions, for a text model and no other.
-        batch_size: images drawn at once.
+        labels: classes, or for a text model indices of the captions in `text`.
+        text: the captions, only for a text model.
+        batch_size: images to draw at once.
 
     Raises:
-        UserError: a label or a setting out of range, captions missing or not wanted, or a tokenizer with another codebook
-            than the model's.
+        UserError: a label or setting is out of range, captions are missing or not for this model, or the tokenizer has another
+            codebook than the model.
     """
     sampler = Sampler(model, tokenizer, settings or SampleSettings(), text)
     sampler.check(labels, batch_size)
     with progress("sample", len(labels), unit="images") as bar:
-        pictures: list[np.ndarray] = []
+        images: list[np.ndarray] = []
         for start in range(0, len(labels), batch_size):
             numbers = range(start, min(start + batch_size, len(labels)))
-            pictures.append(sampler.pictures(sampler.tokens(numbers, labels, bar.advance)))
-    return np.concatenate(pictures)
+            images.append(sampler.pictures(sampler.tokens(numbers, labels, bar.advance)))
+    return np.concatenate(images)
 
 
 def open_model_and_tokenizer(
@@ -214,29 +214,25 @@ def open_model_and_tokenizer(
     ema: bool = False,
     grid: int | None = None,
 ) -> tuple[Transformer, ModelInfo, Tokenizer]:
-    """Load both and put them where they compute; `dtype`, of the model alone, as for `choose_dtype`.
-
-    Raises:
-        UserError: either is missing or damaged, they do not belong together, or there is no such device.
-    """
-    place = local_device(choose_device(device))
+    """Load a model and its tokenizer onto a device. `dtype` is the model's, as for `choose_dtype`."""
+    target = local_device(choose_device(device))
     network, info = open_model(model, ema=ema, grid=grid)
-    painter = open_tokenizer(tokenizer, device, "float32")
-    require_own_tokenizer(info, model, painter, tokenizer)
-    return network.to(place, choose_dtype(dtype, place)), info, painter
+    codes = open_tokenizer(tokenizer, device, "float32")
+    require_own_tokenizer(info, model, codes, tokenizer)
+    return network.to(target, choose_dtype(dtype, target)), info, codes
 
 
-def require_own_tokenizer(info: ModelInfo, model: Path, painter: Tokenizer, tokenizer: Path) -> None:
-    """Refuse a tokenizer that a model was not trained with; `model` and `tokenizer` are where the two are from."""
-    if info.tokenizer and painter.fingerprint != info.tokenizer:
+def require_own_tokenizer(info: ModelInfo, model: Path, tokenizer: Tokenizer, path: Path) -> None:
+    """Refuse a tokenizer, read from `path`, that the model was not trained with."""
+    if info.tokenizer and tokenizer.fingerprint != info.tokenizer:
         raise UserError(
-            f"{model} speaks the codes of tokenizer {info.tokenizer[:12]}, {tokenizer} is {painter.fingerprint[:12]}: "
+            f"{model} speaks the codes of tokenizer {info.tokenizer[:12]}, {path} is {tokenizer.fingerprint[:12]}: "
             "give the tokenizer that made the model's token store"
         )
 
 
 class Sampler:
-    """A model, its tokenizer and how to draw from them; `compiled` as for `Decoder`."""
+    """A model, its tokenizer and the sampling settings. `compiled` is that of `CachedDecoder`."""
 
     def __init__(
         self,
@@ -254,7 +250,7 @@ class Sampler:
             )
         if (config.condition == "text") != (text is not None):
             raise UserError(
-                f"the model is drawn for {config.condition_name}: captions are for text models, which need them"
+                f"the model is for {config.condition_name}: give captions to a text model, and only to a text model"
             )
         self.model, self.tokenizer, self.settings, self.text = model, tokenizer, settings.resolved(config), text
         self.device, self.compiled = model.output.weight.device, compiled
@@ -264,13 +260,10 @@ class Sampler:
         self.drawer: tuple[int, TokenSampler] | None = None
 
     def check(self, labels: Sequence[int], batch_size: int) -> None:
-        """Refuse what could not be drawn, before anything is."""
+        """Refuse labels and batch sizes that cannot be drawn."""
         if not labels:
             raise UserError("no labels were given: each image needs one")
-        if batch_size < 1:
-            raise UserError(f"--batch-size must be at least 1, not {batch_size}")
-        if batch_size > MOST:
-            raise UserError(f"--batch-size must be at most {MOST}, not {batch_size}")
+        _require_count("--batch-size", batch_size)
         self._conditions([min(labels), max(labels)])
 
     def _conditions(self, labels: Sequence[int]) -> Tensor:
@@ -283,9 +276,9 @@ class Sampler:
     def tokens(
         self, numbers: Sequence[int], labels: Sequence[int], advance: Callable[[int], None] | None = None
     ) -> Tensor:
-        """Tokens int64 [n, T] of the images with these numbers, of a job whose labels are given.
+        """Draw the tokens int64 [n, T] of the images with these numbers; `labels` are those of the whole job.
 
-        advance: called after each token with how many images more that makes.
+        `advance` is called after each token with the number of images that it completes, counting fractions.
         """
         count, length = len(numbers), self.model.config.sequence_length
         tokens = torch.empty(0)
@@ -296,22 +289,22 @@ class Sampler:
         return tokens.clone()
 
     def steps(self, numbers: Sequence[int], labels: Sequence[int]) -> Generator[Tensor, None, None]:
-        """What `tokens` does, token by token: the tokens so far [n, 1], [n, 2] .. [n, T], a view of memory that is written on.
+        """Draw token by token: yield the tokens so far, [n, 1], [n, 2] .. [n, T], views of memory that the next step changes.
 
-        It may be left at any token, and is over when other images are drawn.
+        The caller may stop at any token. The next draw of this sampler ends this one.
         """
         count = len(numbers)
         conditions = self._conditions([labels[number] for number in numbers]).to(self.device)
         if self.drawer is None or self.drawer[0] != count:
-            self.drawer = None  # its memory makes room for the next
+            self.drawer = None  # free its memory first
             self.drawer = count, TokenSampler(self.model, count, self.settings, compiled=self.compiled)
-        drawer = self.drawer[1]
-        for drawn in drawer.steps(conditions, np.array(numbers), self.seed):
-            yield drawer.tokens[:, :drawn]
+        sampler = self.drawer[1]
+        for drawn in sampler.steps(conditions, np.array(numbers), self.seed):
+            yield sampler.tokens[:, :drawn]
 
     def pictures(self, tokens: Tensor) -> np.ndarray:
-        """Tokens [n, T] -> uint8 [n, H, W, 3]; a few at a time, since a VQ network needs much memory for each."""
-        return np.concatenate([decode_to_images(self.tokenizer, some) for some in tokens.split(PICTURES_AT_ONCE)])
+        """Decode tokens [n, T] to images uint8 [n, H, W, 3]."""
+        return np.concatenate([decode_to_images(self.tokenizer, batch) for batch in tokens.split(DECODE_BATCH)])
 
 
 def sample_to(
@@ -325,13 +318,17 @@ def sample_to(
 ) -> None:
     """Draw an image for each label into a .npz file (ADM's layout: arr_0 images, arr_1 labels) or a folder of PNGs.
 
-    metadata.json, or the .json beside the .npz, says how they were made. Under torchrun, ranks take parts in turn.
+    metadata.json, or the .json beside the .npz, describes them. Under torchrun the ranks share the parts.
 
     Raises:
-        UserError: as `sample_images` and `SampleWriter`, or a full disk.
+        UserError: as `sample_images` and `SampleWriter`, or the disk is full.
     """
     sampler.check(labels, batch_size)
     text = sampler.text
+    if text is None:
+        conditions: dict[str, Any] = {"labels": list(labels)}
+    else:
+        conditions = {"captions": list(labels), "text": {"encoder": text.encoder, "fingerprint": text.fingerprint}}
     record = {
         "weights": {"file": info.source.name, "sha256": sha256(info.source), "ema": info.ema, "step": info.step},
         "dtype": str(sampler.model.output.weight.dtype).removeprefix("torch."),
@@ -339,22 +336,18 @@ def sample_to(
         "tokenizer": sampler.tokenizer.fingerprint,
         "settings": asdict(sampler.settings),
         "label_mode": label_mode,
-        **(
-            {"labels": list(labels)}
-            if text is None
-            else {"captions": list(labels), "text": {"encoder": text.encoder, "fingerprint": text.fingerprint}}
-        ),
+        **conditions,
     }
     with process_group("cpu", JOB_TIMEOUT) as (ranks, _):
         job = SampleWriter(out, len(labels), record, batch_size)
-        own = range(ranks.rank, job.parts, ranks.world)
-        left = [part for part in own if not job.is_finished(part)]
-        total, todo = (sum(len(job.numbers(part)) for part in parts) for parts in (own, left))
+        share = range(ranks.rank, job.parts, ranks.world)
+        unfinished = [part for part in share if not job.is_finished(part)]
+        total, todo = (sum(len(job.numbers(part)) for part in parts) for parts in (share, unfinished))
         with (
             progress("sample", total, unit="images", done=total - todo, shown=ranks.rank == 0) as bar,
             SideStream(sampler.device) as side,
         ):
-            for part in left:
+            for part in unfinished:
                 tokens = sampler.tokens(job.numbers(part), labels, bar.count)
                 side.run(partial(_decode_and_write, job, sampler, part, tokens))
         job.finish(labels)
@@ -364,18 +357,17 @@ def _decode_and_write(job: SampleWriter, sampler: Sampler, part: int, tokens: Te
     job.write(part, sampler.pictures(tokens))
 
 
+def _require_count(flag: str, count: int) -> None:
+    if not 1 <= count <= MAX_IMAGES:
+        bound = "least 1" if count < 1 else f"most {MAX_IMAGES}"
+        raise UserError(f"{flag} must be at {bound}, not {count}")
+
+
 def choose_labels(
     num: int, num_classes: int, seed: int, *, mode: Literal["balanced", "random"], only: Sequence[int] = ()
 ) -> list[int]:
-    """Labels of `num` images: in turn over the classes (or those of `only`), or drawn at random from them.
-
-    Raises:
-        UserError: no images, or a class that the model does not know.
-    """
-    if num < 1:
-        raise UserError(f"--num must be at least 1, not {num}")
-    if num > MOST:
-        raise UserError(f"--num must be at most {MOST}, not {num}")
+    """Choose the labels of `num` images from all classes or those of `only`: cycling through them, or at random."""
+    _require_count("--num", num)
     if wrong := [label for label in only if not 0 <= label < num_classes]:
         raise UserError(f"--labels {wrong[0]} is out of range: the model knows classes 0 to {num_classes - 1}")
     classes = np.array(only or range(num_classes))
@@ -394,18 +386,15 @@ def choose_conditions(
     labels: Sequence[int] = (),
     per_class: int | None = None,
 ) -> list[int]:
-    """What `num` images are drawn for: classes (64 if None), or indices of a text model's captions (each one if None).
+    """Choose the conditions of `num` images: classes (64 if None), or indices of a text model's captions (all if None).
 
-    per_class: in place of `num`, so many of each class or caption.
-
-    Raises:
-        UserError: as `choose_labels`; classes asked of a text model; or `per_class` beside what contradicts it.
+    `per_class` is the number of images of each class or caption, instead of `num`.
     """
     if per_class is not None:
         if num is not None:
             raise UserError("give --num or --per-class, not both")
         if mode == "random":
-            raise UserError("--per-class takes the classes in turn: leave out --label-mode random, or give --num")
+            raise UserError("--per-class cycles through the classes: leave out --label-mode random, or give --num")
         if per_class < 1:
             raise UserError(f"--per-class must be at least 1, not {per_class}")
         labels = tuple(dict.fromkeys(labels))
@@ -414,6 +403,6 @@ def choose_conditions(
         return choose_labels(64 if num is None else num, config.num_classes, seed, mode=mode, only=labels)
     if labels:
         raise UserError(
-            "--labels are classes, and this model is drawn for captions: leave them out; --text says what to draw"
+            "--labels are classes, but this model is for captions: leave them out; --text gives the captions"
         )
     return choose_labels(len(text) if num is None else num, len(text), seed, mode=mode)

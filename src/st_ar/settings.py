@@ -1,7 +1,4 @@
-"""What trees of frozen dataclasses of settings share: checks that name the flag, JSON and back, and what differs.
-
-Nothing here imports torch, so that `st-ar --help` is quick.
-"""
+"""Frozen dataclasses of settings: checks that name the flag, JSON and back, and differences. Imports no torch: help is fast."""
 
 import dataclasses
 import json
@@ -29,23 +26,23 @@ C = TypeVar("C")
 
 
 def require(condition: bool, message: str) -> None:
-    """A UserError unless the condition holds."""
+    """Raise a UserError unless the condition holds."""
     if not condition:
         raise UserError(message)
 
 
 @dataclass(frozen=True)
 class Range:
-    """The numbers that a field takes: `Annotated[int, Range(1)]`. `low` and `high` are included, `above` and `below` are not."""
+    """The range of a field: `Annotated[int, Range(1)]`. `low` and `high` are inclusive, `above` and `below` exclusive."""
 
     low: float | None = None
     high: float | None = None
     above: float | None = None
     below: float | None = None
     means: str = ""
-    """What `low` stands for: "off"."""
+    """The meaning of `low`, such as "off"."""
     hint: str = ""
-    """What to do instead."""
+    """The remedy."""
 
     def __contains__(self, value: float) -> bool:
         return (
@@ -68,18 +65,16 @@ class Range:
 Count = Annotated[int, Range(1)]
 Whole = Annotated[int, Range(0)]
 Share = Annotated[float, Range(0, 1)]
-"""Zero and one included."""
 Portion = Annotated[float, Range(0, below=1)]
-"""One excluded."""
 Weight = Annotated[float, Range(0)]
 Positive = Annotated[float, Range(above=0)]
 Seed = Annotated[int, Range(0, 2**64 - 1)]
 
 
 class Checked:
-    """A frozen dataclass that checks its fields when it is made: each holds what its type says, within its `Range`.
+    """Base of frozen dataclasses whose fields must match their types and `Range`s.
 
-    `class ModelConfig(Checked, prefix="--model.")` names the flags of its fields in messages.
+    `class ModelConfig(Checked, prefix="--model.")` sets the prefix of its flags in error messages.
     """
 
     prefix: ClassVar[str] = "--"
@@ -100,12 +95,12 @@ class Checked:
 
 
 def flag_name(field: str) -> str:
-    """A field's name as tyro makes an option of it, without the dashes."""
+    """The option that tyro makes of a field, without its leading dashes."""
     return field.replace("_", "-")
 
 
 def _broken_range(value: Any, hint: Any) -> Range | None:
-    """The range that a value of this type breaks."""
+    """The range that a value violates, if any."""
     kind, parts = get_origin(hint), get_args(hint)
     if kind is Annotated:
         return next((part for part in parts[1:] if isinstance(part, Range) and value not in part), None)
@@ -119,17 +114,17 @@ def _broken_range(value: Any, hint: Any) -> Range | None:
 
 
 LARGEST = 1 << 64
-"""Whole numbers are smaller."""
+"""Integers are smaller."""
 WORDS = {int: "a whole number", float: "a finite number", bool: "true or false", str: "text", type(None): "nothing"}
 
 
 def matches_type(value: Any, hint: type[C]) -> TypeGuard[C]:
-    """Whether a value is of a type of config fields. A whole number will do for a float; true and false are no numbers."""
+    """Whether a value matches the type of a config field. An integer is also a float; true and false are not numbers."""
     kind: Any = get_origin(hint)
     parts = get_args(hint)
     if kind is Annotated:
         return matches_type(value, parts[0])
-    if hint is Any:  # pyright: ignore[reportUnnecessaryComparison] -- a type to typing alone
+    if hint is Any:  # pyright: ignore[reportUnnecessaryComparison] -- typing's `Any` is not a class
         return True
     if kind is Literal:
         return isinstance(value, str) and value in parts
@@ -169,21 +164,21 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def from_dict(cls: type[C], values: Any, where: str) -> C:
-    """Build a config from what `to_dict` gave; `where` names the file in the error for unknown or missing fields."""
+    """Build a config from the result of `to_dict`; `where` names the file in errors."""
     assert dataclasses.is_dataclass(cls)
     if not isinstance(values, dict):
-        raise UserError(f"{where}: the settings of {cls.__name__} are no JSON object: the file is damaged")
+        raise UserError(f"{where}: the settings of {cls.__name__} are not a JSON object: the file is damaged")
     types = get_type_hints(cls)
     if unknown := set(values) - {f.name for f in dataclasses.fields(cls)}:
         raise UserError(f"{where}: unknown settings {sorted(unknown)}; was it written by a newer version of st-ar?")
-    needed = {f.name for f in dataclasses.fields(cls) if f.default is f.default_factory is dataclasses.MISSING}
-    if missing := needed - set(values):
-        raise UserError(f"{where}: settings {sorted(missing)} are missing; the file is damaged, or was changed by hand")
+    required = {f.name for f in dataclasses.fields(cls) if f.default is f.default_factory is dataclasses.MISSING}
+    if missing := required - set(values):
+        raise UserError(f"{where}: settings {sorted(missing)} are missing; the file is damaged or was edited")
     built = {key: _from_json(types[key], value, where) for key, value in values.items()}
     try:
         return cls(**built)
     except UserError as error:
-        raise UserError(f"{where}: {error}; the file is damaged, or was changed by hand") from error
+        raise UserError(f"{where}: {error}; the file is damaged or was edited") from error
 
 
 def _from_json(hint: Any, value: Any, where: str) -> Any:

@@ -134,9 +134,9 @@ def test_a_place_that_cannot_be_written_is_found_before_the_work(
 @pytest.mark.parametrize(
     ("verb", "heads"),
     [
-        ("evaluate", ["Numbers", "In a line, for a paper", "Samples", "What identifies these numbers"]),
-        ("invariance", ["Equal tokens", "What identifies these numbers"]),
-        ("probe", ["Accuracy", "Weights", "What identifies these numbers"]),
+        ("evaluate", ["Numbers", "In one line, for a paper", "Samples", "Provenance"]),
+        ("invariance", ["Equal tokens", "Provenance"]),
+        ("probe", ["Accuracy", "Weights", "Provenance"]),
     ],
 )
 def test_the_page_has_the_numbers_that_are_printed(
@@ -155,11 +155,11 @@ def test_the_page_has_the_numbers_that_are_printed(
 
 
 def test_another_kind_of_page_is_refused(line: SmallLine, pictures: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"page.pdf: the page is HTML; give a name that ends in .html"):
+    with pytest.raises(UserError, match=r"page.pdf is not an HTML file: give a name that ends in .html"):
         run_command([*command("probe", line, pictures, tmp_path), "--page", str(tmp_path / "page.pdf")])
 
 
 def test_a_dry_run_has_no_numbers(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="--json writes measurements, and --dry-run"):
+    with pytest.raises(UserError, match="--json has no effect with --dry-run"):
         run_command(["reproduce", "table3", "--out", str(tmp_path / "out"), "--dry-run", "--json", "-"])
     assert not (tmp_path / "out").exists()

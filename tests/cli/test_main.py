@@ -23,10 +23,7 @@ from st_ar.cli import COMMANDS, load_command, main
 from st_ar.cli.train import Train
 from st_ar.config import (
     InvarianceSettings,
-    ModelConfig,
-    OptimConfig,
     SampleSettings,
-    SelfGuidedConfig,
     TrainConfig,
     WatchConfig,
 )
@@ -55,7 +52,7 @@ def test_a_place_that_may_not_be_read_is_one_line(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(Path, "is_dir", is_dir)
     with pytest.raises(SystemExit) as stop:
         main(["tokenize", "--images", "folder:a/hidden", "--tokenizer", "t", "--out", "o"])
-    message = "st-ar: a/hidden: Permission denied; give a path that you may read and write\n"
+    message = "st-ar: a/hidden: Permission denied; give a path that you can read and write\n"
     assert (stop.value.code, *capsys.readouterr()) == (2, "", message)
 
 
@@ -92,14 +89,13 @@ def refused(capsys: Capture, match: str, *arguments: str | Path) -> None:
 def flags(cls: type, prefix: str = "") -> list[str]:
     """Every option that a dataclass of settings has on the command line."""
     found: list[str] = []
-    nested = (ModelConfig, SelfGuidedConfig, OptimConfig)
     for field in dataclasses.fields(cls):
-        hint = get_type_hints(cls)[field.name]
-        name = field.name.replace("_", "-")
+        hint: Any = get_type_hints(cls)[field.name]
+        name = prefix + field.name.replace("_", "-")
         if hint in (SampleSettings, InvarianceSettings):
             found += flags(hint, prefix)
         else:
-            found += flags(hint, f"{prefix}{name}.") if hint in nested else [f"--{prefix}{name}"]
+            found += flags(hint, f"{name}.") if dataclasses.is_dataclass(hint) else [f"--{name}"]
     return found
 
 
@@ -142,7 +138,7 @@ def test_a_presets_help_explains_every_setting(capsys: Capture, monkeypatch: pyt
     own = [
         f"--{field.name.replace('_', '-')}"
         for field in dataclasses.fields(Train)
-        if field.name not in ("config", "watching")
+        if field.name not in ("preset", "config", "watching")
     ]
     for flag in [*own, *flags(WatchConfig), *flags(TrainConfig)]:
         assert re.search(rf"(?m)^\W*{flag}\b", text), flag
@@ -160,7 +156,8 @@ def test_help_does_not_wait_for_torch() -> None:
     script = """
 import sys
 from st_ar.cli import main
-for arguments in (["--help"], ["train", "--help"], ["train", "st-ar-b", "--help"], ["sample", "--help"], ["nonsense"]):
+for arguments in (["--help"], ["train", "--help"], ["train", "st-ar-b", "--help"], ["sample", "--help"], ["nonsense"],
+                  ["train-tokenizer", "--help"], ["train-tokenizer", "vq-16", "--help"], ["train-tokenizer", "vq-61"]):
     try:
         main(arguments)
     except SystemExit:
@@ -170,6 +167,7 @@ sys.exit("torch" in sys.modules)
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "usage: st-ar train PRESET" in done.stdout
+    assert "usage: st-ar train-tokenizer PRESET" in done.stdout
 
 
 # Mistakes in the words themselves
@@ -180,8 +178,8 @@ sys.exit("torch" in sys.modules)
     [
         (("tran",), "unknown command 'tran': give one of quickstart, .*attention"),
         (("train", "st-ar-digit"), r"unknown preset 'st-ar-digit': did you mean st-ar-digits\?"),
-        (("train", "--tokens", "x"), "train needs a preset before its options: one of llamagen-b"),
-        (("train",), "train needs a preset"),
+        (("train", "--tokens", "x"), "train has no preset: give one of llamagen-b.* before the options"),
+        (("train",), "train has no preset"),
     ],
 )
 def test_an_unknown_word_is_answered_in_one_line(capsys: Capture, arguments: tuple[str, ...], match: str) -> None:
@@ -561,7 +559,7 @@ class TestMistakes:
             (["--layers", "3"], "no layer 3: this network has layers 1 to 2"),
             (["--layers", "1", "0"], "no layer 0: this network has layers 1 to 2"),
             (["--steps", "65"], "no step 65: this model's images have steps 1 to 64"),
-            (["--train-crops", "5"], "no crop 5 in .*train: it has 5 of each image"),
+            (["--train-crops", "5"], "no crop 5: .*train has crops 0 to 4"),
             (["--train-crops"], "--train-crops"),
             (["--epochs", "0"], "--epochs"),
             (["--base-lr", "nan"], "--base-lr"),
@@ -580,8 +578,8 @@ class TestMistakes:
             (["--steps", "64"], "no step 64: maps can be drawn after reading 1 to 63"),
             (["--images", "500"], "no image 500: .* has images 0 to 499"),
             (["--mask-ratio", "1"], "--mask-ratio must lie in"),
-            (["--seed", "1"], "--seed and --no-mask-own-position are about masked keys: give --mask-ratio too"),
-            (["--no-mask-own-position"], "--seed and --no-mask-own-position are about masked keys"),
+            (["--seed", "1"], "--seed and --no-mask-own-position need masked keys: give --mask-ratio too"),
+            (["--no-mask-own-position"], "--seed and --no-mask-own-position need masked keys"),
         ],
     )
     def test_attention_to_what_is_not_there(self, capsys: Capture, line: Line, option: list[str], match: str) -> None:

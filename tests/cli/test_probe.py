@@ -196,9 +196,9 @@ def export(line: SmallLine, folder: Path, **info: object) -> Path:
 @pytest.mark.parametrize(
     ("info", "match"),
     [
-        ({"tokenizer": "f" * 64}, "was made by tokenizer .*, the model speaks the codes of ffffffffffff"),
-        ({"class_names": ["ant", "cow", "bee"]}, "tokens names its classes otherwise than .*model.safetensors"),
-        ({"class_dropout": 0}, "was trained with --class-dropout 0 and knows no null class"),
+        ({"tokenizer": "f" * 64}, "was made by tokenizer .*, the model uses the codes of ffffffffffff"),
+        ({"class_names": ["ant", "cow", "bee"]}, "tokens and .*model.safetensors have different class names"),
+        ({"class_dropout": 0}, "was trained with --class-dropout 0 and has no null class"),
     ],
 )
 def test_a_model_that_the_stores_or_the_protocol_do_not_suit_is_refused(
@@ -235,14 +235,14 @@ def test_a_model_that_changes_while_it_waits_is_refused(
     ("options", "match"),
     [
         (["--layers", "5"], "no layer 5: this network has layers 1 to 4"),
-        (["--layers", "2", "2"], "--layers 2 2 names one more than once"),
+        (["--layers", "2", "2"], "--layers 2 2 repeats a value"),
         (["--steps", "10"], "no step 10: this model's images have steps 1 to 9"),
         (["--names", "a", "b"], "2 --names for 1 models"),
-        (["--penalty", "3"], "--penalty has no meaning with --method mae"),
-        (["--method", "ridge"], "--epochs has no meaning with --method ridge"),
+        (["--penalty", "3"], "--penalty has no effect with --method mae"),
+        (["--method", "ridge"], "--epochs has no effect with --method ridge"),
         (["--cache-limit", "0"], "--cache-limit must be above 0 GB, not 0"),
-        (["--figure", "curves.pdf"], r"drawn as \.svg or \.png, not as \.pdf"),
-        (["--figure", "probe.svg", "--out", "probe.json"], "keeps its numbers in probe.json, which is --out"),
+        (["--figure", "curves.pdf"], r"curves\.pdf is not a \.svg or \.png file: give a name"),
+        (["--figure", "probe.svg", "--out", "probe.json"], "writes its numbers to probe.json, which is --out"),
     ],
 )
 def test_options_that_contradict_are_refused(
@@ -262,4 +262,4 @@ def test_results_are_never_written_over(line: SmallLine, tmp_path: Path, capsys:
     match = "taken.json exists already.*another --figure"
     refused(capsys, tmp_path, match, command(line, *SHORT, "--figure", tmp_path / "taken.svg"))
     for flag, name in (("--out", "new.json"), ("--figure", "new.svg")):
-        refused(capsys, tmp_path, "taken.json is no folder", command(line, *SHORT, flag, taken / name))
+        refused(capsys, tmp_path, "taken.json is not a folder", command(line, *SHORT, flag, taken / name))

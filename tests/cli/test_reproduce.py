@@ -15,6 +15,7 @@ from PIL import Image
 from st_ar.cli import run_command
 from st_ar.cli.projects import Reproduce
 from st_ar.errors import UserError
+from st_ar.reproduce import page
 from st_ar.reproduce.page import show
 from st_ar.reproduce.paper import CONTROL, EXPERIMENTS, SCALES, Name, Row, Size
 from st_ar.reproduce.plan import Data, Plan, run_stages
@@ -38,23 +39,30 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def options(images: Path, out: Path) -> list[str]:
-    source = f"folder:{images}"
-    return ["--data", source, "--test-data", source, "--tokenizer", str(out.parent / "tokenizer"), "--out", str(out)]
+@pytest.fixture(scope="module")
+def tokenizer(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("tokenizer") / "tokenizer"
+    run_command(["train-tokenizer", "kmeans", "--images", f"folder:{images}", "--size", "32", "--out", str(out)])
+    return out
+
+
+@pytest.fixture
+def known_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The speed of this machine, which a dry run measures for some seconds."""
+    monkeypatch.setattr(page, "training_rate", lambda _: 1e12)
 
 
 def test_a_figure_is_made_beside_the_papers_numbers_and_made_once(
-    images: Path, tmp_path: Path, capsys: Capture
+    images: Path, tokenizer: Path, tmp_path: Path, capsys: Capture
 ) -> None:
-    out = tmp_path / "work"
-    kmeans = ["--images", f"folder:{images}", "--size", "32", "--out", str(tmp_path / "tokenizer")]
-    run_command(["train-tokenizer", "kmeans", *kmeans])
+    out, source = tmp_path / "work", f"folder:{images}"
     names = {
         "AR on the same two views (control)": "ar-b-50-epochs-2-views",
         "control, for the time of ST-AR": "ar-b-50-epochs-2-views-equal-time",
         "ST-AR": "st-ar-b-50-epochs",
     }
-    asked = ["fig4", "--steps", "1", "--seeds", "0", "1", *options(images, out)]
+    asked = ["fig4", "--steps", "1", "--seeds", "0", "1", "--out", str(out)]
+    asked += ["--data", source, "--test-data", source, "--tokenizer", str(tokenizer)]
     wanted = [*asked, "--rows", *names]
     run_command(["reproduce", *wanted])
     said = capsys.readouterr().out
@@ -99,23 +107,24 @@ def test_a_figure_is_made_beside_the_papers_numbers_and_made_once(
     }
 
 
-def shown(name: Name, rows: Sequence[Row], images: Path, out: Path, *, steps: int, metrics: Sequence[str]) -> Plan:
-    """Some rows of a table of ours, trained and measured without samples."""
-    source = f"folder:{images}"
-    run_command(
-        ["train-tokenizer", "kmeans", "--images", source, "--size", "32", "--out", str(out.parent / "tokenizer")]
-    )
+def run_rows(name: Name, rows: Sequence[Row], data: Data, out: Path, *, steps: int, metrics: Sequence[str]) -> Plan:
+    """Train and measure some rows of a table, without samples."""
     asked = replace(EXPERIMENTS[name], rows=tuple(rows), metrics=tuple(metrics))
-    fit = {"vocab_size": 256, "num_classes": 3}
-    data = Data(images=source, test_images=source, tokenizer=out.parent / "tokenizer", fit=fit)
     plan = Plan(asked, SCALES["tiny"], data, out, steps=steps, weights=("live", "ema"))
     run_stages(plan.stages, out, run_command)
     return plan
 
 
-def test_what_a_long_run_is_worth_after_each_quarter_is_a_curve(images: Path, tmp_path: Path, capsys: Capture) -> None:
+@pytest.fixture
+def data(images: Path, tokenizer: Path) -> Data:
+    source = f"folder:{images}"
+    fit = {"vocab_size": 256, "num_classes": 3}
+    return Data(images=source, test_images=source, tokenizer=tokenizer, fit=fit)
+
+
+def test_what_a_long_run_is_worth_after_each_quarter_is_a_curve(data: Data, tmp_path: Path, capsys: Capture) -> None:
     rows = EXPERIMENTS["length"].rows[:4]
-    plan = shown("length", rows, images, tmp_path / "work", steps=4, metrics=["likelihood"])
+    plan = run_rows("length", rows, data, tmp_path / "work", steps=4, metrics=["likelihood"])
     capsys.readouterr()
     show("length", plan)
     said = capsys.readouterr().out
@@ -136,14 +145,14 @@ def test_what_a_long_run_is_worth_after_each_quarter_is_a_curve(images: Path, tm
     assert "<svg" in (plan.work / "length.html").read_text()
 
 
-def test_what_rows_look_at_is_a_table_of_its_own(images: Path, tmp_path: Path, capsys: Capture) -> None:
+def test_what_rows_look_at_is_a_table_of_its_own(data: Data, tmp_path: Path, capsys: Capture) -> None:
     assert "attention" in EXPERIMENTS["evidence"].metrics
-    plan = shown("evidence", [CONTROL], images, tmp_path / "work", steps=1, metrics=["attention"])
+    plan = run_rows("evidence", [CONTROL], data, tmp_path / "work", steps=1, metrics=["attention"])
     out = plan.work
     capsys.readouterr()
     show("evidence", plan)
     said = capsys.readouterr().out
-    looks = said[said.index("What the layer at half depth looks at") :].splitlines()
+    looks = said[said.index("Attention of the layer at half depth") :].splitlines()
     assert looks[2].split("  ")[-1].strip() == "entropy (nats), EMA"
     layers = json.loads((out / "runs" / "ar-b-50-epochs-2-views-seed0-attention" / "statistics.json").read_text())
     (model,) = layers["models"].values()
@@ -151,13 +160,15 @@ def test_what_rows_look_at_is_a_table_of_its_own(images: Path, tmp_path: Path, c
     row = next(line for line in looks if line.startswith(CONTROL.label))
     assert f"{half['class_weight']:.3f}" in row
     assert f"{half['distance']:.2f}" in row
-    page = (out / "evidence.html").read_text()
-    assert page.count("<table") == 2
-    assert "On the class: weight on the class position" in page
+    text = (out / "evidence.html").read_text()
+    assert text.count("<table") == 2
+    assert "On the class: weight on the class position" in text
     assert (out / "evidence.csv").read_text().count("attention at half depth: distance (tokens), EMA") == 1
 
 
-def test_a_dry_run_makes_nothing_and_says_what_it_would_cost(tmp_path: Path, capsys: Capture) -> None:
+def test_a_dry_run_makes_nothing_and_says_what_it_would_cost(
+    tmp_path: Path, capsys: Capture, request: pytest.FixtureRequest
+) -> None:
     run_command(["reproduce", "table3", "--out", str(tmp_path / "work"), "--dry-run"])
     said = capsys.readouterr().out
     assert not list(tmp_path.iterdir())
@@ -166,6 +177,7 @@ def test_a_dry_run_makes_nothing_and_says_what_it_would_cost(tmp_path: Path, cap
     assert "39 commands" in said
     assert "device-hours" in said
     assert "GB are free" in said
+    request.getfixturevalue("known_rate")
     (tmp_path / "work" / "done").mkdir(parents=True)
     for name, seconds in (("tokens-training", 3.0), ("ar-b-50-epochs-1-views-seed0", None)):  # that one was stopped
         mark = {"command": ["train"], "seconds": seconds}
@@ -176,6 +188,7 @@ def test_a_dry_run_makes_nothing_and_says_what_it_would_cost(tmp_path: Path, cap
     assert "38 commands (1 more are done)" in said
 
 
+@pytest.mark.usefixtures("known_rate")
 def test_full_size_is_planned(tmp_path: Path, capsys: Capture) -> None:
     source = ["--data", "folder:train", "--test-data", "folder:val", "--tokenizer", "vq_ds16_c2i.pt"]
     reference = ["--reference", "VIRTUAL_imagenet256_labeled.npz"]
@@ -191,10 +204,10 @@ def test_full_size_is_planned(tmp_path: Path, capsys: Capture) -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (["--scale", "small"], "--scale small needs --data and --test-data, both"),
-        (["--data", "photos:train"], "--scale tiny needs --data and --test-data, both"),
+        (["--scale", "small"], "--scale small needs both --data and --test-data"),
+        (["--data", "photos:train"], "--scale tiny needs both --data and --test-data"),
         (["--rows", "AR", "ST-AR"], "table3 has no row 'ST-AR': --rows takes some of 'AR', 'AR on the same"),
-        (["--steps", "0"], "--steps must be at least 1"),
+        (["--steps", "0"], "--steps is 0: give at least 1"),
         (["--seeds", "1", "1"], "--seeds must be different numbers"),
         (
             ["--scale", "imagenet", "--steps", "5", "--data", "photos", "--test-data", "photos"],
@@ -248,5 +261,5 @@ def test_a_size_shows_no_numbers_of_the_papers_b(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("what", ["table1", "table2"])
 def test_a_table_that_compares_sizes_has_no_other(what: Name, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=f"{what} compares sizes: choose among them with --rows"):
+    with pytest.raises(UserError, match=f"{what} compares sizes: leave out --size"):
         run_command(["reproduce", what, "--size", "L", "--out", str(tmp_path), "--dry-run"])

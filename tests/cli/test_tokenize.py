@@ -47,7 +47,7 @@ def test_a_folder_with_a_broken_image_becomes_a_store(folder: Path, capsys: Capt
     st_ar(*command, "--out", folder / "store", "--max-skipped", "0.1", "--workers", "1")
     listed = folder / "store" / "skipped.jsonl"
     assert capsys.readouterr().out == (
-        f"{folder / 'store'}: 19 images x 10 crops x 4 x 4 tokens; 1 unusable images are listed in {listed}\n"
+        f"{folder / 'store'}: 19 images x 10 crops x 4 x 4 tokens; 1 unusable images, listed in {listed}\n"
     )
     store = TokenStore(folder / "store")
     assert store.meta.class_names == ["ant", "bee"]
@@ -89,7 +89,7 @@ def test_an_import_with_a_tokenizer_of_another_codebook_is_refused(folder: Path,
             *("import-tokens", "--codes", folder / "codes", "--labels", folder / "labels"),
             *("--tokenizer", folder / "t", "--out", folder / "store"),
         )
-    assert "has 8 codes, --vocab-size is 16384: they must agree" in capsys.readouterr().err
+    assert "has 8 codes, and --vocab-size is 16384: give the same number" in capsys.readouterr().err
     assert not (folder / "store").exists()
 
 

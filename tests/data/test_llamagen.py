@@ -1,4 +1,4 @@
-"""Importing LlamaGen's folders of .npy files: the same numbers in a store, whatever happens on the way."""
+"""Importing LlamaGen's folders of .npy files, also after an interruption."""
 
 import json
 import os
@@ -43,7 +43,7 @@ def all_codes(store: TokenStore) -> np.ndarray:
     return store.codes(np.arange(len(store)), crops)
 
 
-def test_codes_and_labels_come_over_in_the_order_of_their_numbers(tmp_path: Path) -> None:
+def test_codes_and_labels_are_imported_in_order(tmp_path: Path) -> None:
     codes = write_llamagen(tmp_path)
     store = imported(tmp_path)
     store.verify()
@@ -70,7 +70,7 @@ def test_two_crops_are_the_centre_and_its_mirror_image(tmp_path: Path) -> None:
     np.testing.assert_array_equal(all_codes(store), codes)
 
 
-def test_files_cut_short_are_left_out_and_listed(tmp_path: Path) -> None:
+def test_truncated_files_are_left_out_and_listed(tmp_path: Path) -> None:
     codes = write_llamagen(tmp_path)
     whole = (tmp_path / "codes" / "7.npy").read_bytes()
     (tmp_path / "codes" / "7.npy").write_bytes(whole[:-10])
@@ -87,7 +87,7 @@ def test_files_cut_short_are_left_out_and_listed(tmp_path: Path) -> None:
     assert [(line["index"], line["name"]) for line in lines] == [(0, "0.npy"), (7, "7.npy")]
 
 
-def test_a_killed_import_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
+def test_a_killed_import_continues_to_the_same_bytes(tmp_path: Path) -> None:
     write_llamagen(tmp_path)
     imported(tmp_path, out=tmp_path / "straight")
     code = (
@@ -116,13 +116,13 @@ def test_folders_that_do_not_belong_together_are_refused(tmp_path: Path) -> None
     (tmp_path / "empty").mkdir()
     for settings, match in [
         ({"codes": tmp_path / "nowhere"}, "nowhere: No such file or directory; give LlamaGen's folder"),
-        ({"codes": tmp_path / "empty"}, "empty holds no files named 0.npy"),
-        ({"codes": tmp_path / "labels"}, r"0.npy holds \[1\], not LlamaGen's \[1, crops, tokens\]"),
-        ({"codes": tmp_path / "oblong"}, "has 8 tokens for each crop, which is no square"),
+        ({"codes": tmp_path / "empty"}, "empty has no files 0.npy"),
+        ({"codes": tmp_path / "labels"}, r"0.npy is \[1\], not \[1, crops, tokens\]: give LlamaGen"),
+        ({"codes": tmp_path / "oblong"}, "has 8 tokens for each crop, not a square"),
         ({"more_codes": tmp_path / "large"}, "codes has 9 tokens for each crop, .*large has 16"),
-        ({"labels": tmp_path / "large"}, r"0.npy holds int64 \[1, 10, 16\], not one label"),
-        ({"vocab_size": 30}, "has codes from . to .., not within --vocab-size 30"),
-        ({"num_classes": 3}, "3.npy holds label 3, which is none of --num-classes 3"),
+        ({"labels": tmp_path / "large"}, r"0.npy is int64 \[1, 10, 16\], not one label"),
+        ({"vocab_size": 30}, "has codes from . to .., outside --vocab-size 30"),
+        ({"num_classes": 3}, "3.npy has label 3, outside --num-classes 3"),
     ]:
         with pytest.raises(UserError, match=match):
             imported(tmp_path, **({"out": tmp_path / "other" / match} | settings))
@@ -142,7 +142,7 @@ def test_a_missing_file_or_one_of_another_shape_is_named(tmp_path: Path) -> None
     np.save(tmp_path / "labels" / "5.npy", np.array([1]))
     np.save(tmp_path / "codes" / "5.npy", np.zeros((1, 10, 16), np.int64))
     with pytest.raises(
-        UserError, match=r"5.npy holds int64 \[1, 10, 16\], the folder's first file integers \[1, 10, 9\]"
+        UserError, match=r"5.npy is int64 \[1, 10, 16\], but the folder's first file is integers \[1, 10, 9\]"
     ):
         imported(tmp_path)
 

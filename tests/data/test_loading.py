@@ -1,4 +1,4 @@
-"""Batches of crops: a function of (seed, step), every image once an epoch, however the source is read."""
+"""Batches of crops: a function of (seed, step), with every image once an epoch."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -26,11 +26,11 @@ from tests.data.pictures import encoded, noise
 
 SIZE, SIDE, COUNT = 4, 6, 30
 ONE_IMAGE = SIDE**2 * 3
-WHOLE, WINDOWED = 1 << 20, 8 * ONE_IMAGE  # with spans of 4 images, windows of two spans
+WHOLE, WINDOWED = 1 << 20, 8 * ONE_IMAGE  # with spans of 4 images, a window has two
 
 
 def picture(index: int) -> np.ndarray:
-    """Says of each pixel where it is: its row in red, its column in green, the image's number in blue."""
+    """An image whose pixels encode their row in red, their column in green and the image's index in blue."""
     rows, columns = np.mgrid[:SIDE, :SIDE]
     return np.stack([rows, columns, np.full_like(rows, index)], axis=-1).astype(np.uint8)
 
@@ -63,12 +63,12 @@ def batches(steps: range, source: ImageSource | None = None, **settings: Any) ->
 
 
 def numbers(images: Tensor) -> list[int]:
-    """Which images these are crops of."""
+    """The indices of the cropped images."""
     return images[:, 0, 0, 2].tolist()
 
 
 def taken(count: int, source: ImageSource | None = None, *, batch_size: int = 6, **settings: Any) -> list[int]:
-    """Which images the first `count` places of training are given."""
+    """The indices of the first `count` training images."""
     steps = range(-(-count // batch_size))
     return numbers(torch.cat(batches(steps, source, batch_size=batch_size, **settings)))[:count]
 
@@ -97,7 +97,7 @@ READINGS = {
 
 @pytest.mark.parametrize("reading", READINGS)
 @pytest.mark.parametrize("first", [1, 4, 5, 7, 13])
-def test_a_run_that_begins_later_gets_the_same_batches(reading: str, first: int) -> None:
+def test_a_resumed_run_gets_the_same_batches(reading: str, first: int) -> None:
     straight = batches(range(16), **READINGS[reading])
     later = batches(range(first, 16), **READINGS[reading])
     for expected, found in zip(straight[first:], later, strict=True):
@@ -105,7 +105,7 @@ def test_a_run_that_begins_later_gets_the_same_batches(reading: str, first: int)
 
 
 @pytest.mark.parametrize("reading", READINGS)
-def test_batches_may_be_asked_for_in_any_order(reading: str) -> None:
+def test_batches_can_be_read_in_any_order(reading: str) -> None:
     straight = batches(range(12), **READINGS[reading])
     with opened(**READINGS[reading]) as pixels:
         for step in (11, 0, 6, 5, 5, 10):
@@ -142,7 +142,7 @@ def test_every_image_comes_once_an_epoch(reading: str, count: int, batch_size: i
 
 
 @pytest.mark.parametrize("reading", READINGS)
-def test_each_epoch_has_an_order_of_its_own(reading: str) -> None:
+def test_each_epoch_has_another_order(reading: str) -> None:
     found = taken(4 * COUNT, **READINGS[reading])
     orders = {tuple(found[epoch * COUNT : (epoch + 1) * COUNT]) for epoch in range(4)}
     assert len(orders) == 4
@@ -177,7 +177,7 @@ def test_a_streams_windows_follow_one_another() -> None:
         assert [sorted(window) for window in windows(epoch)] == windows(list(range(COUNT)))
 
 
-def test_a_stream_is_read_on_and_never_back_within_an_epoch() -> None:
+def test_a_stream_is_read_once_an_epoch() -> None:
     asked: list[int] = []
     read: list[int] = []
 
@@ -206,7 +206,7 @@ def test_a_source_that_fits_is_read_once() -> None:
 # Crops
 
 
-def test_every_place_of_a_crop_is_as_likely_and_half_are_mirrored() -> None:
+def test_all_crops_are_equally_likely_and_half_are_mirrored() -> None:
     found = places(torch.cat(batches(range(150))))
     assert len(found) == 900
     counts = Counter((top, left) for top, left, _ in found)
@@ -240,7 +240,7 @@ def test_crops_are_cut_from_the_resized_image() -> None:
 
 
 @pytest.mark.parametrize(("size", "crop_range", "side"), [(256, 1.1, 281), (32, 1.125, 36), (10, 1.1, 11), (8, 1, 8)])
-def test_the_side_before_cropping_is_the_published_one(size: int, crop_range: float, side: int) -> None:
+def test_the_side_before_cropping(size: int, crop_range: float, side: int) -> None:
     assert opened(size=size, crop_range=crop_range).side == side
 
 
@@ -262,7 +262,7 @@ def test_the_ranks_batches_joined_are_those_of_one(reading: str, world: int) -> 
             assert torch.equal(torch.cat(parts), expected)
 
 
-def test_a_rank_decodes_its_own_images_of_a_window_alone() -> None:
+def test_a_rank_decodes_only_its_own_images_of_a_window() -> None:
     decoded: list[int] = []
 
     def examples(start: int) -> Iterator[Example]:
@@ -284,7 +284,7 @@ def test_a_rank_decodes_its_own_images_of_a_window_alone() -> None:
 
 
 def in_files(broken: tuple[int, ...] = (), **changes: Any) -> ImageSource:
-    """The pictures as PNG files in memory, of which some are cut short."""
+    """The pictures as PNG files in memory; those in `broken` are truncated."""
 
     def examples(start: int) -> Iterator[Example]:
         for index in range(start, COUNT):
@@ -294,11 +294,10 @@ def in_files(broken: tuple[int, ...] = (), **changes: Any) -> ImageSource:
     return pictures(examples=examples, **changes)
 
 
-@pytest.mark.parametrize("memory", [WHOLE, WINDOWED])
-def test_workers_change_no_batch_and_no_list_of_broken_images(memory: int) -> None:
+def test_workers_change_no_batch_and_no_list_of_broken_images() -> None:
     found: list[tuple[list[Tensor], dict[int, str]]] = []
     for workers in (0, 2):
-        with opened(in_files(broken=(3, 17)), memory=memory, workers=workers) as pixels:
+        with opened(in_files(broken=(3, 17)), memory=WINDOWED, workers=workers) as pixels:
             found.append(([pixels.batch(step) for step in range(5)], pixels.broken))
     (alone, listed), (helped, also_listed) = found
     assert all(torch.equal(a, b) for a, b in zip(alone, helped, strict=True))
@@ -306,18 +305,18 @@ def test_workers_change_no_batch_and_no_list_of_broken_images(memory: int) -> No
     assert {index: also_listed[index] for index in listed} == listed
 
 
-# Images that cannot be had
+# Broken images
 
 
 @pytest.mark.parametrize("memory", [WHOLE, WINDOWED])
 @pytest.mark.parametrize("streaming", [False, True])
-def test_others_stand_in_for_broken_images_which_are_listed(memory: int, streaming: bool) -> None:
+def test_broken_images_are_listed_and_replaced(memory: int, streaming: bool) -> None:
     broken = (2, 5, 6, 21)
     with opened(in_files(broken, streaming=streaming), memory=memory) as pixels:
         found = torch.cat([pixels.batch(step) for step in range(5)])
         assert sorted(pixels.broken) == list(broken)
         assert all(reason.startswith(f"{index}.png: ") for index, reason in pixels.broken.items())
-    places(found)  # whole pictures all of them
+    places(found)  # all are intact pictures
     counts = Counter(numbers(found))
     assert set(counts) == set(range(COUNT)) - set(broken)
     assert sum(counts.values()) == COUNT
@@ -329,7 +328,9 @@ def test_more_broken_images_than_whole_ones_are_refused(broken: int, fine: bool)
         if fine:
             assert min(numbers(pixels.batch(0))) >= 15
         else:
-            with pytest.raises(UserError, match=r"pictures: 16 of 30 images cannot be read, such as 0\.png: .*; mend"):
+            with pytest.raises(
+                UserError, match=r"pictures: 16 of 30 images cannot be read, such as 0\.png: .*; repair"
+            ):
                 pixels.batch(0)
 
 
@@ -341,8 +342,8 @@ def test_a_source_that_ends_early_is_refused(reading: str, missed: str) -> None:
         taken(COUNT, short, memory=READINGS[reading]["memory"])
 
 
-def test_a_source_must_say_how_many_images_it_has() -> None:
-    with pytest.raises(UserError, match="pictures does not say how many images it has: give a folder"):
+def test_the_number_of_images_must_be_known() -> None:
+    with pytest.raises(UserError, match="pictures has an unknown number of images: give a folder"):
         opened(pictures(count=None))
     assert opened(pictures(count=None, expected=20)).images == 20
     assert sorted(taken(20, replace(pictures(), count=None, expected=20))) == list(range(20))

@@ -124,7 +124,7 @@ def test_folders_of_the_system_are_skipped_with_a_note(tmp_path: Path, capsys: p
     (said,) = noted(capsys)
     assert (
         said
-        == f"folder:{root}: skipped folders that hold no class: $RECYCLE.BIN, @eaDir, __MACOSX, dog/@eaDir, lost+found"
+        == f"folder:{root}: skipped folders that are not classes: $RECYCLE.BIN, @eaDir, __MACOSX, dog/@eaDir, lost+found"
     )
 
 
@@ -233,7 +233,7 @@ def test_a_table_that_points_to_the_network_is_refused(tmp_path: Path) -> None:
     rows = [{"bytes": None, "path": "https://example.org/a.png"}]
     path = table(tmp_path / "a.parquet", [0], rows)
     with pytest.raises(
-        UserError, match=r"a.parquet:0 points to https://example.org/a.png, which is not on this disk: download"
+        UserError, match=r"a.parquet:0 refers to https://example.org/a.png, which is not on this disk: download"
     ):
         list(open_images(f"parquet:{path}").examples(0))
 
@@ -242,7 +242,7 @@ def test_a_table_that_points_to_the_network_is_refused(tmp_path: Path) -> None:
 def test_a_small_table_of_a_set_with_many_classes_is_taken(tmp_path: Path, labels: list[int]) -> None:
     source = open_images(f"parquet:{table(tmp_path / 'a.parquet', labels)}")
     assert len(source.class_names) == max(labels) + 1
-    with pytest.raises(UserError, match="these are no class indices"):
+    with pytest.raises(UserError, match="these are not class indices"):
         open_images(f"parquet:{table(tmp_path / 'ids.parquet', labels, column='id')}")
 
 

@@ -1,4 +1,4 @@
-"""Reading images: every kind becomes upright 8-bit RGB, or says why it cannot."""
+"""Decoding and cropping: every format becomes upright 8-bit RGB, or a BrokenImageError."""
 
 import contextlib
 import io
@@ -8,11 +8,11 @@ from typing import get_args
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
 
-from st_ar.data import source as decode
+from st_ar.data import source
 from st_ar.data.source import MAX_PIXELS, BrokenImageError, Crops, Kind, center_crop, five_crops, read_image
 from st_ar.errors import UserError
 from tests.data.pictures import broken_pictures, encoded, noise, png
@@ -28,16 +28,16 @@ def pixels(picture: Image.Image | bytes | Path) -> np.ndarray:
 def test_bytes_paths_and_images_give_the_same_pixels(kind: str, tmp_path: Path) -> None:
     options = {"lossless": True} if kind == "WEBP" else {}
     data = encoded(noise(), kind, **options)
-    (tmp_path / "image").write_bytes(data)  # the suffix plays no part
+    (tmp_path / "image").write_bytes(data)  # without a suffix
     np.testing.assert_array_equal(pixels(data), pixels(tmp_path / "image"))
     if kind not in ("JPEG", "GIF"):
         np.testing.assert_array_equal(pixels(data), np.asarray(noise()))
         np.testing.assert_array_equal(pixels(noise()), np.asarray(noise()))
 
 
-def test_a_photo_taken_sideways_is_put_upright() -> None:
+def test_exif_orientation_is_applied() -> None:
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned by a quarter, clockwise
+    exif[0x0112] = 6  # a quarter turn, clockwise
     np.testing.assert_array_equal(pixels(encoded(noise(), exif=exif)), np.rot90(np.asarray(noise()), -1))
 
 
@@ -46,7 +46,7 @@ def test_damaged_exif_does_not_lose_the_image() -> None:
     np.testing.assert_array_equal(pixels(data), np.asarray(noise()))
 
 
-def test_transparent_pixels_lie_over_white() -> None:
+def test_transparent_pixels_are_blended_with_white() -> None:
     colours = np.zeros((1, 3, 4), np.uint8)
     colours[0, :, 0] = 200
     colours[0, :, 3] = [0, 51, 255]
@@ -54,12 +54,12 @@ def test_transparent_pixels_lie_over_white() -> None:
     np.testing.assert_array_equal(pixels(encoded(Image.fromarray(colours))), expected)
 
 
-def test_grey_with_alpha_lies_over_white() -> None:
+def test_grey_with_alpha_is_blended_with_white() -> None:
     image = Image.merge("LA", [Image.new("L", (2, 1), 100), Image.fromarray(np.array([[0, 255]], np.uint8))])
     assert pixels(encoded(image))[0].tolist() == [[255] * 3, [100] * 3]
 
 
-def test_a_palette_with_a_transparent_colour_lies_over_white() -> None:
+def test_a_transparent_palette_colour_becomes_white() -> None:
     image = Image.fromarray(np.array([[0, 1, 2]], np.uint8), "L").convert("P")
     image.putpalette([255, 0, 0, 0, 255, 0, 0, 0, 255])
     assert pixels(encoded(image))[0].tolist() == [[255, 0, 0], [0, 255, 0], [0, 0, 255]]
@@ -88,7 +88,7 @@ def test_sixteen_bit_colour_is_scaled_and_not_clipped() -> None:
     assert np.abs(found - levels.astype(float) / 257).max() < 1
 
 
-def test_wide_grey_levels_are_taken_where_their_white_is_known() -> None:
+def test_wide_grey_levels_are_read_if_their_white_is_known() -> None:
     assert pixels(Image.fromarray(np.array([[0, 65535]], np.int32)))[0, :, 0].tolist() == [0, 255]
     assert pixels(Image.fromarray(np.array([[0, 0.5, 1]], np.float32)))[0, :, 0].tolist() == [0, 128, 255]
     for levels in (np.array([[0, 70000]], np.int32), np.array([[-1, 5]], np.int32), np.array([[np.nan]], np.float32)):
@@ -103,8 +103,8 @@ def test_one_bit_and_the_first_frame() -> None:
 
 
 @pytest.mark.parametrize("what", broken_pictures())
-def test_what_is_broken_says_why_in_one_line(what: str) -> None:
-    reasons = {"truncated jpeg": "truncated", "empty": "empty", "text": "no image of a known", "bomb": "limit"}
+def test_a_broken_image_is_refused_in_one_line(what: str) -> None:
+    reasons = {"truncated jpeg": "truncated", "empty": "empty", "text": "not an image of a known", "bomb": "limit"}
     with pytest.raises(BrokenImageError, match=reasons.get(what, ".")) as raised:
         read_image(broken_pictures()[what])
     assert "\n" not in str(raised.value)
@@ -121,41 +121,41 @@ def test_a_missing_file_is_broken_too(tmp_path: Path) -> None:
 def test_the_limits_are_explicit_and_pillows_warning_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     assert MAX_PIXELS == 89_478_485
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # whatever the surroundings think of it
+        warnings.simplefilter("ignore")  # the outer filters must not matter
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 300)
         with pytest.raises(BrokenImageError, match="320 pixels"):
             read_image(encoded(noise()))
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
-        monkeypatch.setattr(decode, "MAX_PIXELS", 319)
+        monkeypatch.setattr(source, "MAX_PIXELS", 319)
         with pytest.raises(BrokenImageError, match="20 x 16 pixels are more than the limit of 319"):
             read_image(encoded(noise()))
 
 
 def test_a_file_too_large_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.png").write_bytes(encoded(noise()))
-    monkeypatch.setattr(decode, "MAX_BYTES", 100)
+    monkeypatch.setattr(source, "MAX_BYTES", 100)
     with pytest.raises(BrokenImageError, match="bytes are more than the limit of 100"):
         read_image(tmp_path / "a.png")
 
 
-def test_a_png_whose_pixels_are_damaged_is_refused_even_where_pillow_shows_others() -> None:
+def test_damaged_pixels_of_a_png_are_refused_even_if_pillow_shows_them() -> None:
     smooth = noise(4, 4).resize((12, 12), Image.Resampling.BICUBIC)
     whole = encoded(smooth, "PNG")
     start = whole.index(b"IDAT") + 4
     stop = start + int.from_bytes(whole[start - 8 : start - 4])
     np.testing.assert_array_equal(pixels(whole), np.asarray(smooth))
-    others = 0
-    for place in range(start, stop - 4):
+    undetected = 0
+    for offset in range(start, stop - 4):
         damaged = bytearray(whole)
-        damaged[place : place + 4] = bytes(byte ^ 0x55 for byte in damaged[place : place + 4])
+        damaged[offset : offset + 4] = bytes(byte ^ 0x55 for byte in damaged[offset : offset + 4])
         with contextlib.suppress(Exception):
-            others += not np.array_equal(np.asarray(Image.open(io.BytesIO(bytes(damaged)))), np.asarray(smooth))
+            undetected += not np.array_equal(np.asarray(Image.open(io.BytesIO(bytes(damaged)))), np.asarray(smooth))
         with pytest.raises(BrokenImageError):
             read_image(bytes(damaged))
-    assert others  # or our own comparison of checksums could go
+    assert undetected  # by Pillow; otherwise our check is useless
 
 
-PLACES = ["top-left", "top-right", "bottom-left", "bottom-right", "center"]
+POSITIONS = ["top-left", "top-right", "bottom-left", "bottom-right", "center"]
 
 
 def slow_center_crop(image: Image.Image, size: int) -> np.ndarray:
@@ -174,22 +174,15 @@ def noise_of(width: int, height: int, seed: int = 0) -> Image.Image:
 
 
 def coordinates(side: int) -> np.ndarray:
-    """An image [side, side, 3] each of whose pixels says its row and column."""
+    """An image [side, side, 3] whose pixels encode their row and column."""
     rows, columns = np.mgrid[:side, :side]
     return np.stack([rows % 256, columns % 256, 16 * (rows // 256) + columns // 256], axis=-1).astype(np.uint8)
 
 
+@example(width=101, height=33, size=8, seed=0)
 @given(width=st.integers(1, 70), height=st.integers(1, 70), size=st.integers(1, 24), seed=st.integers(0, 99))
 def test_center_crop_is_guided_diffusions(width: int, height: int, size: int, seed: int) -> None:
     image = noise_of(width, height, seed)
-    np.testing.assert_array_equal(center_crop(image, size), slow_center_crop(image, size))
-
-
-@pytest.mark.parametrize(
-    ("width", "height", "size"), [(37, 53, 9), (101, 33, 8), (33, 101, 16), (17, 17, 32), (64, 64, 32)]
-)
-def test_center_crop_on_odd_sizes(width: int, height: int, size: int) -> None:
-    image = noise_of(width, height)
     np.testing.assert_array_equal(center_crop(image, size), slow_center_crop(image, size))
 
 
@@ -217,7 +210,7 @@ def cut_by_hand(pixels: np.ndarray, size: int, place: str) -> np.ndarray:
 
 def test_five_crops_are_corners_and_center_in_order() -> None:
     pixels = coordinates(8)
-    for crop, place in zip(five_crops(pixels, 4), PLACES, strict=True):
+    for crop, place in zip(five_crops(pixels, 4), POSITIONS, strict=True):
         np.testing.assert_array_equal(crop, cut_by_hand(pixels, 4, place), err_msg=place)
 
 
@@ -237,9 +230,9 @@ def test_ten_crops_are_five_and_five_of_the_mirror_image() -> None:
     crops = Crops(kind="ten", size=4, range=1.5)
     pixels = coordinates(6)
     cut = crops.cut(Image.fromarray(pixels))
-    expected = [cut_by_hand(image, 4, place) for image in (pixels, np.fliplr(pixels)) for place in PLACES]
+    expected = [cut_by_hand(image, 4, place) for image in (pixels, np.fliplr(pixels)) for place in POSITIONS]
     np.testing.assert_array_equal(cut, np.stack(expected))
-    assert crops.names == PLACES + [f"mirrored-{place}" for place in PLACES]
+    assert crops.names == POSITIONS + [f"mirrored-{place}" for place in POSITIONS]
 
 
 def test_a_mirrored_left_crop_is_the_right_crop_mirrored() -> None:
@@ -251,7 +244,7 @@ def test_a_mirrored_left_crop_is_the_right_crop_mirrored() -> None:
 
 def test_ten_crops_without_mirror_are_five() -> None:
     crops = Crops(kind="ten", size=4, range=1.5, mirror=False)
-    assert crops.names == PLACES
+    assert crops.names == POSITIONS
     np.testing.assert_array_equal(crops.cut(Image.fromarray(coordinates(6))), five_crops(coordinates(6), 4))
 
 
@@ -274,16 +267,14 @@ def test_the_center_crop_may_come_with_its_mirror_image() -> None:
 @pytest.mark.parametrize(
     ("size", "wide", "side"), [(256, 1.1, 281), (256, 1.05, 268), (10, 1.1, 11), (32, 36 / 32, 36), (7, 1, 7)]
 )
-def test_the_side_before_cropping_is_llamagens(size: int, wide: float, side: int) -> None:
+def test_the_side_before_cropping_is_that_of_llamagen(size: int, wide: float, side: int) -> None:
     # LLAMAGEN.md: the short side becomes int(size * 1.1). An image of that side is cut without being resampled.
     cut = Crops(kind="ten", size=size, range=wide).cut(Image.fromarray(coordinates(side)))
     np.testing.assert_array_equal(cut[3], coordinates(side)[side - size :, side - size :])
 
 
 @given(width=st.integers(2, 50), height=st.integers(2, 50), size=st.integers(1, 16), wide=st.floats(1, 2))
-def test_every_crop_is_as_large_as_its_name_says_and_part_of_the_image(
-    width: int, height: int, size: int, wide: float
-) -> None:
+def test_every_crop_has_its_size_and_is_part_of_the_image(width: int, height: int, size: int, wide: float) -> None:
     crops = Crops(kind="ten", size=size, range=wide)
     cut = crops.cut(noise_of(width, height))
     assert cut.shape == (len(crops.names), size, size, 3)
@@ -305,11 +296,11 @@ def test_a_size_below_one_is_refused() -> None:
 
 
 @pytest.mark.parametrize("wide", [1.1, 1.05])
-@pytest.mark.parametrize(("width", "height"), [(333, 251), (97, 211), (601, 599), (64, 64)])
+@pytest.mark.parametrize(("width", "height"), [(333, 251), (97, 211)])
 def test_ten_crops_of_odd_sizes_at_llamagens_ranges(width: int, height: int, wide: float) -> None:
     whole = slow_center_crop(noise_of(width, height), int(64 * wide))
     cut = Crops(kind="ten", size=64, range=wide).cut(noise_of(width, height))
-    expected = [cut_by_hand(image, 64, place) for image in (whole, np.fliplr(whole)) for place in PLACES[:4]]
+    expected = [cut_by_hand(image, 64, place) for image in (whole, np.fliplr(whole)) for place in POSITIONS[:4]]
     np.testing.assert_array_equal(cut[[0, 1, 2, 3, 5, 6, 7, 8]], np.stack(expected))
     start = round((len(whole) - 64) / 2)
     np.testing.assert_array_equal(cut[4], whole[start : start + 64, start : start + 64])
@@ -317,7 +308,7 @@ def test_ten_crops_of_odd_sizes_at_llamagens_ranges(width: int, height: int, wid
 
 @pytest.mark.parametrize("kind", get_args(Kind))
 @pytest.mark.parametrize("mirror", [True, False])
-def test_many_images_are_cut_at_once_as_one_by_one(kind: Kind, mirror: bool) -> None:
+def test_a_batch_of_images_is_cropped_like_single_images(kind: Kind, mirror: bool) -> None:
     crops = Crops(kind=kind, size=7, range=1.5, mirror=mirror)
     images = [noise_of(10, 10, seed) for seed in range(3)]
     together = crops.cut_pixels(np.stack([np.asarray(image) for image in images]))

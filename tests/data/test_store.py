@@ -1,4 +1,4 @@
-"""The token store: what is written is read, and whatever is not as it should be is refused by name."""
+"""The token store and its batches; damaged and unsuitable stores are refused by name."""
 
 import gc
 import json
@@ -36,7 +36,7 @@ def edit_meta(folder: Path, **changes: object) -> None:
 
 
 def replace_shard(folder: Path, name: str, array: np.ndarray) -> None:
-    """Another array under a shard's name, with its right checksum."""
+    """Write another array under a shard's name, with its checksum."""
     np.save(folder / name, array)
     meta = json.loads((folder / "meta.json").read_text())
     what = name.partition("-")[0]
@@ -53,15 +53,15 @@ def replace_shard(folder: Path, name: str, array: np.ndarray) -> None:
     grid=st.integers(1, 3),
     shards=st.integers(1, 4),
 )
-def test_what_was_written_is_read_whatever_the_shards(
+def test_codes_and_labels_come_back_for_any_number_of_shards(
     data: st.DataObject, images: int, crops: int, grid: int, shards: int
 ) -> None:
     shards = min(shards, images)
     with TemporaryDirectory() as temporary:
-        where, codes, labels = random_store(
+        folder, codes, labels = random_store(
             Path(temporary) / "store", images=images, crops=crops, grid=grid, vocab_size=1 << 16, shards=shards
         )
-        store = TokenStore(where)
+        store = TokenStore(folder)
         store.verify()
         assert len(store) == images
         assert store.labels.dtype == np.int64
@@ -75,8 +75,8 @@ def test_what_was_written_is_read_whatever_the_shards(
         )
         read = store.codes(np.array(wanted), np.array(chosen))
         assert read.dtype == np.uint16
-        for row, (image, some_crops) in enumerate(zip(wanted, chosen, strict=True)):
-            np.testing.assert_array_equal(read[row], codes[image][some_crops])
+        for row, (image, image_crops) in enumerate(zip(wanted, chosen, strict=True)):
+            np.testing.assert_array_equal(read[row], codes[image][image_crops])
 
 
 def test_a_store_of_many_shards_keeps_few_files_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -84,7 +84,7 @@ def test_a_store_of_many_shards_keeps_few_files_open(tmp_path: Path, monkeypatch
     folder, codes, labels = random_store(tmp_path / "store", images=40, crops=2, shards=40)
 
     def open_files() -> int:
-        gc.collect()  # what other tests have left
+        gc.collect()  # left by other tests
         return len(list(Path("/dev/fd").iterdir()))
 
     before = open_files()
@@ -104,30 +104,30 @@ def test_a_suitable_model_is_accepted(folder: Path) -> None:
 
 @pytest.mark.parametrize("name", [FIRST_CODES, LAST_LABELS])
 def test_verify_names_the_shard_with_a_flipped_byte(folder: Path, name: str) -> None:
-    if name == LAST_LABELS:  # one that stays a label
+    if name == LAST_LABELS:  # still a valid label
         labels = np.load(folder / name)
         labels[-1] = (labels[-1] + 1) % 3
         np.save(folder / name, labels)
     else:
         flip_byte(folder / name)
     store = TokenStore(folder)
-    with refused(folder, rf"{name} is damaged: .* checksum in meta.json; tokenize again"):
+    with refused(folder, rf"{name} is damaged \(.* checksum in meta.json\): tokenize again"):
         store.verify()
 
 
 @pytest.mark.parametrize("label", [-1, 3])
-def test_labels_that_are_no_classes_are_refused_on_opening(folder: Path, label: int) -> None:
+def test_labels_outside_the_classes_are_refused(folder: Path, label: int) -> None:
     labels = np.load(folder / LAST_LABELS)
     labels[-1] = label
     np.save(folder / LAST_LABELS, labels)
     low, high = (-1, 2) if label < 0 else (0, 3)
-    with refused(folder, rf"has labels {low} to {high}, its meta.json names 3 classes; tokenize again"):
+    with refused(folder, rf"has labels {low} to {high}, but its meta.json names 3 classes; tokenize again"):
         TokenStore(folder)
 
 
 @pytest.mark.parametrize("left", [0, 40, 200, -1])
 @pytest.mark.parametrize("name", [FIRST_CODES, LAST_LABELS])
-def test_a_truncated_shard_is_named_on_opening(folder: Path, name: str, left: int) -> None:
+def test_a_truncated_shard_is_refused(folder: Path, name: str, left: int) -> None:
     whole = (folder / name).read_bytes()
     (folder / name).write_bytes(whole[: min(left, len(whole) - 1)])
     with refused(folder, rf"{name} is truncated or damaged .*tokenize again"):
@@ -135,7 +135,7 @@ def test_a_truncated_shard_is_named_on_opening(folder: Path, name: str, left: in
 
 
 @pytest.mark.parametrize("name", [FIRST_CODES, LAST_LABELS])
-def test_a_missing_shard_is_named_on_opening(folder: Path, name: str) -> None:
+def test_a_missing_shard_is_refused(folder: Path, name: str) -> None:
     (folder / name).unlink()
     with refused(folder, rf"{name} is missing from the token store; tokenize again"):
         TokenStore(folder)
@@ -148,41 +148,36 @@ def test_a_shard_of_pickled_objects_is_never_unpickled(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("array", "found"),
+    ("name", "array", "found", "expected"),
     [
-        (np.zeros((4, 3, 16), np.int64), r"int64 \[4, 3, 16\]"),
-        (np.zeros((4, 3, 9), np.uint16), r"uint16 \[4, 3, 9\]"),
-        (np.zeros((3, 3, 16), np.uint16), r"uint16 \[3, 3, 16\]"),
+        (FIRST_CODES, np.zeros((4, 3, 16), np.int64), r"int64 \[4, 3, 16\]", r"uint16 \[4, 3, 16\]"),
+        (FIRST_CODES, np.zeros((4, 3, 9), np.uint16), r"uint16 \[4, 3, 9\]", r"uint16 \[4, 3, 16\]"),
+        (FIRST_CODES, np.zeros((3, 3, 16), np.uint16), r"uint16 \[3, 3, 16\]", r"uint16 \[4, 3, 16\]"),
+        (LAST_LABELS, np.zeros(3, np.float32), r"float32 \[3\]", r"int32 \[3\]"),
     ],
 )
-def test_a_shard_of_another_type_or_shape_is_named_with_both(folder: Path, array: np.ndarray, found: str) -> None:
-    replace_shard(folder, FIRST_CODES, array)
-    with refused(folder, rf"{FIRST_CODES} holds {found}, meta.json promises uint16 \[4, 3, 16\]"):
-        TokenStore(folder)
-
-
-def test_labels_of_another_type_are_named_with_both(folder: Path) -> None:
-    replace_shard(folder, LAST_LABELS, np.zeros(3, np.float32))
-    with refused(folder, rf"{LAST_LABELS} holds float32 \[3\], meta.json promises int32 \[3\]"):
+def test_a_shard_of_another_type_or_shape_is_refused_with_both(
+    folder: Path, name: str, array: np.ndarray, found: str, expected: str
+) -> None:
+    replace_shard(folder, name, array)
+    with refused(folder, rf"{name} is {found}, but meta.json says {expected}"):
         TokenStore(folder)
 
 
 @pytest.mark.parametrize("version", [0, 2, None])
-def test_another_format_version_is_refused_with_the_one_that_is_read(folder: Path, version: int | None) -> None:
+def test_another_format_version_is_refused(folder: Path, version: int | None) -> None:
     edit_meta(folder, format_version=version)
     with refused(folder, rf"format version {version}; this st-ar reads 1"):
         TokenStore(folder)
 
 
-def test_a_count_of_images_that_the_shards_do_not_hold_is_refused(folder: Path) -> None:
-    edit_meta(folder, images=12)
-    with refused(folder, "holds 11 images, its meta.json says 12"):
-        TokenStore(folder)
-
-
-def test_a_store_of_no_images_is_refused(folder: Path) -> None:
-    edit_meta(folder, images=0, shards=[])
-    with refused(folder, "holds 0 images"):
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"images": 12}, "has 11 images, but its meta.json says 12"), ({"images": 0, "shards": []}, "has 0 images")],
+)
+def test_a_wrong_number_of_images_is_refused(folder: Path, changes: dict[str, object], message: str) -> None:
+    edit_meta(folder, **changes)
+    with refused(folder, message):
         TokenStore(folder)
 
 
@@ -196,14 +191,14 @@ def test_a_damaged_meta_is_refused(folder: Path, meta: str) -> None:
 
 
 @pytest.mark.parametrize("changes", [{"grid": "4"}, {"crops": None}, {"shards": [{"images": 4}]}, {"shards": 3}])
-def test_a_meta_whose_values_make_no_sense_is_refused(folder: Path, changes: dict[str, object]) -> None:
+def test_invalid_values_in_meta_are_refused(folder: Path, changes: dict[str, object]) -> None:
     edit_meta(folder, **changes)
     with refused(folder, "meta.json is damaged .*tokenize again"):
         TokenStore(folder)
 
 
-def test_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
-    with refused(tmp_path, "nowhere is no token store: no such folder; `st-ar tokenize` makes one"):
+def test_a_missing_folder_is_refused(tmp_path: Path) -> None:
+    with refused(tmp_path, "nowhere is not a token store: no such folder; `st-ar tokenize` makes one"):
         TokenStore(tmp_path / "nowhere")
 
 
@@ -246,10 +241,10 @@ def test_a_model_of_another_tokenizer_is_refused_with_both_fingerprints(folder: 
         store.check_model(SUITABLE, FINGERPRINT[::-1])
 
 
-def test_the_entries_of_two_shards_may_not_change_places(folder: Path) -> None:
+def test_swapped_entries_of_shards_are_refused(folder: Path) -> None:
     meta = json.loads((folder / "meta.json").read_text())
     edit_meta(folder, shards=meta["shards"][::-1])
-    with refused(folder, r"meta\.json is damaged \(its entry of shard 0 is not of that shard\); tokenize again"):
+    with refused(folder, r"meta\.json is damaged \(its entry 0 is not of that shard\): tokenize again"):
         TokenStore(folder)
 
 
@@ -258,18 +253,18 @@ def test_a_missing_checksum_is_refused(folder: Path, key: str) -> None:
     meta = json.loads((folder / "meta.json").read_text())
     del meta["shards"][2][key]
     edit_meta(folder, shards=meta["shards"])
-    with refused(folder, r"meta\.json is damaged \(its entry of shard 2"):
+    with refused(folder, r"meta\.json is damaged \(its entry 2"):
         TokenStore(folder)
 
 
 def test_codes_beyond_the_codebook_are_found(folder: Path) -> None:
     edit_meta(folder, vocab_size=7)
-    with refused(folder, r"has codes up to 15, its meta\.json says that there are 7; tokenize again"):
+    with refused(folder, r"has codes up to 15, but its meta\.json says vocab_size 7; tokenize again"):
         TokenStore(folder).verify()
 
 
-def telling_store(folder: Path, *, images: int, crops: int) -> TokenStore:
-    """A store each of whose codes is image * crops + crop, and each label the image's number modulo 7."""
+def numbered_store(folder: Path, *, images: int, crops: int) -> TokenStore:
+    """A store with the codes image * crops + crop and the labels image % 7."""
     codes = np.arange(images * crops).reshape(images, crops, 1).repeat(4, axis=2)
     write_store(folder, codes, np.arange(images) % 7, vocab_size=1 << 16, num_classes=7, shards=min(3, images))
     return TokenStore(folder)
@@ -279,7 +274,7 @@ def telling_store(folder: Path, *, images: int, crops: int) -> TokenStore:
 def test_every_epoch_visits_every_image_exactly_once(images: int, batch: int, seed: int) -> None:
     with TemporaryDirectory() as temporary:
         views = TokenBatches(
-            telling_store(Path(temporary) / "s", images=images, crops=1), batch_size=batch, views=1, seed=seed
+            numbered_store(Path(temporary) / "s", images=images, crops=1), batch_size=batch, views=1, seed=seed
         )
         steps = -(-3 * images // batch)
         visited = np.concatenate([views.images(step) for step in range(steps)])
@@ -291,7 +286,7 @@ def test_every_epoch_visits_every_image_exactly_once(images: int, batch: int, se
 def test_views_are_different_crops_of_the_labelled_image(images: int, batch: int, count: int, step: int) -> None:
     with TemporaryDirectory() as temporary:
         views = TokenBatches(
-            telling_store(Path(temporary) / "s", images=images, crops=5), batch_size=batch, views=count, seed=1
+            numbered_store(Path(temporary) / "s", images=images, crops=5), batch_size=batch, views=count, seed=1
         )
         tokens, labels = views.batch(step)
         chosen = views.images(step)
@@ -303,35 +298,30 @@ def test_views_are_different_crops_of_the_labelled_image(images: int, batch: int
     assert all(len(set(crops)) == count for crops in (tokens[..., 0] % 5).tolist())
 
 
-def test_a_batch_depends_on_seed_and_step_alone(tmp_path: Path) -> None:
+def test_a_batch_depends_only_on_seed_and_step(tmp_path: Path) -> None:
     store = TokenStore(random_store(tmp_path / "store", shards=3)[0])
     views = TokenBatches(store, batch_size=7, views=2, seed=3)
     forward = [views.batch(step) for step in range(20)]
     for step in [19, 4, 4, 0, 11, 3]:  # over several epochs, back and forth
         fresh = TokenBatches(TokenStore(tmp_path / "store"), batch_size=7, views=2, seed=3).batch(step)
-        for expected, again, anew in zip(forward[step], views.batch(step), fresh, strict=True):
+        for expected, again, new in zip(forward[step], views.batch(step), fresh, strict=True):
             assert torch.equal(expected, again)
-            assert torch.equal(expected, anew)
+            assert torch.equal(expected, new)
 
 
-def test_other_seeds_give_other_orders_and_crops(tmp_path: Path) -> None:
-    store = telling_store(tmp_path / "store", images=50, crops=10)
-    batches = [TokenBatches(store, batch_size=50, views=1, seed=seed).batch(0)[0][:, 0, 0] for seed in (0, 1)]
+@pytest.mark.parametrize(("seed", "epoch"), [(1, 0), (0, 1)])
+def test_another_seed_or_epoch_has_another_order_and_other_crops(tmp_path: Path, seed: int, epoch: int) -> None:
+    store = numbered_store(tmp_path / "store", images=50, crops=10)
+    batches = [
+        TokenBatches(store, batch_size=50, views=1, seed=s).batch(e)[0][:, 0, 0] for s, e in [(0, 0), (seed, epoch)]
+    ]
     assert (batches[0] // 10).tolist() != (batches[1] // 10).tolist()
     crops_by_image = [(batch % 10)[(batch // 10).argsort()].tolist() for batch in batches]
     assert crops_by_image[0] != crops_by_image[1]
 
 
-def test_other_epochs_have_other_orders_and_crops(tmp_path: Path) -> None:
-    views = TokenBatches(telling_store(tmp_path / "store", images=50, crops=10), batch_size=50, views=1, seed=0)
-    epochs = [views.batch(step)[0][:, 0, 0] for step in (0, 1)]
-    assert (epochs[0] // 10).tolist() != (epochs[1] // 10).tolist()
-    crops_by_image = [(batch % 10)[(batch // 10).argsort()].tolist() for batch in epochs]
-    assert crops_by_image[0] != crops_by_image[1]
-
-
 def test_every_crop_is_drawn_equally_often(tmp_path: Path) -> None:
-    views = TokenBatches(telling_store(tmp_path / "store", images=50, crops=10), batch_size=50, views=2, seed=0)
+    views = TokenBatches(numbered_store(tmp_path / "store", images=50, crops=10), batch_size=50, views=2, seed=0)
     drawn = Counter(int(code) % 10 for step in range(40) for code in views.batch(step)[0][..., 0].flatten())
     assert sorted(drawn) == list(range(10))
     # 4,000 draws of 10 crops: 400 each, with a standard deviation of 18 (distinct within an image, so a bit less).
@@ -340,7 +330,7 @@ def test_every_crop_is_drawn_equally_often(tmp_path: Path) -> None:
 
 def test_the_data_order_never_changes(tmp_path: Path) -> None:
     # Runs begun with one version of st-ar are resumed with another: the order is part of the format.
-    views = TokenBatches(telling_store(tmp_path / "store", images=10, crops=5), batch_size=4, views=2, seed=6)
+    views = TokenBatches(numbered_store(tmp_path / "store", images=10, crops=5), batch_size=4, views=2, seed=6)
     epochs = [np.random.default_rng([6, 1, epoch]).permutation(10) for epoch in (0, 1)]
     images = np.concatenate(epochs)[8:12]  # of step 2: the end of one epoch and the beginning of the next
     crops = np.random.default_rng([6, 2, 2]).random((4, 5)).argsort(axis=1)[:, :2]
@@ -350,7 +340,7 @@ def test_the_data_order_never_changes(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("world", [2, 3, 6])
 def test_the_ranks_batches_joined_are_those_of_one(tmp_path: Path, world: int) -> None:
-    store = telling_store(tmp_path / "store", images=20, crops=5)
+    store = numbered_store(tmp_path / "store", images=20, crops=5)
     settings: dict[str, Any] = {"batch_size": 6, "views": 2, "seed": 1}
     alone = TokenBatches(store, **settings)
     ranks = [TokenBatches(store, **settings, ranks=Ranks(rank=rank, world=world)) for rank in range(world)]

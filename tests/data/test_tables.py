@@ -1,4 +1,4 @@
-"""Parquet files and data sets of the hub (from a folder in its layout: no network)."""
+"""Parquet files, and data sets of the hub (from a folder in its layout, without a network)."""
 
 import subprocess
 import sys
@@ -76,7 +76,7 @@ def test_plain_binary_columns_without_the_librarys_features(tmp_path: Path) -> N
     np.testing.assert_array_equal(np.asarray(next(source.examples(2)).read()), np.asarray(noise(seed=2)))
 
 
-def test_a_row_without_an_image_is_left_to_be_skipped(tmp_path: Path) -> None:
+def test_a_row_without_an_image_becomes_empty(tmp_path: Path) -> None:
     rows = pyarrow.table({"image": [b"", None, pictures(1)[0]["bytes"]], "label": [0, 1, 2]})
     examples = list(open_images(f"parquet:{write(tmp_path / 'a.parquet', rows)}").examples(0))
     assert [example.image for example in examples[:2]] == [b"", b""]
@@ -114,12 +114,12 @@ def test_columns_are_found_by_type_then_by_name(features: Any, options: dict[str
         (
             {"img": IMAGE, "label": datasets.Value("string")},
             {"label": "label"},
-            r"column 'label' is string, a label column holds whole numbers \(a ClassLabel or int\): .*#label=none",
+            r"column 'label' is string, but a label column holds whole numbers \(a ClassLabel or int\): .*#label=none",
         ),
-        ({"img": IMAGE, "label": LABEL}, {"image": "label"}, "an? image column holds images or the bytes of files"),
+        ({"img": IMAGE, "label": LABEL}, {"image": "label"}, "but an? image column holds images or the bytes of files"),
     ],
 )
-def test_columns_that_leave_a_doubt_are_refused(features: Any, options: dict[str, str], match: str) -> None:
+def test_ambiguous_columns_are_refused(features: Any, options: dict[str, str], match: str) -> None:
     with pytest.raises(UserError, match=match):
         find_columns(datasets.Features(features), options, "x")
 
@@ -131,34 +131,34 @@ def test_options_follow_a_hash(files: Path) -> None:
         open_images(f"parquet:{files}/train-00000.parquet#size=3")
 
 
-def test_mistakes_with_parquet_files_are_explained(files: Path) -> None:
+def test_unusable_parquet_files_are_refused(files: Path) -> None:
     with refused(files, r"\S+ is a folder; give its files in quotes: 'parquet:.*/\*.parquet'"):
         open_images(f"parquet:{files}")
     with refused(files, "matches no file here"):
         open_images(f"parquet:{files}/test-*.parquet")
     write(files / "other" / "b.parquet", table(3, datasets.ClassLabel(names=["x", "y", "z"])))
-    with refused(files, r"train-00000.parquet differs from .*b.parquet in its columns or class names"):
+    with refused(files, r"train-00000.parquet and .*b.parquet have different columns or class names"):
         open_images(f"parquet:{files}/**/*.parquet")
     (files / "text.parquet").write_text("no table")
-    with refused(files, "text.parquet is no parquet file, or damaged"):
+    with refused(files, "text.parquet is not a parquet file, or damaged"):
         open_images(f"parquet:{files}/text.parquet")
     whole = (files / "train-00000.parquet").read_bytes()
     (files / "cut.parquet").write_bytes(whole[: len(whole) // 2])
-    with refused(files, "cut.parquet is no parquet file, or damaged"):
+    with refused(files, "cut.parquet is not a parquet file, or damaged"):
         open_images(f"parquet:{files}/cut.parquet")
     ids = pyarrow.table({"image": [b"x"] * 3, "id": [100, 200, 300]})
     write(files / "ids.parquet", ids)
-    with refused(files, "has numbers up to 300 in 'id' for 3 rows: these are no class indices"):
+    with refused(files, "has numbers up to 300 in 'id' for 3 rows: these are not class indices"):
         open_images(f"parquet:{files}/ids.parquet")
 
 
-def test_a_file_damaged_in_the_middle_ends_with_its_name(files: Path) -> None:
+def test_a_damaged_file_is_named(files: Path) -> None:
     source = open_images(f"parquet:{files}/train-*.parquet")
     path = files / "train-00000.parquet"
     data = bytearray(path.read_bytes())
     data[4 : len(data) // 2] = b"\xff" * (len(data) // 2 - 4)
     path.write_bytes(data)
-    with refused(files, "train-00000.parquet is damaged: .*give the same command to go on"):
+    with refused(files, "train-00000.parquet is damaged .*give the same command to continue"):
         list(source.examples(0))
 
 
@@ -175,7 +175,7 @@ def test_a_data_set_in_the_hubs_layout_is_streamed(tmp_path: Path) -> None:
         open_images(f"hub:{tmp_path}/set:validation")
 
 
-def test_without_a_network_the_hub_is_a_clear_mistake(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_hub_needs_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match=r"hub:nobody/nothing: cannot open split 'train': .*network") as raised:

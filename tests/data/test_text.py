@@ -1,4 +1,4 @@
-"""The text store against a plain reading, and what is refused."""
+"""The text store: what is read, and what is refused."""
 
 from pathlib import Path
 
@@ -22,13 +22,13 @@ DIM = 6
 
 
 def random_rows(lengths: list[int], seed: int = 0, dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    """Features [length, DIM] of each caption, as an encoder gives them."""
+    """Random features [length, DIM] of each caption."""
     generator = torch.Generator().manual_seed(seed)
     return [torch.randn(length, DIM, generator=generator).to(dtype) for length in lengths]
 
 
 def padded(caption: Tensor, rows: int) -> list[list[float]]:
-    """What a model reads, row by row: zeros, then the caption's first rows."""
+    """A model's input, row by row: zeros, then the caption's first rows."""
     kept = caption.float().tolist()[:rows]
     return [[0.0] * DIM for _ in range(rows - len(kept))] + kept
 
@@ -56,7 +56,7 @@ def test_captions_are_read_as_they_were_written(
     assert found.tolist() == [padded(captions[image], rows) for image in asked]
 
 
-def test_the_file_is_what_the_format_says(tmp_path: Path) -> None:
+def test_the_file_has_the_documented_format(tmp_path: Path) -> None:
     captions = random_rows([2, 3])
     write_text(tmp_path / "deep" / "text.safetensors", [captions[0].numpy(), captions[1]])
     saved = load_file(tmp_path / "deep" / "text.safetensors")
@@ -95,9 +95,9 @@ def test_hidden_and_half_written_files_of_a_folder_are_not_read(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("images", [[-1, 0], [0, 2]])
-def test_a_caption_that_is_not_there_is_refused(tmp_path: Path, images: list[int]) -> None:
+def test_an_index_out_of_range_is_refused(tmp_path: Path, images: list[int]) -> None:
     write_text(tmp_path / "0.safetensors", random_rows([2, 1]))
-    with pytest.raises(UserError, match="captions 0 to 1"):
+    with pytest.raises(UserError, match="captions 0 to 1, not"):
         TextStore(tmp_path).features(np.array(images), 3)
 
 
@@ -120,16 +120,16 @@ def test_a_caption_that_is_not_there_is_refused(tmp_path: Path, images: list[int
         ([np.array([[1, 1], [0, 0]], np.float32)], "caption 0 has a row of zeros"),
     ],
 )
-def test_what_is_no_caption_is_not_written(tmp_path: Path, captions: list[np.ndarray], message: str) -> None:
+def test_invalid_captions_are_refused(tmp_path: Path, captions: list[np.ndarray], message: str) -> None:
     with refused(tmp_path, message):
         write_text(tmp_path / "text.safetensors", captions)
 
 
-def test_nothing_is_written_over_or_under_another_ending(tmp_path: Path) -> None:
+def test_existing_files_and_other_suffixes_are_refused(tmp_path: Path) -> None:
     write_text(tmp_path / "text.safetensors", random_rows([1]))
     with refused(tmp_path, "exists already"):
         write_text(tmp_path / "text.safetensors", random_rows([2]))
-    with refused(tmp_path, r"ends so"):
+    with refused(tmp_path, "is not a .safetensors file"):
         write_text(tmp_path / "text.npz", random_rows([2]))
 
 
@@ -138,18 +138,18 @@ def test_a_full_disk_leaves_no_half_written_file(tmp_path: Path) -> None:
         write_text(tmp_path / "text.safetensors", random_rows([200]))
 
 
-# Reading what is wrong
+# Reading unusable files
 
 
 @pytest.mark.parametrize(
     ("tensors", "message"),
     [
-        ({"features": torch.ones(3, 2)}, "holds features: a text store has features and lengths"),
+        ({"features": torch.ones(3, 2)}, "has features: a text store has features and lengths"),
         (
             {"features": torch.ones(3, 2), "lengths": torch.tensor([3]), "mask": torch.ones(1)},
-            "holds features, lengths, mask",
+            "has features, lengths, mask",
         ),
-        ({"features": torch.ones(3, 2), "lengths": torch.tensor([1, 1])}, "add up to 2 rows, features have 3"),
+        ({"features": torch.ones(3, 2), "lengths": torch.tensor([1, 1])}, "the lengths sum to 2, but there are 3 rows"),
         ({"features": torch.ones(3, 2), "lengths": torch.tensor([3, 0])}, "each 1 or more"),
         ({"features": torch.ones(3, 2), "lengths": torch.tensor([3.0])}, "lengths must be int64"),
         ({"features": torch.ones(0, 2), "lengths": torch.zeros(0, dtype=torch.int64)}, "at least one caption"),
@@ -157,25 +157,25 @@ def test_a_full_disk_leaves_no_half_written_file(tmp_path: Path) -> None:
         ({"features": torch.ones(3, 2).double(), "lengths": torch.tensor([3])}, r"features are F64 \[3, 2\]"),
     ],
 )
-def test_another_files_content_is_refused(tmp_path: Path, tensors: dict[str, Tensor], message: str) -> None:
+def test_other_content_is_refused(tmp_path: Path, tensors: dict[str, Tensor], message: str) -> None:
     save_file(tensors, tmp_path / "text.safetensors")
     with refused(tmp_path, message):
         TextStore(tmp_path / "text.safetensors")
 
 
-def test_what_is_missing_or_damaged_is_refused(tmp_path: Path) -> None:
+def test_missing_and_damaged_files_are_refused(tmp_path: Path) -> None:
     with refused(tmp_path, "nowhere does not exist"):
         TextStore(tmp_path / "nowhere")
-    with refused(tmp_path, "holds no .safetensors file"):
+    with refused(tmp_path, "has no .safetensors file"):
         TextStore(tmp_path)
     write_text(tmp_path / "text.safetensors", random_rows([4]))
     whole = (tmp_path / "text.safetensors").read_bytes()
     (tmp_path / "text.safetensors").write_bytes(whole[:-1])
-    with refused(tmp_path, "text.safetensors is damaged or incomplete .*copy it again"):
+    with refused(tmp_path, "text.safetensors is damaged .*copy it again"):
         TextStore(tmp_path)
     (tmp_path / "text.safetensors").write_bytes(whole)
     flip_byte(tmp_path / "text.safetensors", 0)
-    with refused(tmp_path, "text.safetensors is damaged or incomplete .*copy it again"):
+    with refused(tmp_path, "text.safetensors is damaged .*copy it again"):
         TextStore(tmp_path)
 
 
@@ -186,7 +186,7 @@ def test_a_folder_of_several_encoders_is_refused(tmp_path: Path) -> None:
         TextStore(tmp_path)
 
 
-# What belongs together
+# Models and token stores
 
 
 def test_captions_are_for_text_models_and_text_models_for_captions(tmp_path: Path) -> None:
@@ -197,9 +197,9 @@ def test_captions_are_for_text_models_and_text_models_for_captions(tmp_path: Pat
     assert opened is not None
     assert len(opened) == 1
     assert open_text(path, TINY_TEXT) is not None
-    with pytest.raises(UserError, match="drawn for 3 classes: leave it out"):
+    with pytest.raises(UserError, match="this one is for 3 classes: leave it out"):
         open_text(path, TINY)
-    with pytest.raises(UserError, match="give their features with --text"):
+    with pytest.raises(UserError, match="needs captions: give their features with --text"):
         open_text(None, TINY_TEXT)
     with pytest.raises(UserError, match=r"width 6, the model reads 2048: train with --model.text-dim 6"):
         open_text(path, ModelConfig(dim=8, n_layers=1, n_heads=1, condition="text"))
@@ -213,7 +213,9 @@ def test_there_is_a_caption_for_each_image(tmp_path: Path) -> None:
         write_text(tmp_path / f"{count}.safetensors", random_rows([1] * count))
     TextStore(tmp_path / "3.safetensors").check_tokens(store)
     for count in (2, 4):
-        with pytest.raises(UserError, match=f"has {count} captions, .*tokens 3 images: caption i must be image i's"):
+        with pytest.raises(
+            UserError, match=f"has {count} captions, .*tokens 3 images: give one caption for each image"
+        ):
             TextStore(tmp_path / f"{count}.safetensors").check_tokens(store)
 
 
@@ -224,7 +226,7 @@ def test_verifying_finds_a_flipped_bit(tmp_path: Path) -> None:
     text.verify()
     assert text.encoder == "a"
     flip_byte(tmp_path / "1.safetensors")
-    with refused(tmp_path, r"1\.safetensors is damaged: its content does not match its checksum"):
+    with refused(tmp_path, r"1\.safetensors is damaged \(its content does not match its checksum\)"):
         TextStore(tmp_path).verify()
 
 

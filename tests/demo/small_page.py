@@ -30,9 +30,9 @@ def small_setup(folder: Path, *, config: ModelConfig = TINY) -> Generator[tuple[
     """Two models called first and second, live and averaged, a store that both can read, and no run."""
     line = make_line(folder)
     models = [export(folder / "first", config, 10), export(folder / "second", config, 20)]
-    shelf = ModelPool(models, line.tokenizer, device="cpu", dtype="float32")
+    pool = ModelPool(models, line.tokenizer, device="cpu", dtype="float32")
     store = TokenStore(line.tokens) if config.grid == TINY.grid else None
     try:
-        yield Setup(shelf=shelf, store=store, probe_store=store), line
+        yield Setup(pool=pool, store=store, probe_store=store), line
     finally:
-        shelf.close()
+        pool.close()

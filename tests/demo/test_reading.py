@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from st_ar.data.store import TokenStore
-from st_ar.demo import reading as maps
+from st_ar.demo import reading
 from st_ar.demo.models import ModelPool
-from st_ar.demo.reading import KEPT, NONE, OWN, Guesser, Reading, Readings, label_given
-from st_ar.demo.setup import Seen, Setup
+from st_ar.demo.reading import NO_CLASS, OWN_CLASS, ClassProbe, Reading, choose_label, read_tokens
+from st_ar.demo.setup import CACHED_READINGS, DemoImage, Setup
 from st_ar.errors import UserError
 from st_ar.evaluation.attention import attention_maps, center_crops
 from st_ar.evaluation.probe_features import uniform_steps
@@ -28,7 +28,7 @@ def setup(tmp_path: Path) -> Iterator[Setup]:
         yield found
 
 
-def seen(setup: Setup, image: int = 1) -> Seen:
+def seen(setup: Setup, image: int = 1) -> DemoImage:
     return setup.from_store(image)
 
 
@@ -47,7 +47,7 @@ def test_a_reading_is_the_models_attention_and_likelihood(setup: Setup, tmp_path
     for place, token in enumerate(image.tokens.tolist()):
         row = chances[place]
         assert found.entropy[place] == pytest.approx(-(row * row.log()).sum().item(), rel=1e-4)
-        assert found.chance[place] == pytest.approx(row[token].item(), rel=1e-4)
+        assert found.probability[place] == pytest.approx(row[token].item(), rel=1e-4)
         assert found.rank[place] == (row > row[token]).sum().item()
 
 
@@ -57,37 +57,37 @@ def test_a_class_none_and_another_model_are_other_readings_and_few_are_kept(setu
     assert setup.read("first", image, 1) is first
     assert not np.array_equal(setup.read("first", image, TINY.null_class).entropy, first.entropy)
     assert not np.array_equal(setup.read("second", image, 1).entropy, first.entropy)
-    for other in range(2, 2 + KEPT):
+    for other in range(2, 2 + CACHED_READINGS):
         setup.read("first", seen(setup, other), 0)
-    assert len(setup.readings.kept) == KEPT
+    assert setup.read_cached.cache_info().currsize == CACHED_READINGS
     assert setup.read("first", image, 1) is not first
 
 
 def test_images_of_other_models_and_classes_that_are_not_there_are_refused(setup: Setup) -> None:
     image = seen(setup)
-    opened = setup.shelf.open("first")
-    with pytest.raises(UserError, match="first reads 9 tokens of 11 codes, and the image is another"):
-        Readings().read(opened, image.tokens[:8], 0)
+    opened = setup.pool.open("first")
+    with pytest.raises(UserError, match="first reads 9 tokens of 11 codes, and the image has others"):
+        read_tokens(opened, image.tokens[:8], 0)
     with pytest.raises(UserError, match="first reads 9 tokens of 11 codes"):
-        Readings().read(opened, image.tokens + 11, 0)
+        read_tokens(opened, image.tokens + 11, 0)
     with pytest.raises(UserError, match="label 4 is out of range"):
         setup.read("first", image, 4)
-    with pytest.raises(UserError, match="has images 0 to 7, and no 8"):
+    with pytest.raises(UserError, match="has no image 8: choose 0 to 7"):
         setup.from_store(8)
     with pytest.raises(UserError, match="no weights are called 'x'"):
         setup.read("x", image, 0)
 
 
 def test_the_class_that_a_model_is_given() -> None:
-    assert [label_given(choice, 1, 3, knows_none=True) for choice in (OWN, NONE, 0, 2)] == [1, 3, 0, 2]
-    assert label_given(OWN, None, 3, knows_none=True) == 3
-    assert label_given(OWN, 1, 3, knows_none=False) == 1
-    with pytest.raises(UserError, match="knows no null class: choose a class"):
-        label_given(OWN, None, 3, knows_none=False)
-    with pytest.raises(UserError, match="the class must lie between -2 and 2, not 3"):
-        label_given(3, 1, 3, knows_none=True)
+    assert [choose_label(choice, 1, 3, has_null_class=True) for choice in (OWN_CLASS, NO_CLASS, 0, 2)] == [1, 3, 0, 2]
+    assert choose_label(OWN_CLASS, None, 3, has_null_class=True) == 3
+    assert choose_label(OWN_CLASS, 1, 3, has_null_class=False) == 1
+    with pytest.raises(UserError, match="has no null class: choose a class"):
+        choose_label(OWN_CLASS, None, 3, has_null_class=False)
+    with pytest.raises(UserError, match="the class must be a whole number from -2 to 2, not 3"):
+        choose_label(3, 1, 3, has_null_class=True)
     with pytest.raises(UserError, match="the class must be a whole number"):
-        label_given("bee", 1, 3, knows_none=True)
+        choose_label("bee", 1, 3, has_null_class=True)
 
 
 def test_guesses_are_those_of_scikit_learns_ridge_regression(setup: Setup) -> None:
@@ -95,12 +95,12 @@ def test_guesses_are_those_of_scikit_learns_ridge_regression(setup: Setup) -> No
     from sklearn.preprocessing import StandardScaler
 
     image = seen(setup, 2)
-    told = [*setup.guess("first", image)]
-    assert (told[0].read, told[0].total, told[0].by_step) == (0, 8, ())
-    assert [*setup.guess("first", image)] == told[-1:]  # fitted once
+    told = [*setup.predict("first", image)]
+    assert (told[0].fitted, told[0].total, told[0].by_step) == (0, 8, ())
+    assert [*setup.predict("first", image)] == told[-1:]  # fitted once
     store = setup.store
     assert store is not None
-    model, steps = setup.shelf.opened["first"].network, uniform_steps(9)
+    model, steps = setup.pool.loaded["first"].network, uniform_steps(9)
     tokens, labels = center_crops(store, range(8))
     with torch.no_grad():
         states = model.features(tokens[:, :-1], model.null_condition(8), layers=[2])[2].numpy()
@@ -113,22 +113,22 @@ def test_guesses_are_those_of_scikit_learns_ridge_regression(setup: Setup) -> No
 
 
 def test_a_fit_that_is_left_is_begun_anew(setup: Setup) -> None:
-    left = setup.guess("first", seen(setup))
+    left = setup.predict("first", seen(setup))
     next(left)
     left.close()
-    assert setup.guessers == {}
-    assert [*setup.guess("first", seen(setup))][-1].by_step
+    assert setup.probes == {}
+    assert [*setup.predict("first", seen(setup))][-1].by_step
 
 
 def test_what_no_probe_can_be_fitted_on_is_refused(setup: Setup, tmp_path: Path) -> None:
     image = seen(setup)
     setup.probe_store = None
     with pytest.raises(UserError, match="start it with --probe-tokens STORE"):
-        [*setup.guess("first", image)]
+        [*setup.predict("first", image)]
     store = TokenStore(tmp_path / "tokens")
     store.labels[:] = 1
-    with pytest.raises(UserError, match="images of one class alone"):
-        Guesser(setup.shelf.open("first"), store, 8)
+    with pytest.raises(UserError, match="images of one class only"):
+        ClassProbe(setup.pool.open("first"), store, 8)
 
 
 def test_a_model_without_a_null_class_is_probed_by_none(tmp_path: Path) -> None:
@@ -137,13 +137,13 @@ def test_a_model_without_a_null_class_is_probed_by_none(tmp_path: Path) -> None:
     with small_setup(tmp_path) as (setup, line):
         card = export(tmp_path / "sure", TINY, 1) / "config.json"
         card.write_text(json.dumps(json.loads(card.read_text()) | {"class_dropout": 0.0}))
-        shelf = ModelPool([tmp_path / "sure"], line.tokenizer, device="cpu")
+        pool = ModelPool([tmp_path / "sure"], line.tokenizer, device="cpu")
         assert setup.store is not None
         try:
-            with pytest.raises(UserError, match="--class-dropout 0 and knows no null class"):
-                Guesser(shelf.open("sure"), setup.store, 8)
+            with pytest.raises(UserError, match="--class-dropout 0 and has no null class"):
+                ClassProbe(pool.open("sure"), setup.store, 8)
         finally:
-            shelf.close()
+            pool.close()
 
 
 def test_an_upload_becomes_the_tokens_of_its_centre(setup: Setup) -> None:
@@ -151,7 +151,7 @@ def test_an_upload_becomes_the_tokens_of_its_centre(setup: Setup) -> None:
 
     from PIL import Image
 
-    codebook = setup.shelf.tokenizer.decode(torch.arange(9).view(1, 3, 3))
+    codebook = setup.pool.tokenizer.decode(torch.arange(9).view(1, 3, 3))
     pixels = ((codebook[0].permute(1, 2, 0) + 1) * 127.5).round().clamp(0, 255).byte().numpy()
     file = io.BytesIO()
     Image.fromarray(pixels.repeat(8, 0).repeat(8, 1)).save(file, format="PNG")
@@ -166,22 +166,22 @@ PICTURE = np.random.default_rng(0).integers(0, 256, (12, 12, 3)).astype(np.uint8
 @given(grid=st.integers(1, 40), row=st.integers(0, 39), column=st.integers(0, 39))
 def test_a_click_inside_a_token_is_that_token(grid: int, row: int, column: int) -> None:
     row, column = row % grid, column % grid
-    side = maps.enlarge(np.zeros((2 * grid, 2 * grid, 3), np.uint8), grid).shape[0]
+    side = reading.enlarge(np.zeros((2 * grid, 2 * grid, 3), np.uint8), grid).shape[0]
     cell = side / grid
     assert cell == side // grid
     for place in (0.01, 0.5, 0.99):
         x, y = int((column + place) * cell), int((row + place) * cell)
-        assert maps.token_at(x, y, grid) == row * grid + column
+        assert reading.token_at(x, y, grid) == row * grid + column
 
 
 def test_a_click_outside_is_the_nearest_token() -> None:
-    assert maps.token_at(-5, 10**6, 3) == 6
-    assert maps.token_at(10**6, 10**6, 3) == 8
+    assert reading.token_at(-5, 10**6, 3) == 6
+    assert reading.token_at(10**6, 10**6, 3) == 8
 
 
 def test_the_enlarged_picture_keeps_its_pixels() -> None:
-    large = maps.enlarge(PICTURE, 3)
-    assert large.shape[0] >= maps.SIDE
+    large = reading.enlarge(PICTURE, 3)
+    assert large.shape[0] >= reading.SIDE
     centres = ((np.arange(12) + 0.5) * large.shape[0] / 12).astype(int)
     np.testing.assert_array_equal(large[centres][:, centres], PICTURE)
 
@@ -195,24 +195,24 @@ def at(picture: np.ndarray, token: int, grid: int = 3) -> np.ndarray:
 @pytest.mark.parametrize("token", [0, 1, 5, 8])
 def test_attention_shows_the_past_and_leaves_the_future_blank(token: int) -> None:
     weights = np.array([0.5, *np.linspace(0.01, 0.2, 8)])
-    shown = maps.attention_map(PICTURE, weights, 3, token)
+    shown = reading.render_attention(PICTURE, weights, 3, token)
     for place in range(9):
         assert at(shown, place)[3] == (255 if place < token else 0)
     cell = shown.shape[0] // 3
     corner = shown[token // 3 * cell, token % 3 * cell]
-    assert tuple(corner) == (*maps.TARGET, 255)
+    assert tuple(corner) == (*reading.TARGET, 255)
     if token > 2:
-        flat = maps.attention_map(np.full_like(PICTURE, 90), weights, 3, token)
+        flat = reading.render_attention(np.full_like(PICTURE, 90), weights, 3, token)
         assert at(flat, token - 1)[:3].sum() > at(flat, 0)[:3].sum()
 
 
 def test_entropy_is_brightest_where_it_is_most() -> None:
     entropy = np.arange(9, dtype=np.float32)[::-1] / 9
-    shown = maps.entropy_map(np.full_like(PICTURE, 90), entropy, 3, 4)
+    shown = reading.render_entropy(np.full_like(PICTURE, 90), entropy, 3, 4)
     light = [int(at(shown, place).sum()) for place in range(9)]
     assert light == sorted(light, reverse=True)
     assert light[0] > light[8] + 100
-    maps.entropy_map(PICTURE, np.zeros(9, np.float32), 3, 0)  # of a certain model
+    reading.render_entropy(PICTURE, np.zeros(9, np.float32), 3, 0)  # of a certain model
 
 
 def test_the_overview_has_each_head_where_a_click_finds_it() -> None:
@@ -221,18 +221,21 @@ def test_the_overview_has_each_head_where_a_click_finds_it() -> None:
         for head in range(3):
             attention[layer, head, 8, 1 + layer * 3 + head] = 1
     nothing = np.zeros(9, np.float32)
-    reading = Reading(attention=attention, entropy=nothing, chance=nothing, rank=nothing.astype(np.int64))
-    shown = maps.heads_overview(reading, 3, 8, (2, 1))
+    found = Reading(attention=attention, entropy=nothing, probability=nothing, rank=nothing.astype(np.int64))
+    shown = reading.render_heads(found, 3, 8, (2, 1))
     height, width = shown.shape[0] // 2, shown.shape[1] // 3
     assert (height * 2, width * 3) == shown.shape[:2]
     for layer in range(2):
         for head in range(3):
             top, left = layer * height, head * width
-            assert maps.head_at(left + width // 2, top + height // 2, 3, 3) == (layer + 1, head + 1)
-            inside = shown[top + maps.RIM : top + height - maps.RIM, left + maps.RIM : left + width - maps.RIM]
+            assert reading.head_at(left + width // 2, top + height // 2, 3, 3) == (layer + 1, head + 1)
+            inside = shown[
+                top + reading.MARGIN : top + height - reading.MARGIN,
+                left + reading.MARGIN : left + width - reading.MARGIN,
+            ]
             light = [int(at(inside, place).sum()) for place in range(9)]
             assert light.index(max(light)) == layer * 3 + head
-            framed = tuple(shown[top, left]) == maps.TARGET
+            framed = tuple(shown[top, left]) == reading.TARGET
             assert framed == ((layer, head) == (1, 0))
-    whole = maps.heads_overview(reading, 3, 8, (1, None))
-    assert [tuple(whole[0, head * width]) == maps.TARGET for head in range(3)] == [True] * 3
+    whole = reading.render_heads(found, 3, 8, (1, None))
+    assert [tuple(whole[0, head * width]) == reading.TARGET for head in range(3)] == [True] * 3

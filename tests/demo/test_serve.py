@@ -16,34 +16,34 @@ from typing import Any
 
 import pytest
 
-from st_ar import quickstart as module
+from st_ar import quickstart
 from st_ar.cli import run_command
 from st_ar.data.store import TokenStore
+from st_ar.demo import serve
+from st_ar.demo.inputs import MAX_BYTES
 from st_ar.demo.models import ModelPool
-from st_ar.demo.reading import NONE, OWN
+from st_ar.demo.reading import NO_CLASS, OWN_CLASS
 from st_ar.demo.serve import (
     HEADERS,
-    MOST_BODY,
-    QUEUE,
-    STREAM,
+    JOIN_PATH,
+    MAX_BODY,
+    STREAM_PATH,
     Guard,
-    JobsAfterClosing,
     Message,
+    StreamCloseBarrier,
     bind,
     build_app,
     describe,
     is_local,
 )
 from st_ar.demo.setup import Setup, find_runs, quickstart_setup
-from st_ar.demo.tabs import still_known
-from st_ar.demo.understand_tab import still_there
-from st_ar.errors import UserError
-from st_ar.quickstart import quickstart
+from st_ar.demo.tabs import update_classes
+from st_ar.demo.understand_tab import update_choices
+from st_ar.errors import Interrupted, UserError
 from tests.data.random_store import random_store
 from tests.demo.small_page import export, small_setup
 from tests.disk import refused
 from tests.small_line import SmallLine, make_line
-from tests.test_quickstart import small_preset
 from tests.toys import TINY, TINY_TEXT, random_model
 
 
@@ -53,13 +53,13 @@ def line(tmp_path: Path) -> SmallLine:
 
 
 def ask(
-    app: Any, path: str, *, host: str = "localhost:7860", method: str = "GET", **headers: str
+    app: Any, path: str, *, host: str = "localhost:7860", method: str = "GET", body: bytes = b"", **headers: str
 ) -> tuple[int, dict[str, str], bytes]:
     """What an ASGI application answers."""
     sent: list[dict[str, Any]] = []
 
     async def receive() -> dict[str, Any]:
-        return {"type": "http.request", "body": b"", "more_body": False}
+        return {"type": "http.request", "body": body, "more_body": False}
 
     async def send(message: dict[str, Any]) -> None:
         sent.append(message)
@@ -116,7 +116,7 @@ def test_the_page_is_served_with_headers_that_keep_it_here(app: Guard) -> None:
     ],
 )
 def test_what_the_page_does_not_need_does_not_answer(app: Guard, path: str) -> None:
-    assert ask(app, path)[::2] == (404, b"there is nothing here")
+    assert ask(app, path)[::2] == (404, b"not found")
 
 
 def test_files_of_the_machine_are_not_served(app: Guard) -> None:
@@ -130,9 +130,17 @@ def test_other_hosts_names_and_large_requests_are_refused(app: Guard) -> None:
         assert ask(app, "/", host=host)[0] == 421
     for host in ("localhost", "LOCALHOST:1", "127.0.0.1:7860", "[::1]:7860"):
         assert ask(app, "/", host=host)[0] == 200
-    assert ask(app, "/gradio_api/upload", method="POST", content_length=str(MOST_BODY + 1))[0] == 413
+    assert ask(app, "/gradio_api/upload", method="POST", content_length=str(MAX_BODY + 1))[0] == 413
     assert ask(app, "/gradio_api/upload", method="POST", content_length="x")[0] == 413
     assert ask(app, "/gradio_api/upload", method="POST", transfer_encoding="chunked")[0] == 411
+
+
+@pytest.mark.parametrize(("size", "status"), [(MAX_BYTES, 200), (MAX_BYTES + 1, 413)])
+def test_larger_uploads_are_refused_by_gradio(app: Guard, size: int, status: int) -> None:
+    head = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\n'
+    body = head + b"a" * size + b"\r\n--x--\r\n"
+    given = {"content_type": "multipart/form-data; boundary=x", "content_length": str(len(body))}
+    assert ask(app, "/gradio_api/upload", method="POST", body=body, **given)[0] == status
 
 
 def test_local_addresses_are_known() -> None:
@@ -152,13 +160,7 @@ def test_a_port_that_is_taken_or_none_is_refused() -> None:
         bind("203.0.113.7", 0)
 
 
-@pytest.mark.parametrize(
-    ("signum", "status", "last"),
-    [(signal.SIGINT, 130, "st-ar: interrupted\n"), (signal.SIGTERM, 143, "st-ar: the page is closed\n")],
-)
-def test_the_command_serves_until_it_is_ended(
-    line: SmallLine, tmp_path: Path, signum: signal.Signals, status: int, last: str
-) -> None:
+def test_the_command_serves_until_it_is_interrupted(line: SmallLine, tmp_path: Path) -> None:
     (tmp_path / "temporary").mkdir()
     command = ["demo", "--model", line.model, "--tokenizer", line.tokenizer, "--tokens", line.tokens]
     command += ["--port", "0", "--device", "cpu"]
@@ -171,28 +173,49 @@ def test_the_command_serves_until_it_is_ended(
     ) as process:
         try:
             assert process.stdout is not None
-            said = process.stdout.readline()
-            found = re.fullmatch(r"the page is at (http://localhost:\d+)  \(Ctrl-C ends it\)\n", said)
-            assert found, said
+            line_read = process.stdout.readline()
+            found = re.fullmatch(r"the demo is at (http://localhost:\d+) \(press Ctrl-C to stop it\)\n", line_read)
+            assert found, line_read
             assert len([*(tmp_path / "temporary").glob("st-ar-demo-*")]) == 1
             with urllib.request.urlopen(found[1], timeout=60) as answer:
                 assert b"model (EMA)" in answer.read()
-            process.send_signal(signum)
+            process.send_signal(signal.SIGINT)
             out, err = process.communicate(timeout=60)
         finally:
             process.kill()
-    assert (process.returncode, out) == (status, "")
-    assert err == last
+    assert (process.returncode, out, err) == (130, "", "st-ar: interrupted\n")
     assert list((tmp_path / "temporary").glob("st-ar-demo-*")) == []
+
+
+def test_sigterm_ends_the_server_and_its_handlers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    real = serve.make_server
+
+    def make_server(setup: Setup, host: str) -> Any:
+        server = real(setup, host)
+        startup = server.startup
+
+        async def start_and_terminate(sockets: list[socket.socket]) -> None:
+            await startup(sockets)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+        server.startup = start_and_terminate
+        return server
+
+    monkeypatch.setattr(serve, "make_server", make_server)
+    with small_setup(tmp_path) as (setup, _), pytest.raises(Interrupted, match="the demo was stopped") as stop:
+        serve.serve(setup, "127.0.0.1", 0)
+    assert stop.value.signum == signal.SIGTERM
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
 
 
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        (("--model", "model"), "--model needs --tokenizer"),
-        (("--model", "a", "b", "c", "--tokenizer", "tokenizer"), "names 3 models: the demo compares two at most"),
-        (("--tokenizer", "tokenizer"), "--tokenizer goes with --model"),
-        (("--probe-tokens", "tokens"), "--probe-tokens goes with --model"),
+        (("--model", "model"), "--model needs a tokenizer"),
+        (("--model", "a", "b", "c", "--tokenizer", "tokenizer"), "has 3 models: the demo compares at most two"),
+        (("--tokenizer", "tokenizer"), "--tokenizer needs --model"),
+        (("--probe-tokens", "tokens"), "--probe-tokens needs --model"),
         (
             ("--model", "model", "--tokenizer", "tokenizer", "--quickstart", "other"),
             "--quickstart and --model exclude each other",
@@ -200,7 +223,7 @@ def test_the_command_serves_until_it_is_ended(
         (("--model", "model", "--tokenizer", "tokenizer", "--probe-images", "1"), "--probe-images must be at least 2"),
         (("--model", "model", "--tokenizer", "tokenizer", "--runs", "tokens"), "is not a run"),
         (("--model", "nothing", "--tokenizer", "tokenizer"), "nothing does not exist"),
-        (("--model", "model", "--tokenizer", "tokenizer", "--host", ""), "--host must name an address"),
+        (("--model", "model", "--tokenizer", "tokenizer", "--host", ""), "--host is empty: give an address"),
         (("--model", "model", "model", "--tokenizer", "tokenizer"), "two models are called"),
         (("--model", "model", "--tokenizer", "tokenizer", "--names", "a", "b"), "2 --names for 1 models"),
     ],
@@ -225,7 +248,7 @@ def test_models_that_do_not_suit_are_refused(line: SmallLine, tmp_path: Path) ->
     random_tokenizer(12).save(tmp_path / "larger")
     info = random_model(TINY)
     save_export(tmp_path / "silent", info, info, {"step": 0, "preset": "toy"})
-    with pytest.raises(UserError, match=r"speaks of 11 codes, .* has 12"):
+    with pytest.raises(UserError, match=r"has 11 codes, .* has 12"):
         ModelPool([tmp_path / "silent"], tmp_path / "larger", device="cpu")
 
 
@@ -234,8 +257,8 @@ def test_weights_that_became_another_model_are_refused_when_they_are_opened(tmp_
 
     with small_setup(tmp_path) as (setup, _):
         export(tmp_path / "first", replace(TINY, n_layers=2), 10)
-        with pytest.raises(UserError, match="is another model than when the page was started"):
-            setup.shelf.run(lambda: setup.shelf.open("first (EMA)"))
+        with pytest.raises(UserError, match="has changed since the demo started"):
+            setup.pool.run(lambda: setup.pool.open("first (EMA)"))
 
 
 def test_runs_are_found_among_the_models_and_named(line: SmallLine, tmp_path: Path) -> None:
@@ -252,34 +275,17 @@ def test_runs_are_found_among_the_models_and_named(line: SmallLine, tmp_path: Pa
     assert find_runs([line.model], []) == {}
 
 
-def test_the_quickstarts_models_are_taken_or_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import dataclasses
-
-    monkeypatch.setattr(module, "get_preset", small_preset)
-    monkeypatch.setattr(module, "PROBE", dataclasses.replace(module.PROBE, epochs=2, warmup_epochs=1))
-    monkeypatch.setattr(module, "SAMPLES", 20)
-    folder = quickstart(tmp_path / "quickstart", images="digits", steps=2).parent
-    monkeypatch.setattr(module, "quickstart", None)  # a finished one is not made again
-    setup = quickstart_setup(folder, device="cpu", dtype="float32", probe_images=50)
-    try:
-        assert setup.shelf.names == ["AR", "ST-AR", "AR (EMA)", "ST-AR (EMA)"]
-        assert {name: run.name for name, run in setup.runs.items()} == {"AR": "llamagen", "ST-AR": "st-ar"}
-        assert setup.store is not None
-        image = setup.from_store(0)
-        assert [*setup.guess("ST-AR", image)][-1].total == 50
-    finally:
-        setup.shelf.close()
+def test_a_missing_quickstart_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[Path] = []
 
     def make(out: Path) -> Path:
         made.append(out)
         raise UserError("stopped here")
 
-    monkeypatch.setattr(module, "quickstart", make)
-    (folder / "summary.json").unlink()
+    monkeypatch.setattr(quickstart, "quickstart", make)
     with pytest.raises(UserError, match="stopped here"):
-        quickstart_setup(folder, device="cpu", dtype="float32", probe_images=50)
-    assert made == [folder]
+        quickstart_setup(tmp_path, device="cpu", dtype="float32", probe_images=50)
+    assert made == [tmp_path]
 
 
 CLOSE = b'data: {"event_id":null,"msg":"close_stream"}\n\n'
@@ -290,7 +296,7 @@ async def gradio(scope: Message, receive: Any, send: Any) -> None:
     """Queues every job, and closes every stream after one message."""
     await receive()
     await send({"type": "http.response.start", "status": 200, "headers": []})
-    if scope["path"].startswith(STREAM):
+    if scope["path"].startswith(STREAM_PATH):
         for body in (DONE, CLOSE):
             await send({"type": "http.response.body", "body": body, "more_body": True})
     await send({"type": "http.response.body", "body": b"", "more_body": False})
@@ -299,8 +305,8 @@ async def gradio(scope: Message, receive: Any, send: Any) -> None:
 class Asked:
     """A request of a browser's, and what has come back so far."""
 
-    def __init__(self, app: JobsAfterClosing, path: str, visitor: str) -> None:
-        body = json.dumps({"data": [], "session_hash": visitor}).encode() if path == QUEUE else b""
+    def __init__(self, app: StreamCloseBarrier, path: str, visitor: str) -> None:
+        body = json.dumps({"data": [], "session_hash": visitor}).encode() if path == JOIN_PATH else b""
         self.to_come: asyncio.Queue[Message] = asyncio.Queue()
         self.to_come.put_nowait({"type": "http.request", "body": body, "more_body": False})
         self.got: list[Message] = []
@@ -326,18 +332,18 @@ async def settle() -> None:
 
 def test_a_job_is_confirmed_when_the_browser_has_dropped_the_closed_stream() -> None:
     async def tell() -> None:
-        app = JobsAfterClosing(gradio)
-        stream = Asked(app, STREAM, "me")
+        app = StreamCloseBarrier(gradio)
+        stream = Asked(app, STREAM_PATH, "me")
         await settle()
         assert stream.bodies == [DONE, CLOSE]  # the answer's end waits
-        mine, other = Asked(app, QUEUE, "me"), Asked(app, QUEUE, "you")
+        mine, other = Asked(app, JOIN_PATH, "me"), Asked(app, JOIN_PATH, "you")
         await settle()
         assert (mine.got, other.bodies) == ([], [b""])
         stream.drop()
         await settle()
         assert (mine.bodies, stream.bodies) == ([b""], [DONE, CLOSE, b""])
         assert app.closing == {}
-        later = Asked(app, QUEUE, "me")
+        later = Asked(app, JOIN_PATH, "me")
         await settle()
         assert later.bodies == [b""]
         await asyncio.gather(*(asked.served for asked in (stream, mine, other, later)))
@@ -347,8 +353,8 @@ def test_a_job_is_confirmed_when_the_browser_has_dropped_the_closed_stream() -> 
 
 def test_a_browser_that_keeps_a_closed_stream_is_waited_for_a_while() -> None:
     async def tell() -> None:
-        app = JobsAfterClosing(gradio, patience=0.05)
-        stream, job = Asked(app, STREAM, "me"), Asked(app, QUEUE, "me")
+        app = StreamCloseBarrier(gradio, timeout=0.05)
+        stream, job = Asked(app, STREAM_PATH, "me"), Asked(app, JOIN_PATH, "me")
         await settle()
         assert job.got == []
         await asyncio.gather(stream.served, job.served)
@@ -359,11 +365,11 @@ def test_a_browser_that_keeps_a_closed_stream_is_waited_for_a_while() -> None:
 
 def test_requests_that_do_not_say_whose_they_are_are_passed_on() -> None:
     async def tell() -> None:
-        app = JobsAfterClosing(gradio)
-        stream = Asked(app, STREAM, "me")
+        app = StreamCloseBarrier(gradio)
+        stream = Asked(app, STREAM_PATH, "me")
         await settle()
         for body in (b"", b"{", b"[]", b"\xff", b"{}"):
-            job = Asked(app, QUEUE, "")
+            job = Asked(app, JOIN_PATH, "")
             job.to_come.get_nowait()
             job.to_come.put_nowait({"type": "http.request", "body": body, "more_body": False})
             await job.served
@@ -376,10 +382,10 @@ def test_requests_that_do_not_say_whose_they_are_are_passed_on() -> None:
 
 def test_weights_of_one_shape_are_named_together(tmp_path: Path) -> None:
     models = [export(tmp_path / name, replace(TINY, n_layers=layers), 1) for name, layers in (("a", 4), ("<b>", 2))]
-    shelf = ModelPool(models, make_line(tmp_path).tokenizer, device="cpu", dtype="float32")
-    shelf.close()
-    size = f"layers of {TINY.dim}, 3 x 3 tokens"
-    assert describe(shelf) == f"a, a (EMA): 4 {size}; <b>, <b> (EMA): 2 {size}; cpu, float32"
+    pool = ModelPool(models, make_line(tmp_path).tokenizer, device="cpu", dtype="float32")
+    pool.close()
+    size = f"layers of width {TINY.dim}, 3 x 3 tokens"
+    assert describe(pool) == f"a, a (EMA): 4 {size}; <b>, <b> (EMA): 2 {size}; cpu, float32"
 
 
 @pytest.fixture(scope="module")
@@ -390,40 +396,40 @@ def setup(tmp_path_factory: pytest.TempPathFactory) -> Generator[Setup]:
         export(folder / "a", TINY, 1),
         export(folder / "b", replace(TINY, n_layers=2, n_heads=1, num_classes=2), 1, ["ant", "bee"]),
     ]
-    shelf = ModelPool(models, make_line(folder).tokenizer, device="cpu", dtype="float32")
-    yield Setup(shelf=shelf, store=None, probe_store=None)
-    shelf.close()
+    pool = ModelPool(models, make_line(folder).tokenizer, device="cpu", dtype="float32")
+    yield Setup(pool=pool, store=None, probe_store=None)
+    pool.close()
 
 
 def test_a_store_that_names_other_classes_is_refused(setup: Setup, tmp_path: Path) -> None:
     names = ["bee", "ant"]
-    shelf = ModelPool(
+    pool = ModelPool(
         [export(tmp_path / "m", replace(TINY, num_classes=2), 1, ["ant", "bee"])],
         make_line(tmp_path).tokenizer,
         device="cpu",
     )
     store = random_store(tmp_path / "store", images=2, grid=TINY.grid, vocab_size=TINY.vocab_size, num_classes=2)[0]
     meta = json.loads((store / "meta.json").read_text())
-    meta |= {"class_names": names, "tokenizer": setup.shelf.tokenizer.fingerprint}
+    meta |= {"class_names": names, "tokenizer": setup.pool.tokenizer.fingerprint}
     (store / "meta.json").write_text(json.dumps(meta))
-    with pytest.raises(UserError, match=r"names its classes otherwise than m \(class 0 is 'ant' and 'bee'\)"):
-        Setup(shelf=shelf, store=TokenStore(store), probe_store=None)
-    shelf.close()
+    with pytest.raises(UserError, match=r"and m have different class names \(class 0 is 'ant' and 'bee'\)"):
+        Setup(pool=pool, store=TokenStore(store), probe_store=None)
+    pool.close()
 
 
 def test_classes_stay_chosen_as_far_as_other_weights_know_them(setup: Setup) -> None:
-    kept = still_known(setup, "b", [0, 2, 1])
+    kept = update_classes(setup, "b", [0, 2, 1])
     assert kept["choices"] == [("ant", 0), ("bee", 1)]
     assert kept["value"] == [0, 1]
-    assert still_known(setup, "a", [0, 2, 1])["value"] == [0, 2, 1]
-    assert still_known(setup, "a", None)["value"] == []
+    assert update_classes(setup, "a", [0, 2, 1])["value"] == [0, 2, 1]
+    assert update_classes(setup, "a", None)["value"] == []
 
 
 def test_class_layer_and_head_stay_as_far_as_other_weights_have_them(setup: Setup) -> None:
-    given, layer, head = still_there(setup, "b", 2, 4, 2)
-    assert (given["value"], layer["value"], head["value"]) == (OWN, 2, 0)
+    given, layer, head = update_choices(setup, "b", 2, 4, 2)
+    assert (given["value"], layer["value"], head["value"]) == (OWN_CLASS, 2, 0)
     assert layer["maximum"] == 2
     assert head["choices"] == [("average", 0), ("1", 1)]
-    assert given["choices"] == [("the image's own", OWN), ("none", NONE), ("ant", 0), ("bee", 1)]
-    given, layer, head = still_there(setup, "a", 2, 4, 2)
+    assert given["choices"] == [("the image's own", OWN_CLASS), ("none", NO_CLASS), ("ant", 0), ("bee", 1)]
+    given, layer, head = update_choices(setup, "a", 2, 4, 2)
     assert (given["value"], layer["value"], head["value"]) == (2, 4, 2)

@@ -1,4 +1,4 @@
-"""What is trained on one rank and on several, to be compared."""
+"""Configs that are trained on one rank and on several, to be compared."""
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -18,7 +18,7 @@ from tests.toys import NO_DROPOUT, random_model
 from tests.training.toy_runs import GUIDED_RUN
 
 GUIDED = replace(GUIDED_RUN, model=replace(GUIDED_RUN.model, **NO_DROPOUT), batch_size=8, steps=4, checkpoint_every=4)
-"""Without dropout inside the network, which each rank draws on its own; labels are dropped all the same."""
+"""Without dropout inside the network, which differs between ranks; label dropout remains."""
 OTHER = replace(
     GUIDED, selfguided=replace(GUIDED.selfguided, mask_own_position=False, mim_features="after_norm", reduction="sum")
 )
@@ -52,7 +52,7 @@ CASES: dict[int, dict[str, TrainConfig]] = {
         ),
     },
 }
-"""Ranks -> name -> what they train."""
+"""Ranks -> name -> config."""
 CAPTIONS = replace(
     GUIDED,
     **FSDP,
@@ -73,17 +73,17 @@ RELAY = {
     1: replace(GUIDED, steps=4),
     4: replace(GUIDED, **FSDP, steps=6),
 }
-"""One run that goes on with other ranks, in this order; one rank ends it after step 8."""
+"""A run that continues with other numbers of ranks, in this order; one rank ends it after step 8."""
 
 
-def alone(config: TrainConfig, world: int) -> TrainConfig:
-    """The same on one rank: with local negatives its micro-batches must be as small as the ranks' are."""
+def single(config: TrainConfig, world: int) -> TrainConfig:
+    """The config for one rank. With local negatives, its micro-batches must be as small as those of the ranks."""
     pieces = config.accumulate * world if config.selfguided.negatives == "local" else 1
     return replace(config, parallel="none", shard_size=None, accumulate=pieces, activation_checkpointing="none")
 
 
 class CalmAdamW(torch.optim.AdamW):
-    """Does not enlarge gradients that are nothing but rounding errors."""
+    """Does not amplify gradients that are only rounding errors."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs, eps=1e-3)
@@ -92,7 +92,7 @@ class CalmAdamW(torch.optim.AdamW):
 def first_gradients(
     config: TrainConfig, world: int, rank: int, watch: AbstractContextManager[Any] | None = None
 ) -> tuple[dict[str, Tensor], Losses]:
-    """This rank's gradients, or shards of them, on a batch of random tokens with weights far from zero; and its losses.
+    """The gradients (or shards of them) and losses of this rank, on random tokens with weights far from zero.
 
     Args:
         watch: entered around the forward and the backward pass.
@@ -107,14 +107,16 @@ def first_gradients(
     tokens = torch.randint(16, (config.batch_size, 2, 16), generator=generator)
     labels = torch.randint(4, (config.batch_size,), generator=generator)
     each = config.batch_size // world
-    mine = slice(rank * each, (rank + 1) * each)
+    share = slice(rank * each, (rank + 1) * each)
     draws = sample_guidance(
-        config.selfguided, (config.batch_size, 2, config.model.sequence_length), seed=0, step=1, images=mine
+        config.selfguided, (config.batch_size, 2, config.model.sequence_length), seed=0, step=1, images=share
     )
     with watch or nullcontext():
-        losses = forward_backward(Learner(called, teacher, config.accumulate, dtype), tokens[mine], labels[mine], draws)
+        losses = forward_backward(
+            Learner(called, teacher, config.accumulate, dtype), tokens[share], labels[share], draws
+        )
     return {name: p.grad for name, p in student.named_parameters() if p.grad is not None}, losses
 
 
-def place(out: Path, world: int, name: str) -> Path:
+def run_folder(out: Path, world: int, name: str) -> Path:
     return out / f"{world}-{name}"

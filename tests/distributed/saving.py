@@ -1,4 +1,4 @@
-"""A rank that saves its part of checkpoints: python -m tests.distributed.saving {whole,killed,resumed} TOKENS OUT, under torchrun.
+"""A rank that writes checkpoints: python -m tests.distributed.saving {whole,killed,resumed} TOKENS OUT, under torchrun.
 
 The last line that a rank prints is a JSON object.
 """
@@ -26,7 +26,7 @@ SHARDED = replace(GUIDED_RUN, **FSDP, steps=8, checkpoint_every=2)
 
 
 def killed(rank: int) -> None:
-    """Let the last rank kill itself while the checkpoint of step 6 is written, its own part being done."""
+    """Let rank 1 kill itself after writing its part of the checkpoint of step 6."""
     describe: Callable[..., Any] = checkpoint.describe_files
 
     def armed(folder: Path, rank: int) -> Any:
@@ -38,7 +38,7 @@ def killed(rank: int) -> None:
 
 
 def full(tokens: Path, out: Path, rank: int) -> str:
-    """What this rank says of a disk that is full for the last one, from step 5 on."""
+    """Train with a disk that is full for rank 1 from step 5 on, and resume; return this rank's error."""
     backward, passes = loop.forward_backward, 0
 
     def armed(*args: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Tokenizing and sampling on several ranks: the files of one process, and nothing lost when a rank dies."""
+"""Tokenizing and sampling on several ranks write the same files as one process."""
 
 from pathlib import Path
 
@@ -23,7 +23,7 @@ def test_two_ranks_write_the_files_of_one_process(tmp_path: Path) -> None:
     assert contents(tmp_path / "both") == contents(tmp_path / "alone")
 
 
-def test_a_job_whose_rank_was_killed_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
+def test_a_job_with_a_killed_rank_continues_to_the_same_bytes(tmp_path: Path) -> None:
     done = torchrun(2, "-m", "tests.distributed.jobs", "kill", tmp_path, logs=tmp_path / "logs")
     assert done.returncode != 0
     assert not (tmp_path / "killed" / "meta.json").exists()
@@ -35,7 +35,7 @@ def test_a_job_whose_rank_was_killed_goes_on_to_the_same_bytes(tmp_path: Path) -
 @pytest.mark.parametrize(
     ("environment", "expected"), [({}, (0, 1)), ({"RANK": "2", "WORLD_SIZE": "4"}, (2, 4)), ({"RANK": "0"}, (0, 1))]
 )
-def test_ranks_are_torchruns(
+def test_ranks_are_read_from_the_environment(
     environment: dict[str, str], expected: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("RANK", "WORLD_SIZE"):
@@ -49,9 +49,7 @@ def test_ranks_are_torchruns(
 @pytest.mark.parametrize(
     ("rank", "world", "match"), [("x", "2", "must be numbers"), ("2", "2", r"RANK 2 must lie in \[0, ")]
 )
-def test_ranks_that_make_no_sense_are_refused(
-    rank: str, world: str, match: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_invalid_ranks_are_refused(rank: str, world: str, match: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", rank)
     monkeypatch.setenv("WORLD_SIZE", world)
     with pytest.raises(UserError, match=match):

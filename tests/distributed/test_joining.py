@@ -12,7 +12,7 @@ SCRIPT = """
 import sys
 from st_ar import distributed
 from st_ar.errors import UserError
-distributed.PATIENCE, distributed.JOIN_TIMEOUT = 0.2, 1.0
+distributed.JOIN_NOTE, distributed.JOIN_TIMEOUT = 0.2, 1.0
 try:
     with distributed.process_group("cpu", 3600):
         print("joined")
@@ -45,8 +45,8 @@ def test_a_rank_alone_says_whom_it_waits_for(rank: int) -> None:
     assert (
         f"st-ar: note: {what} waits for the others at 127.0.0.1:{port}; unset RANK and WORLD_SIZE to run alone\n" in err
     )
-    remedy = "start them by torchrun, or unset RANK and WORLD_SIZE to run alone\n"
-    assert re.fullmatch(rf"{what} cannot meet the others at 127.0.0.1:{port} \(.*[Tt]imed out.*\): {remedy}", out)
+    remedy = "start them by torchrun, or unset RANK and WORLD_SIZE\n"
+    assert re.fullmatch(rf"{what} cannot connect to the others at 127.0.0.1:{port} \(.*[Tt]imed out.*\): {remedy}", out)
 
 
 @pytest.mark.parametrize("case", ["no address", "no such host", "port in use", "port that is no number"])
@@ -62,5 +62,5 @@ def test_ranks_that_cannot_meet_end_in_one_line(case: str) -> None:
         }[case]
         out, _ = join(rank, **variables)
     assert len(out.splitlines()) == 1
-    assert out.startswith(f"rank {rank} of 2, as RANK and WORLD_SIZE say, cannot meet the others at ")
-    assert out.endswith("start them by torchrun, or unset RANK and WORLD_SIZE to run alone\n")
+    assert out.startswith(f"rank {rank} of 2, as RANK and WORLD_SIZE say, cannot connect to the others at ")
+    assert out.endswith("start them by torchrun, or unset RANK and WORLD_SIZE\n")

@@ -1,4 +1,4 @@
-"""A rank that dies or hangs ends the others, which say who it was."""
+"""A rank that dies or hangs ends the others, which name it."""
 
 import re
 import signal
@@ -29,7 +29,7 @@ def test_a_killed_rank_ends_the_others_which_name_it_and_keep_the_last_checkpoin
     assert re.search(r"Root Cause.*?rank\s*: 1 .*?exitcode\s*: -9", done.said, re.DOTALL)
     expected = r"st-ar, rank 0: rank 0 of 2 has lost rank 1 \([^\n]*; it waits up to 600 s\): .* with --resume\n"
     assert re.fullmatch(expected, done.err[0])
-    assert list_checkpoints(tmp_path / "run" / "checkpoints")[0][0] == 2  # that of step 4 may have been on its way
+    assert list_checkpoints(tmp_path / "run" / "checkpoints")[0][0] == 2  # step 4 may not be complete
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Two machines, each with a torchrun of its own, as docs/scale.md starts them; here both are this one, over loopback."""
+"""Two machines with one torchrun each, as in docs/scale.md; here both are this machine."""
 
 import json
 import os

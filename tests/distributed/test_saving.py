@@ -1,4 +1,4 @@
-"""Checkpoints that several ranks write together: killed on the way, damaged, and on a disk that is full for one of them."""
+"""Checkpoints of several ranks: killed while writing, damaged, and on a disk that is full for one of them."""
 
 import json
 import re
@@ -17,7 +17,7 @@ WORKER = ("-m", "tests.distributed.saving")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two ranks' runs: straight, and full, whose disk was full for rank 1 for a while."""
+    """The runs of two ranks: straight, and full, with a disk that was full for rank 1 for a while."""
     out = tmp_path_factory.mktemp("out")
     random_store(out / "tokens", images=20, crops=4, shards=2)
     said = checked_torchrun(2, *WORKER, "whole", out / "tokens", out, logs=out / "logs")
@@ -37,7 +37,7 @@ def test_a_rank_killed_while_it_saves_and_a_damaged_shard_cost_nothing_but_time(
     flip_byte(run / "checkpoints" / "step_00000004" / "tensors" / "__1_0.distcp", 3000)
     checked_torchrun(2, *WORKER, "resumed", folder / "tokens", folder, logs=folder / "logs-resumed")
     said = [path.read_text() for path in sorted((folder / "logs-resumed").glob("*/attempt_0/*/stderr.log"))]
-    assert [text.count("is damaged (tensors/__1_0.distcp does not have its checksum)") for text in said] == [1, 0]
+    assert [text.count("is damaged (tensors/__1_0.distcp does not match its checksum)") for text in said] == [1, 0]
     assert contents(run / "export") == contents(folder / "straight" / "export")
     assert steps(run) == steps(folder / "straight") == [6, 8]
 

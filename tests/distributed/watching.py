@@ -1,4 +1,4 @@
-"""A rank that trains twice, unseen and watched: python -m tests.distributed.watching LINE OUT PARALLEL, under torchrun."""
+"""A rank that trains with and without watching: python -m tests.distributed.watching LINE OUT, under torchrun."""
 
 import sys
 from dataclasses import replace
@@ -12,17 +12,18 @@ from st_ar.training.loop import train
 from tests.distributed.cases import GUIDED
 
 
-def main(line: Path, out: Path, parallel: str) -> None:
-    config = replace(GUIDED, parallel=parallel, log_every=4)
+def main(line: Path, out: Path) -> None:
     unseen = WatchConfig(track=("none",))
     watched = WatchConfig(
         sample_every=2, sample_tokenizer=line / "tokenizer", probe_every=3, probe_test_tokens=line / "test"
     )
     with process_group("cpu", 60):
-        train(config, line / "tokens", out / "unseen", watching=unseen)
-        train(config, line / "tokens", out / "watched", watching=watched)
+        for parallel in ("ddp", "fsdp"):
+            config = replace(GUIDED, parallel=parallel, log_every=4)
+            train(config, line / "tokens", out / parallel / "unseen", watching=unseen)
+            train(config, line / "tokens", out / parallel / "watched", watching=watched)
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3])
+    main(Path(sys.argv[1]), Path(sys.argv[2]))

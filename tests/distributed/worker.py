@@ -1,4 +1,4 @@
-"""A rank of everything that test_training looks at: python -m tests.distributed.worker {TOKENS,compiled} OUT, under torchrun.
+"""A rank of the runs of test_training: python -m tests.distributed.worker {TOKENS,compiled} OUT, under torchrun.
 
 One start for all, since starting takes longer than training. The last line that a rank prints is a JSON object.
 """
@@ -35,12 +35,12 @@ from tests.distributed.cases import (
     RELAY,
     CalmAdamW,
     first_gradients,
-    place,
+    run_folder,
 )
 
 
 def counted(patch: pytest.MonkeyPatch) -> dict[str, int]:
-    """How often this rank writes each kind of file of a run."""
+    """Count this rank's calls of the functions that write files."""
     counts: dict[str, int] = {}
     for module, name in ((run, "append_log"), (run, "rewind_log"), (run, "write_json"), (weights, "save_tensors")):
         written: Callable[..., Any] = getattr(module, name)
@@ -54,7 +54,7 @@ def counted(patch: pytest.MonkeyPatch) -> dict[str, int]:
 
 
 def stopped_and_resumed(tokens: Path, out: Path, rank: int) -> str:
-    """The last rank gets SIGTERM in step 2 of a run, which is then resumed; what was said of the stop."""
+    """Stop a run by SIGTERM to rank 1 in step 2, and resume it; return the message of the stop."""
     backward, passes = loop.forward_backward, 0
 
     def signalled(*args: Any) -> Any:
@@ -70,13 +70,13 @@ def stopped_and_resumed(tokens: Path, out: Path, rank: int) -> str:
         with pytest.raises(Interrupted) as stop:
             loop.train(config, tokens, out, preset="toy")
     if rank == 0:
-        shutil.rmtree(out / "export")  # as if it had been killed between its checkpoint and its export
+        shutil.rmtree(out / "export")  # as if killed between checkpoint and export
     loop.train(config, tokens, out, resume=True, preset="toy")
     return str(stop.value)
 
 
 def broken(tokens: Path, out: Path, rank: int) -> str:
-    """The loss of the last rank alone is infinite in step 1; what this rank says of it."""
+    """Make the loss of rank 1 infinite in step 1; return this rank's error."""
     forward = loop.SelfGuided.forward
 
     def exploding(*args: Any) -> Any:
@@ -91,7 +91,7 @@ def broken(tokens: Path, out: Path, rank: int) -> str:
 
 
 def save_gradients(config: TrainConfig, world: int, rank: int, path: Path) -> dict[str, int]:
-    """Those of all ranks, and the losses that this one has found; returns what collectives it took."""
+    """Save all ranks' gradients and this rank's losses; return the number of collectives by name."""
     calls = Calls("c10d")
     gradients, losses = first_gradients(config, world, rank, calls)
     whole = {key: g.full_tensor() if isinstance(g, DTensor) else g for key, g in gradients.items()}
@@ -116,12 +116,12 @@ def main(tokens: Path, out: Path) -> None:
         for name, config in CASES[world].items():
             found["collectives"][name] = save_gradients(config, world, rank, out / f"{world}-{name}")
             others = tokens.parent / "others" if name == "fsdp-bfloat16" else None
-            loop.train(config, tokens, place(out, world, name), validation=others, preset="toy")
+            loop.train(config, tokens, run_folder(out, world, name), validation=others, preset="toy")
         found["seed"] = torch.initial_seed()
         loop.train(RELAY[world], tokens, out / "relay", resume=world == 4, preset="toy")
         if world == 2:
             loop.train(CAPTIONS, tokens, out / "captions", text=tokens.parent / "text.safetensors", preset="toy")
-            loop.train(INITIAL, tokens, out / "initial", init=place(out, 2, "ddp"), preset="toy")
+            loop.train(INITIAL, tokens, out / "initial", init=run_folder(out, 2, "ddp"), preset="toy")
             found["stopped"] = stopped_and_resumed(tokens, out / "stopped", rank)
             found["broken"] = broken(tokens, out / "broken", rank)
     print(json.dumps(found))

@@ -244,11 +244,6 @@ def test_a_step_that_sees_no_token_has_no_distance() -> None:
     assert attention_statistics(weights, 2).distance == pytest.approx((1 + math.sqrt(2)) / 2)
 
 
-def test_a_model_that_looks_at_the_newest_token_alone() -> None:
-    found = attention_statistics(torch.eye(9).expand(2, 2, 9, 9), 3)
-    assert asdict(found) == {"class_weight": 0, "neighbour_weight": 1, "distance": 0, "entropy": 0}
-
-
 def test_a_model_that_looks_everywhere_alike() -> None:
     weights = (torch.ones(4, 4).tril() / torch.arange(1, 5)[:, None]).expand(3, 2, 4, 4)
     found = attention_statistics(weights, 2)

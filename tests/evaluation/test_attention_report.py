@@ -1,4 +1,4 @@
-"""`st-ar attention`: every file has what was asked for, its numbers are the models', and mistakes leave nothing behind."""
+"""`st-ar attention`: the files, their numbers, and errors, which leave nothing behind."""
 
 import csv
 import json
@@ -17,10 +17,11 @@ from PIL import Image
 from st_ar.data.source import Crops
 from st_ar.data.store import TokenStore
 from st_ar.errors import UserError
-from st_ar.evaluation import attention_report as attention_job
+from st_ar.evaluation import attention_report
 from st_ar.evaluation.attention import STATISTICS, ImageMasks, LayerStatistics, average_statistics, store_maps
-from st_ar.evaluation.attention_report import AttentionOptions, report_attention, table_of
-from st_ar.files import sha256
+from st_ar.evaluation.attention_report import AttentionOptions, report_attention, statistics_table
+from st_ar.figures import Drawing
+from st_ar.files import sha256, write_json
 from st_ar.model.weights import load_model, save_export
 from st_ar.tokenizer import load_tokenizer
 from st_ar.tokenizer.tokenize import tokenize
@@ -38,7 +39,19 @@ def line(tmp_path_factory: pytest.TempPathFactory) -> SmallLine:
     return make_line(tmp_path_factory.mktemp("line"))
 
 
-def look(line: SmallLine, out: Path, *models: Path, names: Any = (), ema: bool = False, **chosen: Any) -> Any:
+@pytest.fixture(autouse=True)
+def quick_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Write only the figures' numbers. `compared`, which is module-scoped, draws them."""
+
+    def save(drawing: Drawing, path: Path) -> None:
+        path.touch()
+        write_json(path.with_suffix(".json"), drawing.data)
+
+    monkeypatch.setattr(Drawing, "save", save)
+    monkeypatch.setattr(Drawing, "svg", lambda _: "<svg></svg>")
+
+
+def report(line: SmallLine, out: Path, *models: Path, names: Any = (), ema: bool = False, **chosen: Any) -> Any:
     paths = models or (line.model,)
     return report_attention(
         paths,
@@ -58,9 +71,9 @@ def map_numbers(out: Path, file: str) -> Any:
 
 @pytest.fixture(scope="module")
 def compared(line: SmallLine, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
-    """Live beside averaged weights, two layers, their mean and a head."""
+    """Live and EMA weights, two layers, the mean over heads and one head."""
     out = tmp_path_factory.mktemp("compared") / "maps"
-    found = look(
+    found = report(
         line,
         out,
         line.model,
@@ -110,7 +123,7 @@ def test_statistics_are_of_every_layer_over_evenly_spaced_images(line: SmallLine
     assert compared[1]["model"] != compared[1]["model (EMA)"]
 
 
-def test_the_json_says_what_was_read_by_which_weights(line: SmallLine, compared: tuple[Path, Any]) -> None:
+def test_the_json_names_the_store_and_the_weights(line: SmallLine, compared: tuple[Path, Any]) -> None:
     out, found = compared
     saved = json.loads((out / "statistics.json").read_text())
     assert saved["images"] == 4
@@ -124,7 +137,7 @@ def test_the_json_says_what_was_read_by_which_weights(line: SmallLine, compared:
         assert saved["models"][name]["layers"] == {str(layer): asdict(value) for layer, value in found[name].items()}
 
 
-def test_the_csv_has_a_line_for_each_model_layer_and_head(compared: tuple[Path, Any]) -> None:
+def test_the_csv_has_a_row_for_each_model_layer_and_head(compared: tuple[Path, Any]) -> None:
     out, found = compared
     rows = list(csv.DictReader((out / "statistics.csv").read_text().splitlines()))
     keys = [(row["model"], row["layer"], row["head"]) for row in rows]
@@ -154,9 +167,9 @@ def test_the_page_has_the_maps_the_table_and_the_curves(compared: tuple[Path, An
     out, found = compared
     html = (out / "attention.html").read_text()
     page = Page(html)
-    assert page.within("h1") == ["What model and model (EMA) look at"]
-    assert page.within("h2") == ["Layer 2", "Layer 4", "The numbers", "Over the layers", "What was read"]
-    header, rows = table_of(found)
+    assert page.within("h1") == ["Attention of model and model (EMA)"]
+    assert page.within("h2") == ["Layer 2", "Layer 4", "Statistics", "Statistics by layer", "Inputs"]
+    header, rows = statistics_table(found)
     assert page.within("td", "th") == [*header, *(cell for row in rows for cell in row)]
     labels = re.findall('aria-label="([^"]*)"', html)
     maps = [f"attention at layer {layer}, {head}" for layer in (2, 4) for head in ("all heads averaged", "head 2")]
@@ -166,7 +179,7 @@ def test_the_page_has_the_maps_the_table_and_the_curves(compared: tuple[Path, An
 
 
 def test_the_table_sets_models_side_by_side_layer_by_layer(compared: tuple[Path, Any]) -> None:
-    header, rows = table_of(compared[1])
+    header, rows = statistics_table(compared[1])
     assert header == ("layer, model", "on the class", "on the 3 x 3", "distance (tokens)", "entropy (nats)")
     assert [row[0] for row in rows[:3]] == ["1, model", "1, model (EMA)", "2, model"]
     found = compared[1]["model (EMA)"][1].over_heads
@@ -179,26 +192,26 @@ def test_the_table_sets_models_side_by_side_layer_by_layer(compared: tuple[Path,
     )
 
 
-def test_left_alone_it_draws_half_the_depth_all_heads_averaged_and_fifths_of_the_image(
+def test_the_defaults_are_half_the_depth_the_mean_over_heads_and_fifths_of_the_image(
     line: SmallLine, tmp_path: Path
 ) -> None:
-    found = look(line, tmp_path / "maps", average=100)
+    found = report(line, tmp_path / "maps", average=100)
     assert [path.stem for path in (tmp_path / "maps").glob("layer-*.svg")] == ["layer-2-mean"]
     drawn = map_numbers(tmp_path / "maps", "layer-2-mean")
     assert drawn["tokens read"] == [2, 4, 5, 7, 8]
     assert len(drawn["weights by image and step"]["model"]) == 3
     assert found["model"] == average_statistics(load_model(line.model), TokenStore(line.tokens), range(8))
-    header, rows = table_of(found)
+    header, rows = statistics_table(found)
     assert header[0] == "layer"
     assert [row[0] for row in rows] == ["1", "2", "3", "4"]
 
 
 def test_all_heads_are_each_drawn_and_a_single_image_has_no_spread(line: SmallLine, tmp_path: Path) -> None:
-    found = look(line, tmp_path / "maps", heads=("all", "1"), layers=(1, 1), average=1)
+    found = report(line, tmp_path / "maps", heads=("all", "1"), layers=(1, 1), average=1)
     drawn = sorted(path.stem for path in (tmp_path / "maps").glob("layer-*.svg"))
     assert drawn == ["layer-1-head-1", "layer-1-head-2"]
     assert "±" not in (tmp_path / "maps" / "attention.html").read_text()
-    assert not any("±" in cell for row in table_of(found)[1] for cell in row)
+    assert not any("±" in cell for row in statistics_table(found)[1] for cell in row)
     row = next(csv.DictReader((tmp_path / "maps" / "statistics.csv").read_text().splitlines()))
     assert row["entropy_std"] == ""
     assert "spread" not in map_numbers(tmp_path / "maps", "entropy")["series"]["model"]
@@ -209,7 +222,7 @@ def test_masked_keys_have_no_weight_in_the_maps_and_the_averages(
     line: SmallLine, tmp_path: Path, own_position: bool
 ) -> None:
     masks = ImageMasks(ratio=0.5, seed=2, own_position=own_position)
-    found = look(line, tmp_path / "maps", masks=masks, images=(6, 0))
+    found = report(line, tmp_path / "maps", masks=masks, images=(6, 0))
     store = TokenStore(line.tokens)
     assert found["model"] == average_statistics(load_model(line.model), store, [0, 2, 4, 6], masks=masks)
     drawn = map_numbers(tmp_path / "maps", "layer-2-mean")
@@ -227,8 +240,8 @@ def test_masked_keys_have_no_weight_in_the_maps_and_the_averages(
     assert json.loads((tmp_path / "maps" / "statistics.json").read_text())["masks"] == asdict(masks)
 
 
-def test_averaged_weights_of_all_models(line: SmallLine, tmp_path: Path) -> None:
-    found = look(line, tmp_path / "maps", ema=True)
+def test_ema_weights_of_all_models(line: SmallLine, tmp_path: Path) -> None:
+    found = report(line, tmp_path / "maps", ema=True)
     expected = average_statistics(load_model(line.model, ema=True), TokenStore(line.tokens), [0, 2, 4, 6])
     assert found == {"model (EMA)": expected}
 
@@ -237,14 +250,21 @@ def test_models_of_different_depths_and_heads_share_a_table(line: SmallLine, tmp
     config = replace(TINY, n_layers=2, n_heads=1)
     info = {"tokenizer": random_tokenizer().fingerprint}
     save_export(tmp_path / "run" / "export", random_model(config), random_model(config, 1), info)
-    found = look(line, tmp_path / "maps", line.model, tmp_path / "run" / "export", names=("deep", "flat"))
-    assert [row[0] for row in table_of(found)[1]] == ["1, deep", "1, flat", "2, deep", "2, flat", "3, deep", "4, deep"]
+    found = report(line, tmp_path / "maps", line.model, tmp_path / "run" / "export", names=("deep", "flat"))
+    assert [row[0] for row in statistics_table(found)[1]] == [
+        "1, deep",
+        "1, flat",
+        "2, deep",
+        "2, flat",
+        "3, deep",
+        "4, deep",
+    ]
     assert map_numbers(tmp_path / "maps", "entropy")["series"]["flat"]["x"] == [1, 2]
     assert (tmp_path / "maps" / "layer-1-mean.svg").exists()  # half the least depth
     with refused(tmp_path, "no layer 3: run has layers 1 to 2"):
-        look(line, tmp_path / "more", line.model, tmp_path / "run", layers=(3,))
+        report(line, tmp_path / "more", line.model, tmp_path / "run", layers=(3,))
     with refused(tmp_path, "no head 2: run has heads 1 to 1"):
-        look(line, tmp_path / "more", line.model, tmp_path / "run" / "export" / "model.safetensors", heads=("all",))
+        report(line, tmp_path / "more", line.model, tmp_path / "run" / "export" / "model.safetensors", heads=("all",))
 
 
 @pytest.mark.parametrize(
@@ -260,28 +280,28 @@ def test_models_of_different_depths_and_heads_share_a_table(line: SmallLine, tmp
         ({"heads": ("mean", "0")}, "no head 0: model has heads 1 to 2"),
         ({"heads": ("3",)}, "no head 3: model has heads 1 to 2"),
         ({"heads": ("-1",)}, "no head -1: model has heads 1 to 2"),
-        ({"heads": ("first",)}, "--heads 'first' is no head: give mean, numbers counted from 1, or all"),
+        ({"heads": ("first",)}, "--heads 'first' is not a head: give mean, numbers counted from 1, or all"),
         ({"steps": (3, 0)}, "no step 0: maps can be drawn after reading 1 to 8"),
         ({"steps": (9,)}, "no step 9: maps can be drawn after reading 1 to 8"),
     ],
 )
-def test_what_is_not_there_is_refused_and_nothing_written(
+def test_options_out_of_range_are_refused_and_nothing_is_written(
     line: SmallLine, tmp_path: Path, changes: dict[str, Any], match: str
 ) -> None:
     with refused(tmp_path, match):
-        look(line, tmp_path / "maps", **changes)
+        report(line, tmp_path / "maps", **changes)
     assert not (tmp_path / "maps").exists()
 
 
-def test_a_folder_or_file_that_exists_is_not_written_over(line: SmallLine, tmp_path: Path) -> None:
+def test_existing_files_are_not_overwritten(line: SmallLine, tmp_path: Path) -> None:
     (tmp_path / "maps").mkdir()
     (tmp_path / "maps" / "note").write_text("mine")
     (tmp_path / "file").write_text("mine")
     for name in ("maps", "file"):
         with refused(
-            tmp_path, f"{name} exists already and is not empty: a folder of attention maps is never written over"
+            tmp_path, f"{name} exists already and is not empty: a folder of attention maps is never overwritten"
         ):
-            look(line, tmp_path / name)
+            report(line, tmp_path / name)
 
 
 @pytest.mark.parametrize(
@@ -291,7 +311,7 @@ def test_a_folder_or_file_that_exists_is_not_written_over(line: SmallLine, tmp_p
         (OSError(28, "No space left on device"), pytest.raises(UserError, match=r"device; nothing there was changed")),
     ],
 )
-def test_what_was_stopped_half_way_leaves_nothing_and_is_done_anew(
+def test_an_interrupted_report_leaves_nothing_and_can_run_again(
     line: SmallLine, tmp_path: Path, stopped_by: BaseException, raised: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / ".maps.partial").mkdir()  # of one that was killed
@@ -301,19 +321,19 @@ def test_what_was_stopped_half_way_leaves_nothing_and_is_done_anew(
         raise stopped_by
 
     with monkeypatch.context() as patch, raised:
-        patch.setattr(attention_job, "write_page", stop)
-        look(line, tmp_path / "maps", images=(0,), steps=(3,))
+        patch.setattr(attention_report, "write_page", stop)
+        report(line, tmp_path / "maps", images=(0,), steps=(3,))
     assert list(tmp_path.iterdir()) == []
-    look(line, tmp_path / "maps", images=(0,), steps=(3,))
+    report(line, tmp_path / "maps", images=(0,), steps=(3,))
     assert (tmp_path / "maps" / "attention.html").exists()
     assert not (tmp_path / "maps" / "left.png").exists()
 
 
-def test_of_ten_crops_the_centre_is_read_and_named(line: SmallLine, tmp_path: Path) -> None:
+def test_the_centre_of_ten_crops_is_read_and_named(line: SmallLine, tmp_path: Path) -> None:
     crops = Crops(kind="ten", size=6, range=1.0)
     tokenizer = load_tokenizer(line.tokenizer)
     store = tokenize(random_source(), tokenizer, crops, tmp_path / "tokens")
-    assert look(replace(line, tokens=store.folder), tmp_path / "maps") == look(line, tmp_path / "same")
+    assert report(replace(line, tokens=store.folder), tmp_path / "maps") == report(line, tmp_path / "same")
     page = " ".join((tmp_path / "maps" / "attention.html").read_text().split())
     assert "the centre crop (center) of each" in page
 
@@ -332,7 +352,7 @@ def test_a_store_of_other_classes_than_the_models_is_refused(line: SmallLine, tm
     tokenizer = load_tokenizer(line.tokenizer)
     store = tokenize(others, tokenizer, Crops(kind="center", size=6, range=1.0), tmp_path / "tokens")
     with refused(tmp_path, "model cannot read the images: .*dog"):
-        look(replace(line, tokens=store.folder), tmp_path / "maps")
+        report(replace(line, tokens=store.folder), tmp_path / "maps")
 
 
 def test_another_tokenizer_than_the_stores_is_refused(line: SmallLine, tmp_path: Path) -> None:
@@ -347,22 +367,22 @@ def test_several_models_must_all_read_the_store(line: SmallLine, tmp_path: Path)
     larger = replace(TINY, grid=4)
     save_export(tmp_path / "larger", random_model(larger), random_model(larger), {})
     with refused(tmp_path, "larger cannot read the images: .* has 3 tokens a side, the model 4"):
-        look(line, tmp_path / "maps", line.model, tmp_path / "larger")
+        report(line, tmp_path / "maps", line.model, tmp_path / "larger")
     save_export(tmp_path / "foreign", random_model(), random_model(), {"tokenizer": "f" * 64})
-    with refused(tmp_path, "foreign cannot read the images: .* the model speaks the codes of ffffffffffff"):
-        look(line, tmp_path / "maps", line.model, tmp_path / "foreign")
+    with refused(tmp_path, "foreign cannot read the images: .* the model uses the codes of ffffffffffff"):
+        report(line, tmp_path / "maps", line.model, tmp_path / "foreign")
 
 
-def test_names_must_tell_the_models_apart(line: SmallLine, tmp_path: Path) -> None:
+def test_names_must_be_unique(line: SmallLine, tmp_path: Path) -> None:
     shutil.copytree(line.model, tmp_path / "model")
-    assert list(look(line, tmp_path / "both", line.model, tmp_path / "model", average=1)) == [
+    assert list(report(line, tmp_path / "both", line.model, tmp_path / "model", average=1)) == [
         str(line.model),
         str(tmp_path / "model"),
     ]
     with refused(tmp_path, "two models are called .*model: give different --names, and each model once"):
-        look(line, tmp_path / "maps", line.model, line.model)
+        report(line, tmp_path / "maps", line.model, line.model)
     with refused(tmp_path, "1 --names for 2 models"):
-        look(line, tmp_path / "maps", line.model, tmp_path / "model", names=("one",))
+        report(line, tmp_path / "maps", line.model, tmp_path / "model", names=("one",))
     with refused(tmp_path, "give at least one --model"):
         report_attention([], line.tokens, line.tokenizer, tmp_path / "maps")
 

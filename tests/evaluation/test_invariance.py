@@ -18,7 +18,7 @@ from PIL import Image
 from st_ar.cli import main
 from st_ar.config import InvarianceSettings
 from st_ar.data.source import Example, ImageSource
-from st_ar.evaluation import invariance as invariance_job
+from st_ar.evaluation import invariance
 from st_ar.evaluation.generation.image_sets import Pictures, open_pictures
 from st_ar.evaluation.invariance import (
     DIRECTIONS,
@@ -367,7 +367,7 @@ def test_the_pictures_say_which_tokens_differ_and_which_have_no_counterpart() ->
 @pytest.mark.parametrize(
     ("images", "changes", "match"),
     [
-        ("photos:test", {"size": 15}, "15 pixels are no whole number of 4-pixel patches: choose another --size"),
+        ("photos:test", {"size": 15}, "15 pixels cannot be cut into 4-pixel patches: choose another --size"),
         ("photos:test", {"shifts": (0, 15)}, "a shift of 15 pixels leaves nothing to compare .*: shift by at most 12"),
         ("photos:test", {"shown_shift": 15}, "a shift of 15 pixels leaves nothing to compare"),
         ("photo:test", {}, "photo:test does not exist: give a .npz file .* or an image source such as folder:PATH"),
@@ -382,28 +382,28 @@ def test_what_does_not_suit_is_refused_before_anything_is_written(
         measure_invariance({"a": mean_tokenizer(4)}, images, tmp_path / "out", replace(SMALL, **changes))
 
 
-def test_a_place_that_cannot_be_written_is_refused_before_anything_is_encoded(
+def test_a_path_that_cannot_be_written_is_refused_before_the_work(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(invariance_job, "measure", lambda *_, **__: pytest.fail("it was measured"))
+    monkeypatch.setattr(invariance, "measure", lambda *_, **__: pytest.fail("it was measured"))
     (tmp_path / "file").write_text("")
-    with refused_call(tmp_path, "cannot write .*file is no folder"):
+    with refused_call(tmp_path, "cannot write .*file is not a folder"):
         measure_invariance({"a": mean_tokenizer(4)}, "photos:test", tmp_path / "file" / "out", SMALL)
 
 
 @pytest.mark.parametrize("usable", [0, 1])
-def test_fewer_than_two_images_that_can_be_used_are_refused(tmp_path: Path, usable: int) -> None:
+def test_fewer_than_two_usable_images_are_refused(tmp_path: Path, usable: int) -> None:
     folder = tmp_path / "images" / "a"
     folder.mkdir(parents=True)
     for index in range(3):
         (folder / f"{index}.png").write_bytes(b"no image")
     if usable:
         Image.fromarray(noise(1, 20)[0]).save(folder / "0.png")
-    with refused_call(tmp_path, "fewer than 2 images can be used: .* give more of them"):
+    with refused_call(tmp_path, "fewer than 2 images are usable: give more images"):
         measure_invariance({"a": mean_tokenizer(4)}, f"folder:{folder.parent}", tmp_path / "out", SMALL)
 
 
-def test_nothing_is_written_over(tmp_path: Path) -> None:
+def test_existing_files_are_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "notes.txt").write_text("mine")
     with refused_call(tmp_path, "out exists already .* choose another --out or remove it"):
@@ -440,9 +440,9 @@ def test_two_tokenizers_by_command(tmp_path: Path, command: list[str | Path], ca
 @pytest.mark.parametrize(
     ("more", "match"),
     [
-        (("--tokenizer", "nowhere"), "nowhere is no tokenizer: no such folder or file"),
-        (("--tokenizer", "A", "B", "--names", "x"), "--names must give each of 2 tokenizers a name of its own, not x"),
-        (("--tokenizer", "A", "B", "--names", "x", "x"), "a name of its own, not x, x"),
+        (("--tokenizer", "nowhere"), "nowhere is not a tokenizer: no such folder or file"),
+        (("--tokenizer", "A", "B", "--names", "x"), "--names x: give each of the 2 tokenizers a different name"),
+        (("--tokenizer", "A", "B", "--names", "x", "x"), "--names x x: give each of the 2 tokenizers a different name"),
         (("--tokenizer", "A", "--num", "1"), "--num must be at least 2, not 1"),
         (("--tokenizer", "A", "--size", "0"), "--size must be at least 1, not 0"),
         (("--tokenizer", "A", "--shifts", "-1"), r"--shifts must be 0 or more, not \(-1,\)"),
@@ -452,7 +452,7 @@ def test_two_tokenizers_by_command(tmp_path: Path, command: list[str | Path], ca
         (("--tokenizer", "A", "--seed", "-1"), "--seed must be 0 or more, not -1"),
     ],
 )
-def test_mistakes_in_the_options(
+def test_wrong_options_are_refused(
     tmp_path: Path, command: list[str | Path], capsys: Capture, more: tuple[str, ...], match: str
 ) -> None:
     places = {"A": tmp_path / "a" / "tokenizer", "B": tmp_path / "b" / "tokenizer"}

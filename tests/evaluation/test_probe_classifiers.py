@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from st_ar.errors import UserError
-from st_ar.evaluation import probe_classifiers as lars
-from st_ar.evaluation import probe_classifiers as shallow
+from st_ar.evaluation import probe_classifiers as probe_classifiers
 from st_ar.evaluation.probe import ProbeMethod
 from st_ar.evaluation.probe_classifiers import (
     Classifiers,
@@ -228,10 +227,14 @@ def test_features_held_on_the_device_train_the_same_classifiers(
     features, labels = separable(96, 0)
     array = features.numpy().astype(stored)
     expected = fit_classifiers([array, -array], labels, 3, SHORT)
-    held = lars.hold(array, torch.device("cpu"), rows=40)
-    assert held.dtype == torch.float32
-    np.testing.assert_array_equal(held.numpy(), array.astype(np.float32))
-    monkeypatch.setattr(lars, "on_device", lambda features, device, share: lars.hold(features, device))
+    copied = probe_classifiers.copy_to_device(array, torch.device("cpu"), rows=40)
+    assert copied.dtype == torch.float32
+    np.testing.assert_array_equal(copied.numpy(), array.astype(np.float32))
+    monkeypatch.setattr(
+        probe_classifiers,
+        "copy_if_it_fits",
+        lambda features, device, share: probe_classifiers.copy_to_device(features, device),
+    )
     found = fit_classifiers([array, -array], labels, 3, SHORT)
     assert all(torch.equal(a(features), b(features)) for a, b in zip(found, expected, strict=True))
 
@@ -292,7 +295,7 @@ def test_logistic_regression_stands_where_its_gradient_vanishes() -> None:
 
 
 @pytest.mark.parametrize("method", ["ridge", "logistic"])
-def test_a_class_without_training_images_is_never_guessed(method: shallow.Method) -> None:
+def test_a_class_without_training_images_is_never_guessed(method: probe_classifiers.Method) -> None:
     features, labels = clouds(60, 2)
     assert method != "mae"
     classify = ShallowClassifiers(features, labels * 3, 5, method, 1.0, mean_over_steps=False)
@@ -303,7 +306,7 @@ def test_a_class_without_training_images_is_never_guessed(method: shallow.Method
 
 
 def test_a_regression_that_does_not_converge_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shallow, "MAX_ITERATIONS", 1)
+    monkeypatch.setattr(probe_classifiers, "MAX_ITERATIONS", 1)
     classify = ShallowClassifiers(*clouds(60, 3), 3, "logistic", 1e-6, mean_over_steps=False)
     assert classify.notes() == (
         "2 of 2 logistic regressions had not converged after 1 iterations; a larger --penalty converges sooner",
@@ -313,11 +316,14 @@ def test_a_regression_that_does_not_converge_says_so(monkeypatch: pytest.MonkeyP
 def test_without_scikit_learn_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sklearn", None)
     ProbeMethod(name="mae").require_library()
-    with pytest.raises(UserError, match=r"scikit-learn's .*pip install 'st-ar\[quickstart\]', or give --method mae"):
+    with pytest.raises(
+        UserError,
+        match=r"k-means tokenizers and the probe's ridge and logistic methods need sklearn .*pip install 'st-ar\[quickstart\]'",
+    ):
         ProbeMethod(name="ridge").require_library()
 
 
 @pytest.mark.parametrize("penalty", [0.0, -1.0, float("inf"), float("nan")])
-def test_a_penalty_of_nothing_is_refused(penalty: float) -> None:
-    with pytest.raises(UserError, match="--penalty must be above 0"):
+def test_a_penalty_that_is_not_positive_and_finite_is_refused(penalty: float) -> None:
+    with pytest.raises(UserError, match=r"--penalty must be (above 0|a finite number)"):
         ProbeMethod(name="ridge", penalty=penalty)

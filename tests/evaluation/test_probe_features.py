@@ -1,4 +1,4 @@
-"""What probes read: the states of the right steps, no label, whatever the batches, layers and devices."""
+"""What probes read: the states of the right steps, without the label, whatever the batches, layers and devices."""
 
 import os
 import shutil
@@ -17,15 +17,14 @@ from hypothesis import strategies as st
 
 from st_ar.data.store import TokenStore
 from st_ar.errors import UserError
-from st_ar.evaluation import probe_features as feature_cache
-from st_ar.evaluation import probe_features as hidden
+from st_ar.evaluation import probe_features
 from st_ar.evaluation.probe_features import (
     ENTRY,
     FEATURES,
     Entry,
     FeatureCache,
-    Features,
     FeatureSpec,
+    ProbeFeatures,
     describe_features,
     extract_features,
     uniform_steps,
@@ -62,11 +61,11 @@ def test_steps_rise_to_the_last_and_lie_evenly(length: int, data: st.DataObject)
 
 @pytest.mark.parametrize("count", [0, 10])
 def test_more_steps_than_tokens_or_none_are_refused(count: int) -> None:
-    with pytest.raises(UserError, match=f"{count} steps asked for; an image of this model has 9: give 1 to that many"):
+    with pytest.raises(UserError, match=f"{count} steps are not possible: an image of this model has 9; give 1 to 9"):
         uniform_steps(9, count)
 
 
-# Features
+# ProbeFeatures
 
 
 @torch.no_grad()
@@ -106,8 +105,8 @@ def test_neither_the_batch_size_nor_the_other_layers_change_features(
     for reading in (*readings, FeatureSpec(layers=[1, 4, 2], steps=[3, 9])):
         found = extract_features(model, store, reading, crops=[0, 1]).layers[4]
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
-    monkeypatch.setattr(hidden, "AT_ONCE", 4 * 9 * 16 * 3)  # three images of one layer
-    sizes = [len(states[4]) for states in hidden.hidden_states(model, store, readings[2], [0])]
+    monkeypatch.setattr(probe_features, "MAX_BATCH_BYTES", 4 * 9 * 16 * 3)  # three images of one layer
+    sizes = [len(states[4]) for states in probe_features.hidden_states(model, store, readings[2], [0])]
     assert sizes == [3, 3, 3]
 
 
@@ -124,15 +123,15 @@ def test_in_bfloat16_the_products_are_rounded_and_the_features_are_not_lost(tmp_
 @pytest.mark.parametrize(
     ("reading", "crops", "match"),
     [
-        (FeatureSpec(layers=[2, 2], steps=[9]), [0], "--layers 2 2 names one more than once"),
-        (FeatureSpec(layers=[2], steps=[9, 1, 9]), [0], "--steps 9 1 9 names one more than once"),
-        (FeatureSpec(layers=[2], steps=[9]), [1, 1], "--train-crops 1 1 names one more than once"),
-        (FeatureSpec(layers=[], steps=[9]), [0], "there is nothing to probe"),
-        (FeatureSpec(layers=[2], steps=[]), [0], "there is nothing to probe"),
-        (FeatureSpec(layers=[2], steps=[9]), [], "there is nothing to probe"),
+        (FeatureSpec(layers=[2, 2], steps=[9]), [0], "--layers 2 2 repeats a value"),
+        (FeatureSpec(layers=[2], steps=[9, 1, 9]), [0], "--steps 9 1 9 repeats a value"),
+        (FeatureSpec(layers=[2], steps=[9]), [1, 1], "--train-crops 1 1 repeats a value"),
+        (FeatureSpec(layers=[], steps=[9]), [0], "--layers is empty: give at least one"),
+        (FeatureSpec(layers=[2], steps=[]), [0], "--steps is empty: give at least one"),
+        (FeatureSpec(layers=[2], steps=[9]), [], "--train-crops is empty: give at least one"),
     ],
 )
-def test_nothing_and_the_same_twice_are_refused(
+def test_empty_and_repeated_choices_are_refused(
     tmp_path: Path, reading: FeatureSpec, crops: list[int], match: str
 ) -> None:
     store = TokenStore(store_for_tiny(tmp_path / "tokens")[0])
@@ -161,7 +160,7 @@ def entries(folder: Path) -> list[str]:
 
 def extract(
     model: Transformer, store: TokenStore, cache: FeatureCache | None, reading: FeatureSpec = READING
-) -> Features:
+) -> ProbeFeatures:
     return extract_features(model, store, reading, crops=[0, 2], cache=cache, weights="abc")
 
 
@@ -177,7 +176,7 @@ def test_features_from_the_cache_are_those_extracted_and_lie_in_files(
     expected = extract(model, store, None)
     caches = [FeatureCache(tmp_path / "cache", 1e6) for _ in range(2)]
     found = [extract(model, store, caches[0])]
-    monkeypatch.setattr(hidden, "hidden_states", None)  # the second call does without the network
+    monkeypatch.setattr(probe_features, "hidden_states", None)  # the second call does without the network
     found.append(extract(model, store, caches[1]))
     assert [(cache.reused, cache.written) for cache in caches] == [(0, 2), (2, 0)]
     for features in found:
@@ -259,19 +258,19 @@ def test_a_call_that_is_stopped_in_the_middle_leaves_nothing(
     monkeypatch: pytest.MonkeyPatch,
     error: type[BaseException],
 ) -> None:
-    states = hidden.hidden_states
+    states = probe_features.hidden_states
 
     def stopped(*arguments: Any) -> Iterator[dict[int, np.ndarray]]:
         yield next(states(*arguments))
         raise error
 
-    monkeypatch.setattr(hidden, "hidden_states", stopped)
+    monkeypatch.setattr(probe_features, "hidden_states", stopped)
     with pytest.raises(error):
         extract(model, store, FeatureCache(tmp_path / "cache", 1e6))
     assert entries(tmp_path / "cache") == []
 
 
-def test_what_a_killed_call_left_is_not_taken_and_cleared_away(
+def test_partial_files_of_a_killed_call_are_ignored_and_removed(
     tmp_path: Path, model: Transformer, store: TokenStore
 ) -> None:
     script = f"""
@@ -296,7 +295,7 @@ with cache.writing({describe(model, store)!r}) as files:
     assert not any(name.endswith(".partial") for name in entries(tmp_path / "cache"))
 
 
-def test_what_a_living_call_is_writing_is_left_alone(tmp_path: Path, model: Transformer, store: TokenStore) -> None:
+def test_partial_files_of_a_running_call_are_kept(tmp_path: Path, model: Transformer, store: TokenStore) -> None:
     first, second = describe(model, store)
     cache = FeatureCache(tmp_path / "cache", 1e6)
     with cache.writing([first]) as (file,):
@@ -379,11 +378,11 @@ def test_a_disk_that_is_too_small_is_refused_before_anything_is_removed(
     usage = namedtuple("usage", ["free"])
     before = contents(tmp_path / "cache")
     there = sum(file.stat().st_size for file in (tmp_path / "cache").glob("*/features.npy"))
-    monkeypatch.setattr(feature_cache.shutil, "disk_usage", lambda _: usage(2 * SIZE - 1 - there))
+    monkeypatch.setattr(probe_features.shutil, "disk_usage", lambda _: usage(2 * SIZE - 1 - there))
     with pytest.raises(UserError, match=r"take 4.86e-06 GB more, and the disk of .*cache has \S+ GB left: free"):
         extract(model, store, FeatureCache(tmp_path / "cache", 1e6))
     assert contents(tmp_path / "cache") == before
-    monkeypatch.setattr(feature_cache.shutil, "disk_usage", lambda _: usage(2 * SIZE - there))
+    monkeypatch.setattr(probe_features.shutil, "disk_usage", lambda _: usage(2 * SIZE - there))
     extract(model, store, FeatureCache(tmp_path / "cache", 1e6))
     assert len(entries(tmp_path / "cache")) == 2
 
@@ -391,14 +390,14 @@ def test_a_disk_that_is_too_small_is_refused_before_anything_is_removed(
 def test_a_disk_that_fills_up_is_an_error_that_leaves_nothing_unfinished(
     tmp_path: Path, model: Transformer, store: TokenStore
 ) -> None:
-    with full_disk(SIZE - 1), pytest.raises(UserError, match=r"cannot keep features in .*cache .*free some space"):
+    with full_disk(SIZE - 1), pytest.raises(UserError, match=r"cannot write features to .*cache .*free some space"):
         extract(model, store, FeatureCache(tmp_path / "cache", 1e6))
     assert entries(tmp_path / "cache") == []
 
 
 def test_a_cache_below_a_file_is_refused(tmp_path: Path, model: Transformer, store: TokenStore) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"cannot keep features in .*another --cache"):
+    with pytest.raises(UserError, match=r"cannot write features to .*another --cache"):
         extract(model, store, FeatureCache(tmp_path / "file" / "cache", 1e6))
 
 

@@ -23,7 +23,7 @@ from st_ar.data.text import TextStore, write_text
 from st_ar.evaluation.generation.evaluate import Reference, evaluate, one_line, open_reference, write_reference
 from st_ar.evaluation.generation.features import Compute
 from st_ar.evaluation.generation.image_sets import open_set
-from st_ar.evaluation.generation.sweep import SweptModel, settings_of, sweep
+from st_ar.evaluation.generation.sweep import SweptModel, list_settings, sweep
 from st_ar.evaluation.probe_features import FeatureCache, FeatureSpec, extract_features
 from st_ar.files import write_json
 from st_ar.model.generate import generate
@@ -346,7 +346,7 @@ def _read_sweep(folder: Path) -> Any:
         patch.setattr(
             "st_ar.evaluation.generation.sweep.line_chart", lambda *_, **__: _Drawing()
         )  # slow, and not what is looked at
-        rows = sweep(swept, settings_of([1.0], [1.0], [0, 2]), _small_reference(), toy(), ["fid"], out, Compute())
+        rows = sweep(swept, list_settings([1.0], [1.0], [0, 2]), _small_reference(), toy(), ["fid"], out, Compute())
     return [row["metrics"] for row in rows]
 
 

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from st_ar.config import ModelConfig, SampleSettings
 from st_ar.errors import UserError
-from st_ar.model.generate import TokenSampler, choose, filter_logits, generate, guidance_scale, uniforms
+from st_ar.model.generate import TokenSampler, draw_tokens, filter_logits, generate, guidance_scale, uniforms
 from st_ar.model.transformer import Transformer
 from tests.toys import NO_DROPOUT, TINY, random_model, recorded, recorded_model
 
@@ -121,7 +121,7 @@ def test_filters_turned_off_change_nothing() -> None:
     assert torch.equal(filter_logits(logits, top_k=0, top_p=1.0), logits)
 
 
-def test_filters_leave_their_input_alone() -> None:
+def test_filters_do_not_change_their_input() -> None:
     logits = distinct_rows(2, 12, 1)
     before = logits.clone()
     filter_logits(logits, top_k=3, top_p=0.5)
@@ -142,7 +142,7 @@ def chi_square(counts: Tensor, expected: Tensor) -> float:
 def test_choice_frequencies_are_the_softmax() -> None:
     logits = torch.tensor([0.0, 1.0, -1.0, 2.0, 0.5, -2.0])
     draws = 20_000
-    tokens = choose(logits.expand(draws, -1), random_numbers(draws))
+    tokens = draw_tokens(logits.expand(draws, -1), random_numbers(draws))
     counts = tokens.bincount(minlength=6).double()
     # 20.5 is exceeded once in a thousand seeds with 5 degrees of freedom
     assert chi_square(counts, draws * probabilities(logits)) < 20.5
@@ -150,7 +150,7 @@ def test_choice_frequencies_are_the_softmax() -> None:
 
 
 def test_rows_are_drawn_independently() -> None:
-    tokens = choose(torch.zeros(20_000, 2, 2).flatten(0, 1), random_numbers(40_000)).view(-1, 2)
+    tokens = draw_tokens(torch.zeros(20_000, 2, 2).flatten(0, 1), random_numbers(40_000)).view(-1, 2)
     pairs = (2 * tokens[:, 0] + tokens[:, 1]).bincount(minlength=4).double()
     assert chi_square(pairs, torch.full((4,), 5000.0)) < 16.3  # once in a thousand, 3 degrees of freedom
 
@@ -161,7 +161,7 @@ def test_a_choice_inverts_the_cumulative_distribution(width: int, keep: int, see
     below_1 = float(np.nextafter(np.float32(1), np.float32(0)))
     uniform = torch.tensor([0.0, below_1, *random_numbers(30, seed).tolist()])
     edges = probabilities(logits[0]).cumsum(0)
-    chosen = choose(logits.expand(len(uniform), -1), uniform).tolist()
+    chosen = draw_tokens(logits.expand(len(uniform), -1), uniform).tolist()
     for u, token in zip(uniform.tolist(), chosen, strict=True):
         assert logits[0, token].isfinite()  # a removed token is never drawn
         if 0 < u < below_1 and (edges - u).abs().min() > 1e-5:  # float32 sums cannot tell nearer ones
@@ -176,7 +176,7 @@ def test_removed_tokens_are_not_drawn_at_the_ends_of_a_large_codebook() -> None:
     logits = torch.full((4, 16384), -math.inf)
     logits[:, 5000:9000] = torch.randn(4000, generator=torch.Generator().manual_seed(0))
     uniform = torch.tensor([0.0, 1 - 2**-24, 2**-24, 1 - 2**-23])
-    chosen = choose(logits, uniform)
+    chosen = draw_tokens(logits, uniform)
     assert chosen.tolist()[0] == 5000
     assert 5000 <= chosen.min() <= chosen.max() < 9000
 
@@ -433,7 +433,7 @@ def test_a_sampler_draws_batch_after_batch_in_the_same_memory(scale: float) -> N
 def addresses(sampler: TokenSampler) -> list[int]:
     held = (sampler.tokens, sampler.noise, sampler.scales, sampler.position)
     decoder = sampler.decoder
-    return [tensor.data_ptr() for tensor in (*held, decoder.cache, decoder.mask, decoder.place)]
+    return [tensor.data_ptr() for tensor in (*held, decoder.cache, decoder.mask, decoder.index)]
 
 
 def test_a_result_outlives_the_next_batch() -> None:
@@ -472,7 +472,7 @@ def test_after_the_first_token_nothing_waits_for_the_device() -> None:
     assert set(waited) == {waited[0]}
 
 
-def test_each_token_is_told_and_can_be_seen() -> None:
+def test_on_token_is_called_after_each_token() -> None:
     sampler = TokenSampler(random_model(), 3, SampleSettings())
     seen: list[Tensor] = []
     drawn = sampler.draw(LABELS, np.arange(3), 0, on_token=lambda count: seen.append(sampler.tokens[:, :count].clone()))
@@ -514,15 +514,15 @@ def test_a_model_of_another_floating_type_samples(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("label", [-1, 4, 1000])
 def test_a_label_out_of_range_is_refused(label: int) -> None:
-    with pytest.raises(UserError, match=rf"label {label} is out of range.*0 to 2, and 3 for none"):
+    with pytest.raises(UserError, match=rf"label {label} is out of range.*0 to 2, or 3 for none"):
         generate(random_model(), torch.tensor([0, label]))
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"num_tokens": 10}, r"10 tokens asked for.* 9: give 1 to"),
-        ({"num_tokens": 0}, r"0 tokens asked for.* 9: give 1 to"),
+        ({"num_tokens": 10}, "num_tokens must be 1 to 9, the tokens of an image, not 10"),
+        ({"num_tokens": 0}, "num_tokens must be 1 to 9, the tokens of an image, not 0"),
         ({"cfg_scale": 0.5}, r"--cfg-scale must lie in \[1, 1000\], not 0\.5"),
         ({"cfg_scale": -2.0}, r"--cfg-scale must lie in \[1, 1000\], not -2\.0"),
         ({"cfg_scale": math.nan}, r"--cfg-scale must be a finite number or nothing, not nan"),
@@ -533,7 +533,7 @@ def test_a_label_out_of_range_is_refused(label: int) -> None:
         ({"images": [0, 1]}, r"images must be 3 whole numbers of 0 or more, one for each label, not \[0 1\]"),
         ({"images": [0, -1, 2]}, r"images must be 3 whole numbers of 0 or more"),
         ({"images": [0.5, 1.0, 2.0]}, r"images must be 3 whole numbers of 0 or more"),
-        ({"seed": -1}, r"the seed must lie in \[0, 18446744073709551615\], not -1"),
+        ({"seed": -1}, r"the seed must be in \[0, 18446744073709551615\], not -1"),
         ({"temperature": math.nan}, r"--temperature must be a finite number, not nan"),
         ({"top_k": -1}, r"--top-k must be 0 \(off\) or more, not -1"),
         ({"top_k": 12}, r"--top-k must lie in \[0, 11\].*not 12"),

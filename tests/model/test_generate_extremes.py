@@ -7,7 +7,7 @@ import torch
 
 from st_ar.config import SampleSettings
 from st_ar.errors import UserError
-from st_ar.model.generate import choose, generate
+from st_ar.model.generate import draw_tokens, generate
 from tests.toys import TINY, random_model
 
 
@@ -40,8 +40,8 @@ def test_a_choice_is_always_a_token_of_the_codebook(wrong: float) -> None:
         logits = torch.zeros(1, 4)
         logits[0, place] = wrong
         for uniform in (0.0, 0.5, 1 - 2**-24):
-            assert 0 <= int(choose(logits, torch.tensor([uniform]))) < 4
-    assert 0 <= int(choose(torch.full((1, 4), wrong), torch.tensor([0.5]))) < 4
+            assert 0 <= int(draw_tokens(logits, torch.tensor([uniform]))) < 4
+    assert 0 <= int(draw_tokens(torch.full((1, 4), wrong), torch.tensor([0.5]))) < 4
 
 
 @pytest.mark.parametrize("first", [0, 2])

@@ -377,7 +377,7 @@ def test_a_mask_acts_on_its_own_sequence_only() -> None:
     assert ((masked[1, 2:] - plain[1, 2:]).abs().amax(-1) > 1e-4).all()
 
 
-def test_a_beginning_of_the_tokens_gives_the_beginning_of_the_logits() -> None:
+def test_the_first_tokens_give_the_first_logits() -> None:
     model = random_model()
     tokens, labels = random_sequences(TINY, 2)
     mask = random_mask((2, LENGTH), 5)
@@ -667,7 +667,7 @@ def test_an_empty_caption_is_read_without_nan() -> None:
     "labels",
     [torch.zeros(2, N + 1, 6), torch.zeros(2, N, 7), torch.zeros(2, N, 6, dtype=torch.int64), torch.tensor([0, 1])],
 )
-def test_what_is_no_caption_of_the_model_is_refused(labels: Tensor) -> None:
+def test_labels_that_are_not_captions_of_the_model_are_refused(labels: Tensor) -> None:
     model, tokens = random_model(TINY_TEXT), random_sequences(TINY_TEXT, 2)[0]
     with pytest.raises(UserError, match=r"captions' features, floating \[B, 5, 6\]"):
         model(tokens[:, :-1], labels)
@@ -678,7 +678,7 @@ def test_what_is_no_caption_of_the_model_is_refused(labels: Tensor) -> None:
 # The null condition
 
 
-def test_the_null_condition_stands_in_the_captions_own_rows() -> None:
+def test_the_null_condition_replaces_the_captions_own_rows() -> None:
     model = random_model(TINY_TEXT)
     uncond = text_embedding(model).uncond_embedding
     null = model.cls_embedding.null(random_captions(TINY_TEXT, [2, N]))
@@ -758,7 +758,7 @@ def test_attention_maps_have_the_captions_keys_first_and_padding_unseen() -> Non
         assert statistics.class_weight == pytest.approx(weights[:, :, 1:, :N].sum(-1).double().mean().item())
 
 
-def test_agrees_with_what_llamagen_gave() -> None:
+def test_outputs_are_llamagens() -> None:
     """Logits of three captions of 120, 7 and 1 rows, and greedy tokens with and without guidance, recorded from LlamaGen."""
     file = load_file(FIXTURES / "llamagen_t2i_tiny.safetensors")
     weights = {name.removeprefix("weights/"): t for name, t in file.items() if name.startswith("weights/")}

@@ -37,9 +37,9 @@ def test_live_and_ema_weights_of_one_file_are_chosen_and_said(
     path = tmp_path / "both.pt"
     torch.save({"model": LIVE.state_dict(), name: AVERAGED.state_dict(), "steps": 7}, path)
     assert equal(path, LIVE, ema=False)
-    assert capsys.readouterr().err == f"st-ar: note: {path}: taking 'model', not its EMA weights {name!r}\n"
+    assert capsys.readouterr().err == f"st-ar: note: {path}: using 'model', not its EMA weights {name!r}\n"
     assert equal(path, AVERAGED, ema=True)
-    assert capsys.readouterr().err == f"st-ar: note: {path}: taking its EMA weights, {name!r}, not 'model'\n"
+    assert capsys.readouterr().err == f"st-ar: note: {path}: using its EMA weights {name!r}, not 'model'\n"
     convert(path, tmp_path / "converted", to="st-ar", ema=True, grid=TINY.grid)
     assert json.loads((tmp_path / "converted/config.json").read_text())["ema"] is True
     assert equal(tmp_path / "converted", AVERAGED, ema=False)
@@ -51,10 +51,10 @@ def test_ema_weights_without_others_are_taken(tmp_path: Path, capsys: pytest.Cap
     torch.save({"ema": {f"_orig_mod.{name}": value for name, value in AVERAGED.state_dict().items()}}, path)
     model, _ = open_model(path, grid=TINY.grid)
     assert torch.equal(model.output.weight, AVERAGED.output.weight)
-    assert capsys.readouterr().err == f"st-ar: note: {path}: taking its EMA weights, 'ema', the only ones\n"
+    assert capsys.readouterr().err == f"st-ar: note: {path}: using its EMA weights 'ema'\n"
     torch.save({"model": LIVE.state_dict()}, tmp_path / "live.pt")
     with pytest.raises(
-        UserError, match=r"live.pt holds no EMA weights, under ema, model_ema, ema_model: leave out --ema"
+        UserError, match=r"live.pt has no EMA weights, under ema, model_ema, ema_model: leave out --ema"
     ):
         open_model(tmp_path / "live.pt", ema=True)
 

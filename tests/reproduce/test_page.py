@@ -50,7 +50,7 @@ def test_a_log_without_speeds_is_refused(tmp_path: Path, speed: object) -> None:
 @pytest.mark.parametrize("metrics", [None, 3, [1], {"FID": None}, {"FID": "3"}, {"FID": float("inf")}])
 def test_an_evaluation_without_numbers_is_refused(tmp_path: Path, metrics: object) -> None:
     (tmp_path / "x.json").write_text(json.dumps({"metrics": metrics}))
-    with refused(tmp_path, r"x\.json has no metrics that are numbers: remove it"):
+    with refused(tmp_path, r"x\.json is damaged \(it has no metrics\): remove it"):
         measurements(Files(evaluations={"live": [tmp_path / "x.json"]}), ["fid"])
 
 
@@ -73,7 +73,7 @@ def test_a_probes_curve_is_its_first_results(tmp_path: Path) -> None:
 )
 def test_a_probe_without_a_curve_is_refused(tmp_path: Path, results: object) -> None:
     write_json(tmp_path / "x.json", {"results": results})
-    with refused(tmp_path, r"x\.json has no shares of right guesses by step: remove it"):
+    with refused(tmp_path, r"x\.json is damaged \(it has no accuracy by step\): remove it"):
         probe_curve(tmp_path / "x.json")
 
 
@@ -92,5 +92,5 @@ def test_a_probe_without_a_curve_is_refused(tmp_path: Path, results: object) -> 
 )
 def test_statistics_of_attention_without_numbers_are_refused(tmp_path: Path, models: object) -> None:
     write_json(tmp_path / "statistics.json", {"models": models})
-    with refused(tmp_path, r"statistics\.json has no statistics of a layer: remove"):
+    with refused(tmp_path, r"statistics\.json is damaged \(it has no statistics of a layer\): remove"):
         measurements(Files(attentions={"live": [tmp_path]}), ["attention"])

@@ -68,17 +68,16 @@ def test_the_control_reads_the_same_views_without_guidance() -> None:
     assert control.total_steps(1000) == guided.total_steps(1000)
 
 
+RECIPES = {run_name(row.recipe): row.recipe for experiment in EXPERIMENTS.values() for row in experiment.rows}
+"""Every recipe once."""
+
+
 @pytest.mark.parametrize("scale", list(SCALES))
-@pytest.mark.parametrize("name", list(EXPERIMENTS))
-def test_the_options_say_the_settings(name: str, scale: str) -> None:
-    for row in EXPERIMENTS[name].rows:
-        preset, config = SCALES[scale].config(row.recipe, 3)
-        given = tyro.cli(TrainConfig, args=options(preset, config), default=_budgeted(preset, config))
-        assert given == config
-
-
-def _budgeted(preset: str, config: TrainConfig) -> TrainConfig:
-    return replace(PRESETS[preset](), steps=config.steps, epochs=config.epochs)
+def test_the_options_reproduce_the_settings(scale: str) -> None:
+    for recipe in RECIPES.values():
+        preset, config = SCALES[scale].config(recipe, 3)
+        default = replace(PRESETS[preset](), steps=config.steps, epochs=config.epochs)
+        assert tyro.cli(TrainConfig, args=options(preset, config), default=default) == config
 
 
 def test_small_scales_count_epochs_in_steps_and_layers_by_depth() -> None:
@@ -106,7 +105,7 @@ def test_runs_that_tables_share_are_the_same_in_the_same_place() -> None:
 
 
 @pytest.mark.parametrize("scale", ["tiny", "small"])
-def test_images_that_are_not_the_scales_own_are_taken_at_32_pixels(scale: ScaleName) -> None:
+def test_other_images_than_the_scales_are_cropped_to_32_pixels(scale: ScaleName) -> None:
     own = Data(images="folder:train", test_images="folder:test")
     stages = {
         stage.makes.name: " ".join(stage.command)
@@ -120,7 +119,7 @@ def test_images_that_are_not_the_scales_own_are_taken_at_32_pixels(scale: ScaleN
     assert not any("--size" in stage.command or "--crop-range" in stage.command for stage in photos)
 
 
-def test_the_papers_probe_numbers_stand_beside_figure_4() -> None:
+def test_figure_4_has_the_papers_probe_numbers() -> None:
     assert {row.label: row.paper.get("probe") for row in EXPERIMENTS["fig4"].rows} == {
         "AR": 18.68,
         "AR on the same two views (control)": None,
@@ -142,10 +141,9 @@ def test_each_command_comes_after_what_it_reads(name: str) -> None:
     assert len({stage.makes.name for stage in stages}) == len(stages)  # by which they are marked as done
 
 
-def test_recipes_have_names_of_their_own() -> None:
-    recipes = [row.recipe for experiment in EXPERIMENTS.values() for row in experiment.rows]
-    names = {run_name(recipe) for recipe in recipes}
-    assert len(names) == len({str(recipe) for recipe in recipes})
+def test_recipes_have_different_names() -> None:
+    recipes = {str(row.recipe) for experiment in EXPERIMENTS.values() for row in experiment.rows}
+    assert len(RECIPES) == len(recipes)
 
 
 def test_each_seed_has_a_run() -> None:
@@ -157,7 +155,7 @@ def test_each_seed_has_a_run() -> None:
     assert train.command[train.command.index("--seed") + 1] == "4"
 
 
-def test_the_averaged_weights_are_measured_apart() -> None:
+def test_ema_weights_are_measured_too() -> None:
     plan = Plan(EXPERIMENTS["evidence"], SCALES["tiny"], PHOTOS, WORK, weights=("live", "ema"))
     live = Plan(EXPERIMENTS["evidence"], SCALES["tiny"], PHOTOS, WORK)
     files, commands = plan.files[CONTROL.label], {stage.makes: stage.command for stage in plan.stages}
@@ -240,14 +238,14 @@ def test_a_part_of_a_run_has_its_share_of_the_budgets(tmp_path: Path) -> None:
     }
 
 
-def test_what_reads_images_of_a_small_size_is_told_it() -> None:
+def test_commands_that_read_images_get_the_size() -> None:
     plan = Plan(EXPERIMENTS["evidence"], SCALES["small"], PHOTOS, WORK)
     reading = [stage.command for stage in plan.stages if stage.command[0] in ("tokenize", "reference")]
     assert [command[0] for command in reading] == ["tokenize", "tokenize", "tokenize", "reference"]
     assert [command[command.index("--size") + 1] for command in reading] == ["32"] * 4
 
 
-def test_two_rows_read_center_crops_alone_one_view_a_step() -> None:
+def test_two_rows_read_only_center_crops_with_one_view_per_step() -> None:
     plan = Plan(EXPERIMENTS["evidence"], SCALES["small"], PHOTOS, WORK)
     made = next(stage for stage in plan.stages if stage.makes.name == "tokens-centered")
     assert made.command[-6:-2] == ("--size", "32", "--crops", "center-mirror")
@@ -288,7 +286,7 @@ def test_equal_time_is_as_many_steps_as_self_guided_training_takes(tmp_path: Pat
     assert steps_of_equal_time() == 271
 
 
-def test_a_rows_numbers_are_read_from_what_its_commands_left(tmp_path: Path) -> None:
+def test_a_rows_numbers_are_read_from_the_results_of_its_commands(tmp_path: Path) -> None:
     files = Files()
     for seed, (loss, top1) in enumerate([(2.5, 0.7), (2.25, 0.8)]):
         for name, content, kept in (
@@ -320,8 +318,8 @@ def test_a_rows_numbers_are_read_from_what_its_commands_left(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("seeds", [(), (1, 1), (-1,)])
-def test_seeds_that_say_nothing_are_refused(seeds: tuple[int, ...]) -> None:
-    with pytest.raises(UserError, match="--seeds must be different numbers of 0 or more"):
+def test_invalid_seeds_are_refused(seeds: tuple[int, ...]) -> None:
+    with pytest.raises(UserError, match="--seeds must be one or more different numbers of 0 or more"):
         Plan(EXPERIMENTS["table3"], SCALES["tiny"], PHOTOS, WORK, seeds=seeds)
 
 
@@ -366,5 +364,5 @@ def test_a_teacher_costs_what_it_runs() -> None:
     assert over_plain(alpha=0.0, beta=0.0) == 0
 
 
-def test_a_run_for_the_time_of_a_faster_one_has_a_step_at_least() -> None:
+def test_an_equal_time_run_has_at_least_one_step() -> None:
     assert SCALES["tiny"].config(EQUAL_TIME.recipe, 0, steps=1, stretch=0.3)[1].steps == 1

@@ -115,7 +115,7 @@ def test_what_is_gone_is_said(tmp_path: Path) -> None:
     stages = stages_in(tmp_path)
     run_stages(stages, tmp_path, write([]))
     (tmp_path / "runs" / "one-probe.json").unlink()
-    with pytest.raises(UserError, match=r"one-probe.json is gone, but .* says that it was made: remove that"):
+    with pytest.raises(UserError, match=r"one-probe.json is missing, but .* says that it was made: remove "):
         run_stages(stages, tmp_path, write([]))
 
 
@@ -126,5 +126,5 @@ def test_a_mark_that_does_not_say_what_was_done_is_refused(tmp_path: Path, mark:
     path.parent.mkdir()
     path.write_text(json.dumps(mark))
     for read in (lambda: run_stages([stage], tmp_path, write([])), lambda: is_done(stage.makes, tmp_path)):
-        with refused(tmp_path, r"\.json is damaged: it does not say what was done; remove it"):
+        with refused(tmp_path, r"\.json is damaged \(it has no command and seconds\): remove it"):
             read()

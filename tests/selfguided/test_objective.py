@@ -96,7 +96,7 @@ def test_every_image_key_is_masked_equally_often_and_independently_of_the_others
 
 
 @given(seed=st.integers(0, 2**32))
-def test_the_generator_alone_decides(seed: int) -> None:
+def test_random_choices_depend_only_on_the_generator(seed: int) -> None:
     torch.manual_seed(0)
     first = random_key_mask(4, 65, 0.25, seeded(seed)), random_positions(65, 8, seeded(seed))
     torch.manual_seed(1)
@@ -235,7 +235,7 @@ def test_teacher_is_a_copy_that_only_an_update_moves() -> None:
     assert not any(torch.equal(value, before[name]) for name, value in teacher.model.state_dict().items())
 
 
-def test_an_update_leaves_the_student_alone() -> None:
+def test_an_update_does_not_change_the_student() -> None:
     student = random_model()
     teacher = make_teacher(student, CONFIG)
     move(student, 1.0)
@@ -673,7 +673,7 @@ def test_a_part_of_the_images_has_its_part_of_the_masks(own: bool) -> None:
     assert torch.equal(part.positions, whole.positions)
 
 
-def test_mask_and_positions_are_drawn_apart() -> None:
+def test_mask_and_positions_are_drawn_independently() -> None:
     first = sample_guidance(BASE, (2, 2, TINY.sequence_length), seed=0, step=0)
     more = sample_guidance(replace(BASE, positions=5), (2, 2, TINY.sequence_length), seed=0, step=0)
     heavier = sample_guidance(replace(BASE, mask_ratio=0.5), (2, 2, TINY.sequence_length), seed=0, step=0)

@@ -79,9 +79,7 @@ def test_a_full_disk_under_the_last_checkpoint_is_no_success(
     assert re.search(r"checkpoint of step 8 \(.*\); .*step_00000006 is intact", capsys.readouterr().err)
 
 
-def test_what_is_not_finite_and_what_does_not_fit_are_mistakes_to_mend(
-    command: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_divergence_and_lack_of_memory_exit_with_2(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert status(*command, "--optim.lr", "1e38") == 2
     assert re.search(r"^st-ar: the loss or its gradient is not finite at step 2 .*\n$", capsys.readouterr().err)
 

@@ -43,7 +43,7 @@ def test_the_first_step_is_taken_from_the_models_weights(
     assert log_of(run)[0]["loss_ar"] == pytest.approx(next_token(straight, tokens, ema=ema), rel=1e-5)
 
 
-def test_both_student_and_average_begin_there(tokens: Path, straight: Path, tmp_path: Path) -> None:
+def test_student_and_ema_start_from_the_initial_weights(tokens: Path, straight: Path, tmp_path: Path) -> None:
     barely = replace(STILL, optim=replace(STILL.optim, lr=1e-12))
     run = train(barely, tokens, tmp_path / "run", init=straight)
     given = load_model(straight).state_dict()
@@ -52,7 +52,7 @@ def test_both_student_and_average_begin_there(tokens: Path, straight: Path, tmp_
             torch.testing.assert_close(value, given[name], rtol=0, atol=1e-9)
 
 
-def test_projector_moments_and_steps_begin_anew(tokens: Path, straight: Path, tmp_path: Path) -> None:
+def test_projector_moments_and_steps_start_fresh(tokens: Path, straight: Path, tmp_path: Path) -> None:
     """As of a run whose random weights would have been the model's: those of seed 0 themselves."""
     tiny = replace(
         GUIDED_RUN, steps=1, optim=replace(GUIDED_RUN.optim, lr=1e-38)
@@ -81,7 +81,7 @@ def test_dropout_and_grid_may_be_others(straight: Path, tmp_path: Path) -> None:
         torch.testing.assert_close(value, load_model(straight).state_dict()[name], rtol=0, atol=1e-9)
 
 
-def test_a_stopped_run_goes_on_with_the_same_weights_alone(tokens: Path, straight: Path, tmp_path: Path) -> None:
+def test_a_stopped_run_resumes_only_with_the_same_initial_weights(tokens: Path, straight: Path, tmp_path: Path) -> None:
     whole = train(GUIDED_RUN, tokens, tmp_path / "whole", init=straight, preset="toy")
     run = tmp_path / "run"
     train(replace(GUIDED_RUN, steps=7), tokens, run, init=straight, preset="toy")
@@ -111,14 +111,14 @@ def test_another_architecture_is_refused(tokens: Path, straight: Path, tmp_path:
 def test_a_model_of_other_codes_is_refused(tokens: Path, straight: Path, tmp_path: Path) -> None:
     other = shutil.copytree(tokens, tmp_path / "tokens")
     replace(TokenStore(other).meta, tokenizer="f" * 64).write(other)
-    with refused(tmp_path, "made by tokenizer ffffffffffff, the model speaks the codes of 0123456789ab"):
+    with refused(tmp_path, "made by tokenizer ffffffffffff, the model uses the codes of 0123456789ab"):
         train(GUIDED_RUN, other, tmp_path / "run", init=straight)
 
 
 def test_a_model_of_other_classes_is_refused(tokens: Path, straight: Path, tmp_path: Path) -> None:
     other = shutil.copytree(tokens, tmp_path / "tokens")
     replace(TokenStore(other).meta, class_names=["cat", "dog", "hen"]).write(other)
-    with refused(tmp_path, "names its classes otherwise"):
+    with refused(tmp_path, "have different class names"):
         train(GUIDED_RUN, other, tmp_path / "run", init=straight)
 
 
@@ -138,7 +138,7 @@ def test_a_model_of_another_encoders_captions_is_refused(tokens: Path, tmp_path:
         )
 
 
-def test_what_is_no_model_is_refused(tokens: Path, tmp_path: Path) -> None:
+def test_initial_weights_that_are_not_a_model_are_refused(tokens: Path, tmp_path: Path) -> None:
     with refused(tmp_path, "nowhere does not exist"):
         train(GUIDED_RUN, tokens, tmp_path / "run", init=tmp_path / "nowhere")
     with refused(tmp_path, "give --init too"):

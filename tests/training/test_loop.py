@@ -208,7 +208,7 @@ def test_labels_are_dropped_in_the_given_share() -> None:
     assert torch.equal(labels, torch.arange(50_000) % 7)
 
 
-def test_dropped_labels_depend_on_seed_and_step_alone() -> None:
+def test_dropped_labels_depend_only_on_seed_and_step() -> None:
     labels = torch.zeros(200, dtype=torch.int64)
 
     def at(seed: int, step: int) -> list[int]:
@@ -297,7 +297,7 @@ def test_a_run_can_be_loaded_as_a_model_and_says_what_it_is(straight: Path) -> N
         assert_same_weights(load_model(place, ema=True).state_dict(), averaged)
 
 
-def test_the_export_has_llamagens_names_alone(straight: Path) -> None:
+def test_the_export_has_only_llamagens_names(straight: Path) -> None:
     layer = ["attention.wqkv", "attention.wo", "feed_forward.w1", "feed_forward.w2", "feed_forward.w3"]
     layer += ["attention_norm", "ffn_norm"]
     names = [f"layers.{index}.{part}.weight" for index in (0, 1) for part in layer]

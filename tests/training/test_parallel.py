@@ -32,13 +32,17 @@ UNSUITABLE: dict[str, tuple[int, TrainConfig, str]] = {
         replace(GUIDED_RUN, parallel="none"),
         "torchrun has started 2: give --parallel ddp or fsdp, or start without",
     ),
-    "ddp alone": (1, replace(GUIDED_RUN, parallel="ddp"), "--parallel ddp .* there is one: start them by torchrun"),
-    "fsdp alone": (1, replace(GUIDED_RUN, parallel="fsdp"), "--parallel fsdp .* there is one: start them by torchrun"),
-    "batch": (4, GUIDED_RUN, "--batch-size 6 is no multiple of the 4 ranks times --accumulate 1"),
+    "ddp alone": (1, replace(GUIDED_RUN, parallel="ddp"), "--parallel ddp .* there is one: start them with torchrun"),
+    "fsdp alone": (
+        1,
+        replace(GUIDED_RUN, parallel="fsdp"),
+        "--parallel fsdp .* there is one: start them with torchrun",
+    ),
+    "batch": (4, GUIDED_RUN, "--batch-size 6 is not a multiple of the 4 ranks times --accumulate 1"),
     "pieces": (
         2,
         replace(GUIDED_RUN, accumulate=6),
-        "--batch-size 6 is no multiple of the 2 ranks times --accumulate 6",
+        "--batch-size 6 is not a multiple of the 2 ranks times --accumulate 6",
     ),
     "shards": (6, replace(GUIDED_RUN, parallel="fsdp", shard_size=4), "--shard-size 4 does not divide the 6 ranks"),
     "negatives": (3, replace(LOCAL, accumulate=2), "--selfguided.negatives local .* larger --batch-size than 6"),
@@ -65,9 +69,11 @@ def test_every_run_of_a_process_is_compiled_however_many_there_were_before(monke
 
     monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend=count))
     found: list[int] = []
-    for width in range(1, 11):
+    for width in range(1, 10):  # torch keeps 8
         graphs.clear()
-        config = replace(GUIDED_RUN, compile=True, model=replace(GUIDED_RUN.model, dim=8 * width, n_heads=2))
+        config = replace(
+            GUIDED_RUN, compile=True, model=replace(GUIDED_RUN.model, dim=8 * width, n_heads=2, n_layers=1)
+        )
         model = Transformer(config.model)
         student = SelfGuided(model, config.selfguided)
         parallelize(student, make_teacher(model, config.selfguided), config, "none", CPU, torch.float32)
@@ -75,7 +81,7 @@ def test_every_run_of_a_process_is_compiled_however_many_there_were_before(monke
         with torch.no_grad():
             model(tokens[:, :-1], labels)
         found.append(len(graphs))
-    assert found == [1] * 10
+    assert found == [1] * 9
 
 
 @pytest.mark.parametrize("what", UNSUITABLE)
@@ -110,7 +116,7 @@ def gradients(checkpointing: Any) -> tuple[dict[str, torch.Tensor], Counter[str]
     return {name: p.grad for name, p in student.named_parameters() if p.grad is not None}, calls.counts
 
 
-def test_what_is_computed_again_changes_no_gradient() -> None:
+def test_recomputation_changes_no_gradient() -> None:
     expected, plain = gradients("none")
     selective, some = gradients("selective")
     full, all_again = gradients("full")

@@ -25,15 +25,14 @@ from tests.data.random_store import random_store
 from tests.disk import contents, flip_byte, refused
 from tests.killing import survivors
 from tests.toys import NO_DROPOUT
+from tests.training.dying import die, train_guided
 from tests.training.toy_runs import GUIDED_RUN, PLAIN_RUN, assert_same_result, log_of
 
-ROOT = Path(__file__).parents[2]
 
-
-def signalled(tokens: Path, out: Path, name: str, instant: str, step: int) -> subprocess.CompletedProcess[str]:
-    """GUIDED_RUN in another process that gets a signal."""
-    command = [sys.executable, "-m", "tests.training.dying", tokens, out, name, instant, str(step)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+@pytest.fixture(scope="module")
+def dead(tokens: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """GUIDED_RUN in processes that get a signal. Each case is resumed by one test."""
+    return die(train_guided, tmp_path_factory.mktemp("dead"), tokens)
 
 
 @pytest.mark.parametrize(
@@ -44,21 +43,21 @@ def signalled(tokens: Path, out: Path, name: str, instant: str, step: int) -> su
     ],
 )
 def test_a_run_killed_while_it_is_saved_ends_as_if_it_had_never_stopped(
-    tokens: Path, straight: Path, tmp_path: Path, instant: str, step: int, left: list[str]
+    tokens: Path, straight: Path, dead: Path, instant: str, step: int, left: list[str]
 ) -> None:
-    out = tmp_path / "run"
-    done = signalled(tokens, out, "SIGKILL", instant, step)
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    case = dead / f"SIGKILL-{instant}-{step}"
+    out = case / "run"
+    assert int((case / "status").read_text()) == -signal.SIGKILL, (case / "said").read_text()
     assert sorted(path.name for path in (out / "checkpoints").iterdir()) == left
     train(GUIDED_RUN, tokens, out, resume=True, preset="toy")
     assert_same_result(out, straight)
     assert sorted(path.name for path in (out / "checkpoints").iterdir()) == ["step_00000008", "step_00000012"]
 
 
-def test_a_run_killed_twenty_times_ends_as_if_it_had_never_stopped(tmp_path: Path) -> None:
+def test_a_run_killed_again_and_again_ends_as_if_it_had_never_stopped(tmp_path: Path) -> None:
     random_store(tmp_path / "tokens", images=20, crops=4, shards=2)
     random_store(tmp_path / "validation", images=9, crops=1, seed=1)
-    straight, *runs = survivors("training", tmp_path, kills=20, half_written=1)
+    straight, *runs = survivors("training", tmp_path, kills=10, half_written=1)
     best = json.loads((straight / "best" / "config.json").read_text())["step"]
     assert 0 < best < 24
     for run in runs:
@@ -71,22 +70,22 @@ def test_a_run_killed_twenty_times_ends_as_if_it_had_never_stopped(tmp_path: Pat
 
 
 @pytest.mark.parametrize(("name", "instant"), [("SIGTERM", "backward"), ("SIGINT", "log")])
-def test_a_run_asked_to_stop_saves_itself_and_goes_on_the_same(
-    tokens: Path, straight: Path, tmp_path: Path, name: str, instant: str
+def test_a_run_stopped_by_a_signal_saves_itself_and_resumes_exactly(
+    tokens: Path, straight: Path, dead: Path, name: str, instant: str
 ) -> None:
-    out = tmp_path / "run"
-    done = signalled(tokens, out, name, instant, 7)
-    assert done.returncode == 7, done.stderr
-    assert "stopped at step 7 of 12; the run is saved" in done.stdout
-    assert "--resume" in done.stdout
-    assert done.stdout.split()[-1] == str(int(signal.Signals[name]))
+    case = dead / f"{name}-{instant}-7"
+    out, said = case / "run", (case / "said").read_text()
+    assert int((case / "status").read_text()) == 7, said
+    assert "stopped at step 7 of 12; the run is saved" in said
+    assert "--resume" in said
+    assert said.split()[-1] == str(int(signal.Signals[name]))
     assert (out / "checkpoints" / "step_00000007").is_dir()
     assert open_model(out)[1].step == 7
     train(GUIDED_RUN, tokens, out, resume=True, preset="toy")
     assert_same_result(out, straight)
 
 
-def test_a_run_that_broke_before_its_first_checkpoint_begins_anew(
+def test_a_run_that_broke_before_its_first_checkpoint_starts_again(
     tokens: Path, straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(path: Path, entry: dict[str, Any]) -> None:
@@ -162,7 +161,7 @@ def lasting(until: float, steps: int = 12) -> TrainConfig:
     return replace(GUIDED_RUN, steps=steps, selfguided=replace(GUIDED_RUN.selfguided, until=until))
 
 
-def test_self_guidance_may_be_ended_early_in_a_run_that_goes_on(tokens: Path, tmp_path: Path) -> None:
+def test_self_guidance_may_end_early_in_a_resumed_run(tokens: Path, tmp_path: Path) -> None:
     early = train(lasting(7 / 12), tokens, tmp_path / "early")
     train(lasting(1.0, steps=7), tokens, tmp_path / "run")
     train(lasting(7 / 12), tokens, tmp_path / "run", resume=True)
@@ -186,7 +185,7 @@ def test_self_guidance_may_be_ended_early_in_a_run_that_goes_on(tokens: Path, tm
         ),
     ],
 )
-def test_self_guidance_may_not_be_begun_or_ended_in_the_past(
+def test_self_guidance_may_not_change_in_past_steps(
     tokens: Path, tmp_path: Path, begun: TrainConfig, now: TrainConfig, message: str
 ) -> None:
     train(begun, tokens, tmp_path / "run")
@@ -194,9 +193,9 @@ def test_self_guidance_may_not_be_begun_or_ended_in_the_past(
         train(now, tokens, tmp_path / "run", resume=True)
 
 
-def test_weights_without_a_checkpoint_are_not_begun_anew(tokens: Path, run: Path) -> None:
+def test_a_run_with_weights_and_no_checkpoint_is_not_started_again(tokens: Path, run: Path) -> None:
     shutil.rmtree(run / "checkpoints")
-    with refused(run, "has weights of step 12 and no checkpoint to go on from: put its checkpoints back, or choose"):
+    with refused(run, "has weights of step 12 but no checkpoint to resume from: put its checkpoints back, or choose"):
         train(replace(GUIDED_RUN, steps=20), tokens, run, resume=True, preset="toy")
 
 
@@ -310,11 +309,11 @@ def test_a_run_without_a_checkpoint_is_not_written_over_either(tokens: Path, run
         train(GUIDED_RUN, tokens, run)
 
 
-def test_a_folder_of_other_things_is_left_alone(tokens: Path, tmp_path: Path) -> None:
+def test_a_folder_of_other_files_is_not_changed(tokens: Path, tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("precious")
-    with refused(tmp_path, "exists already and is not empty: a run is never written over"):
+    with refused(tmp_path, "exists already and is not empty: a run is never overwritten"):
         train(PLAIN_RUN, tokens, tmp_path)
-    with refused(tmp_path, "exists already and is not empty: a run is never written over"):
+    with refused(tmp_path, "exists already and is not empty: a run is never overwritten"):
         train(PLAIN_RUN, tokens, tmp_path / "thesis.tex")
 
 
@@ -337,7 +336,7 @@ def test_a_damaged_checkpoint_is_named_and_the_end_is_the_same(
 ) -> None:
     flip_byte(run / "checkpoints" / "step_00000012" / "tensors" / "__0_0.distcp", 5000)
     train(GUIDED_RUN, tokens, run, resume=True, preset="toy")
-    assert "step_00000012 is damaged (tensors/__0_0.distcp does not have its checksum)" in capsys.readouterr().err
+    assert "step_00000012 is damaged (tensors/__0_0.distcp does not match its checksum)" in capsys.readouterr().err
     assert_same_result(run, straight)
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == [
         *("step_00000008", "step_00000012", "step_00000012.damaged")

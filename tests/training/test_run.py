@@ -34,7 +34,7 @@ def written(folder: Path, steps: range) -> Path:
     return folder / "log.jsonl"
 
 
-def test_what_was_appended_is_read(tmp_path: Path) -> None:
+def test_appended_entries_are_read(tmp_path: Path) -> None:
     log = written(tmp_path, range(1, 6))
     assert read_log(log) == entries(range(1, 6))
     assert [json.loads(line) for line in log.read_text().splitlines()] == entries(range(1, 6))
@@ -60,7 +60,7 @@ def test_rewinding_to_the_start_leaves_an_empty_log(tmp_path: Path) -> None:
 
 
 @given(cut=st.integers(0, 200))
-def test_a_log_cut_anywhere_keeps_its_whole_lines_and_goes_on(
+def test_a_truncated_log_keeps_its_whole_lines_and_continues(
     tmp_path_factory: pytest.TempPathFactory, cut: int
 ) -> None:
     log = written(tmp_path_factory.mktemp("log"), range(1, 7))
@@ -73,7 +73,7 @@ def test_a_log_cut_anywhere_keeps_its_whole_lines_and_goes_on(
     assert read_log(log) == [*entries(range(1, 7))[:whole], {"step": whole + 1, "loss": 0.5}]
 
 
-def test_a_full_disk_is_said_with_the_remedy(tmp_path: Path) -> None:
+def test_a_full_disk_is_reported_with_the_remedy(tmp_path: Path) -> None:
     log = written(tmp_path, range(1, 4))
     with (
         full_disk(log.stat().st_size),
@@ -94,7 +94,7 @@ def test_a_damaged_line_in_the_middle_is_named_and_nothing_after_it_is_lost(tmp_
     lines[1] = line
     log.write_text("\n".join(lines) + "\n", errors="surrogateescape")
     for read in (read_log, lambda path: rewind_log(path, 3)):
-        with refused(tmp_path, r"log\.jsonl is damaged: line 2 is no logged step .*mend or remove that line"):
+        with refused(tmp_path, r"log\.jsonl is damaged \(line 2: .*\): fix or remove that line"):
             read(log)
 
 
@@ -139,7 +139,7 @@ def test_a_loss_that_is_not_finite_before_any_checkpoint_says_so(tokens: Path, t
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
-def test_weights_that_explode_later_leave_a_checkpoint_to_go_on_from(
+def test_weights_that_explode_later_leave_a_checkpoint(
     tokens: Path, straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
@@ -231,7 +231,7 @@ def test_more_than_may_be_skipped_stop_the_run_also_when_it_was_resumed_in_betwe
     poisoned(monkeypatch, at_4=math.nan, at_5=math.nan, at_9=math.nan)
     train(replace(SKIPPING, steps=7), tokens, tmp_path / "run", preset="toy")
     for _ in range(2):
-        with pytest.raises(UserError, match=r"at step 9 \(gradient norm is nan\).*skip more such steps than .* 2$"):
+        with pytest.raises(UserError, match=r"at step 9 \(gradient norm is nan\).*a larger --skip-nonfinite than 2$"):
             train(SKIPPING, tokens, tmp_path / "run", resume=True, preset="toy")
         assert list_checkpoints(tmp_path / "run" / "checkpoints")[-1][0] == 8
     train(replace(SKIPPING, skip_nonfinite=3), tokens, tmp_path / "run", resume=True, preset="toy")
@@ -256,8 +256,8 @@ def test_a_network_too_large_for_memory_is_an_error_that_names_the_settings(toke
     huge = replace(GUIDED_RUN, selfguided=guided)
     with pytest.raises(
         UserError,
-        match=r"^out of memory \(2251799813685248 bytes more could not be had\): give --activation-checkpointing full, which "
-        r"may also be given with --resume; or give --accumulate 2, for micro-batches of 3 x 2 sequences; or give a smaller "
+        match=r"^out of memory \(2251799813685248 bytes more were needed\): give --activation-checkpointing full, "
+        r"also with --resume; or give --accumulate 2, for micro-batches of 3 x 2 sequences; or give a smaller "
         r"--batch-size than 6 or a smaller --model$",
     ):
         train(huge, tokens, tmp_path / "run")

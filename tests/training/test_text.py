@@ -223,7 +223,7 @@ def test_a_run_remembers_its_captions(learned: Path, tokens: Path, text: Path, t
     train(LEARNING, tokens, run, text=text, resume=True)
 
 
-def test_a_run_begun_before_there_were_captions_goes_on(tmp_path: Path, tokens: Path) -> None:
+def test_a_run_from_before_text_models_resumes(tmp_path: Path, tokens: Path) -> None:
     config = replace(LEARNING, model=CLASSES, steps=1)
     run = train(config, tokens, tmp_path / "run")
     saved = json.loads((run / "config.json").read_text())
@@ -250,7 +250,9 @@ def mistake(capsys: pytest.CaptureFixture[str], message: str, *arguments: str | 
     assert message in err
 
 
-def test_the_line_by_hand(tokens: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_pipeline_step_by_step(
+    tokens: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     random_tokenizer().save(tmp_path / "tokenizer")
     shape = [
         "--model.dim",
@@ -301,10 +303,10 @@ def test_the_line_by_hand(tokens: Path, text: Path, tmp_path: Path, capsys: pyte
     capsys.readouterr()
     before = contents(tmp_path)
     out = tmp_path / "nothing"
-    mistake(capsys, "give their features with --text", "sample", *sampling, "--out", out)
+    mistake(capsys, "needs captions: give their features with --text", "sample", *sampling, "--out", out)
     mistake(capsys, "--labels are classes", "sample", *sampling, "--text", text, "--labels", 1, "--out", out)
     mistake(capsys, "--num must be at least 1", "sample", *sampling, "--text", text, "--num", 0, "--out", out)
-    mistake(capsys, "give their features with --text", "train", "st-ar-xl-t2i", *training, "--out", out)
+    mistake(capsys, "needs captions: give their features with --text", "train", "st-ar-xl-t2i", *training, "--out", out)
     wrong = ["--model.text-dim", 7]
     mistake(
         capsys,
@@ -319,7 +321,7 @@ def test_the_line_by_hand(tokens: Path, text: Path, tmp_path: Path, capsys: pyte
         out,
     )
     of_classes = [*shape, *rest, "--model.num-classes", 1, "--text", text]
-    mistake(capsys, "drawn for 1 classes", "train", "llamagen-b", *of_classes, "--out", out)
+    mistake(capsys, "this one is for 1 classes", "train", "llamagen-b", *of_classes, "--out", out)
     write_text(tmp_path / "few.safetensors", [np.ones((1, WIDTH), np.float32)] * 3)
     few = ["--text", tmp_path / "few.safetensors"]
     mistake(capsys, "has 3 captions", "train", "st-ar-xl-t2i", *training, *few, "--out", out)
@@ -350,9 +352,9 @@ def test_captions_are_chosen_in_turn_or_at_random(text: Path) -> None:
 
 def test_samples_need_the_models_own_kind_of_condition(text: Path) -> None:
     store, settings = TextStore(text), SampleSettings()
-    with pytest.raises(UserError, match="captions of 5 x 6 features: captions are for text models"):
+    with pytest.raises(UserError, match="captions of 5 x 6 features: give captions to a text model"):
         sample_images(random_model(TINY_TEXT), random_tokenizer(), [0], settings)
-    with pytest.raises(UserError, match="drawn for 3 classes: captions are for text models"):
+    with pytest.raises(UserError, match="is for 3 classes: give captions to a text model"):
         sample_images(random_model(), random_tokenizer(), [0], settings, store)
 
 

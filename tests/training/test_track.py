@@ -1,4 +1,4 @@
-"""Trackers that hang, raise or are slow harm nothing; the real ones take what they are given."""
+"""Trackers: one that raises is switched off; the real ones get every step once."""
 
 import json
 import os
@@ -67,7 +67,7 @@ def test_a_tracker_that_raises_is_switched_off_and_named_once(capsys: pytest.Cap
     tracker.close()
     assert failing.kept == [(1, "loss"), (2, "loss"), (3, "loss")]
     said = capsys.readouterr().err
-    assert said == "st-ar: failing is switched off: no route to the; the run goes on, and log.jsonl has everything\n"
+    assert said == "st-ar: failing is switched off: no route to the; training continues, and log.jsonl has everything\n"
 
 
 def test_a_package_that_is_missing_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -226,7 +226,7 @@ def test_curves_and_pictures_are_read_back(tmp_path: Path) -> None:
     np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "found.png")), picture)
 
 
-def test_steps_that_are_made_anew_do_not_show_twice(tmp_path: Path) -> None:
+def test_repeated_steps_do_not_show_twice(tmp_path: Path) -> None:
     killed = TensorBoard(tmp_path, 1)
     for step in range(1, 8):
         killed.log(step, {"loss": float(step)})

@@ -6,8 +6,6 @@ import math
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -41,6 +39,7 @@ from tests.disk import contents, full_disk, refused
 from tests.killing import survivors
 from tests.ranks import checked_torchrun
 from tests.training import vqgan_ranked as ranked
+from tests.training.dying import die, train_gan
 from tests.training.toy_gan import TOY_GAN, colours
 
 ROOT = Path(__file__).parents[2]
@@ -197,7 +196,7 @@ def test_perplexity_counts_the_batchs_codes() -> None:
         assert found["perplexity"].item() == pytest.approx(math.exp(-(shares * np.log(shares)).sum()), rel=1e-5)
 
 
-def test_the_average_follows_with_a_decay_that_rises_to_its_own() -> None:
+def test_the_ema_decay_rises_to_its_final_value() -> None:
     training = training_of(replace(TOY_GAN, revive_after=0, ema_decay=0.3))
     assert not any(parameter.requires_grad for parameter in training.ema.parameters())
     for step in range(1, 6):
@@ -254,7 +253,7 @@ def test_the_discriminator_learns_from_real_and_made_images_by_the_hinge_loss() 
         torch.testing.assert_close(weights(training.adversary)[name], value, rtol=0, atol=1e-4, msg=name)
 
 
-def test_the_discriminator_tells_real_from_made_better_as_it_learns() -> None:
+def test_the_discriminator_learns_to_separate_real_images() -> None:
     config = replace(TOY_GAN, adversary=replace(TOY_GAN.adversary, start=0, weight=0.0))
     training = training_of(config)
     found = [entry["loss_discriminator"].item() for entry in steps(training, range(1, 31), rate=1e-2)]
@@ -312,7 +311,7 @@ def test_the_perceptual_loss_takes_part_with_its_weight() -> None:
     ).abs().max() > 1e-3  # the steps of Adam have other signs
 
 
-def test_bfloat16_is_for_the_convolutions_alone() -> None:
+def test_bfloat16_is_only_for_the_convolutions() -> None:
     full, half = training_of(), training_of(replace(TOY_GAN, dtype="bfloat16"))
     (expected,), (found,) = (steps(training, range(1, 2)) for training in (full, half))
     for name in ("loss_l1", "loss_l2", "loss_commitment"):
@@ -407,7 +406,7 @@ def test_evaluations_are_the_exported_tokenizers_and_have_pictures(straight: Pat
     np.testing.assert_array_equal(shown[12:], np.concatenate(list(made), axis=1))
 
 
-def test_the_run_is_a_tokenizer_with_the_averaged_weights(straight: Path) -> None:
+def test_the_run_is_a_tokenizer_with_the_ema_weights(straight: Path) -> None:
     training = VQLearner(TOY_GAN, CPU)
     training.share()
     checkpoints = Checkpoints(straight / "checkpoints", keep=2)
@@ -423,7 +422,7 @@ def test_the_run_is_a_tokenizer_with_the_averaged_weights(straight: Path) -> Non
     assert json.loads((straight / "tokenizer.json").read_text())["step"] == 12
 
 
-def test_tokenizers_are_kept_every_so_many_steps(straight: Path, tmp_path: Path) -> None:
+def test_tokenizers_of_keep_every_steps_are_exported(straight: Path, tmp_path: Path) -> None:
     config = replace(TOY_GAN, checkpoint_every=3, keep=1, keep_every=6)
     train_tokenizer(config, colours(), tmp_path / "run", preset="toy")
     kept = tmp_path / "run" / "kept"
@@ -472,6 +471,12 @@ def test_broken_images_are_listed_beside_the_run(tmp_path: Path) -> None:
 # Stopping and resuming
 
 
+@pytest.fixture(scope="module")
+def dead(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """TOY_GAN in processes that are killed. Each case is resumed by one test."""
+    return die(train_gan, tmp_path_factory.mktemp("dead"))
+
+
 @pytest.mark.parametrize(
     ("instant", "step", "left"),
     [
@@ -480,12 +485,11 @@ def test_broken_images_are_listed_beside_the_run(tmp_path: Path) -> None:
     ],
 )
 def test_a_run_killed_while_it_is_saved_ends_as_if_it_had_never_stopped(
-    straight: Path, tmp_path: Path, instant: str, step: int, left: list[str]
+    straight: Path, dead: Path, instant: str, step: int, left: list[str]
 ) -> None:
-    out = tmp_path / "run"
-    command = [sys.executable, "-m", "tests.training.vqgan_dying", out, instant, str(step)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    case = dead / f"SIGKILL-{instant}-{step}"
+    out = case / "run"
+    assert int((case / "status").read_text()) == -signal.SIGKILL, (case / "said").read_text()
     assert sorted(path.name for path in (out / "checkpoints").iterdir()) == left
     train_tokenizer(TOY_GAN, colours(), out, resume=True, preset="toy")
     assert_same_result(out, straight)
@@ -516,7 +520,7 @@ def stopped(out: Path, step: int, number: signal.Signals, monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize(("step", "number"), [(3, signal.SIGINT), (6, signal.SIGTERM), (9, signal.SIGINT)])
-def test_a_run_asked_to_stop_saves_itself_and_goes_on_the_same(
+def test_a_run_stopped_by_a_signal_saves_itself_and_resumes_exactly(
     straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int, number: signal.Signals
 ) -> None:
     out = tmp_path / "run"
@@ -554,7 +558,7 @@ def test_resuming_a_finished_run_changes_nothing_but_its_config(run: Path) -> No
     assert after.keys() == before.keys()
 
 
-def test_more_steps_may_be_added_and_what_alters_no_step_be_changed(straight: Path, tmp_path: Path) -> None:
+def test_steps_and_settings_that_alter_no_past_step_may_change(straight: Path, tmp_path: Path) -> None:
     first = replace(TOY_GAN, steps=7, evaluate_every=5, checkpoint_every=3, keep=5)
     train_tokenizer(first, colours(), tmp_path / "run", preset="toy")
     train_tokenizer(TOY_GAN, colours(), tmp_path / "run", resume=True, preset="toy")
@@ -607,24 +611,24 @@ def test_fewer_steps_than_are_done_are_refused(run: Path) -> None:
         train_tokenizer(replace(TOY_GAN, steps=8), colours(), run, resume=True, preset="toy")
 
 
-def test_what_is_there_is_not_written_over(run: Path, tmp_path: Path) -> None:
+def test_existing_files_are_not_overwritten(run: Path, tmp_path: Path) -> None:
     with refused(run, "holds a run already, with a checkpoint of step 12: give --resume to continue it"):
         train_tokenizer(TOY_GAN, colours(), run)
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "thesis.tex").write_text("precious")
-    with refused(tmp_path, "exists already and is not empty: a run is never written over"):
+    with refused(tmp_path, "exists already and is not empty: a run is never overwritten"):
         train_tokenizer(TOY_GAN, colours(), tmp_path / "thesis")
 
 
 def test_images_that_cannot_be_read_leave_no_run_behind(tmp_path: Path) -> None:
     broken = replace(colours(), examples=lambda start: (Example(b"", 0) for _ in range(start, 8)))
-    with refused(tmp_path, "has no image that can be read"):
+    with refused(tmp_path, "has no readable image"):
         train_tokenizer(TOY_GAN, colours(), tmp_path / "run", test_images=broken)
 
 
-def test_a_tokenizer_without_a_checkpoint_is_not_begun_anew(run: Path) -> None:
+def test_a_tokenizer_without_a_checkpoint_is_not_trained_again(run: Path) -> None:
     shutil.rmtree(run / "checkpoints")
-    with refused(run, "has weights of step 12 and no checkpoint to go on from"):
+    with refused(run, "has weights of step 12 but no checkpoint to resume from"):
         train_tokenizer(TOY_GAN, colours(), run, resume=True, preset="toy")
 
 
@@ -667,7 +671,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(tmp_path: Pa
     assert [entry["step"] for entry in log_of(tmp_path / "run")] == [1]
 
 
-def test_weights_that_explode_later_leave_a_checkpoint_to_go_on_from(
+def test_weights_that_explode_later_leave_a_checkpoint(
     straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
@@ -794,7 +798,7 @@ def test_the_reader_gets_the_gradient_at_the_codes() -> None:
         torch.testing.assert_close(found.get(name, torch.zeros_like(expected)), expected, rtol=1e-4, atol=1e-6)
 
 
-def test_the_codebook_loss_moves_the_codes_in_use_alone() -> None:
+def test_the_codebook_loss_moves_only_the_codes_in_use() -> None:
     gan, images = network(), pictures()
     found = loss_gradients(gan, lambda g: g(images).codebook_loss)
     assert set(found) == {"codebook"}
@@ -809,7 +813,7 @@ def test_the_codebook_loss_moves_the_codes_in_use_alone() -> None:
     torch.testing.assert_close(found["codebook"], codebook.grad)
 
 
-def test_the_commitment_loss_moves_the_reader_alone() -> None:
+def test_the_commitment_loss_moves_only_the_encoder() -> None:
     gan, images = network(), pictures()
     found = loss_gradients(gan, lambda g: g(images).commitment_loss)
     assert found
@@ -916,7 +920,7 @@ def test_a_verdict_does_not_depend_on_the_batch() -> None:
     assert (together[0] - together[1]).abs().max() > 1e-3  # it does depend on the image
 
 
-def test_the_convolutions_begin_small() -> None:
+def test_the_convolutions_start_small() -> None:
     torch.manual_seed(0)
     judge = Discriminator(AdversaryConfig(channels=16, layers=2))
     for layer in judge.layers:
@@ -958,7 +962,7 @@ def test_dead_codes_become_features_in_both_codebooks_and_the_others_stay() -> N
             assert torch.equal(averaged[row], before[1][row])
 
 
-def test_moments_of_revived_codes_are_forgotten_and_others_kept() -> None:
+def test_only_the_moments_of_revived_codes_are_reset() -> None:
     codebook, _, optimizer, _, before = revived()
     state = optimizer.state[codebook]
     for name, old in (("exp_avg", before[2]), ("exp_avg_sq", before[3])):
@@ -969,7 +973,7 @@ def test_moments_of_revived_codes_are_forgotten_and_others_kept() -> None:
     assert state["step"].item() == 2
 
 
-def test_the_generator_alone_decides_what_is_drawn() -> None:
+def test_draws_depend_only_on_the_generator() -> None:
     first, again, other = revived(0)[0], revived(0)[0], revived(1)[0]
     assert torch.equal(first, again)
     assert not torch.equal(first, other)

@@ -1,7 +1,7 @@
 """The command line: `st-ar COMMAND ...`.
 
-COMMANDS names where each command is, as a string, so that `st-ar --help` imports none of them. Modules here import what a command
-needs when it runs, so that its help is quick too.
+`st-ar --help` imports no command: COMMANDS names them as strings. The help of a command does not import torch: modules here import
+what a command needs when it runs.
 """
 
 import io
@@ -20,13 +20,13 @@ from st_ar.errors import Interrupted, UserError
 
 @dataclass(frozen=True)
 class Command:
-    """Where a command is and what `st-ar --help` says of it."""
+    """A command's code and its line in `st-ar --help`."""
 
-    place: str
-    """module:name in this package. A class is the command's options; a function reads the command line itself."""
+    target: str
+    """module:name in this package. A class holds the command's options; a function parses the command line itself."""
     help: str
-    several_ranks: bool = False
-    """Whether torchrun's ranks share its work."""
+    multi_rank: bool = False
+    """Whether the ranks of torchrun share its work."""
 
 
 COMMANDS = {
@@ -40,18 +40,18 @@ COMMANDS = {
     "import-tokens": Command("train:ImportTokens", "LlamaGen's folders of .npy files -> token store"),
     "train": Command("train:read_train", "token store -> run, with a preset of LlamaGen or ST-AR", True),
     "sample": Command("generate:Sample", "model -> images", True),
-    "reference": Command("evaluate:MakeReference", "images -> statistics to evaluate against, computed once", True),
+    "reference": Command("evaluate:MakeReference", "images -> reference statistics for evaluate", True),
     "evaluate": Command(
-        "evaluate:Evaluate", "samples against a reference: FID, sFID, IS, precision, recall, and others", True
+        "evaluate:Evaluate", "compare samples with a reference: FID, sFID, IS, precision, recall and more", True
     ),
     "sweep": Command("generate:Sweep", "find the best guidance scale, temperature and top-k"),
-    "reconstruct": Command("evaluate:Reconstruct", "measure a tokenizer: rFID, PSNR, SSIM, use of the codebook", True),
-    "invariance": Command("understand:Invariance", "measure how many tokens stay when the view of an image changes"),
+    "reconstruct": Command("evaluate:Reconstruct", "measure a tokenizer: rFID, PSNR, SSIM, codebook usage", True),
+    "invariance": Command("understand:Invariance", "measure how many tokens stay the same when an image shifts"),
     "likelihood": Command("understand:Likelihood", "measure the validation loss of models"),
-    "probe": Command("understand:Probe", "train linear probes on a model's features, after each number of tokens read"),
-    "attention": Command("understand:Attention", "draw and measure where a model attends"),
+    "probe": Command("understand:Probe", "train linear probes on a model's features"),
+    "attention": Command("understand:Attention", "plot and measure a model's attention"),
     "demo": Command("projects:Demo", "serve a web demo on this machine: generate, compare, inspect, follow runs"),
-    "reproduce": Command("projects:Reproduce", "make the paper's tables and figures, at full size or small"),
+    "reproduce": Command("projects:Reproduce", "reproduce the paper's tables and figures, at full size or small"),
     "convert": Command("train:Convert", "convert models and VQ tokenizers to and from LlamaGen's .pt files"),
     "env": Command("projects:Env", "print versions, CPU, GPUs and threads for a bug report", True),
     "completion": Command("projects:Completion", "print the completion script for bash, zsh or fish", True),
@@ -60,36 +60,32 @@ COMMANDS = {
 HELP = """\
 usage: st-ar COMMAND [options]     st-ar COMMAND --help explains each
 
-Train LlamaGen-style image generators with and without self-guidance (ST-AR), and see what they understand.
+Train LlamaGen-style image generators with and without self-guidance (ST-AR), and evaluate them.
 
     images --tokenize--> token store --train--> run --sample--> images --evaluate--> table
                                                  |---- probe, attention ----> figures
 
 {commands}
 
-exit status: 0 done, 2 an error that the message explains, 130 or 143 interrupted (training is saved)
+exit status: 0 success, 2 an error that the message explains, 130 or 143 interrupted (training is saved)
 """
 
 
 def load_command(name: str) -> Any:
-    """The class or function behind a command."""
-    module, _, attribute = COMMANDS[name].place.partition(":")
+    """Import the class or function of a command."""
+    module, _, attribute = COMMANDS[name].target.partition(":")
     return getattr(import_module(f"st_ar.cli.{module}"), attribute)
 
 
 def require_one_rank(name: str) -> None:
-    """Refuse a command under torchrun when every rank would do the same work.
-
-    Raises:
-        UserError: there are several ranks.
-    """
+    """Raise a UserError under torchrun if every rank would do the same work."""
     if os.environ.get("WORLD_SIZE", "1") == "1":
         return
     from st_ar.distributed import Ranks
 
     if (world := Ranks.from_environment().world) > 1:
         raise UserError(
-            f"st-ar {name} runs in one process, not in {world}: start it without torchrun, WORLD_SIZE unset"
+            f"st-ar {name} runs in one process, not in {world}: start it without torchrun and with WORLD_SIZE unset"
         )
 
 
@@ -100,17 +96,17 @@ def expand_home(argument: str) -> str:
 
 
 def read_command(arguments: Sequence[str]) -> Callable[[], None]:
-    """Parse a command line, the command first; returns what to call to run it.
+    """Parse a command and its options; return the function that runs it.
 
     Raises:
-        UserError: unknown command or preset, or several ranks for a command that has no work to share.
-        SystemExit: unknown options or wrong values; the cause is printed.
+        UserError: an unknown command or preset, or several ranks for a command that runs in one process.
+        SystemExit: unknown options or wrong values, after the error is printed.
     """
     name, *rest = arguments
     rest = [expand_home(argument) for argument in rest]
     if name not in COMMANDS:
         raise UserError(f"unknown command {name!r}: give one of {', '.join(COMMANDS)}; st-ar --help explains them")
-    if not COMMANDS[name].several_ranks:
+    if not COMMANDS[name].multi_rank:
         require_one_rank(name)
     command = load_command(name)
     if isinstance(command, type):
@@ -119,11 +115,7 @@ def read_command(arguments: Sequence[str]) -> Callable[[], None]:
 
 
 def run_command(arguments: Sequence[str]) -> None:
-    """Parse and run a command line, the command first.
-
-    Raises:
-        UserError, Interrupted: as the command does.
-    """
+    """Parse and run a command and its options."""
     read_command(arguments)()
 
 
@@ -135,10 +127,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # file names need not be text
+            stream.reconfigure(errors="backslashreplace")  # file names may not be valid UTF-8
     try:
         if not arguments or arguments[0] in ("-h", "--help"):
-            print(HELP.format(commands="\n".join(f"  {name:18} {it.help}" for name, it in COMMANDS.items())), end="")
+            print(HELP.format(commands="\n".join(f"  {name:18} {c.help}" for name, c in COMMANDS.items())), end="")
         elif arguments[0] == "--version":
             print(__version__)
         else:
@@ -147,14 +139,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"st-ar{rank and ', rank '}{rank}: {error}", file=sys.stderr)
         sys.exit(2)
     except Interrupted as stopped:
-        if rank in ("", "0"):  # all ranks stop together
+        if rank in ("", "0"):  # all ranks are interrupted together
             print(f"st-ar: {stopped}", file=sys.stderr)
         sys.exit(128 + stopped.signum)
     except KeyboardInterrupt:
         print("st-ar: interrupted", file=sys.stderr)
         sys.exit(130)
     except PermissionError as error:
-        print(f"st-ar: {error.filename}: {error.strerror}; give a path that you may read and write", file=sys.stderr)
+        print(f"st-ar: {error.filename}: {error.strerror}; give a path that you can read and write", file=sys.stderr)
         sys.exit(2)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

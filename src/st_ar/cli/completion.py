@@ -1,6 +1,6 @@
-"""Scripts with which bash, zsh and fish complete commands, presets, options and their choices.
+"""Completion scripts for bash, zsh and fish: commands, presets, options and their choices.
 
-tyro writes such scripts too, but they know no presets, and in fish no files.
+tyro can write such scripts too, but they do not complete presets, and in fish not file names.
 """
 
 import ast
@@ -22,23 +22,23 @@ class Option:
     """An option of a command."""
 
     choices: Sequence[str]
-    """Values it takes, if they are a few words."""
+    """The option's values if there are few."""
     takes_value: bool
     help: str
-    """First sentence of its help."""
+    """First sentence of the option's help."""
 
 
 @dataclass
 class Words:
-    """What may follow a command."""
+    """The words that can follow a command."""
 
     first: list[str] = field(default_factory=list)
-    """Choices for its first word: presets, shells, tables of the paper."""
+    """Choices of the first word: presets, shells, or tables of the paper."""
     options: dict[str, Option] = field(default_factory=dict)
 
 
 def read_words(command: type, first: Sequence[str] = ()) -> Words:
-    """The options of a command, from the fields of its dataclass, as tyro makes its parser from them."""
+    """Return the options of a command from the fields of its dataclass, like tyro's parser."""
     words = Words(list(first))
     for name, kind, marks, text in _fields(command):
         if tyro.conf.Positional in marks:
@@ -55,7 +55,7 @@ def read_words(command: type, first: Sequence[str] = ()) -> Words:
 
 
 def _fields(kind: type, prefix: str = "") -> Iterator[tuple[str, Any, Sequence[Any], str]]:
-    """Name, type, tyro's marks and first sentence of help of each field, nested dataclasses included."""
+    """The name, type, tyro markers and first sentence of help of each field, including nested dataclasses."""
     hints, docs = get_type_hints(kind, include_extras=True), _field_docs(kind)
     for each in fields(kind):
         hint, name = hints[each.name], prefix + each.name.replace("_", "-")
@@ -73,7 +73,7 @@ def _fields(kind: type, prefix: str = "") -> Iterator[tuple[str, Any, Sequence[A
 
 
 def _field_docs(kind: type) -> dict[str, str]:
-    """Field -> the docstring below it."""
+    """Field -> its docstring."""
     found: dict[str, str] = {}
     for parent in reversed([each for each in kind.__mro__ if is_dataclass(each)]):
         [body] = [node.body for node in ast.parse(dedent(getsource(parent))).body if isinstance(node, ast.ClassDef)]
@@ -84,14 +84,14 @@ def _field_docs(kind: type) -> dict[str, str]:
 
 
 def _choices(kind: Any) -> list[str]:
-    """The words of the literals in a type."""
+    """The values of the Literals in a type."""
     if get_origin(kind) is Literal:
         return [str(word) for word in get_args(kind)]
     return [word for inside in get_args(kind) for word in _choices(inside)]
 
 
 def read_commands() -> dict[str, Words]:
-    """What may follow each command."""
+    """Return the words that can follow each command."""
     from st_ar.cli import COMMANDS, load_command
     from st_ar.cli.train import Train, TrainKMeans, TrainVQ
     from st_ar.config import VQ_PRESETS
@@ -108,12 +108,12 @@ def read_commands() -> dict[str, Words]:
 
 
 def completion(shell: Shell) -> str:
-    """The script for a shell."""
+    """Return the script for a shell."""
     return {"bash": _bash, "zsh": _zsh, "fish": _fish}[shell](read_commands())
 
 
 def _cases(commands: Mapping[str, Words]) -> str:
-    """What the functions for bash and zsh know: words by command, and by command and option."""
+    """The case statement of the bash and zsh functions: words for each command and option."""
     lines = ["  case $command in"]
     for name, words in commands.items():
         chosen = {option: it.choices for option, it in words.options.items() if it.choices}

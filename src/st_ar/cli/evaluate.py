@@ -8,23 +8,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from st_ar.cli.options import (
-    SOURCES,
-    Device,
-    Extractor,
-    ImageSet,
-    Inception,
-    Json,
-    Metrics,
-    Page,
-    Resize,
-    Size,
-    Tokenizer,
-    VQType,
-    check_page,
-    check_seeds,
-    check_side,
-)
+from st_ar.cli import options
 from st_ar.errors import UserError
 
 
@@ -32,28 +16,31 @@ from st_ar.errors import UserError
 class Evaluate:
     """Measure samples against a reference: FID, sFID, IS, precision, recall (ADM's suite), KID, density, coverage.
 
-    Prints a table, and a line that identifies every number. Under torchrun each rank takes a share of the images.
+    Prints a table and a line that identifies the numbers. Under torchrun the ranks share the images.
     """
 
     samples: tyro.conf.Positional[str]
     """A .npz file with arr_0 (uint8 [N, H, W, 3]), or a folder of PNGs."""
     reference: Annotated[
-        str, tyro.conf.arg(help=f"A file of `st-ar reference`, an ADM reference batch (.npz), or images: {SOURCES}.")
+        str,
+        tyro.conf.arg(
+            help=f"A file of `st-ar reference`, an ADM reference batch (.npz), or images: {options.SOURCES}."
+        ),
     ]
-    metrics: Metrics = ()
-    extractor: Extractor = "inception"
-    inception: Inception = None
-    size: Size = None
-    resize: Resize = None
+    metrics: options.Metrics = ()
+    extractor: options.Extractor = "inception"
+    inception: options.Inception = None
+    size: options.Size = None
+    resize: options.Resize = None
     shuffle_seed: int | None = None
-    """Shuffle the samples with this seed before IS splits them, if they are sorted by class."""
+    """Shuffle the samples with this seed before the splits of IS. Use it for samples sorted by class."""
     seed: int = 0
-    """Seed of KID's subsets, and of the 10,000 images that represent a larger reference."""
+    """Random seed of KID's subsets, and of the 10,000 images that represent a larger reference."""
     batch_size: int = 64
-    """Images in the network at once."""
-    device: Device = "auto"
-    json: Json = None
-    page: Page = None
+    """Images per forward pass."""
+    device: options.Device = "auto"
+    json: options.Json = None
+    page: options.Page = None
 
     def run(self) -> None:
         from st_ar.distributed import process_group, rank0_first
@@ -67,26 +54,26 @@ class Evaluate:
             open_reference,
         )
         from st_ar.evaluation.generation.features import Compute, load_extractor
-        from st_ar.evaluation.generation.image_sets import metadata_of, open_files
+        from st_ar.evaluation.generation.image_sets import metadata_path, open_files
         from st_ar.report import check_json, keep_json, print_table
 
         metrics = choose_metrics(self.metrics, self.extractor == "inception")
-        check_seeds(self.seed, self.shuffle_seed)
-        check_side("--resize", self.resize)
+        options.check_seeds(self.seed, self.shuffle_seed)
+        options.check_side("--resize", self.resize)
         check_json(self.json)
-        check_page(self.page)
+        options.check_page(self.page)
         samples = open_files(self.samples)
-        told = metadata_of(Path(self.samples).expanduser())
-        if self.json and samples.metadata and Path(self.json).absolute() == told.absolute():
-            raise UserError(f"--json {self.json} is the samples' own description: give the result another name")
+        metadata = metadata_path(Path(self.samples).expanduser())
+        if self.json and samples.metadata and Path(self.json).absolute() == metadata.absolute():
+            raise UserError(f"--json {self.json} is the metadata file of the samples: give another file name")
         with process_group(self.device) as (ranks, device):
-            place = Compute(device=device, ranks=ranks, batch_size=self.batch_size)
+            compute = Compute(device=device, ranks=ranks, batch_size=self.batch_size)
             extractor = rank0_first(lambda: load_extractor(self.extractor, device, inception=self.inception))
             reference = open_reference(
                 self.reference,
                 extractor,
                 metrics,
-                place,
+                compute,
                 size=self.size,
                 seed=self.seed,
                 check=lambda size: check_sizes(samples.size, size, self.resize),
@@ -96,7 +83,7 @@ class Evaluate:
                 reference,
                 extractor,
                 metrics,
-                place,
+                compute,
                 resize=self.resize,
                 seed=self.seed,
                 shuffle_seed=self.shuffle_seed,
@@ -116,22 +103,22 @@ class Evaluate:
 
 @dataclass(kw_only=True)
 class MakeReference:
-    """Compute the statistics of a data set once, for `st-ar evaluate --reference`.
+    """Compute the statistics of a data set for `st-ar evaluate --reference`.
 
-    The file also holds 10,000 of the images and their features, for precision and recall. Under torchrun each rank takes a share.
+    For precision and recall, the file also holds 10,000 of the images and their features. Under torchrun the ranks share the images.
     """
 
-    source: tyro.conf.Positional[ImageSet]
+    source: tyro.conf.Positional[options.ImageSet]
     out: Path
-    """FILE.npz to write."""
-    size: Size = None
-    extractor: Extractor = "inception"
-    inception: Inception = None
+    """New file FILE.npz."""
+    size: options.Size = None
+    extractor: options.Extractor = "inception"
+    inception: options.Inception = None
     seed: int = 0
-    """Seed of the choice of 10,000 images."""
+    """Random seed of the choice of 10,000 images."""
     batch_size: int = 64
-    """Images in the network at once."""
-    device: Device = "auto"
+    """Images per forward pass."""
+    device: options.Device = "auto"
 
     def run(self) -> None:
         from st_ar.distributed import process_group, rank0_first
@@ -139,13 +126,13 @@ class MakeReference:
         from st_ar.evaluation.generation.features import Compute, load_extractor
         from st_ar.files import require_place
 
-        check_seeds(self.seed)
-        check_side("--size", self.size)
+        options.check_seeds(self.seed)
+        options.check_side("--size", self.size)
         require_place(self.out)
         with process_group(self.device) as (ranks, device):
-            place = Compute(device=device, ranks=ranks, batch_size=self.batch_size)
+            compute = Compute(device=device, ranks=ranks, batch_size=self.batch_size)
             extractor = rank0_first(lambda: load_extractor(self.extractor, device, inception=self.inception))
-            meta = write_reference(self.source, self.out, extractor, place, size=self.size, seed=self.seed)
+            meta = write_reference(self.source, self.out, extractor, compute, size=self.size, seed=self.seed)
         if ranks.rank == 0:
             height, width = meta["size"]
             print(f"{self.out}: {extractor.name} statistics of {meta['images']:,} images of {height} x {width} pixels")
@@ -154,26 +141,26 @@ class MakeReference:
 
 @dataclass(kw_only=True)
 class Reconstruct:
-    """Measure a tokenizer: rFID, PSNR, SSIM, usage and perplexity of its codebook.
+    """Measure a tokenizer: rFID, PSNR, SSIM, codebook usage and perplexity.
 
-    rFID compares reconstructions with their originals; it is not a generator's FID. Under torchrun each rank takes a share.
+    rFID compares reconstructions with their originals; it is not the FID of a generator. Under torchrun the ranks share the images.
     """
 
-    tokenizer: Tokenizer
-    images: ImageSet
-    size: Size = None
+    tokenizer: options.Tokenizer
+    images: options.ImageSet
+    size: options.Size = None
     extractor: Literal["inception", "efficientnet", "dinov2", "none"] = "inception"
-    """Feature network of the Frechet distance; none leaves it out. Only Inception's distance is rFID."""
-    inception: Inception = None
+    """Feature network of FD; none skips it. Only the FD of Inception is rFID."""
+    inception: options.Inception = None
     batch_size: int = 32
     """Images to encode at once."""
-    device: Device = "auto"
-    dtype: VQType = "float32"
+    device: options.Device = "auto"
+    dtype: options.VQType = "float32"
     out: Path | None = None
-    """PNG file for some images, each above its reconstruction."""
+    """New PNG file with some images, each above its reconstruction."""
     save: Path | None = None
-    """Folder for every reconstruction as a PNG. `st-ar evaluate` measures it like samples, or takes it as the reference."""
-    json: Json = None
+    """New folder for all reconstructions as PNGs. `st-ar evaluate` takes it as samples or as the reference."""
+    json: options.Json = None
 
     def run(self) -> None:
         from st_ar.distributed import process_group, rank0_first
@@ -185,39 +172,38 @@ class Reconstruct:
         from st_ar.report import check_json, keep_json, print_table
         from st_ar.tokenizer import open_tokenizer
 
-        check_side("--size", self.size)
+        options.check_side("--size", self.size)
         check_json(self.json)
-        for place in filter(None, (self.out, self.save)):
-            require_place(place)
+        for path in filter(None, (self.out, self.save)):
+            require_place(path)
         if self.out and self.out.suffix.lower() != ".png":
-            raise UserError(f"--out {self.out}: the picture is a PNG; give a name that ends in .png")
+            raise UserError(f"--out {self.out} is not a PNG file: give a name that ends in .png")
         name = self.extractor
         if name == "none" and self.inception:
-            raise UserError("--inception names Inception's weights, and --extractor is none: leave one of them out")
+            raise UserError("--inception has no effect with --extractor none: leave one of them out")
         if self.save:
             require_absent(self.save, "a folder of images", flag="--save")
-        images = open_set(self.images, size=self.size)
+        image_set = open_set(self.images, size=self.size)
         with process_group(self.device) as (ranks, device), self._folder(ranks.world) as folder:
-            place = Compute(device=device, ranks=ranks, batch_size=self.batch_size)
+            compute = Compute(device=device, ranks=ranks, batch_size=self.batch_size)
             tokenizer = open_tokenizer(self.tokenizer, self.device, self.dtype)
             extractor = (
                 None if name == "none" else rank0_first(lambda: load_extractor(name, device, inception=self.inception))
             )
-            result = measure_tokenizer(tokenizer, images, extractor, place, picture=self.out, folder=folder)
+            result = measure_tokenizer(tokenizer, image_set, extractor, compute, picture=self.out, folder=folder)
         if ranks.rank == 0:
             keep_json(self.json, result)
             if self.json != "-":
                 rows = [(label, format_number(label, value)) for label, value in result["metrics"].items()]
                 print_table(("", "value"), rows)
-                about, fingerprint = result["images"], result["tokenizer"]["fingerprint"]
-                print(
-                    f"\n{about['count']:,} images of {about['name']} ({about['sha256'][:8]}), tokenizer {fingerprint[:12]}"
-                )
+                source, fingerprint = result["images"], result["tokenizer"]["fingerprint"]
+                images = f"{source['count']:,} images of {source['name']} ({source['sha256'][:8]})"
+                print(f"\n{images}, tokenizer {fingerprint[:12]}")
 
     def _folder(self, ranks: int) -> AbstractContextManager[Path | None]:
-        """Where reconstructions go until there are all of them."""
+        """The folder of --save, which appears when all reconstructions are written."""
         from st_ar.files import atomic_folder
 
         if self.save and ranks > 1:
-            raise UserError("--save writes with one process: give the command without torchrun")
+            raise UserError("--save needs a single process: run the command without torchrun")
         return atomic_folder(self.save) if self.save else nullcontext()

@@ -1,4 +1,4 @@
-"""Commands that draw images from a model: sample and sweep."""
+"""Commands that generate images: sample and sweep."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -6,54 +6,40 @@ from typing import Annotated
 
 import tyro
 
-from st_ar.cli.options import (
-    Device,
-    Ema,
-    Extractor,
-    Inception,
-    Json,
-    LabelMode,
-    Metrics,
-    Model,
-    ModelType,
-    Resize,
-    Size,
-    Text,
-    Tokenizer,
-    check_side,
-)
+from st_ar.cli import options
 from st_ar.config import Metric, SampleSettings
 
 
 @dataclass(kw_only=True)
 class Sample:
-    """Sample images from a model into a .npz file (ADM's layout) or a folder of PNGs, with the settings beside them.
+    """Sample images from a model into a .npz file (ADM's layout) or a folder of PNGs, with a file of the settings.
 
-    The same command continues a stopped job. Under torchrun the ranks share it: torchrun --nproc-per-node 4 "$(which st-ar)" sample ..
+    Run the same command again to continue a stopped job. Under torchrun the ranks share the images:
+    torchrun --nproc-per-node 4 "$(which st-ar)" sample ..
     """
 
-    model: Model
-    tokenizer: Tokenizer
+    model: options.Model
+    tokenizer: options.Tokenizer
     out: Path
     """FILE.npz, or a folder for PNGs."""
-    text: Text = None
+    text: options.Text = None
     num: Annotated[int | None, tyro.conf.arg(aliases=["--num-images"])] = None
-    """Number of images. 64 by default, or one per caption. torchrun refuses --num: write --num-images there."""
+    """Number of images. 64 by default, or one per caption. Under torchrun, which refuses --num, write --num-images."""
     per_class: int | None = None
-    """Images of each class, instead of --num. 50 of 1,000 classes make the 50,000 of FID."""
+    """Images per class, instead of --num. FID uses 50,000 images: 50 for each of 1,000 classes."""
     labels: tuple[int, ...] = ()
-    """Classes to sample, in turn. All by default."""
-    label_mode: LabelMode = "balanced"
+    """Classes to sample. All by default."""
+    label_mode: options.LabelMode = "balanced"
     settings: Annotated[SampleSettings, tyro.conf.arg(name="")] = field(default_factory=SampleSettings)
     batch_size: int = 256
-    """Images to draw and write at once. It changes images by rounding at most."""
-    ema: Ema = False
+    """Images to sample and write at once. It can change images only by rounding."""
+    ema: options.Ema = False
     grid: int | None = None
-    """Tokens per side, if not the trained size: 24 for 384 px with LlamaGen's weights for 256 px."""
-    device: Device = "auto"
-    dtype: ModelType = "auto"
+    """Tokens per side, if not the trained size: 24 for 384 px with LlamaGen's 256 px weights."""
+    device: options.Device = "auto"
+    dtype: options.ModelType = "auto"
     compile: bool = False
-    """Compile the transformer's blocks with torch.compile: faster after some seconds. Needs a C++ compiler on a CPU."""
+    """Compile the transformer's blocks with torch.compile: faster after a few seconds. Needs a C++ compiler on a CPU."""
 
     def run(self) -> None:
         from st_ar.data.text import open_text
@@ -83,56 +69,56 @@ class Sample:
 
 @dataclass(kw_only=True)
 class Sweep:
-    """Sample and evaluate a model over guidance scales, temperatures and top-k, and name the best setting.
+    """Sample and evaluate a model over guidance scales, temperatures and top-k, and print the best setting.
 
-    Samples and results are kept in --out and reused. The same command continues a stopped sweep.
+    Samples and results stay in --out and are reused. Run the same command again to continue a stopped sweep.
     """
 
-    model: Model
-    tokenizer: Tokenizer
+    model: options.Model
+    tokenizer: options.Tokenizer
     reference: str
-    """Reference, as for `st-ar evaluate`. A file of `st-ar reference` is quickest."""
+    """Reference, as for `st-ar evaluate`. A file of `st-ar reference` is fastest."""
     out: Path
     """Folder for samples, results, sweep.csv, sweep.json and the figures."""
     cfg_scales: tuple[float, ...]
     """Classifier-free guidance scales."""
     temperatures: tuple[float, ...] = (1.0,)
-    """Temperatures: logits are divided by them."""
+    """Sampling temperatures."""
     top_ks: tuple[int, ...] = (0,)
-    """Draw from the k likeliest tokens; 0 for all."""
+    """Values of k: sample from the k most likely tokens; 0 for all."""
     num: int = 10_000
-    """Images per setting. Distances of fewer images are larger and compare only with one another."""
-    label_mode: LabelMode = "balanced"
-    metrics: Metrics = ()
-    extractor: Extractor = "inception"
-    inception: Inception = None
-    size: Size = None
-    resize: Resize = None
-    ema: Ema = False
+    """Images per setting. FD depends on it: fewer images give larger values. Compare only FD of the same number."""
+    label_mode: options.LabelMode = "balanced"
+    metrics: options.Metrics = ()
+    extractor: options.Extractor = "inception"
+    inception: options.Inception = None
+    size: options.Size = None
+    resize: options.Resize = None
+    ema: options.Ema = False
     seed: int = 0
-    """Seed of labels and samples."""
+    """Random seed of labels and samples."""
     batch_size: int = 64
-    """Images to draw and to measure at once."""
-    device: Device = "auto"
-    dtype: ModelType = "auto"
-    json: Json = None
+    """Images to sample and to measure at once."""
+    device: options.Device = "auto"
+    dtype: options.ModelType = "auto"
+    json: options.Json = None
 
     def run(self) -> None:
         from st_ar.evaluation.generation.evaluate import check_sizes, choose_metrics, format_number, open_reference
         from st_ar.evaluation.generation.features import Compute, load_extractor
-        from st_ar.evaluation.generation.sweep import FILES, SweptModel, check_sweep, settings_of, sweep
+        from st_ar.evaluation.generation.sweep import FILES, SweptModel, check_sweep, list_settings, sweep
         from st_ar.files import read_json
         from st_ar.hardware import choose_device
         from st_ar.report import check_json, json_alone, keep_json, print_table
 
         check_json(self.json)
-        check_side("--resize", self.resize)
+        options.check_side("--resize", self.resize)
         is_inception = self.extractor == "inception"
         default: tuple[Metric, ...] = ("fid", "is") if is_inception else ("fd",)
         metrics = choose_metrics([*(self.metrics or default), "fd"], is_inception)
-        grid = settings_of(self.cfg_scales, self.temperatures, self.top_ks, seed=self.seed)
+        grid = list_settings(self.cfg_scales, self.temperatures, self.top_ks, seed=self.seed)
         device = choose_device(self.device)
-        place = Compute(device=device, batch_size=self.batch_size)
+        compute = Compute(device=device, batch_size=self.batch_size)
         sampler = SweptModel(
             self.model,
             self.tokenizer,
@@ -151,12 +137,12 @@ class Sweep:
             self.reference,
             extractor,
             metrics,
-            place,
+            compute,
             size=self.size,
             seed=self.seed,
             check=lambda size: check_sizes(sampler.size, size, self.resize),
         )
-        rows = sweep(sampler, grid, reference, extractor, metrics, self.out, place, resize=self.resize)
+        rows = sweep(sampler, grid, reference, extractor, metrics, self.out, compute, resize=self.resize)
         labels = list(rows[0]["metrics"])
         cells = [
             (
@@ -173,7 +159,7 @@ class Sweep:
         with json_alone(self.json):
             print(
                 f"\nbest {label} of {self.num:,} samples: --cfg-scale {best['cfg_scale']:g} "
-                f"--temperature {best['temperature']:g} --top-k {best['top_k']}; the curve is {self.out / 'distance.svg'}"
+                f"--temperature {best['temperature']:g} --top-k {best['top_k']}; curve in {self.out / 'distance.svg'}"
             )
         if self.json:
             keep_json(self.json, read_json(self.out / FILES[0], "a sweep"))

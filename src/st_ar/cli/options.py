@@ -1,4 +1,4 @@
-"""Options that several commands share: their types, their help, and their checks."""
+"""Options that several commands share: types, help texts and checks."""
 
 from pathlib import Path
 from typing import Annotated, Literal
@@ -20,41 +20,47 @@ ImageSource = Annotated[str, _help(f"Image source: {SOURCES}.")]
 ImageSet = Annotated[str, _help(f"Images: a source ({SOURCES}), a .npz file or a folder of PNGs.")]
 Model = Annotated[Path, _help(f"Model: {MODEL}.")]
 Models = Annotated[tuple[Path, ...], _help(f"One or more models, each {MODEL}.")]
-Names = Annotated[tuple[str, ...], _help("Display names, one for each. The last parts of the paths by default.")]
+Names = Annotated[tuple[str, ...], _help("Display names, one for each. By default the last part of each path.")]
 Weights = Annotated[Literal["live", "ema", "both"], _help("Which weights to measure.")]
 Ema = Annotated[bool, _help("Use the EMA weights instead of the live ones.")]
 EmaWeights = Annotated[bool, _help("Same as --weights ema.")]
 Tokenizer = Annotated[Path, _help("Tokenizer of the model: its folder, or a LlamaGen .pt file.")]
-Text = Annotated[Path | None, _help("Captions' features for a text model: a .safetensors file, or a folder of them.")]
+Text = Annotated[Path | None, _help("Caption features for a text model: a .safetensors file, or a folder of them.")]
 LabelMode = Annotated[
-    Literal["balanced", "random"], _help("Take the classes (or captions) in turn, or draw them at random.")
+    Literal["balanced", "random"], _help("balanced repeats the classes (or captions) in order; random samples them.")
 ]
 Metrics = Annotated[
     tuple[Metric, ...],
-    _help("Metrics to compute. By default fid sfid is precision recall; fd precision recall with another extractor."),
+    _help(
+        "Metrics to compute. By default fid sfid is precision recall, or fd precision recall for other extractors than Inception."
+    ),
 ]
 Extractor = Annotated[
     ExtractorName,
     _help(
-        "Feature network. Only Inception's distance is FID. efficientnet needs no download (extra metrics); dinov2 needs the extra dinov2."
+        "Feature network. Only the FD of Inception is FID. efficientnet needs the extra metrics and no download; dinov2 the extra dinov2."
     ),
 ]
 Inception = Annotated[
-    Path | None, _help("Inception's weights: the file or its folder. Downloaded into the cache by default.")
+    Path | None, _help("Inception weights: a file or its folder. By default they are downloaded into the cache.")
 ]
-Size = Annotated[int | None, _help("Side in pixels of an image source's centre crops. The source's own by default.")]
-Resize = Annotated[int | None, _help("Resize samples to this side first, bicubically, as LlamaGen does with 384 px.")]
+Size = Annotated[
+    int | None, _help("Side in pixels of the centre crops of an image source. By default the source's size.")
+]
+Resize = Annotated[
+    int | None, _help("Resize the samples to this side first, bicubically, as LlamaGen does for 384 px.")
+]
 MaskRatio = Annotated[
-    float, _help("Share of the keys to mask at random, as ST-AR's training does (0.25). 0 masks nothing.")
+    float, _help("Share of the attention keys to mask at random. ST-AR trains with 0.25; 0 masks nothing.")
 ]
 MaskOwnPosition = Annotated[
-    bool, _help("Hide a masked token from its own query too, as --selfguided.mask-own-position.")
+    bool, _help("Hide a masked token from its own query too, like --selfguided.mask-own-position.")
 ]
-MaskSeed = Annotated[int, _help("Seed of the masks.")]
-Device = Annotated[Literal["auto", "cpu", "cuda"], _help("Device to compute on.")]
+MaskSeed = Annotated[int, _help("Random seed of the masks.")]
+Device = Annotated[Literal["auto", "cpu", "cuda"], _help("Device for the computation.")]
 ModelType = Annotated[
     Literal["auto", "float32", "bfloat16"],
-    _help("Type of the model's weights and activations. auto is bfloat16 where the hardware has it."),
+    _help("Type of the model's weights and activations. auto is bfloat16 where the hardware supports it."),
 ]
 VQType = Annotated[
     Literal["float32", "bfloat16"],
@@ -62,20 +68,25 @@ VQType = Annotated[
 ]
 Workers = Annotated[
     int | None,
-    _help("Processes that decode images; 0 for none. By default one per core, at most 8, none for few images."),
+    _help(
+        "Number of processes that decode images; 0 for none. By default one per core, at most 8, and none for few images."
+    ),
 ]
 MaxSkipped = Annotated[
-    float, _help("Largest share of unreadable images. They are skipped and listed in skipped.jsonl.")
+    float, _help("Largest share of unreadable images, which are skipped and listed in skipped.jsonl.")
 ]
-Json = Annotated[str | None, _help("Write the result as JSON to a file; - prints it instead of the table.")]
+Json = Annotated[str | None, _help("Write the results as JSON to a file; - prints them instead of the table.")]
 Page = Annotated[
-    Path | None, _help("Write an HTML page with numbers, figures and their provenance to FILE.html (extra quickstart).")
+    Path | None,
+    _help(
+        "Write an HTML page with the numbers, figures and their provenance to FILE.html (needs the extra quickstart)."
+    ),
 ]
-Result = Annotated[Path | None, _help("Write the result as JSON to a new file.")]
+Result = Annotated[Path | None, _help("Write the results as JSON to a new file.")]
 
 
 def check_page(page: Path | None) -> None:
-    """Refuse a --page that could not be written at the end."""
+    """Raise a UserError if --page cannot be written."""
     if page is not None:
         from st_ar.report import require_page
 
@@ -83,13 +94,13 @@ def check_page(page: Path | None) -> None:
 
 
 def check_seeds(*seeds: int | None) -> None:
-    """Refuse a negative seed."""
+    """Raise a UserError if a seed is negative."""
     for seed in seeds:
         if seed is not None and seed < 0:
             raise UserError(f"seeds must be 0 or more, not {seed}")
 
 
 def check_side(flag: str, side: int | None) -> None:
-    """Refuse a size below one pixel."""
+    """Raise a UserError if a size is below one pixel."""
     if side is not None and side < 1:
         raise UserError(f"{flag} must be at least 1 pixel, not {side}")

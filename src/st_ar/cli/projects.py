@@ -4,11 +4,11 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import tyro
 
-from st_ar.cli.options import Device, Json, Models, ModelType, Names, Weights
+from st_ar.cli import options
 from st_ar.errors import UserError, require
 from st_ar.reproduce.paper import EXPERIMENTS, SCALES, Experiment, Name, Row, ScaleName, Size, resized
 
@@ -18,21 +18,21 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True)
 class Quickstart:
-    """Train, probe, sample and compare AR, ST-AR and its contrast alone on images that come inside scikit-image and scikit-learn.
+    """Train AR, ST-AR, and ST-AR with its contrastive losses only, on embedded images; probe, sample and compare them.
 
-    Takes less than five minutes on two cores with AVX512-BF16. Writes report.html, overview.svg and summary.json. The same
-    command continues a stopped quickstart.
+    The images come with scikit-image and scikit-learn. It takes less than five minutes on two cores with AVX512-BF16, and writes
+    report.html, overview.svg and summary.json. Run the same command again to continue a stopped quickstart.
     """
 
     out: Path = Path("quickstart")
-    """Folder for the report and every artefact."""
+    """Folder for the report and all other files."""
     images: Literal["photos", "digits"] = "photos"
     """Patches of 16 photographs, or handwritten digits."""
     steps: int | None = None
-    """Optimizer steps of each model, if not the preset's."""
+    """Optimizer steps of each model. By default those of the preset."""
     seed: int = 0
-    """Seed of everything."""
-    json: Json = None
+    """Random seed."""
+    json: options.Json = None
 
     def run(self) -> None:
         from st_ar.files import read_json
@@ -53,15 +53,15 @@ class Quickstart:
         with json_alone(self.json):
             if self.json != "-":
                 print_table(("", *METHODS), rows)
-            print(f"\n{summary['seconds_of_this_call']:.0f} s; the report is {report}")
+            print(f"\n{summary['seconds_of_this_call']:.0f} s; report: {report}")
         keep_json(self.json, summary)
 
 
 @dataclass(kw_only=True)
 class Env:
-    """Print versions, CPU, GPUs, memory and threads, for a bug report."""
+    """Print versions, CPU, GPUs, memory and threads for a bug report."""
 
-    json: Json = None
+    json: options.Json = None
 
     def run(self) -> None:
         from st_ar.hardware import environment
@@ -72,7 +72,7 @@ class Env:
         if self.json != "-":
             for name, value in found.items():
                 if isinstance(value, dict):
-                    value = ", ".join(f"{key} {one}" for key, one in value.items())
+                    value = ", ".join(f"{key} {text}" for key, text in value.items())
                 elif isinstance(value, list):
                     value = "; ".join(value)
                 print(f"{name.replace('_', '-'):12}  {'-' if value in (None, '') else value}")
@@ -81,7 +81,7 @@ class Env:
 
 @dataclass(kw_only=True)
 class Completion:
-    """Print the script with which a shell completes commands, presets, options and their choices."""
+    """Print a shell's completion script for commands, presets, options and their choices."""
 
     shell: tyro.conf.Positional[Literal["bash", "zsh", "fish"]]
     """Shell to generate the script for."""
@@ -94,31 +94,31 @@ class Completion:
 
 @dataclass(kw_only=True)
 class Demo:
-    """Serve a web demo on this machine: generate token by token, compare two models, inspect attention, follow runs.
+    """Serve a web demo on this machine: generate images token by token, compare two models, inspect attention, follow runs.
 
-    Without --model it shows the quickstart's models, and trains them first if there are none. Needs the extra demo.
+    Without --model it uses the models of the quickstart, and runs the quickstart first if necessary. Needs the extra demo.
     """
 
-    model: Models = ()
+    model: options.Models = ()
     tokenizer: Path | None = None
     """Tokenizer of the models: its folder, or a LlamaGen .pt file."""
-    names: Names = ()
+    names: options.Names = ()
     tokens: Path | None = None
-    """Token store whose images can be inspected."""
+    """Token store with images to inspect."""
     probe_tokens: Path | None = None
-    """Token store with classes (centre crops) to fit quick probes on, which predict an image's class as it is read."""
+    """Token store with classes (its centre crops), to fit probes that predict an image's class as it is read."""
     probe_images: int = 4000
     """Largest number of images to fit a probe on."""
     runs: tuple[Path, ...] = ()
     """Run folders to follow, besides those of --model."""
     quickstart: Path = Path("quickstart")
-    """Without --model: folder of the quickstart to show. It is made if there is none, in minutes."""
+    """Folder of the quickstart to use without --model. If there is none, it is made in minutes."""
     host: str = "127.0.0.1"
-    """Address to serve on. Any other address lets other machines in: whoever reaches it can use the demo."""
+    """Address to serve on. With any other address, other machines can reach the demo, and anyone who does can use it."""
     port: int = 7860
-    """Port to serve on; 0 takes a free one."""
-    device: Device = "auto"
-    dtype: ModelType = "auto"
+    """Port to serve on; 0 takes a free port."""
+    device: options.Device = "auto"
+    dtype: options.ModelType = "auto"
 
     def run(self) -> None:
         self._check()
@@ -127,7 +127,7 @@ class Demo:
         with private_folder():
             require_gradio()
             require("matplotlib")
-            bind(self.host, self.port).close()  # before anything that takes long
+            bind(self.host, self.port).close()  # fail early
             serve(self._setup(), self.host, self.port)
 
     def _setup(self) -> "Setup":
@@ -137,7 +137,7 @@ class Demo:
 
         if not is_local(self.host):
             print(
-                f"--host {self.host}: anyone who reaches this address can use the demo; it has no login",
+                f"--host {self.host}: anyone who can reach this address can use the demo, which has no login",
                 file=sys.stderr,
             )
         if not self.model:
@@ -149,7 +149,7 @@ class Demo:
         assert self.tokenizer is not None
         return Setup(
             runs=find_runs(self.model, self.runs),
-            shelf=ModelPool(self.model, self.tokenizer, names=self.names, device=self.device, dtype=self.dtype),
+            pool=ModelPool(self.model, self.tokenizer, names=self.names, device=self.device, dtype=self.dtype),
             store=open_store(self.tokens) if self.tokens else None,
             probe_store=open_store(self.probe_tokens) if self.probe_tokens else None,
             probe_images=self.probe_images,
@@ -157,58 +157,59 @@ class Demo:
 
     def _check(self) -> None:
         if len(self.model) > 2:
-            raise UserError(f"--model names {len(self.model)} models: the demo compares two at most")
+            raise UserError(f"--model has {len(self.model)} models: the demo compares at most two")
         if self.model and self.tokenizer is None:
-            raise UserError("--model needs --tokenizer, which decodes its tokens")
+            raise UserError("--model needs a tokenizer: give --tokenizer")
         if not self.model:
             given = {"--tokenizer": self.tokenizer, "--names": self.names, "--tokens": self.tokens}
             if wrong := [flag for flag, value in (given | {"--probe-tokens": self.probe_tokens}).items() if value]:
-                raise UserError(f"{wrong[0]} goes with --model: give both, or neither for the quickstart's models")
+                raise UserError(f"{wrong[0]} needs --model: give both, or neither to use the quickstart's models")
         elif self.quickstart != Path("quickstart"):
             raise UserError("--quickstart and --model exclude each other: give one of them")
         if self.probe_images < 2:
             raise UserError(f"--probe-images must be at least 2, not {self.probe_images}")
         if not self.host:
-            raise UserError("--host must name an address, such as 127.0.0.1 for this machine alone")
+            raise UserError("--host is empty: give an address, such as 127.0.0.1 for this machine only")
 
 
 @dataclass(kw_only=True)
 class Reproduce:
-    """Make a table or figure of the paper: train what is missing, measure it, and show it beside the paper's numbers.
+    """Reproduce a table or figure of the paper: train and measure the models, and show the results beside the paper's.
 
-    Prints each command before running it. The same command continues a stopped one, and tables with the same --out share runs.
+    Prints each command before it runs. Run the same command again to continue a stopped one. Tables with the same --out share runs.
     """
 
     what: tyro.conf.Positional[Name]
-    """Table or figure. Five are ours: questions (what the paper leaves open), evidence (each loss alone and with the others), cheaper
-    and remedies (self-guidance for less), length (long runs measured after each quarter)."""
+    """Table or figure of the paper. Five others are ours: questions (what the paper leaves open), evidence (each loss separately),
+    cheaper and remedies (less expensive self-guidance), length (long runs measured after each quarter)."""
     out: Path
-    """Folder for everything."""
+    """Folder for all runs and results."""
     scale: ScaleName = "tiny"
-    """tiny: 1.1M parameters on the embedded photographs or --data, minutes a run on two cores. small: 3.1M on --data, hours. Both
-    use images of 32 pixels. imagenet: the paper's models and lengths."""
+    """tiny: 1.1M parameters on the embedded photographs or --data, minutes per run on two cores.
+    small: 3.1M parameters on --data, hours. Both use images of 32 pixels.
+    imagenet: the models and training lengths of the paper."""
     data: str | None = None
-    """Image source of the training images (folder:PATH, parquet:GLOB, hub:NAME:SPLIT). tiny has its own."""
+    """Image source of the training images (folder:PATH, parquet:GLOB, hub:NAME:SPLIT). tiny has a default."""
     test_data: str | None = None
-    """Image source of the test images, and of the reference if there is no --reference."""
+    """Image source of the test images, and of the reference unless --reference is given."""
     tokenizer: Path | None = None
-    """Tokenizer to use instead of training the scale's. imagenet needs one: LlamaGen's vq_ds16_c2i.pt."""
+    """Tokenizer to use instead of training one. imagenet needs LlamaGen's vq_ds16_c2i.pt."""
     reference: str | None = None
-    """Reference for the samples: ADM's VIRTUAL_imagenet256_labeled.npz for the paper's numbers."""
+    """Reference for the samples. The paper uses ADM's VIRTUAL_imagenet256_labeled.npz."""
     size: Size = "B"
-    """Model size, for tables that do not compare sizes. Files of another size than B are named WHAT-SIZE."""
+    """Model size, for tables that do not compare sizes. Files of other sizes than B are named WHAT-SIZE."""
     rows: tuple[str, ...] = ()
-    """Rows to make, by their labels in the table. All by default."""
+    """Labels of the rows to make. All by default."""
     seeds: tuple[int, ...] = (0,)
-    """Seeds of each row; the table shows mean and standard deviation."""
+    """Random seeds of each row. The table shows mean and standard deviation."""
     steps: int | None = None
-    """Optimizer steps that stand for 50 epochs (six times as many for 300), at the small scales."""
-    weights: Weights = "live"
+    """Optimizer steps in place of 50 epochs at the scales tiny and small. 300 epochs become six times as many."""
+    weights: options.Weights = "live"
     compile: bool = False
-    """Train with --compile: faster for runs of more than a few minutes. Needs a C++ compiler on a CPU."""
+    """Train with --compile: faster for runs longer than a few minutes. Needs a C++ compiler on a CPU."""
     dry_run: bool = False
-    """Print the commands, the hours they would take here, and the disk they need; run nothing."""
-    json: Json = None
+    """Print the commands with the time and disk space that they need, and run nothing."""
+    json: options.Json = None
 
     def run(self) -> None:
         from st_ar.cli import run_command
@@ -218,16 +219,18 @@ class Reproduce:
         from st_ar.reproduce.plan import Data, Plan, fit_model, run_stages
 
         if self.dry_run and self.json:
-            raise UserError("--json writes measurements, and --dry-run makes none: leave one of them out")
+            raise UserError("--json has no effect with --dry-run, which measures nothing: leave one of them out")
         check_json(self.json)
         scale, experiment = SCALES[self.scale], self._experiment()
         images, test_images = self.data or scale.images, self.test_data or scale.test_images
         if images is None or test_images is None or (self.data is None) != (self.test_data is None):
             raise UserError(
-                f"--scale {self.scale} needs --data and --test-data, both: sources of the training and of the test images"
+                f"--scale {self.scale} needs both --data and --test-data: give sources of the training and test images"
             )
         if self.steps is not None and (self.steps < 1 or self.scale == "imagenet"):
-            raise UserError("--steps must be at least 1, and is for the small scales: imagenet has the paper's lengths")
+            raise UserError(
+                f"--steps is {self.steps}: give at least 1, and only at the scales tiny and small; imagenet has the paper's lengths"
+            )
         data = Data(
             images=images,
             test_images=test_images,
@@ -237,45 +240,47 @@ class Reproduce:
         )
 
         def plan(rows: Sequence[Row]) -> Plan:
-            wanted = replace(experiment, rows=tuple(rows))
             weights = ("live", "ema") if self.weights == "both" else (self.weights,)
-            chosen: dict[str, Any] = {
-                "seeds": self.seeds,
-                "steps": self.steps,
-                "weights": weights,
-                "compiled": self.compile,
-            }
-            return Plan(wanted, scale, data, self.out, **chosen)
+            return Plan(
+                replace(experiment, rows=tuple(rows)),
+                scale,
+                data,
+                self.out,
+                seeds=self.seeds,
+                steps=self.steps,
+                weights=weights,
+                compiled=self.compile,
+            )
 
         if self.dry_run:
             print_plan(plan(experiment.rows), self.out)
             return
         require("jinja2")
         require("matplotlib")
-        # How long the rows of equal time are is known when the others have been trained.
+        # The length of rows of equal time depends on the training time of the others.
         with json_alone(self.json):
             run_stages(
                 plan([row for row in experiment.rows if not row.recipe.equal_time]).stages, self.out, run_command
             )
-            whole = plan(experiment.rows)
-            run_stages(whole.stages, self.out, run_command)
+            full = plan(experiment.rows)
+            run_stages(full.stages, self.out, run_command)
             name = self.what if self.size == "B" else f"{self.what}-{self.size.lower()}"
-            show(name, whole)
+            show(name, full)
         if self.json:
-            keep_json(self.json, read_json(self.out / f"{name}.json", "a table of the paper's"))
+            keep_json(self.json, read_json(self.out / f"{name}.json", "a table of the paper"))
 
     def _experiment(self) -> Experiment:
-        """What was asked for, with the rows that were asked for."""
+        """The chosen table or figure with the chosen rows and size."""
         experiment = EXPERIMENTS[self.what]
         labels = [row.label for row in experiment.rows]
         if unknown := [label for label in self.rows if label not in labels]:
             raise UserError(
-                f"{self.what} has no row {unknown[0]!r}: --rows takes some of {', '.join(map(repr, labels))}"
+                f"{self.what} has no row {unknown[0]!r}: give --rows some of {', '.join(map(repr, labels))}"
             )
         chosen = tuple(row for row in experiment.rows if not self.rows or row.label in self.rows)
         if self.size == "B":
             return replace(experiment, rows=chosen)
         if any(row.recipe.size != "B" for row in experiment.rows):
-            raise UserError(f"{self.what} compares sizes: choose among them with --rows, and leave out --size")
+            raise UserError(f"{self.what} compares sizes: leave out --size, and choose rows with --rows")
         others = tuple(replace(row, recipe=resized(row.recipe, self.size, self.what), paper={}) for row in chosen)
         return replace(experiment, title=f"{experiment.title}, size {self.size}", rows=others)

@@ -1,16 +1,15 @@
 """Commands from images to a trained model: train-tokenizer, tokenize, import-tokens, train, convert."""
 
 import os
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
 import tyro
 
-from st_ar.cli import require_one_rank
-from st_ar.cli.options import Device, ImageSource, MaxSkipped, Text, Tokenizer, VQType, Workers
+from st_ar.cli import options, require_one_rank
 from st_ar.config import VQ_PRESETS, RunConfig, TrainConfig, VQTrainConfig, WatchConfig
 from st_ar.errors import UserError
 from st_ar.presets import PRESETS, get_preset, unknown_preset
@@ -23,17 +22,17 @@ if TYPE_CHECKING:
 class TrainKMeans:
     """k-means over pixel patches, in seconds."""
 
-    images: ImageSource
+    images: options.ImageSource
     out: Path
-    """Folder to write the tokenizer to."""
+    """Folder of the tokenizer."""
     vocab_size: int = 256
     """Codes in the codebook."""
     patch: int = 4
     """Side of a patch in pixels."""
     size: int | None = None
-    """Side of the images' crops in pixels. The source's own by default."""
+    """Side of the crops in pixels. By default the source's size."""
     seed: int = 0
-    """Seed of the clustering."""
+    """Random seed of the clustering."""
 
     def run(self) -> None:
         from st_ar.data.images import open_images
@@ -53,16 +52,16 @@ class TrainVQ:
     """Train a VQ-GAN."""
 
     preset: tyro.conf.Suppress[str] = ""
-    images: ImageSource
+    images: options.ImageSource
     out: Path
-    """Folder of the run, which becomes the tokenizer's."""
+    """Folder of the run, which is also the tokenizer's folder."""
     test_images: str | None = None
-    """Image source for PSNR, SSIM and codebook usage. The training images by default."""
+    """Image source for PSNR, SSIM and codebook usage. By default the training images."""
     init: Path | None = None
     """VQ tokenizer to start from instead of random weights: a folder, or LlamaGen's .pt."""
     resume: bool = False
-    """Continue the run in --out from its newest checkpoint, with the same settings."""
-    workers: Workers = None
+    """Continue the run in --out from its latest checkpoint, with the same settings."""
+    workers: options.Workers = None
     config: Annotated[VQTrainConfig, tyro.conf.arg(name="")]
 
     def run(self) -> None:
@@ -81,40 +80,40 @@ class TrainVQ:
             workers=self.workers,
         )
         if Ranks.from_environment().rank == 0:
-            print(f"{self.out}: trained tokenizer; {self.out / 'reconstructions'} shows its reconstructions")
+            print(f"{self.out}: tokenizer trained; reconstructions in {self.out / 'reconstructions'}")
 
 
 @dataclass(kw_only=True)
 class Tokenize:
-    """Encode every crop of every image into a token store. The same command continues a stopped job."""
+    """Encode all crops of all images into a token store. Run the same command again to continue a stopped job."""
 
-    images: ImageSource
-    tokenizer: Tokenizer
+    images: options.ImageSource
+    tokenizer: options.Tokenizer
     out: Path
-    """Folder to write the store to."""
+    """Folder of the token store."""
     crops: Literal["center", "center-mirror", "ten"] = "ten"
-    """The centre; the centre and its mirror image; or corners, centre and their mirror images."""
+    """center; center and its mirror image; or ten: the corners, the centre and their mirror images."""
     size: int | None = None
     """Side of a crop in pixels. By default 32 for photos and digits, 256 for others."""
     crop_range: float | None = None
-    """Short side before cropping, as a multiple of the crop's. By default 1.125 for photos and digits; for others 1.1 with ten
-    crops and 1.0 for the centre."""
+    """Shorter side of an image before cropping, in multiples of --size.
+    By default 1.125 for photos and digits; for others 1.1 with ten crops and 1.0 for the centre."""
     mirror: bool = True
-    """Whether to take mirror images at all. Digits are never mirrored."""
-    workers: Workers = None
+    """Include mirror images. Digits are never mirrored."""
+    workers: options.Workers = None
     batch_size: int = 256
     """Crops to encode at once."""
-    max_skipped: MaxSkipped = 0.01
+    max_skipped: options.MaxSkipped = 0.01
     num_classes: int | None = None
-    """Number of classes, where they are numbers and this part of the data set may lack the last ones."""
-    device: Device = "auto"
-    dtype: VQType = "float32"
+    """Number of classes, if they are numbers and this part of the data set may lack the last ones."""
+    device: options.Device = "auto"
+    dtype: options.VQType = "float32"
     compile: bool = False
     """Compile a VQ network with torch.compile: faster after half a minute. Needs a C++ compiler on a CPU."""
 
     def run(self) -> None:
+        from st_ar.data.decoding import default_workers
         from st_ar.data.images import open_images, with_num_classes
-        from st_ar.data.loading import default_workers
         from st_ar.data.source import Crops
         from st_ar.distributed import Ranks
         from st_ar.tokenizer import open_tokenizer
@@ -144,9 +143,9 @@ class Tokenize:
 
 @dataclass(kw_only=True)
 class ImportTokens:
-    """Make a token store from the folders of .npy files that LlamaGen's extraction script writes.
+    """Make a token store from the .npy files that LlamaGen's extraction script writes.
 
-    The same command continues a stopped import.
+    Run the same command again to continue a stopped import.
     """
 
     codes: Path
@@ -154,16 +153,16 @@ class ImportTokens:
     labels: Path
     """Folder imagenet{size}_labels: {i}.npy, integers [1]."""
     out: Path
-    """Folder to write the store to."""
+    """Folder of the token store."""
     vocab_size: int = 16384
-    """Codes in the codebook of the tokenizer that made them."""
+    """Codes in the tokenizer's codebook."""
     more_codes: Path | None = None
-    """A second set of crops of the same images, such as LlamaGen's at range 1.05."""
+    """Second folder of crops of the same images, such as LlamaGen's at range 1.05."""
     num_classes: int | None = None
-    """Number of classes. The largest label plus one by default."""
+    """Number of classes. By default the largest label plus one."""
     tokenizer: Path | None = None
-    """Tokenizer that made the codes. With it, stores are checked against models, and samples can be decoded."""
-    max_skipped: MaxSkipped = 0.01
+    """Tokenizer of the codes. With it, the store is checked against models, and samples can be decoded."""
+    max_skipped: options.MaxSkipped = 0.01
 
     def run(self) -> None:
         from st_ar.data.llamagen import import_tokens
@@ -172,7 +171,7 @@ class ImportTokens:
         tokenizer = load_tokenizer(self.tokenizer) if self.tokenizer else None
         if tokenizer and tokenizer.vocab_size != self.vocab_size:
             raise UserError(
-                f"{self.tokenizer} has {tokenizer.vocab_size} codes, --vocab-size is {self.vocab_size}: they must agree"
+                f"{self.tokenizer} has {tokenizer.vocab_size} codes, and --vocab-size is {self.vocab_size}: give the same number"
             )
         store = import_tokens(
             self.codes,
@@ -191,9 +190,9 @@ def _describe_store(out: Path, store: "TokenStore") -> str:
     import numpy as np
 
     grid, meta = store.meta.grid, store.meta
+    skipped = f"; {meta.skipped} unusable images, listed in {out / 'skipped.jsonl'}" if meta.skipped else ""
     images = np.bincount(store.labels, minlength=len(meta.class_names))
     classes = f"{len(images)} classes of {images.min():,} to {images.max():,} images" if len(images) > 1 else "1 class"
-    skipped = f"; {meta.skipped} unusable images are listed in {out / 'skipped.jsonl'}" if meta.skipped else ""
     return f"{out}: {len(store):,} images x {len(meta.crops)} crops x {grid} x {grid} tokens; {classes}{skipped}"
 
 
@@ -201,25 +200,26 @@ def _describe_store(out: Path, store: "TokenStore") -> str:
 class Train:
     """Train a model on a token store."""
 
+    preset: tyro.conf.Suppress[str] = ""
     tokens: Path
     """Token store to train on."""
-    text: Text = None
+    text: options.Text = None
     validation: Path | None = None
-    """Token store to measure the EMA weights on at each checkpoint. The best weights are kept in OUT/best."""
+    """Token store for the validation loss of the EMA weights at each checkpoint. OUT/best keeps the best weights."""
     init: Path | None = None
-    """Model to start from instead of random weights: a run, an export folder, .safetensors, LlamaGen's .pt, hub:OWNER/NAME."""
+    """Model to start from: a run, an export folder, a .safetensors or LlamaGen .pt file, or hub:OWNER/NAME. Random by default."""
     init_ema: bool = False
     """Start from the EMA weights of --init instead of the live ones."""
     out: Path
     """Folder of the run."""
     resume: bool = False
-    """Continue the run in --out from its newest checkpoint, with the same settings."""
+    """Continue the run in --out from its latest checkpoint, with the same settings."""
     watching: Annotated[WatchConfig, tyro.conf.arg(name="")] = field(default_factory=WatchConfig)
     config: Annotated[TrainConfig, tyro.conf.arg(name="")]
 
-    def run(self, preset: str) -> None:
+    def run(self) -> None:
         from st_ar.training.loop import train
-        from st_ar.training.run import skipped_steps
+        from st_ar.training.run import read_log
 
         train(
             self.config,
@@ -231,16 +231,16 @@ class Train:
             init_ema=self.init_ema,
             watching=self.watching,
             resume=self.resume,
-            preset=preset,
+            preset=self.preset,
         )
         if os.environ.get("RANK", "0") == "0":
-            skipped = skipped_steps(self.out / "log.jsonl")
+            skipped = sum("skipped" in entry for entry in read_log(self.out / "log.jsonl"))
             without = f"; {skipped} steps were skipped because their loss or gradient was not finite" if skipped else ""
             print(f"{self.out}: trained; weights in {self.out / 'export'}{without}")
             self._print_best()
 
     def _print_best(self) -> None:
-        """Print the lowest validation loss and where its weights are."""
+        """Print the lowest validation loss and the folder of its weights."""
         from st_ar.files import read_json
         from st_ar.settings import matches_type
 
@@ -254,80 +254,55 @@ class Train:
 
 
 def read_train(arguments: Sequence[str]) -> Callable[[], None]:
-    """`st-ar train PRESET ...`: the preset gives every setting its default."""
+    """Parse `st-ar train PRESET ...`. The preset sets the defaults."""
     usage = (
         "--tokens STORE [--text TEXT] [--validation STORE] [--init MODEL] --out RUN [--resume] [--steps N | --epochs N] "
         "[any setting]"
     )
-    chosen = _choose_preset("train", usage, PRESETS, arguments)
-    if isinstance(chosen, str):
-        return partial(print, chosen)
-    name, rest = chosen
-    options = train_command(name, rest)
-    command = tyro.cli(options, prog=f"st-ar train {name}", args=rest, description=PRESETS[name].__doc__)
-    return partial(command.run, name)
-
-
-def train_command(preset: str, arguments: Sequence[str] = ()) -> type[Train]:
-    """The options of `st-ar train PRESET`, with the preset's values as defaults."""
-    default = _with_budget(get_preset(preset), arguments)
-
-    @dataclass(kw_only=True)
-    class TrainPreset(Train):
-        config: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(default_factory=lambda: default)
-
-    return TrainPreset
+    name, rest = _choose_preset("train", usage, PRESETS, arguments)
+    config = _with_budget(get_preset(name), rest)
+    default = Train(preset=name, tokens=tyro.MISSING, out=tyro.MISSING, config=config)
+    prog, description = f"st-ar train {name}", PRESETS[name].__doc__
+    return tyro.cli(Train, prog=prog, args=rest, description=description, default=default).run
 
 
 def read_train_tokenizer(arguments: Sequence[str]) -> Callable[[], None]:
-    """`st-ar train-tokenizer PRESET ...`: k-means, or a VQ-GAN whose preset gives every setting its default."""
+    """Parse `st-ar train-tokenizer PRESET ...`: kmeans, or a VQ-GAN's preset, which sets the defaults."""
     presets = {"kmeans": TrainKMeans, **VQ_PRESETS}
-    chosen = _choose_preset("train-tokenizer", "--images SRC --out DIR [any setting]", presets, arguments)
-    if isinstance(chosen, str):
-        return partial(print, chosen)
-    name, rest = chosen
+    name, rest = _choose_preset("train-tokenizer", "--images SRC --out DIR [any setting]", presets, arguments)
     prog, description = f"st-ar train-tokenizer {name}", presets[name].__doc__
     if name == "kmeans":
         require_one_rank("train-tokenizer kmeans")
         return tyro.cli(TrainKMeans, prog=prog, args=rest, description=description).run
-    return tyro.cli(train_vq_command(name, rest), prog=prog, args=rest, description=description).run
-
-
-def train_vq_command(preset: str, arguments: Sequence[str] = ()) -> type[TrainVQ]:
-    """The options of `st-ar train-tokenizer PRESET` for a VQ-GAN, with the preset's values as defaults."""
-    name, default = preset, _with_budget(VQ_PRESETS[preset](), arguments)
-
-    @dataclass(kw_only=True)
-    class TrainPreset(TrainVQ):
-        preset: tyro.conf.Suppress[str] = name
-        config: Annotated[VQTrainConfig, tyro.conf.arg(name="")] = field(default_factory=lambda: default)
-
-    return TrainPreset
+    config = _with_budget(VQ_PRESETS[name](), rest)
+    default = TrainVQ(preset=name, images=tyro.MISSING, out=tyro.MISSING, config=config)
+    return tyro.cli(TrainVQ, prog=prog, args=rest, description=description, default=default).run
 
 
 def _choose_preset(
     command: str, usage: str, presets: Mapping[str, Callable[..., object]], arguments: Sequence[str]
-) -> tuple[str, list[str]] | str:
-    """The preset and the options after it; the help text if that was asked for."""
+) -> tuple[str, list[str]]:
+    """The preset and the options after it. For --help it prints the presets and exits."""
     if arguments and arguments[0] in presets:
         return arguments[0], list(arguments[1:])
     if arguments and not arguments[0].startswith("-"):
         raise unknown_preset(arguments[0], presets)
     if not arguments or arguments[0] not in ("-h", "--help"):
-        raise UserError(f"{command} needs a preset before its options: one of {', '.join(presets)}")
+        raise UserError(f"{command} has no preset: give one of {', '.join(presets)} before the options")
     listed = "\n".join(f"  {name:24}{(build.__doc__ or '').splitlines()[0]}" for name, build in presets.items())
-    return (
+    print(
         f"usage: st-ar {command} PRESET {usage}\n\n"
         f"st-ar {command} PRESET --help lists every setting with the preset's values. The presets:\n\n{listed}"
     )
+    sys.exit(0)
 
 
 Run = TypeVar("Run", bound=RunConfig)
 
 
-def _with_budget(default: Run, options: Sequence[str]) -> Run:
-    """The preset, without its own length if the options give --steps or --epochs."""
-    given = {flag: any(a.split("=")[0] == f"--{flag}" for a in options) for flag in ("steps", "epochs")}
+def _with_budget(default: Run, arguments: Sequence[str]) -> Run:
+    """The preset, without its own length if --steps or --epochs is given."""
+    given = {flag: any(a.split("=")[0] == f"--{flag}" for a in arguments) for flag in ("steps", "epochs")}
     if given["steps"] == given["epochs"]:
         return default
     return replace(default, steps=1 if given["steps"] else None, epochs=1 if given["epochs"] else None)
@@ -335,7 +310,7 @@ def _with_budget(default: Run, options: Sequence[str]) -> Run:
 
 @dataclass(kw_only=True)
 class Convert:
-    """Convert a model or a VQ tokenizer between this project's folders and the .pt files of LlamaGen's scripts."""
+    """Convert a model or a VQ tokenizer between st-ar's folders and LlamaGen's .pt files."""
 
     source: tyro.conf.Positional[Path]
     """A run, an export folder, a tokenizer's folder, a .safetensors file, or a LlamaGen .pt file."""
@@ -346,7 +321,7 @@ class Convert:
     ema: bool = False
     """Convert the EMA weights instead of the live ones."""
     grid: int | None = None
-    """Tokens per side for --to st-ar. A .pt file is taken for 256 pixels (16); give 24 for LlamaGen's weights at 384 pixels."""
+    """Tokens per side for --to st-ar. By default 16, for 256 pixels; give 24 for LlamaGen's 384 px weights."""
 
     def run(self) -> None:
         print(convert(self.source, self.target, to=self.to, ema=self.ema, grid=self.grid))
@@ -355,17 +330,16 @@ class Convert:
 def convert(
     source: Path, target: Path, *, to: Literal["llamagen", "st-ar"], ema: bool = False, grid: int | None = None
 ) -> str:
-    """Convert a model or a VQ tokenizer; returns a description of what was written.
+    """Convert a model or a VQ tokenizer; return a description of the result.
 
     Args:
-        source: anything that `load_model` or `load_tokenizer` takes.
+        source: a model or tokenizer, as for `load_model` or `load_tokenizer`.
         target: a new .pt file for LlamaGen, a new folder for st-ar.
-        to: format to write.
-        ema: convert a run's EMA weights instead of its live ones.
-        grid: tokens per side of a model for st-ar, if not the source's (`open_model`).
+        ema: convert the EMA weights instead of the live ones.
+        grid: tokens per side for st-ar, as for `open_model`.
 
     Raises:
-        UserError: the source is neither, the target exists or has the wrong form, or an option does not apply.
+        UserError: not a model or tokenizer, an existing target or one of the wrong form, or an option that does not apply.
     """
     from st_ar.files import require_absent
     from st_ar.model.weights import open_model, save_llamagen, save_weights
@@ -374,31 +348,29 @@ def convert(
 
     require_absent(target, "a converted model", flag="target")
     if (to == "llamagen") != (target.suffix == ".pt"):
-        raise UserError(
-            f"{target}: give a name that ends in .pt with --to llamagen, and a folder's name with --to st-ar"
-        )
+        raise UserError(f"{target} does not fit --to {to}: give a .pt file for llamagen, or a folder for st-ar")
     if _is_tokenizer(source):
         if grid is not None:
-            raise UserError(f"{source} is a tokenizer: leave out --grid, which is for models")
+            raise UserError(f"{source} is a tokenizer: leave out --grid, which applies to models")
         tokenizer = load_tokenizer(f"{source}#ema" if ema else source)
         if not isinstance(tokenizer, VQTokenizer):
-            raise UserError(f"{source} is a {tokenizer.kind} tokenizer: LlamaGen has VQ-GANs only")
+            raise UserError(f"{source} is a {tokenizer.kind} tokenizer: give a VQ-GAN, the only kind that LlamaGen has")
         if to == "llamagen":
             save_llamagen(target, tokenizer.tensors)
         else:
             tokenizer.save(target)
         return f"{target}: VQ tokenizer, {tokenizer.vocab_size} codes of {tokenizer.patch} x {tokenizer.patch} pixels"
     if grid is not None and to == "llamagen":
-        raise UserError("LlamaGen's files keep no grid: --grid is for --to st-ar")
+        raise UserError("--grid needs --to st-ar: LlamaGen's files have no grid")
     model, info = open_model(source, ema=ema, grid=grid)
     if to == "llamagen":
         save_llamagen(target, model.state_dict())
     else:
-        known = {"step": info.step, "class_names": info.class_names, "tokenizer": info.tokenizer, "preset": ""}
-        known |= {"encoder": info.encoder} if info.encoder else {}
-        known |= {} if info.class_dropout is None else {"class_dropout": info.class_dropout}
-        known |= {"ema": True} if info.ema else {}
-        save_weights(target, {"model.safetensors": model.state_dict()}, model.config, known)
+        metadata = {"step": info.step, "class_names": info.class_names, "tokenizer": info.tokenizer, "preset": ""}
+        metadata |= {"encoder": info.encoder} if info.encoder else {}
+        metadata |= {} if info.class_dropout is None else {"class_dropout": info.class_dropout}
+        metadata |= {"ema": True} if info.ema else {}
+        save_weights(target, {"model.safetensors": model.state_dict()}, model.config, metadata)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return f"{target}: {parameters / 1e6:.1f}M parameters, {info.config.n_layers} layers, {info.config.condition_name}"
 

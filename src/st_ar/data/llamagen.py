@@ -1,4 +1,4 @@
-"""LlamaGen's tokens on disk (one .npy file for each image) -> a token store."""
+"""Import of LlamaGen's tokens, one .npy file for each image, into a token store."""
 
 import math
 import os
@@ -18,11 +18,11 @@ from st_ar.files import open_array
 from st_ar.progress import progress
 
 READERS = 8
-"""Files read at once: what takes time is the disk's, or the network's, answer."""
+"""Files read at once, to hide the latency of disk or network."""
 
 
 class UnreadableError(Exception):
-    """A file that is cut short or no array; the message is the reason."""
+    """A file that is truncated or not an array; the message is the reason."""
 
 
 @dataclass(frozen=True)
@@ -33,15 +33,16 @@ class _Folders:
     """(crops, T) of each folder of codes."""
     vocab_size: int
 
-    def read(self, number: int) -> tuple[np.ndarray, int]:
-        """Codes uint16 [crops, T] of all folders and the label of one image."""
-        parts = [self._codes(path, number, shape) for path, shape in zip(self.codes, self.shapes, strict=True)]
+    def read(self, number: int) -> tuple[np.ndarray, int] | UnreadableError:
+        """The codes uint16 [crops, T] of all folders and the label of an image, or why they are unreadable."""
         path = self.labels / f"{number}.npy"
-        label = _load(path)
+        try:
+            parts = [self._codes(folder, number, shape) for folder, shape in zip(self.codes, self.shapes, strict=True)]
+            label = _load(path)
+        except UnreadableError as error:
+            return error
         if label.size != 1 or not np.issubdtype(label.dtype, np.integer):
-            raise UserError(
-                f"{path} holds {label.dtype} {list(label.shape)}, not one label: give LlamaGen's label folder"
-            )
+            raise UserError(f"{path} is {label.dtype} {list(label.shape)}, not one label: give LlamaGen's label folder")
         return np.concatenate(parts), int(label.item())
 
     def _codes(self, folder: Path, number: int, shape: tuple[int, int]) -> np.ndarray:
@@ -49,13 +50,13 @@ class _Folders:
         codes = _load(path)
         if codes.shape != (1, *shape) or not np.issubdtype(codes.dtype, np.integer):
             raise UserError(
-                f"{path} holds {codes.dtype} {list(codes.shape)}, the folder's first file integers [1, {shape[0]}, {shape[1]}]: "
+                f"{path} is {codes.dtype} {list(codes.shape)}, but the folder's first file is integers [1, {shape[0]}, {shape[1]}]: "
                 "import folders of one image size at a time"
             )
         low, high = int(codes.min()), int(codes.max())
         if low < 0 or high >= self.vocab_size:
             raise UserError(
-                f"{path} has codes from {low} to {high}, not within --vocab-size {self.vocab_size}: give the tokenizer's"
+                f"{path} has codes from {low} to {high}, outside --vocab-size {self.vocab_size}: give the tokenizer's"
             )
         return codes[0].astype(np.uint16)
 
@@ -72,19 +73,18 @@ def import_tokens(
     images_per_shard: int = 16384,
     max_skipped: float = 0.01,
 ) -> TokenStore:
-    """Make a store of LlamaGen's `imagenet{size}_codes/{i}.npy` [1, crops, T] and `imagenet{size}_labels/{i}.npy` [1].
+    """Convert LlamaGen's `imagenet{size}_codes/{i}.npy` [1, crops, T] and `imagenet{size}_labels/{i}.npy` [1].
 
-    Images come in the order of their numbers. A stopped import is continued by calling it again. Files that are cut
-    short are left out and listed, like images that cannot be decoded.
+    Images are sorted by number. Another call continues a stopped import. Truncated files are left out and listed.
 
     Args:
-        more_codes: a second set of crops of the same images (LlamaGen's at range 1.05): so many more crops.
-        num_classes: number of classes; by default the largest label and one.
-        tokenizer: fingerprint of the tokenizer that made the codes, if it is at hand.
+        more_codes: a second set of crops of the same images, such as LlamaGen's at range 1.05.
+        num_classes: number of classes; the default is the largest label + 1.
+        tokenizer: fingerprint of the tokenizer that made the codes, if known.
 
     Raises:
         UserError: folders that do not belong together, codes or labels out of range, files of another shape, too many
-            unreadable ones, or an `out` that holds something else.
+            unreadable files, or an `out` that holds something else.
     """
     if not 1 <= vocab_size <= 1 << 16:
         raise UserError(f"--vocab-size must lie between 1 and 65536, the store's 16 bits, not {vocab_size}")
@@ -101,9 +101,7 @@ def import_tokens(
         )
     grid = math.isqrt(shapes[0][1])
     if grid**2 != shapes[0][1]:
-        raise UserError(
-            f"{codes} has {shapes[0][1]} tokens for each crop, which is no square: is it a folder of codes?"
-        )
+        raise UserError(f"{codes} has {shapes[0][1]} tokens for each crop, not a square: give a folder of codes")
     names = _crop_names(shapes[0][0], "") + (_crop_names(shapes[1][0], "second-") if more_codes else [])
     reader = _Folders(folders, labels, shapes, vocab_size)
     settings: dict[str, object] = {
@@ -121,9 +119,9 @@ def import_tokens(
     shards = -(-len(numbers) // images_per_shard)
     needed = len(numbers) * (len(names) * grid**2 * 2 + 4)
     job = TokenStoreWriter(
-        out, verb="import-tokens", settings=settings, shards=shards, needed_bytes=needed, max_skipped=max_skipped
+        out, command="import-tokens", settings=settings, shards=shards, needed_bytes=needed, max_skipped=max_skipped
     )
-    if job.is_complete:  # but for what it had to clear up
+    if job.is_complete:
         return TokenStore(out)
     for index in range(shards):
         job.reopen_mended(index, lambda image: _readable(reader, numbers[image]))
@@ -135,12 +133,12 @@ def import_tokens(
             array = np.empty((len(part), len(names), grid**2), np.uint16)
             values: list[int] = []
             skipped: list[Skipped] = []
-            for place, (number, found) in enumerate(_read_all(reader, part, threads)):
-                if isinstance(found, UnreadableError):
-                    skipped.append(Skipped(starts[index] + place, f"{number}.npy", str(found)))
+            for offset, (number, result) in enumerate(_read_all(reader, part, threads)):
+                if isinstance(result, UnreadableError):
+                    skipped.append(Skipped(starts[index] + offset, f"{number}.npy", str(result)))
                     job.check_skipped(skipped, len(numbers))
                 else:
-                    array[len(values)], label = found
+                    array[len(values)], label = result
                     values.append(_check_label(label, num_classes, labels / f"{number}.npy"))
                 bar.advance(1)
             job.write(index, array[: len(values)], np.array(values, np.int32), skipped)
@@ -166,17 +164,10 @@ def _readable(reader: _Folders, number: int) -> bool:
 def _read_all(
     reader: _Folders, numbers: Sequence[int], threads: ThreadPoolExecutor
 ) -> Iterator[tuple[int, tuple[np.ndarray, int] | UnreadableError]]:
-    """Each image's codes and label, in order; a bounded number is read ahead."""
-
-    def read(number: int) -> tuple[int, tuple[np.ndarray, int] | UnreadableError]:
-        try:
-            return number, reader.read(number)
-        except UnreadableError as error:
-            return number, error
-
+    """The result for each image, in order; a bounded number is read ahead."""
     source = iter(numbers)
-    while some := list(islice(source, 64 * READERS)):
-        yield from threads.map(read, some)
+    while batch := list(islice(source, 64 * READERS)):
+        yield from zip(batch, threads.map(reader.read, batch), strict=True)
 
 
 def _load(path: Path) -> np.ndarray:
@@ -187,7 +178,7 @@ def _load(path: Path) -> np.ndarray:
 
 
 def _numbers(folder: Path) -> list[int]:
-    """The i of all {i}.npy in a folder, in order."""
+    """The sorted numbers i of all {i}.npy in a folder."""
     try:
         with os.scandir(folder) as entries:
             stems = [entry.name[:-4] for entry in entries if entry.name.endswith(".npy")]
@@ -195,36 +186,39 @@ def _numbers(folder: Path) -> list[int]:
         raise UserError(f"{folder}: {error.strerror}; give LlamaGen's folder of .npy files") from error
     numbers = sorted(int(stem) for stem in stems if stem.isascii() and stem.isdigit())
     if not numbers:
-        raise UserError(f"{folder} holds no files named 0.npy, 1.npy, ..: give LlamaGen's folder of .npy files")
+        raise UserError(f"{folder} has no files 0.npy, 1.npy, ..: give LlamaGen's folder of .npy files")
     return numbers
 
 
-def _compare(ours: list[int], labels: Path, theirs: list[int], codes: Path) -> None:
-    if ours == theirs:
-        return
-    for has, lacks, missing in ((labels, codes, set(ours) - set(theirs)), (codes, labels, set(theirs) - set(ours))):
+def _compare(labelled: list[int], labels: Path, coded: list[int], codes: Path) -> None:
+    for has, lacks, missing in (
+        (labels, codes, set(labelled) - set(coded)),
+        (codes, labels, set(coded) - set(labelled)),
+    ):
         if missing:
             raise UserError(
-                f"{lacks} lacks {len(missing)} of the images that {has} has, such as {min(missing)}.npy: give folders "
-                "that were written together, whole"
+                f"{lacks} lacks {len(missing)} of the images that {has} has, such as {min(missing)}.npy: give complete "
+                "folders that were written together"
             )
 
 
 def _first_shape(folder: Path, numbers: Sequence[int]) -> tuple[int, int]:
-    """(crops, T), from the first file that can be read."""
+    """(crops, T) of the first readable file."""
     for number in numbers:
         try:
             codes = _load(folder / f"{number}.npy")
         except UnreadableError:
             continue
         if codes.ndim != 3 or len(codes) != 1 or codes.size == 0:
-            raise UserError(f"{folder / f'{number}.npy'} holds {list(codes.shape)}, not LlamaGen's [1, crops, tokens]")
+            raise UserError(
+                f"{folder / f'{number}.npy'} is {list(codes.shape)}, not [1, crops, tokens]: give LlamaGen's folder of codes"
+            )
         return codes.shape[1], codes.shape[2]
-    raise UserError(f"{folder} has no .npy file that can be read: fetch it again")
+    raise UserError(f"{folder} has no readable .npy file: fetch it again")
 
 
 def _crop_names(crops: int, prefix: str) -> list[str]:
-    """LlamaGen's order: ten crops as torchvision's, or the centre and its mirror image."""
+    """Names in LlamaGen's order: torchvision's ten crops, or the centre and its mirror image."""
     ten = Crops(kind="ten", size=1, range=1).names
     names = {10: ten, 2: ["center", "mirrored-center"], 1: ["center"]}.get(crops, [f"crop-{i}" for i in range(crops)])
     return [prefix + name for name in names]
@@ -233,5 +227,5 @@ def _crop_names(crops: int, prefix: str) -> list[str]:
 def _check_label(label: int, num_classes: int | None, path: Path) -> int:
     if not 0 <= label < (num_classes or MAX_CLASSES):
         bound = f"--num-classes {num_classes}" if num_classes else f"{MAX_CLASSES:,} classes"
-        raise UserError(f"{path} holds label {label}, which is none of {bound}: give the right number, or other labels")
+        raise UserError(f"{path} has label {label}, outside {bound}: give the right number, or other labels")
     return label

@@ -1,5 +1,6 @@
-"""What an image source is, how an image is decoded, and which crops are cut from it."""
+"""Image sources, image decoding, and crops."""
 
+import contextlib
 import io
 import warnings
 import zlib
@@ -10,49 +11,47 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
-from st_ar.errors import UserError
+from st_ar.errors import UserError, cause
 
 MAX_PIXELS = 89_478_485
-"""Largest image that is decoded, in pixels: Pillow's own warning limit, 256 MiB of RGB."""
+"""Limit of Pillow's warning: 256 MiB of RGB."""
 MAX_BYTES = 1 << 30
 """Largest file that is read."""
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF")
-"""What is opened. Others, such as EPS, would start other programs."""
+"""Accepted formats. Some others, such as EPS, start other programs."""
 PNG = b"\x89PNG\r\n\x1a\n"
-BIT_DEPTH_16 = ("I;16", "I;16L", "I;16B", "I;16N")
 
 
 class BrokenImageError(Exception):
-    """An image that cannot be used; the message is the reason. Never shown bare: jobs skip the image and list it."""
+    """An unusable image; the message is the reason. Jobs skip such images and list them."""
 
 
 def read_image(picture: Image.Image | bytes | Path) -> Image.Image:
-    """An image in mode RGB, upright as its EXIF orientation says.
+    """Decode an image, a file's content or a path to mode RGB, upright according to EXIF.
 
-    Transparent pixels are laid over white, 16-bit grey levels are scaled (not clipped) to 8 bits, CMYK is converted by
-    Pillow, and of several frames the first is taken.
-
-    Args:
-        picture: an image, a file's content, or its path.
+    Transparent pixels are blended with white, 16-bit grey levels are scaled to 8 bits, CMYK is converted by Pillow, and only the
+    first frame is read.
 
     Raises:
-        BrokenImageError: missing, truncated, no image, of a format or mode that is not known, or above MAX_PIXELS.
+        BrokenImageError: missing, truncated, not an image, an unknown format or mode, or above MAX_PIXELS.
     """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # such as Pillow's on corrupt EXIF
+        warnings.simplefilter("ignore")  # such as Pillow's about corrupt EXIF
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         try:
             return _to_rgb(picture if isinstance(picture, Image.Image) else _open(picture))
         except BrokenImageError:
             raise
-        except Exception as error:  # Pillow's plugins raise nearly everything on damaged files
-            raise BrokenImageError(_reason(error)) from error
+        except UnidentifiedImageError as error:  # whose message has an address that differs from run to run
+            raise BrokenImageError(f"not an image of a known format ({', '.join(_formats())})") from error
+        except Exception as error:  # Pillow's plugins can raise almost anything on damaged files
+            raise BrokenImageError(cause(error)) from error
 
 
 def check_pixels(width: float, height: float) -> None:
-    """Refuse an image, or an enlarged one, of more than MAX_PIXELS."""
+    """Refuse an image of more than MAX_PIXELS."""
     if width * height > MAX_PIXELS:
         raise BrokenImageError(f"{width:.0f} x {height:.0f} pixels are more than the limit of {MAX_PIXELS:,}")
 
@@ -75,66 +74,50 @@ def _open(file: bytes | Path) -> Image.Image:
 
 
 def _check_png(data: bytes) -> None:
-    """Compare the checksums of a PNG's pixels: Pillow does not, and gives other pixels for damaged ones now and then."""
-    place = len(PNG)
-    while len(header := data[place : place + 8]) == 8:
-        end = place + 8 + int.from_bytes(header[:4])
-        if header[4:] == b"IDAT" and zlib.crc32(memoryview(data)[place + 4 : end]) != int.from_bytes(
-            data[end : end + 4]
-        ):
+    """Check the checksums of a PNG's pixels, which Pillow ignores."""
+    start = len(PNG)
+    while len(header := data[start : start + 8]) == 8:
+        end = start + 8 + int.from_bytes(header[:4])
+        checksum = int.from_bytes(data[end : end + 4])
+        if header[4:] == b"IDAT" and zlib.crc32(memoryview(data)[start + 4 : end]) != checksum:
             raise BrokenImageError("damaged: its pixels do not match their checksum")
-        place = end + 4
+        start = end + 4
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     check_pixels(*image.size)
     image.load()
-    image = _upright(image)
-    if image.mode in BIT_DEPTH_16 or image.mode in ("I", "F"):
+    with contextlib.suppress(Exception):  # damaged EXIF leaves the pixels intact
+        image = ImageOps.exif_transpose(image)
+    if image.mode in ("I;16", "I;16L", "I;16B", "I;16N", "I", "F"):
         return _to_grey(image).convert("RGB")
     if image.has_transparency_data:
-        over = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", over.size, "white"), over).convert("RGB")
+        foreground = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", foreground.size, "white"), foreground).convert("RGB")
     return image.convert("RGB")
 
 
-def _upright(image: Image.Image) -> Image.Image:
-    try:
-        return ImageOps.exif_transpose(image)
-    except Exception:  # damaged EXIF says nothing on the pixels, which are whole
-        return image
-
-
 def _to_grey(image: Image.Image) -> Image.Image:
-    """Grey levels of more than 8 bits, scaled to 8."""
+    """Scale grey levels of more than 8 bits to 8 bits."""
     levels = np.asarray(image)
     low, high = float(levels.min()), float(levels.max())
     white = 1.0 if image.mode == "F" else 65535.0
-    if not (low >= 0 and high <= white):  # also if they are not numbers
+    if not (low >= 0 and high <= white):  # also true of NaN
         raise BrokenImageError(f"grey levels from {low:g} to {high:g}, of mode {image.mode}, have no known white")
     return Image.fromarray((levels.astype(np.float64) * (255 / white)).round().astype(np.uint8))
 
 
-def _reason(error: Exception) -> str:
-    """One line; Pillow's message for unknown files holds an address that differs from run to run."""
-    if type(error).__name__ == "UnidentifiedImageError":
-        return f"no image of a known format ({', '.join(_formats())})"
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return " ".join(str(error).split())[:200] or type(error).__name__
-
-
 LARGEST = 4096
-"""Pixels of a crop's side; whole images are no larger than decode.py's limit either."""
+"""Largest side of a crop, in pixels."""
 Kind = Literal["center", "center-mirror", "ten"]
-PLACES = ("top-left", "top-right", "bottom-left", "bottom-right", "center")
+POSITIONS = ("top-left", "top-right", "bottom-left", "bottom-right", "center")
 
 
 def center_crop(image: Image.Image, size: int) -> np.ndarray:
     """ADM's (openai/guided-diffusion) resize and centre crop: uint8 [size, size, 3].
 
-    The image is halved with a box filter while its short side is at least twice `size`, resized bicubically to `size`
-    on the short side, and cropped in the middle.
+    Halve with a box filter while the short side is at least 2 * `size`, resize the short side bicubically to `size`, crop the
+    centre.
     """
     image = image.convert("RGB")
     while min(image.size) >= 2 * size:
@@ -148,9 +131,9 @@ def center_crop(image: Image.Image, size: int) -> np.ndarray:
 
 
 def five_crops(pixels: np.ndarray, size: int) -> np.ndarray:
-    """The corners and the centre of [.., H, W, 3], in the order of PLACES: [.., 5, size, size, 3].
+    """The corners and the centre of [.., H, W, 3], in the order of POSITIONS: [.., 5, size, size, 3].
 
-    The centre's offset is half the margin, rounded to even as torchvision does it.
+    Like torchvision, the centre's offset is half the margin, rounded to even.
     """
     bottom, right = pixels.shape[-3] - size, pixels.shape[-2] - size
     corners = [(0, 0), (0, right), (bottom, 0), (bottom, right), (round(bottom / 2), round(right / 2))]
@@ -159,16 +142,16 @@ def five_crops(pixels: np.ndarray, size: int) -> np.ndarray:
 
 @dataclass(frozen=True, kw_only=True)
 class Crops:
-    """How an image is cropped: resized and centre-cropped to int(size * range), then cut."""
+    """How an image is cropped: resized and centre-cropped to int(size * range), then cut to `size`."""
 
     kind: Kind
-    """The centre alone, of the image or also of its mirror image; or corners and centre of both."""
+    """The centre, the centre and its mirror image, or corners and centre of image and mirror image."""
     size: int
     """Side of a crop in pixels."""
     range: float
     """Side of the image before cropping, as a multiple of `size`."""
     mirror: bool = True
-    """Whether mirror images are taken at all; without them ten crops are five."""
+    """False leaves mirror images out; ten crops are then five."""
 
     def __post_init__(self) -> None:
         if self.size < 1:
@@ -181,12 +164,12 @@ class Crops:
     @property
     def names(self) -> list[str]:
         """The crops' names, in the order of `cut`."""
-        places = PLACES[self._places]
-        return [*places, *(f"mirrored-{place}" for place in places if self._mirrored)]
+        names = POSITIONS[self._positions]
+        return [*names, *(f"mirrored-{name}" for name in names if self._mirrored)]
 
     @property
-    def _places(self) -> slice:
-        return slice(0 if self.kind == "ten" else PLACES.index("center"), None)
+    def _positions(self) -> slice:
+        return slice(0 if self.kind == "ten" else POSITIONS.index("center"), None)
 
     @property
     def _mirrored(self) -> bool:
@@ -194,34 +177,43 @@ class Crops:
 
     @property
     def side(self) -> int:
-        """Side in pixels before cropping: int(size * range), as LlamaGen has it."""
-        return int(self.size * self.range + 1e-6)  # so that 10 * 1.1 is 11 however it is rounded
+        """Side in pixels before cropping, as in LlamaGen."""
+        return int(self.size * self.range + 1e-6)  # 10 * 1.1 is 11 despite rounding
 
     def cut(self, image: Image.Image) -> np.ndarray:
         """uint8 [crops, size, size, 3]."""
         return self.cut_pixels(center_crop(image, self.side))
 
     def cut_pixels(self, pixels: np.ndarray) -> np.ndarray:
-        """The crops of images that are resized already: [.., side, side, 3] -> [.., crops, size, size, 3]."""
+        """Crop resized images: [.., side, side, 3] -> [.., crops, size, size, 3]."""
         images = [pixels, pixels[..., ::-1, :]] if self._mirrored else [pixels]
-        return np.concatenate([five_crops(image, self.size)[..., self._places, :, :, :] for image in images], axis=-4)
+        return np.concatenate(
+            [five_crops(image, self.size)[..., self._positions, :, :, :] for image in images], axis=-4
+        )
 
 
 MAX_CLASSES = 1_000_000
-"""More are no classes: the numbers mean something else."""
+"""Numbers above are not class indices."""
 
 
 class Example(NamedTuple):
-    """One labelled image, perhaps still as a file's content or path."""
+    """A labelled image: decoded, a file's content or a path."""
 
     image: Image.Image | bytes | Path
     label: int
     name: str = ""
-    """Where it comes from, for the list of those that were skipped."""
+    """Its origin, for the list of skipped images."""
 
     def read(self) -> Image.Image:
-        """The image in mode RGB; a BrokenImageError if it cannot be had."""
+        """Decode the image to mode RGB; raises BrokenImageError."""
         return read_image(self.image)
+
+    def read_cropped(self, side: int) -> np.ndarray:
+        """Decode the image, resize it and crop its centre: uint8 [side, side, 3]; raises BrokenImageError."""
+        image = self.read()
+        scale = side / min(image.size)
+        check_pixels(image.width * scale, image.height * scale)  # a narrow image grows
+        return center_crop(image, side)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -229,34 +221,30 @@ class ImageSource:
     """Labelled images in a fixed order."""
 
     name: str
-    """What the user asked for, such as photos:train."""
+    """The specification, such as photos:train."""
     class_names: Sequence[str]
-    """Names of the classes 0, 1, ..; none if they are unnamed and their number is not known before the end."""
+    """Names of the classes 0, 1, ..; empty if the classes are unnamed and their number is unknown."""
     count: int | None
-    """Number of images; None if that is known only at the end."""
+    """Number of images; None if unknown before the end."""
     examples: Callable[[int], Iterator[Example]]
-    """The examples from the given index on."""
-    size: int
-    """Side of a crop, in pixels, if the user names none."""
-    crop_range: float
-    """Short side before cropping, as a multiple of the crop's, if the user names none."""
-    mirror: bool
-    """Whether a mirror image shows the same thing."""
+    """The examples from an index on."""
+    size: int = 256
+    """Default side of a crop, in pixels."""
+    crop_range: float = 1.1
+    """Default short side before cropping, as a multiple of `size`: 281 pixels in LlamaGen."""
+    mirror: bool = True
+    """Whether mirrored images keep their meaning."""
     center_range: float | None = None
-    """The same as `crop_range` where only the centre is cut; None if it does not differ."""
+    """`crop_range` for the centre crop only; None if the same."""
     streaming: bool = False
-    """Whether examples from an index on are found only by reading all that come before."""
+    """Whether reaching an index requires reading all earlier examples."""
     expected: int | None = None
-    """Number of images that a source without `count` is said to have: for progress and disk space."""
+    """Announced number of images of a source without `count`, for progress and disk space."""
     content: str = ""
-    """Differs if the images or their order do, as far as that is known without reading them."""
+    """A hash of what identifies the images without reading them, such as their names."""
     notes: tuple[str, ...] = ()
-    """What the user should know about how the images were read."""
+    """What the user should know about how the images were found."""
 
     def range_for(self, kind: Kind) -> float:
-        """The crop range that suits the source, for the centre crop alone or for ten."""
+        """The default crop range for a kind of crops."""
         return self.center_range if kind != "ten" and self.center_range is not None else self.crop_range
-
-
-LARGE_SIZE, TEN_RANGE, CENTER_RANGE = 256, 1.1, 1.0
-"""LlamaGen's: ten crops are cut from 281 pixels, the centre crop alone is the whole of 256."""

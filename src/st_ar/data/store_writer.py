@@ -1,4 +1,4 @@
-"""A token store that is being written: claimed, filled shard by shard by one or several ranks, and finished."""
+"""Writing a token store shard by shard, on one or several ranks."""
 
 import json
 import shutil
@@ -12,11 +12,12 @@ from st_ar.data.store import JOB, META, SKIPPED, StoreMeta, TokenStore, shard_na
 from st_ar.distributed import barrier, broadcast_from_rank0
 from st_ar.errors import UserError, cause
 from st_ar.files import atomic_write, claim, open_array, parse_json, save_array, sha256, write_json
+from st_ar.settings import Checked
 
 
 @dataclass(frozen=True, order=True)
-class Skipped:
-    """An image that could not be used."""
+class Skipped(Checked, prefix=""):
+    """An unusable image."""
 
     index: int
     name: str
@@ -24,27 +25,24 @@ class Skipped:
 
 
 class TokenStoreWriter:
-    """The writing side of a token store (docs/formats.md).
+    """Writes a token store (docs/formats.md).
 
-    A shard's checksums are written last and mark it finished. A finished shard is rewritten only if an image that it lacks has been
-    mended. meta.json, written last of all by rank 0, marks the store complete and takes the checksums over.
+    The checksums of a shard are written last and mark it as finished. A finished shard is rewritten only if a skipped image of it
+    can be used now. Rank 0 writes meta.json last, which completes the store.
 
     Args:
-        verb: the command that makes it, to be named in errors.
-        settings: what must be the same for a stopped job to be continued.
-        shards: how many there will be; None if that is known only at the end.
-        needed_bytes: size of the finished shards, so that a job which the disk cannot hold is not begun.
-        max_skipped: share of the images that may be unusable.
-
-    Raises:
-        UserError: `out` holds something else, a finished store, or a job of other settings; or its disk is too small.
+        command: the command that writes the store, for error messages.
+        settings: settings that must not change when a stopped job continues.
+        shards: number of shards; None if unknown before the end.
+        needed_bytes: size of the shards, to refuse a disk that is too small.
+        max_skipped: largest share of unusable images.
     """
 
     def __init__(
         self,
         out: Path,
         *,
-        verb: str,
+        command: str,
         settings: dict[str, object],
         shards: int | None,
         needed_bytes: int = 0,
@@ -53,11 +51,11 @@ class TokenStoreWriter:
         if not 0 <= max_skipped <= 1:
             raise UserError(f"--max-skipped must lie in [0, 1], not {max_skipped}: it is a share of the images")
         self.out, self.shards, self.max_skipped = out, shards, max_skipped
-        broadcast_from_rank0(lambda: self._claim({"verb": verb, **settings}, needed_bytes))
+        broadcast_from_rank0(lambda: self._claim({"verb": command, **settings}, needed_bytes))
 
     @property
     def is_complete(self) -> bool:
-        """Whether meta.json is there."""
+        """Whether meta.json exists."""
         return (self.out / META).exists()
 
     def _claim(self, settings: dict[str, object], needed: int) -> None:
@@ -67,55 +65,51 @@ class TokenStoreWriter:
         if not self.is_complete:
             self._check_space(needed)
         claim(job, settings, "a token store")
-        if self.is_complete:  # killed while it cleared up
-            self._clear()
+        if self.is_complete:  # an earlier job was killed while it removed its temporary files
+            self._remove_job_files()
 
     def _check_space(self, needed: int) -> None:
-        there = next(folder for folder in (self.out, *self.out.absolute().parents) if folder.is_dir())
+        folder = next(folder for folder in (self.out, *self.out.absolute().parents) if folder.is_dir())
         missing = needed - sum(path.stat().st_size for path in self.out.glob("*.npy"))
-        free = shutil.disk_usage(there).free
+        free = shutil.disk_usage(folder).free
         if missing > free:
             raise UserError(
-                f"{self.out} needs {missing / 1e9:.3f} GB more, its disk has {free / 1e9:.3f} GB free: make room and give "
-                "the same command, or choose an --out on another disk"
+                f"{self.out} needs {missing / 1e9:.3f} GB more, but its disk has {free / 1e9:.3f} GB free: free some space and "
+                "give the same command, or choose an --out on another disk"
             )
 
     def is_finished(self, index: int) -> bool:
-        """Whether a shard is there."""
-        return self._sums_path(index).exists() and (self.out / shard_names(index, self.shards)[1]).exists()
+        """Whether a shard was written completely."""
+        return self._sums_path(index).exists() and self._path("labels", index).exists()
 
     def reopen_mended(self, index: int, usable: Callable[[int], bool]) -> None:
         """Mark a finished shard unfinished if an image that it lacks can be used now; `usable` tells it by the image's index."""
-        path = self._skipped_path(index)
+        path = self._path("skipped", index, ".jsonl")
         if self.is_finished(index) and path.exists() and any(usable(each.index) for each in self._skipped([path])):
             self._sums_path(index).unlink()
             path.unlink()
 
     def write(self, index: int, codes: np.ndarray, labels: np.ndarray, skipped: list[Skipped]) -> None:
-        """Write a shard: codes uint16 [n, crops, T], labels int32 [n], and which images it lacks."""
-        codes_name, labels_name = shard_names(index, self.shards)
-        save_array(self.out / codes_name, codes)
-        if skipped:
-            _write_lines(self._skipped_path(index), skipped)
-        else:
-            self._skipped_path(index).unlink(missing_ok=True)
-        save_array(self.out / labels_name, labels)
+        """Write a shard: codes uint16 [n, crops, T], labels int32 [n], and the images left out."""
+        save_array(self._path("codes", index), codes)
+        _write_lines(self._path("skipped", index, ".jsonl"), skipped)
+        save_array(self._path("labels", index), labels)
         write_json(self._sums_path(index), self._sums(index))
 
-    def check_skipped(self, fresh: list[Skipped], images: int) -> None:
-        """Stop the job if too many of the first `images` images are unusable, in finished shards and in `fresh`.
+    def check_skipped(self, new: list[Skipped], images: int) -> None:
+        """Stop the job if too many of the first `images` images are unusable: those of finished shards and `new`.
 
-        The list of them is left in skipped.jsonl.
+        The list stays in skipped.jsonl.
         """
-        skipped = sorted(each for each in self._skipped() + fresh if each.index < images)
+        skipped = sorted(image for image in self._skipped() + new if image.index < images)
         if len(skipped) <= self.max_skipped * images + 1e-9:
             return
         _write_lines(self.out / SKIPPED, skipped)
         first = skipped[0]
         raise UserError(
             f"{len(skipped)} of {images} images cannot be used, more than --max-skipped {self.max_skipped}; the first is "
-            f"{first.name}: {first.reason}; {self.out / SKIPPED} lists them. Mend them or raise --max-skipped, then give "
-            "the same command to go on: finished shards are kept"
+            f"{first.name}: {first.reason}; {self.out / SKIPPED} lists them. Repair them or raise --max-skipped, then give "
+            "the same command to continue: finished shards are kept"
         )
 
     def finish(
@@ -130,109 +124,96 @@ class TokenStoreWriter:
         names: list[str],
         notes: Sequence[str] = (),
     ) -> TokenStore:
-        """Wait for all ranks, then (rank 0) write meta.json; returns the finished store.
+        """Wait for all ranks, let rank 0 write meta.json, and return the finished store.
 
         Args:
-            names: names of the classes; empty if classes are numbered up to the largest label.
-            notes: what was noted about the source.
+            names: names of the classes; empty if they are numbered up to the largest label.
+            notes: notes about the source.
         """
+
+        def write() -> None:
+            skipped = sorted(self._skipped())
+            entries: list[dict[str, str | int]] = []
+            classes = 0
+            for index in range(shards):
+                codes_name, labels_name = shard_names(index, self.shards)
+                labels = self._labels(index)
+                classes = max(classes, int(labels.max(initial=-1)) + 1)
+                entries.append({"images": len(labels), "codes": codes_name, "labels": labels_name, **self._sums(index)})
+            images = sum(int(entry["images"]) for entry in entries)
+            self.check_skipped([], images + len(skipped))
+            _write_lines(self.out / SKIPPED, skipped)
+            if not images:
+                raise UserError(
+                    f"{source} has no usable image; {self.out / SKIPPED} gives the reasons: repair them, and choose another "
+                    "--out or remove this one"
+                )
+            StoreMeta(
+                source=source,
+                tokenizer=tokenizer,
+                vocab_size=vocab_size,
+                grid=grid,
+                crops=crops,
+                class_names=names or [str(label) for label in range(classes)],
+                images=images,
+                shards=entries,
+                skipped=len(skipped),
+                notes=list(notes),
+            ).write(self.out)
+            self._remove_job_files()
+
         barrier()
-        broadcast_from_rank0(lambda: self._finish(shards, source, tokenizer, vocab_size, grid, crops, names, notes))
+        broadcast_from_rank0(write)
         return TokenStore(self.out)
 
-    def _finish(
-        self,
-        shards: int,
-        source: str,
-        tokenizer: str,
-        vocab_size: int,
-        grid: int,
-        crops: list[str],
-        names: list[str],
-        notes: Sequence[str],
-    ) -> None:
-        skipped = sorted(self._skipped())
-        entries: list[dict[str, str | int]] = []
-        classes = len(names)
-        for index in range(shards):
-            codes, labels = shard_names(index, self.shards)
-            values = self._labels(index)
-            if not names and len(values):
-                classes = max(classes, int(values.max()) + 1)
-            entries.append({"images": len(values), "codes": codes, "labels": labels, **self._sums(index)})
-        images = sum(int(entry["images"]) for entry in entries)
-        self.check_skipped([], images + len(skipped))
-        if skipped:
-            _write_lines(self.out / SKIPPED, skipped)
-        else:
-            (self.out / SKIPPED).unlink(missing_ok=True)
-        if not images:
-            raise UserError(
-                f"{source} has no image that can be used, {self.out / SKIPPED} says why: mend them, and choose another --out or remove "
-                "this one"
-            )
-        StoreMeta(
-            source=source,
-            tokenizer=tokenizer,
-            vocab_size=vocab_size,
-            grid=grid,
-            crops=crops,
-            class_names=names or [str(label) for label in range(classes)],
-            images=images,
-            shards=entries,
-            skipped=len(skipped),
-            notes=list(notes),
-        ).write(self.out)
-        self._clear()
-
-    def _clear(self) -> None:
-        """Remove what only an unfinished store has; its job.json last."""
+    def _remove_job_files(self) -> None:
+        """Remove the files of an unfinished store, job.json last."""
         for path in (*self.out.glob("skipped-*.jsonl"), *self.out.glob("sums-*.json")):
             path.unlink()
         (self.out / JOB).unlink()
 
     def _sums(self, index: int) -> dict[str, str]:
         """The checksums of a shard's files."""
-        codes, labels = shard_names(index, self.shards)
-        return {"codes_sha256": sha256(self.out / codes), "labels_sha256": sha256(self.out / labels)}
+        return {f"{kind}_sha256": sha256(self._path(kind, index)) for kind in ("codes", "labels")}
+
+    def _path(self, kind: str, index: int, suffix: str = ".npy") -> Path:
+        return self.out / shard_names(index, self.shards)[0].replace("codes", kind).replace(".npy", suffix)
 
     def _sums_path(self, index: int) -> Path:
-        return self.out / shard_names(index, self.shards)[0].replace("codes", "sums").replace(".npy", ".json")
-
-    def _skipped_path(self, index: int) -> Path:
-        return self.out / shard_names(index, self.shards)[0].replace("codes", "skipped").replace(".npy", ".jsonl")
+        return self._path("sums", index, ".json")
 
     def _skipped(self, paths: Iterable[Path] | None = None) -> list[Skipped]:
-        """The unusable images of these lists; by default of all shards, this rank's and the others'."""
+        """The unusable images in these lists. The default are those of all finished shards of all ranks."""
         try:
-            lines = [line for path in paths or self.out.glob("skipped-*.jsonl") for line in _lines_of(path)]
-            return [Skipped(**parse_json(line)) for line in lines]
+            paths = paths or self.out.glob("skipped-*.jsonl")
+            texts = [path.read_bytes().decode(errors="replace") for path in paths]
+            return [Skipped(**parse_json(line)) for text in texts for line in text.splitlines()]
         except (OSError, ValueError, TypeError) as error:
             raise UserError(
-                f"{self.out} has a damaged list of skipped images ({cause(error)}): remove the skipped-*.jsonl file that it is "
-                "in with the labels-*.npy of its number, and give the same command"
+                f"{self.out} has a damaged list of skipped images ({cause(error)}): remove that skipped-*.jsonl file and the "
+                "labels-*.npy with its number, and give the same command"
             ) from error
 
     def _labels(self, index: int) -> np.ndarray:
-        """The labels of a finished shard, if it is as it was written."""
-        codes, labels = (self.out / name for name in shard_names(index, self.shards))
+        """The labels of a finished shard; refuses a damaged one."""
+        path = self._path("labels", index)
         try:
-            values, length = open_array(labels), len(open_array(codes))
-            if values.shape != (length,) or values.dtype != np.int32:
-                raise ValueError(f"{values.dtype} {list(values.shape)} for the codes of {length} images")
+            labels, length = open_array(path), len(open_array(self._path("codes", index)))
+            if labels.shape != (length,) or labels.dtype != np.int32:
+                raise ValueError(f"{labels.dtype} {list(labels.shape)} for the codes of {length} images")
             if self._sums(index) != parse_json(self._sums_path(index).read_text()):
-                raise ValueError(f"they are not what {self._sums_path(index).name} says was written")
+                raise ValueError(f"they do not match {self._sums_path(index).name}")
         except (OSError, ValueError, TypeError) as error:
             raise UserError(
-                f"{labels} or its codes are damaged ({cause(error)}): remove it and give the same command to have its shard made again"
+                f"{path} or its codes are damaged ({cause(error)}): remove it and give the same command to write its shard again"
             ) from error
-        return values
-
-
-def _lines_of(path: Path) -> list[str]:
-    return path.read_bytes().decode(errors="replace").splitlines()
+        return labels
 
 
 def _write_lines(path: Path, skipped: list[Skipped]) -> None:
-    with atomic_write(path) as aside:
-        aside.write_text("".join(json.dumps(asdict(each)) + "\n" for each in skipped))
+    """Write the list; remove an old one if there is nothing to list."""
+    if not skipped:
+        path.unlink(missing_ok=True)
+        return
+    with atomic_write(path) as temporary:
+        temporary.write_text("".join(json.dumps(asdict(image)) + "\n" for image in skipped))

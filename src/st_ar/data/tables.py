@@ -1,6 +1,6 @@
-"""Labelled images in tables, through the Hugging Face `datasets` library: parquet files, and data sets of the hub.
+"""Parquet files and data sets of the Hugging Face hub as image sources.
 
-Images stay encoded here (decode.py decodes them), so that a broken one is skipped and not the end of the job.
+Images stay encoded here, so that a broken one is skipped later instead of ending the job.
 """
 
 import glob
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from st_ar.data.source import CENTER_RANGE, LARGE_SIZE, MAX_CLASSES, TEN_RANGE, Example, ImageSource
+from st_ar.data.source import MAX_CLASSES, Example, ImageSource
 from st_ar.errors import UserError, cause, damaged, require
 from st_ar.files import printable
 
@@ -20,12 +20,9 @@ ROWS = 64
 
 
 def open_parquet(spec: str) -> ImageSource:
-    """The rows of the parquet files that a glob matches, in the order of the files' names.
+    """The rows of the parquet files that match a glob, sorted by file name.
 
-    `GLOB#image=COLUMN,label=COLUMN` names the columns where their types leave a doubt; `label=none` is one class.
-
-    Raises:
-        UserError: no such files, damaged ones, no such columns, files that differ, or `datasets` is not installed.
+    `GLOB#image=COLUMN,label=COLUMN` names ambiguous columns; `label=none` makes one class.
     """
     datasets = require("datasets")
     import pyarrow as arrow
@@ -55,12 +52,13 @@ def open_parquet(spec: str) -> ImageSource:
                 found = find_columns(datasets.Features.from_arrow_schema(file.schema_arrow), options, f"parquet:{path}")
                 counts.append(file.metadata.num_rows)
                 if found.label and not found.class_names:
-                    highest = max([highest, *(_highest(batch) for batch in file.iter_batches(columns=[found.label]))])
+                    batches = file.iter_batches(columns=[found.label])
+                    highest = max([highest, *(max(batch[0].drop_null().to_pylist(), default=0) for batch in batches)])
         except (arrow.ArrowException, OSError) as error:
-            raise UserError(f"{path} is no parquet file, or damaged: {cause(error)}; fetch it again") from error
+            raise UserError(f"{path} is not a parquet file, or damaged: {cause(error)}; fetch it again") from error
         if columns is not None and found != columns:
             raise UserError(
-                f"{path} differs from {paths[0]} in its columns or class names: give a glob for one data set alone"
+                f"{path} and {paths[0]} have different columns or class names: give a glob for one data set"
             )
         columns = found
         digest.update(f"{Path(path).name} {counts[-1]}\n".encode(errors="surrogateescape"))
@@ -70,10 +68,9 @@ def open_parquet(spec: str) -> ImageSource:
     known = "label" in options or columns.label in LABEL_NAMES  # of other columns, such as ids, only the numbers tell
     if highest >= (MAX_CLASSES if known else min(sum(counts), MAX_CLASSES)):
         raise UserError(
-            f"parquet:{pattern} has numbers up to {highest} in {columns.label!r} for {sum(counts)} rows: these are no class "
+            f"parquet:{pattern} has numbers up to {highest} in {columns.label!r} for {sum(counts)} rows: these are not class "
             "indices; name another column by #label=COLUMN, or #label=none"
         )
-    wanted = [columns.image] + ([columns.label] if columns.label else [])
 
     def examples(start: int) -> Iterator[Example]:
         for path, count in zip(paths, counts, strict=True):
@@ -81,10 +78,10 @@ def open_parquet(spec: str) -> ImageSource:
                 start -= count
                 continue
             try:
-                for row, values in _rows(parquet, path, wanted, start):
-                    yield to_example(values, columns, printable(f"{Path(path).name}:{row}"), Path(path).parent)
+                for row, values in _rows(parquet, path, columns.names, start):
+                    yield _to_example(values, columns, printable(f"{Path(path).name}:{row}"), Path(path).parent)
             except (arrow.ArrowException, OSError) as error:
-                raise damaged(path, error, "fetch it again, then give the same command to go on") from error
+                raise damaged(path, error, "fetch it again, then give the same command to continue") from error
             start = 0
 
     return ImageSource(
@@ -92,53 +89,47 @@ def open_parquet(spec: str) -> ImageSource:
         class_names=columns.class_names or [str(label) for label in range(highest + 1)],
         count=sum(counts),
         examples=examples,
-        size=LARGE_SIZE,
-        crop_range=TEN_RANGE,
-        center_range=CENTER_RANGE,
-        mirror=True,
+        center_range=1.0,
         content=digest.hexdigest(),
     )
 
 
 def open_hub(spec: str) -> ImageSource:
-    """A data set of the Hugging Face hub, or a folder in its layout: `NAME[:SPLIT]`, read as a stream, never stored.
+    """Stream a data set of the Hugging Face hub, or a folder in its layout: `NAME[:SPLIT]`.
 
-    `NAME:SPLIT#config=NAME,image=COLUMN,label=COLUMN` names what the data set leaves open.
-
-    Raises:
-        UserError: no such data set, split or columns, no network, or `datasets` is not installed.
+    `NAME:SPLIT#config=NAME,image=COLUMN,label=COLUMN` resolves what is ambiguous.
     """
     datasets = require("datasets")
-    place, options = split_options(spec, ("image", "label", "config"))
-    name, _, split = place.partition(":")
+    location, options = split_options(spec, ("image", "label", "config"))
+    name, _, split = location.partition(":")
     split = split or "train"
     if not name:
         raise UserError("hub: needs the name of a data set, such as hub:uoft-cs/cifar10:train")
     try:
         stream = datasets.load_dataset(name, options.get("config"), split=split, streaming=True)
         features = stream.features or stream._resolve_features().features
-    except Exception as error:  # of many libraries: the hub's, HTTP's, the file system's
+    except Exception as error:  # errors of the hub, HTTP and the file system
         raise UserError(
             f"hub:{name}: cannot open split {split!r}: {cause(error)}. Check the name, the split (hub:NAME:SPLIT), "
-            "#config=NAME and the network; a gated data set needs `hf auth login`; files on a disk are read by parquet: and folder:"
+            "#config=NAME and the network; a gated data set needs `hf auth login`; give parquet: or folder: for local files"
         ) from error
     columns = find_columns(features, options, f"hub:{name}")
     if isinstance(features[columns.image], datasets.Image):
         stream = stream.cast_column(columns.image, datasets.Image(decode=False))
-    stream = stream.select_columns([columns.image] + ([columns.label] if columns.label else []))
-    known: Any = (stream.info.splits or {}).get(split)
+    stream = stream.select_columns(columns.names)
+    info: Any = (stream.info.splits or {}).get(split)
 
     def examples(start: int) -> Iterator[Example]:
         row = start
         try:
             for values in stream.skip(start) if start else stream:
-                yield to_example(values, columns, f"{name}:{split}:{row}")
+                yield _to_example(values, columns, f"{name}:{split}:{row}")
                 row += 1
         except UserError:
             raise
-        except Exception as error:  # see above
+        except Exception as error:  # as above
             raise UserError(
-                f"hub:{name}: image {row} could not be read: {cause(error)}; give the same command to go on"
+                f"hub:{name}: cannot read image {row}: {cause(error)}; give the same command to continue"
             ) from error
 
     return ImageSource(
@@ -146,17 +137,14 @@ def open_hub(spec: str) -> ImageSource:
         class_names=columns.class_names,
         count=None,
         examples=examples,
-        size=LARGE_SIZE,
-        crop_range=TEN_RANGE,
-        center_range=CENTER_RANGE,
-        mirror=True,
+        center_range=1.0,
         streaming=True,
-        expected=known.num_examples if known else None,
+        expected=info.num_examples if info else None,
     )
 
 
 def _rows(parquet: Any, path: str, columns: list[str], start: int) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Rows of a file from `start` on, with their numbers; row groups before it are not read."""
+    """Numbered rows of a file from `start` on; earlier row groups are not read."""
     with parquet.ParquetFile(path) as file:
         row = 0
         for group in range(file.metadata.num_row_groups):
@@ -171,34 +159,32 @@ def _rows(parquet: Any, path: str, columns: list[str], start: int) -> Iterator[t
                 row += batch.num_rows
 
 
-def _highest(batch: Any) -> int:
-    return max((value for value in batch.column(0).to_pylist() if value is not None), default=0)
-
-
 IMAGE_NAMES = ("image", "img", "jpg", "jpeg", "png", "webp", "picture", "pixel_values")
 LABEL_NAMES = ("label", "labels", "fine_label", "class", "target", "cls", "y")
-"""Which column is taken if several could be: the first of these."""
+"""Of several possible columns, the first of these names is taken."""
 
 
 @dataclass(frozen=True)
 class Columns:
-    """Where a table has its images and labels."""
+    """The columns of a table's images and labels."""
 
     image: str
     label: str | None
-    """None: all images are of one class."""
+    """None if all images are of one class."""
     class_names: Sequence[str]
-    """None of them if labels are bare numbers."""
+    """Empty if labels are bare numbers."""
+
+    @property
+    def names(self) -> list[str]:
+        """Both columns, or one if there are no labels."""
+        return [name for name in (self.image, self.label) if name]
 
 
 def find_columns(features: Any, options: dict[str, str], where: str) -> Columns:
-    """The columns of a table's images and labels: as the user says, or else by their types, then by their names.
+    """The columns of images and labels: those in `options`, or else chosen by type, then by name.
 
     Args:
         features: `datasets.Features`, column -> type.
-
-    Raises:
-        UserError: none, several that cannot be told apart, or not the one that was named.
     """
     import datasets
 
@@ -220,7 +206,7 @@ def find_columns(features: Any, options: dict[str, str], where: str) -> Columns:
             if name not in candidates:
                 kinds = {"image": "images or the bytes of files", "label": "whole numbers (a ClassLabel or int)"}[what]
                 raise UserError(
-                    f"{where}: column {name!r} is {_kind(features[name])}, a {what} column holds {kinds}: {remedy}"
+                    f"{where}: column {name!r} is {_kind(features[name])}, but a {what} column holds {kinds}: {remedy}"
                 )
             return name
         if len(candidates) == 1:
@@ -240,24 +226,20 @@ def find_columns(features: Any, options: dict[str, str], where: str) -> Columns:
 
 
 def split_options(spec: str, known: Sequence[str]) -> tuple[str, dict[str, str]]:
-    """`PLACE#key=value,key=value` -> the place and the options."""
-    place, mark, text = spec.rpartition("#")
+    """`LOCATION#key=value,key=value` -> the location and the options."""
+    location, mark, text = spec.rpartition("#")
     if not mark or "=" not in text:
         return spec, {}
     options = dict(part.split("=", 1) for part in text.split(",") if "=" in part)
     if unknown := [key for key in options if key not in known] or [p for p in text.split(",") if "=" not in p]:
         raise UserError(f"unknown option {unknown[0]!r} after the # of {spec}: give {', '.join(known)}")
-    return place, options
+    return location, options
 
 
-def to_example(values: dict[str, Any], columns: Columns, name: str, folder: Path | None = None) -> Example:
-    """A row as an example. Without an image it gets an empty one, to be skipped; without a label, -1.
+def _to_example(values: dict[str, Any], columns: Columns, name: str, folder: Path | None = None) -> Example:
+    """A row as an example. A missing image becomes empty bytes, to be skipped; a missing label becomes -1.
 
-    Args:
-        folder: where the table lies, and the paths in it begin. None for a data set that the datasets library opens.
-
-    Raises:
-        UserError: the table points to an image that is not on this disk.
+    Paths in a table are relative to `folder`; None for a data set that the datasets library opens.
     """
     picture = values[columns.image]
     if isinstance(picture, dict):
@@ -267,7 +249,7 @@ def to_example(values: dict[str, Any], columns: Columns, name: str, folder: Path
 
 
 def _file(path: str | None, name: str, folder: Path | None) -> bytes | Path | None:
-    """An image that the table only points to: on this disk, or within the data set on the hub."""
+    """An image that the table refers to: a local file, or one of the data set on the hub."""
     if not path:
         return None
     if path.startswith("file://"):
@@ -276,7 +258,7 @@ def _file(path: str | None, name: str, folder: Path | None) -> bytes | Path | No
         return Path(path) if folder is None else folder / path
     if folder is not None:
         raise UserError(
-            f"{name} points to {path}, which is not on this disk: download the images, or embed their bytes"
+            f"{name} refers to {path}, which is not on this disk: download the images, or embed their bytes"
         )
     from datasets.utils.file_utils import xopen
 

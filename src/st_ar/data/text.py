@@ -1,4 +1,4 @@
-"""The text store: captions' features from any text encoder, packed one after another in .safetensors (docs/formats.md)."""
+"""The text store: features of captions from any text encoder, concatenated in .safetensors files (docs/formats.md)."""
 
 import hashlib
 from collections.abc import Iterable
@@ -17,24 +17,24 @@ from st_ar.errors import UserError
 from st_ar.files import ROWS, in_pieces, opened_safetensors, require_absent, require_digest, save_tensors, sha256
 
 DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
-"""Types that features may have, and safetensors' names of them."""
+"""Types of features, with safetensors' names."""
 
 
 def write_text(path: Path | str, captions: Iterable[np.ndarray | Tensor], *, encoder: str = "") -> None:
-    """Write captions' features to a new .safetensors file, in one piece: of many captions make several files in a folder.
+    """Write captions' features to a new .safetensors file. Many captions may be split into several files in a folder.
 
     Args:
-        captions: one [length, dim] for each image of the token store, in its order; float32, float16 or bfloat16, without
-            padding, all of one type and width.
-        encoder: name of the text encoder. Training keeps it, and sampling refuses another's captions.
+        captions: [length, dim] for each image of the token store, in its order; all of one width and type (float32, float16
+            or bfloat16), without padding.
+        encoder: name of the text encoder. Training records it; sampling refuses captions of another.
 
     Raises:
-        UserError: a file that is there or has another ending; no captions; or a caption that is empty, of another shape or
-            type, not finite, or with a row of zeros, which would be read as padding.
+        UserError: an existing file or another suffix; no captions; or a caption that is empty, of another shape or type, not
+            finite, or with a row of zeros, which means padding.
     """
     path = Path(path).expanduser()
     if path.suffix != ".safetensors":
-        raise UserError(f"{path}: captions' features are written to a .safetensors file; give a name that ends so")
+        raise UserError(f"{path} is not a .safetensors file: give a name with that suffix")
     require_absent(path, "a text store")
     rows: list[Tensor] = []
     for index, caption in enumerate(captions):
@@ -60,28 +60,26 @@ def _check_caption(rows: Tensor, first: Tensor, index: int) -> None:
     if not rows.isfinite().all():
         raise UserError(f"caption {index} has features that are not finite: encode it in float32 or bfloat16")
     if not rows.any(dim=1).all():
-        raise UserError(
-            f"caption {index} has a row of zeros, which stands for padding: give the caption's own rows alone"
-        )
+        raise UserError(f"caption {index} has a row of zeros, which means padding: give captions without padding")
 
 
 class TextStore:
-    """Captions' features opened for reading: a file of `write_text`'s format, or a folder of them in their names' order.
+    """Captions' features opened for reading: a file of `write_text`, or a folder of such files, sorted by name.
 
-    Caption i belongs to image i of the token store. The files are memory-mapped; only what is asked for is read.
+    Caption i belongs to image i of the token store. The files are memory-mapped.
 
     Raises:
-        UserError: nothing there, damaged, or not of this format.
+        UserError: missing, damaged, or not of this format.
     """
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path).expanduser()
         if not self.path.exists():
             raise UserError(f"{path} does not exist: give captions' features, a .safetensors file or a folder of them")
-        inside = sorted(self.path.glob("*.safetensors")) if self.path.is_dir() else [self.path]
-        self.files = [file for file in inside if not file.name.startswith(".")]
+        files = sorted(self.path.glob("*.safetensors")) if self.path.is_dir() else [self.path]
+        self.files = [file for file in files if not file.name.startswith(".")]
         if not self.files:
-            raise UserError(f"{path} holds no .safetensors file with captions' features")
+            raise UserError(f"{path} has no .safetensors file with captions' features")
         opened = [_open(file) for file in self.files]
         self._features = [features for features, _, _ in opened]
         lengths = [lengths for _, lengths, _ in opened]
@@ -91,11 +89,11 @@ class TextStore:
             if (features.get_shape()[1], encoder) != (self.dim, self.encoder):
                 raise UserError(
                     f"{file} has features of width {features.get_shape()[1]} by encoder {encoder!r}, {self.files[0].name} of "
-                    f"{self.dim} by {self.encoder!r}: a text store comes from one encoder"
+                    f"{self.dim} by {self.encoder!r}: give files of one encoder"
                 )
         self.lengths = np.concatenate(lengths)
         """Rows of each caption, int64 [captions]."""
-        self._starts = np.concatenate([np.cumsum(each) - each for each in lengths])  # within the caption's file
+        self._starts = np.concatenate([np.cumsum(each) - each for each in lengths])  # in the caption's file
         self._firsts = np.cumsum([0] + [len(each) for each in lengths])[:-1]  # each file's first caption
 
     def __len__(self) -> int:
@@ -103,13 +101,10 @@ class TextStore:
         return len(self.lengths)
 
     def features(self, images: np.ndarray, text_tokens: int) -> Tensor:
-        """Features float32 [B, text_tokens, dim] of chosen images [B], as a text model reads them.
-
-        A shorter caption has rows of zeros before it; of a longer one the first text_tokens rows are taken.
-        """
+        """Features float32 [B, text_tokens, dim] of the images [B]: padded with zeros on the left, or truncated."""
         if len(images) and not 0 <= int(images.min()) <= int(images.max()) < len(self):
             raise UserError(
-                f"{self.path} has captions 0 to {len(self) - 1}: {images.min()} to {images.max()} were asked for"
+                f"{self.path} has captions 0 to {len(self) - 1}, not {images.min()} to {images.max()}: give images in that range"
             )
         out = torch.zeros(len(images), text_tokens, self.dim)
         files = np.searchsorted(self._firsts, images, side="right") - 1
@@ -120,74 +115,67 @@ class TextStore:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of the files' checksums; reads all of them, once."""
+        """SHA-256 of the files' checksums. Reads all files."""
         return hashlib.sha256(" ".join(sha256(file) for file in self.files).encode()).hexdigest()
 
     def verify(self) -> None:
-        """Compare every file with the checksum that `write_text` gave it; names the one that differs. Reads all of them."""
+        """Check every file's checksum. Reads all files."""
         for path in self.files:
-            with opened_safetensors(path) as (file, said):
+            with opened_safetensors(path) as (file, metadata):
                 features = file.get_slice("features")
                 rows = (
-                    (("features", features[start : start + ROWS])) for start in range(0, features.get_shape()[0], ROWS)
+                    ("features", features[start : start + ROWS]) for start in range(0, features.get_shape()[0], ROWS)
                 )
-                require_digest(path, said, chain(rows, in_pieces({"lengths": file.get_tensor("lengths")})))
+                require_digest(path, metadata, chain(rows, in_pieces({"lengths": file.get_tensor("lengths")})))
 
     def describe(self) -> dict[str, object]:
-        """What a run records of the captions that it was trained on."""
+        """What a run records about its captions."""
         return {"encoder": self.encoder, "fingerprint": self.fingerprint}
 
     def check_tokens(self, store: TokenStore) -> None:
-        """Refuse a token store of another number of images."""
+        """Refuse a token store with another number of images."""
         if len(self) != len(store):
-            left_out = (
-                f" (its skipped.jsonl lists {store.meta.skipped} that were left out)" if store.meta.skipped else ""
-            )
+            skipped = f" (its skipped.jsonl lists {store.meta.skipped} more)" if store.meta.skipped else ""
             raise UserError(
-                f"{self.path} has {len(self)} captions, {store.folder} {len(store)} images{left_out}: "
-                "caption i must be image i's"
+                f"{self.path} has {len(self)} captions, {store.folder} {len(store)} images{skipped}: "
+                "give one caption for each image, in the same order"
             )
 
 
-def _open(file: Path) -> tuple[Any, np.ndarray, str]:
-    """A file's features (read by slices), lengths and encoder."""
-    with opened_safetensors(file) as (opened, said):
-        keys = set(opened.keys())
+def _open(path: Path) -> tuple[Any, np.ndarray, str]:
+    """A file's features (to be sliced), lengths and encoder."""
+    with opened_safetensors(path) as (file, metadata):
+        keys = set(file.keys())
         if keys != {"features", "lengths"}:
-            raise UserError(
-                f"{file} holds {', '.join(sorted(keys)) or 'nothing'}: a text store has features and lengths"
-            )
-        features, lengths = opened.get_slice("features"), opened.get_tensor("lengths")
-        encoder = said.get("encoder") or (opened.metadata() or {}).get("encoder", "")
+            raise UserError(f"{path} has {', '.join(sorted(keys)) or 'nothing'}: a text store has features and lengths")
+        features, lengths = file.get_slice("features"), file.get_tensor("lengths")
+        encoder = metadata.get("encoder") or (file.metadata() or {}).get("encoder", "")
     shape, dtype = features.get_shape(), features.get_dtype()
     if len(shape) != 2 or dtype not in DTYPES.values():
-        raise UserError(f"{file}: features are {dtype} {shape}, not [rows, dim] in one of {', '.join(DTYPES.values())}")
+        raise UserError(f"{path}: features are {dtype} {shape}, not [rows, dim] in one of {', '.join(DTYPES.values())}")
     if lengths.dim() != 1 or lengths.dtype != torch.int64 or len(lengths) == 0 or int(lengths.min()) < 1:
-        raise UserError(f"{file}: lengths must be int64 [captions], each 1 or more, with at least one caption")
+        raise UserError(f"{path}: lengths must be int64 [captions], each 1 or more, with at least one caption")
     if int(lengths.sum()) != shape[0]:
         raise UserError(
-            f"{file}: lengths add up to {int(lengths.sum())} rows, features have {shape[0]}: write it again"
+            f"{path}: the lengths sum to {int(lengths.sum())}, but there are {shape[0]} rows: write it again"
         )
     return features, lengths.numpy(), encoder
 
 
 def open_text(path: Path | None, config: ModelConfig, encoder: str = "") -> TextStore | None:
-    """The captions for a text model, None for a class model.
+    """The captions for a text model; None for a class model.
 
     Args:
-        encoder: the one whose features the model was trained on, if it is known.
-
-    Raises:
-        UserError: captions that are missing, not wanted, or of another width or encoder than the model's.
+        encoder: text encoder of the model's training, if known.
     """
     if config.condition == "class":
         if path is not None:
             raise UserError(
-                f"--text {path} is for text models; this one is drawn for {config.condition_name}: leave it out"
+                f"--text {path} is for text models, and this one is for {config.condition_name}: leave it out"
             )
         return None
     if path is None:
-        raise UserError("this model is drawn for captions: give their features with --text")
+        raise UserError("this model needs captions: give their features with --text")
     text = TextStore(path)
     if text.dim != config.text_dim:
         raise UserError(

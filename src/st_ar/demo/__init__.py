@@ -1,1 +1,1 @@
-"""`st-ar demo`: a web page on this machine that draws, compares and explains. The logic is apart from the widgets (*_tab.py)."""
+"""`st-ar demo`: a local web demo to generate images, compare models and inspect them. Widgets are in tabs.py and *_tab.py."""

@@ -1,48 +1,47 @@
-"""Pieces of the page as HTML: pictures with their names, tables and figures. Whatever comes from a file is escaped."""
+"""HTML of the demo: images with captions, tables and figures. Text from files is escaped."""
 
 import base64
 import io
 from collections.abc import Sequence
-from dataclasses import replace
 from html import escape
 
 import numpy as np
 from PIL import Image
 
-from st_ar.demo.draw import Frame, GenerationRecord, to_png
-from st_ar.demo.reading import Guesses, Reading
-from st_ar.demo.setup import Seen
+from st_ar.demo.generation import Frame, GenerationRecord, to_png
+from st_ar.demo.reading import Prediction, Reading
+from st_ar.demo.setup import DemoImage
 from st_ar.report import png_uri
 
-SMALL = 64
-"""Pixels a side up to which a picture is shown as it is, without loss."""
+LOSSLESS_SIDE = 64
+"""Largest side in pixels at which previews are encoded without loss."""
 
 
 def data_uri(content: bytes, kind: str) -> str:
-    """A file's content as an address of its own."""
+    """Return a file's content as a data URI."""
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
-def preview_uri(picture: np.ndarray) -> str:
-    """A picture uint8 [H, W, 3 or 4] that is soon replaced: small before it is exact, unless it is small anyway."""
-    if picture.shape[0] <= SMALL:
-        return png_uri(picture)
+def preview_uri(image: np.ndarray) -> str:
+    """Return a preview uint8 [H, W, 3 or 4] as a data URI. Large previews are compressed with loss, since they are replaced soon."""
+    if image.shape[0] <= LOSSLESS_SIDE:
+        return png_uri(image)
     file = io.BytesIO()
-    Image.fromarray(picture).save(file, format="WEBP", quality=80, method=0)
+    Image.fromarray(image).save(file, format="WEBP", quality=80, method=0)
     return data_uri(file.getvalue(), "image/webp")
 
 
 def figures(frame: Frame, names: Sequence[str], title: str) -> str:
-    """The pictures of a frame, each with its class; whole ones with their file to download."""
+    """Return the images of a frame with their classes. Finished images have a download link."""
     cells: list[str] = []
-    for index, (picture, name) in enumerate(zip(frame.pictures, names, strict=True)):
-        if frame.recipes:
-            recipe = frame.recipes[index]
-            uri = data_uri(to_png(picture, recipe), "image/png")
-            file = f"{safe_name(name)}-seed{recipe.settings.seed}-{index}.png"
+    for index, (image, name) in enumerate(zip(frame.images, names, strict=True)):
+        if frame.records:
+            record = frame.records[index]
+            uri = data_uri(to_png(image, record), "image/png")
+            file = f"{safe_name(name)}-seed{record.settings.seed}-{index}.png"
             link = f'<a class="save" download="{file}" href="{uri}" title="{file}: the image with all its settings">save</a>'
         else:
-            uri, link = preview_uri(picture), ""
+            uri, link = preview_uri(image), ""
         label = escape(f"{title}, {name}, image {index}", quote=True)
         cells.append(
             f'<figure><img src="{uri}" alt="{label}"><figcaption><span>{escape(name)}</span>{link}</figcaption></figure>'
@@ -51,12 +50,12 @@ def figures(frame: Frame, names: Sequence[str], title: str) -> str:
 
 
 def gallery(frame: Frame, names: Sequence[str], title: str) -> str:
-    """The pictures of one model, as many to a row as fit."""
+    """Return the images of one model in a grid."""
     return f'<div class="pictures n{min(len(names), 4)}">{figures(frame, names, title)}</div>'
 
 
 def side_by_side(frames: Sequence[Frame], titles: Sequence[str], names: Sequence[str]) -> str:
-    """The pictures of several models, a column for each."""
+    """Return the images of several models, one column each."""
     columns = [
         f'<section><h3>{escape(title)}</h3><div class="pictures n2">{figures(frame, names, title)}</div></section>'
         for title, frame in zip(titles, frames, strict=True)
@@ -65,31 +64,31 @@ def side_by_side(frames: Sequence[Frame], titles: Sequence[str], names: Sequence
 
 
 def safe_name(name: str) -> str:
-    """A class's name as part of a file's."""
+    """Return a class name as part of a file name."""
     return "".join(c if c.isascii() and c.isalnum() else "-" for c in name).strip("-")[:40] or "image"
 
 
 def status(frame: Frame, models: int = 1) -> str:
-    """How far the drawing is, for those who cannot see it too."""
-    rate = frame.drawn / max(frame.seconds, 1e-9)
+    """Return a progress bar with the number of tokens and their rate."""
+    rate = frame.done / max(frame.seconds, 1e-9)
     if frame.tokens is None:
-        text = f"token {frame.drawn} of {frame.total} &middot; {rate:.1f} tokens a second"
+        text = f"token {frame.done} of {frame.total} &middot; {rate:.1f} tokens/s"
     else:
-        text = f"{frame.total} tokens in {frame.seconds:.2f} s &middot; {rate:.1f} tokens a second"
-    both = " in each model" if models > 1 else ""
-    share = 100 * frame.drawn / frame.total
+        text = f"{frame.total} tokens in {frame.seconds:.2f} s &middot; {rate:.1f} tokens/s"
+    each = " for each model" if models > 1 else ""
+    share = 100 * frame.done / frame.total
     return (
-        f'<div class="bar" role="status"><div style="width:{share:.1f}%"></div></div><p class="quiet">{text}{both}</p>'
+        f'<div class="bar" role="status"><div style="width:{share:.1f}%"></div></div><p class="quiet">{text}{each}</p>'
     )
 
 
 def note(text: str) -> str:
-    """A line of quiet text."""
+    """Return a line of muted text."""
     return f'<p class="quiet">{escape(text)}</p>'
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], caption: str) -> str:
-    """A table whose first column names the row."""
+    """Return a table whose first column names the row."""
     head = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in header)
     body = "".join(
         f'<tr><th scope="row">{escape(row[0])}</th>{"".join(f"<td>{escape(cell)}</td>" for cell in row[1:])}</tr>'
@@ -102,63 +101,57 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], caption: str) ->
 
 
 def chart(svg: str, caption: str) -> str:
-    """A figure of st_ar.figures."""
+    """Return a figure of st_ar.figures with a caption."""
     return f'<figure class="chart">{svg}<figcaption>{escape(caption)}</figcaption></figure>'
 
 
-def row(parts: Sequence[str]) -> str:
-    """Pieces beside one another where there is room."""
+def charts(parts: Sequence[str]) -> str:
+    """Return charts beside each other where there is room."""
     return f'<div class="charts">{"".join(parts)}</div>'
 
 
-def picture(uri: str, alt: str, caption: str) -> str:
-    """One picture as wide as the page."""
-    return f'<figure class="wide"><img src="{uri}" alt="{escape(alt, quote=True)}"><figcaption>{escape(caption)}</figcaption></figure>'
-
-
-def image_uri(image: Image.Image) -> str:
-    """An image, as a PNG."""
-    return png_uri(np.asarray(image))
-
-
-def only(frame: Frame, number: int) -> Frame:
-    """One image of a frame."""
-    some = slice(number, number + 1)
-    return replace(frame, pictures=frame.pictures[some], recipes=frame.recipes[some])
-
-
-def in_words(recipe: GenerationRecord) -> str:
-    """How an image was drawn, in a few words."""
-    how = recipe.settings
+def wide_image(image: np.ndarray, alt: str, caption: str) -> str:
+    """Return one image as wide as the demo."""
     return (
-        f"seed {how.seed}, image {recipe.number} of {len(recipe.labels)}, guidance {how.cfg_scale:g} ({how.cfg_schedule}), "
-        f"temperature {how.temperature:g}, top-k {how.top_k}, top-p {how.top_p:g}"
+        f'<figure class="wide"><img src="{png_uri(image)}" alt="{escape(alt, quote=True)}">'
+        f"<figcaption>{escape(caption)}</figcaption></figure>"
     )
 
 
-def step_words(seen: Seen, token: int, reading: Reading, on_class: float, most: float) -> str:
-    """What there is to say of the step that predicts a token; `most` is the entropy of an even guess."""
+def describe_record(record: GenerationRecord) -> str:
+    """Return the settings of an image in a few words."""
+    settings = record.settings
+    return (
+        f"seed {settings.seed}, image {record.number} of {len(record.labels)}, "
+        f"guidance {settings.cfg_scale:g} ({settings.cfg_schedule}), temperature {settings.temperature:g}, "
+        f"top-k {settings.top_k}, top-p {settings.top_p:g}"
+    )
+
+
+def step_table(image: DemoImage, token: int, reading: Reading, class_weight: float, uniform: float) -> str:
+    """Return the numbers of the step that predicts a token; `uniform` is the entropy of a uniform guess."""
     rows = [
         ("entropy (nats)", f"{reading.entropy[token]:.3f}"),
         ("entropy of all tokens", f"{reading.entropy.min():.3f}\u00a0to\u00a0{reading.entropy.max():.3f}"),
-        ("entropy of an even guess", f"{most:.3f}"),
-        ("probability of the token that is there", f"{reading.chance[token]:.4f}"),
-        ("likelier tokens", f"{int(reading.rank[token]):,}"),
-        ("attention on the class", f"{on_class:.3f}"),
+        ("entropy of a uniform guess", f"{uniform:.3f}"),
+        ("probability of the image's token", f"{reading.probability[token]:.4f}"),
+        ("more likely tokens", f"{int(reading.rank[token]):,}"),
+        ("attention on the class", f"{class_weight:.3f}"),
     ]
-    caption = f"The step that predicts token {token}, having read {token} of {len(seen.tokens)} of {seen.title}."
+    caption = f"Prediction of token {token} after {token} of {len(image.tokens)} tokens of {image.title}."
     return table(("", f"token {token}"), rows, caption)
 
 
-def guess_table(guesses: Guesses, name: str, truth: str | None, length: int) -> str:
-    """What a probe takes an image of `length` tokens for as it is read; `truth` is its class, if it is known."""
+def prediction_table(prediction: Prediction, name: str, truth: str | None, length: int) -> str:
+    """Return a probe's predictions for an image of `length` tokens, with `truth`, the image's class, marked."""
     rows = [
-        (str(read), *(f"{known}\u00a0✓" if known == truth else known for known in best))
-        for read, best in guesses.by_step
+        (str(read), *(f"{label}\u00a0✓" if label == truth else label for label in best))
+        for read, best in prediction.by_step
     ]
-    places = ("first guess", "second", "third")[: len(rows[0]) - 1]
+    ranks = ("first guess", "second", "third")[: len(rows[0]) - 1]
     caption = (
-        f"What a linear probe on layer {guesses.layer} of {name}, which is not told the class, takes the image of {length} tokens for. "
-        f"Ridge regression on {guesses.total:,} images of the probe's store, not the MAE protocol."
+        f"Class of the image, of {length} tokens, predicted by a linear probe on layer {prediction.layer} of {name}. "
+        "The model is not given the class. "
+        f"The probe is a ridge regression on {prediction.total:,} images of the probe's store, not the MAE protocol."
     )
-    return table(("tokens read", *places), rows, caption)
+    return table(("tokens read", *ranks), rows, caption)

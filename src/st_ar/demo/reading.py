@@ -1,7 +1,5 @@
-"""What a model does as it reads one image: where each step looks, how sure it is of the next token, and what a probe guesses."""
+"""How a model reads one image: attention, the distribution of each next token, and a probe's predictions, with their pictures."""
 
-import hashlib
-from collections import OrderedDict
 from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from st_ar.data.store import TokenStore
-from st_ar.demo.inputs import whole
+from st_ar.demo.inputs import check_int
 from st_ar.demo.models import LoadedModel
 from st_ar.errors import UserError, require
 from st_ar.evaluation.attention import weights_by_layer
@@ -20,258 +18,229 @@ from st_ar.evaluation.probe_classifiers import ShallowClassifiers
 from st_ar.evaluation.probe_features import read_features, uniform_steps
 from st_ar.randomness import RandomStream, numpy_generator
 
-KEPT = 4
-"""Readings that are kept, so that clicks on one image are answered at once."""
-STEPS = 8
-"""At which a probe guesses, uniformly spaced, the last being the last token's."""
-AT_ONCE = 32
-"""Images in the network at once."""
+PROBE_STEPS = 8
+"""Number of uniformly spaced steps at which a probe predicts, the last token included."""
+BATCH_SIZE = 32
+
+OWN_CLASS, NO_CLASS = -2, -1
+"""Special choices of the class given to the model: the image's own class (none if it is unknown), and no class."""
 
 
-OWN, NONE = -2, -1
-"""Choices of the class that a model is given, beside the classes' numbers: the image's own (none, if it is not known), and none."""
-
-
-def label_given(choice: Any, own: int | None, null: int, *, knows_none: bool) -> int:
-    """The label that a choice stands for, `own` being the image's class and `null` the null class.
-
-    Raises:
-        UserError: no such class, or none of a model that has never been trained without one.
-    """
-    label = whole(choice, "the class", OWN, null - 1)
-    if label == OWN:
-        label = NONE if own is None else own
-    if label == NONE and not knows_none:
+def choose_label(choice: Any, own: int | None, null: int, *, has_null_class: bool) -> int:
+    """Return the label for a choice, where `own` is the image's class and `null` the null class; UserError if there is none."""
+    label = check_int(choice, "the class", OWN_CLASS, null - 1)
+    if label == OWN_CLASS:
+        label = NO_CLASS if own is None else own
+    if label == NO_CLASS and not has_null_class:
         raise UserError(
-            "this model was trained with --class-dropout 0 and knows no null class: choose a class to read with"
+            "this model was trained with --class-dropout 0 and has no null class: choose a class to read with"
         )
-    return null if label == NONE else label
+    return null if label == NO_CLASS else label
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reading:
-    """One pass of a network over an image of T tokens, given its class or none."""
+    """One forward pass over an image of T tokens, given its class or the null class."""
 
     attention: np.ndarray
-    """float16 [layers, heads, T, T]: row t predicts token t; key 0 is the class, key 1 + s token s."""
+    """float16 [layers, heads, T, T]: row t predicts token t; key 0 is the class, key 1 + s is token s."""
     entropy: np.ndarray
-    """float32 [T]: of the distribution of each token, in nats."""
-    chance: np.ndarray
-    """float32 [T]: of the image's own tokens."""
+    """float32 [T]: entropy of each token's distribution in nats."""
+    probability: np.ndarray
+    """float32 [T]: probability of each token of the image."""
     rank: np.ndarray
-    """int64 [T]: how many tokens were likelier than the image's own."""
-
-
-class Readings:
-    """The last readings, by weights, image and class."""
-
-    def __init__(self) -> None:
-        self.kept: OrderedDict[tuple[str, str, int], Reading] = OrderedDict()
-
-    def read(self, opened: LoadedModel, tokens: Tensor, label: int) -> Reading:
-        """Read an image's tokens int64 [T]; `label` is its class, or the null class. Call it in the models' thread."""
-        key = opened.weights.name, hashlib.sha256(tokens.numpy().tobytes()).hexdigest(), label
-        found = self.kept.pop(key, None)
-        self.kept[key] = _read(opened, tokens, label) if found is None else found
-        while len(self.kept) > KEPT:
-            self.kept.popitem(last=False)
-        return self.kept[key]
+    """int64 [T]: number of tokens more likely than the image's own."""
 
 
 @torch.no_grad()
-def _read(opened: LoadedModel, tokens: Tensor, label: int) -> Reading:
-    network, config = opened.network, opened.weights.config
+def read_tokens(model: LoadedModel, tokens: Tensor, label: int) -> Reading:
+    """Read an image's tokens int64 [T] with its class or the null class. Call it in the models' thread."""
+    network, config = model.network, model.weights.config
     if tokens.shape != (config.sequence_length,) or int(tokens.min()) < 0 or int(tokens.max()) >= config.vocab_size:
         raise UserError(
-            f"{opened.weights.name} reads {config.sequence_length} tokens of {config.vocab_size} codes, and the image is another: "
-            "take an image of this model's tokenizer and size"
+            f"{model.weights.name} reads {config.sequence_length} tokens of {config.vocab_size} codes, and the image has others: "
+            "choose an image of this model's tokenizer and size"
         )
     device = network.output.weight.device
     batch, labels = tokens[None].to(device), torch.tensor([label], device=device)
     network.cls_embedding.check(labels)
     layers = range(1, config.n_layers + 1)
-    maps = [
+    attention = [
         weights[0].half().cpu().numpy()
         for _, weights in weights_by_layer(network, batch[:, :-1], labels, layers=layers)
     ]
-    likelihood = network(batch[:, :-1], labels).logits[0].float().log_softmax(-1)  # (T, V)
-    own = likelihood.gather(1, batch[0, :, None])
+    log_probs = network(batch[:, :-1], labels).logits[0].float().log_softmax(-1)  # (T, V)
+    own = log_probs.gather(1, batch[0, :, None])
     return Reading(
-        attention=np.stack(maps),
-        entropy=-(likelihood.exp() * likelihood).nan_to_num(0.0).sum(-1).cpu().numpy(),
-        chance=own[:, 0].exp().cpu().numpy(),
-        rank=(likelihood > own).sum(-1).cpu().numpy(),
+        attention=np.stack(attention),
+        entropy=-(log_probs.exp() * log_probs).nan_to_num(0.0).sum(-1).cpu().numpy(),
+        probability=own[:, 0].exp().cpu().numpy(),
+        rank=(log_probs > own).sum(-1).cpu().numpy(),
     )
 
 
 @dataclass(frozen=True, kw_only=True)
-class Guesses:
-    """How far a probe is fitted; when it is, what it takes an image for as it is read."""
+class Prediction:
+    """The progress of fitting a probe and, when it is fitted, the classes that it predicts."""
 
-    read: int
-    """Images that the probe has read to be fitted on."""
+    fitted: int
+    """Training images read so far."""
     total: int
     layer: int
     by_step: tuple[tuple[int, tuple[str, ...]], ...] = ()
-    """(tokens read, the likeliest classes' names, the best first)."""
+    """(tokens read, names of the most likely classes, best first)."""
 
 
-class Guesser:
-    """The quick probe: ridge regression (closed form, not the MAE protocol) on half-depth features at some steps, no class given.
+class ClassProbe:
+    """A ridge regression (not the MAE protocol) on features of the middle layer at some steps, under the null condition.
 
-    `st-ar probe` keeps accuracies and no classifiers, so that this one is fitted when it is first asked.
+    It is fitted on first use, since `st-ar probe` keeps accuracies but not classifiers.
 
     Args:
-        store: of whose images, centre crops, up to `images` are what it is fitted on.
+        store: training images. The probe uses up to `images` of their centre crops.
 
     Raises:
-        UserError: scikit-learn is missing, a store of other tokens or without classes, or a model that knows no null class.
+        UserError: scikit-learn is missing, the store has other tokens or a single class, or the model has no null class.
     """
 
-    def __init__(self, opened: LoadedModel, store: TokenStore, images: int) -> None:
-        config = opened.weights.config
+    def __init__(self, model: LoadedModel, store: TokenStore, images: int) -> None:
+        config = model.weights.config
         require("sklearn")
-        store.check_model(config, opened.info.tokenizer)
+        store.check_model(config, model.info.tokenizer)
         if len(np.unique(store.labels)) < 2:
-            raise UserError(f"{store.folder} has images of one class alone: a probe has nothing to tell apart")
-        if not opened.weights.knows_no_class:
+            raise UserError(f"{store.folder} has images of one class only: a probe needs two or more")
+        if not model.weights.has_null_class:
             raise UserError(
-                f"{opened.weights.name} was trained with --class-dropout 0 and knows no null class, which a probe reads with"
+                f"{model.weights.name} was trained with --class-dropout 0 and has no null class, which a probe needs"
             )
-        self.opened, self.store = opened, store
+        self.model, self.store = model, store
         self.layer = max(1, config.n_layers // 2)
-        self.steps = uniform_steps(config.sequence_length, min(STEPS, config.sequence_length))
+        self.steps = uniform_steps(config.sequence_length, min(PROBE_STEPS, config.sequence_length))
         self.images = np.sort(numpy_generator(0, RandomStream.PROBE).permutation(len(store))[:images])
         self.classify: ShallowClassifiers | None = None
 
-    def guess(self, tokens: Tensor, count: int = 3) -> Generator[Guesses, None, None]:
-        """What an image's tokens [T] are taken for, after the probe is fitted if it is not. To be used in the models' thread."""
+    def predict(self, tokens: Tensor, count: int = 3) -> Generator[Prediction, None, None]:
+        """Yield the progress of fitting, then the `count` best classes for an image's tokens [T] at each step."""
         if self.classify is None:
             yield from self._fit()
         assert self.classify is not None
         names = self.store.meta.class_names
         scores = self.classify(self._features(tokens[None]))[0]  # (S, C)
         best = scores.topk(min(count, scores.shape[1])).indices.tolist()
-        by_step = tuple((step - 1, tuple(names[c] for c in some)) for step, some in zip(self.steps, best, strict=True))
-        yield self._sofar(len(self.images), by_step)
+        by_step = tuple((step - 1, tuple(names[c] for c in row)) for step, row in zip(self.steps, best, strict=True))
+        yield Prediction(fitted=len(self.images), total=len(self.images), layer=self.layer, by_step=by_step)
 
-    def _sofar(self, read: int, by_step: tuple[tuple[int, tuple[str, ...]], ...] = ()) -> Guesses:
-        return Guesses(read=read, total=len(self.images), layer=self.layer, by_step=by_step)
-
-    def _fit(self) -> Generator[Guesses, None, None]:
-        rows: list[np.ndarray] = []
-        for start in range(0, len(self.images), AT_ONCE):
-            yield self._sofar(start)
-            some = self.images[start : start + AT_ONCE]
-            codes = self.store.center_codes(some).astype(np.int64)
-            rows.append(self._features(torch.from_numpy(codes)).numpy())
+    def _fit(self) -> Generator[Prediction, None, None]:
+        features: list[np.ndarray] = []
+        for start in range(0, len(self.images), BATCH_SIZE):
+            yield Prediction(fitted=start, total=len(self.images), layer=self.layer)
+            codes = self.store.center_codes(self.images[start : start + BATCH_SIZE]).astype(np.int64)
+            features.append(self._features(torch.from_numpy(codes)).numpy())
         labels, classes = torch.from_numpy(self.store.labels[self.images]), len(self.store.meta.class_names)
-        self.classify = ShallowClassifiers(np.concatenate(rows), labels, classes, "ridge", 1.0, mean_over_steps=False)
+        stacked = np.concatenate(features)
+        self.classify = ShallowClassifiers(stacked, labels, classes, "ridge", 1.0, mean_over_steps=False)
 
     def _features(self, tokens: Tensor) -> Tensor:
-        """Tokens [n, T] -> float32 [n, S, D], on the host."""
-        return read_features(self.opened.network, tokens, [self.layer], self.steps)[self.layer]
+        """Tokens [n, T] -> float32 [n, S, D] on the CPU."""
+        return read_features(self.model.network, tokens, [self.layer], self.steps)[self.layer]
 
 
 SIDE = 512
-"""Pixels of a picture's side at least, so that tokens can be hit."""
+"""Smallest side of a displayed image in pixels, so that tokens can be clicked."""
 TARGET, NEWEST = (0, 208, 255), (255, 255, 255)
-"""Colours of frames: of the token that is predicted, and of the last that was read."""
-RIM = 2
-"""Pixels around a small map: a page may show it smaller."""
-VEIL = 0.65
-"""How much of the heat covers the picture."""
+"""Colours of the frames: around the predicted token, and around the last token read."""
+MARGIN = 2
+"""Pixels around a head's small map."""
+OPACITY = 0.65
+"""Opacity of a heat map over the image."""
 
 
-def enlarge(picture: np.ndarray, grid: int) -> np.ndarray:
-    """A picture uint8 [S, S, 3] at a side of at least SIDE that is a multiple of the grid, its pixels kept sharp."""
-    side = _side(grid)
-    kind = Image.Resampling.NEAREST if picture.shape[0] <= side else Image.Resampling.BOX
-    return np.asarray(Image.fromarray(picture).resize((side, side), kind))
+def enlarge(image: np.ndarray, grid: int) -> np.ndarray:
+    """Resize an image uint8 [S, S, 3] to a multiple of the grid of at least SIDE pixels, with sharp pixels."""
+    side = _cell(grid) * grid
+    method = Image.Resampling.NEAREST if image.shape[0] <= side else Image.Resampling.BOX
+    return np.asarray(Image.fromarray(image).resize((side, side), method))
 
 
-def _side(grid: int) -> int:
-    return -(-SIDE // grid) * grid
+def _cell(grid: int) -> int:
+    """Side of a token in the enlarged image."""
+    return -(-SIDE // grid)
 
 
 def token_at(x: int, y: int, grid: int) -> int:
-    """Which token of the enlarged picture lies at this pixel; the nearest one, of a pixel outside."""
-    cell = _side(grid) // grid
-    column, row = (min(max(int(place) // cell, 0), grid - 1) for place in (x, y))
+    """Return the token at a pixel of the enlarged image, the nearest one for a pixel outside."""
+    column, row = (min(max(value // _cell(grid), 0), grid - 1) for value in (x, y))
     return row * grid + column
 
 
 def head_at(x: int, y: int, grid: int, heads: int) -> tuple[int, int]:
-    """Which layer and head of `heads_overview`, counted from 1, lie at this pixel."""
-    cell = _cell(grid, heads) + 2 * RIM
-    return int(y) // cell + 1, int(x) // cell + 1
+    """Return the layer and head, counted from 1, at a pixel of `render_heads`."""
+    pitch = _head_side(grid, heads) + 2 * MARGIN
+    return y // pitch + 1, x // pitch + 1
 
 
-def marked(picture: np.ndarray, grid: int, token: int) -> np.ndarray:
-    """The enlarged picture, a token framed."""
-    return _framed(enlarge(picture, grid), grid, token, TARGET)
+def mark_token(image: np.ndarray, grid: int, token: int) -> np.ndarray:
+    """Return the enlarged image with a frame around a token."""
+    return _frame(enlarge(image, grid), grid, token, TARGET)
 
 
-def attention_map(picture: np.ndarray, weights: np.ndarray, grid: int, token: int) -> np.ndarray:
-    """What the step that predicts a token looks at: the past as heat over the grey picture, the future blank (transparent).
+def render_attention(image: np.ndarray, weights: np.ndarray, grid: int, token: int) -> np.ndarray:
+    """Return the attention of the step that predicts a token: a heat map over the grey image, future tokens transparent.
 
     Args:
-        picture: uint8 [S, S, 3].
-        weights: [T], key 0 is the class and key 1 + s token s; scaled to the largest weight on a token.
+        image: uint8 [S, S, 3].
+        weights: [T]; key 0 is the class, key 1 + s is token s. Scaled to the largest weight on a token.
 
     Returns:
         uint8 [side, side, 4].
     """
-    grey = np.repeat(enlarge(picture, grid).mean(-1, keepdims=True), 3, -1)
-    past = weights[1 : token + 1].astype(np.float32)
-    share = np.zeros(grid * grid, np.float32)
-    share[:token] = past / max(float(past.max(initial=0.0)), 1e-12)
-    heat = _over(grey, share, grid, "inferno")
-    read = _blocks((np.arange(grid * grid) < token).astype(np.uint8) * 255, grid)
+    heat = _heat_map(image, _past_weights(weights, grid, token), grid, "inferno")
+    alpha = _pixels((np.arange(grid * grid) < token).astype(np.uint8) * 255, grid)
+    shown = np.dstack([heat, alpha])
     if token > 0:
-        heat = _framed(heat, grid, token - 1, NEWEST)
-        newest = _blocks((np.arange(grid * grid) == token - 1).astype(np.uint8), grid)
-        read = np.maximum(read, newest * 255)
-    framed = _framed(heat, grid, token, TARGET)
-    alpha = np.where((framed != heat).any(-1), 255, read)
-    return np.dstack([framed, alpha.astype(np.uint8)])
+        shown = _frame(shown, grid, token - 1, (*NEWEST, 255))
+    return _frame(shown, grid, token, (*TARGET, 255))
 
 
-def entropy_map(picture: np.ndarray, entropy: np.ndarray, grid: int, token: int) -> np.ndarray:
-    """How unsure the model was of each token: entropy [T] over the grey picture, from its least to its most, a token framed."""
-    grey = np.repeat(enlarge(picture, grid).mean(-1, keepdims=True), 3, -1)
-    least, most = float(entropy.min()), float(entropy.max())
-    share = (entropy - least) / max(most - least, 1e-12)
-    return _framed(_over(grey, share.astype(np.float32), grid, "viridis"), grid, token, TARGET)
+def render_entropy(image: np.ndarray, entropy: np.ndarray, grid: int, token: int) -> np.ndarray:
+    """Return the entropy [T] of each token as a heat map over the grey image, scaled to its range, with a token framed."""
+    low, high = float(entropy.min()), float(entropy.max())
+    scaled = (entropy - low) / max(high - low, 1e-12)
+    return _frame(_heat_map(image, scaled.astype(np.float32), grid, "viridis"), grid, token, TARGET)
 
 
-def heads_overview(reading: Reading, grid: int, token: int, chosen: tuple[int, int | None]) -> np.ndarray:
-    """Small maps of all heads (columns) of all layers (rows) at one step, each on its own scale; the chosen are framed.
+def render_heads(reading: Reading, grid: int, token: int, chosen: tuple[int, int | None]) -> np.ndarray:
+    """Return small attention maps of all heads (columns) and layers (rows) at one step, each on its own scale.
 
-    chosen: layer and head, counted from 1; None for all heads.
+    chosen: layer and head to frame, counted from 1; None frames all heads.
     """
     layers, heads = reading.attention.shape[:2]
-    cell, colours = _cell(grid, heads), _colours("inferno")
-    pitch = cell + 2 * RIM
+    side, colours = _head_side(grid, heads), _colours("inferno")
+    pitch = side + 2 * MARGIN
     canvas = np.full((layers * pitch, heads * pitch, 3), 128, np.uint8)
     for layer in range(layers):
         for head in range(heads):
-            past = reading.attention[layer, head, token, 1 : token + 1].astype(np.float32)
-            share = np.zeros(grid * grid, np.float32)
-            share[:token] = past / max(float(past.max(initial=0.0)), 1e-12)
-            small = np.repeat(np.repeat(share.reshape(grid, grid), cell // grid, 0), cell // grid, 1)
+            weights = _past_weights(reading.attention[layer, head, token], grid, token).reshape(grid, grid)
+            small = weights.repeat(side // grid, 0).repeat(side // grid, 1)
             top, left = layer * pitch, head * pitch
             if layer + 1 == chosen[0] and chosen[1] in (None, head + 1):
                 canvas[top : top + pitch, left : left + pitch] = TARGET
-            canvas[top + RIM : top + RIM + cell, left + RIM : left + RIM + cell] = colours[
-                (small * 255).astype(np.uint8)
-            ]
+            inside = canvas[top + MARGIN : top + MARGIN + side, left + MARGIN : left + MARGIN + side]
+            inside[:] = colours[(small * 255).astype(np.uint8)]
     return canvas
 
 
-def _cell(grid: int, heads: int) -> int:
-    """Pixels of a small map's side, so that all heads of a layer are about as wide as the picture."""
+def _head_side(grid: int, heads: int) -> int:
+    """Side of a head's map in pixels. All heads of a layer are about as wide as the image."""
     return max(1, SIDE // (heads * grid), -(-32 // grid)) * grid
+
+
+def _past_weights(weights: np.ndarray, grid: int, token: int) -> np.ndarray:
+    """The weights on the tokens before `token`, scaled to at most 1; 0 for the others: float32 [T]."""
+    past = weights[1 : token + 1].astype(np.float32)
+    scaled = np.zeros(grid * grid, np.float32)
+    scaled[:token] = past / max(float(past.max(initial=0.0)), 1e-12)
+    return scaled
 
 
 def _colours(name: str) -> np.ndarray:
@@ -280,23 +249,23 @@ def _colours(name: str) -> np.ndarray:
     return (np.asarray(colours)[:, :3] * 255).astype(np.uint8)
 
 
-def _blocks(values: np.ndarray, grid: int) -> np.ndarray:
-    """Values [T] of tokens at each pixel of the enlarged picture."""
-    cell = _side(grid) // grid
-    return values.reshape(grid, grid).repeat(cell, 0).repeat(cell, 1)
+def _pixels(values: np.ndarray, grid: int) -> np.ndarray:
+    """The values [T] of the tokens at each pixel of the enlarged image."""
+    return values.reshape(grid, grid).repeat(_cell(grid), 0).repeat(_cell(grid), 1)
 
 
-def _over(grey: np.ndarray, share: np.ndarray, grid: int, name: str) -> np.ndarray:
-    heat = _colours(name)[(_blocks(share, grid).clip(0, 1) * 255).astype(np.uint8)]
-    return (VEIL * heat + (1 - VEIL) * grey).astype(np.uint8)
+def _heat_map(image: np.ndarray, values: np.ndarray, grid: int, colours: str) -> np.ndarray:
+    """The values [T], 0 to 1, as colours over the grey enlarged image."""
+    grey = enlarge(image, grid).mean(-1, keepdims=True)
+    heat = _colours(colours)[(_pixels(values, grid).clip(0, 1) * 255).astype(np.uint8)]
+    return (OPACITY * heat + (1 - OPACITY) * grey).astype(np.uint8)
 
 
-def _framed(picture: np.ndarray, grid: int, token: int, colour: tuple[int, int, int]) -> np.ndarray:
-    cell, out = _side(grid) // grid, picture.copy()
+def _frame(image: np.ndarray, grid: int, token: int, colour: tuple[int, ...]) -> np.ndarray:
+    cell, framed = _cell(grid), image.copy()
     row, column = divmod(token, grid)
-    width = max(2, cell // 16)
-    top, left = row * cell, column * cell
-    inside = out[top + width : top + cell - width, left + width : left + cell - width].copy()
-    out[top : top + cell, left : left + cell] = colour
-    out[top + width : top + cell - width, left + width : left + cell - width] = inside
-    return out
+    top, left, width = row * cell, column * cell, max(2, cell // 16)
+    inside = slice(top + width, top + cell - width), slice(left + width, left + cell - width)
+    framed[top : top + cell, left : left + cell] = colour
+    framed[inside] = image[inside]
+    return framed

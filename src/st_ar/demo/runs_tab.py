@@ -1,4 +1,4 @@
-"""The demo's tab of runs: their curves, while they train."""
+"""The tab Runs: the curves and samples of runs while they train."""
 
 import time
 from collections.abc import Sequence
@@ -6,81 +6,76 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from st_ar.data.source import BrokenImageError, read_image
 from st_ar.demo import html
-from st_ar.demo.inputs import whole
+from st_ar.demo.inputs import check_int
 from st_ar.demo.setup import Setup
-from st_ar.demo.tabs import BESIDE, gr, told
+from st_ar.demo.tabs import FILE_QUEUE, gr, handler
 from st_ar.errors import UserError, cause
 from st_ar.figures import Drawing, line_chart
 from st_ar.settings import matches_type
 from st_ar.training.run import read_log
 
-POINTS = 400
-"""Of a line at most; a longer log is thinned evenly, its last point kept."""
+MAX_POINTS = 400
+"""Largest number of points of a curve. Longer logs are thinned evenly; the last point is kept."""
 CURVES = {
     "loss": ("next-token loss (nats per token)", {"loss_ar": "training", "validation_loss": "validation"}),
     "self-guidance": (
-        "other terms of the loss",
+        "self-guidance losses",
         {"loss_mim": "MIM", "loss_step": "inter-step", "loss_view": "inter-view"},
     ),
-    "probe": ("quick probe's accuracy (%)", {"ridge_probe_top1": "ridge regression, not the MAE protocol"}),
+    "probe": ("probe accuracy (%)", {"ridge_probe_top1": "ridge regression, not the MAE protocol"}),
 }
-"""Charts: what the axis says, and the log's names of the lines."""
+"""Charts: title -> (label of the axis, key in the log -> label of the curve)."""
 PERCENT = ("ridge_probe_top1",)
 
 
 @dataclass(frozen=True, kw_only=True)
 class History:
-    """A run as it is now."""
+    """The current state of a run."""
 
     name: str
     step: int
-    """The last that was logged."""
+    """The last logged step."""
     speed: float | None
-    """Tokens a second, of the last logged stretch."""
+    """The last logged tokens per second."""
     age: float
-    """Seconds since the log was written on."""
+    """Seconds since the log was written."""
     charts: dict[str, Drawing]
     samples: tuple[int, ...]
-    """Steps whose samples are there."""
+    """Steps with a grid of samples."""
 
 
 def stamp(run: Path) -> tuple[float, int, int]:
-    """What changes when there is something new: the log's time and size, and how many grids of samples there are."""
+    """Return the log's time and size and the number of sample grids. They change when a run has new results."""
     try:
-        known = (run / "log.jsonl").stat()
+        log = (run / "log.jsonl").stat()
     except OSError:
         return 0.0, 0, len(sample_steps(run))
-    return known.st_mtime, known.st_size, len(sample_steps(run))
+    return log.st_mtime, log.st_size, len(sample_steps(run))
 
 
 def sample_steps(run: Path) -> tuple[int, ...]:
-    """The steps of the grids of samples in a run's folder."""
+    """Return the steps with a grid of samples in a run's folder."""
     names = [path.stem.removeprefix("step_") for path in (run / "samples").glob("step_*.png")]
     return tuple(sorted(int(name) for name in names if name.isdecimal()))
 
 
 def read_history(run: Path, name: str) -> History:
-    """What there is.
-
-    Raises:
-        UserError: no log yet, a damaged one, or no matplotlib.
-    """
+    """Read the current state of a run; UserError if its log is missing, empty or damaged."""
     log = read_log(run / "log.jsonl")
     if not log:
-        raise UserError(f"{run} has logged nothing yet: it appears here when it has")
+        raise UserError(f"{run} has no log yet: it appears here after its first logged step")
     charts: dict[str, Drawing] = {}
-    for title, (axis, lines) in CURVES.items():
-        found = {words: _points(log, key) for key, words in lines.items()}
-        series = {
-            words: points for words, points in found.items() if any(points[1])
-        }  # of plain training some are all 0
-        if series:
-            few = all(len(xs) <= 12 for xs, _ in series.values())
-            charts[title] = line_chart(series, name=f"{title} of {name}", x="optimizer step", y=axis, markers=few)
+    for title, (axis, labels) in CURVES.items():
+        curves = {label: _points(log, key) for key, label in labels.items()}
+        curves = {label: curve for label, curve in curves.items() if any(curve[1])}  # unused losses are logged as 0
+        if curves:
+            few = all(len(xs) <= 12 for xs, _ in curves.values())
+            charts[title] = line_chart(curves, name=f"{title} of {name}", x="optimizer step", y=axis, markers=few)
     speeds = [entry["tokens_per_second"] for entry in log if matches_type(entry.get("tokens_per_second"), float)]
     return History(
         name=name,
@@ -93,39 +88,35 @@ def read_history(run: Path, name: str) -> History:
 
 
 def _points(log: Sequence[dict[str, Any]], key: str) -> tuple[list[float], list[float]]:
-    """Steps and values of what was logged under a name."""
+    """The steps and values logged under a key."""
     factor = 100 if key in PERCENT else 1
-    found = [(float(entry["step"]), factor * entry[key]) for entry in log if matches_type(entry.get(key), float)]
-    stride = -(-len(found) // POINTS)
-    kept = found[::-1][:: max(1, stride)][::-1]  # the last one stays
-    return [x for x, _ in kept], [y for _, y in kept]
+    points = [(float(entry["step"]), factor * entry[key]) for entry in log if matches_type(entry.get(key), float)]
+    stride = max(1, -(-len(points) // MAX_POINTS))
+    points = points[::-1][::stride][::-1]  # keeps the last one
+    return [x for x, _ in points], [y for _, y in points]
 
 
 def read_sample(run: Path, step: int) -> Image.Image:
-    """The grid of samples of a step.
-
-    Raises:
-        UserError: there is none, or it is damaged.
-    """
+    """Read the grid of samples of a step; UserError if it is missing or damaged."""
     if step not in sample_steps(run):
         raise UserError(f"{run} has no samples of step {step}")
     path = run / "samples" / f"step_{step:08d}.png"
     try:
         return read_image(path)
     except BrokenImageError as error:
-        raise UserError(f"{path} cannot be read ({cause(error)}): it may be written just now") from error
+        raise UserError(f"{path} cannot be read ({cause(error)}): it may still be being written") from error
 
 
-EVERY = 2.0
-"""Seconds between two looks at the run's folder, while the page is open."""
-IDLE = 60
-"""Seconds without a new line after which a run is no longer said to be training."""
+INTERVAL = 2.0
+"""Seconds between checks of the run's folder while the demo is open."""
+IDLE_SECONDS = 60
+"""Time without new log entries after which a run is not shown as training."""
 
 
 def describe(history: History) -> str:
-    """A run in one line."""
-    state = "training" if history.age < IDLE else f"nothing new for {_duration(history.age)}"
-    speed = f", {history.speed:,.0f} tokens a second" if history.speed else ""
+    """Return a run's state in one line."""
+    state = "training" if history.age < IDLE_SECONDS else f"no new log entries for {_duration(history.age)}"
+    speed = f", {history.speed:,.0f} tokens/s" if history.speed else ""
     return f"{history.name}: step {history.step:,}{speed}; {state}."
 
 
@@ -140,12 +131,17 @@ def runs_tab(setup: Setup) -> None:
     """Build the tab."""
     runs = setup.runs
     if not runs:
-        gr.HTML(html.note("No run is given: start the page with --runs RUN, or with a run's folder as --model."))
+        gr.HTML(html.note("There are no runs to show: start the demo with --runs RUN, or with a run as --model."))
         return
     names = list(runs)
 
-    def look(name: Any, before: Any) -> tuple[Any, Any, Any]:
-        run = _find(name)
+    def find(name: Any) -> Path:
+        if not isinstance(name, str) or name not in runs:
+            raise UserError(f"no run is called {name!r}: choose one of {', '.join(runs)}")
+        return runs[name]
+
+    def refresh(name: Any, before: Any) -> tuple[Any, Any, Any]:
+        run = find(name)
         now = (name, *stamp(run))
         if now == before:
             return gr.skip(), gr.skip(), gr.skip()
@@ -154,39 +150,30 @@ def runs_tab(setup: Setup) -> None:
         except UserError as error:
             return html.note(str(error)), now, gr.skip()
         charts = [html.chart(drawing.svg(), title.capitalize()) for title, drawing in history.charts.items()]
-        steps = history.samples
-        newest = len(steps) - 1
-        slider: Any = gr.skip()  # stays where it is until there is a newer grid
+        slider: Any = gr.skip()  # stays at an older grid until there is a newer one
         if before is None or (before[0], before[-1]) != (now[0], now[-1]):
+            newest = len(history.samples) - 1
             slider = gr.update(maximum=max(1, newest), value=max(0, newest), visible=newest > 0)
-        return html.note(describe(history)) + html.row(charts), now, slider
+        return html.note(describe(history)) + html.charts(charts), now, slider
 
-    def show(name: Any, which: Any, _stamp: Any) -> Any:
-        run = _find(name)
+    def show(name: Any, index: Any, _stamp: Any) -> Any:
+        run = find(name)
         steps = sample_steps(run)
         if not steps:
-            return html.note("This run keeps no samples: train with --sample-every and --sample-tokenizer.")
-        step = steps[min(whole(which, "the sample", 0, 1 << 30), len(steps) - 1)]
-        uri = html.image_uri(read_sample(run, step))
-        return html.picture(
-            uri,
+            return html.note("This run has no samples: train with --sample-every and --sample-tokenizer.")
+        step = steps[min(check_int(index, "the sample", 0, 1 << 30), len(steps) - 1)]
+        return html.wide_image(
+            np.asarray(read_sample(run, step)),
             f"samples of {name} at step {step}",
-            f"Samples after step {step:,}, of the same classes and draws each time.",
+            f"Samples after step {step:,}. Classes and random numbers are the same for every step.",
         )
 
-    def _find(name: Any) -> Any:
-        if not isinstance(name, str) or name not in runs:
-            raise UserError(f"no run is called {name!r}: choose one of {', '.join(runs)}")
-        return runs[name]
-
-    seen = gr.State(None)
+    last = gr.State(None)
     chosen = gr.Dropdown(names, value=names[0], label="Run", elem_id="runs-name")
     curves = gr.HTML("", elem_id="runs-curves")
-    which = gr.Slider(
-        0, 1, 0, step=1, label="Samples, from the first to the newest", visible=False, elem_id="runs-which"
-    )
+    index = gr.Slider(0, 1, 0, step=1, label="Samples, oldest to newest", visible=False, elem_id="runs-which")
     samples = gr.HTML("", elem_id="runs-samples")
-    for trigger in (gr.Timer(EVERY).tick, chosen.change):
-        trigger(told(look), [chosen, seen], [curves, seen, which], **BESIDE)
-    seen.change(told(show), [chosen, which, seen], [samples], **BESIDE)
-    which.input(told(show), [chosen, which, seen], [samples], **BESIDE)
+    for trigger in (gr.Timer(INTERVAL).tick, chosen.change):
+        trigger(handler(refresh), [chosen, last], [curves, last, index], **FILE_QUEUE)
+    for trigger in (last.change, index.input):
+        trigger(handler(show), [chosen, index, last], [samples], **FILE_QUEUE)

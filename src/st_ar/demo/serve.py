@@ -1,4 +1,4 @@
-"""The demo's web page and its server."""
+"""The demo's server."""
 
 import asyncio
 import contextlib
@@ -15,7 +15,7 @@ from typing import Any
 from urllib.parse import parse_qs
 
 from st_ar.demo import html
-from st_ar.demo.inputs import MOST_BYTES
+from st_ar.demo.inputs import MAX_BYTES
 from st_ar.demo.models import ModelPool
 from st_ar.demo.runs_tab import runs_tab
 from st_ar.demo.setup import Setup
@@ -25,54 +25,61 @@ from st_ar.errors import Interrupted, UserError, require
 from st_ar.files import parse_json
 
 Message = MutableMapping[str, Any]
-App = Callable[[Message, Callable[..., Any], Callable[..., Any]], Awaitable[None]]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Message, Receive, Send], Awaitable[None]]
 
-STREAM, QUEUE = "/gradio_api/queue/data", "/gradio_api/queue/join"
-CLOSED = b'"msg":"close_stream"'
-"""Of a stream's last message; in a text it would have backslashes."""
-PATIENCE = 30.0
-"""Seconds after which a browser that has not dropped a closed stream is gone, or of another kind."""
+STREAM_PATH, JOIN_PATH = "/gradio_api/queue/data", "/gradio_api/queue/join"
+CLOSE_MESSAGE = b'"msg":"close_stream"'
+"""Part of a stream's last message. In user text the quotes would be escaped."""
+CLOSE_TIMEOUT = 30.0
+"""Seconds to wait for a browser to close its stream."""
 
 
-class JobsAfterClosing:
-    """Around Gradio's server: a visitor's job is confirmed when the visitor's browser knows that its last stream is closed."""
+class StreamCloseBarrier:
+    """ASGI middleware around Gradio's server that works around a race in Gradio 6.31.
 
-    def __init__(self, app: App, patience: float = PATIENCE) -> None:
-        self.app, self.patience = app, patience
+    A browser receives the results of all its jobs over one stream. When the last job ends, the server sends `close_stream` and
+    forgets the stream. If the visitor starts a job before the browser has handled that message, the browser still expects the
+    result on the old stream, and the job is never answered. Therefore this class keeps the stream's response open until the
+    browser disconnects, and delays the confirmation of a new job until then. The browser opens a new stream after it.
+    """
+
+    def __init__(self, app: App, timeout: float = CLOSE_TIMEOUT) -> None:
+        self.app, self.timeout = app, timeout
         self.closing: dict[str, asyncio.Event] = {}
-        """By visitor; set when the browser knows."""
+        """Session -> set when the browser has closed its stream."""
 
-    async def __call__(self, scope: Message, receive: Callable[..., Any], send: Callable[..., Any]) -> None:
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         path = scope["path"].rstrip("/") if scope["type"] == "http" else ""
-        serve = {STREAM: self._stream, QUEUE: self._queue}.get(path, self.app)
-        await serve(scope, receive, send)
+        await {STREAM_PATH: self._stream, JOIN_PATH: self._join}.get(path, self.app)(scope, receive, send)
 
-    async def _stream(self, scope: Message, receive: Callable[..., Any], send: Callable[..., Any]) -> None:
-        visitor = parse_qs(scope["query_string"].decode("latin-1")).get("session_hash", [""])[-1]
-        known, ended = asyncio.Event(), False
+    async def _stream(self, scope: Message, receive: Receive, send: Send) -> None:
+        session = parse_qs(scope["query_string"].decode("latin-1")).get("session_hash", [""])[-1]
+        closed, closing = asyncio.Event(), False
 
-        async def send_open(message: Message) -> None:
-            nonlocal ended
-            if ended:  # all that follows is the end of the answer
+        async def send_until_close(message: Message) -> None:
+            nonlocal closing
+            if closing:  # the end of the response, which is sent below
                 return
-            if ended := CLOSED in message.get("body", b""):
-                self.closing[visitor] = known
+            if closing := CLOSE_MESSAGE in message.get("body", b""):
+                self.closing[session] = closed
             await send(message)
 
         try:
-            await self.app(scope, receive, send_open)
-            if ended:
+            await self.app(scope, receive, send_until_close)
+            if closing:
                 with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(self.patience):
+                    async with asyncio.timeout(self.timeout):
                         while (await receive())["type"] != "http.disconnect":
                             pass
                 await send({"type": "http.response.body", "body": b"", "more_body": False})
         finally:
-            known.set()
-            if self.closing.get(visitor) is known:
-                del self.closing[visitor]
+            closed.set()
+            if self.closing.get(session) is closed:
+                del self.closing[session]
 
-    async def _queue(self, scope: Message, receive: Callable[..., Any], send: Callable[..., Any]) -> None:
+    async def _join(self, scope: Message, receive: Receive, send: Send) -> None:
         body = bytearray()
 
         async def read() -> Message:
@@ -81,15 +88,15 @@ class JobsAfterClosing:
             return message
 
         async def confirm(message: Message) -> None:
-            if message["type"] == "http.response.start" and (known := self.closing.get(_visitor(body))):
-                await known.wait()
+            if message["type"] == "http.response.start" and (closed := self.closing.get(_session(body))):
+                await closed.wait()
             await send(message)
 
         await self.app(scope, read, confirm)
 
 
-def _visitor(body: bytearray) -> str:
-    """Whose job it is; nobody's, if the request does not say."""
+def _session(body: bytearray) -> str:
+    """The session of a job; empty if the request does not name one."""
     try:
         job = parse_json(body.decode())
     except ValueError:
@@ -98,53 +105,45 @@ def _visitor(body: bytearray) -> str:
 
 
 TITLE = "st-ar"
-WAITING = 32
-"""Jobs that may wait in line; more are refused."""
-FORGET = 3600
-"""Seconds after which files of the page's pictures and uploads are removed."""
+MAX_QUEUE = 32
+"""Largest number of waiting jobs; more are refused."""
+FILE_LIFETIME = 3600
+"""Seconds after which images and uploads are deleted."""
 
 
-def describe(shelf: ModelPool) -> str:
-    """The weights that the page offers, those of one shape together, and what draws with them."""
+def describe(pool: ModelPool) -> str:
+    """Return the demo's weights, grouped by model shape, with the device and type."""
     shapes: dict[str, list[str]] = {}
-    for name in shelf.names:
-        config = shelf.find(name).config
-        shape = f"{config.n_layers} layers of {config.dim}, {config.grid} x {config.grid} tokens"
+    for name in pool.names:
+        config = pool.find(name).config
+        shape = f"{config.n_layers} layers of width {config.dim}, {config.grid} x {config.grid} tokens"
         shapes.setdefault(shape, []).append(name)
     models = [f"{', '.join(names)}: {shape}" for shape, names in shapes.items()]
-    return "; ".join([*models, f"{shelf.device.type}, {str(shelf.dtype).removeprefix('torch.')}"])
+    return "; ".join([*models, f"{pool.device.type}, {str(pool.dtype).removeprefix('torch.')}"])
 
 
 def build_page(setup: Setup) -> Any:
-    """The page as Gradio's Blocks, with a queue."""
-    with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(FORGET, FORGET)) as page:
-        gr.HTML(f"<h1>{TITLE}</h1>{html.note(describe(setup.shelf))}", elem_id="head")
-        drawn = gr.State(None, time_to_live=FORGET)
+    """Return the demo as Gradio Blocks with a queue."""
+    with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(FILE_LIFETIME, FILE_LIFETIME)) as page:
+        gr.HTML(f"<h1>{TITLE}</h1>{html.note(describe(setup.pool))}", elem_id="head")
+        generated = gr.State(None, time_to_live=FILE_LIFETIME)
         with gr.Tab("Generate"):
-            generate_tab(setup, drawn)
+            generate_tab(setup, generated)
         with gr.Tab("Compare"):
             compare_tab(setup)
         with gr.Tab("Understand"):
-            understand_tab(setup, drawn)
+            understand_tab(setup, generated)
         with gr.Tab("Runs"):
             runs_tab(setup)
-    return page.queue(max_size=WAITING, default_concurrency_limit=1, api_open=False)
+    return page.queue(max_size=MAX_QUEUE, default_concurrency_limit=1, api_open=False)
 
 
-def style() -> dict[str, Any]:
-    """Theme and style sheet, as Gradio takes them when the page is mounted: fonts that every machine has, nothing from elsewhere."""
-    theme = gr.themes.Default(
-        primary_hue="sky", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
-    )
-    return {"theme": theme, "css": files("st_ar").joinpath("templates/demo.css").read_text()}
-
-
-SERVED = re.compile(
+ALLOWED_PATHS = re.compile(
     r"/(config|theme\.css|favicon\.ico|manifest\.json|robots\.txt|assets/.*|static/.*|svelte/.*"
     r"|gradio_api/(startup-events|app_id|token|info|theme\.css|heartbeat/.*|queue/(join|data)|cancel|reset|upload|upload_progress"
     r"|file=(?!\w+:).*))?/?"
 )
-"""What of Gradio's server the page needs: nothing else of it answers."""
+"""Paths of Gradio's server that the demo needs. All others are refused."""
 HEADERS = {
     "content-security-policy": (
         "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; style-src 'self' 'unsafe-inline'; "
@@ -154,64 +153,60 @@ HEADERS = {
     "referrer-policy": "no-referrer",
     "x-content-type-options": "nosniff",
 }
-"""The browser itself refuses whatever would leave for another host."""
-MOST_BODY = MOST_BYTES + (1 << 20)
-"""Bytes of a request."""
+"""Headers that make the browser refuse requests to other hosts."""
+MAX_BODY = MAX_BYTES + (1 << 20)
+"""Largest size of a request in bytes. Gradio limits only uploads."""
 
 
 class Guard:
-    """Around the page's server: other paths, other hosts' names and larger requests are refused; HEADERS are added.
+    """ASGI middleware that refuses other paths, unknown host names and large requests, and adds HEADERS.
 
     Args:
-        hosts: names by which the page may be called; any, if None. A page elsewhere could give its own name this machine's
-            address, and would be let in otherwise.
+        hosts: host names that requests may use, or None for any. Otherwise a website could point its own name at this machine's
+            address (DNS rebinding) and use the demo from a visitor's browser.
     """
 
     def __init__(self, app: App, hosts: frozenset[str] | None) -> None:
         self.app, self.hosts = app, hosts
 
-    async def __call__(self, scope: Message, receive: Callable[..., Any], send: Callable[..., Any]) -> None:
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             if scope["type"] == "lifespan":
                 await self.app(scope, receive, send)
             return
         if refusal := self._refusal(scope):
             status, text = refusal
-            start = {"type": "http.response.start", "status": status, "headers": [(b"content-type", b"text/plain")]}
-            await send(start)
+            await send({"type": "http.response.start", "status": status, "headers": [(b"content-type", b"text/plain")]})
             await send({"type": "http.response.body", "body": text.encode()})
             return
 
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
                 ours = [(name.encode(), value.encode()) for name, value in HEADERS.items()]
-                kept = [pair for pair in message["headers"] if pair[0].lower().decode() not in HEADERS]
-                message = {**message, "headers": [*kept, *ours]}
+                others = [pair for pair in message["headers"] if pair[0].lower().decode() not in HEADERS]
+                message = {**message, "headers": [*others, *ours]}
             await send(message)
 
         await self.app(scope, receive, send_with_headers)
 
     def _refusal(self, scope: Message) -> tuple[int, str] | None:
+        """The status and text for a request that is refused."""
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
-        if self.hosts is not None and _hostname(headers.get("host", "")) not in self.hosts:
-            return 421, "this page answers to localhost alone"
-        if not SERVED.fullmatch(scope["path"]):
-            return 404, "there is nothing here"
+        host = re.sub(r":\d+$", "", headers.get("host", "")).strip("[]").lower()
+        if self.hosts is not None and host not in self.hosts:
+            return 421, "this demo is only available as localhost"
+        if not ALLOWED_PATHS.fullmatch(scope["path"]):
+            return 404, "not found"
         if "transfer-encoding" in headers:
-            return 411, "a request must say how long it is"
+            return 411, "the request has no content-length"
         length = headers.get("content-length", "0")
-        if not length.isdecimal() or int(length) > MOST_BODY:
-            return 413, f"more than {MOST_BODY} bytes"
+        if not length.isdecimal() or int(length) > MAX_BODY:
+            return 413, f"the request has more than {MAX_BODY} bytes"
         return None
 
 
-def _hostname(host: str) -> str:
-    """Without the port."""
-    return re.sub(r":\d+$", "", host).strip("[]").lower()
-
-
 def is_local(host: str) -> bool:
-    """Whether an address is this machine's own, that no other can reach."""
+    """Return whether only this machine can reach an address."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -219,17 +214,15 @@ def is_local(host: str) -> bool:
 
 
 def require_gradio() -> Any:
-    """The module, which tells nobody that it is used; UserError where it is not installed."""
-    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before it is imported: it asks then
+    """Import Gradio with its analytics off; UserError if it is not installed."""
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read during the import
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
-    os.environ["GRADIO_ANALYTICS_CACHE_FREQUENCY"] = str(
-        1 << 31
-    )  # events between its statistics, which nobody sees here
+    os.environ["GRADIO_ANALYTICS_CACHE_FREQUENCY"] = str(1 << 31)  # never compute statistics that are not shown
     return require("gradio")
 
 
 def build_app(setup: Setup, host: str) -> Any:
-    """The page's server as an ASGI application."""
+    """Return the demo's server as an ASGI application."""
     gradio = require_gradio()
     from fastapi import FastAPI
 
@@ -244,45 +237,48 @@ def build_app(setup: Setup, host: str) -> Any:
             footer_links=[],
             run_history=False,
             show_error=False,
-            max_file_size=MOST_BYTES,
+            max_file_size=MAX_BYTES,
             ssr_mode=False,
             enable_monitoring=False,
             pwa=False,
             mcp_server=False,
-            **style(),
+            theme=gr.themes.Default(
+                primary_hue="sky", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
+            ),  # system fonts: nothing is downloaded
+            css=files("st_ar").joinpath("templates/demo.css").read_text(),
         )
 
-    with ThreadPoolExecutor(1) as thread:  # outside of an event loop Gradio makes some that nobody closes
+    with ThreadPoolExecutor(1) as thread:  # without a running event loop Gradio creates some that are never closed
         mounted = thread.submit(lambda: asyncio.run(mount())).result()
-    return Guard(JobsAfterClosing(mounted), frozenset({"localhost", "127.0.0.1", "::1"}) if is_local(host) else None)
+    return Guard(StreamCloseBarrier(mounted), frozenset({"localhost", "127.0.0.1", "::1"}) if is_local(host) else None)
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A socket that listens there; port 0 takes a free one.
+    """Return a socket bound to an address; port 0 takes a free one.
 
     Raises:
-        UserError: the port is taken, or no such address is this machine's.
+        UserError: the port is taken, or the address is not this machine's.
     """
     if not 0 <= port < 1 << 16:
-        raise UserError(f"--port must lie between 0 (any that is free) and 65535, not {port}")
+        raise UserError(f"--port must lie between 0 (any free port) and 65535, not {port}")
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listening = socket.socket(family, socket.SOCK_STREAM)
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock = socket.socket(family, socket.SOCK_STREAM)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            listening.bind(address)
+            sock.bind(address)
         except OSError:
-            listening.close()
+            sock.close()
             raise
     except OSError as error:
         raise UserError(
             f"cannot serve on {host}, port {port}: {error.strerror or error}; give another --port (0 takes a free one) or --host"
         ) from error
-    return listening
+    return sock
 
 
 def make_server(setup: Setup, host: str) -> Any:
-    """A uvicorn server of the page; it is given the socket when it is run."""
+    """Return a uvicorn server of the demo. Its `run` takes the socket."""
     app = build_app(setup, host)
     import uvicorn
 
@@ -293,36 +289,33 @@ def make_server(setup: Setup, host: str) -> Any:
 
 @contextlib.contextmanager
 def private_folder() -> Generator[None]:
-    """Within the block Gradio keeps what visitors upload and see in a folder that no other user can read; it is removed at the end.
-
-    To be entered before Gradio is imported.
-    """
+    """Keep Gradio's files in a temporary folder that other users cannot read. Enter it before importing Gradio."""
     with tempfile.TemporaryDirectory(prefix="st-ar-demo-") as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder
         yield
 
 
 def serve(setup: Setup, host: str, port: int) -> None:
-    """Serve the page until a signal ends it.
+    """Serve the demo until a signal stops it.
 
     Raises:
-        Interrupted: by SIGTERM. (SIGINT raises KeyboardInterrupt.)
+        Interrupted: by SIGTERM. SIGINT raises KeyboardInterrupt.
     """
-    listening = bind(host, port)
-    # The server passes signals on to these when it has closed. A shell's background jobs would ignore SIGINT.
-    ours = {signal.SIGTERM: _end, signal.SIGINT: signal.default_int_handler}
-    before = {number: signal.signal(number, handler) for number, handler in ours.items()}
+    sock = bind(host, port)
+    # uvicorn calls these after it has shut down. Background jobs of a shell would otherwise ignore SIGINT.
+    handlers = {signal.SIGTERM: _interrupt, signal.SIGINT: signal.default_int_handler}
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
         server = make_server(setup, host)
-        listening.listen()  # who comes before the server has begun waits for it
+        sock.listen()  # early visitors wait until the server is ready
         name = "localhost" if is_local(host) else host
-        print(f"the page is at http://{name}:{listening.getsockname()[1]}  (Ctrl-C ends it)", flush=True)
-        server.run(sockets=[listening])
+        print(f"the demo is at http://{name}:{sock.getsockname()[1]} (press Ctrl-C to stop it)", flush=True)
+        server.run(sockets=[sock])
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-        setup.shelf.close()
+        setup.pool.close()
 
 
-def _end(signum: int, _frame: object) -> None:
-    raise Interrupted("the page is closed", signum)
+def _interrupt(signum: int, _frame: object) -> None:
+    raise Interrupted("the demo was stopped", signum)

@@ -1,8 +1,9 @@
-"""What the page has to work with: weights, a tokenizer, stores of images and runs; given, or the quickstart's."""
+"""What the demo works with: models, a tokenizer, token stores and runs, given by the user or from the quickstart."""
 
 import sys
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +11,9 @@ import torch
 from torch import Tensor
 
 from st_ar.data.store import TokenStore
-from st_ar.demo.inputs import cut_upload, decode_upload
+from st_ar.demo.inputs import crop_upload, decode_upload
 from st_ar.demo.models import ModelPool
-from st_ar.demo.reading import Guesser, Guesses, Reading, Readings
+from st_ar.demo.reading import ClassProbe, Prediction, Reading, read_tokens
 from st_ar.errors import UserError
 from st_ar.evaluation.attention import center_crops
 from st_ar.model.weights import call_models
@@ -20,113 +21,109 @@ from st_ar.quickstart import METHODS
 from st_ar.tokenizer import decode_to_images, to_pixels
 from st_ar.training.run import trained_config
 
+CACHED_READINGS = 4
+"""Forward passes kept in memory, so that clicks on one image are answered at once."""
+
 
 @dataclass(frozen=True, kw_only=True)
-class Seen:
+class DemoImage:
     """An image that the models can read."""
 
     title: str
     tokens: Tensor
     """int64 [T]."""
     label: int | None
-    """Its class, if it is known."""
-    picture: np.ndarray
-    """uint8 [S, S, 3], as the tokenizer paints it."""
+    """Its class, if known."""
+    pixels: np.ndarray
+    """uint8 [S, S, 3], decoded from the tokens."""
 
 
 @dataclass(kw_only=True)
 class Setup:
-    """All of it, shared by every visitor of the page."""
+    """Everything that the visitors share."""
 
-    shelf: ModelPool
+    pool: ModelPool
     store: TokenStore | None = None
-    """Images to look at."""
+    """Images to inspect."""
     probe_store: TokenStore | None = None
-    """Images with classes, to fit quick probes on."""
+    """Images with classes to fit probes on."""
     probe_images: int = 4000
-    """At most, for each."""
+    """Largest number of images to fit a probe on."""
     runs: Mapping[str, Path] = field(default_factory=dict[str, Path])
-    """To follow, by name."""
-    readings: Readings = field(default_factory=Readings)
-    guessers: dict[str, Guesser] = field(default_factory=dict[str, Guesser])
+    """Runs to follow, by name."""
+    probes: dict[str, ClassProbe] = field(default_factory=dict[str, ClassProbe])
 
     def __post_init__(self) -> None:
-        for store in (self.store, self.probe_store):
-            if store is not None:
-                for name, weights in self.shelf.weights.items():
-                    store.check_model(
-                        weights.config, self.shelf.tokenizer.fingerprint if store.meta.tokenizer else None
-                    )
-                    store.check_classes(weights.class_names, name)
+        self.read_cached = lru_cache(CACHED_READINGS)(self._read)
+        for store in filter(None, (self.store, self.probe_store)):
+            for name, weights in self.pool.weights.items():
+                store.check_model(weights.config, self.pool.tokenizer.fingerprint if store.meta.tokenizer else None)
+                store.check_classes(weights.class_names, name)
 
-    def from_store(self, image: int) -> Seen:
-        """An image of the store, centre crop."""
+    def from_store(self, index: int) -> DemoImage:
+        """Return the centre crop of an image of the store."""
         if self.store is None:
-            raise UserError("the page has no token store: start it with --tokens STORE")
-        if not 0 <= image < len(self.store):
-            raise UserError(f"{self.store.folder} has images 0 to {len(self.store) - 1}, and no {image}")
-        tokens, labels = center_crops(self.store, [image])
+            raise UserError("the demo has no token store: start it with --tokens STORE")
+        if not 0 <= index < len(self.store):
+            raise UserError(f"{self.store.folder} has no image {index}: choose 0 to {len(self.store) - 1}")
+        tokens, labels = center_crops(self.store, [index])
         label = int(labels[0])
-        name = self.store.meta.class_names[label]
-        return self.shelf.run(lambda: self._seen(f"image {image} of the store: {name}", tokens[0], label))
+        title = f"image {index} of the store: {self.store.meta.class_names[label]}"
+        return self.pool.run(lambda: self._decode(title, tokens[0], label))
 
-    def from_upload(self, data: bytes, weights_name: str) -> Seen:
-        """An uploaded image, its centre cut, resized and tokenized to the grid of some weights."""
-        grid = self.shelf.find(weights_name).config.grid
+    def from_upload(self, data: bytes, weights_name: str) -> DemoImage:
+        """Return an uploaded image, cropped and tokenized for some weights."""
+        grid = self.pool.find(weights_name).config.grid
         image = decode_upload(data)
-        return self.shelf.run(lambda: self._tokenized(cut_upload(image, grid * self.shelf.tokenizer.patch), grid))
+        return self.pool.run(lambda: self._tokenize(crop_upload(image, grid * self.pool.tokenizer.patch), grid))
 
-    def _tokenized(self, pixels: np.ndarray, grid: int) -> Seen:
-        codes = self.shelf.tokenizer.encode(to_pixels(torch.from_numpy(pixels.copy())[None])).cpu()
+    def _tokenize(self, pixels: np.ndarray, grid: int) -> DemoImage:
+        codes = self.pool.tokenizer.encode(to_pixels(torch.from_numpy(pixels.copy())[None])).cpu()
         assert codes.shape == (1, grid, grid)
-        return self._seen("the uploaded image, as the tokenizer has it", codes.flatten(), None)
+        return self._decode("the uploaded image after tokenization", codes.flatten(), None)
 
-    def _seen(self, title: str, tokens: Tensor, label: int | None) -> Seen:
-        return Seen(
-            title=title, tokens=tokens, label=label, picture=decode_to_images(self.shelf.tokenizer, tokens[None])[0]
-        )
+    def _decode(self, title: str, tokens: Tensor, label: int | None) -> DemoImage:
+        pixels = decode_to_images(self.pool.tokenizer, tokens[None])[0]
+        return DemoImage(title=title, tokens=tokens, label=label, pixels=pixels)
 
-    def read(self, name: str, seen: Seen, label: int) -> Reading:
-        """What some weights do as they read an image of that class."""
-        self.shelf.find(name)
-        return self.shelf.run(lambda: self.readings.read(self.shelf.open(name), seen.tokens, label))
+    def read(self, name: str, image: DemoImage, label: int) -> Reading:
+        """Read an image with some weights, given a class."""
+        self.pool.find(name)
+        tokens = tuple(image.tokens.tolist())
+        return self.pool.run(lambda: self.read_cached(name, tokens, label))
 
-    def guess(self, name: str, seen: Seen) -> Generator[Guesses, None, None]:
-        """What the quick probe of some weights takes an image for; first how far it is fitted.
+    def _read(self, name: str, tokens: tuple[int, ...], label: int) -> Reading:
+        return read_tokens(self.pool.open(name), torch.tensor(tokens), label)
 
-        Raises:
-            UserError: no store to fit one on, or as `Guesser`.
-        """
-        self.shelf.find(name)
-        return self.shelf.each(self._guess(name, seen))
+    def predict(self, name: str, image: DemoImage) -> Generator[Prediction, None, None]:
+        """Yield the progress of fitting the probe of some weights, then its predictions for an image."""
+        self.pool.find(name)
+        return self.pool.iterate(self._predict(name, image))
 
-    def _guess(self, name: str, seen: Seen) -> Generator[Guesses, None, None]:
+    def _predict(self, name: str, image: DemoImage) -> Generator[Prediction, None, None]:
         if self.probe_store is None:
-            raise UserError("the page has no images to fit a probe on: start it with --probe-tokens STORE")
-        opened = self.shelf.open(name)
-        if len(seen.tokens) != opened.weights.config.sequence_length:
+            raise UserError("the demo has no images to fit a probe on: start it with --probe-tokens STORE")
+        model = self.pool.open(name)
+        if len(image.tokens) != model.weights.config.sequence_length:
             raise UserError(
-                f"{name} reads {opened.weights.config.sequence_length} tokens, the image has {len(seen.tokens)}"
+                f"{name} reads {model.weights.config.sequence_length} tokens, and the image has {len(image.tokens)}: "
+                "choose an image of this model's size"
             )
-        guesser = self.guessers.get(name) or Guesser(opened, self.probe_store, self.probe_images)
-        yield from guesser.guess(seen.tokens)
-        self.guessers[name] = guesser  # a fit that was left is begun anew
+        probe = self.probes.get(name) or ClassProbe(model, self.probe_store, self.probe_images)
+        yield from probe.predict(image.tokens)
+        self.probes[name] = probe  # an interrupted fit starts again
 
 
 def quickstart_setup(folder: Path, *, device: str, dtype: str, probe_images: int) -> Setup:
-    """The quickstart's models, stores and runs, which are made first if the folder has no finished quickstart.
-
-    Raises:
-        UserError: the folder holds something else.
-    """
+    """Return the quickstart's models, stores and runs. Run the quickstart first if `folder` has no finished one."""
     if not (folder / "summary.json").exists():
         from st_ar.quickstart import quickstart
 
-        print(f"{folder} holds no finished quickstart: making it, which takes some minutes once", file=sys.stderr)
+        print(f"{folder} has no finished quickstart: running it, which takes some minutes once", file=sys.stderr)
         quickstart(folder)
     runs = {name: folder / METHODS[name].folder for name in ("AR", "ST-AR")}
     return Setup(
-        shelf=ModelPool(list(runs.values()), folder / "tokenizer", names=list(runs), device=device, dtype=dtype),
+        pool=ModelPool(list(runs.values()), folder / "tokenizer", names=list(runs), device=device, dtype=dtype),
         store=open_store(folder / "tokens-test"),
         probe_store=open_store(folder / "tokens-train"),
         probe_images=probe_images,
@@ -135,18 +132,14 @@ def quickstart_setup(folder: Path, *, device: str, dtype: str, probe_images: int
 
 
 def open_store(folder: Path) -> TokenStore:
-    """A token store whose every checksum agrees."""
+    """Open a token store and verify its checksums."""
     store = TokenStore(folder)
     store.verify()
     return store
 
 
 def find_runs(models: Sequence[Path], runs: Sequence[Path]) -> dict[str, Path]:
-    """The runs among some models, and others, by their names.
-
-    Raises:
-        UserError: one of `runs` is none, or two are called alike.
-    """
+    """Return the runs among `models` and all of `runs`, by name; UserError if one of `runs` is not a run."""
     for run in runs:
         trained_config(run)
     found = [path for path in models if (path / "log.jsonl").exists()]

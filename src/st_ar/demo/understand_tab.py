@@ -1,215 +1,204 @@
-"""The tab that shows what a model does as it reads an image: attention, uncertainty, and what a probe takes it for."""
+"""The tab Understand: a model's attention and uncertainty as it reads an image, and a probe's predictions."""
 
 import math
 from collections.abc import Callable, Generator
+from functools import partial
 from typing import Any
 
 import numpy as np
 
-from st_ar.demo import html
-from st_ar.demo import reading as maps
-from st_ar.demo.inputs import read_upload, whole
-from st_ar.demo.reading import NONE, OWN, label_given
-from st_ar.demo.setup import Setup
-from st_ar.demo.tabs import AT_ONCE, QUEUE, class_choices, gr, told
+from st_ar.demo import html, reading
+from st_ar.demo.inputs import check_int, read_upload
+from st_ar.demo.reading import NO_CLASS, OWN_CLASS, choose_label
+from st_ar.demo.setup import DemoImage, Setup
+from st_ar.demo.tabs import MODEL_QUEUE, UI_QUEUE, class_choices, gr, handler
 from st_ar.errors import UserError
 from st_ar.figures import line_chart
 
-DRAWN, STORED, UPLOADED = "drawn here", "token store", "upload"
+GENERATED, STORED, UPLOADED = "generated here", "token store", "upload"
 MEAN = 0
-"""Choice of the head, beside their numbers: the average of all."""
+"""Choice of the average over the heads, beside the heads' numbers."""
+LAST_GENERATED = 15
+"""Largest index of a generated image."""
+ANY_INDEX = 1 << 40
 
 
-def understand_tab(setup: Setup, drawn: Any) -> None:
-    """Build the tab; `drawn` is the visitor's state with the images drawn last, a list of `Seen`."""
-    names = setup.shelf.names
-    config = setup.shelf.find(names[0]).config
-    sources = [DRAWN, *([STORED] if setup.store is not None else []), UPLOADED]
+def understand_tab(setup: Setup, generated: Any) -> None:
+    """Build the tab; `generated` is the visitor's state for the latest images, a list of `DemoImage`."""
+    names = setup.pool.names
+    config = setup.pool.find(names[0]).config
+    store_size = len(setup.store) if setup.store is not None else 0
+    sources = [GENERATED, *([STORED] if store_size else []), UPLOADED]
 
-    def load(source: Any, index: Any, path: Any, name: Any, last: Any) -> tuple[Any, Any, Any]:
+    def load(source: Any, index: Any, path: Any, name: Any, latest: Any) -> tuple[Any, Any, Any]:
         if source == UPLOADED:
-            seen = setup.from_upload(read_upload(path), name)
+            image = setup.from_upload(read_upload(path), name)
         elif source == STORED:
-            seen = setup.from_store(whole(index, "the image", 0, 1 << 40))
-        elif not last:
-            raise UserError("nothing is drawn yet: draw images in the first tab, or choose another source")
+            image = setup.from_store(check_int(index, "the image", 0, ANY_INDEX))
+        elif not latest:
+            raise UserError("there are no generated images: generate some in the first tab, or choose another source")
         else:
-            seen = last[min(whole(index, "the image", 0, 1 << 40), len(last) - 1)]
-        length = len(seen.tokens)
-        return seen, gr.update(maximum=length - 1, value=length // 2), ""
+            image = latest[min(check_int(index, "the image", 0, ANY_INDEX), len(latest) - 1)]
+        length = len(image.tokens)
+        return image, gr.update(maximum=length - 1, value=length // 2), ""
 
-    def look(seen: Any, name: Any, given: Any, token: Any, layer: Any, head: Any) -> tuple[Any, ...]:
-        if seen is None:
+    def label_for(image: DemoImage, name: Any, choice: Any) -> int:
+        weights = setup.pool.find(name)
+        return choose_label(choice, image.label, weights.config.null_class, has_null_class=weights.has_null_class)
+
+    def show(image: Any, name: Any, choice: Any, token: Any, layer: Any, head: Any) -> tuple[Any, ...]:
+        if image is None:
             return (gr.skip(),) * 5
-        weights = setup.shelf.find(name)
-        shape = weights.config
-        token = min(whole(token, "the token", 0, shape.sequence_length), len(seen.tokens) - 1)
-        layer = min(whole(layer, "the layer", 1, 1 << 10), shape.n_layers)
-        head = min(whole(head, "the head", MEAN, 1 << 16), shape.n_heads)
-        label = label_given(given, seen.label, shape.null_class, knows_none=weights.knows_no_class)
-        reading = setup.read(name, seen, label)
-        rows = reading.attention[layer - 1, :, token].astype(np.float32)
-        row = rows.mean(0) if head == MEAN else rows[head - 1]
-        most = math.log(shape.vocab_size)
+        config = setup.pool.find(name).config
+        token = min(check_int(token, "the token", 0, config.sequence_length), len(image.tokens) - 1)
+        layer = min(check_int(layer, "the layer", 1, ANY_INDEX), config.n_layers)
+        head = min(check_int(head, "the head", MEAN, ANY_INDEX), config.n_heads)
+        found = setup.read(name, image, label_for(image, name, choice))
+        by_head = found.attention[layer - 1, :, token].astype(np.float32)
+        weights = by_head.mean(0) if head == MEAN else by_head[head - 1]
         return (
-            maps.marked(seen.picture, shape.grid, token),
-            maps.attention_map(seen.picture, row, shape.grid, token),
-            maps.entropy_map(seen.picture, reading.entropy, shape.grid, token),
-            maps.heads_overview(reading, shape.grid, token, (layer, None if head == MEAN else head)),
-            html.step_words(seen, token, reading, float(row[0]), most),
+            reading.mark_token(image.pixels, config.grid, token),
+            reading.render_attention(image.pixels, weights, config.grid, token),
+            reading.render_entropy(image.pixels, found.entropy, config.grid, token),
+            reading.render_heads(found, config.grid, token, (layer, None if head == MEAN else head)),
+            html.step_table(image, token, found, float(weights[0]), math.log(config.vocab_size)),
         )
 
-    def guess(seen: Any, name: Any) -> Generator[str, None, None]:
-        if seen is None:
-            raise UserError("no image is chosen: show one first")
-        for sofar in setup.guess(name, seen):
-            if not sofar.by_step:
-                yield html.note(
-                    f"Fitting a quick probe to {name}, once: {sofar.read:,} of {sofar.total:,} images read."
-                )
-                continue
-            truth = setup.shelf.find(name).class_names[seen.label] if seen.label is not None else None
-            yield html.guess_table(sofar, name, truth, len(seen.tokens))
+    def predict(image: Any, name: Any) -> Generator[str, None, None]:
+        if image is None:
+            raise UserError("no image is shown: choose one and press Show")
+        for prediction in setup.predict(name, image):
+            if prediction.by_step:
+                truth = setup.pool.find(name).class_names[image.label] if image.label is not None else None
+                yield html.prediction_table(prediction, name, truth, len(image.tokens))
+            else:
+                progress = f"{prediction.fitted:,} of {prediction.total:,} images read"
+                yield html.note(f"Fitting a probe to {name}, which is done once: {progress}.")
 
-    def curve(seen: Any, name: Any, given: Any) -> str:
-        if seen is None:
+    def plot_entropy(image: Any, name: Any, choice: Any) -> str:
+        if image is None:
             return ""
-        weights = setup.shelf.find(name)
-        shape = weights.config
-        label = label_given(given, seen.label, shape.null_class, knows_none=weights.knows_no_class)
-        entropy = setup.read(name, seen, label).entropy
+        entropy = setup.read(name, image, label_for(image, name, choice)).entropy
         drawing = line_chart(
             {name: (list(map(float, range(len(entropy)))), entropy.tolist())},
             name="entropy by token", x="token", y="entropy (nats)", markers=False,
         )  # fmt: skip
         return html.chart(
-            drawing.svg(), f"How unsure {name} is of each token; its mean is {float(entropy.mean()):.3f} nats."
+            drawing.svg(), f"Entropy of {name} for each token, {float(entropy.mean()):.3f} nats on average."
         )
 
-    def other_weights(name: Any, given: Any, layer: Any, head: Any) -> tuple[Any, Any, Any]:
-        return still_there(setup, name, given, layer, head)
+    def click_token(name: Any, event: Any) -> int:
+        return reading.token_at(*_click_position(event), setup.pool.find(name).config.grid)
 
-    def on_token(name: Any, event: Any) -> int:
-        return maps.token_at(*_place(event), setup.shelf.find(name).config.grid)
+    def click_head(name: Any, event: Any) -> tuple[int, int]:
+        config = setup.pool.find(name).config
+        layer, head = reading.head_at(*_click_position(event), config.grid, config.n_heads)
+        return min(layer, config.n_layers), min(head, config.n_heads)
 
-    def on_head(name: Any, event: Any) -> tuple[int, int]:
-        shape = setup.shelf.find(name).config
-        layer, head = maps.head_at(*_place(event), shape.grid, shape.n_heads)
-        return min(layer, shape.n_layers), min(head, shape.n_heads)
+    def update_source(source: Any) -> tuple[Any, Any]:
+        last = store_size - 1 if source == STORED and store_size else LAST_GENERATED
+        return gr.update(visible=source != UPLOADED, maximum=last, value=0), gr.update(visible=source == UPLOADED)
 
-    def other_source(source: Any) -> tuple[Any, Any]:
-        most = len(setup.store) - 1 if source == STORED and setup.store is not None else 15
-        return gr.update(visible=source != UPLOADED, maximum=most, value=0), gr.update(visible=source == UPLOADED)
-
-    chosen = gr.State(None)
+    image = gr.State(None)
     with gr.Row():
         with gr.Column(scale=1, min_width=300):
             source = gr.Radio(sources, value=sources[-2], label="Image from", elem_id="understand-source")
-            most = len(setup.store) - 1 if setup.store is not None else 15
-            index = gr.Slider(0, most, 0, step=1, label="Which image", elem_id="understand-index")
+            last = store_size - 1 if store_size else LAST_GENERATED
+            index = gr.Slider(0, last, 0, step=1, label="Index of the image", elem_id="understand-index")
             file = gr.File(label="An image", type="filepath", height=140, visible=False, elem_id="understand-file")
-            show = gr.Button("Show", variant="primary", elem_id="understand-show")
+            go = gr.Button("Show", variant="primary", elem_id="understand-show")
             weights = gr.Dropdown(names, value=names[0], label="Weights", elem_id="understand-weights")
-            given = gr.Dropdown(
-                _given_choices(setup, names[0]), value=OWN, label="Class that the model is given", filterable=True
+            choice = gr.Dropdown(
+                _label_choices(setup, names[0]), value=OWN_CLASS, label="Class given to the model", filterable=True
             )
             token = gr.Slider(
                 0, config.sequence_length - 1, config.sequence_length // 2, step=1, label="Token",
-                info="or click on one in a picture", elem_id="understand-token",
+                info="or click on one in an image", elem_id="understand-token",
             )  # fmt: skip
             with gr.Row():
                 layer = gr.Slider(
-                    1,
-                    config.n_layers,
-                    max(1, config.n_layers // 2),
-                    step=1,
-                    label="Layer",
-                    min_width=140,
+                    1, config.n_layers, max(1, config.n_layers // 2), step=1, label="Layer", min_width=140,
                     elem_id="understand-layer",
-                )
+                )  # fmt: skip
                 head = gr.Dropdown(
                     _head_choices(config.n_heads), value=MEAN, label="Head", min_width=120, elem_id="understand-head"
                 )
-            words = gr.HTML(html.note("Choose an image and press Show."), elem_id="understand-words")
+            numbers = gr.HTML(html.note("Choose an image and press Show."), elem_id="understand-words")
         with gr.Column(scale=2, min_width=300):
             with gr.Row():
-                picture = _picture("The image: click on a token", "understand-picture")
-                attention = _picture("What the step that predicts it looks at", "understand-attention")
+                marked = _add_image("Image: click on a token", "understand-picture")
+                attention = _add_image("Attention of the step that predicts it", "understand-attention")
             with gr.Row():
-                entropy = _picture("How unsure the model is of each token", "understand-entropy")
-                overview = _picture("Heads (columns), layers (rows): click on one", "understand-overview")
+                entropy = _add_image("Entropy of each token", "understand-entropy")
+                heads = _add_image("Heads (columns) and layers (rows): click on one", "understand-overview")
             gr.HTML(
                 html.note(
-                    "Blue frame: the token that is predicted. White frame: the newest that was read. Brighter: more weight, or more "
-                    "entropy; each map on its own scale."
+                    "Blue frame: the predicted token. White frame: the last token read. Brighter means more attention or higher "
+                    "entropy. Each map has its own scale."
                 )
             )
-            with gr.Accordion("Entropy over the image", open=False):
-                curves = gr.HTML("", elem_id="understand-curve")
+            with gr.Accordion("Entropy by token", open=False):
+                curve = gr.HTML("", elem_id="understand-curve")
+    has_probe = setup.probe_store is not None
     with gr.Row():
-        ask = gr.Button(
-            "What does a probe take it for?", elem_id="understand-ask", interactive=setup.probe_store is not None
-        )
-    missing = (
-        "" if setup.probe_store is not None else html.note("Start the page with --probe-tokens STORE to ask a probe.")
-    )
-    guesses = gr.HTML(missing, elem_id="understand-guesses")
+        ask = gr.Button("Predict the class with a probe", elem_id="understand-ask", interactive=has_probe)
+    hint = "" if has_probe else html.note("Start the demo with --probe-tokens STORE to use a probe.")
+    predictions = gr.HTML(hint, elem_id="understand-guesses")
 
-    seeing = [chosen, weights, given, token, layer, head]
-    shown = [picture, attention, entropy, overview, words]
-    source.change(told(other_source), [source], [index, file], **AT_ONCE)
+    inputs = [image, weights, choice, token, layer, head]
+    outputs = [marked, attention, entropy, heads, numbers]
+    source.change(handler(update_source), [source], [index, file], **UI_QUEUE)
     loaded = gr.on(
-        [show.click, file.upload], told(load), [source, index, file, weights, drawn], [chosen, token, guesses],
-        show_progress_on=[words], **QUEUE,
+        [go.click, file.upload], handler(load), [source, index, file, weights, generated], [image, token, predictions],
+        show_progress_on=[numbers], **MODEL_QUEUE,
     )  # fmt: skip
-    changed = weights.change(told(other_weights), [weights, given, layer, head], [given, layer, head], **AT_ONCE)
-    triggers = [loaded.success, changed.success, given.input, token.input, layer.input, head.input]
-    for pixels in (picture, attention, entropy):
-        clicked = pixels.select(told(_with_event(on_token)), [weights], [token], **AT_ONCE)
-        triggers.append(clicked.success)
-    triggers.append(overview.select(told(_with_event(on_head)), [weights], [layer, head], **AT_ONCE).success)
+    changed = weights.change(
+        handler(partial(update_choices, setup)), [weights, choice, layer, head], [choice, layer, head], **UI_QUEUE
+    )
+    triggers = [loaded.success, changed.success, choice.input, token.input, layer.input, head.input]
+    triggers += [
+        clickable.select(_with_event(click_token), [weights], [token], **UI_QUEUE).success
+        for clickable in (marked, attention, entropy)
+    ]
+    triggers.append(heads.select(_with_event(click_head), [weights], [layer, head], **UI_QUEUE).success)
     for trigger in triggers:
-        trigger(told(look), seeing, shown, trigger_mode="always_last", show_progress_on=[words], **QUEUE)
-    for trigger in (loaded.success, changed.success, given.input):
-        trigger(told(curve), [chosen, weights, given], [curves], **QUEUE | {"show_progress": "hidden"})
-    ask.click(told(guess), [chosen, weights], [guesses], **QUEUE)
+        trigger(handler(show), inputs, outputs, trigger_mode="always_last", show_progress_on=[numbers], **MODEL_QUEUE)
+    for trigger in (loaded.success, changed.success, choice.input):
+        trigger(handler(plot_entropy), [image, weights, choice], [curve], **MODEL_QUEUE | {"show_progress": "hidden"})
+    ask.click(handler(predict), [image, weights], [predictions], **MODEL_QUEUE)
 
 
-def still_there(setup: Setup, name: Any, given: Any, layer: Any, head: Any) -> tuple[Any, Any, Any]:
-    """The classes, layers and heads of other weights, of which the chosen ones stay as far as they have them."""
-    shape = setup.shelf.find(name).config
-    classes = _given_choices(setup, name)
+def update_choices(setup: Setup, name: Any, choice: Any, layer: Any, head: Any) -> tuple[Any, Any, Any]:
+    """Return the class, layer and head fields for other weights. Chosen values that they have stay chosen."""
+    config = setup.pool.find(name).config
+    classes = _label_choices(setup, name)
     return (
-        gr.update(choices=classes, value=given if given in [label for _, label in classes] else OWN),
-        gr.update(maximum=shape.n_layers, value=min(whole(layer, "the layer", 1, 1 << 10), shape.n_layers)),
+        gr.update(choices=classes, value=choice if choice in [label for _, label in classes] else OWN_CLASS),
+        gr.update(maximum=config.n_layers, value=min(check_int(layer, "the layer", 1, ANY_INDEX), config.n_layers)),
         gr.update(
-            choices=_head_choices(shape.n_heads),
-            value=head if whole(head, "the head", MEAN, 1 << 16) <= shape.n_heads else MEAN,
+            choices=_head_choices(config.n_heads),
+            value=head if check_int(head, "the head", MEAN, ANY_INDEX) <= config.n_heads else MEAN,
         ),
     )
 
 
 def _with_event(work: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
-    """A handler that is given the event too: Gradio knows it by the type of the argument."""
-
-    def handler(name: Any, event: Any) -> Any:
-        return work(name, event)
-
-    handler.__annotations__["event"] = gr.SelectData
-    return handler
+    """Return a handler that gets the event too. Gradio finds the argument by its type."""
+    work.__annotations__["event"] = gr.SelectData
+    return handler(work)
 
 
-def _place(event: Any) -> tuple[int, int]:
-    """Where a picture was clicked on, in its own pixels."""
-    place = getattr(event, "index", None)
-    if not isinstance(place, list | tuple) or len(place) != 2:
-        raise UserError("the click has no place: click inside a picture")
-    x, y = (whole(value, "the place of the click", 0, 1 << 20) for value in place)
+def _click_position(event: Any) -> tuple[int, int]:
+    """The pixel of a click on an image."""
+    position = getattr(event, "index", None)
+    if not isinstance(position, list | tuple) or len(position) != 2:
+        raise UserError("the click has no position: click inside an image")
+    x, y = (check_int(value, "the position of the click", 0, 1 << 20) for value in position)
     return x, y
 
 
-def _picture(caption: str, key: str) -> Any:
-    """A picture that can be clicked on, under its caption: Gradio's own labels would cover tokens."""
+def _add_image(caption: str, key: str) -> Any:
+    """Add a clickable image below its caption. Gradio's own labels would cover tokens."""
     with gr.Column(min_width=200):
         gr.HTML(html.note(caption))
         return gr.Image(
@@ -225,10 +214,9 @@ def _picture(caption: str, key: str) -> Any:
         )
 
 
-def _given_choices(setup: Setup, name: str) -> list[tuple[str, int]]:
-    own = [("the image's own", OWN)]
-    none = [("none", NONE)] if setup.shelf.find(name).knows_no_class else []
-    return [*own, *none, *class_choices(setup, name)]
+def _label_choices(setup: Setup, name: str) -> list[tuple[str, int]]:
+    none = [("none", NO_CLASS)] if setup.pool.find(name).has_null_class else []
+    return [("the image's own", OWN_CLASS), *none, *class_choices(setup, name)]
 
 
 def _head_choices(heads: int) -> list[tuple[str, int]]:

@@ -1,1 +1,1 @@
-"""What a model understands and how well it draws: probes, attention, distances between sets of images."""
+"""Probes, attention, likelihood, tokenizers, and metrics of generated images."""

@@ -1,6 +1,6 @@
-"""Attention maps, and the numbers that a table can compare.
+"""Attention maps and their statistics.
 
-Fused attention returns no weights, so they are computed again from each layer's input, with the model's own projections.
+Fused attention returns no weights. They are computed again from each layer's input with the model's projections.
 """
 
 from collections.abc import Collection, Iterator, Sequence
@@ -18,13 +18,13 @@ from st_ar.randomness import RandomStream, torch_generator
 from st_ar.selfguided.guidance import random_key_mask, show_own_position
 
 WEIGHTS_AT_ONCE = 2**23
-"""Weights of one layer that are in memory together: 8 images of 256 tokens and 16 heads, 32 MiB."""
+"""Most weights of one layer in memory at once: 8 images of 256 tokens and 16 heads, 32 MiB."""
 
 
 def attention_maps(
     model: Transformer, tokens: Tensor, labels: Tensor, *, layers: Collection[int], key_mask: Tensor | None = None
 ) -> dict[int, Tensor]:
-    """The maps of `weights_by_layer`, all at once."""
+    """Return the maps of `weights_by_layer` by layer."""
     return dict(weights_by_layer(model, tokens, labels, layers=layers, key_mask=key_mask))
 
 
@@ -32,14 +32,14 @@ def attention_maps(
 def weights_by_layer(
     model: Transformer, tokens: Tensor, labels: Tensor, *, layers: Collection[int], key_mask: Tensor | None = None
 ) -> Iterator[tuple[int, Tensor]]:
-    """Softmax(Q K^T / sqrt(head_dim) + M) of the chosen layers, one after the other: float32 [B, H, T, N - 1 + T].
+    """Yield each layer and its softmax(Q K^T / sqrt(head_dim) + M), float32 [B, H, T, N - 1 + T].
 
-    Row q is the step that has read the condition and q tokens and predicts token q. The first N keys are the condition (one
-    is the class); their logits are always 0 (the rotary table turns the keys to zeros), so their weight says how little the
-    other keys stood out.
+    Row q is the step that has read the condition and q tokens and predicts token q. The first N keys are the condition (N = 1
+    for a class). Their logits are always 0, since the rotary table turns these keys to zeros. So they get the weight that no
+    token attracts.
 
     Args:
-        tokens: int64 [B, T-1]; labels, key_mask: as for Transformer.forward.
+        tokens: int64 [B, T-1]. labels, key_mask: as for Transformer.forward.
         layers: counted from 1.
     """
     require_between("layer", layers, 1, model.config.n_layers, "this network has layers")
@@ -53,23 +53,23 @@ def weights_by_layer(
         yield layer, attention_weights(q.float(), k.float(), bias)[:, :, first:]
 
 
-def require_between(what: str, values: Collection[int], least: int, most: int, there: str) -> None:
-    """A UserError that names the first value out of range; `there` says what has `least` to `most`."""
+def require_between(what: str, values: Collection[int], least: int, most: int, available: str) -> None:
+    """Raise a UserError for the first value out of range; `available` introduces the range in the message."""
     if wrong := [value for value in values if not least <= value <= most]:
-        raise UserError(f"no {what} {wrong[0]}: {there} {least} to {most}")
+        raise UserError(f"no {what} {wrong[0]}: {available} {least} to {most}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionStatistics:
-    """Averages over steps that have read at least one token, and over what the function that gives them says."""
+    """Averages over the steps that have read at least one token."""
 
     class_weight: float
-    """Weight on the class, or on all of the caption."""
+    """Weight on the class, or on the whole caption."""
     neighbour_weight: float
-    """Weight on the 3 x 3 tokens around the newest token, itself included, as far as they are read."""
+    """Weight on the newest token and its neighbours in 3 x 3 that have been read."""
     distance: float
-    """Mean distance in tokens from the newest token to what is looked at, the condition left out; over the steps that look at
-    any token (with masked keys, an early one may see none), and 0 if none does."""
+    """Mean distance in tokens between the newest token and the attended tokens, without the condition. Steps whose tokens are all
+    masked do not count; 0 if no step counts."""
     entropy: float
     """Entropy in nats of the weights over all keys."""
 
@@ -82,22 +82,22 @@ def _statistics_of(values: Tensor) -> AttentionStatistics:
 
 
 def head_statistics(weights: Tensor, grid: int) -> Tensor:
-    """Statistics of one layer's maps [B, H, T, N - 1 + T], of each image and head: float64 [B, H, 4], in STATISTICS' order."""
+    """Return the statistics of one layer's maps [B, H, T, N - 1 + T] by image and head: float64 [B, H, 4], in STATISTICS' order."""
     length = weights.shape[-2]
-    condition = weights.shape[-1] - length + 1  # keys of it, N
-    places = torch.arange(length - 1, device=weights.device)
-    rows, columns = places // grid, places % grid
+    condition = weights.shape[-1] - length + 1  # N
+    positions = torch.arange(length - 1, device=weights.device)
+    rows, columns = positions // grid, positions % grid
     down, across = (rows[:, None] - rows).abs(), (columns[:, None] - columns).abs()  # (T-1, T-1): newest token, key
     near = (down <= 1) & (across <= 1)
     distance = (down.square() + across.square()).double().sqrt()
     steps = weights[:, :, 1:].double()  # query q >= 1: the newest token is q - 1
     to_tokens = steps[..., condition:]
-    far = ((to_tokens * distance).sum(-1) / to_tokens.sum(-1)).nanmean(-1)  # 0 / 0: a step that sees no token
+    mean_distance = ((to_tokens * distance).sum(-1) / to_tokens.sum(-1)).nanmean(-1)  # 0 / 0: all tokens are masked
     return torch.stack(
         [
             steps[..., :condition].sum(-1).mean(-1),
             (to_tokens * near).sum(-1).mean(-1),
-            far.nan_to_num(),
+            mean_distance.nan_to_num(),
             torch.special.entr(steps).sum(-1).mean(-1),
         ],
         dim=-1,
@@ -105,7 +105,7 @@ def head_statistics(weights: Tensor, grid: int) -> Tensor:
 
 
 def attention_statistics(weights: Tensor, grid: int) -> AttentionStatistics:
-    """Statistics of one layer's maps [B, H, T, N - 1 + T], averaged over images and heads."""
+    """Return the statistics of one layer's maps [B, H, T, N - 1 + T], averaged over images and heads."""
     return _statistics_of(head_statistics(weights, grid).mean((0, 1)))
 
 
@@ -115,28 +115,27 @@ class Averaged:
 
     mean: AttentionStatistics
     std: AttentionStatistics | None
-    """Standard deviation from image to image (with n - 1); None of a single image."""
+    """Standard deviation over images (n - 1); None for a single image."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerStatistics:
-    """What one layer looks at."""
+    """Statistics of one layer."""
 
     over_heads: Averaged
-    """Of each image's mean over heads."""
+    """Statistics of each image's mean over heads."""
     by_head: list[Averaged]
-    """Of each head."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImageMasks:
-    """Training's random key masks (Eq. 3), one for each image of a store: a pure function of (seed, image)."""
+    """Random key masks as in training (Eq. 3). An image's mask depends only on the seed and the image's index."""
 
     ratio: float = 0.0
     """Share of the image-token keys that are masked; 0 for no mask."""
     seed: int = 0
     own_position: bool = True
-    """Whether a masked token is also hidden from its own query."""
+    """Hide a masked token from its own query too."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.ratio < 1:
@@ -145,11 +144,11 @@ class ImageMasks:
             raise UserError(f"--seed must be 0 or more, not {self.seed}")
         if self.ratio == 0 and (self.seed or not self.own_position):
             raise UserError(
-                "--seed and --no-mask-own-position are about masked keys: give --mask-ratio too, or neither"
+                "--seed and --no-mask-own-position need masked keys: give --mask-ratio too, or leave them out"
             )
 
     def draw(self, images: Sequence[int], length: int) -> Tensor | None:
-        """True where attention may not look: bool [n, T], or [n, T, T] where each query sees its own token; None for no mask."""
+        """Return a mask that is True at masked keys: bool [n, T], or [n, T, T] if queries see their own token; None for no mask."""
         if self.ratio == 0:
             return None
         generators = [torch_generator(self.seed, RandomStream.KEY_MASK, image) for image in images]
@@ -161,7 +160,7 @@ NO_MASKS = ImageMasks()
 
 
 def center_crops(store: TokenStore, images: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Tokens int64 [n, T] and labels [n] of the centre crops of a store's images."""
+    """Return tokens int64 [n, T] and labels [n] of the centre crops of a store's images."""
     codes = store.center_codes(np.array(images))
     return torch.from_numpy(codes.astype(np.int64)), torch.from_numpy(store.labels[list(images)])
 
@@ -174,7 +173,7 @@ def store_maps(
     layers: Collection[int],
     masks: ImageMasks = NO_MASKS,
 ) -> Iterator[tuple[int, Tensor]]:
-    """The maps of `weights_by_layer` over a store's images, computed where the model lies."""
+    """Yield the maps of `weights_by_layer` over a store's images, on the model's device."""
     tokens, labels = center_crops(store, images)
     device = model.output.weight.device
     mask = masks.draw(images, tokens.shape[1])
@@ -185,32 +184,33 @@ def store_maps(
 def average_statistics(
     model: Transformer, store: TokenStore, images: Sequence[int], *, masks: ImageMasks = NO_MASKS, name: str = "model"
 ) -> dict[int, LayerStatistics]:
-    """Statistics of every layer over a store's images, batch by batch, so that memory does not grow with their number.
+    """Return the statistics of every layer over a store's images. Memory does not grow with their number.
 
-    name: what progress calls the model.
+    Args:
+        name: the model's name in the progress bar.
     """
     config = model.config
-    batch = max(1, WEIGHTS_AT_ONCE // (config.n_heads * (config.sequence_length + config.condition_length - 1) ** 2))
+    size = max(1, WEIGHTS_AT_ONCE // (config.n_heads * (config.sequence_length + config.condition_length - 1) ** 2))
     layers = range(1, config.n_layers + 1)
-    found: dict[int, list[Tensor]] = {layer: [] for layer in layers}
+    by_layer: dict[int, list[Tensor]] = {layer: [] for layer in layers}
     with progress(f"read {name}", len(images), unit="images") as bar:
-        for start in range(0, len(images), batch):
-            some = images[start : start + batch]
-            for layer, weights in store_maps(model, store, some, layers=layers, masks=masks):
-                found[layer].append(head_statistics(weights, config.grid).cpu())
-            bar.advance(len(some))
-    return {layer: _over_images(torch.cat(parts)) for layer, parts in found.items()}
+        for start in range(0, len(images), size):
+            batch = images[start : start + size]
+            for layer, weights in store_maps(model, store, batch, layers=layers, masks=masks):
+                by_layer[layer].append(head_statistics(weights, config.grid).cpu())
+            bar.advance(len(batch))
+    return {layer: _average(torch.cat(parts)) for layer, parts in by_layer.items()}
 
 
-def _over_images(values: Tensor) -> LayerStatistics:
-    """Statistics of every image and head [n, H, 4] -> of the layer."""
+def _average(values: Tensor) -> LayerStatistics:
+    """Average the statistics of every image and head [n, H, 4] over images."""
 
-    def averaged(some: Tensor) -> Averaged:
-        return Averaged(mean=_statistics_of(some.mean(0)), std=_statistics_of(some.std(0)) if len(some) > 1 else None)
+    def averaged(x: Tensor) -> Averaged:
+        return Averaged(mean=_statistics_of(x.mean(0)), std=_statistics_of(x.std(0)) if len(x) > 1 else None)
 
     return LayerStatistics(over_heads=averaged(values.mean(1)), by_head=[averaged(head) for head in values.unbind(1)])
 
 
 def attention_steps(length: int) -> list[int]:
-    """The numbers of tokens read that pictures show: a fifth of the image, two, three, four, and all but the last token."""
+    """Return the default numbers of tokens read for figures: one to four fifths of the image, and all but the last token."""
     return sorted({max(1, round(length * share)) for share in (0.2, 0.4, 0.6, 0.8)} | {length - 1})

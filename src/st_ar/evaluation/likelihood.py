@@ -1,4 +1,4 @@
-"""How well a model predicts images that it has not seen."""
+"""Validation loss: how well a model predicts images of a test set."""
 
 from collections.abc import Callable
 
@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from st_ar.data.store import TokenStore
-from st_ar.evaluation.attention import NO_MASKS, ImageMasks
+from st_ar.evaluation.attention import NO_MASKS, ImageMasks, center_crops
 from st_ar.hardware import freed_memory_kept
 from st_ar.model.transformer import Transformer
 from st_ar.selfguided.losses import next_token_loss
@@ -23,15 +23,15 @@ def validation_loss(
     masks: ImageMasks = NO_MASKS,
     advance: Callable[[int], object] | None = None,
 ) -> float:
-    """Mean of L_AR (Eq. 2) in nats per token over a store's images, the centre crop of each, with their labels, in float32.
+    """Return the mean of L_AR (Eq. 2) in nats per token over the centre crops of a store's images, in float32.
 
     Args:
-        images: how many, at equal distances in the store; by default all.
-        masks: keys that are hidden from the model, as in training (Eq. 3); none by default.
-        advance: is told how many images more are read.
+        images: number of images, evenly spaced in the store; all by default.
+        masks: masked keys, as in training (Eq. 3); none by default.
+        advance: called with the number of images of each batch.
 
     Raises:
-        UserError: a store that is not the model's, or a text model: a token store has no captions.
+        UserError: a store that is not the model's, or a text model.
     """
     model.config.require_classes("the validation loss")
     store.check_model(model.config)
@@ -40,11 +40,11 @@ def validation_loss(
     chosen = np.linspace(0, len(store) - 1, count).round().astype(np.int64)
     total = 0.0
     for start in range(0, count, batch_size):
-        here = chosen[start : start + batch_size]
-        tokens = torch.from_numpy(store.center_codes(here).astype(np.int64)).to(device)
-        mask = masks.draw(here.tolist(), tokens.shape[1])
+        batch = chosen[start : start + batch_size].tolist()
+        tokens, labels = (tensor.to(device) for tensor in center_crops(store, batch))
+        mask = masks.draw(batch, tokens.shape[1])
         key_mask = None if mask is None else mask.to(device)
-        logits = model(tokens[:, :-1], torch.from_numpy(store.labels[here]).to(device), key_mask=key_mask).logits
+        logits = model(tokens[:, :-1], labels, key_mask=key_mask).logits
         total += next_token_loss(logits, tokens).item() * len(tokens)
         if advance:
             advance(len(tokens))

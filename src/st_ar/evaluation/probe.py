@@ -1,7 +1,6 @@
-"""Linear probing after MAE (arXiv 2111.06377): what the hidden state at each step says about the image's class.
+"""`st-ar probe`: linear probing after MAE (arXiv 2111.06377). How well the hidden state at each step predicts the image's class.
 
-The network is frozen and given the null condition, so no label leaks. Three parts, each of use alone: features (hidden.py,
-kept by feature_cache.py), classifiers (lars.py; shallow.py has quicker ones), and here their accuracies.
+The network is frozen and gets the null condition, so no label leaks.
 """
 
 from collections.abc import Callable, Sequence
@@ -27,7 +26,6 @@ from st_ar.evaluation.probe_classifiers import (
 )
 from st_ar.evaluation.probe_features import (
     FeatureCache,
-    Features,
     FeatureSpec,
     describe_features,
     extract_features,
@@ -37,49 +35,45 @@ from st_ar.figures import COLOURS, Drawing, line_chart
 from st_ar.hardware import describe
 from st_ar.model.transformer import Transformer
 from st_ar.model.weights import EvalModel, check_store
-from st_ar.report import Chart, Section, Table, identified, write_report
+from st_ar.report import Chart, Section, Table, provenance, write_report
+from st_ar.settings import Checked, Positive
 
 ROWS = 16384
-"""Images that are classified at once."""
+"""Images classified at once."""
 TOP = 5
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeResult:
-    """Accuracy by step."""
+    """Accuracies of one layer's probes."""
 
     layer: int
     steps: list[int]
     """Steps t in 1..T."""
     top1: list[float]
-    """Share of the test images whose class is guessed right, for each step."""
+    """Share of the test images whose class is predicted, for each step."""
     train_images: int
     test_images: int
     top5: list[float] | None = None
-    """Share whose class is among the five likeliest; None if there are no more than five classes."""
+    """Share whose class is among the five likeliest; None for five classes or fewer."""
     mean_top1: float | None = None
-    """top1 of the probe on the mean over the steps, if there is one."""
+    """top1 of the probe on the mean over steps, if there is one."""
     mean_top5: float | None = None
     method: Method = "mae"
     notes: tuple[str, ...] = ()
-    """What a reader of the numbers should know."""
+    """Warnings for the reader of the numbers."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProbeMethod:
-    """Which classifiers, and how they are trained."""
+class ProbeMethod(Checked):
+    """The classifiers, and how they are trained."""
 
     name: Method = "mae"
     config: ProbeConfig = field(default_factory=ProbeConfig)
-    """Of mae."""
-    penalty: float = 1.0
-    """Of the others: ridge regression's alpha, logistic regression's 1 / C, on standardised features."""
+    penalty: Positive = 1.0
+    """Ridge regression's alpha or logistic regression's 1 / C, on standardised features."""
     mean_over_steps: bool = False
-    """Whether one more classifier a layer reads the mean over the steps."""
-
-    def __post_init__(self) -> None:
-        if not 0 < self.penalty < float("inf"):
-            raise UserError(f"--penalty must be above 0, not {self.penalty}")
+    """Add a classifier per layer for the mean over steps."""
 
     def require_library(self) -> None:
         """Refuse a method whose library is missing."""
@@ -88,42 +82,37 @@ class ProbeMethod:
 
 
 def require_classes(train_store: TokenStore, test_store: TokenStore) -> None:
-    """Refuse stores that no probe can be trained on and tested with.
-
-    Raises:
-        UserError: images without labels, or classes that are not the same in both.
-    """
-    names = train_store.meta.class_names
+    """Refuse stores without classes, or with different classes."""
+    names, test_names = train_store.meta.class_names, test_store.meta.class_names
     for store in (train_store, test_store):
         if len(store.meta.class_names) < 2:
             raise UserError(
-                f"{store.folder} has {len(store.meta.class_names)} class: its images have no labels, and there is nothing for a "
-                "probe to tell; tokenize images with classes"
+                f"{store.folder} has {len(store.meta.class_names)} class, and a probe needs 2 or more: tokenize images with classes"
             )
-    if len(names) != len(test_store.meta.class_names) or not same_names(names, test_store.meta.class_names):
+    if len(names) != len(test_names) or not same_names(names, test_names):
         raise UserError(
-            f"{train_store.folder} and {test_store.folder} have other classes ({len(names)} and "
-            f"{len(test_store.meta.class_names)}, {difference(names, test_store.meta.class_names)}): give stores of one data set"
+            f"{train_store.folder} and {test_store.folder} have different classes ({len(names)} and "
+            f"{len(test_names)}, {difference(names, test_names)}): give stores of one data set"
         )
     note_same_images(train_store, test_store)
     if len(np.unique(train_store.labels)) < 2:
-        raise UserError(f"all images of {train_store.folder} are of one class: there is nothing for a probe to tell")
+        raise UserError(f"all images of {train_store.folder} are of one class: give a store with images of 2 or more")
 
 
 def accuracies(
     classify: Callable[[Tensor], Tensor], features: np.ndarray, labels: Tensor, ks: Sequence[int]
 ) -> dict[int, list[float]]:
-    """For each k the share of the images [n, S, D] whose class is among the k likeliest, by classifier."""
-    right: dict[int, Tensor | int] = dict.fromkeys(ks, 0)
+    """Return for each k the share of the images [n, S, D] whose class is among the k likeliest, by classifier."""
+    correct: dict[int, Tensor | int] = dict.fromkeys(ks, 0)
     for rows in torch.arange(len(features)).split(ROWS):
         logits, truth = classify(read_rows(features, rows)).cpu(), labels[rows][:, None, None]
         for k in ks:
             likeliest = logits.argmax(-1, keepdim=True) if k == 1 else logits.topk(k).indices
-            right[k] = right[k] + (likeliest == truth).any(-1).sum(0)
-    return {k: (torch.as_tensor(found).float() / len(features)).tolist() for k, found in right.items()}
+            correct[k] = correct[k] + (likeliest == truth).any(-1).sum(0)
+    return {k: (torch.as_tensor(count).float() / len(features)).tolist() for k, count in correct.items()}
 
 
-def choose_reading(
+def choose_features(
     config: ModelConfig,
     train_store: TokenStore,
     test_store: TokenStore,
@@ -133,18 +122,18 @@ def choose_reading(
     train_crops: Sequence[int] | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[FeatureSpec, tuple[Sequence[int], Sequence[int]]]:
-    """What a probe reads, and the crops of either store; arguments and errors as for `probe_layers`."""
-    reading = FeatureSpec(
+    """Return the features that a probe reads, and the crops of both stores; arguments and errors as for `probe_layers`."""
+    spec = FeatureSpec(
         layers=[max(1, config.n_layers // 2)] if layers is None else layers,
         steps=uniform_steps(config.sequence_length) if steps is None else steps,
         dtype=dtype,
     )
-    crops = range(len(train_store.meta.crops)) if train_crops is None else train_crops
-    reading.check(config, train_store, crops)
-    tested = (test_store.center,)
-    reading.check(config, test_store, tested)
+    train_crops = range(len(train_store.meta.crops)) if train_crops is None else train_crops
+    test_crops = (test_store.center,)
+    spec.check(config, train_store, train_crops)
+    spec.check(config, test_store, test_crops)
     require_classes(train_store, test_store)
-    return reading, (crops, tested)
+    return spec, (train_crops, test_crops)
 
 
 def probe_layers(
@@ -160,71 +149,62 @@ def probe_layers(
     cache: FeatureCache | None = None,
     weights: str = "",
 ) -> list[ProbeResult]:
-    """Probe accuracies of each layer: classifiers trained on the stored crops, tested on the test store's centre crop.
+    """Train classifiers on the training store's crops and test them on the test store's centre crops, on the model's device.
 
-    Each store is read once for all layers, and all of a method's classifiers see each feature once an epoch. They run where
-    the model is.
+    Each store is read once for all layers.
 
     Args:
         layers: counted from 1; half the depth if None.
-        steps: in 1..T; 8 uniformly spaced ones if None.
+        steps: in 1..T; 8 uniformly spaced steps if None.
         train_crops: which of the training store's crops to read; all if None.
         method: MAE's protocol if None.
         dtype: type of the network's matrix products.
-        cache: where features are kept and looked for; None keeps them in memory. weights: SHA-256 of the model's file, its key.
+        cache: cache of features on disk; None keeps them in memory. weights: SHA-256 of the model's file, the cache's key.
 
     Raises:
-        UserError: a store that is not the model's or has other classes, a layer, step or crop out of range, no room for the
+        UserError: a store that is not the model's or has other classes, a layer, step or crop out of range, no space for the
             cache, or a method whose library is missing.
     """
     method = method or ProbeMethod()
     method.require_library()
-    stores = train_store, test_store
-    reading, crops = choose_reading(
+    stores, num_classes = (train_store, test_store), len(train_store.meta.class_names)
+    spec, crops = choose_features(
         model.config, *stores, layers=layers, steps=steps, train_crops=train_crops, dtype=dtype
     )
     if cache is not None:
-        wanted = [describe_features(model.config, weights, *pair, reading) for pair in zip(stores, crops, strict=True)]
-        cache.reserve(entry for entries in wanted for entry in entries.values())
+        described = [describe_features(model.config, weights, *pair, spec) for pair in zip(stores, crops, strict=True)]
+        cache.reserve(entry for entries in described for entry in entries.values())
     train, test = (
-        extract_features(model, store, reading, crops=some, cache=cache, weights=weights)
-        for store, some in zip(stores, crops, strict=True)
+        extract_features(model, store, spec, crops=store_crops, cache=cache, weights=weights)
+        for store, store_crops in zip(stores, crops, strict=True)
     )
-    return fit_and_test(
-        train, test, list(reading.steps), len(train_store.meta.class_names), method, model.output.weight.device
-    )
-
-
-def fit_and_test(
-    train: Features, test: Features, steps: list[int], num_classes: int, method: ProbeMethod, device: torch.device
-) -> list[ProbeResult]:
-    """Train a method's classifiers on some features and test them on others of the same layers and steps."""
-    mean, name = method.mean_over_steps, method.name
-    arrays = list(train.layers.values())
-    if name == "mae":
+    mean, arrays = method.mean_over_steps, list(train.layers.values())
+    if method.name == "mae":
+        device = model.output.weight.device
         fitted: Sequence[Classifiers | ShallowClassifiers] = fit_classifiers(
             arrays, train.labels, num_classes, method.config, mean_over_steps=mean, device=device
         )
     else:
         fitted = [
-            ShallowClassifiers(array, train.labels, num_classes, name, method.penalty, mean_over_steps=mean)
+            ShallowClassifiers(array, train.labels, num_classes, method.name, method.penalty, mean_over_steps=mean)
             for array in arrays
         ]
     results: list[ProbeResult] = []
+    count = len(spec.steps)
     for layer, classify in zip(train.layers, fitted, strict=True):
-        found = accuracies(classify, test.layers[layer], test.labels, [1, TOP] if num_classes > TOP else [1])
-        top5 = found.get(TOP)
+        shares = accuracies(classify, test.layers[layer], test.labels, [1, TOP] if num_classes > TOP else [1])
+        top1, top5 = shares[1], shares.get(TOP)
         results.append(
             ProbeResult(
                 layer=layer,
-                steps=steps,
-                top1=found[1][: len(steps)],
-                top5=top5[: len(steps)] if top5 else None,
-                mean_top1=found[1][-1] if mean else None,
+                steps=list(spec.steps),
+                top1=top1[:count],
+                top5=top5[:count] if top5 else None,
+                mean_top1=top1[-1] if mean else None,
                 mean_top5=top5[-1] if mean and top5 else None,
                 train_images=len(train.labels),
                 test_images=len(test.labels),
-                method=name,
+                method=method.name,
                 notes=classify.notes(),
             )
         )
@@ -241,7 +221,7 @@ def probe(
     train_crops: Sequence[int] | None = None,
     config: ProbeConfig | None = None,
 ) -> ProbeResult:
-    """MAE's probe of one layer with its features in memory; arguments and errors as for `probe_layers`."""
+    """Probe one layer by MAE's protocol, with features in memory; arguments and errors as for `probe_layers`."""
     layers, method = None if layer is None else [layer], ProbeMethod(config=config or ProbeConfig())
     return probe_layers(
         model, train_store, test_store, layers=layers, steps=steps, train_crops=train_crops, method=method
@@ -251,7 +231,7 @@ def probe(
 FORMAT_VERSION = 1
 
 
-def choose_subjects_reading(
+def choose_eval_features(
     subject: EvalModel,
     train_store: TokenStore,
     test_store: TokenStore,
@@ -260,59 +240,49 @@ def choose_subjects_reading(
     train_crops: Sequence[int] | None,
     dtype: torch.dtype,
 ) -> FeatureSpec:
-    """What is read of a model; no layers or steps stand for those that `choose_reading` takes by default.
-
-    Raises:
-        UserError: as `choose_reading` and `check_store`; or a model that has never been trained without its condition,
-            whose null condition means nothing.
-    """
-    chosen = range(1, subject.info.config.n_layers + 1) if isinstance(layers, str) else layers
-    reading, _ = choose_reading(
-        subject.info.config,
-        train_store,
-        test_store,
-        layers=chosen or None,
-        steps=steps or None,
-        train_crops=train_crops,
-        dtype=dtype,
+    """Return the features to read of a model. Empty layers or steps mean the defaults of `choose_features`."""
+    config, stores = subject.info.config, (train_store, test_store)
+    layers = range(1, config.n_layers + 1) if isinstance(layers, str) else layers
+    spec, _ = choose_features(
+        config, *stores, layers=layers or None, steps=steps or None, train_crops=train_crops, dtype=dtype
     )
-    for store in (train_store, test_store):
+    for store in stores:
         check_store(subject.info, store)
     if subject.info.class_dropout == 0:
         raise UserError(
-            f"{subject.info.source} was trained with --class-dropout 0 and knows no null class, which probes give it so that no "
-            "label leaks: train with --class-dropout above 0"
+            f"{subject.info.source} was trained with --class-dropout 0 and has no null class, which probes need so that no label "
+            "leaks: train with --class-dropout above 0"
         )
-    return reading
+    return spec
 
 
 @dataclass(frozen=True, kw_only=True)
 class Probed:
-    """One layer of some weights, probed."""
+    """The result of one layer of a model."""
 
     subject: EvalModel
     result: ProbeResult
 
 
 def accuracy_table(probed: Sequence[Probed]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows for print_table: accuracies in %, a row for each layer of each weights, a column for each step."""
+    """Return header and rows for print_table: accuracies in %, a row per model and layer, a column per step."""
     mean = probed[0].result.mean_top1 is not None
     header = ["accuracy (%) at step", "layer", "", *map(str, probed[0].result.steps), *(["mean"] if mean else [])]
     rows: list[list[str]] = []
     for each in probed:
         result = each.result
-        for label, shares, of_mean in (
+        for label, by_step, of_mean in (
             ("top-1", result.top1, result.mean_top1),
             ("top-5", result.top5, result.mean_top5),
         ):
-            if shares is not None:
-                all_shares = [*shares, *([] if of_mean is None else [of_mean])]
-                rows.append([each.subject.name, str(result.layer), label, *(f"{100 * s:.1f}" for s in all_shares)])
+            if by_step is not None:
+                shares = [*by_step, *([] if of_mean is None else [of_mean])]
+                rows.append([each.subject.name, str(result.layer), label, *(f"{100 * s:.1f}" for s in shares)])
     return header, rows
 
 
 def describe_cache(cache: FeatureCache) -> str:
-    """What came from the cache and what went there."""
+    """Return a sentence on the files read from and written to the cache."""
     total = cache.reused + cache.written
     if cache.reused == total:
         return f"all features read from {cache.folder}"
@@ -321,8 +291,9 @@ def describe_cache(cache: FeatureCache) -> str:
 
 
 def accuracy_figure(probed: Sequence[Probed], method: ProbeMethod) -> Drawing:
-    """Top-1 accuracies in %: over the tokens read, a line for each layer of each weights, or, where several layers make
-    more of them than there are colours, over the layers after the last step, a line for each weights.
+    """Top-1 accuracies in % over the tokens read, a line per model and layer.
+
+    If that makes more lines than there are colours, accuracies after the last step over the layers, a line per model.
     """
     several = len({each.result.layer for each in probed}) > 1
     sweep = several and len(probed) > len(COLOURS)
@@ -352,14 +323,14 @@ def describe_probes(
     dtype: torch.dtype,
     stored: str,
 ) -> dict[str, Any]:
-    """All results, and all that identifies them, as plain JSON values (docs/formats.md)."""
-    own = asdict(method.config) if method.name == "mae" else {"penalty": method.penalty}
+    """Return all results and what identifies them, as plain JSON values (docs/formats.md)."""
+    settings = asdict(method.config) if method.name == "mae" else {"penalty": method.penalty}
     crops = range(len(train_store.meta.crops)) if train_crops is None else train_crops
     return {
         "format_version": FORMAT_VERSION,
         "method": NAMES[method.name],
         "settings": {
-            **own,
+            **settings,
             "mean_over_steps": method.mean_over_steps,
             "train_crops": list(crops),
             "test_crop": test_store.meta.crops[test_store.center],
@@ -384,11 +355,7 @@ def describe_probes(
 def probe_page(
     path: Path, probed: Sequence[Probed], method: ProbeMethod, record: dict[str, Any], notes: Sequence[str]
 ) -> None:
-    """Write the page of linear probes: table, curves, and what `describe_probes` says.
-
-    Raises:
-        UserError: jinja2 or matplotlib is not installed, or the page cannot be written.
-    """
+    """Write the HTML report of linear probes: table, curves and the record of `describe_probes`."""
     header, rows = accuracy_table(probed)
     curves = Chart(svg=accuracy_figure(probed, method).svg(), caption="Top-1 accuracy on the test images.")
     weights = [
@@ -397,12 +364,12 @@ def probe_page(
         if (described := each.subject.describe())
     ]
     columns = ["model", "weights", "SHA-256", "step"]
-    read = Table(columns=columns, rows=[list(row) for row in dict.fromkeys(map(tuple, weights))])
+    files = Table(columns=columns, rows=[list(row) for row in dict.fromkeys(map(tuple, weights))])
     sections = [
         Section(title="Accuracy", paragraphs=notes, parts=[Table(columns=header, rows=rows), curves]),
-        Section(title="Weights", parts=[read]),
-        identified(record, ["settings", "train", "test", "environment"]),
+        Section(title="Weights", parts=[files]),
+        provenance(record, ["settings", "train", "test", "environment"]),
     ]
     first = probed[0].result
     lead = f"{record['method']}; {first.train_images:,} training and {first.test_images:,} test images."
-    write_report(path, title="What the features tell of the class", lead=lead, sections=sections)
+    write_report(path, title="Linear probes", lead=lead, sections=sections)

@@ -1,6 +1,6 @@
-"""MAE's linear classifiers (arXiv 2111.06377): batch norm and a linear layer, trained by LARS, many of them in one pass.
+"""Probe classifiers: MAE's batch norm and linear layer trained by LARS (arXiv 2111.06377), or scikit-learn's.
 
-One for each step and layer; each is trained as it would be alone.
+There is one classifier per step and layer. All train in one pass, and none depends on the others.
 """
 
 import math
@@ -23,31 +23,27 @@ from st_ar.settings import Checked, Portion, Positive, Range, Seed, Weight, Whol
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeConfig(Checked):
-    """The protocol's settings. The defaults are MAE's."""
+    """Settings of MAE's protocol, with its defaults."""
 
     epochs: Annotated[int, Range(1, 1 << 16)] = 90
-    """Passes over the training features."""
     warmup_epochs: Whole = 10
     """Passes of linear warm-up. A cosine to 0 follows."""
     batch_size: Annotated[int, Range(2, 1 << 24)] = 16384
-    """Features per step. On small data sets it is smaller, so that an epoch has at least 32 steps."""
+    """Features per step. Small data sets use fewer, so that an epoch has at least 32 steps."""
     base_lr: Positive = 0.1
     """Learning rate for a batch of 256. It scales with the batch."""
     min_lr: Weight = 1.0
-    """Smallest peak rate after scaling. With a small batch's rate LARS does not converge within 90 epochs of a few thousand images.
-    0 is MAE's rule to the letter."""
+    """Smallest peak rate after scaling. Without it LARS does not converge in 90 epochs of a few thousand images. 0 is MAE's exact rule."""
     momentum: Portion = 0.9
-    """LARS's momentum."""
     trust: Positive = 1e-3
-    """LARS's trust coefficient."""
     seed: Seed = 0
-    """Seed of initialisation and order."""
+    """Seed of the initial weights and the order of the images."""
 
 
 class Lars:
     """LARS (arXiv 1708.03888) as in MAE's probe: momentum, trust ratio, 1-d parameters exempt, no weight decay.
 
-    The first dimension of every parameter counts the independent classifiers: each has its own trust ratio.
+    The first dimension of every parameter is over independent classifiers. Each has its own trust ratio.
     """
 
     def __init__(self, weights: Tensor, biases: Tensor, *, momentum: float, trust: float) -> None:
@@ -56,7 +52,7 @@ class Lars:
 
     @torch.no_grad()
     def step(self, gradients: Sequence[Tensor], lr: float) -> None:
-        """One step with the gradients of weights [S, C, D] and biases [S, C]."""
+        """Take one step with the gradients of the weights [S, C, D] and biases [S, C]."""
         grad, bias_grad = gradients
         norm, grad_norm = (x.flatten(1).norm(dim=1)[:, None, None] for x in (self.weights, grad))
         ratio = torch.where((norm > 0) & (grad_norm > 0), self.trust * norm / grad_norm, 1.0)
@@ -69,7 +65,7 @@ class Lars:
 
 
 def probe_rate(config: ProbeConfig, epoch: float, batch_size: int) -> float:
-    """The learning rate at a fractional epoch: linear warm-up, then half a cosine to 0."""
+    """Return the learning rate at a fractional epoch: linear warm-up, then half a cosine to 0."""
     peak = max(config.base_lr * batch_size / 256, config.min_lr)
     if epoch < config.warmup_epochs:
         return peak * epoch / config.warmup_epochs
@@ -78,16 +74,15 @@ def probe_rate(config: ProbeConfig, epoch: float, batch_size: int) -> float:
 
 
 def with_mean(features: Tensor, mean_over_steps: bool) -> Tensor:
-    """Features [n, S, D], followed by their mean over the steps [n, S + 1, D] if that is wanted."""
+    """Append the mean over steps to features [n, S, D] if `mean_over_steps`: [n, S + 1, D]."""
     return torch.cat([features, features.mean(1, keepdim=True)], dim=1) if mean_over_steps else features
 
 
 class Classifiers:
-    """The classifiers of one layer, one for each step and perhaps one for the steps' mean: BatchNorm1d(affine=False,
-    eps=1e-6) and a linear layer each, all in one product.
+    """The classifiers of one layer: BatchNorm1d(affine=False, eps=1e-6) and a linear layer for each step, computed in one product.
 
     Args:
-        weights: float32 [S, C, D], their beginning. mean_over_steps: the last one is the mean's.
+        weights: initial weights, float32 [S, C, D]. mean_over_steps: the last classifier reads the mean over steps.
     """
 
     def __init__(self, weights: Tensor, config: ProbeConfig, *, mean_over_steps: bool) -> None:
@@ -102,7 +97,7 @@ class Classifiers:
         return self.norm(x.flatten(1)).unflatten(1, (self.count, self.dim)).transpose(0, 1)  # (S, n, D)
 
     def step(self, features: Tensor, labels: Tensor, lr: float) -> None:
-        """One step of training on features [n, S, D] and labels [n]."""
+        """Train one step on features [n, S, D] and labels [n]."""
         self.norm.train()
         x = self._normalised(features)
         logits = torch.baddbmm(self.biases[:, None], x, self.weights.transpose(1, 2))  # (S, n, C)
@@ -111,41 +106,41 @@ class Classifiers:
         self.optimizer.step(gradients, lr)
 
     def notes(self) -> tuple[str, ...]:
-        """What a reader of the numbers should know."""
+        """Return warnings about the training."""
         epochs, warmup = self.config.epochs, self.config.warmup_epochs
         if epochs > warmup:
             return ()
         return (f"{epochs} epochs end within the {warmup} of the warm-up: these classifiers are far from trained",)
 
     def __call__(self, features: Tensor) -> Tensor:
-        """Logits [n, S, C] of features [n, S, D]; what an image's are does not depend on the others."""
+        """Return logits [n, S, C] of features [n, S, D]. Images do not affect one another."""
         self.norm.eval()
         x = self._normalised(features)
         return torch.baddbmm(self.biases[:, None], x, self.weights.transpose(1, 2)).transpose(0, 1)
 
 
-def on_device(features: np.ndarray, device: torch.device, share: float) -> np.ndarray | Tensor:
-    """Features on a GPU if they fit into a share of its free memory; otherwise where they are."""
+def copy_if_it_fits(features: np.ndarray, device: torch.device, share: float) -> np.ndarray | Tensor:
+    """Copy features to a GPU if they fit into a share of its free memory."""
     fits = device.type == "cuda" and 4 * features.size <= share * torch.cuda.mem_get_info(device)[0]
-    return hold(features, device) if fits else features
+    return copy_to_device(features, device) if fits else features
 
 
-def hold(features: np.ndarray, device: torch.device, rows: int = 4096) -> Tensor:
-    """All features [N, S, D] as float32 on a device, so many rows at a time."""
-    held = torch.empty(features.shape, device=device)
-    for part, numbers in zip(held.split(rows), torch.arange(len(features)).split(rows), strict=True):
+def copy_to_device(features: np.ndarray, device: torch.device, rows: int = 4096) -> Tensor:
+    """Copy features [N, S, D] to a device as float32, `rows` at a time."""
+    copied = torch.empty(features.shape, device=device)
+    for part, numbers in zip(copied.split(rows), torch.arange(len(features)).split(rows), strict=True):
         part.copy_(read_rows(features, numbers))
-    return held
+    return copied
 
 
 def read_rows(features: np.ndarray | Tensor, rows: Tensor) -> Tensor:
-    """Rows [n] of features [N, S, D], float32 [n, S, D], where the features are; of a file they are read in its order."""
+    """Return rows [n] of features [N, S, D] as float32 [n, S, D]. A file is read from front to back."""
     if isinstance(features, Tensor):
         return features[to_device(rows, features.device)]
     ordered, order = rows.sort()
-    found = np.empty((len(rows), *features.shape[1:]), np.float32)
-    found[order.numpy()] = features[ordered.numpy()]
-    return torch.from_numpy(found)
+    batch = np.empty((len(rows), *features.shape[1:]), np.float32)
+    batch[order.numpy()] = features[ordered.numpy()]
+    return torch.from_numpy(batch)
 
 
 def fit_classifiers(
@@ -157,17 +152,13 @@ def fit_classifiers(
     mean_over_steps: bool = False,
     device: torch.device | None = None,
 ) -> list[Classifiers]:
-    """Train the classifiers of all layers in one pass over their features; of a file only a batch at a time is in memory.
+    """Train the classifiers of all layers in one pass over the features. Only one batch of a file is in memory at a time.
 
-    Every layer's begin with the same weights and see the same batches: they are what they would be without the others.
+    All layers have the same initial weights and the same batches. A layer's result does not depend on the others.
 
     Args:
         layers: features [N, S, D] of each layer, in memory or memory-mapped. labels: int64 [N].
-        mean_over_steps: one more classifier a layer, on the mean over the steps.
-        device: where to train.
-
-    Raises:
-        UserError: fewer than 2 images.
+        mean_over_steps: adds a classifier per layer for the mean over steps.
     """
     count, steps, dim = layers[0].shape
     if count < 2:
@@ -175,13 +166,13 @@ def fit_classifiers(
     generator = torch_generator(config.seed, RandomStream.PROBE)
     batch_size = min(config.batch_size, max(2, count // 32))
     weights = nn.init.trunc_normal_(torch.empty(steps, num_classes, dim), std=0.01, generator=generator)
-    if mean_over_steps:  # from a generator of its own: the others' draws stay what they are
-        own = torch_generator(config.seed, RandomStream.PROBE, 1)
-        mean = nn.init.trunc_normal_(torch.empty(1, num_classes, dim), std=0.01, generator=own)
+    if mean_over_steps:  # from another generator, so that the other classifiers do not change
+        mean_generator = torch_generator(config.seed, RandomStream.PROBE, 1)
+        mean = nn.init.trunc_normal_(torch.empty(1, num_classes, dim), std=0.01, generator=mean_generator)
         weights = torch.cat([weights, mean])
-    fitted = [Classifiers(weights.to(device), config, mean_over_steps=mean_over_steps) for _ in layers]
-    place = fitted[0].weights.device
-    held = [on_device(features, place, 0.5 / len(layers)) for features in layers]
+    weights = weights.to(device)
+    fitted = [Classifiers(weights, config, mean_over_steps=mean_over_steps) for _ in layers]
+    stack = [copy_if_it_fits(features, weights.device, 0.5 / len(layers)) for features in layers]
     per_epoch = count // batch_size
     with progress("train probes", config.epochs * per_epoch, unit="steps") as bar:
         for epoch in range(config.epochs):
@@ -189,7 +180,7 @@ def fit_classifiers(
             for index in range(per_epoch):
                 chosen = order[index * batch_size : (index + 1) * batch_size]
                 lr = probe_rate(config, epoch + index / per_epoch, batch_size)
-                for classifiers, features in zip(fitted, held, strict=True):
+                for classifiers, features in zip(fitted, stack, strict=True):
                     classifiers.step(read_rows(features, chosen), labels[chosen], lr)
                 bar.advance(1)
     return fitted
@@ -201,20 +192,19 @@ NAMES: dict[Method, str] = {
     "ridge": "ridge regression, not the MAE protocol",
     "logistic": "logistic regression, not the MAE protocol",
 }
-"""What a method's numbers are called."""
 MAX_ITERATIONS = 1000
-"""Of L-BFGS."""
 
 
 class ShallowClassifiers:
-    """One classifier of scikit-learn's for each step of a layer, and perhaps one for the steps' mean.
+    """The classifiers of one layer by scikit-learn, one for each step.
 
-    Each standardises its features first. Ridge regresses on -1 and 1 for each class, by Cholesky's decomposition.
+    Features are standardised first. Ridge regresses on -1 and 1 for each class, by Cholesky's decomposition.
 
     Args:
-        features: [N, S, D], in memory or memory-mapped; those of one step are in memory at a time.
+        features: [N, S, D], in memory or memory-mapped. One step at a time is copied into memory.
         labels: int64 [N].
         penalty: alpha of ridge regression, 1 / C of logistic regression.
+        mean_over_steps: adds a classifier for the mean over steps.
     """
 
     def __init__(
@@ -228,8 +218,7 @@ class ShallowClassifiers:
         mean_over_steps: bool,
     ) -> None:
         self.num_classes, self.mean_over_steps = num_classes, mean_over_steps
-        self.unfinished = 0
-        """Classifiers whose L-BFGS stopped before it converged."""
+        self.unconverged = 0
         self.models: list[Any] = []
         steps = features.shape[1]
         with progress(f"{method} regression", steps + mean_over_steps, unit="classifiers") as bar:
@@ -237,7 +226,8 @@ class ShallowClassifiers:
                 self._fit(np.array(features[:, step], np.float32), labels, method, penalty)
                 bar.advance(1)
             if mean_over_steps:
-                parts = [with_mean(read_rows(features, rows), True)[:, -1] for rows in _blocks(len(features))]
+                blocks = torch.arange(len(features)).split(16384)
+                parts = [with_mean(read_rows(features, rows), True)[:, -1] for rows in blocks]
                 self._fit(torch.cat(parts).numpy(), labels, method, penalty)
                 bar.advance(1)
 
@@ -248,37 +238,33 @@ class ShallowClassifiers:
         from sklearn.preprocessing import StandardScaler
 
         if method == "ridge":
-            last: Any = RidgeClassifier(alpha=penalty, solver="cholesky")
+            classifier: Any = RidgeClassifier(alpha=penalty, solver="cholesky")
         else:
-            last = LogisticRegression(C=1 / penalty, max_iter=MAX_ITERATIONS)
-        model = make_pipeline(StandardScaler(copy=False), last)
+            classifier = LogisticRegression(C=1 / penalty, max_iter=MAX_ITERATIONS)
+        model = make_pipeline(StandardScaler(copy=False), classifier)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("ignore")
             warnings.simplefilter("always", ConvergenceWarning)
             model.fit(x, labels.numpy())
-        self.unfinished += bool(caught)
+        self.unconverged += bool(caught)
         self.models.append(model)
 
     def notes(self) -> tuple[str, ...]:
-        """What a reader of the numbers should know."""
-        if not self.unfinished:
+        """Return warnings about the training."""
+        if not self.unconverged:
             return ()
         return (
-            f"{self.unfinished} of {len(self.models)} logistic regressions had not converged after {MAX_ITERATIONS:,} iterations; "
+            f"{self.unconverged} of {len(self.models)} logistic regressions had not converged after {MAX_ITERATIONS:,} iterations; "
             "a larger --penalty converges sooner",
         )
 
     def __call__(self, features: Tensor) -> Tensor:
-        """Scores [n, S, C] of features [n, S, D]: ridge's outputs or logits; -inf for a class without training images."""
+        """Return scores [n, S, C] of features [n, S, D]; -inf for a class without training images."""
         x = with_mean(features, self.mean_over_steps)
         scores = torch.full((len(x), len(self.models), self.num_classes), -torch.inf)
         for index, model in enumerate(self.models):
-            found = torch.from_numpy(model.decision_function(x[:, index].numpy().copy())).float()
-            if found.dim() == 1:  # of two classes scikit-learn gives the second's alone
-                found = torch.stack([-found, found], dim=1)
-            scores[:, index, torch.from_numpy(model.classes_)] = found
+            decision = torch.from_numpy(model.decision_function(x[:, index].numpy().copy())).float()
+            if decision.dim() == 1:  # for two classes scikit-learn returns only the second's score
+                decision = torch.stack([-decision, decision], dim=1)
+            scores[:, index, torch.from_numpy(model.classes_)] = decision
         return scores
-
-
-def _blocks(count: int, size: int = 16384) -> tuple[Tensor, ...]:
-    return torch.arange(count).split(size)

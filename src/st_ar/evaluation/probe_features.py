@@ -1,4 +1,4 @@
-"""Features that probes read from a frozen model, and their cache on disk."""
+"""Hidden states of a frozen model, which probes read, and their cache on disk."""
 
 import contextlib
 import fcntl
@@ -21,6 +21,7 @@ from torch import Tensor
 from st_ar.config import ModelConfig
 from st_ar.data.store import TokenStore
 from st_ar.errors import UserError
+from st_ar.evaluation.attention import require_between
 from st_ar.files import open_array, read_json, sha256, write_json
 from st_ar.model.transformer import Transformer
 from st_ar.progress import progress
@@ -29,32 +30,31 @@ from st_ar.settings import to_dict
 FORMAT_VERSION = 1
 FEATURES, ENTRY, LOCK = "features.npy", "entry.json", "lock"
 HEADER = 128
-"""Bytes of a .npy file before its numbers."""
+"""Bytes of a .npy file's header."""
 GB = 10**9
 
 Entry = dict[str, Any]
-"""What an entry says of itself, and its key: plain JSON values, among them the features' shape [n, ..]."""
+"""The description of an entry, which is also its key: plain JSON values, among them the features' shape [n, ..]."""
 
 
 class FeatureCache:
     """A folder of features.
 
     Args:
-        folder: made when it is needed; what else lies in it is left alone.
-        limit: bytes that all entries together may take; the ones not used for longest make room.
-        stored: type of the numbers on disk. float16 takes half the room and keeps 11 bits of each.
+        folder: created when needed. Other files in it are left alone.
+        limit: largest size of all entries in bytes. The least recently used are removed first.
+        stored: dtype on disk. float16 takes half the space and rounds to 11 bits.
     """
 
     def __init__(self, folder: Path, limit: float, stored: Literal["float32", "float16"] = "float32") -> None:
         if not limit > 0:
             raise UserError(f"--cache-limit must be above 0 GB, not {limit / GB:g}")
         self.folder, self.limit, self.stored = folder, limit, stored
-        self.wanted: dict[str, int] = {}
+        self.reserved: dict[str, int] = {}
         self.reused = self.written = 0
-        """Entries found and entries made so far."""
 
     def name(self, entry: Entry) -> str:
-        """The folder of an entry: the first 32 digits of the SHA-256 of its description."""
+        """Return an entry's folder name, the first 32 digits of the SHA-256 of its description."""
         text = json.dumps(self._described(entry), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:32]
 
@@ -65,13 +65,9 @@ class FeatureCache:
         return HEADER + math.prod(entry["shape"]) * np.dtype(self.stored).itemsize
 
     def reserve(self, entries: Iterable[Entry]) -> None:
-        """Make room for these entries beside those reserved before, by removing others, the longest unused first.
-
-        Raises:
-            UserError: together they are larger than the limit, or what is missing of them than the disk has room for.
-        """
-        self.wanted |= {self.name(entry): self._size(entry) for entry in entries}
-        total = sum(self.wanted.values())
+        """Make space for these entries and those reserved before, by removing the least recently used of the others."""
+        self.reserved |= {self.name(entry): self._size(entry) for entry in entries}
+        total = sum(self.reserved.values())
         less = "; fewer --layers, --steps or --train-crops need less" + (
             "" if self.stored == "float16" else ", --cache-dtype float16 half as much"
         )
@@ -82,12 +78,12 @@ class FeatureCache:
         with self._writing():
             self.folder.mkdir(parents=True, exist_ok=True)
         self._clear_partial()
-        there = self._entries()
-        missing = sum(size for name, size in self.wanted.items() if name not in there)
-        taken = sum(there.values()) + missing
-        others = [name for name in there if name not in self.wanted]
+        sizes = self._entries()
+        missing = sum(size for name, size in self.reserved.items() if name not in sizes)
+        taken = sum(sizes.values()) + missing
+        others = [name for name in sizes if name not in self.reserved]
         free = shutil.disk_usage(self.folder).free
-        if missing > free + sum(there[name] for name in others):
+        if missing > free + sum(sizes[name] for name in others):
             raise UserError(
                 f"the features take {_gigabytes(missing)} more, and the disk of {self.folder} has {_gigabytes(free)} left: "
                 f"free some space, or give a --cache on another disk{less}"
@@ -96,51 +92,52 @@ class FeatureCache:
             if taken <= self.limit and missing <= shutil.disk_usage(self.folder).free:
                 break
             shutil.rmtree(self.folder / name, ignore_errors=True)
-            taken -= there[name]
+            taken -= sizes[name]
 
     def _entries(self) -> dict[str, int]:
-        """Whole entries and their bytes, the longest unused first."""
-        found: list[tuple[int, str, int]] = []
-        for place in self.folder.iterdir():
-            if re.fullmatch(r"[0-9a-f]{32}", place.name):
+        """Return the size in bytes of each complete entry, least recently used first."""
+        entries: list[tuple[int, str, int]] = []
+        for folder in self.folder.iterdir():
+            if re.fullmatch(r"[0-9a-f]{32}", folder.name):
                 with contextlib.suppress(OSError):  # another process may remove it
-                    size = (place / FEATURES).stat().st_size
-                    found.append(((place / ENTRY).stat().st_mtime_ns, place.name, size))
-        return {name: size for _, name, size in sorted(found)}
+                    size = (folder / FEATURES).stat().st_size
+                    entries.append(((folder / ENTRY).stat().st_mtime_ns, folder.name, size))
+        return {name: size for _, name, size in sorted(entries)}
 
     def _clear_partial(self) -> None:
-        """Remove what killed calls left; a living one holds the lock in its folder."""
-        for place in self.folder.glob(".*.partial"):
-            with contextlib.suppress(OSError), open(place / LOCK, "rb") as lock:
+        """Remove the folders of killed calls. A running call holds the lock in its folder."""
+        for folder in self.folder.glob(".*.partial"):
+            with contextlib.suppress(OSError), open(folder / LOCK, "rb") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(place, ignore_errors=True)
+                shutil.rmtree(folder, ignore_errors=True)
 
     def find(self, entry: Entry) -> np.ndarray | None:
-        """The features of an entry, memory-mapped, or None if they are not there (or damaged: then they are removed)."""
+        """Return the features of an entry, memory-mapped; None if they are missing. Damaged entries are removed."""
         array = self._load(entry, verify=True)
         self.reused += array is not None
         return array
 
     def _load(self, entry: Entry, *, verify: bool) -> np.ndarray | None:
-        place = self.folder / self.name(entry)
-        if not place.is_dir():
+        folder = self.folder / self.name(entry)
+        if not folder.is_dir():
             return None
         try:
-            array = open_array(place / FEATURES)
-            whole = not verify or read_json(place / ENTRY, "an entry of the cache").get("sha256") == sha256(
-                place / FEATURES
-            )
+            array = open_array(folder / FEATURES)
+            valid = list(array.shape) == entry["shape"] and array.dtype == np.dtype(self.stored)
+            if verify:
+                digest = read_json(folder / ENTRY, "an entry of the cache").get("sha256")
+                valid = valid and digest == sha256(folder / FEATURES)
         except (OSError, ValueError):
-            array, whole = None, False
-        if array is not None and whole and list(array.shape) == entry["shape"] and array.dtype == np.dtype(self.stored):
-            with contextlib.suppress(OSError):  # a cache of somebody else's
-                os.utime(place / ENTRY)
-            return array
-        shutil.rmtree(place, ignore_errors=True)
-        return None
+            array, valid = None, False
+        if not valid:
+            shutil.rmtree(folder, ignore_errors=True)
+            return None
+        with contextlib.suppress(OSError):  # another user's cache
+            os.utime(folder / ENTRY)
+        return array
 
     def open(self, entry: Entry) -> np.ndarray:
-        """The features of an entry that was just written."""
+        """Return the features of an entry that was just written."""
         array = self._load(entry, verify=False)
         if array is None:
             raise UserError(
@@ -150,11 +147,7 @@ class FeatureCache:
 
     @contextlib.contextmanager
     def writing(self, entries: Sequence[Entry]) -> Generator[list["FeatureFile"]]:
-        """Files for the features [n, ..] of new entries, to be written row by row; kept only if all goes well.
-
-        Raises:
-            UserError: the disk is full or refuses, or a number is too large for the type on disk.
-        """
+        """Open files for the features [n, ..] of new entries. They are kept only if the block succeeds."""
         asides: list[Path] = []
         with contextlib.ExitStack() as stack:
             stack.callback(lambda: [shutil.rmtree(aside, ignore_errors=True) for aside in asides])
@@ -172,10 +165,10 @@ class FeatureCache:
                 with self._writing():
                     file.finish()
                     write_json(aside / ENTRY, {**self._described(entry), "sha256": file.digest.hexdigest()})
-                    place = self.folder / self.name(entry)
-                    if not place.exists():  # another process may have been quicker
-                        os.replace(aside, place)
-                        (place / LOCK).unlink()
+                    folder = self.folder / self.name(entry)
+                    if not folder.exists():  # another process may have written it
+                        os.replace(aside, folder)
+                        (folder / LOCK).unlink()
                 self.written += 1
 
     @contextlib.contextmanager
@@ -184,13 +177,13 @@ class FeatureCache:
             yield
         except OSError as error:
             raise UserError(
-                f"cannot keep features in {self.folder} ({error.strerror or error}): nothing unfinished stays there; free some space, "
+                f"cannot write features to {self.folder} ({error.strerror or error}); nothing there was changed: free some space, "
                 "or give another --cache"
             ) from error
 
 
 class FeatureFile:
-    """A .npy file that grows row by row. Plain writes and no memory map: that a disk is full is then an error, not a signal."""
+    """A .npy file that grows row by row. It is not memory-mapped, so that a full disk is an error and not a signal."""
 
     def __init__(self, cache: FeatureCache, file: FileIO, shape: list[int]) -> None:
         self.cache, self.file, self.shape, self.rows = cache, file, shape, 0
@@ -201,7 +194,7 @@ class FeatureFile:
         self._write(start.getbuffer())
 
     def write(self, rows: np.ndarray) -> None:
-        """The next rows [n, ..], float32."""
+        """Append float32 rows [n, ..]."""
         with np.errstate(over="ignore"):
             stored = np.ascontiguousarray(rows, np.dtype(self.cache.stored))
         if not np.isfinite(stored).all():
@@ -209,18 +202,18 @@ class FeatureFile:
                 raise UserError(
                     f"features reach {np.abs(rows).max():.3g}, too large for --cache-dtype float16: give float32"
                 )
-            raise UserError("the features hold NaN or infinity: the model is broken, or its --dtype too small for it")
+            raise UserError("the features hold NaN or infinity: check the model, or give --dtype float32")
         self._write(stored.reshape(-1).view(np.uint8).data)
         self.rows += len(rows)
 
-    def _write(self, left: memoryview) -> None:
-        self.digest.update(left)
+    def _write(self, data: memoryview) -> None:
+        self.digest.update(data)
         with self.cache._writing():
-            while left:
-                left = left[self.file.write(left) :]
+            while data:
+                data = data[self.file.write(data) :]
 
     def finish(self) -> None:
-        """Make sure that all is on the disk."""
+        """Flush the file to disk."""
         assert self.rows == self.shape[0], f"{self.rows} of {self.shape[0]} rows were written"
         os.fsync(self.file.fileno())
 
@@ -229,19 +222,19 @@ def _gigabytes(size: float) -> str:
     return f"{size / GB:.3g} GB"
 
 
-AT_ONCE = 1 << 31
-"""Bytes of hidden states that a batch may fill."""
+MAX_BATCH_BYTES = 1 << 31
+"""Largest size of one batch's hidden states."""
 
 
 def uniform_steps(length: int, count: int = 8) -> list[int]:
-    """`count` uniformly spaced steps, the last being `length`: 32, 64, .. 256 of 256."""
+    """Return `count` uniformly spaced steps that end at `length`, such as 32, 64, .. 256."""
     if not 1 <= count <= length:
-        raise UserError(f"{count} steps asked for; an image of this model has {length}: give 1 to that many")
+        raise UserError(f"{count} steps are not possible: an image of this model has {length}; give 1 to {length}")
     return [round(length * (i + 1) / count) for i in range(count)]
 
 
-def batches(store: TokenStore, crops: Sequence[int], batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Tokens int64 [n, T] and labels [n]: the chosen crops of all images, crop by crop."""
+def token_batches(store: TokenStore, crops: Sequence[int], batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield tokens int64 [n, T] and labels [n] of all images, crop by crop."""
     for crop in crops:
         for start in range(0, len(store), batch_size):
             images = np.arange(start, min(start + batch_size, len(store)))
@@ -251,7 +244,7 @@ def batches(store: TokenStore, crops: Sequence[int], batch_size: int) -> Iterato
 
 @dataclass(frozen=True, kw_only=True)
 class FeatureSpec:
-    """Which hidden states, and how they are computed."""
+    """Which hidden states to read, and how to compute them."""
 
     layers: Sequence[int]
     """Counted from 1."""
@@ -260,30 +253,24 @@ class FeatureSpec:
     dtype: torch.dtype = torch.float32
     """Type of the network's matrix products."""
     batch_size: int = 256
-    """Images in the network at once at most; features depend on it by rounding alone."""
+    """Most images in the network at once. It changes features only by rounding."""
 
     def check(self, config: ModelConfig, store: TokenStore, crops: Sequence[int]) -> None:
-        """Refuse a store that is not the model's, and layers, steps or crops that are not there."""
+        """Refuse a store that is not the model's, and layers, steps or crops out of range."""
         store.check_model(config)
-        length, depth = config.sequence_length, config.n_layers
-        if wrong := [layer for layer in self.layers if not 1 <= layer <= depth]:
-            raise UserError(f"no layer {wrong[0]}: this network has layers 1 to {depth}")
-        if wrong := [step for step in self.steps if not 1 <= step <= length]:
-            raise UserError(f"no step {wrong[0]}: this model's images have steps 1 to {length}")
-        if not self.layers or not self.steps or not crops:
-            raise UserError(
-                "give at least one of --layers, --steps and --train-crops: there is nothing to probe otherwise"
-            )
+        require_between("layer", self.layers, 1, config.n_layers, "this network has layers")
+        require_between("step", self.steps, 1, config.sequence_length, "this model's images have steps")
+        require_between("crop", crops, 0, len(store.meta.crops) - 1, f"{store.folder} has crops")
         for name, values in (("--layers", self.layers), ("--steps", self.steps), ("--train-crops", crops)):
+            if not values:
+                raise UserError(f"{name} is empty: give at least one")
             if len(set(values)) < len(values):
-                raise UserError(f"{name} {' '.join(map(str, values))} names one more than once")
-        if wrong := [crop for crop in crops if not 0 <= crop < len(store.meta.crops)]:
-            raise UserError(f"no crop {wrong[0]} in {store.folder}: it has {len(store.meta.crops)} of each image")
+                raise UserError(f"{name} {' '.join(map(str, values))} repeats a value: give each once")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Features:
-    """Hidden states of a store's images, crop by crop, and the images' labels."""
+class ProbeFeatures:
+    """Hidden states and labels of a store's images, crop by crop."""
 
     layers: dict[int, np.ndarray]
     """Layer -> [n, S, D], in memory or memory-mapped."""
@@ -295,9 +282,9 @@ class Features:
 def read_features(
     model: Transformer, tokens: Tensor, layers: Sequence[int], steps: Sequence[int], dtype: torch.dtype = torch.float32
 ) -> dict[int, Tensor]:
-    """Hidden states of tokens [n, T] under the null condition: layer -> float32 [n, S, D], on the host.
+    """Return hidden states of tokens [n, T] under the null condition: layer -> float32 [n, S, D] on the CPU.
 
-    Step t is the position that predicts token t, having read t - 1 tokens.
+    Step t is the position that predicts token t after t - 1 tokens.
     """
     device = model.output.weight.device
     with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
@@ -308,75 +295,75 @@ def read_features(
 
 
 def hidden_states(
-    model: Transformer, store: TokenStore, reading: FeatureSpec, crops: Sequence[int]
+    model: Transformer, store: TokenStore, spec: FeatureSpec, crops: Sequence[int]
 ) -> Iterator[dict[int, np.ndarray]]:
-    """Batch by batch, crop by crop, the states of each layer at the steps: float32 [n, S, D]."""
+    """Yield batches of hidden states, crop by crop: layer -> float32 [n, S, D]."""
     assert not model.training
     before = [parameter.clone() for parameter in model.parameters()]
     config = model.config
-    fits = AT_ONCE // (4 * config.sequence_length * config.dim * len(reading.layers))
-    numbers = ", ".join(map(str, reading.layers))
+    fitting = MAX_BATCH_BYTES // (4 * config.sequence_length * config.dim * len(spec.layers))
+    numbers = ", ".join(map(str, spec.layers))
     with progress(f"read layer {numbers}", len(store) * len(crops), unit="images") as bar:
-        for tokens, _ in batches(store, crops, max(1, min(reading.batch_size, fits))):
-            found = read_features(model, tokens, reading.layers, reading.steps, reading.dtype)
-            yield {layer: states.numpy() for layer, states in found.items()}
+        for tokens, _ in token_batches(store, crops, max(1, min(spec.batch_size, fitting))):
+            states = read_features(model, tokens, spec.layers, spec.steps, spec.dtype)
+            yield {layer: rows.numpy() for layer, rows in states.items()}
             bar.advance(len(tokens))
     assert all(map(torch.equal, before, model.parameters())), "probing changed the network"
 
 
 def describe_features(
-    config: ModelConfig, weights: str, store: TokenStore, crops: Sequence[int], reading: FeatureSpec
+    config: ModelConfig, weights: str, store: TokenStore, crops: Sequence[int], spec: FeatureSpec
 ) -> dict[int, Entry]:
-    """All that each layer's features depend on but for rounding; `weights` is the SHA-256 of the model's file."""
+    """Return all that determines each layer's features; `weights` is the SHA-256 of the model's file."""
     common = {
         "weights": weights,
         "model": to_dict(config),
         "store": store.fingerprint,
         "crops": list(crops),
-        "steps": list(reading.steps),
-        "dtype": str(reading.dtype).removeprefix("torch."),
-        "shape": [len(store) * len(crops), len(reading.steps), config.dim],
+        "steps": list(spec.steps),
+        "dtype": str(spec.dtype).removeprefix("torch."),
+        "shape": [len(store) * len(crops), len(spec.steps), config.dim],
     }
-    return {layer: common | {"layer": layer} for layer in reading.layers}
+    return {layer: common | {"layer": layer} for layer in spec.layers}
 
 
 def extract_features(
     model: Transformer,
     store: TokenStore,
-    reading: FeatureSpec,
+    spec: FeatureSpec,
     *,
     crops: Sequence[int] = (0,),
     cache: FeatureCache | None = None,
     weights: str = "",
-) -> Features:
-    """Hidden states of all layers in one forward for each batch, null condition, on the model's device.
+) -> ProbeFeatures:
+    """Read the hidden states of a store's images under the null condition, on the model's device.
 
     Args:
-        cache: where they are kept and looked for; None keeps them in memory. weights: the SHA-256 that is their key there.
+        cache: cache on disk; None keeps the features in memory. weights: SHA-256 of the model's file, the cache's key.
 
     Raises:
-        UserError: a store that is not the model's, a layer, step or crop out of range, or no room for the cache.
+        UserError: a store that is not the model's, a layer, step or crop out of range, or no space for the cache.
     """
-    reading.check(model.config, store, crops)
-    count = len(store) * len(crops)
-    shape = (count, len(reading.steps), model.config.dim)
+    spec.check(model.config, store, crops)
     labels = torch.from_numpy(np.tile(store.labels, len(crops)))
     if cache is None:
-        arrays = {layer: np.empty(shape, np.float32) for layer in reading.layers}
-        place = 0
-        for states in hidden_states(model, store, reading, crops):
+        shape = (len(labels), len(spec.steps), model.config.dim)
+        arrays = {layer: np.empty(shape, np.float32) for layer in spec.layers}
+        start = 0
+        for states in hidden_states(model, store, spec, crops):
+            stop = start + len(next(iter(states.values())))
             for layer, rows in states.items():
-                arrays[layer][place : place + len(rows)] = rows
-            place += len(next(iter(states.values())))
-        return Features(layers=arrays, labels=labels)
-    assert weights, "features are kept under their weights' SHA-256"
-    entries = describe_features(model.config, weights, store, crops, reading)
+                arrays[layer][start:stop] = rows
+            start = stop
+        return ProbeFeatures(layers=arrays, labels=labels)
+    assert weights, "the cache's key needs the weights' SHA-256"
+    entries = describe_features(model.config, weights, store, crops, spec)
     cache.reserve(entries.values())
-    found = {layer: array for layer, entry in entries.items() if (array := cache.find(entry)) is not None}
-    if missing := [layer for layer in reading.layers if layer not in found]:
+    cached = {layer: array for layer, entry in entries.items() if (array := cache.find(entry)) is not None}
+    if missing := [layer for layer in spec.layers if layer not in cached]:
         with cache.writing([entries[layer] for layer in missing]) as files:
-            for states in hidden_states(model, store, replace(reading, layers=missing), crops):
+            for states in hidden_states(model, store, replace(spec, layers=missing), crops):
                 for file, layer in zip(files, missing, strict=True):
                     file.write(states[layer])
-        found |= {layer: cache.open(entries[layer]) for layer in missing}
-    return Features(layers={layer: found[layer] for layer in reading.layers}, labels=labels)
+        cached |= {layer: cache.open(entries[layer]) for layer in missing}
+    return ProbeFeatures(layers={layer: cached[layer] for layer in spec.layers}, labels=labels)

@@ -1,7 +1,7 @@
-"""The transformer one token at a time, with the keys and values of what it has read kept.
+"""The transformer one token at a time, with a key-value cache.
 
-Everything that a step touches is allocated once and stays where it is, and a step asks the device nothing, so that a GPU can replay
-it as a CUDA graph. B: sequences, H: heads, V: codebook entries, N: positions of the condition.
+All memory is allocated once and the host never waits for the device, so that a GPU can replay a step as a CUDA graph.
+B: sequences, H: heads, V: codebook entries, N: positions of the condition.
 """
 
 import copy
@@ -18,13 +18,13 @@ from st_ar.model.transformer import Block, Transformer, attention_bias
 
 
 class CachedDecoder:
-    """Gives the logits of `Transformer.forward`, in evaluation, without ever running it.
+    """Computes the logits of `Transformer.forward` token by token, in evaluation mode.
 
     Args:
-        rows: sequences at most, for which the memory is allocated; fewer may be read.
-        bucket: the part of the cache that attention reads grows by so many positions, each length being a CUDA graph of its own;
-            by default 32 on a GPU and 1 on a CPU.
-        compiled: compile the blocks with torch.compile: some seconds at the start, and fewer passes over the memory from then on.
+        rows: maximum number of sequences, for which the memory is allocated.
+        bucket: attention reads a multiple of this many cached positions; each length is a separate CUDA graph. 32 on a GPU
+            and 1 on a CPU by default.
+        compiled: compile the blocks with torch.compile. It takes some seconds at the start and makes each step faster.
     """
 
     def __init__(self, model: Transformer, rows: int, *, bucket: int | None = None, compiled: bool = False) -> None:
@@ -33,60 +33,61 @@ class CachedDecoder:
         self.model = packed(model, rows)
         self.condition_length, self.sequence_length = config.condition_length, config.sequence_length
         self.bucket = bucket or (1 if on_cpu else 32)
-        # PyTorch's own attention on CPUs is slower in bfloat16 than in float32
+        # On CPUs, PyTorch's attention is slower in bfloat16 than in float32.
         dtype = torch.float32 if on_cpu and not compiled else weight.dtype
-        length = self._in_buckets(self.condition_length - 1 + self.sequence_length)
-        length += compiled  # never read: of the whole cache torch.compile would make another case than of its parts
+        length = self._round_up(self.condition_length - 1 + self.sequence_length)
+        length += compiled  # one position that is never read: torch.compile would compile the whole cache and parts of it separately
         shape = (config.n_layers, 2, rows, config.n_heads, length, config.head_dim)
-        self.cache = torch.zeros(shape, dtype=dtype, device=device)  # what is hidden is read all the same: no NaN
+        self.cache = torch.zeros(shape, dtype=dtype, device=device)  # no NaN: masked positions are read too
         self.mask = torch.full((rows, 1, 1, length), float("-inf"), dtype=dtype, device=device)
-        self.place = torch.zeros(1, dtype=torch.int64, device=device)  # of the position to be read
+        self.index = torch.zeros(1, dtype=torch.int64, device=device)  # of the position to read next
         self.step = torch.compile(_copy(_step)) if compiled else _step
 
     @torch.no_grad()
     def begin(self, labels: Tensor) -> Tensor:
-        """Logits [B, V] of the first token, given the conditions (labels as for `Transformer.forward`); forgets all else."""
+        """Clear the cache, read the conditions, the labels of `Transformer.forward`, and return the first token's logits [B, V]."""
         count, embedding = self.condition_length, self.model.cls_embedding
-        key_mask = embedding.key_mask(labels, None, count + 1)  # with the first token, which sees what all others see
+        key_mask = embedding.key_mask(labels, None, count + 1)  # one token more, whose row is the mask of all tokens
         self.mask.fill_(float("-inf"))
         self.mask[..., :count] = 0
         if key_mask is not None:
             self.mask[: len(labels), 0, 0, :count].masked_fill_(key_mask[:, -1, :count], float("-inf"))
             key_mask = key_mask[:, :count, :count]
         bias = attention_bias(key_mask, count, self.mask.dtype, self.mask.device)
-        places = torch.arange(count, device=self.mask.device)
-        return self._read(_step, embedding(labels), places, bias)
+        indices = torch.arange(count, device=self.mask.device)
+        return self._read(_step, embedding(labels), indices, bias)
 
     def seek(self, position: int) -> int:
-        """Stand at the image's token of this number, the next to be read; returns how much of the cache to read then."""
+        """Set the position in the image of the token to read next; returns how many cached positions `read` needs."""
         if position >= self.sequence_length - 1:
-            raise UserError(f"all {self.sequence_length} tokens of the image are there: nothing comes after them")
-        place = self.condition_length + position
-        self.place.fill_(place)
-        return self._in_buckets(place + 1)
+            raise UserError(f"all {self.sequence_length} tokens of the image are drawn: there is no next one")
+        index = self.condition_length + position
+        self.index.fill_(index)
+        return self._round_up(index + 1)
 
     @torch.no_grad()
     def read(self, tokens: Tensor, length: int) -> Tensor:
-        """Logits [B, V] of the next token, having read these [B] where `seek` stands, and `length` positions of the cache."""
-        self.mask.index_fill_(3, self.place, 0)
+        """Read tokens [B] at the position of `seek` and return the next token's logits [B, V]; `length` as `seek` returned it."""
+        self.mask.index_fill_(3, self.index, 0)
         bias = self.mask[: len(tokens), :, :, :length]
         if self.step is not _step:
             torch._dynamo.maybe_mark_dynamic(bias, 3)  # one compilation serves every length
-        return self._read(self.step, self.model.tok_embeddings(tokens)[:, None], self.place, bias)
+        return self._read(self.step, self.model.tok_embeddings(tokens)[:, None], self.index, bias)
 
-    def _read(self, step: Callable[..., Tensor], x: Tensor, places: Tensor, bias: Tensor) -> Tensor:
-        rope = self.model.rope.index_select(0, places)
+    def _read(self, step: Callable[..., Tensor], x: Tensor, indices: Tensor, bias: Tensor) -> Tensor:
+        rope = self.model.rope.index_select(0, indices)
         for block, (keys, values) in zip(self.model.blocks(), self.cache[:, :, : len(x)], strict=True):
-            x = step(block, x, rope, keys, values, places, bias)
+            x = step(block, x, rope, keys, values, indices, bias)
         return self.model.head(x[:, -1])
 
-    def _in_buckets(self, length: int) -> int:
+    def _round_up(self, length: int) -> int:
         return -(-length // self.bucket) * self.bucket
 
 
 def _copy(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The function with a code object and a name of its own: by the one torch.compile counts and keeps its compilations, by the
-    other what it has seen vary from call to call, not by decoder.
+    """Copy a function under a new name, with a new code object.
+
+    torch.compile keeps compilations by code object and dynamic shapes by name. With a copy, decoders do not share either.
     """
     assert isinstance(function, FunctionType)
     code = function.__code__
@@ -96,14 +97,16 @@ def _copy(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 _COPIES = itertools.count()
 
 
-def _step(block: Block, x: Tensor, rope: Tensor, keys: Tensor, values: Tensor, places: Tensor, bias: Tensor) -> Tensor:
-    """A block's output for x [B, n, D] at these places [n], whose keys and values it adds to those it has [B, H, .., head_dim].
+def _step(block: Block, x: Tensor, rope: Tensor, keys: Tensor, values: Tensor, indices: Tensor, bias: Tensor) -> Tensor:
+    """Return a block's output for x [B, n, D] at cache indices [n], and put its keys and values into the cache there.
 
-    bias: [B, 1, n, t], for the first t of them.
+    Args:
+        keys, values: the block's cache [B, H, .., head_dim].
+        bias: [B, 1, n, t]; attention reads the first t cached positions.
     """
     q, k, v = block.attention.project(block.attention_norm(x), rope)
-    keys.index_copy_(2, places, k.to(keys.dtype))
-    values.index_copy_(2, places, v.to(keys.dtype))
+    keys.index_copy_(2, indices, k.to(keys.dtype))
+    values.index_copy_(2, indices, v.to(keys.dtype))
     length = bias.shape[-1]
     heads = _attend(q.to(keys.dtype), keys[:, :, :length], values[:, :, :length], bias)
     x = x + block.attention.merge(heads.to(x.dtype))
@@ -113,7 +116,7 @@ def _step(block: Block, x: Tensor, rope: Tensor, keys: Tensor, values: Tensor, p
 def _attend(q: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> Tensor:
     if not torch.compiler.is_compiling():
         return F.scaled_dot_product_attention(q, keys, values, attn_mask=bias)
-    # For the one query of a step: sums, which read the cache once, where a fused kernel is made for many queries
+    # For a single query, sums that read the cache once are faster than a fused kernel, which is made for many queries.
     scores = (q.float() * keys).sum(-1) * q.shape[-1] ** -0.5 + bias[:, :, 0]  # (B, H, t)
     return (scores.softmax(dim=-1)[..., None] * values).sum(-2, keepdim=True)
 
@@ -122,7 +125,7 @@ def _product(x: Tensor, weight: Tensor, width: int) -> Tensor:  # noqa: ARG001
     return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
 
 
-# torch.compile takes oneDNN's operator with constant weights alone; of one that it knows nothing about it asks no more than a shape.
+# torch.compile accepts oneDNN's operator only with constant weights. Of a custom operator it needs no more than the output's shape.
 _library = torch.library.Library("st_ar", "DEF")
 _library.define("packed_linear(Tensor x, Tensor weight, int width) -> Tensor")
 _library.impl("packed_linear", _product, "CPU")
@@ -131,7 +134,7 @@ _library.impl("packed_linear", lambda x, weight, width: x.new_empty(*x.shape[:-1
 
 
 class PackedLinear(nn.Module):
-    """A bias-free linear layer with its weight in oneDNN's layout for about `rows` rows."""
+    """A linear layer without bias, with its weight in oneDNN's layout for about `rows` rows."""
 
     def __init__(self, linear: nn.Linear, rows: int) -> None:
         super().__init__()
@@ -144,9 +147,9 @@ class PackedLinear(nn.Module):
 
 
 def packed(model: Transformer, rows: int) -> Transformer:
-    """The model with packed matrices, for evaluation; itself where there is nothing to gain: on a GPU, or without oneDNN.
+    """Return a copy of the model with packed matrices, for evaluation, or the model itself on a GPU or without oneDNN.
 
-    Everything but the matrices is shared with the model, which is left as it is.
+    The copy shares everything but the matrices with the model, which does not change.
     """
     weight = model.output.weight
     if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
@@ -154,15 +157,15 @@ def packed(model: Transformer, rows: int) -> Transformer:
     half = weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     if weight.dtype != torch.float32 and not half:
         return model
-    twin = _pack(model, rows)
-    assert isinstance(twin, Transformer)
-    return twin
+    packed_model = _pack(model, rows)
+    assert isinstance(packed_model, Transformer)
+    return packed_model
 
 
 def _pack(module: nn.Module, rows: int) -> nn.Module:
-    twin = copy.copy(module)
-    twin._modules = {
+    packed_module = copy.copy(module)
+    packed_module._modules = {
         name: PackedLinear(child, rows) if isinstance(child, nn.Linear) else child and _pack(child, rows)
         for name, child in module._modules.items()
     }
-    return twin
+    return packed_module

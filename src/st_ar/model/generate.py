@@ -1,7 +1,4 @@
-"""Sampling images' tokens with a key-value cache, classifier-free guidance, and top-k and top-p filters.
-
-The rule is LlamaGen's: guided logits, then temperature, then top-k, then top-p.
-"""
+"""Sampling the tokens of images: key-value cache, classifier-free guidance, temperature, top-k and top-p, in LlamaGen's order."""
 
 import math
 import secrets
@@ -20,15 +17,15 @@ from st_ar.model.transformer import Transformer
 
 
 def filter_logits(logits: Tensor, *, top_k: int = 0, top_p: float = 1.0) -> Tensor:
-    """Set all but the likely tokens' logits [B, V] to -inf.
+    """Set the logits [B, V] of unlikely tokens to -inf.
 
     Args:
-        top_k: keep the k largest (ties with the k-th too); 0 keeps all.
-        top_p: then keep the smallest set of the likeliest whose probabilities exceed p, the token that passes p included.
+        top_k: keep the k largest logits and ties with the k-th; 0 keeps all.
+        top_p: then keep the smallest set of most likely tokens whose total probability exceeds p.
     """
     if 0 < top_k < logits.shape[-1]:
-        least = logits.topk(top_k, dim=-1).values[:, -1:]
-        logits = logits.masked_fill(logits < least, float("-inf"))
+        smallest = logits.topk(top_k, dim=-1).values[:, -1:]
+        logits = logits.masked_fill(logits < smallest, float("-inf"))
     if top_p < 1:
         ordered, order = logits.sort(dim=-1, descending=True)
         before = ordered.softmax(dim=-1).cumsum(dim=-1).roll(1, dims=-1)
@@ -39,34 +36,32 @@ def filter_logits(logits: Tensor, *, top_k: int = 0, top_p: float = 1.0) -> Tens
 
 
 def uniforms(seed: int, images: np.ndarray, count: int) -> Tensor:
-    """Numbers in [0, 1), float32 [B, count]: those of image n are a function of (seed, n) alone.
-
-    Counter-based (Philox), so that no image's depend on how many others there are.
-    """
+    """Return random numbers in [0, 1), float32 [B, count]. Those of image n depend only on (seed, n)."""
     keys = [np.array([seed, n], np.uint64) for n in images.tolist()]
-    drawn = [np.random.Generator(np.random.Philox(key=key)).random(count, np.float32) for key in keys]
-    return torch.from_numpy(np.stack(drawn))
+    rows = [np.random.Generator(np.random.Philox(key=key)).random(count, np.float32) for key in keys]
+    return torch.from_numpy(np.stack(rows))
 
 
-def choose(logits: Tensor, uniform: Tensor) -> Tensor:
-    """Draw a token [B] from each row of logits [B, V], given a number in [0, 1) for each [B]: the inverse of the
-    cumulative distribution. Nothing waits for the device. Logits that are not finite give some token, never one outside the codebook.
+def draw_tokens(logits: Tensor, uniform: Tensor) -> Tensor:
+    """Draw a token from each row of logits [B, V] by inverting its cumulative distribution at uniform [B], in [0, 1).
+
+    Logits that are not finite give some token of the codebook.
     """
-    # In whole numbers sums are exact in any order, so that a token without mass is never drawn, on a GPU neither.
+    # Integer sums are exact in any order, so that a token without mass is never drawn, not even on a GPU.
     mass = (logits.float().softmax(dim=-1) * 2**40).long().cumsum(dim=-1)
-    place = (uniform[:, None].double() * mass[:, -1:]).long()
-    return torch.searchsorted(mass, place, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
+    target = (uniform[:, None].double() * mass[:, -1:]).long()
+    return torch.searchsorted(mass, target, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
 
 
 class TokenSampler:
-    """Draws the tokens of many batches of one size: memory and, on a GPU, CUDA graphs are made once.
+    """Draws the tokens of batches of one size. Memory and CUDA graphs are reused.
 
     Args:
-        model: in evaluation mode, in any floating type.
+        model: a model in evaluation mode, in any floating dtype.
         batch: images of a batch.
-        settings: how to draw; their seed is not used.
-        greedy: take the likeliest token instead of drawing.
-        compiled: see `Decoder`.
+        settings: sampling settings; their seed is not used.
+        greedy: take the most likely token instead of drawing.
+        compiled: see `CachedDecoder`.
     """
 
     def __init__(
@@ -81,12 +76,12 @@ class TokenSampler:
         self.decoder = CachedDecoder(model, 2 * batch if self.is_guided else batch, compiled=compiled)
         self.tokens = torch.zeros(batch, total, dtype=torch.int64, device=device)
         self.noise = torch.zeros(batch, total, device=device)
+        self.finite = torch.ones((), dtype=torch.bool, device=device)  # whether all logits of a draw were
         scales = [guidance_scale(self.settings, position, total) for position in range(total)]
         self.scales = torch.tensor(scales, device=device)
-        self.finite = torch.ones((), dtype=torch.bool, device=device)  # whether all logits of a draw were
-        self.position = torch.zeros(1, dtype=torch.int64, device=device)  # of the token to be drawn
+        self.position = torch.zeros(1, dtype=torch.int64, device=device)  # of the token to draw
         self.graphs: dict[tuple[bool, int], torch.cuda.CUDAGraph] = {}
-        self.turn = 0  # of draws that have begun
+        self.draws = 0
 
     @torch.no_grad()
     def draw(
@@ -98,33 +93,33 @@ class TokenSampler:
         num_tokens: int | None = None,
         on_token: Callable[[int], None] | None = None,
     ) -> Tensor:
-        """Tokens int64 [batch, num_tokens] for conditions on the model's device; all tokens if None.
+        """Draw tokens int64 [batch, num_tokens], all if None, for labels on the model's device.
 
         Args:
-            images: the images' numbers, whole [batch].
-            on_token: called with how many tokens each image has, after every one; `tokens` holds them.
+            images: the images' numbers, integers [batch].
+            on_token: called after each token with the number of tokens per image; `tokens` holds them.
 
         Raises:
-            UserError: a label, the seed or num_tokens out of range, or a model whose logits are not finite.
+            UserError: a label, the seed or num_tokens is out of range, or logits are not finite.
         """
-        drawn = 0
-        for drawn in self.steps(labels, images, seed, num_tokens=num_tokens):
+        count = 0
+        for count in self.steps(labels, images, seed, num_tokens=num_tokens):
             if on_token:
-                on_token(drawn)
-        return self.tokens[:, :drawn].clone()
+                on_token(count)
+        return self.tokens[:, :count].clone()
 
     @torch.no_grad()
     def steps(
         self, labels: Tensor, images: np.ndarray, seed: int, *, num_tokens: int | None = None
     ) -> Generator[int, None, None]:
-        """What `draw` does, token by token: yields how many tokens each image has, and `tokens` [batch, T] holds them.
+        """Draw token by token: yield the number of tokens per image after each; `tokens` [batch, T] holds them.
 
-        It may be left at any token, and is over when another draw of this sampler begins. Arguments and errors are `draw`'s.
+        The caller may stop at any token. The next draw of this sampler ends this one. Arguments and errors are those of `draw`.
         """
         count = self.model.config.sequence_length if num_tokens is None else num_tokens
         _check_request(self.model, labels, images, seed, count)
         assert len(labels) == len(self.tokens)
-        self.turn = turn = self.turn + 1
+        self.draws = this_draw = self.draws + 1
         if not self.greedy:
             self.noise.copy_(uniforms(seed, images, self.noise.shape[1]))
         null = [self.model.cls_embedding.null(labels)] if self.is_guided else []
@@ -135,7 +130,7 @@ class TokenSampler:
         interval = self.settings.cfg_interval
         for position in range(1, count):
             yield position
-            assert turn == self.turn, "another draw of this sampler has begun"
+            assert this_draw == self.draws, "another draw of this sampler has begun"
             guided = self.is_guided and not (interval > -1 and position > interval + 1)
             self.position.fill_(position)
             length = self.decoder.seek(position - 1)
@@ -144,11 +139,11 @@ class TokenSampler:
             else:
                 self._advance(guided, length)
         yield count
-        if not self.finite:  # read once, at the end, since the host waits for it
+        if not self.finite:  # only here, since the host waits
             raise UserError("the model's logits are not finite: its training has diverged, or it needs --dtype float32")
 
     def _advance(self, guided: bool, length: int) -> None:
-        """Read the last token and draw the next; nothing waits for the device."""
+        """Read the last token and draw the next. The host does not wait for the device."""
         last = self.tokens.index_select(1, self.position - 1)[:, 0]
         self._choose(self.decoder.read(last.repeat(2) if guided else last, length), guided)
 
@@ -161,13 +156,13 @@ class TokenSampler:
         if self.greedy:
             chosen = logits.argmax(dim=-1)
         else:
-            how = self.settings
-            logits = filter_logits(logits / how.temperature, top_k=how.top_k, top_p=how.top_p)
-            chosen = choose(logits, self.noise.index_select(1, self.position)[:, 0])
+            settings = self.settings
+            logits = filter_logits(logits / settings.temperature, top_k=settings.top_k, top_p=settings.top_p)
+            chosen = draw_tokens(logits, self.noise.index_select(1, self.position)[:, 0])
         self.tokens.index_copy_(1, self.position, chosen[:, None])
 
     def _replay(self, guided: bool, length: int) -> None:
-        """`_advance` as a CUDA graph, recorded when its kind of step first comes."""
+        """Run `_advance` as a CUDA graph, recording it at first use."""
         key = guided, length
         with torch.cuda.device(self.tokens.device):
             if key in self.graphs:
@@ -176,16 +171,16 @@ class TokenSampler:
                 self.graphs[key] = self._record(guided, length)
 
     def _record(self, guided: bool, length: int) -> torch.cuda.CUDAGraph:
-        """Do the step, and record it as it is done a second time, which changes nothing."""
+        """Run the step and record it as a CUDA graph."""
         stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
-        # The fused kernel that takes a mask; cuDNN's is left out, as in training
+        # The fused kernel that takes a mask. cuDNN's is left out, as in training.
         with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 self._advance(guided, length)
             torch.cuda.current_stream().wait_stream(stream)
             pool = next(iter(self.graphs.values())).pool() if self.graphs else None
-            # Another thread may be decoding pictures meanwhile
+            # Another thread may be decoding images at the same time.
             with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
                 self._advance(guided, length)
         return graph
@@ -210,25 +205,24 @@ def generate(
     """Sample tokens int64 [B, T] for classes or captions, on the labels' device.
 
     Args:
-        model: in evaluation mode, on the same device, in any floating type.
-        labels: classes int64 [B], or captions' features [B, N, width] for a text model, as for `Transformer.forward`;
+        model: a model in evaluation mode, on the same device, in any floating dtype.
+        labels: the labels of `Transformer.forward`: classes int64 [B], or captions' features [B, N, width] for a text model.
             `model.null_condition(B)` samples without a condition.
-        cfg_scale: guidance scale s: logits = null + s (conditional - null). 1 is none and costs nothing.
-        temperature: the (guided) logits are divided by it.
-        top_k: draw from the k likeliest tokens; 0 for all.
-        top_p: draw from the likeliest tokens that together hold more than p; 1 for all.
-        cfg_interval: guide the first token and this many decode steps + 1 after it, then no more (LlamaGen's
-            meaning); -1 guides all.
-        cfg_schedule: constant; linear or power-cosine: from 1 up to cfg_scale over the tokens (see `guidance_scale`).
+        cfg_scale: guidance scale s: logits = null + s (conditional - null). 1 turns guidance off.
+        temperature: divides the (guided) logits.
+        top_k: draw from the k most likely tokens; 0 for all.
+        top_p: draw from the most likely tokens whose total probability exceeds p; 1 for all.
+        cfg_interval: guide the first token and the next cfg_interval + 1 only, as in LlamaGen; -1 guides all.
+        cfg_schedule: constant, or rising from 1 to cfg_scale over the tokens (see `guidance_scale`).
         cfg_power: the power of power-cosine.
-        seed: of the draws. The tokens of an image depend on the seed, its number, its label and the settings alone, but for
-            rounding: products of another batch size may differ in the last bit. None draws afresh.
+        seed: seed of the draws; a random one if None. The tokens of an image depend only on the seed, its number, its label and
+            the settings, up to rounding, which can change with the batch size.
         images: the images' numbers [B]; 0, 1, .. if None.
-        greedy: take the likeliest token instead of drawing.
-        num_tokens: stop after this many tokens [B, num_tokens]; all T if None.
+        greedy: take the most likely token instead of drawing.
+        num_tokens: number of tokens to draw; all T if None.
 
     Raises:
-        UserError: a label, a setting or num_tokens out of range, or a model whose logits are not finite.
+        UserError: a label, a setting or num_tokens is out of range, or logits are not finite.
     """
     settings = SampleSettings(
         cfg_scale=cfg_scale,
@@ -246,10 +240,10 @@ def generate(
 
 
 def guidance_scale(guidance: SampleSettings, position: int, total: int) -> float:
-    """The scale for the token at `position` of an image's `total`.
+    """Return the guidance scale of the token at `position` of `total`.
 
-    Linear: 1 + (s - 1) (t + 1) / T (as MAR has it, arXiv 2406.11838). Power-cosine: 1 + (s - 1) (1 - cos(pi (t / T)^p)) / 2
-    (RAR, arXiv 2411.00776), with t counted from 0.
+    Linear: 1 + (s - 1) (t + 1) / T (MAR, arXiv 2406.11838). Power-cosine: 1 + (s - 1) (1 - cos(pi (t / T)^p)) / 2 (RAR,
+    arXiv 2411.00776). t counts from 0.
     """
     rise = 1.0
     if guidance.cfg_schedule == "linear":
@@ -264,10 +258,8 @@ def _check_request(model: Transformer, labels: Tensor, numbers: np.ndarray, seed
     config = model.config
     model.cls_embedding.check(labels)
     if not 1 <= total <= config.sequence_length:
-        raise UserError(
-            f"{total} tokens asked for; an image of this model has {config.sequence_length}: give 1 to that many"
-        )
+        raise UserError(f"num_tokens must be 1 to {config.sequence_length}, the tokens of an image, not {total}")
     if numbers.shape != (len(labels),) or numbers.dtype.kind not in "iu" or numbers.min() < 0:
         raise UserError(f"images must be {len(labels)} whole numbers of 0 or more, one for each label, not {numbers}")
     if not 0 <= seed < 2**64:
-        raise UserError(f"the seed must lie in [0, {2**64 - 1}], not {seed}")
+        raise UserError(f"the seed must be in [0, {2**64 - 1}], not {seed}")

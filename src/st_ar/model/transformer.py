@@ -1,8 +1,8 @@
 """The LlamaGen transformer (arXiv 2406.06525): next-token prediction over image tokens, given a class or a caption.
 
-Parameter names and shapes are LlamaGen's, so weights move between the two unchanged. The model returns logits and
-hidden states; every loss lives elsewhere. B: sequences, T: tokens of an image, D: features, V: codebook entries, N:
-positions of the condition (1 for a class, 120 for LlamaGen's captions), whose last predicts the first token.
+Parameter names and shapes are LlamaGen's, so both programs load each other's weights. B: sequences, T: tokens of an image,
+D: features, V: codebook entries, N: positions of the condition (1 for a class, 120 for LlamaGen's captions). The last of
+these positions predicts the first token.
 """
 
 from collections.abc import Callable, Collection
@@ -17,44 +17,44 @@ from st_ar.errors import UserError
 
 
 class Output(NamedTuple):
-    """What one forward pass gives."""
+    """The output of a forward pass."""
 
     logits: Tensor
-    """[B, T, V]: position t predicts token t, having read the condition and the tokens before t."""
+    """[B, T, V]. Position t predicts token t from the condition and the tokens before t."""
     hidden: dict[int, Tensor]
-    """Chosen layers' outputs [B, T, D], counted 1..n_layers, after the block and before the final norm."""
+    """Outputs [B, T, D] of the requested layers, counted from 1, before the final norm."""
 
 
 def rope_table(grid: int, head_dim: int, base: float, condition_length: int = 1) -> Tensor:
-    """Cosines and sines of the 2-D rotary embedding, float32 [N + grid^2, head_dim / 2, 2].
+    """Return the cosines and sines of the 2-D rotary embedding, float32 [N + grid^2, head_dim / 2, 2].
 
-    The first N rows are the condition's positions: both are 0 there, as in LlamaGen, so their rotated queries and keys
-    vanish and every logit against a key of the condition is exactly 0. The image token at raster index n follows at row
-    N + n; the first half of its pairs turns by the row n // grid, the second by the column n % grid.
+    The first N rows belong to the condition. As in LlamaGen they are 0: rotated queries and keys vanish there, and every
+    attention logit against a key of the condition is exactly 0. Row N + n belongs to the image token at raster index n. The
+    first half of its pairs rotates by the row n // grid, the second by the column n % grid.
     """
     half = head_dim // 2
     frequencies = base ** -(torch.arange(0, half, 2).float() / half)  # (head_dim / 4,)
     angles = torch.arange(grid).float()[:, None] * frequencies  # (grid, head_dim / 4)
     rows = angles[:, None, :].expand(grid, grid, -1)
     columns = angles[None, :, :].expand(grid, grid, -1)
-    turns = torch.cat([rows, columns], dim=-1).reshape(grid * grid, half)
-    table = torch.stack([turns.cos(), turns.sin()], dim=-1)
+    angles = torch.cat([rows, columns], dim=-1).reshape(grid * grid, half)
+    table = torch.stack([angles.cos(), angles.sin()], dim=-1)
     return torch.cat([torch.zeros(condition_length, half, 2), table])
 
 
 def rotate(x: Tensor, rope: Tensor) -> Tensor:
-    """Turn the interleaved pairs of x [B, T, H, head_dim] by rope [T, head_dim / 2, 2], in float32."""
+    """Rotate the interleaved pairs of x [B, T, H, head_dim] by rope [T, head_dim / 2, 2], in float32."""
     pairs = x.float().unflatten(-1, (-1, 2))
-    if torch.compiler.is_compiling():  # which fuses real numbers only
+    if torch.compiler.is_compiling():  # the compiler does not fuse complex numbers
         (a, b), (cosine, sine) = pairs.unbind(-1), rope[:, None, :].unbind(-1)
-        turned = torch.stack([a * cosine - b * sine, a * sine + b * cosine], dim=-1)
+        rotated = torch.stack([a * cosine - b * sine, a * sine + b * cosine], dim=-1)
     else:
-        turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(rope)[:, None, :])
-    return turned.flatten(-2).to(x.dtype)
+        rotated = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(rope)[:, None, :])
+    return rotated.flatten(-2).to(x.dtype)
 
 
 def attention_bias(key_mask: Tensor | None, length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The additive mask of Eq. 3: -inf on the future and on masked keys, 0 elsewhere; [T, T] or [B, 1, T, T]."""
+    """Return the additive mask of Eq. 3, [T, T] or [B, 1, T, T]: -inf on the future and on masked keys, 0 elsewhere."""
     hidden = torch.ones(length, length, dtype=torch.bool, device=device).triu(1)
     if key_mask is not None:
         masked = key_mask if key_mask.dim() == 3 else key_mask[:, None, :]
@@ -63,15 +63,14 @@ def attention_bias(key_mask: Tensor | None, length: int, dtype: torch.dtype, dev
 
 
 def attention_weights(q: Tensor, k: Tensor, bias: Tensor) -> Tensor:
-    """Softmax(Q K^T / sqrt(head_dim) + M), written out: [B, H, T, head_dim] twice -> [B, H, T, T]."""
+    """Return softmax(Q K^T / sqrt(head_dim) + M): q and k [B, H, T, head_dim] -> [B, H, T, T]."""
     return ((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2) + bias).softmax(dim=-1)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
-    """Attention [B, H, T, head_dim]; causal alone if `bias` is None.
+    """Return the attention output [B, H, T, head_dim]. Without a bias attention is causal.
 
-    On CPUs, PyTorch's fused kernel is several times slower in bfloat16 than the same written out
-    (benchmarks/attention.py); everywhere else the fused kernel serves.
+    In bfloat16 on CPUs, PyTorch's fused kernel is several times slower than separate operations (benchmarks/attention.py).
     """
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and bias is not None:
         return attention_weights(q, k, bias) @ v
@@ -79,7 +78,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm, computed in float32, cast back, then scaled."""
+    """Root-mean-square norm: computed in float32, cast back, then scaled."""
 
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__()
@@ -94,12 +93,12 @@ class Head(nn.Linear):
     """The vocabulary projection, without bias."""
 
     def forward(self, input: Tensor, through: Callable[[Tensor, Tensor], Tensor] | None = None) -> Tensor:  # noqa: A002
-        """Logits [.., V] from normalised features [.., D]; or, through a loss that needs none, what it makes of these and the weight."""
+        """Return the logits [.., V] of normalised features [.., D], or `through(features, weight)`, a loss that needs no logits."""
         return F.linear(input, self.weight) if through is None else through(input, self.weight)
 
 
 class DropPath(nn.Module):
-    """Stochastic depth: drop a residual branch for whole sequences (arXiv 1603.09382)."""
+    """Stochastic depth: drop the residual branch of whole sequences (arXiv 1603.09382)."""
 
     def __init__(self, p: float) -> None:
         super().__init__()
@@ -113,7 +112,7 @@ class DropPath(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head attention in three parts, so that training, the sampler's cache and the attention maps share them."""
+    """Multi-head attention in parts that training, the key-value cache and the attention maps share."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -123,12 +122,12 @@ class Attention(nn.Module):
         self.dropout = nn.Dropout(config.residual_dropout)
 
     def project(self, x: Tensor, rope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Rotated queries and keys, and values: x [B, T, D] -> three of [B, H, T, head_dim]."""
+        """Return rotated queries, rotated keys, and values, each [B, H, T, head_dim], of x [B, T, D]."""
         q, k, v = self.wqkv(x).unflatten(-1, (3, self.n_heads, -1)).unbind(2)
         return rotate(q, rope).transpose(1, 2), rotate(k, rope).transpose(1, 2), v.transpose(1, 2)
 
     def merge(self, heads: Tensor) -> Tensor:
-        """Heads [B, H, T, head_dim] -> output [B, T, D]."""
+        """Project the heads [B, H, T, head_dim] to the output [B, T, D]."""
         return self.dropout(self.wo(heads.transpose(1, 2).flatten(2)))
 
     def forward(self, x: Tensor, rope: Tensor, bias: Tensor | None) -> Tensor:
@@ -168,7 +167,7 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """LlamaGen's transformer, class- or text-conditional.
 
-    Initialisation is LlamaGen's: normal with standard deviation 0.02, and an output head of zeros.
+    Weights start as in LlamaGen: normal with standard deviation 0.02, and zeros in the output head.
     """
 
     rope: Tensor
@@ -188,7 +187,7 @@ class Transformer(nn.Module):
         nn.init.zeros_(self.output.weight)
 
     def _apply(self, *args: Any, **kwargs: Any) -> "Transformer":
-        """Move or cast the weights; the rotary table is made anew, so that it stays float32 whatever they become."""
+        """Move or cast the weights. The rotary table is rebuilt, so that it stays float32."""
         super()._apply(*args, **kwargs)
         self.rope = self.rotary().to(self.rope.device)
         return self
@@ -199,34 +198,33 @@ class Transformer(nn.Module):
             nn.init.normal_(module.weight, std=0.02)
 
     def rotary(self) -> Tensor:
-        """The rotary table of every position; it is in no file of weights."""
+        """Return the rotary table, which files of weights do not hold."""
         config = self.config
         return rope_table(config.grid, config.head_dim, config.rope_base, config.condition_length)
 
     def blocks(self) -> list[Block]:
-        """The blocks, first to last."""
+        """Return the blocks, first to last."""
         return [block for block in self.layers if isinstance(block, Block)]
 
     def embed(self, tokens: Tensor, labels: Tensor) -> Tensor:
-        """The input of the first block: tokens [B, t] and their conditions -> [B, N + t, D], t < T."""
+        """Return the input of the first block, [B, N + t, D], for tokens [B, t] and their conditions, t < T."""
         if tokens.shape[1] >= self.config.sequence_length:
             raise UserError(
-                f"{tokens.shape[1]} tokens are too many: the model reads the condition and at most the first "
-                f"{self.config.sequence_length - 1} of an image's {self.config.sequence_length} tokens "
-                f"(grid {self.config.grid}); pass tokens[:, :-1]"
+                f"{tokens.shape[1]} tokens are too many: the model reads at most the first {self.config.sequence_length - 1} "
+                f"of an image's {self.config.sequence_length} tokens (grid {self.config.grid}); pass tokens[:, :-1]"
             )
         return self.dropout(torch.cat([self.cls_embedding(labels), self.tok_embeddings(tokens)], dim=1))
 
     def null_condition(self, count: int) -> Tensor:
-        """Labels for `count` images without a condition: int64 [count], or features [count, N, width] for a text model."""
+        """Return the labels of `count` images without a condition: int64 [count], or features [count, N, width]."""
         return self.cls_embedding.null_condition(count)
 
     def states(
         self, tokens: Tensor, labels: Tensor, *, layers: Collection[int], key_mask: Tensor | None = None
     ) -> dict[int, Tensor]:
-        """Outputs [B, N - 1 + T, D] of `layers` at every position, the condition's too; layer 0 is the first block's input.
+        """Return the outputs [B, N - 1 + T, D] of `layers` at all positions, also the condition's. Layer 0 is the first block's input.
 
-        Arguments are otherwise those of `forward`.
+        The other arguments are those of `forward`.
         """
         x = self.embed(tokens, labels)
         length, bias = x.shape[1], None
@@ -234,7 +232,7 @@ class Transformer(nn.Module):
         if key_mask is not None or x.device.type == "cpu":
             device = x.device.type
             dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-            bias = attention_bias(key_mask, length, dtype, x.device)  # once, for every layer
+            bias = attention_bias(key_mask, length, dtype, x.device)
         states = {0: x}
         for number, block in enumerate(self.blocks()[: max(layers, default=0)], start=1):
             x = block(x, self.rope[:length], bias)
@@ -245,20 +243,20 @@ class Transformer(nn.Module):
     def features(
         self, tokens: Tensor, labels: Tensor, *, layers: Collection[int], key_mask: Tensor | None = None
     ) -> dict[int, Tensor]:
-        """Outputs [B, T, D] of `layers`, before the final norm. Runs no block after the last of them and no output head.
+        """Return the outputs [B, T, D] of `layers`, before the final norm. Only the blocks up to the last of them run.
 
-        Arguments are those of `forward`.
+        The other arguments are those of `forward`.
         """
         depth = len(self.layers)
         if wrong := [layer for layer in layers if not 1 <= layer <= depth]:
-            raise UserError(f"no layer {wrong[0]}: this network has layers 1 to {depth}")
+            raise UserError(f"there is no layer {wrong[0]}: this network has layers 1 to {depth}")
         if not layers:
-            raise UserError(f"no layers asked for: give some of 1 to {depth}")
+            raise UserError(f"no layers were given: give some of 1 to {depth}")
         states = self.states(tokens, labels, layers=layers, key_mask=key_mask)
         return {layer: state[:, self.config.condition_length - 1 :] for layer, state in states.items()}
 
     def head(self, last: Tensor) -> Tensor:
-        """Logits [.., V] from the last layer's output [.., D]."""
+        """Return the logits [.., V] of the last layer's output [.., D]."""
         return self.output(self.norm(last))
 
     def forward(
@@ -267,12 +265,12 @@ class Transformer(nn.Module):
         """Predict every token of the images.
 
         Args:
-            tokens: int64 [B, T-1], the images' tokens in raster order without the last (or fewer, for a beginning).
-            labels: the conditions. Of a class model int64 [B], `config.null_class` for none; of a text model captions'
-                features, floating [B, N, width], zeros before a caption that has fewer than N rows (see TextEmbedding).
-            key_mask: bool [B, T], True where attention may not look (Eq. 3); position 0 is the condition. Or [B, T, T],
-                one mask for each query. It is applied on top of the causal mask, in every head and layer.
-            hidden: layers, 1..n_layers, whose outputs to return.
+            tokens: int64 [B, T-1], the images' tokens in raster order without the last; or fewer, for the first ones.
+            labels: the conditions. For a class model int64 [B], `config.null_class` for none. For a text model the features of
+                captions, floating [B, N, width], with rows of zeros before a caption shorter than N (see TextEmbedding).
+            key_mask: bool [B, T], True where a key is masked (Eq. 3); position 0 is the condition. Or [B, T, T], one mask
+                per query. It applies on top of the causal mask, in every head and layer.
+            hidden: layers whose outputs to return, counted from 1.
         """
         last = len(self.layers)
         states = self.features(tokens, labels, layers={*hidden, last}, key_mask=key_mask)
@@ -280,7 +278,7 @@ class Transformer(nn.Module):
 
 
 class ClassEmbedding(nn.Module):
-    """A class as one position: labels are int64 [B], and the last of num_classes + 1 embeddings is the null class."""
+    """The embedding of a class, one position. Labels are int64 [B]; the last of num_classes + 1 embeddings is the null class."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -288,26 +286,26 @@ class ClassEmbedding(nn.Module):
         self.embedding_table = nn.Embedding(config.num_classes + 1, config.dim)
 
     def check(self, labels: Tensor) -> None:
-        """Refuse what is no class; waits for the device."""
+        """Refuse labels that are not classes. The host waits for the device."""
         if labels.dim() != 1 or len(labels) == 0 or labels.dtype != torch.int64:
             raise UserError(f"labels must be int64 [B] with B of 1 or more, not {labels.dtype} {list(labels.shape)}")
         low, high = int(labels.min()), int(labels.max())
         if low < 0 or high > self.null_class:
             raise UserError(
-                f"label {low if low < 0 else high} is out of range: the model knows classes 0 to {self.null_class - 1}, "
-                f"and {self.null_class} for none"
+                f"label {low if low < 0 else high} is out of range: give a class from 0 to {self.null_class - 1}, "
+                f"or {self.null_class} for none"
             )
 
     def null(self, labels: Tensor) -> Tensor:
-        """The null class [B] in the labels' place."""
+        """Return the null class [B] for each of the labels."""
         return torch.full_like(labels, self.null_class)
 
     def null_condition(self, count: int) -> Tensor:
-        """The null class [count]."""
+        """Return the null class [count]."""
         return torch.full((count,), self.null_class, device=self.embedding_table.weight.device)
 
     def key_mask(self, labels: Tensor, key_mask: Tensor | None, length: int) -> Tensor | None:  # noqa: ARG002
-        """The mask over all positions: as it is, since none is padding."""
+        """Return the mask over all positions: the given one, since a class has no padding."""
         return key_mask
 
     def forward(self, labels: Tensor) -> Tensor:
@@ -315,7 +313,7 @@ class ClassEmbedding(nn.Module):
 
 
 class Projection(nn.Module):
-    """Captions' features to the transformer's width: fc2(gelu(fc1 x)), without biases."""
+    """The projection of captions' features to the transformer's width: fc2(gelu(fc1 x)), without biases."""
 
     def __init__(self, width: int, dim: int) -> None:
         super().__init__()
@@ -327,10 +325,10 @@ class Projection(nn.Module):
 
 
 class TextEmbedding(nn.Module):
-    """A caption as N positions: labels are its features, floating [B, N, width], as any text encoder gives them.
+    """The embedding of a caption, N positions. Labels are the features of a text encoder, floating [B, N, width].
 
-    A caption of fewer tokens stands at the end, and a row of zeros before it is padding: no other position attends to it.
-    The null condition is `uncond_embedding` [N, width], drawn once and not trained, in the caption's own rows.
+    Shorter captions are padded with rows of zeros in front, which no other position attends to. The null condition replaces a
+    caption's own rows by those of `uncond_embedding` [N, width], which is random and not trained.
     """
 
     uncond_embedding: Tensor
@@ -338,41 +336,41 @@ class TextEmbedding(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.cap_proj = Projection(config.text_dim, config.dim)
-        drawn = torch.randn(config.text_tokens, config.text_dim) / config.text_dim**0.5
-        self.register_buffer("uncond_embedding", drawn)
+        embedding = torch.randn(config.text_tokens, config.text_dim) / config.text_dim**0.5
+        self.register_buffer("uncond_embedding", embedding)
 
     def check(self, labels: Tensor) -> None:
-        """Refuse what are no captions' features of this model; does not wait for the device."""
+        """Refuse labels that are not captions' features of this model. The host does not wait for the device."""
         rows, width = self.uncond_embedding.shape
         if labels.shape[1:] != (rows, width) or len(labels) == 0 or not labels.is_floating_point():
             raise UserError(
                 f"a text model's labels must be captions' features, floating [B, {rows}, {width}] with B of 1 or more, "
-                f"not {labels.dtype} {list(labels.shape)}; TextStore.features gives them"
+                f"not {labels.dtype} {list(labels.shape)}; TextStore.features returns them"
             )
 
     def null(self, labels: Tensor) -> Tensor:
-        """The null condition [B, N, width] in the labels' place; padding stays padding, as LlamaGen keeps a caption's mask."""
+        """Return the null condition [B, N, width] for each of the labels. Padding stays padding, as in LlamaGen."""
         return torch.where(labels.any(dim=-1, keepdim=True), self.uncond_embedding.to(labels), 0.0)
 
     def null_condition(self, count: int) -> Tensor:
-        """The null condition [count, N, width], with every row in use."""
+        """Return the null condition [count, N, width] without padding."""
         return self.uncond_embedding.expand(count, -1, -1)
 
     def key_mask(self, labels: Tensor, key_mask: Tensor | None, length: int) -> Tensor | None:
-        """The mask over all positions, one for each query: bool [B, length, length], True where it may not look.
+        """Return the mask over all positions, one per query: bool [B, length, length], True where a key is masked.
 
-        `key_mask` [B, t] or [B, t, t] counts the condition as its position 0, which here stands for all N. Padding is
-        hidden from all but itself, so that no softmax is empty.
+        In `key_mask`, [B, t] or [B, t, t], position 0 is the whole condition; here it has N positions. Padding is visible to
+        itself only, so that no softmax is empty.
         """
         padding = F.pad(~labels.any(dim=-1), (0, length - labels.shape[1]), value=False)  # (B, length)
         own = torch.eye(length, dtype=torch.bool, device=labels.device)
         masked = padding[:, None, :] & ~own
         if key_mask is None:
             return masked
-        places = (torch.arange(length, device=labels.device) - labels.shape[1] + 1).clamp_min(0)
+        positions = (torch.arange(length, device=labels.device) - labels.shape[1] + 1).clamp_min(0)
         assert key_mask.shape[-1] == length - labels.shape[1] + 1, "a key mask has one column for the condition"
-        key_mask = key_mask[..., places]
-        return masked | (key_mask[:, places] if key_mask.dim() == 3 else key_mask[:, None, :])
+        key_mask = key_mask[..., positions]
+        return masked | (key_mask[:, positions] if key_mask.dim() == 3 else key_mask[:, None, :])
 
     def forward(self, labels: Tensor) -> Tensor:
         self.check(labels)

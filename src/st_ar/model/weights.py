@@ -1,6 +1,4 @@
-"""Trained weights on disk: safetensors with LlamaGen's parameter names and a config.json that says what they are, or
-LlamaGen's own files.
-"""
+"""Trained weights on disk: safetensors with LlamaGen's parameter names and a config.json, or LlamaGen's own files."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -28,31 +26,31 @@ CARD: dict[str, Any] = {
     "preset": str,
     "ema": bool,
 }
-"""What config.json may say beside the model's settings."""
+"""Optional entries of config.json and their types."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelInfo:
-    """What a file of weights says of itself."""
+    """The description of a file of weights."""
 
     config: ModelConfig
     step: int
     """Optimizer steps trained."""
     class_names: list[str]
     tokenizer: str
-    """Fingerprint of the tokenizer whose codes the model speaks."""
+    """Fingerprint of the tokenizer that made the model's tokens."""
     encoder: str
-    """Of a text model: the encoder whose features it was trained on, as far as it is known."""
+    """Text encoder of a text model; empty if it is not known."""
     class_dropout: float | None
-    """Share of the images that it was trained on without their condition; None if the files do not say."""
+    """Share of training images without their condition; None if the files do not say."""
     source: Path
     """The file that was read."""
     ema: bool
-    """Whether these are the averaged weights."""
+    """Whether these are the EMA weights."""
 
 
 def save_export(folder: Path, model: Transformer, ema: Transformer, info: dict[str, Any]) -> None:
-    """Write export/: live and averaged weights in float32, and config.json. Each file is replaced whole."""
+    """Write an export folder: live and EMA weights in float32, and config.json. Each file is written whole or not at all."""
     save_weights(folder, {LIVE: model.state_dict(), EMA: ema.state_dict()}, model.config, info)
 
 
@@ -60,14 +58,14 @@ def save_weights(
     folder: Path, weights: Mapping[str, Mapping[str, Tensor]], config: ModelConfig, info: dict[str, Any]
 ) -> None:
     """Write weights of one architecture, by file name, and the config.json that describes them."""
-    described = to_dict(config)
+    settings = to_dict(config)
     for name, tensors in weights.items():
-        save_tensors(folder / name, tensors, file=name, model=described)
-    write_json(folder / "config.json", {"format_version": FORMAT_VERSION, "model": described, **info})
+        save_tensors(folder / name, tensors, file=name, model=settings)
+    write_json(folder / "config.json", {"format_version": FORMAT_VERSION, "model": settings, **info})
 
 
 def exported_step(folder: Path) -> int | None:
-    """The step of the weights in export/, None if there are none or they do not say."""
+    """Return the step of an export folder's weights, None without weights or step."""
     try:
         return read_card(folder / "config.json").get("step")
     except UserError:
@@ -75,7 +73,7 @@ def exported_step(folder: Path) -> int | None:
 
 
 def find_weights(path: Path, ema: bool) -> Path:
-    """The file that a run, an export folder or a .safetensors path stands for."""
+    """Find the file of weights of a run, an export folder, a hub: name or a file."""
     name = EMA if ema else LIVE
     path = path.expanduser()
     if str(path).startswith("hub:"):
@@ -92,7 +90,7 @@ def find_weights(path: Path, ema: bool) -> Path:
         if (path / "config.json").exists():
             raise UserError(f"{path} has no weights yet: they are written at the first checkpoint (--checkpoint-every)")
         raise UserError(
-            f"{path} is no model: it holds neither {name} with config.json nor export/; give a run or an export folder"
+            f"{path} is not a model: it has neither {name} with config.json nor export/; give a run or an export folder"
         )
     if not path.exists():
         raise UserError(f"{path} does not exist; give a run, an export folder or a .safetensors file")
@@ -101,30 +99,30 @@ def find_weights(path: Path, ema: bool) -> Path:
     if not ema or path.name == EMA or path.suffix != ".safetensors":
         return path
     if path.name != LIVE or not path.with_name(EMA).exists():
-        raise UserError(f"{path} has no averaged weights beside it: name their file, or leave out ema")
+        raise UserError(f"{path} has no EMA weights beside it: give their file, or leave out ema")
     return path.with_name(EMA)
 
 
 def open_model(path: Path | str, *, ema: bool = False, grid: int | None = None) -> tuple[Transformer, ModelInfo]:
-    """A trained model in evaluation mode, float32 on the CPU, and what its files say of it.
+    """Load a trained model in evaluation mode, float32 on the CPU, and its description.
 
     Args:
-        path: a run, an export folder, a .safetensors file, a .pt file of LlamaGen's, or hub:OWNER/NAME.
-        ema: the averaged instead of the live weights.
-        grid: tokens per side to run at, if not the ones trained for: positions are computed, so weights of 256 px
-            (grid 16) run at 384 px (grid 24). LlamaGen's files do not say theirs; 16 is taken.
+        path: a run, an export folder, a .safetensors file, a LlamaGen .pt file, or hub:OWNER/NAME.
+        ema: load the EMA weights instead of the live ones.
+        grid: tokens per side to run at, instead of those trained for. Positions are computed, so weights of 256 px (grid 16)
+            run at 384 px (grid 24). LlamaGen's files do not say their grid; the default is 16.
 
     Raises:
-        UserError: nothing there, not a model, damaged, or weights that do not fit their config.
+        UserError: the path is missing, damaged or not a model, or the weights do not fit their config.json.
     """
     file = find_weights(Path(path), ema)
     card = file.parent / "config.json"
-    own = file.suffix == ".safetensors" and card.exists()
-    saved = read_card(card) if own else {}
-    tensors, said = read_weights(file, ema)
-    tensors.pop("freqs_cis", None)  # in LlamaGen's older files; computed here
-    config = from_dict(ModelConfig, saved["model"], str(card)) if own else infer_config(tensors, file)
-    _check_said(said, config if own else None, file)
+    has_card = file.suffix == ".safetensors" and card.exists()
+    saved = read_card(card) if has_card else {}
+    tensors, metadata = read_safetensors(file) if file.suffix == ".safetensors" else (read_tensors(file, ema=ema), {})
+    tensors.pop("freqs_cis", None)  # older LlamaGen files have it; it is computed here
+    config = from_dict(ModelConfig, saved["model"], str(card)) if has_card else infer_config(tensors, file)
+    _check_metadata(metadata, config if has_card else None, file)
     if grid is not None:
         config = replace(config, grid=grid)
     with torch.device("meta"):
@@ -134,11 +132,11 @@ def open_model(path: Path | str, *, ema: bool = False, grid: int | None = None) 
     if expected != found:
         wrong = sorted(key for key in expected.keys() | found.keys() if expected.get(key) != found.get(key))[0]
         raise UserError(
-            f"{file} does not fit its {'config.json' if own else 'architecture'}: {wrong} is "
+            f"{file} does not fit its {'config.json' if has_card else 'architecture'}: {wrong} is "
             f"{list(found.get(wrong, []))} there and {list(expected.get(wrong, []))} by the config"
         )
     model.load_state_dict({key: value.float() for key, value in tensors.items()}, assign=True)
-    model.rope = model.rotary()  # is in no file
+    model.rope = model.rotary()  # files do not hold it
     info = ModelInfo(
         config=config,
         step=saved.get("step", 0),
@@ -147,35 +145,28 @@ def open_model(path: Path | str, *, ema: bool = False, grid: int | None = None) 
         encoder=saved.get("encoder", ""),
         class_dropout=saved.get("class_dropout"),
         source=file,
-        ema=file.name == EMA or (ema and not own),
+        ema=file.name == EMA or (ema and not has_card),
     )
     return model.eval(), info
 
 
-def read_weights(file: Path, ema: bool = False) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """A file's weights, and its metadata if `save_weights` wrote it; `ema` chooses among those of a .pt file."""
-    return read_safetensors(file) if file.suffix == ".safetensors" else (read_tensors(file, ema=ema), {})
-
-
-def _check_said(said: dict[str, Any], config: ModelConfig | None, file: Path) -> None:
-    """Refuse weights under each other's names, and a config.json of another model: much of it no shape of a weight tells."""
-    name = said.get("file")
+def _check_metadata(metadata: dict[str, Any], config: ModelConfig | None, file: Path) -> None:
+    """Refuse live and EMA weights under each other's names, and a config.json with settings that the weights were not saved with."""
+    name = metadata.get("file")
     if name in (LIVE, EMA) and file.name in (LIVE, EMA) and name != file.name:
-        raise UserError(
-            f"{file} holds what was written as {name}: give it that name back, or export it again from its run"
-        )
-    if config is None or "model" not in said:
+        raise UserError(f"{file} was written as {name}: rename it to {name}, or export it again from its run")
+    if config is None or "model" not in metadata:
         return
-    written = from_dict(ModelConfig, said["model"], str(file))
+    written = from_dict(ModelConfig, metadata["model"], str(file))
     if wrong := differences(to_dict(written), to_dict(config)):
-        listed = "; ".join(f"{key} is {now}, of the weights {old}" for key, (old, now) in wrong.items())
+        listed = "; ".join(f"{key} is {now} there, {old} in the weights" for key, (old, now) in wrong.items())
         raise UserError(
-            f"{file.parent / 'config.json'} is not of these weights: {listed}; copy both again, or export them again"
+            f"{file.parent / 'config.json'} does not describe {file.name}: {listed}; copy both again, or export them again"
         )
 
 
 def read_card(card: Path) -> dict[str, Any]:
-    """What the config.json of an export folder says; UserError: missing, damaged or of another format."""
+    """Read the config.json of an export folder."""
     saved = read_json(card, "an export folder")
     if saved.get("format_version") != FORMAT_VERSION or "model" not in saved:
         raise UserError(f"{card} has format {saved.get('format_version')}; this st-ar reads {FORMAT_VERSION}")
@@ -186,11 +177,11 @@ def read_card(card: Path) -> dict[str, Any]:
 
 
 HEADS = {(768, 12): 12, (1024, 24): 16, (1280, 36): 20, (1536, 48): 24, (3200, 24): 32}
-"""LlamaGen's models: (dim, layers) -> heads, the one number that no weight's shape tells."""
+"""LlamaGen's models: (dim, layers) -> heads, the only setting that the shapes of the weights do not show."""
 
 
 def infer_config(tensors: dict[str, Tensor], file: Path) -> ModelConfig:
-    """The architecture of a file of LlamaGen's, class- or text-conditional, from the weights' shapes; grid 16."""
+    """Infer the architecture of a LlamaGen file, class- or text-conditional, from the shapes of its weights; grid 16."""
     condition: dict[str, Any]
     try:
         if "cls_embedding.uncond_embedding" in tensors:
@@ -200,7 +191,7 @@ def infer_config(tensors: dict[str, Tensor], file: Path) -> ModelConfig:
             condition = {"num_classes": len(tensors["cls_embedding.embedding_table.weight"]) - 1}
         vocab_size, dim = tensors["tok_embeddings.weight"].shape
     except (KeyError, ValueError) as error:
-        raise UserError(f"{file} is no transformer of LlamaGen's: {error} is missing or has another shape") from error
+        raise UserError(f"{file} is not a LlamaGen transformer: {error} is missing or has another shape") from error
     layers = sum(name.endswith(".attention.wqkv.weight") for name in tensors)
     if (dim, layers) not in HEADS:
         known = ", ".join(f"{d} x {n}" for d, n in HEADS)
@@ -211,111 +202,93 @@ def infer_config(tensors: dict[str, Tensor], file: Path) -> ModelConfig:
 
 
 def load_model(path: Path | str, *, ema: bool = False, grid: int | None = None) -> Transformer:
-    """A trained model in evaluation mode; see `open_model`, which also tells what the files say of it."""
+    """Load a trained model in evaluation mode. The arguments and errors are those of `open_model`."""
     return open_model(path, ema=ema, grid=grid)[0]
 
 
 def save_llamagen(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write a .pt file that LlamaGen's own scripts load: the weights under "model", with its parameter names."""
+    """Write a .pt file that LlamaGen's scripts load."""
     with atomic_write(path) as aside:
         torch.save({"model": {name: tensor.detach().contiguous() for name, tensor in tensors.items()}}, aside)
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvalModel:
-    """Weights to be measured."""
+    """Weights to measure."""
 
     name: str
     info: ModelInfo
     sha256: str
-    """Of the file of weights."""
+    """Checksum of the file of weights."""
 
     def open(self) -> Transformer:
-        """The network, float32 on the CPU.
-
-        Raises:
-            UserError: its file is another by now, as a run's is after a checkpoint.
-        """
-        model, _ = open_model(self.info.source, ema=self.info.ema)
+        """Load the network, float32 on the CPU. Its file may not have changed, as a run's does at a checkpoint."""
+        model, _ = open_model(self.info.source)
         if sha256(self.info.source) != self.sha256:
             raise UserError(
-                f"{self.info.source} has changed since this call began: its run goes on; take a copy, or wait for its end"
+                f"{self.info.source} has changed since this call began: its run is still training; copy it, or wait for its end"
             )
         return model
 
     def describe(self) -> dict[str, Any]:
-        """Which weights, as plain JSON values."""
+        """Return which weights these are, as JSON values."""
         info = self.info
         return {"file": str(info.source), "sha256": self.sha256, "ema": info.ema, "step": info.step}
 
 
 def check_store(info: ModelInfo, store: TokenStore) -> None:
-    """UserError if the store is of another tokenizer than the model's, or names its classes otherwise."""
+    """Refuse a store of another tokenizer or with other class names than the model's."""
     store.check_model(info.config, info.tokenizer)
     if info.config.condition == "class" and info.class_names:
         store.check_classes(info.class_names, info.source)
 
 
 def call_models(models: Sequence[Path], names: Sequence[str]) -> Sequence[str]:
-    """What some models are called: the names given, or the last parts of their paths (of a run's files the run's), in full where those
-    are alike.
-
-    Raises:
-        UserError: no models, or not one name each.
-    """
+    """Return the names of models: those given, or the names of their run folders; full paths where these are equal."""
     if not models:
         raise UserError("give at least one --model")
     if names and len(names) != len(models):
         raise UserError(f"{len(names)} --names for {len(models)} models: give one each, or none")
-    short = [(_place(path).resolve().name, path.name == EMA) for path in models]
+    short = [(_run_folder(path).resolve().name, path.name == EMA) for path in models]
     return names or [each[0] if short.count(each) == 1 else str(path) for each, path in zip(short, models, strict=True)]
 
 
-def _place(path: Path) -> Path:
-    """The folder of a run's or an export's weights; other files stand for themselves."""
-    place = path.parent if path.name in (LIVE, EMA) else path
-    return place.parent if place.name == "export" else place
+def _run_folder(path: Path) -> Path:
+    """Return the run or export folder of weights. Other paths are returned as they are."""
+    folder = path.parent if path.name in (LIVE, EMA) else path
+    return folder.parent if folder.name == "export" else folder
 
 
 def open_eval_models(
     models: Sequence[Path], names: Sequence[str], weights: Literal["live", "ema", "both"], *, ema: bool = False
 ) -> list[EvalModel]:
-    """The weights of some models, read once to be sure that they can be; averaged ones say so in their names, if those were not given.
+    """Check that the weights of models can be loaded and name them. Names of EMA weights end with (EMA) unless given.
 
-    Args:
-        ema: a short way to say that `weights` is "ema".
-
-    Raises:
-        UserError: none, one twice, not one name each, `ema` beside other weights, or as `open_model`.
+    `ema` is short for `weights` "ema".
     """
     if ema and weights == "both":
         raise UserError("--ema is short for --weights ema: leave it out for both")
-    wanted = {"live": [False], "ema": [True], "both": [False, True]}["ema" if ema else weights]
-    called = call_models(models, names)
+    choices = {"live": [False], "ema": [True], "both": [False, True]}["ema" if ema else weights]
     found: list[EvalModel] = []
-    for path, name in zip(models, called, strict=True):
-        for averaged in wanted:
-            info = open_model(path, ema=averaged)[1]
+    for path, name in zip(models, call_models(models, names), strict=True):
+        for choice in choices:
+            info = open_model(path, ema=choice)[1]
             label = name if not info.ema or (names and weights != "both") else f"{name} (EMA)"
-            if any(label == subject.name for subject in found):
+            if any(label == model.name for model in found):
                 raise UserError(f"two models are called {label}: give different --names, and each model once")
             found.append(EvalModel(name=label, info=info, sha256=sha256(info.source)))
     return found
 
 
-FILES = ("config.json", "model.safetensors", "ema.safetensors")
+FILES = ("config.json", LIVE, EMA)
 
 
 def download(name: str, revision: str | None = None) -> Path:
-    """The folder of a model on the hub, downloaded once into huggingface_hub's cache.
-
-    Raises:
-        UserError: no such model, no access, or no network and nothing cached.
-    """
+    """Download a model from the hub into huggingface_hub's cache, unless it is there; returns its folder."""
     hub = require("huggingface_hub")
     try:
         return Path(hub.snapshot_download(name, revision=revision, allow_patterns=list(FILES)))
-    except Exception as error:  # the client's own, and those of the HTTP library that it happens to use
+    except Exception as error:  # its own errors and those of its HTTP library
         raise UserError(
             f"hub:{name} cannot be had ({cause(error)}): check the name and the network, log in with `hf auth login` if it is "
             "private, or give a folder that was downloaded elsewhere"

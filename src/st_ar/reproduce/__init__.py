@@ -1,3 +1,4 @@
-"""The paper's tables and figures as plans of commands: paper.py says what is compared, scales.py at which size, plan.py in which
-order, page.py shows what came out beside the paper's numbers.
+"""The paper's tables and figures as plans of commands.
+
+paper.py lists what is compared and at which scales, plan.py orders the commands, page.py shows the results beside the paper's.
 """

@@ -1,4 +1,4 @@
-"""What came out, beside the paper's numbers: on the terminal, as a page, and as JSON and CSV."""
+"""Results beside the paper's numbers: on the terminal, as an HTML report, JSON and CSV."""
 
 import shlex
 import shutil
@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from st_ar.config import ModelConfig
-from st_ar.evaluation.attention_report import WORDS
+from st_ar.evaluation.attention_report import GLOSSARY
 from st_ar.figures import line_chart
 from st_ar.files import write_csv, write_json
 from st_ar.hardware import choose_device, choose_dtype, describe, flops_per_token
@@ -44,46 +44,43 @@ PAPER = {
     "recall": Column(key="recall", label="paper: recall", digits=2),
     "probe": Column(key="probe", label="paper: probe, %", digits=2),
 }
-LOOKS = "What the layer at half depth looks at"
+ATTENTION_TITLE = "Attention of the layer at half depth"
 SHOWN = ("layer-*-mean.png", "curve.png", "views.png")
-"""Of what `attention` and `invariance` draw, what belongs on the page."""
+"""Figures of `attention` and `invariance` that the report shows."""
 DIGITS = {f"{ATTENTION}: on the": 3, "probe": 1, "precision": 3, "recall": 3, "validation": 3, TOKENS: 2, TIME: 2}
 
 
 def show(name: str, plan: Plan) -> None:
-    """Print the table, and write NAME.html, .json and .csv into the plan's folder."""
+    """Print the table, and write NAME.html, NAME.json and NAME.csv to the plan's folder."""
     experiment = plan.experiment
-    ours = {label: measurements(files, experiment.metrics) for label, files in plan.files.items()}
+    measured = {label: measurements(files, experiment.metrics) for label, files in plan.files.items()}
     papers = {row.label: {key: Spread((value,)) for key, value in row.paper.items()} for row in experiment.rows}
-    keys = list(dict.fromkeys(key for found in ours.values() for key in found))
+    keys = list(dict.fromkeys(key for spreads in measured.values() for key in spreads))
     known = [PAPER[key] for key in PAPER if any(key in paper for paper in papers.values())]
     columns = [*known, *(Column(key=key, label=key, digits=_digits(key)) for key in keys)]
-    found = {label: {**papers[label], **ours[label]} for label in ours}
-    header, rows = ["", *(column.label for column in columns)], table_rows(columns, found)
-    looks = [column for column in columns if column.key.startswith(ATTENTION)]
-    tables = [
-        _table([column for column in columns if column not in looks], found, caption=""),
-        *([_table(looks, found, caption=f"{LOOKS}. {WORDS}")] if looks else []),
-    ]
-    for title, table in zip((experiment.title, LOOKS), tables, strict=False):
+    cells = {label: {**papers[label], **measured[label]} for label in measured}
+    header, rows = ["", *(column.label for column in columns)], table_rows(columns, cells)
+    attention = [column for column in columns if column.key.startswith(ATTENTION)]
+    tables = [_table([column for column in columns if column not in attention], cells, caption="")]
+    if attention:
+        tables.append(_table(attention, cells, caption=f"{ATTENTION_TITLE}. {GLOSSARY}"))
+    for title, table in zip((experiment.title, ATTENTION_TITLE), tables, strict=False):
         print(f"\n{title}\n")
         print_table(table.columns, table.rows)
-    notes = _notes(plan, ours)
-    pictures = [picture for folder in plan.figures for pattern in SHOWN for picture in sorted(folder.glob(pattern))]
+    notes = _notes(plan, measured)
     print("\n" + "\n".join(notes))
     parts: list[Table | Chart | Gallery] = [*tables]
     out = plan.work / f"{name}.html"
     if experiment.figure == "length":
-        parts += [Chart(svg=svg) for svg in _length_charts(plan, ours, out)]
+        parts += [Chart(svg=svg) for svg in _length_charts(plan, measured, out)]
     elif any(files.probes for files in plan.files.values()):
-        parts.append(
-            Chart(svg=_probe_chart(plan, out.with_name(f"{name}-probe.svg")), caption="Probe accuracy by tokens read.")
-        )
-    parts += [_picture(picture) for picture in pictures]
+        svg = _probe_chart(plan, out.with_name(f"{name}-probe.svg"))
+        parts.append(Chart(svg=svg, caption="Probe accuracy by tokens read."))
+    parts += [_picture(path) for folder in plan.figures for pattern in SHOWN for path in sorted(folder.glob(pattern))]
     record = {
         "preset": plan.scale.guided,
         "paper": {row.label: dict(row.paper) for row in experiment.rows},
-        "measured": {label: {key: spread.describe() for key, spread in found.items()} for label, found in ours.items()},
+        "measured": {label: {key: s.describe() for key, s in spreads.items()} for label, spreads in measured.items()},
         "commands": [list(stage.command) for stage in plan.stages],
         "date": datetime.now(UTC).date().isoformat(),
         "environment": describe(),
@@ -94,20 +91,19 @@ def show(name: str, plan: Plan) -> None:
         Section(title="Measured, beside the paper" if known else "Measured", paragraphs=notes, parts=parts),
         Section(title="Commands", commands=[f"st-ar {shlex.join(stage.command)}" for stage in plan.stages]),
     ]
-    lead = "The paper's numbers are of ImageNet at 256 pixels; ours are" if known else "The numbers are"
-    lead += " of the data and the sizes that the commands below name."
+    lead = "The data and sizes are those of the commands below."
+    lead += " The paper's numbers are for ImageNet at 256 pixels." if known else ""
     write_report(out, title=experiment.title, lead=lead, sections=sections)
     for path in [out, *plan.figures]:
         print(path)
 
 
-def _table(columns: Sequence[Column], found: Mapping[str, Mapping[str, Spread]], *, caption: str) -> Table:
+def _table(columns: Sequence[Column], cells: Mapping[str, Mapping[str, Spread]], *, caption: str) -> Table:
     header = ["", *(column.label.removeprefix(f"{ATTENTION}: ") for column in columns)]
-    return Table(columns=header, rows=table_rows(columns, found), caption=caption)
+    return Table(columns=header, rows=table_rows(columns, cells), caption=caption)
 
 
 def _picture(path: Path) -> Gallery:
-    """A figure that one of the commands has drawn."""
     with Image.open(path) as picture:
         uri = png_uri(np.asarray(picture.convert("RGB")))
     return Gallery(columns=[""], rows=[("", [uri])], caption=f"{path.parent.name}/{path.name}")
@@ -117,52 +113,49 @@ def _digits(key: str) -> int:
     return next((digits for start, digits in DIGITS.items() if key.startswith(start)), 2)
 
 
-def _notes(plan: Plan, ours: Mapping[str, Mapping[str, Spread]]) -> list[str]:
-    """What the table does not say by itself: seeds, budgets, and which differences are noise."""
+def _notes(plan: Plan, measured: Mapping[str, Mapping[str, Spread]]) -> list[str]:
+    """Return notes on seeds, budgets, and differences within noise."""
     seeds = len(next(iter(plan.files.values())).runs)
     notes = [
         f"{seeds} seeds: mean ± standard deviation." if seeds > 1 else "One seed: differences have no error bars.",
-        "Rows train for equal optimizer steps of equal batches, if they don't say otherwise; with two views a step reads twice the tokens.",
+        "Rows train for equal steps of equal batches unless stated. With two views a step reads twice the tokens.",
     ]
-    labels = list(ours)
-    base = CONTROL.label if CONTROL.label in ours else labels[0]
-    for label in labels:
-        for key in ours[label]:
-            if label != base and key not in (TOKENS, TIME) and key in ours[base]:
-                paired = difference(ours[label][key], ours[base][key])
-                if is_noise(paired):
-                    notes.append(f"{label}, {key}: the difference from {base} is within the seeds' spread.")
+    base = CONTROL.label if CONTROL.label in measured else next(iter(measured))
+    for label, spreads in measured.items():
+        for key, spread in spreads.items():
+            compared = label != base and key not in (TOKENS, TIME) and key in measured[base]
+            if compared and is_noise(difference(spread, measured[base][key])):
+                notes.append(f"{label}, {key}: the difference from {base} is within noise.")
     return notes
 
 
-def _length_charts(plan: Plan, ours: Mapping[str, Mapping[str, Spread]], page: Path) -> list[str]:
-    """Each measurement over the tokens read, a curve for each method and kind of weights."""
-    drawn: list[str] = []
-    for start, short in (("F", "distance"), ("probe", "probe"), ("validation", "loss")):
+def _length_charts(plan: Plan, measured: Mapping[str, Mapping[str, Spread]], page: Path) -> list[str]:
+    """Draw each measurement over the tokens read, a curve per method and weights."""
+    charts: list[str] = []
+    for prefix, short in (("F", "distance"), ("probe", "probe"), ("validation", "loss")):
         curves: dict[str, tuple[list[float], list[float]]] = {}
-        what = ""
+        label = ""
         for row in plan.experiment.rows:
-            for key, spread in ours[row.label].items():
-                if key.startswith(start):
-                    what, averaged, _ = key.partition(", EMA")
-                    xs, ys = curves.setdefault(row.method + averaged, ([], []))
-                    xs.append(ours[row.label][TOKENS].mean)
+            for key, spread in measured[row.label].items():
+                if key.startswith(prefix):
+                    label, ema, _ = key.partition(", EMA")
+                    xs, ys = curves.setdefault(row.method + ema, ([], []))
+                    xs.append(measured[row.label][TOKENS].mean)
                     ys.append(spread.mean)
         if curves:
-            name = f"{what} by tokens read"
-            drawing = line_chart(curves, name=name, x=TOKENS, y=what, legend_above=True)
+            drawing = line_chart(curves, name=f"{label} by tokens read", x=TOKENS, y=label, legend_above=True)
             drawing.save(page.with_name(f"{page.stem}-{short}.svg"))
-            drawn.append(drawing.svg())
-    return drawn
+            charts.append(drawing.svg())
+    return charts
 
 
 def _probe_chart(plan: Plan, path: Path) -> str:
     curves: dict[str, tuple[Sequence[float], Sequence[float]]] = {}
     for label, files in plan.files.items():
         for weights, probes in files.probes.items():
-            read = [probe_curve(probe) for probe in probes]
-            mean = [100 * statistics.fmean(values) for values in zip(*(top1 for _, top1 in read), strict=True)]
-            curves[label + (", EMA" if weights == "ema" else "")] = read[0][0], mean
+            steps, top1 = zip(*map(probe_curve, probes), strict=True)
+            mean = [100 * statistics.fmean(values) for values in zip(*top1, strict=True)]
+            curves[label + (", EMA" if weights == "ema" else "")] = steps[0], mean
     drawing = line_chart(
         curves,
         name="probe accuracy by tokens read",
@@ -176,32 +169,31 @@ def _probe_chart(plan: Plan, path: Path) -> str:
 
 
 def print_plan(plan: Plan, work: Path) -> None:
-    """The commands that are left, those that were stopped among them, the hours of their training on this machine, and the disk."""
-    left = [stage for stage in plan.stages if not is_done(stage.makes, work)]
-    print("\n".join(f"st-ar {shlex.join(stage.command)}" for stage in left))
-    done = len(plan.stages) - len(left)
-    flops, disk = sum(stage.flops for stage in left), sum(stage.disk for stage in left)
-    config = plan.scale.config(Recipe(guided=False), 0)[1].model
-    rate = training_rate(config)
+    """Print the remaining commands, their training time on this machine, and their disk space."""
+    remaining = [stage for stage in plan.stages if not is_done(stage.makes, work)]
+    print("\n".join(f"st-ar {shlex.join(stage.command)}" for stage in remaining))
+    done = len(plan.stages) - len(remaining)
+    flops, disk = sum(stage.flops for stage in remaining), sum(stage.disk for stage in remaining)
+    rate = training_rate(plan.scale.config(Recipe(guided=False), 0)[1].model)
     machine = describe()
-    where = machine.get("gpu", f"{machine['cpu']}, {machine['threads']} threads")
-    print(f"\n{len(left)} commands" + (f" ({done} more are done)" if done else ""))
+    device = machine.get("gpu", f"{machine['cpu']}, {machine['threads']} threads")
+    print(f"\n{len(remaining)} commands" + (f" ({done} more are done)" if done else ""))
     print(
-        f"training: {flops:.3g} FLOPs; at the {rate:.3g} FLOP/s that a step of the smallest model reaches here ({where}), "
+        f"training: {flops:.3g} FLOPs; at {rate:.3g} FLOP/s, measured with the smallest model on this machine ({device}), "
         f"{flops / rate / 3600:,.1f} device-hours, without tokenizing, sampling and measuring"
     )
     unknown = "" if plan.scale.image_count else ", without the tokens"
-    there = next(path for path in (work, *work.resolve().parents) if path.exists())
-    free = shutil.disk_usage(there).free
-    print(f"disk: {disk / 1e9:,.1f} GB at most{unknown}; {free / 1e9:,.1f} GB are free at {there}")
+    folder = next(path for path in (work, *work.resolve().parents) if path.exists())
+    free = shutil.disk_usage(folder).free
+    print(f"disk: {disk / 1e9:,.1f} GB at most{unknown}; {free / 1e9:,.1f} GB are free at {folder}")
 
 
 def training_rate(config: ModelConfig, *, seconds: float = 3.0) -> float:
-    """FLOP/s of forward and backward of a few sequences on this machine, in the type that training takes."""
+    """Measure the FLOP/s of forward and backward on this machine, in training's dtype."""
     device = choose_device("auto")
     flops = 3 * sum(flops_per_token(config))
     count = 64
-    if device.type == "cpu":  # B takes one seconds
+    if device.type == "cpu":  # one sequence of size B takes seconds
         count = min(count, max(1, int(3e11 / (flops * config.sequence_length))))
     model = Transformer(config).to(device)
     tokens = torch.randint(config.vocab_size, (count, config.sequence_length), device=device)
@@ -216,8 +208,8 @@ def training_rate(config: ModelConfig, *, seconds: float = 3.0) -> float:
             torch.cuda.synchronize()
 
     step()
-    steps, begun = 0, time.perf_counter()
-    while steps == 0 or time.perf_counter() - begun < seconds:
+    steps, start = 0, time.perf_counter()
+    while steps == 0 or time.perf_counter() - start < seconds:
         step()
         steps += 1
-    return steps * tokens.numel() * flops / (time.perf_counter() - begun)
+    return steps * tokens.numel() * flops / (time.perf_counter() - start)

@@ -1,4 +1,4 @@
-"""What the paper compares in each table and figure, with its numbers (arXiv 2509.15185; class-conditional ImageNet, 256 px)."""
+"""The rows of the paper's tables and figures with their numbers (arXiv 2509.15185; class-conditional ImageNet, 256 px), and scales."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -28,30 +28,30 @@ Name = Literal[
 ]
 
 DEPTH = 12
-"""Layers of B, which the contrast layers of Table 5 count."""
+"""Layers of B. Table 5's contrast layers count these."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """What is trained: a size, a length, and of self-guidance what differs from the paper's defaults."""
+    """A training run: model size, length, and changes to the paper's self-guidance."""
 
     size: Size = "B"
     epochs: int = 50
     guided: bool = True
     views: int | None = None
-    """Views of each image, if not the method's (1 for AR, 2 for ST-AR)."""
+    """Views of each image; None for the method's (1 for AR, 2 for ST-AR)."""
     contrast: float | None = None
-    """Depth of the contrast layer as a share of the layers, if not the preset's."""
+    """Depth of the contrast layer as a share of the layers; None for the preset's."""
     changes: Mapping[str, Any] = field(default_factory=dict)
     """Settings of self-guidance (SelfGuidedConfig) that differ from the preset's."""
     accumulate: int = 1
     """Micro-batches of a step."""
     centered: bool = False
-    """Whether to train on the centre crops and their mirror images alone, instead of ten crops."""
+    """Train only on the centre crops and their mirror images, not on ten crops."""
     equal_time: bool = False
-    """Whether to train for as long as ST-AR of this size and length takes, instead of for as many steps."""
+    """Train for the time, not the steps, of ST-AR of this size and length."""
     keeps: bool = False
-    """Whether the run keeps the weights of each of its quarters."""
+    """Keep the weights after each quarter of the run."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,11 +61,11 @@ class Row:
     label: str
     recipe: Recipe
     paper: Mapping[str, float] = field(default_factory=dict)
-    """The paper's numbers by column; none for a row that is ours."""
+    """The paper's numbers by column; empty for a row that the paper does not have."""
     quarter: int = 4
-    """Its weights are those after so many quarters of a run that keeps them; 4 is the end of any."""
+    """Number of quarters of the run after which the weights are measured; 4 is its end."""
     method: str = ""
-    """The curve that it is a point of, in a figure over the length of training."""
+    """The row's curve in a figure over the length of training."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,10 +77,10 @@ class Experiment:
     metrics: tuple[str, ...] = ()
     """Columns: fid, sfid, is, precision, recall, probe, attention."""
     guidance: bool = False
-    """Whether samples are guided, each size by its published scale."""
+    """Sample with each size's published guidance scale."""
     figure: Literal["", "understanding", "attention", "probe", "length"] = ""
     depths: tuple[float, ...] = ()
-    """Depths of the layers whose maps its figure shows, as shares of the layers; half the depth if none are given."""
+    """Depths of the attention maps as shares of the layers; half the depth if empty."""
 
 
 QUARTERS = (0.25, 0.5, 0.75, 1.0)
@@ -125,12 +125,18 @@ def _row(size: Size, epochs: int, guided: bool, paper: Mapping[str, float]) -> R
     )
 
 
-def _ablated(label: str, paper: Mapping[str, float], contrast: float | None = None, **changes: Any) -> Row:
-    return Row(label=label, recipe=Recipe(contrast=contrast, changes=changes), paper=paper)
+def _ablated(
+    label: str, paper: Mapping[str, float] | None = None, contrast: float | None = None, **changes: Any
+) -> Row:
+    return Row(label=label, recipe=Recipe(contrast=contrast, changes=changes), paper=paper or {})
+
+
+def _contrast(variant: str = "", contrast: float | None = None, **changes: Any) -> Row:
+    return _ablated(f"contrast alone, nothing masked{variant}", None, contrast, alpha=0.0, mask_ratio=0.0, **changes)
 
 
 def _quarters(method: str, recipe: Recipe) -> tuple[Row, ...]:
-    """A row for each quarter of one run."""
+    """Return a row for each quarter of one run."""
     kept = replace(recipe, keeps=True)
     return tuple(
         Row(label=f"{method}, after {quarter}/4", recipe=kept, quarter=quarter, method=method)
@@ -220,17 +226,17 @@ EXPERIMENTS: dict[Name, Experiment] = {
         rows=(
             Row(label="ST-AR, our defaults", recipe=Recipe()),
             CONTROL,
-            _ablated("sum over pairs, as printed", {}, reduction="sum"),
-            _ablated("contrast temperature 0.1", {}, temperature=0.1),
-            _ablated("contrast temperature 0.5", {}, temperature=0.5),
+            _ablated("sum over pairs, as printed", reduction="sum"),
+            _ablated("contrast temperature 0.1", temperature=0.1),
+            _ablated("contrast temperature 0.5", temperature=0.5),
             Row(label="local negatives, 4 micro-batches", recipe=Recipe(changes={"negatives": "local"}, accumulate=4)),
-            _ablated("projector of 2 layers", {}, projector_depth=2),
-            _ablated("projector 1024 wide", {}, projector_hidden=1024),
-            _ablated("own position visible", {}, mask_own_position=False),
-            _ablated("MIM after the final norm", {}, mim_features="after_norm"),
-            _ablated("EMA without warm-up", {}, ema_warmup=False),
-            _ablated("EMA decay 0.99", {}, ema_decay=0.99),
-            _ablated("EMA decay 0.9999", {}, ema_decay=0.9999),
+            _ablated("projector of 2 layers", projector_depth=2),
+            _ablated("projector 1024 wide", projector_hidden=1024),
+            _ablated("own position visible", mask_own_position=False),
+            _ablated("MIM after the final norm", mim_features="after_norm"),
+            _ablated("EMA without warm-up", ema_warmup=False),
+            _ablated("EMA decay 0.99", ema_decay=0.99),
+            _ablated("EMA decay 0.9999", ema_decay=0.9999),
         ),
         metrics=("probe",),
     ),
@@ -239,17 +245,15 @@ EXPERIMENTS: dict[Name, Experiment] = {
         rows=(
             Row(label="ST-AR", recipe=Recipe()),
             CONTROL,
-            _ablated("in every second step", {}, every=2),
-            _ablated("in the first half of the run", {}, until=0.5),
-            _ablated("in the first 80 % of the run", {}, until=0.8),
-            _ablated("half of the sequences masked", {}, masked_share=0.5),
-            _ablated("nothing masked", {}, mask_ratio=0.0),
-            _ablated("contrast alone", {}, alpha=0.0),
-            _ablated("contrast alone, nothing masked", {}, alpha=0.0, mask_ratio=0.0),
-            _ablated(
-                "contrast alone, nothing masked, at a third of the depth", {}, contrast=1 / 3, alpha=0.0, mask_ratio=0.0
-            ),
-            _ablated("contrast alone, nothing masked, in every second step", {}, alpha=0.0, mask_ratio=0.0, every=2),
+            _ablated("in every second step", every=2),
+            _ablated("in the first half of the run", until=0.5),
+            _ablated("in the first 80 % of the run", until=0.8),
+            _ablated("half of the sequences masked", masked_share=0.5),
+            _ablated("nothing masked", mask_ratio=0.0),
+            _ablated("contrast alone", alpha=0.0),
+            _contrast(),
+            _contrast(", at a third of the depth", contrast=1 / 3),
+            _contrast(", in every second step", every=2),
         ),
         metrics=("fid", "probe"),
     ),
@@ -258,30 +262,20 @@ EXPERIMENTS: dict[Name, Experiment] = {
         rows=(
             Row(label="ST-AR", recipe=Recipe()),
             CONTROL,
-            _ablated("half of the sequences masked", {}, masked_share=0.5),
-            _ablated("a mask of r = 0.1", {}, mask_ratio=0.1),
-            _ablated("own position visible", {}, mask_own_position=False),
-            _ablated("a quarter of alpha and beta", {}, alpha=0.25, beta=0.125),
-            _ablated("contrast temperature 0.5", {}, temperature=0.5),
-            _ablated("contrast temperature 0.5, in the first 80 % of the run", {}, temperature=0.5, until=0.8),
-            _ablated("positions from the 17th on", {}, first_position=16),
-            _ablated("in the first half of the run", {}, until=0.5),
-            _ablated("in the first 80 % of the run", {}, until=0.8),
-            _ablated("contrast alone, nothing masked", {}, alpha=0.0, mask_ratio=0.0),
-            _ablated(
-                "contrast alone, nothing masked, in the first half of the run", {}, alpha=0.0, mask_ratio=0.0, until=0.5
-            ),
-            _ablated(
-                "contrast alone, nothing masked, in the first 80 % of the run", {}, alpha=0.0, mask_ratio=0.0, until=0.8
-            ),
-            _ablated(
-                "contrast alone, nothing masked, at contrast temperature 0.5",
-                {},
-                alpha=0.0,
-                mask_ratio=0.0,
-                temperature=0.5,
-            ),
-            _ablated("contrast alone, nothing masked, at half the weight", {}, alpha=0.0, mask_ratio=0.0, beta=0.25),
+            _ablated("half of the sequences masked", masked_share=0.5),
+            _ablated("a mask of r = 0.1", mask_ratio=0.1),
+            _ablated("own position visible", mask_own_position=False),
+            _ablated("a quarter of alpha and beta", alpha=0.25, beta=0.125),
+            _ablated("contrast temperature 0.5", temperature=0.5),
+            _ablated("contrast temperature 0.5, in the first 80 % of the run", temperature=0.5, until=0.8),
+            _ablated("positions from the 17th on", first_position=16),
+            _ablated("in the first half of the run", until=0.5),
+            _ablated("in the first 80 % of the run", until=0.8),
+            _contrast(),
+            _contrast(", in the first half of the run", until=0.5),
+            _contrast(", in the first 80 % of the run", until=0.8),
+            _contrast(", at contrast temperature 0.5", temperature=0.5),
+            _contrast(", at half the weight", beta=0.25),
         ),
         metrics=("fid", "precision", "recall", "probe"),
     ),
@@ -295,12 +289,12 @@ EXPERIMENTS: dict[Name, Experiment] = {
             ),
             CONTROL,
             EQUAL_TIME,
-            _ablated("+ MIM", {}, beta=0.0),
-            _ablated("+ step", {}, alpha=0.0, mask_ratio=0.0, view_loss=False),
-            _ablated("+ view", {}, alpha=0.0, mask_ratio=0.0, step_loss=False),
-            _ablated("+ MIM + step", {}, view_loss=False),
-            _ablated("+ MIM + view", {}, step_loss=False),
-            _ablated("+ MIM + step + view (ST-AR)", {}),
+            _ablated("+ MIM", beta=0.0),
+            _ablated("+ step", alpha=0.0, mask_ratio=0.0, view_loss=False),
+            _ablated("+ view", alpha=0.0, mask_ratio=0.0, step_loss=False),
+            _ablated("+ MIM + step", view_loss=False),
+            _ablated("+ MIM + view", step_loss=False),
+            _ablated("+ MIM + step + view (ST-AR)"),
         ),
         metrics=("fid", "precision", "recall", "probe", "attention"),
     ),
@@ -325,36 +319,34 @@ ScaleName = Literal["tiny", "small", "imagenet"]
 
 @dataclass(frozen=True, kw_only=True)
 class Scale:
-    """How a recipe becomes settings, and a data set becomes tokens."""
+    """A size of experiment: the presets, the data, and the options of its commands."""
 
     plain: str
     """Preset of AR at size B."""
     guided: str
     """Preset of ST-AR at size B."""
     shapes: Mapping[Size, Mapping[str, int]]
-    """Width, layers and heads of each size, where they are not the preset's; empty: presets by size."""
+    """Width, layers and heads of each size, where they are not the preset's; empty for a preset per size."""
     images: str | None
-    """Image source of the training images, if the scale has one of its own."""
+    """Default source of the training images."""
     test_images: str | None
     tokenizer: tuple[str, ...] | None
-    """Preset and options of the tokenizer to train; none: one has to be given."""
+    """Preset and options of the tokenizer to train; None if the user must give a tokenizer."""
     size: tuple[str, ...] = ()
-    """Option that says how large images are that are not the scale's own, if not as their source has it."""
+    """Size option for other images than the default."""
     crops: tuple[str, ...] = ()
-    """Options of `st-ar tokenize` for the training images' crops, if the images are not the scale's own."""
+    """Crop options of `st-ar tokenize` for other training images than the default."""
     samples: tuple[str, ...] = ("--num", "1024")
-    """Options of `st-ar sample` that say how many images."""
+    """Options of `st-ar sample` for the number of images."""
     extractor: str = "efficientnet"
     probe: tuple[str, ...] = ()
-    """Options of `st-ar probe`."""
     features: float = 0.0
-    """Bytes that the probes' features may take in their cache, where that is worth counting."""
+    """Largest size of the probes' feature cache in bytes, if it matters."""
     image_count: int | None = None
-    """Training images, where the length of a run follows from them."""
+    """Training images, if runs are counted in epochs."""
     sample_count: int = 1024
-    """How many images that makes, for the disk's sake."""
+    """Number of samples, to estimate disk space."""
     side: int = 32
-    """Pixels of an image's side."""
 
     def config(
         self,
@@ -365,12 +357,12 @@ class Scale:
         stretch: float = 1.0,
         fit: Mapping[str, int] | None = None,
     ) -> tuple[str, TrainConfig]:
-        """A recipe's preset and settings.
+        """Return a recipe's preset and settings.
 
         Args:
-            steps: optimizer steps of 50 epochs, if not the preset's; 300 epochs get six times as many.
-            stretch: how many times as long the run is.
-            fit: settings of the model that the data or the tokenizer ask for (num_classes, vocab_size, grid).
+            steps: optimizer steps of 50 epochs, by default the preset's; 300 epochs take six times as many.
+            stretch: factor of the run's length.
+            fit: model settings that the data or the tokenizer require (num_classes, vocab_size, grid).
         """
         name = self.guided if recipe.guided else self.plain
         if not self.shapes:
@@ -378,8 +370,8 @@ class Scale:
         config = replace(get_preset(name), seed=seed)
         model = replace(config.model, **self.shapes.get(recipe.size, {}), **(fit or {}))
         if config.steps is not None:
-            whole = (steps or config.steps) * recipe.epochs / 50 * stretch
-            config = replace(config, steps=max(1, round(whole)))
+            total = (steps or config.steps) * recipe.epochs / 50 * stretch
+            config = replace(config, steps=max(1, round(total)))
         else:
             config = replace(config, epochs=recipe.epochs * stretch)
         guided = replace(config.selfguided, **recipe.changes)
@@ -441,19 +433,19 @@ SCALES: dict[ScaleName, Scale] = {
 
 
 def options(preset: str, config: TrainConfig) -> list[str]:
-    """What `st-ar train PRESET` must be given for these settings."""
-    given: list[str] = []
+    """Return the options of `st-ar train PRESET` for these settings."""
+    arguments: list[str] = []
     for name, (_, value) in differences(to_dict(get_preset(preset)), to_dict(config)).items():
         group, _, last = name.rpartition(".")
         prefix, last = (f"{group}." if group else ""), last.replace("_", "-")
         if isinstance(value, bool):
-            given.append(f"--{prefix}{'' if value else 'no-'}{last}")
+            arguments.append(f"--{prefix}{'' if value else 'no-'}{last}")
         elif value is not None:
-            given += [f"--{prefix}{last}", *map(str, value if isinstance(value, list) else [value])]
-    return given
+            arguments += [f"--{prefix}{last}", *map(str, value if isinstance(value, list) else [value])]
+    return arguments
 
 
-def resized(recipe: Recipe, size: Size, what: str) -> Recipe:
-    """A recipe at another size. Table 5's default of half the depth is not the preset's of L and XL."""
-    contrast = 0.5 if what == "table5" and recipe.contrast is None else recipe.contrast
+def resized(recipe: Recipe, size: Size, name: str) -> Recipe:
+    """Return a recipe at another size. Table 5's default of half the depth is not the preset's of L and XL."""
+    contrast = 0.5 if name == "table5" and recipe.contrast is None else recipe.contrast
     return replace(recipe, size=size, contrast=contrast)

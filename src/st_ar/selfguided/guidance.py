@@ -1,6 +1,6 @@
-"""Self-guidance of any network, from its features: key masks and positions, the EMA teacher, the projector and the losses.
+"""Self-guidance from a network's features: key masks and positions, the EMA teacher, the projector and the losses.
 
-Nothing here knows the network. B: images, M: views of each, T: positions, K: positions drawn for the contrast, D: features.
+It works with any network. B: images, M: views of each, T: positions, K: positions drawn for the contrast, D: features.
 """
 
 import copy
@@ -23,7 +23,7 @@ class GuidanceSample(NamedTuple):
     """The random choices of a step."""
 
     key_mask: Tensor | None
-    """True where a key is masked: bool [B, M, T], or [B, M, T, T] by query. None masks nothing."""
+    """True where a key is masked: bool [B, M, T], or [B, M, T, T] with one mask per query. None masks nothing."""
     positions: Tensor | None
     """The K positions of Eq. 5, int64 [K]. None in a step without self-guidance."""
 
@@ -35,12 +35,10 @@ NO_GUIDANCE = GuidanceSample(None, None)
 def sample_guidance(
     config: SelfGuidedConfig, shape: tuple[int, int, int], *, seed: int, step: int, images: slice = slice(None)
 ) -> GuidanceSample:
-    """The choices of a step, a pure function of the seed and the step.
+    """Draw the random choices of a step, a pure function of the seed and the step.
 
     Args:
-        config: the settings of self-guidance.
         shape: (B, M, T) of the step's whole batch.
-        seed: the run's seed.
         step: the optimizer step, counted from 1.
         images: the images whose masks to return, such as one rank's.
     """
@@ -50,18 +48,14 @@ def sample_guidance(
     if config.mask_ratio == 0:
         return GuidanceSample(None, positions)
     generator = torch_generator(seed, RandomStream.KEY_MASK, step)
-    first, last, _ = images.indices(count)
+    start, stop, _ = images.indices(count)
+    rows = slice(start * views, stop * views)
     key_mask = random_key_mask(
-        count * views,
-        length,
-        config.mask_ratio,
-        generator,
-        share=config.masked_share,
-        rows=slice(first * views, last * views),
-    ).unflatten(0, (-1, views))
+        count * views, length, config.mask_ratio, generator, share=config.masked_share, rows=rows
+    )
     if not config.mask_own_position:
-        key_mask = show_own_position(key_mask.flatten(0, 1)).unflatten(0, key_mask.shape[:2])
-    return GuidanceSample(key_mask, positions)
+        key_mask = show_own_position(key_mask)
+    return GuidanceSample(key_mask.unflatten(0, (-1, views)), positions)
 
 
 def random_key_mask(
@@ -73,15 +67,15 @@ def random_key_mask(
     share: float = 1.0,
     rows: slice = slice(None),
 ) -> Tensor:
-    """Eq. 3's mask as a key mask, True = masked: bool [batch, length], or some of its rows.
+    """Draw the key mask of Eq. 3, True = masked: bool [batch, length], or only `rows` of it.
 
-    Exactly round(ratio * (length - 1)) image-token keys of each sequence are masked, drawn per sequence. Key 0, the class, is
-    always visible, so every query has a key. Of the sequences, round(share * batch) are masked.
+    Each of round(share * batch) sequences has exactly round(ratio * (length - 1)) masked image-token keys, drawn per sequence.
+    Key 0, the class, is always visible, so every query has a key.
     """
     masked = round(ratio * (length - 1))
-    drawn = torch.rand(batch, length - 1, generator=generator)
-    order = drawn[rows].argsort(dim=1)  # each row is a permutation
-    key_mask = F.pad(order < masked, (1, 0))
+    noise = torch.rand(batch, length - 1, generator=generator)
+    ranks = noise[rows].argsort(dim=1)  # each row is a random permutation
+    key_mask = F.pad(ranks < masked, (1, 0))
     if share < 1:
         unmasked = torch.ones(batch, dtype=torch.bool)
         unmasked[torch.randperm(batch, generator=generator)[: round(share * batch)]] = False
@@ -90,13 +84,13 @@ def random_key_mask(
 
 
 def show_own_position(key_mask: Tensor) -> Tensor:
-    """Let each masked token's own query see it: key mask [B, T] -> a mask by query [B, T, T]."""
+    """Make each masked token visible to its own query: key mask [B, T] -> one mask per query [B, T, T]."""
     own = torch.eye(key_mask.shape[1], dtype=torch.bool, device=key_mask.device)
     return key_mask[:, None, :] & ~own
 
 
 def random_positions(length: int, count: int, generator: torch.Generator, *, first: int = 0) -> Tensor:
-    """Eq. 5's K positions, distinct and ascending, shared by the batch: int64 [count] in [first, length)."""
+    """Draw the K positions of Eq. 5, distinct and ascending, shared by the batch: int64 [count] in [first, length)."""
     return first + torch.randperm(length - first, generator=generator)[:count].sort().values
 
 
@@ -107,14 +101,14 @@ Network = TypeVar("Network", bound=nn.Module)
 
 
 class EMATeacher(nn.Module, Generic[Network]):
-    """A copy of a network that follows it as an exponential moving average. It stays in evaluation mode, without gradients.
+    """A copy of a network that follows it as an exponential moving average. It has no gradients and never trains.
 
     Its weights are also a run's EMA weights, with or without self-guidance.
 
     Args:
         model: the network to follow.
         decay: decay of the average.
-        warmup: begin with the decay min(decay, (1 + t) / (10 + t)) at step t, so that short runs get a useful teacher.
+        warmup: start with the decay min(decay, (1 + t) / (10 + t)) at step t, so that short runs get a useful teacher.
     """
 
     def __init__(self, model: Network, *, decay: float = 0.9999, warmup: bool = True) -> None:
@@ -134,35 +128,35 @@ class EMATeacher(nn.Module, Generic[Network]):
 
 
 def make_teacher(model: Network, config: SelfGuidedConfig) -> EMATeacher[Network]:
-    """The teacher that the settings ask for."""
+    """Build the teacher with the decay of the settings."""
     return EMATeacher(model, decay=config.ema_decay, warmup=config.ema_warmup)
 
 
 def ema_decay(decay: float, step: int, *, warmup: bool = True) -> float:
-    """The decay after optimizer step `step`, counted from 1: min(decay, (1 + step) / (10 + step)) with warm-up."""
+    """Return the decay after optimizer step `step`, counted from 1: min(decay, (1 + step) / (10 + step)) with warm-up."""
     return min(decay, (1 + step) / (10 + step)) if warmup else decay
 
 
 @torch.no_grad()
 def ema_update(average: nn.Module, model: nn.Module, decay: float) -> None:
-    """Move the parameters of an average towards a network's of the same structure, in their own type.
+    """Move the parameters of an average towards those of a network of the same structure, in the average's dtype.
 
     Sharded parameters must be sharded alike: each rank averages its own shards.
     """
-    ours, theirs = (
+    averages, values = (
         [p.to_local() if isinstance(p, DTensor) else p for p in module.parameters()] for module in (average, model)
     )
-    torch._foreach_lerp_(ours, theirs, 1 - decay)
+    torch._foreach_lerp_(averages, values, 1 - decay)
 
 
 # Losses
 
 
 class Projector(nn.Sequential):
-    """f: an MLP on the student's side alone (after SimSiam, arXiv 2011.10566), back to D features.
+    """The projector f, an MLP on the student's side only (after SimSiam, arXiv 2011.10566), back to D features.
 
-    It has layer norm where SimSiam has batch norm. An image's loss then depends on the others through the negatives alone, and
-    micro-batches add up exactly to the large batch.
+    It has layer norm where SimSiam has batch norm. Images then affect one another only as negatives, and the gradients of
+    micro-batches add up exactly to those of the large batch.
     """
 
     def __init__(self, dim: int, hidden: int, depth: int) -> None:
@@ -174,17 +168,17 @@ class Projector(nn.Sequential):
 
 
 def make_projector(dim: int, config: SelfGuidedConfig) -> Projector | None:
-    """The projector, or None without contrast."""
+    """Build the projector, or return None without contrast."""
     return Projector(dim, config.projector_hidden, config.projector_depth) if config.contrast else None
 
 
 class Features(NamedTuple):
-    """Features of a batch of views. What is not needed is None."""
+    """Features of a batch of views. Those that no loss needs are None."""
 
     last: Tensor | None
     """Last layer [B, M, T, D], for Eq. 4."""
     middle: Tensor | None
-    """Contrast layer, for Eq. 6 and 7: the student's at all positions [B, M, T, D], the teacher's at the sampled ones
+    """Contrast layer, for Eq. 6 and 7: the student's at all positions [B, M, T, D], the teacher's at the K positions
     [B, M, K, D]."""
 
 
@@ -207,23 +201,22 @@ def guidance_losses(
     *,
     offset: int = 0,
 ) -> GuidanceLosses:
-    """Eq. 4, 6 and 7, weighted as in Eq. 8.
+    """Compute Eq. 4, 6 and 7, weighted as in Eq. 8.
 
     Args:
-        config: the settings of self-guidance.
-        projector: the projector of `make_projector`.
+        projector: the projector from `make_projector`.
         student: features with gradients, of b images.
-        teacher: features without gradients. `middle` holds the candidates of the contrast, of B >= b images: with micro-batches
-            or several ranks the whole batch's.
+        teacher: features without gradients. `middle` holds the candidates of the contrast, those of B >= b images: with
+            micro-batches or several ranks the whole batch's.
         positions: the positions of Eq. 5, int64 [K]; None in a step without self-guidance.
         offset: index of the student's first image among the candidates.
     """
-    some = next(features for features in student if features is not None)
-    total, mim, step, view = some.new_zeros(4, dtype=torch.promote_types(some.dtype, torch.float32))
+    features = next(each for each in student if each is not None)
+    total, mim, step, view = features.new_zeros(4, dtype=torch.promote_types(features.dtype, torch.float32))
     if config.alpha > 0 and student.last is not None and teacher.last is not None:
         mim = mim_loss(student.last, teacher.last)
         total = total + config.alpha * mim
-    if projector is not None and teacher.middle is None:  # every weight needs a gradient, as DDP expects
+    if projector is not None and teacher.middle is None:  # DDP expects a gradient for every weight
         total = total + sum(0 * parameter.sum() for parameter in projector.parameters())
     elif projector is not None:
         assert teacher.middle is not None

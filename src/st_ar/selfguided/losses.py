@@ -1,7 +1,7 @@
-"""The losses of ST-AR as pure functions of tensors: no model, no state, no collective.
+"""The losses of ST-AR as pure functions of tensors, without models, state or collectives.
 
-B: images, M: views of each, T: tokens, K: sampled positions, D: features. Similarities are cosines computed in float32
-or better, whatever the inputs' type and whether or not autocast is on: in half precision their norms overflow.
+B: images, M: views of each, T: tokens, K: sampled positions, D: features. Cosine similarities are computed in float32 or
+better for every input dtype, also under autocast: in half precision the norms overflow.
 """
 
 from typing import Any, Literal
@@ -21,19 +21,20 @@ def _unit(x: Tensor) -> Tensor:
 
 
 def next_token_loss(logits: Tensor, tokens: Tensor) -> Tensor:
-    """L_AR, Eq. 2: mean cross-entropy of logits [.., T, V] against tokens [.., T]."""
+    """Return L_AR (Eq. 2): the mean cross-entropy of logits [.., T, V] against tokens [.., T]."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return F.cross_entropy(logits.flatten(0, -2), tokens.flatten())
 
 
 def linear_next_token_loss(x: Tensor, weight: Tensor, tokens: Tensor) -> Tensor:
-    """L_AR from what the vocabulary projection reads: `next_token_loss(x @ weight.T, tokens)`, a part of the rows at a time.
+    """Return `next_token_loss(x @ weight.T, tokens)` without ever holding all logits, by computing the rows in chunks.
 
-    The logits and their gradients, by far a step's largest tensors (4 bytes of each of V entries a token, several times over),
-    are never in memory together. Products are in autocast's type, the softmax in float32.
+    The logits and their gradients are by far a step's largest tensors. Matrix products use autocast's dtype, the softmax float32.
 
     Args:
-        x: normalised features [.., T, D]; weight: [V, D]; tokens: int64 [.., T].
+        x: normalised features [.., T, D], the input of the vocabulary projection.
+        weight: weight of the vocabulary projection [V, D].
+        tokens: int64 [.., T].
     """
     if not torch.is_grad_enabled():
         return next_token_loss(F.linear(x, weight), tokens)
@@ -45,28 +46,30 @@ def linear_next_token_loss(x: Tensor, weight: Tensor, tokens: Tensor) -> Tensor:
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Mean cross-entropy of x [n, D] times weight [V, D], in x's type, against targets [n].
+    """Mean cross-entropy of x [n, D] times weight [V, D], in x's dtype, against targets [n].
 
-    Both gradients are known as soon as a part's logits are, and are kept instead of them (as Liger Kernel does, arXiv 2410.10989).
+    The forward pass computes both gradients chunk by chunk and keeps them instead of the logits (Liger Kernel, arXiv 2410.10989).
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        count, rows = len(x), max(512, 4 * x.shape[1])  # enough to pay for another sum of weight's gradients
+        # Each chunk adds to the V x D gradient of weight. With small chunks these sums would take most of the time.
+        rows = max(512, 4 * x.shape[1])
         wide = torch.promote_types(x.dtype, torch.float32)
         loss, matrix = x.new_zeros((), dtype=wide), weight.to(x.dtype)
-        of_x, sums = torch.empty_like(x), []
+        x_grad, weight_grad = torch.empty_like(x), None
         with torch.autocast(x.device.type, enabled=False):
-            for part, target, gradient in zip(x.split(rows), targets.split(rows), of_x.split(rows), strict=True):
-                logits = F.linear(part, matrix).requires_grad_()
+            for chunk, target, chunk_grad in zip(x.split(rows), targets.split(rows), x_grad.split(rows), strict=True):
+                logits = F.linear(chunk, matrix).requires_grad_()
                 with torch.enable_grad():
-                    term = F.cross_entropy(logits.to(wide), target, reduction="sum") / count
-                (of_logits,) = torch.autograd.grad(term, logits)
+                    term = F.cross_entropy(logits.to(wide), target, reduction="sum") / len(x)
+                (logits_grad,) = torch.autograd.grad(term, logits)
                 loss += term.detach()
-                torch.mm(of_logits, matrix, out=gradient)
-                product = (of_logits.T @ part).to(wide)
-                sums = [sums[0].add_(product)] if sums else [product]
-        ctx.save_for_backward(of_x, sums[0].to(weight.dtype))
+                torch.mm(logits_grad, matrix, out=chunk_grad)
+                product = (logits_grad.T @ chunk).to(wide)
+                weight_grad = product if weight_grad is None else weight_grad.add_(product)
+        assert weight_grad is not None
+        ctx.save_for_backward(x_grad, weight_grad.to(weight.dtype))
         return loss
 
     @staticmethod
@@ -75,20 +78,20 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ctx: Any, *grad_outputs: Tensor
     ) -> tuple[Tensor, Tensor, None]:
         (gradient,) = grad_outputs
-        of_x, of_weight = ctx.saved_tensors
-        return of_x * gradient.to(of_x.dtype), of_weight * gradient.to(of_weight.dtype), None
+        x_grad, weight_grad = ctx.saved_tensors
+        return x_grad * gradient.to(x_grad.dtype), weight_grad * gradient.to(weight_grad.dtype), None
 
 
 def mim_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """L_MIM, Eq. 4: mean cosine distance between features [.., T, D], over *all* positions, masked or not."""
+    """Return L_MIM (Eq. 4): the mean cosine distance between features [.., T, D] over *all* positions, masked or not."""
     with torch.autocast(student.device.type, enabled=False):
         return (1 - (_unit(student) * _unit(teacher)).sum(-1)).mean()
 
 
 def _contrast(z: Tensor, h: Tensor, temperature: float, offset: int) -> Tensor:
-    """Cross-entropy of each anchor z [.., b, D] against the candidates h [.., B, D]: [.., b].
+    """Return the cross-entropy of each anchor z [.., b, D] against the candidates h [.., B, D]: [.., b].
 
-    Image `offset + n` of the candidates is the positive of anchor n, all others are its negatives.
+    Candidate `offset + n` is the positive of anchor n. All others are its negatives.
     """
     assert 0 <= offset <= h.shape[-2] - z.shape[-2], "every anchor needs its image among the candidates"
     with torch.autocast(z.device.type, enabled=False):
@@ -97,32 +100,31 @@ def _contrast(z: Tensor, h: Tensor, temperature: float, offset: int) -> Tensor:
 
 
 def _reduce(terms: Tensor, reduction: Reduction) -> Tensor:
-    """Pairs x images [P, b] -> the mean over images of the pairs' mean, or of their sum as printed in Eq. 6 and 7."""
+    """Average terms [pairs, b] over the images, and average or (as Eq. 6 and 7 are printed) sum them over the pairs."""
     if reduction not in ("mean", "sum"):
         raise UserError(f"the reduction must be mean or sum, not {reduction!r}")
     return terms.mean() if reduction == "mean" else terms.sum(0).mean()
 
 
 def _off_diagonal(terms: Tensor) -> Tensor:
-    """Terms [n, n, ..] of different first two indices: [n * (n - 1), ..]. By views alone: a mask makes the host wait for a GPU."""
-    n = len(terms)
+    """Return the terms [n, n, ..] with different first two indices, [n * (n - 1), ..]."""
+    n = len(terms)  # views only: a boolean mask would make the host wait for a GPU
     return terms.flatten(0, 1)[1:].unflatten(0, (n - 1, n + 1))[:, :-1].flatten(0, 1)
 
 
 def step_loss(
     z: Tensor, h: Tensor, *, temperature: float = 0.2, reduction: Reduction = "mean", offset: int = 0
 ) -> Tensor:
-    """L_step, Eq. 6: within a view m, the student at step i should find its own image among the teacher's at step j != i.
+    """Return L_step (Eq. 6): in each view, the student's features at step i should match the teacher's of the same image at step j != i.
 
     Args:
         z: projected student features [b, M, K, D].
-        h: teacher features [B, M, K, D], B >= b, the candidates. Usually B = b; with micro-batches or several ranks
-            these are the whole batch's.
-        temperature: of the softmax over cosine similarities.
-        reduction: over the M * K * (K - 1) pairs.
-        offset: z's first image in h.
+        h: teacher features [B, M, K, D], B >= b, the candidates. With micro-batches or several ranks they are the whole batch's.
+        temperature: temperature of the softmax over cosine similarities.
+        reduction: reduction over the M * K * (K - 1) pairs.
+        offset: index of z's first image in h.
     """
-    assert z.shape[2] > 1, "one step has no other to be compared with"
+    assert z.shape[2] > 1, "the inter-step loss needs two positions"
     z, h = z.permute(1, 2, 0, 3), h.permute(1, 2, 0, 3)  # (M, K, b or B, D)
     terms = _contrast(z[:, :, None], h[:, None, :], temperature, offset)  # (M, K, K, b): anchor step, candidate step
     return _reduce(_off_diagonal(terms.permute(1, 2, 0, 3)).flatten(0, 1), reduction)
@@ -131,11 +133,11 @@ def step_loss(
 def view_loss(
     z: Tensor, h: Tensor, *, temperature: float = 0.2, reduction: Reduction = "mean", offset: int = 0
 ) -> Tensor:
-    """L_view, Eq. 7: at a step k, the student in view i should find its own image among the teacher's in view j != i.
+    """Return L_view (Eq. 7): at each step, the student's features in view i should match the teacher's of the same image in view j != i.
 
-    Arguments as for `step_loss`; the reduction is over the M * (M - 1) * K pairs.
+    The arguments are those of `step_loss`; the reduction is over the M * (M - 1) * K pairs.
     """
-    assert z.shape[1] > 1, "one view has no other to be compared with"
+    assert z.shape[1] > 1, "the inter-view loss needs two views"
     z, h = z.permute(1, 2, 0, 3), h.permute(1, 2, 0, 3)  # (M, K, b or B, D)
     terms = _contrast(z[:, None], h[None, :], temperature, offset)  # (M, M, K, b): anchor view, candidate view
     return _reduce(_off_diagonal(terms).flatten(0, 1), reduction)

@@ -1,5 +1,5 @@
 "use strict";
-// Tables sort by the column whose head is clicked: rising, falling, as it was. Figures and pictures open as large as the window.
+// A click on a column head sorts the table: ascending, descending, original order. Figures and pictures open in a full-window dialog.
 function valueOf(row, column) {
   const text = row.cells[column].textContent.trim();
   const number = parseFloat(text.replace(/,/g, ""));
@@ -7,7 +7,7 @@ function valueOf(row, column) {
 }
 
 function compare(a, b) {
-  const numbers = (typeof a === "number") - (typeof b === "number"); // words and gaps after numbers
+  const numbers = (typeof a === "number") - (typeof b === "number"); // text and empty cells sort after numbers
   if (numbers) return -numbers;
   return typeof a === "number" ? a - b : a.localeCompare(b);
 }

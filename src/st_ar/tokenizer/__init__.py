@@ -1,4 +1,4 @@
-"""Tokenizers: images [B, 3, H, W] in [-1, 1] <-> codes [B, h, w]. Each is a folder that says what it is."""
+"""Tokenizers: images [B, 3, H, W] in [-1, 1] <-> codes [B, h, w]."""
 
 import math
 from pathlib import Path
@@ -8,36 +8,35 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from st_ar.errors import UserError
+from st_ar.errors import UserError, damaged
 from st_ar.files import read_json
 from st_ar.hardware import choose_device, local_device, require_compiler
-from st_ar.tokenizer.vq import VQTokenizer
-
-CONFIG = "tokenizer.json"
+from st_ar.tokenizer.kmeans import KMeansTokenizer
+from st_ar.tokenizer.vq import CONFIG, FORMAT_VERSION, WEIGHTS, VQTokenizer
 
 
 class Tokenizer(Protocol):
-    """What every tokenizer offers."""
+    """The interface of tokenizers."""
 
     kind: ClassVar[str]
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of what defines the codes' meaning."""
+        """SHA-256 of everything that determines the codes."""
         ...
 
     @property
     def vocab_size(self) -> int:
-        """Entries of the codebook."""
+        """Number of codes in the codebook."""
         ...
 
     @property
     def patch(self) -> int:
-        """Side in pixels of what a code stands for."""
+        """Side of a code's patch in pixels."""
         ...
 
     def grid(self, size: int) -> int:
-        """Codes per side of a square image of `size` pixels; an error if it does not fit."""
+        """Codes per side of a square image of `size` pixels; UserError if the patches do not fit."""
         ...
 
     def encode(self, images: Tensor) -> Tensor:
@@ -50,26 +49,29 @@ class Tokenizer(Protocol):
 
 
 def load_tokenizer(path: Path | str) -> Tokenizer:
-    """A tokenizer from its folder, or from a file of LlamaGen's (vq_ds16_c2i.pt, vq_ds8_c2i.pt); FILE#ema takes its EMA weights.
+    """Load a tokenizer from its folder, or from LlamaGen's file (vq_ds16_c2i.pt, vq_ds8_c2i.pt). FILE#ema takes its EMA weights.
 
     Raises:
-        UserError: not a tokenizer, an unknown kind, damaged, or a pickle that holds more than weights.
+        UserError: not a tokenizer, an unknown kind, damaged, or a pickle of more than weights.
     """
-    from st_ar.tokenizer.kmeans import KMeansTokenizer
-    from st_ar.tokenizer.vq import VQTokenizer
-
-    place = Path(path).expanduser()
-    if str(place).endswith("#ema") and not place.exists():
-        return VQTokenizer.from_file(Path(str(place).removesuffix("#ema")), ema=True)
-    if place.is_file():
-        return VQTokenizer.from_file(place)
-    if not place.is_dir():
-        raise UserError(f"{place} is no tokenizer: no such folder or file; `st-ar train-tokenizer` makes one")
-    kinds = {KMeansTokenizer.kind: KMeansTokenizer, VQTokenizer.kind: VQTokenizer}
-    kind = read_json(place / CONFIG, "a tokenizer").get("kind")
-    if not isinstance(kind, str) or kind not in kinds:
-        raise UserError(f"{place / CONFIG} is of kind {kind!r}; this st-ar knows {' and '.join(map(repr, kinds))}")
-    return kinds[kind].load(place)
+    path = Path(path).expanduser()
+    if str(path).endswith("#ema") and not path.exists():
+        return VQTokenizer.from_file(Path(str(path).removesuffix("#ema")), ema=True)
+    if path.is_file():
+        return VQTokenizer.from_file(path)
+    if not path.is_dir():
+        raise UserError(f"{path} is not a tokenizer: no such folder or file; `st-ar train-tokenizer` makes one")
+    config = read_json(path / CONFIG, "a tokenizer")
+    kind, version = config.get("kind"), config.get("format_version")
+    if kind not in (KMeansTokenizer.kind, VQTokenizer.kind):
+        raise UserError(f"{path / CONFIG} is of kind {kind!r}; this st-ar knows 'kmeans' and 'vq'")
+    if version != FORMAT_VERSION:
+        raise UserError(f"{path / CONFIG} has format {version}; this st-ar reads {FORMAT_VERSION}")
+    is_vq = kind == VQTokenizer.kind
+    tokenizer = VQTokenizer.from_file(path / WEIGHTS) if is_vq else KMeansTokenizer.load(path, config.get("patch"))
+    if tokenizer.fingerprint != config.get("fingerprint"):
+        raise damaged(path, "its weights do not match its fingerprint", "copy or train the tokenizer again")
+    return tokenizer
 
 
 def to_pixels(images: Tensor) -> Tensor:
@@ -78,23 +80,18 @@ def to_pixels(images: Tensor) -> Tensor:
 
 
 def to_uint8(images: Tensor) -> Tensor:
-    """Float [B, 3, H, W] in [-1, 1] -> uint8 [B, H, W, 3], as LlamaGen and ADM do: clamp(127.5 x + 128) truncated."""
+    """Float [B, 3, H, W] in [-1, 1] -> uint8 [B, H, W, 3], as in LlamaGen and ADM: clamp(127.5 x + 128), truncated."""
     return (127.5 * images + 128).clamp(0, 255).permute(0, 2, 3, 1).to(torch.uint8)
 
 
 def decode_to_images(tokenizer: Tokenizer, tokens: Tensor) -> np.ndarray:
-    """Tokens [n, T] of square images as the tokenizer shows them: uint8 [n, H, W, 3]."""
+    """Decode the tokens [n, T] of square images: uint8 [n, H, W, 3]."""
     grid = math.isqrt(tokens.shape[1])
     return to_uint8(tokenizer.decode(tokens.cpu().unflatten(1, (grid, grid)))).numpy()
 
 
 def open_tokenizer(path: Path, device: str, dtype: str, compiled: bool = False) -> Tokenizer:
-    """Load a tokenizer; a VQ network goes to `device`, under torchrun to the GPU of its local rank, and computes in `dtype`,
-    perhaps `compiled`.
-
-    Raises:
-        UserError: no tokenizer, or no such device.
-    """
+    """Load a tokenizer for a device; `dtype` and `compiled` apply to VQ networks."""
     tokenizer = load_tokenizer(path)
     if isinstance(tokenizer, VQTokenizer):
         chosen = local_device(choose_device(device))

@@ -1,4 +1,4 @@
-"""A codebook of pixel patches: trained in seconds, for quick starts and tests. A tokenizer like any other."""
+"""A tokenizer with a k-means codebook of pixel patches. It trains in seconds, for quick starts and tests."""
 
 import hashlib
 from itertools import islice
@@ -10,19 +10,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from st_ar.data.source import BrokenImageError, Crops, ImageSource, center_crop, check_pixels
+from st_ar.data.source import BrokenImageError, Crops, ImageSource
 from st_ar.errors import UserError, damaged, require
-from st_ar.files import read_json, read_tensors, require_absent, save_tensors, write_json
+from st_ar.files import read_tensors, require_absent, save_tensors, write_json
 from st_ar.progress import progress
+from st_ar.tokenizer.vq import CONFIG, FORMAT_VERSION, count_patches
 
-FORMAT_VERSION = 1
-MOST_IMAGES = 50_000
-"""Whose patches are clustered."""
-CONFIG, CODEBOOK = "tokenizer.json", "codebook.safetensors"
+MAX_IMAGES = 50_000
+"""Images whose patches are clustered."""
+CODEBOOK = "codebook.safetensors"
 
 
 class KMeansTokenizer:
-    """Each patch of pixels becomes the index of the nearest of V patches.
+    """Encodes each patch of pixels as the index of the nearest codebook entry.
 
     Args:
         codebook: float32 [V, 3 * patch^2], values in [-1, 1], channels first within a patch.
@@ -44,11 +44,7 @@ class KMeansTokenizer:
         return hashlib.sha256(f"kmeans {self.patch} ".encode() + self.codebook.numpy().tobytes()).hexdigest()
 
     def grid(self, size: int) -> int:
-        if size % self.patch:
-            raise UserError(
-                f"images of {size} pixels are no whole number of {self.patch}-pixel patches: choose another --size"
-            )
-        return size // self.patch
+        return count_patches(size, self.patch)
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
@@ -65,34 +61,19 @@ class KMeansTokenizer:
         return F.fold(patches, size, self.patch, stride=self.patch)
 
     def save(self, folder: Path) -> None:
-        """Write the tokenizer's folder; tokenizer.json, written last, marks it complete."""
+        """Write the tokenizer's folder; tokenizer.json, written last, completes it."""
         require_absent(folder, "a tokenizer", besides=[CODEBOOK])
         save_tensors(folder / CODEBOOK, {"codebook": self.codebook})
-        config = {
-            "kind": self.kind,
-            "patch": self.patch,
-            "vocab_size": self.vocab_size,
-            "fingerprint": self.fingerprint,
-        }
-        write_json(folder / CONFIG, {"format_version": FORMAT_VERSION, **config})
+        config = {"format_version": FORMAT_VERSION, "kind": self.kind, "patch": self.patch}
+        write_json(folder / CONFIG, {**config, "vocab_size": self.vocab_size, "fingerprint": self.fingerprint})
 
     @classmethod
-    def load(cls, folder: Path) -> "KMeansTokenizer":
-        """Read what `save` wrote, and check it against its fingerprint."""
-        config = read_json(folder / CONFIG, "a tokenizer")
-        if config.get("format_version") != FORMAT_VERSION:
-            raise UserError(
-                f"{folder / CONFIG} has format {config.get('format_version')}; this st-ar reads {FORMAT_VERSION}"
-            )
+    def load(cls, folder: Path, patch: Any) -> "KMeansTokenizer":
+        """Load the codebook that `save` wrote; `patch` is that of tokenizer.json."""
         try:
-            tokenizer = cls(read_tensors(folder / CODEBOOK)["codebook"], config["patch"])
+            return cls(read_tensors(folder / CODEBOOK)["codebook"], patch)
         except (KeyError, TypeError, AssertionError) as error:
-            raise damaged(
-                folder, error, f"its codebook and its {CONFIG} do not fit; train the tokenizer again"
-            ) from error
-        if tokenizer.fingerprint != config.get("fingerprint"):
-            raise damaged(folder, "its codebook does not match its fingerprint", "train the tokenizer again")
-        return tokenizer
+            raise damaged(folder, f"its codebook does not match its {CONFIG}", "train the tokenizer again") from error
 
 
 def train_kmeans(
@@ -104,16 +85,16 @@ def train_kmeans(
     max_patches: int = 200_000,
     seed: int = 0,
 ) -> KMeansTokenizer:
-    """A codebook from the patches of a source's images, by scikit-learn's MiniBatchKMeans.
+    """Train a codebook on patches of a source's images, by scikit-learn's MiniBatchKMeans.
 
-    Images are resized and centre-cropped as they are before ten crops are cut. Those that cannot be decoded are passed
-    over. At most 50,000 are taken, evenly spaced, of a source that does not know its length the first 10,000.
+    Images are resized and centre-cropped as before ten crops. Broken images are ignored. Up to 50,000 evenly spaced images are
+    used, or the first 10,000 of a source of unknown length.
 
     Args:
-        size: side in pixels of the crops that will be tokenized; by default the source's.
+        size: side in pixels of the crops to tokenize; the source's by default.
 
     Raises:
-        UserError: scikit-learn is not installed, or there are fewer different patches than codes.
+        UserError: scikit-learn is not installed, or there are fewer distinct patches than codes.
     """
     size = source.size if size is None else size
     if not 1 <= patch <= size:
@@ -131,25 +112,22 @@ def train_kmeans(
     rng = np.random.default_rng(seed)
     side = Crops(kind="ten", size=size, range=source.crop_range).side
     images = source.count or min(source.expected or 10_000, 10_000)
-    apart = -(-images // MOST_IMAGES)
-    taken = -(-images // apart)
-    share = min(1.0, max_patches / (taken * (size // patch) ** 2))
-    with progress("train tokenizer", taken, unit="images") as bar:
-        for example in islice(source.examples(0), 0, images, apart):
+    stride = -(-images // MAX_IMAGES)
+    total = -(-images // stride)
+    fraction = min(1.0, max_patches / (total * (size // patch) ** 2))
+    with progress("train tokenizer", total, unit="images") as bar:
+        for example in islice(source.examples(0), 0, images, stride):
             bar.advance(1)
             try:
-                image = example.read()
-                scale = side / min(image.size)
-                check_pixels(image.width * scale, image.height * scale)
+                pixels = example.read_cropped(side).astype(np.float32) / 127.5 - 1
             except BrokenImageError:
                 continue
-            pixels = np.asarray(center_crop(image, side), np.float32) / 127.5 - 1
-            h, w = pixels.shape[0] // patch, pixels.shape[1] // patch
-            cut = pixels[: h * patch, : w * patch].reshape(h, patch, w, patch, 3).transpose(0, 2, 4, 1, 3)
-            cut = cut.reshape(h * w, -1)
-            rows.append(cut[rng.random(len(cut)) < share])
+            n = side // patch
+            grid = pixels[: n * patch, : n * patch].reshape(n, patch, n, patch, 3).transpose(0, 2, 4, 1, 3)
+            flat = grid.reshape(n**2, -1)
+            rows.append(flat[rng.random(len(flat)) < fraction])
         if not rows:
-            raise UserError(f"{source.name} has no image that can be decoded among {taken} of its first {images}")
+            raise UserError(f"{source.name} has no readable image among {total} of its first {images}: give another")
         patches = np.concatenate(rows)
         distinct = len(np.unique(patches, axis=0))
         if distinct < vocab_size:
@@ -159,5 +137,4 @@ def train_kmeans(
         bar.note("k-means")
         settings: dict[str, Any] = {"random_state": seed, "batch_size": 4096, "n_init": 1, "max_iter": 10}
         kmeans = MiniBatchKMeans(vocab_size, **settings).fit(patches)
-        codebook = np.asarray(kmeans.cluster_centers_, np.float32)
-    return KMeansTokenizer(torch.from_numpy(codebook), patch)
+    return KMeansTokenizer(torch.from_numpy(np.asarray(kmeans.cluster_centers_, np.float32)), patch)

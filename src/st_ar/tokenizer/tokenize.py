@@ -1,4 +1,4 @@
-"""The tokenizing job: images of a source -> crops -> codes -> a token store, shard by shard."""
+"""Tokenize a source of images into a token store, shard by shard."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from st_ar.data.loading import ImageDecoder, open_decoder
+from st_ar.data.decoding import ImageDecoder, open_decoder
 from st_ar.data.source import MAX_CLASSES, BrokenImageError, Crops, Example, ImageSource
 from st_ar.data.store import TokenStore
 from st_ar.data.store_writer import Skipped, TokenStoreWriter
@@ -32,24 +32,25 @@ def tokenize(
 ) -> TokenStore:
     """Encode every crop of every image and write the store.
 
-    The same call continues a stopped job. Finished shards are kept, except those that lack an image which has been mended since.
-    meta.json, written last, marks the store complete. Images that cannot be decoded, or whose label is not a class, are left out of
-    their shard and listed. Under torchrun rank r makes the shards r, r + world, ..; the bytes depend neither on the number of ranks nor
-    on `workers`.
+    Another call continues a stopped job. Finished shards are kept, except those that lack an image which can be used now. Broken
+    images, and those whose label is not a class, are left out and listed. Under torchrun, rank r writes the shards r, r + world, ..;
+    the bytes depend neither on the number of ranks nor on `workers`.
 
     Args:
         batch_size: crops encoded at once.
-        images_per_shard: a shard is held in memory until it is whole.
-        workers: processes that decode and resize; 0 for none beside this one.
-        max_skipped: share of the images that may be unusable.
+        images_per_shard: images of a shard, which is kept in memory until it is complete.
+        workers: decoding processes besides this one.
+        max_skipped: largest share of unusable images.
 
     Raises:
-        UserError: `out` holds another store or job, the crops' size does not suit the tokenizer, too many images are
-            unusable, the source ends early, or the disk is too small.
+        UserError: `out` holds another store or job, the crops do not fit the tokenizer's patches, too many images are unusable,
+            the source ends early, or the disk is too small.
     """
     grid = tokenizer.grid(crops.size)
     if tokenizer.vocab_size > 1 << 16:
-        raise UserError(f"a codebook of {tokenizer.vocab_size} does not fit the store's 16-bit codes")
+        raise UserError(
+            f"a codebook of {tokenizer.vocab_size} does not fit the store's 16-bit codes: use at most 65536"
+        )
     if batch_size < 1 or images_per_shard < 1:
         raise UserError(f"--batch-size {batch_size} and images per shard {images_per_shard} must be 1 or more")
     if workers < 0:
@@ -71,31 +72,31 @@ def tokenize(
     with process_group("cpu", JOB_TIMEOUT) as (ranks, _):
         job = TokenStoreWriter(
             out,
-            verb="tokenize",
+            command="tokenize",
             settings=settings,
             shards=shards,
             needed_bytes=(expected or 0) * (len(crops.names) * grid**2 * 2 + 4),
             max_skipped=max_skipped,
         )
-        if job.is_complete:  # an earlier call was killed while it cleared up
+        if job.is_complete:
             return TokenStore(out)
-        own = None if shards is None else range(ranks.rank, shards, ranks.world)
-        for index in own or ():
-            job.reopen_mended(index, partial(_usable, source))
-        total, done = expected, 0
-        if source.count is not None and own is not None:
-            sizes = {index: min(images_per_shard, source.count - index * images_per_shard) for index in own}
+        total, done, indices = expected, 0, count(ranks.rank, ranks.world)
+        if source.count is not None and shards is not None:
+            indices = range(ranks.rank, shards, ranks.world)
+            for index in indices:
+                job.reopen_mended(index, partial(_usable, source))
+            sizes = {index: min(images_per_shard, source.count - index * images_per_shard) for index in indices}
             total, done = sum(sizes.values()), sum(size for index, size in sizes.items() if job.is_finished(index))
         with (
             open_decoder(crops.side, workers) as decoder,
             progress("tokenize", total, unit="images", done=done, shown=ranks.rank == 0) as bar,
         ):
-            work = _Work(source, tokenizer, crops, job, decoder, bar, batch_size, images_per_shard)
-            for index in count(ranks.rank, ranks.world) if own is None else own:
-                if not job.is_finished(index) and not work.make_shard(index):
-                    break  # the end of a source of unknown length
+            encoder = _ShardEncoder(source, tokenizer, crops, job, decoder, bar, batch_size, images_per_shard)
+            for index in indices:
+                if not job.is_finished(index) and not encoder.write(index):
+                    break  # a source of unknown length has ended
         if shards is None:
-            shards = -(-work.reader.position // images_per_shard)
+            shards = -(-encoder.reader.position // images_per_shard)
         return job.finish(
             shards=shards,
             source=source.name,
@@ -109,8 +110,8 @@ def tokenize(
 
 
 @dataclass(frozen=True)
-class _Work:
-    """What a shard is made of and with."""
+class _ShardEncoder:
+    """Encodes and writes shards."""
 
     source: ImageSource
     tokenizer: Tokenizer
@@ -122,11 +123,11 @@ class _Work:
     images_per_shard: int
 
     @cached_property
-    def reader(self) -> "_Reader":
-        return _Reader(self.source)
+    def reader(self) -> "_SourceReader":
+        return _SourceReader(self.source)
 
-    def make_shard(self, index: int) -> bool:
-        """Encode and write a shard; False, and nothing written, if the source ends before it."""
+    def write(self, index: int) -> bool:
+        """Encode and write a shard. Return False, and write nothing, if the source ends before it."""
         start = index * self.images_per_shard
         length = self.images_per_shard
         if self.source.count is not None:
@@ -135,15 +136,15 @@ class _Work:
         codes = np.empty((length, len(self.crops.names), tokens), np.uint16)
         labels: list[int] = []
         skipped: list[Skipped] = []
-        seen = 0
-        chunks = _chunks(self.reader.span(start, length), max(1, self.batch_size // len(self.crops.names)))
+        done = 0
+        chunks = self.reader.chunks(start, length, max(1, self.batch_size // len(self.crops.names)))
         for chunk, decoded in self.decoder.decode(chunks):
-            for place, reason in decoded.broken:
-                skipped.append(Skipped(start + seen + place, chunk[place].name, reason))
+            for offset, reason in decoded.broken:
+                skipped.append(Skipped(start + done + offset, chunk[offset].name, reason))
             usable: list[int] = []
-            for row, place in enumerate(decoded.used):
-                if fault := label_fault(self.source, chunk[place]):
-                    skipped.append(Skipped(start + seen + place, chunk[place].name, fault))
+            for row, offset in enumerate(decoded.used):
+                if fault := label_fault(self.source, chunk[offset]):
+                    skipped.append(Skipped(start + done + offset, chunk[offset].name, fault))
                 else:
                     usable.append(row)
             if skipped and (images := self.source.count or self.source.expected):
@@ -152,16 +153,16 @@ class _Work:
                 pixels = decoded.pixels if len(usable) == len(decoded.used) else decoded.pixels[usable]
                 codes[len(labels) : len(labels) + len(usable)] = self._encode(pixels)
                 labels += [chunk[decoded.used[row]].label for row in usable]
-            seen += len(chunk)
+            done += len(chunk)
             self.bar.count(len(chunk))
-        if self.source.count is not None and seen < length:
+        if self.source.count is not None and done < length:
             raise UserError(
-                f"{self.source.name} ended after {start + seen} of {self.source.count} images: it has changed or is damaged; "
+                f"{self.source.name} ended after {start + done} of {self.source.count} images: it has changed or is damaged; "
                 "finished shards are kept"
             )
-        if not seen:
+        if not done:
             return False
-        self.job.check_skipped(skipped, self.source.count or max(start + seen, self.source.expected or 0))
+        self.job.check_skipped(skipped, self.source.count or max(start + done, self.source.expected or 0))
         self.job.write(index, codes[: len(labels)], np.array(labels, np.int32), skipped)
         return True
 
@@ -173,7 +174,7 @@ class _Work:
 
 
 def _usable(source: ImageSource, index: int) -> bool:
-    """Whether an image of a source that was skipped can be decoded and has a label now."""
+    """Whether a skipped image of a source can be decoded now, and has a label."""
     example = next(source.examples(index), None)
     if source.streaming or example is None or label_fault(source, example):
         return False
@@ -185,7 +186,7 @@ def _usable(source: ImageSource, index: int) -> bool:
 
 
 def label_fault(source: ImageSource, example: Example) -> str:
-    """Why an example cannot be used by its label; empty if it can."""
+    """Why the label of an example cannot be used; empty if it can."""
     classes = len(source.class_names)
     if 0 <= example.label < (classes or MAX_CLASSES):
         return ""
@@ -193,30 +194,27 @@ def label_fault(source: ImageSource, example: Example) -> str:
     return f"{label}, outside the {classes or 'numbered'} classes (a split without labels? #label=none takes all as one class)"
 
 
-def _chunks(examples: Iterator[Example], length: int) -> Iterator[list[Example]]:
-    while chunk := list(islice(examples, length)):
-        yield chunk
-
-
-class _Reader:
-    """A source's examples, one span after another. A stream is read once, from its beginning."""
+class _SourceReader:
+    """Reads a source in chunks. A stream is read once, from its beginning."""
 
     def __init__(self, source: ImageSource) -> None:
         self.source = source
         self.examples: Iterator[Example] | None = None
         self.position = 0
-        """Examples read or passed over; of a stream that has ended, all there are."""
+        """Examples read or skipped; after the end of a stream, their number."""
 
-    def span(self, start: int, length: int) -> Iterator[Example]:
-        """Up to `length` examples from index `start` on."""
+    def chunks(self, start: int, length: int, size: int) -> Iterator[list[Example]]:
+        """Up to `length` examples from index `start` on, `size` at a time."""
         if not self.source.streaming:
             self.examples, self.position = self.source.examples(start), start
         elif self.examples is None:
             self.examples = self.source.examples(0)
         assert self.position <= start
         assert self.examples is not None
-        for _ in islice(self.examples, start - self.position):
-            self.position += 1
-        for example in islice(self.examples, length) if self.position == start else ():
-            self.position += 1
-            yield example
+        self.position += sum(1 for _ in islice(self.examples, start - self.position))
+        if self.position < start:
+            return
+        span = islice(self.examples, length)
+        while chunk := list(islice(span, size)):
+            self.position += len(chunk)
+            yield chunk

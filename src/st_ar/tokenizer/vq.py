@@ -1,9 +1,7 @@
-"""LlamaGen's VQ-GAN as two networks: one reads images, one paints them. Parameter names and shapes are LlamaGen's.
-
-B: images, C: channels, h, w: codes per side. Images are RGB in [-1, 1], channels first.
-"""
+"""LlamaGen's VQ-GAN, with its parameter names. h, w: codes per side. Images are RGB in [-1, 1], channels first."""
 
 import hashlib
+import re
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -14,12 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from st_ar.config import VQConfig
-from st_ar.errors import UserError, damaged
-from st_ar.files import read_json, read_tensors, require_absent, save_tensors, write_json
+from st_ar.errors import UserError
+from st_ar.files import read_tensors, require_absent, save_tensors, write_json
 
 
 def norm(channels: int) -> nn.GroupNorm:
-    """32 groups, or fewer for few channels."""
+    """Group normalisation with up to 32 groups."""
     return nn.GroupNorm(min(32, channels), channels, eps=1e-6)
 
 
@@ -43,7 +41,7 @@ class Residual(nn.Module):
 
 
 class SpatialAttention(nn.Module):
-    """One head over all places."""
+    """Self-attention with one head over all positions."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -58,7 +56,7 @@ class SpatialAttention(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Half the resolution; pads right and bottom by one."""
+    """Halves the resolution, after padding right and bottom by one."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -69,7 +67,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Twice the resolution: nearest, then a convolution."""
+    """Doubles the resolution by nearest-neighbour interpolation and a convolution."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -80,7 +78,7 @@ class Upsample(nn.Module):
 
 
 class Level(nn.Module):
-    """Residual blocks of one resolution, attention after each at the lowest, and the way to the next."""
+    """Residual blocks of one resolution, each followed by attention at the lowest, and the step to the next resolution."""
 
     def __init__(self, widths: list[tuple[int, int]], attention: bool) -> None:
         super().__init__()
@@ -99,7 +97,7 @@ class Level(nn.Module):
 
 
 def middle(width: int) -> nn.ModuleList:
-    """Residual, attention, residual at the lowest resolution."""
+    """Residual block, attention and residual block of the lowest resolution."""
     return nn.ModuleList([Residual(width, width), SpatialAttention(width), Residual(width, width)])
 
 
@@ -157,8 +155,8 @@ class Decoder(nn.Module):
         return self.conv_out(F.silu(self.norm_out(x)))
 
 
-class Reader(nn.Module):
-    """The half that encodes: images -> unit features [B, codebook_dim, h, w]."""
+class VQEncoder(nn.Module):
+    """Images -> unit features [B, codebook_dim, h, w]."""
 
     def __init__(self, config: VQConfig) -> None:
         super().__init__()
@@ -169,8 +167,8 @@ class Reader(nn.Module):
         return F.normalize(self.quant_conv(self.encoder(images)).float(), dim=1)
 
 
-class Painter(nn.Module):
-    """The half that decodes: unit features [B, codebook_dim, h, w] -> images."""
+class VQDecoder(nn.Module):
+    """Unit features [B, codebook_dim, h, w] -> images."""
 
     def __init__(self, config: VQConfig) -> None:
         super().__init__()
@@ -186,18 +184,22 @@ CONFIG, WEIGHTS = "tokenizer.json", "vq.safetensors"
 
 
 def nearest_codes(features: Tensor, codebook: Tensor, rows: int = 4096) -> Tensor:
-    """The nearest of unit codes [V, d] to unit features [N, d]: int64 [N].
-
-    Both sides have length one, so the nearest is the one with the largest cosine: one product, a few rows at a time.
-    """
+    """Indices int64 [N] of the unit codes [V, d] nearest to unit features [N, d]: those with the largest cosine."""
     return torch.cat([(chunk @ codebook.T).argmax(dim=1) for chunk in features.split(rows)])
 
 
-Half = TypeVar("Half", Reader, Painter)
+def count_patches(size: int, patch: int) -> int:
+    """Patches per side of an image of `size` pixels."""
+    if size % patch:
+        raise UserError(f"images of {size} pixels cannot be cut into {patch}-pixel patches: choose another --size")
+    return size // patch
+
+
+Half = TypeVar("Half", VQEncoder, VQDecoder)
 
 
 class VQTokenizer:
-    """A trained VQ-GAN as a tokenizer. Each half of the network is built when it is first used, without gradients.
+    """A trained VQ-GAN as a tokenizer. Encoder and decoder are built when first used, without gradients.
 
     Args:
         config: the network's shape.
@@ -212,30 +214,25 @@ class VQTokenizer:
         self.codebook = F.normalize(tensors["quantize.embedding.weight"].float(), dim=-1)
 
     def to(self, device: torch.device, dtype: torch.dtype, *, compiled: bool = False) -> "VQTokenizer":
-        """Compute on a device and in a type, perhaps compiled by torch.compile, which pays for many images alone.
-
-        Codes are compared in float32 whatever the type is.
-        """
+        """A copy on a device, in a type, and compiled if wanted. Codes are compared in float32 in any case."""
         moved = VQTokenizer(self.config, self.tensors)
         moved.device, moved.dtype, moved.compiled, moved.codebook = device, dtype, compiled, self.codebook.to(device)
         return moved
 
     @cached_property
-    def reader(self) -> Reader:
-        """The encoding half."""
-        return self._build(Reader(self.config))
+    def encoder(self) -> VQEncoder:
+        return self._build(VQEncoder(self.config))
 
     @cached_property
-    def painter(self) -> Painter:
-        """The decoding half."""
-        return self._build(Painter(self.config))
+    def decoder(self) -> VQDecoder:
+        return self._build(VQDecoder(self.config))
 
     def _build(self, half: Half) -> Half:
         half.load_state_dict({name: self.tensors[name] for name in half.state_dict()})
         half.requires_grad_(False).eval()
         half.to(self.device, self.dtype)
         for parameter in half.parameters():
-            if parameter.dim() == 4:  # convolutions are fastest with channels last
+            if parameter.dim() == 4:  # convolutions are faster with channels last
                 parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
         if self.compiled:
             half.compile()
@@ -262,17 +259,13 @@ class VQTokenizer:
         return digest.hexdigest()
 
     def grid(self, size: int) -> int:
-        if size % self.patch:
-            raise UserError(
-                f"images of {size} pixels are no whole number of {self.patch}-pixel codes: choose another --size"
-            )
-        return size // self.patch
+        return count_patches(size, self.patch)
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
         h, w = self.grid(images.shape[2]), self.grid(images.shape[3])
         images = images.to(self.device, self.dtype).contiguous(memory_format=torch.channels_last)
-        features = self.reader(images).permute(0, 2, 3, 1).reshape(-1, self.config.codebook_dim)
+        features = self.encoder(images).permute(0, 2, 3, 1).reshape(-1, self.config.codebook_dim)
         return nearest_codes(features, self.codebook).unflatten(0, (len(images), h, w)).cpu()
 
     @torch.no_grad()
@@ -282,85 +275,58 @@ class VQTokenizer:
                 f"codes must lie between 0 and {self.vocab_size - 1}, not {int(codes.min())} to {int(codes.max())}"
             )
         features = self.codebook[codes.to(self.device)].permute(0, 3, 1, 2).to(self.dtype)
-        return self.painter(features.contiguous(memory_format=torch.channels_last)).float().cpu()
+        return self.decoder(features.contiguous(memory_format=torch.channels_last)).float().cpu()
 
     def save(self, folder: Path) -> None:
-        """Write the tokenizer's folder; tokenizer.json, written last, marks it complete."""
+        """Write the tokenizer's folder; tokenizer.json, written last, completes it."""
         require_absent(folder, "a tokenizer", besides=[WEIGHTS])
         self.write(folder)
 
     def write(self, folder: Path, **info: int | str) -> None:
-        """Write the tokenizer's files over those that are there; without tokenizer.json they are no tokenizer yet."""
+        """Overwrite the tokenizer's files, without tokenizer.json in between."""
         (folder / CONFIG).unlink(missing_ok=True)
         save_tensors(folder / WEIGHTS, self.tensors)
-        config = {
-            "format_version": FORMAT_VERSION,
-            "kind": self.kind,
-            **asdict(self.config),
-            "fingerprint": self.fingerprint,
-            **info,
-        }
-        write_json(folder / CONFIG, config)
-
-    @classmethod
-    def load(cls, folder: Path) -> "VQTokenizer":
-        """Read what `save` wrote, and check it against its fingerprint."""
-        config = read_json(folder / CONFIG, "a tokenizer")
-        if config.get("format_version") != FORMAT_VERSION:
-            raise UserError(
-                f"{folder / CONFIG} has format {config.get('format_version')}; this st-ar reads {FORMAT_VERSION}"
-            )
-        tokenizer = cls.from_file(folder / WEIGHTS)
-        if tokenizer.fingerprint != config.get("fingerprint"):
-            raise damaged(folder, "its weights do not match its fingerprint", "copy or train the tokenizer again")
-        return tokenizer
+        config = {"format_version": FORMAT_VERSION, "kind": self.kind, **asdict(self.config)}
+        write_json(folder / CONFIG, {**config, "fingerprint": self.fingerprint, **info})
 
     @classmethod
     def from_file(cls, path: Path, *, ema: bool = False) -> "VQTokenizer":
-        """A tokenizer from a file of weights: LlamaGen's vq_ds16_c2i.pt and vq_ds8_c2i.pt, or .safetensors.
-
-        The network's shape is read off the weights; anything of another architecture is refused with the first difference.
-        """
+        """Load weights of this architecture: LlamaGen's vq_ds16_c2i.pt or vq_ds8_c2i.pt, or .safetensors."""
         tensors = read_tensors(path, ema=ema)
-        tensors.pop("quantize.codebook_used", None)  # bookkeeping of LlamaGen's training
+        tensors.pop("quantize.codebook_used", None)  # statistics of LlamaGen's training
         config = infer_config(tensors, path)
         with torch.device("meta"):
-            expected = {
-                name: list(t.shape)
-                for half in (Reader(config), Painter(config))
-                for name, t in half.state_dict().items()
-            }
+            parts = {**VQEncoder(config).state_dict(), **VQDecoder(config).state_dict()}
+        expected = {name: list(tensor.shape) for name, tensor in parts.items()}
         expected["quantize.embedding.weight"] = [config.codebook_size, config.codebook_dim]
         found = {name: list(tensor.shape) for name, tensor in tensors.items()}
         if found != expected:
             wrong = min(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
             raise UserError(
-                f"{path} is no VQ-GAN of LlamaGen's: {wrong} is {found.get(wrong, 'missing')}, expected {expected.get(wrong, 'nothing')}"
+                f"{path} is not a VQ-GAN of LlamaGen: {wrong} is {found.get(wrong, 'missing')}, expected "
+                f"{expected.get(wrong, 'nothing')}; give another file"
             )
         return cls(config, tensors)
 
 
 def infer_config(tensors: dict[str, Tensor], path: Path) -> VQConfig:
-    """The network's shape from its weights' shapes."""
+    """The network's config, from the shapes of its weights."""
+    level = re.compile(r"encoder\.conv_blocks\.\d+\.res\.0\.conv1\.weight")
+    block = re.compile(r"encoder\.conv_blocks\.0\.res\.\d+\.conv1\.weight")
     try:
         channels = len(tensors["encoder.conv_in.weight"])
-        levels = [
-            name for name in tensors if name.startswith("encoder.conv_blocks.") and name.endswith("res.0.conv1.weight")
-        ]
-        blocks = [
-            name for name in tensors if name.startswith("encoder.conv_blocks.0.res.") and name.endswith("conv1.weight")
+        widths = [
+            len(tensors[f"encoder.conv_blocks.{index}.res.0.conv1.weight"])
+            for index in range(sum(1 for name in tensors if level.fullmatch(name)))
         ]
         codes, width = tensors["quantize.embedding.weight"].shape
         return VQConfig(
             channels=channels,
-            multipliers=tuple(
-                len(tensors[f"encoder.conv_blocks.{level}.res.0.conv1.weight"]) // channels
-                for level in range(len(levels))
-            ),
+            multipliers=tuple(out // channels for out in widths),
             z_channels=len(tensors["encoder.conv_out.weight"]),
             codebook_size=codes,
             codebook_dim=width,
-            residual_blocks=len(blocks),
+            residual_blocks=sum(1 for name in tensors if block.fullmatch(name)),
         )
     except (KeyError, ValueError, ZeroDivisionError) as error:
-        raise UserError(f"{path} is no VQ-GAN of LlamaGen's: {error} is missing or has another shape") from error
+        raise UserError(f"{path} is not a VQ-GAN of LlamaGen: {error} is missing or has another shape") from error

@@ -1,4 +1,4 @@
-"""Checkpoints: copied in memory, written in the background, whole or absent; and what a run keeps."""
+"""Checkpoints: copied in memory, written in the background, whole or absent; and the weights that a run exports."""
 
 import contextlib
 import os
@@ -47,27 +47,24 @@ OPTIONS = StateDictOptions(flatten_optimizer_state_dict=True)
 
 @dataclass(frozen=True)
 class State:
-    """All that the rest of a run depends on, but for the step."""
+    """The state of a run, except the step."""
 
     modules: dict[str, nn.Module]
-    """name -> module whose state belongs to the run."""
+    """name -> module whose state to save."""
     student: nn.Module
     """The trained module."""
     optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer]
-    """The student's, or several that share its parameters."""
+    """The student's optimizer, or several that share its parameters."""
 
     def tensors(self) -> dict[str, Tensor]:
-        """The live tensors, by name: saved from and loaded into."""
-        return self._tensors(self._optimizer_state())
+        """Return the live tensors by name."""
+        return self._tensors(get_optimizer_state_dict(self.student, self.optimizer, options=OPTIONS))
 
     def load(self, read: Callable[[dict[str, Tensor]], None]) -> None:
-        """Let `read` fill the tensors, and take them over."""
-        optimizer_state = self._optimizer_state()
+        """Let `read` fill the tensors in place, then load the optimizer's."""
+        optimizer_state = get_optimizer_state_dict(self.student, self.optimizer, options=OPTIONS)
         read(self._tensors(optimizer_state))
         set_optimizer_state_dict(self.student, self.optimizer, optimizer_state, options=OPTIONS)
-
-    def _optimizer_state(self) -> dict[str, Any]:
-        return get_optimizer_state_dict(self.student, self.optimizer, options=OPTIONS)
 
     def _tensors(self, optimizer_state: dict[str, Any]) -> dict[str, Tensor]:
         tensors = {
@@ -80,37 +77,37 @@ class State:
 
 
 class Copier:
-    """Copies tensors into the host's memory, which it takes again for the next copy; pinned, if there is a GPU.
+    """Copies tensors into host memory, pinned if there is a GPU, and reuses that memory for the next copy.
 
-    Before torch 2.13 a stager closes itself after its first copy: there each copy has one of its own, and new memory.
+    Before torch 2.13 a stager closes itself after its first copy, so that each copy needs a new one.
     """
 
-    _SERVES_ONCE = tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 13)
+    _SINGLE_USE = tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 13)
 
     def __init__(self) -> None:
         self._stager: DefaultStager | None = None
 
     def copy(self, tensors: dict[str, Tensor]) -> dict[str, Any]:
-        """The tensors as they are now, by the same names."""
-        if self._stager is None or self._SERVES_ONCE:
+        """Return a copy of the tensors by the same names."""
+        if self._stager is None or self._SINGLE_USE:
             self._stager = DefaultStager(StagingOptions(torch.cuda.is_available(), False, False, False))
         copied = self._stager.stage(tensors)
         assert isinstance(copied, dict)
         return copied
 
 
-def whole_weights(tensors: Mapping[str, Tensor], *, keep: bool) -> dict[str, Tensor]:
-    """Of a state's tensors the modules' that are split among ranks, put together, on the CPU of the rank that is to keep them.
+def gather_weights(tensors: Mapping[str, Tensor], *, keep: bool) -> dict[str, Tensor]:
+    """Gather the sharded tensors of a state, without the optimizer's, on the CPU of the ranks that keep them.
 
-    All ranks must call this.
+    All ranks must call this function.
     """
-    found: dict[str, Tensor] = {}
+    gathered: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         if isinstance(tensor, DTensor) and not name.startswith("optimizer."):
-            whole = tensor.full_tensor()  # one after another, to save a GPU's memory
+            full = tensor.full_tensor()  # one after another, to save GPU memory
             if keep:
-                found[name] = whole.to("cpu", copy=True)
-    return found
+                gathered[name] = full.to("cpu", copy=True)
+    return gathered
 
 
 Result = TypeVar("Result")
@@ -119,15 +116,14 @@ Result = TypeVar("Result")
 class Checkpoints:
     """The checkpoints of a run.
 
-    They are saved within `with checkpoints:`, which ends with everything written; an error of the last write comes up
-    there.
+    They are saved within `with checkpoints:`. Its end waits for the last write and raises its error.
 
     Args:
         folder: RUN/checkpoints.
-        keep: how many of the newest to keep.
+        keep: number of newest checkpoints to keep.
         keep_every: also keep those whose step is a multiple of this; 0 for none.
-        keep_least: also keep the one of which the least number is recorded under this name; empty for none.
-        group: ranks that save together, each a part, by collectives of their own; by default the rank that calls, alone.
+        keep_least: also keep the one with the smallest recorded number of this name; empty for none.
+        group: ranks that each save a part, with collectives on this group; by default only the calling rank saves.
     """
 
     def __init__(
@@ -146,7 +142,7 @@ class Checkpoints:
         self._writing: _Background | None = None
 
     def __enter__(self) -> "Checkpoints":
-        # Here and not where it is given: filters are the process's, and the writing thread is not alone.
+        # Set here and not in the writing thread: warning filters belong to the whole process.
         self._filters = warnings.catch_warnings()
         self._filters.__enter__()
         warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
@@ -156,7 +152,9 @@ class Checkpoints:
         try:
             if kind is None:
                 self.wait()
-            elif issubclass(kind, Exception) and self._writing is not None:  # that error is told, not the write's
+            elif (
+                issubclass(kind, Exception) and self._writing is not None
+            ):  # the block's error is raised, not the write's
                 self._writing.join()
         finally:
             self._filters.__exit__(None, None, None)
@@ -168,58 +166,58 @@ class Checkpoints:
         record: Mapping[str, Any] | None = None,
         then: Callable[[Mapping[str, Tensor]], None] | None = None,
     ) -> None:
-        """Begin to write step_N as the state is now; it has its name only when it is whole.
+        """Start to write the current state as step_N, a name that only a whole checkpoint has.
 
-        Returns when the state is copied, after the write before has ended. Errors of this one are raised by the next
-        `check`, `wait` or `save`.
+        Waits for the previous write and returns when the state is copied. The next `check`, `wait` or `save` raises the errors
+        of this write.
 
         Args:
-            record: what else to write into the manifest.
-            then: called in the background of the first rank, once the checkpoint is whole, with a copy of the modules'
-                tensors; those that ranks share are put together.
+            record: more entries of the manifest.
+            then: called in the background of rank 0 when the checkpoint is whole, with a copy of the modules' tensors in
+                which sharded tensors are gathered.
 
         Raises:
-            UserError: the write before failed, such as on a full disk; on all ranks if it did so on one.
+            UserError: the previous write failed, such as on a full disk; on all ranks if it failed on one.
         """
         self.wait()
         tensors = state.tensors()
         staged = self._copier.copy(tensors)
-        weights = staged | whole_weights(tensors, keep=self._rank == 0) if then else {}
+        weights = staged | gather_weights(tensors, keep=self._rank == 0) if then else {}
         self._writing = _Background(
             partial(self._write, step, staged, record or {}, partial(then, weights) if then else None)
         )
 
     def check(self) -> None:
-        """Raise the error of a write that has failed; costs nothing. Several ranks find it together, when they next save."""
+        """Raise the error of a failed write, without waiting. Several ranks raise it together at the next save."""
         if self._group is None and self._writing is not None and not self._writing.is_alive():
             self.wait()
 
     def wait(self) -> None:
-        """Wait until everything is written; raises the error if that fails."""
+        """Wait until everything is written and raise the write's error, if any."""
         writing, self._writing = self._writing, None
         if writing is not None:
             writing.finish()
 
     def newest(self) -> int:
-        """The step of the newest whole checkpoint, 0 if there is none yet; see `newest_whole`.
+        """Return the step of the newest whole checkpoint, 0 without checkpoints (see `newest_whole`).
 
-        Removes what a killed run has left: halves, and those that the newest was to replace.
+        Removes the leftovers of a killed run: incomplete checkpoints, and old ones that the newest replaces.
         """
-        for partial_ in self.folder.glob(".step_*.partial"):
-            shutil.rmtree(partial_, ignore_errors=True)  # another rank may be at it too
+        for leftover in self.folder.glob(".step_*.partial"):
+            shutil.rmtree(leftover, ignore_errors=True)  # another rank may remove it at the same time
         step = newest_whole(self.folder)
         if step:
-            with contextlib.suppress(OSError):  # the next save says so
+            with contextlib.suppress(OSError):  # the next save reports it
                 self._remove_old()
         return step
 
     def recorded(self, step: int, *names: str) -> dict[str, Any]:
-        """What was recorded under these names, as far as it was, with the whole checkpoint of `step`; 0 has none."""
+        """Return those entries of the manifest of `step` that exist; step 0 has none."""
         record = read_record(self._path(step)) if step else {}
         return {name: record[name] for name in names if name in record}
 
     def restore(self, step: int, state: State) -> None:
-        """Load the checkpoint of `step` into the state; step 0 leaves it as it is."""
+        """Load the checkpoint of `step` into the state. Step 0 has none and changes nothing."""
         if not step:
             return
         path = self._path(step)
@@ -241,17 +239,16 @@ class Checkpoints:
             return describe_files(aside, self._rank)
 
         def finish() -> None:
-            write_manifest(
-                aside, {name: file for part in parts for name, file in part.items()}, {"step": step, **record}
-            )
+            files = {name: file for part in parts for name, file in part.items()}
+            write_manifest(aside, files, {"step": step, **record})
             if final.exists():
                 shutil.rmtree(final)
             os.replace(aside, final)
 
         try:
-            self._together(partial(shutil.rmtree, aside, ignore_errors=True), first_alone=True)
+            self._together(partial(shutil.rmtree, aside, ignore_errors=True), rank0_only=True)
             parts = self._together(write_part)
-            self._together(finish, first_alone=True)
+            self._together(finish, rank0_only=True)
         except UserError as error:
             if self._rank == 0:
                 shutil.rmtree(aside, ignore_errors=True)
@@ -260,59 +257,54 @@ class Checkpoints:
             raise UserError(
                 f"cannot write the checkpoint of step {step} ({error}); {left}; free some space and continue with --resume"
             ) from error
-        self._together(self._remove_old, first_alone=True)
+        self._together(self._remove_old, rank0_only=True)
         if then is not None:
-            self._together(then, first_alone=True)
+            self._together(then, rank0_only=True)
 
-    def _together(self, action: Callable[[], Result], *, first_alone: bool = False) -> list[Result]:
-        """What an action makes on each rank, or on the first alone, when all have done it.
+    def _together(self, action: Callable[[], Result], *, rank0_only: bool = False) -> list[Result]:
+        """Run an action on each rank or only on rank 0, wait for all ranks, and return the results.
 
         Raises:
             UserError: on every rank, if a file cannot be written on one.
         """
-        made: list[Any] = []
+        results: list[Any] = []
         try:
-            if self._rank == 0 or not first_alone:
-                made = [action()]
+            if self._rank == 0 or not rank0_only:
+                results = [action()]
         except UserError as error:
-            made = [error]
+            results = [error]
         except WRITE_ERRORS as error:
-            made = [UserError(cause(error))]
+            results = [UserError(cause(error))]
         if self._group is not None:
-            everyones: list[list[Any]] = [[] for _ in range(dist.get_world_size(self._group))]
-            dist.all_gather_object(everyones, made, self._group)
-            made = [one for each in everyones for one in each]
-        for one in made:
-            if isinstance(one, UserError):
-                raise one
-        return made
+            gathered: list[list[Any]] = [[] for _ in range(dist.get_world_size(self._group))]
+            dist.all_gather_object(gathered, results, self._group)
+            results = [result for each in gathered for result in each]
+        for result in results:
+            if isinstance(result, UserError):
+                raise result
+        return results
 
     def _remove_old(self) -> None:
-        found = list_checkpoints(self.folder)
-        kept = {step for step, _ in found[-self.keep :]}
+        checkpoints = list_checkpoints(self.folder)
+        kept = {step for step, _ in checkpoints[-self.keep :]}
         if self.keep_every:
-            kept |= {step for step, _ in found if step % self.keep_every == 0}
-        records = {step: self.recorded(step, self.keep_least) for step, _ in found} if self.keep_least else {}
+            kept |= {step for step, _ in checkpoints if step % self.keep_every == 0}
+        records = {step: self.recorded(step, self.keep_least) for step, _ in checkpoints} if self.keep_least else {}
         numbers = {step: record[self.keep_least] for step, record in records.items() if record}
         if numbers:
             kept.add(min(numbers, key=numbers.__getitem__))
-        for step, path in found:
-            if step not in kept:
-                _remove(path)
+        for step, path in checkpoints:
+            if step not in kept:  # renamed first: if this process is killed, nothing that looks whole is left
+                aside = path.with_name(f".{path.name}.partial")
+                os.replace(path, aside)
+                shutil.rmtree(aside)
 
     def _path(self, step: int) -> Path:
         return self.folder / f"step_{step:08d}"
 
 
-def _remove(path: Path) -> None:
-    """Remove a checkpoint; killed half-way, it leaves none that looks whole."""
-    aside = path.with_name(f".{path.name}.partial")
-    os.replace(path, aside)
-    shutil.rmtree(aside)
-
-
 class _Background(threading.Thread):
-    """An action in a thread that does not outlive the process."""
+    """An action in a daemon thread."""
 
     def __init__(self, action: Callable[[], None]) -> None:
         super().__init__(name="checkpoint", daemon=True)
@@ -325,17 +317,17 @@ class _Background(threading.Thread):
         try:
             assert self._action is not None
             if self._device is not None:
-                torch.cuda.set_device(self._device)  # a new thread's is the first
+                torch.cuda.set_device(self._device)  # new threads start on the first GPU
             self._action()
         except BaseException as error:
             self._error = error
         finally:
-            self._action = None  # and the copy of the state with it
+            self._action = None  # frees the copy of the state
 
     def finish(self) -> None:
-        """Wait for the end; raises the action's error.
+        """Wait for the thread to end and raise the action's error, if any.
 
-        Of the thread itself: one that still frees tensors while the interpreter ends would abort the process.
+        A thread that still frees tensors when the interpreter ends would abort the process.
         """
         self.join()
         if self._error is not None:
@@ -343,14 +335,9 @@ class _Background(threading.Thread):
 
 
 class CheckpointExporter:
-    """Saves and restores a run: checkpoints, and the weights that it exports. All ranks call its methods together.
+    """Saves and restores a run: its checkpoints and the weights that it exports. All ranks call its methods together.
 
-    Args:
-        out: the run's folder.
-        config: the run's settings.
-        state: what checkpoints hold.
-        validation: the validation loss, by which the best weights are kept.
-        about: what exports say besides the step and the model.
+    `about` has the entries of the exports' config.json besides the step and the model.
     """
 
     def __init__(
@@ -366,21 +353,21 @@ class CheckpointExporter:
         )
 
     def restore(self) -> int:
-        """Load the newest whole checkpoint and export it if that is missing; returns its step, 0 if there is none."""
+        """Load the newest whole checkpoint, and export it if a killed run has not; returns its step, 0 without checkpoints."""
         step = broadcast_from_rank0(self.checkpoints.newest)
         self.checkpoints.restore(step, self.state)
         measured = self.checkpoints.recorded(step, LOSS)
         folders = self._folders(step, measured)
-        late = broadcast_from_rank0(lambda: [path for path in folders if exported_step(path) != step])
-        if late:
+        missing = broadcast_from_rank0(lambda: [path for path in folders if exported_step(path) != step])
+        if missing:
             tensors = self.state.tensors()
-            weights = tensors | whole_weights(tensors, keep=get_rank() == 0)
+            weights = tensors | gather_weights(tensors, keep=get_rank() == 0)
             if get_rank() == 0:
-                self._export(late, step, measured, weights)
+                self._export(missing, step, measured, weights)
         return step
 
     def save(self, step: int, measured: Mapping[str, float]) -> None:
-        """Begin to write everything as it is now, with the validation loss if it was measured."""
+        """Start to write a checkpoint and its exports, with the validation loss if it was measured."""
         then = partial(self._export, self._folders(step, measured), step, measured)
         self.checkpoints.save(step, self.state, measured, then=then)
 
@@ -397,41 +384,34 @@ class CheckpointExporter:
 
 
 def export_folders(out: Path, newest: str, step: int, config: RunConfig) -> list[Path]:
-    """Folders that the weights of a checkpoint belong in: the newest's, and with --keep-every its own."""
+    """Return the folders for the weights of a checkpoint: the newest's, and with --keep-every one in kept/."""
     kept = config.keep_every and step % config.keep_every == 0
     return [out / newest, *([out / "kept" / f"step_{step:08d}"] if kept else [])] if step else []
 
 
 def under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors whose names begin with `prefix`, without it."""
+    """Return the tensors whose names start with `prefix`, without it."""
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 def not_finite(terms: Mapping[str, Tensor]) -> str:
-    """Which of the losses and gradient norms are not finite; empty if all are. The host waits for a GPU."""
+    """Name the losses and gradient norms that are not finite. The host waits for a GPU."""
     return ", ".join(f"{name} is {value.item()}" for name, value in terms.items() if not torch.isfinite(value))
 
 
 def require_finite(
     terms: Mapping[str, Tensor], step: int, checkpoints: Checkpoints, *, skipping: int | None = None
 ) -> None:
-    """Stop a run before a broken state is saved. A checkpoint that is being written is finished first.
+    """Stop a run whose losses or gradient norms are not finite, before a broken state is saved.
 
-    Args:
-        terms: losses and gradient norms by name.
-        step: the step that they are of.
-        checkpoints: the run's checkpoints.
-        skipping: how many such steps the run may skip; None if it cannot skip any.
-
-    Raises:
-        UserError: one of the terms is not finite.
+    `skipping` is the number of such steps that the run may skip; None if it cannot skip any.
     """
     if wrong := not_finite(terms):
         checkpoints.wait()
-        done = list_checkpoints(checkpoints.folder)
-        good = f"the last good checkpoint is {done[-1][1]}" if done else "there is no checkpoint yet"
+        saved = list_checkpoints(checkpoints.folder)
+        good = f"the last good checkpoint is {saved[-1][1]}" if saved else "there is no checkpoint yet"
         more = "" if skipping is None else f"; or continue with --resume and a larger --skip-nonfinite than {skipping}"
-        begin = f" from it with --init {checkpoints.folder.parent} and another --out" if done else ""
+        begin = f" from it with --init {checkpoints.folder.parent} and another --out" if saved else ""
         raise UserError(
             f"the loss or its gradient is not finite at step {step} ({wrong}): {good}. "
             f"Start a new run{begin}, with a lower --optim.lr or --dtype float32{more}"

@@ -1,4 +1,4 @@
-"""What a model is trained on and starts from: token store, captions, validation store, initial weights."""
+"""The inputs of training: token store, captions, validation store and initial weights."""
 
 import math
 from collections.abc import Mapping
@@ -19,47 +19,32 @@ from st_ar.evaluation.likelihood import validation_loss
 from st_ar.files import read_json, sha256
 from st_ar.model.transformer import Transformer
 from st_ar.model.weights import check_store, open_model
-from st_ar.settings import differences, to_dict
+from st_ar.settings import differences, flag_name, to_dict
 
 WEIGHTLESS = ("token_dropout", "residual_dropout", "ffn_dropout", "drop_path")
-"""Model settings that the weights do not depend on. They do not depend on the grid either, since positions are computed."""
+"""Model settings that weights do not depend on."""
 LOSS = "validation_loss"
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataPaths:
-    """Paths of what a model is trained on and starts from."""
+    """The paths of a run's inputs (see `train`)."""
 
     tokens: Path
-    """Token store."""
     text: Path | None = None
-    """Captions of the token store's images, for a text model and no other."""
     validation: Path | None = None
-    """Token store to measure the EMA weights on."""
     init: Path | None = None
-    """Model to start from instead of random weights."""
     init_ema: bool = False
-    """Start from its EMA weights instead of the live ones."""
 
 
 class Inputs:
-    """What a model is trained on and starts from, opened and checked against the settings.
-
-    Args:
-        paths: where it is.
-        config: the run's settings.
-        best: folder of the best weights so far, if there are any.
-        ranks: the ranks that share each batch.
-
-    Raises:
-        UserError: a store, captions (or their absence) or initial weights that do not fit the model.
-    """
+    """The inputs of a run, opened and checked against its settings. `best` is the folder of the best weights so far."""
 
     def __init__(self, paths: DataPaths, config: TrainConfig, best: Path, ranks: Ranks) -> None:
         self.config = config
         self.store = store = TokenStore(paths.tokens)
         store.check_model(config.model)
-        self.initial = Initial(paths.init, ema=paths.init_ema, config=config.model, trained_on=store)
+        self.initial = Initial(paths.init, ema=paths.init_ema, config=config.model, store=store)
         self.captions = open_text(paths.text, config.model, self.initial.encoder)
         if self.captions is not None:
             self.captions.check_tokens(store)
@@ -86,18 +71,14 @@ class Inputs:
         return self._batches.batch(step - 1)
 
     def describe(self) -> dict[str, Any]:
-        """What config.json says of the inputs, once every checksum of the stores is verified.
-
-        Raises:
-            UserError: a store is damaged.
-        """
-        for read in filter(None, (self.store, self.captions, self.validation.store)):
-            read.verify()
+        """Verify the checksums of all stores and return the inputs' entries of config.json."""
+        for store in filter(None, (self.store, self.captions, self.validation.store)):
+            store.verify()
         text = {} if self.captions is None else {"text": self.captions.describe()}
         return {"tokens": self.store.describe(), **text, **self.validation.describe(), **self.initial.describe()}
 
     def describe_export(self, preset: str) -> dict[str, Any]:
-        """What exported weights say of the inputs."""
+        """Return the inputs' entries of an export's config.json."""
         encoder = {} if self.captions is None else {"encoder": self.captions.encoder}
         meta = self.store.meta
         about = {"preset": preset, "class_names": meta.class_names, "tokenizer": meta.tokenizer}
@@ -105,94 +86,70 @@ class Inputs:
 
 
 class Initial:
-    """A model to start from, or none.
+    """A model to start from, with the architecture, tokenizer and classes of the run, or none."""
 
-    Args:
-        path: a run, an export folder, a .safetensors file, a LlamaGen .pt file, or hub:OWNER/NAME; None for random weights.
-        ema: use its EMA weights instead of the live ones.
-        config: the model to train.
-        trained_on: the store to train on.
-
-    Raises:
-        UserError: no model, or one of another architecture, tokenizer or classes.
-    """
-
-    def __init__(self, path: Path | None, *, ema: bool, config: ModelConfig, trained_on: TokenStore) -> None:
-        self.model, self.info = None, None
+    def __init__(self, path: Path | None, *, ema: bool, config: ModelConfig, store: TokenStore) -> None:
+        self.model, self.info, self.encoder = None, None, ""
         if path is None:
             if ema:
                 raise UserError("--init-ema selects weights of --init: give --init too, or leave it out")
             return
         self.model, self.info = open_model(path, ema=ema, grid=config.grid)
-        changed = {
-            name: values
-            for name, values in differences(to_dict(self.info.config), to_dict(config)).items()
+        self.encoder = self.info.encoder
+        changes = differences(to_dict(self.info.config), to_dict(config)).items()
+        listed = [
+            f"--model.{flag_name(name)} is {old} there, {new} here"
+            for name, (old, new) in changes
             if name not in WEIGHTLESS
-        }
-        if changed:
-            listed = "; ".join(
-                f"--model.{name.replace('_', '-')} is {old} there, {new} here" for name, (old, new) in changed.items()
+        ]
+        if listed:
+            raise UserError(
+                f"{self.info.source} is another model: {'; '.join(listed)}; give its settings, or its preset"
             )
-            raise UserError(f"{self.info.source} is another model: {listed}; give its settings, or its preset")
-        check_store(self.info, trained_on)
-
-    @property
-    def encoder(self) -> str:
-        """A text model's encoder of captions, if it is known."""
-        return "" if self.info is None else self.info.encoder
+        check_store(self.info, store)
 
     def describe(self) -> dict[str, Any]:
-        """What config.json says of the weights; nothing of random ones."""
+        """Return the weights' entry of config.json, none for random weights."""
         if self.info is None:
             return {}
         return {"init": {"sha256": sha256(self.info.source), "ema": self.info.ema, "step": self.info.step}}
 
     def load_into(self, model: Transformer) -> None:
-        """Copy the weights into the model to train, which keeps its random ones if there are none."""
+        """Copy the weights into the model to train; without a model to start from it keeps its random weights."""
         if self.model is not None:
             model.load_state_dict(self.model.state_dict())
             self.model = None
 
 
 class Validation:
-    """The validation loss of the EMA weights on a store, if there is one, and the best value so far.
+    """The validation loss of the EMA weights, and the best value so far. Without a store, `tokens`, nothing is measured."""
 
-    Args:
-        tokens: the validation store; without it nothing is measured.
-        trained_on: the store to train on, whose tokenizer the other must have.
-        config: the run's settings.
-        best: folder of the best weights so far, if there are any.
-
-    Raises:
-        UserError: the store does not fit the model, or a text model, since a token store has no captions.
-    """
-
-    def __init__(self, tokens: Path | None, trained_on: TokenStore, config: TrainConfig, best: Path) -> None:
+    def __init__(self, tokens: Path | None, training: TokenStore, config: TrainConfig, best: Path) -> None:
         self.config, self.store, self.best = config, None, math.inf
         if tokens is None:
             return
         config.model.require_classes("--validation")
         self.store = TokenStore(tokens)
-        self.store.check_model(config.model, trained_on.meta.tokenizer)
-        self.store.check_classes(trained_on.meta.class_names, trained_on.folder)
-        note_same_images(trained_on, self.store)
+        self.store.check_model(config.model, training.meta.tokenizer)
+        note_same_images(training, self.store)
+        self.store.check_classes(training.meta.class_names, training.folder)
         if (best / "config.json").exists():
             self.best = float(read_json(best / "config.json", "an export folder").get(LOSS, math.inf))
 
     def describe(self) -> dict[str, Any]:
-        """What config.json says of the store; nothing without one."""
+        """Return the store's entry of config.json, none without a store."""
         return {} if self.store is None else {"validation": self.store.describe()}
 
-    def measure(self, average: Transformer, batch_size: int, dtype: torch.dtype = torch.float32) -> dict[str, float]:
-        """The record of the loss of the EMA weights as they are now. Sharded weights are gathered in `dtype`."""
+    def measure(self, ema: Transformer, batch_size: int, dtype: torch.dtype = torch.float32) -> dict[str, float]:
+        """Return the log entry of the EMA weights' loss. Sharded weights are gathered in `dtype`."""
         if self.store is None:
             return {}
-        images, device = self.config.validation_images, average.output.weight.device
+        images, device = self.config.validation_images, ema.output.weight.device
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            return {LOSS: validation_loss(average, self.store, images=images, batch_size=batch_size)}
+            return {LOSS: validation_loss(ema, self.store, images=images, batch_size=batch_size)}
 
     def improves(self, record: Mapping[str, Any]) -> bool:
-        """Whether a record is the best so far. It is then remembered as such."""
+        """Whether a record is the best so far, which is then updated."""
         better = self.store is not None and record.get(LOSS, math.inf) < self.best
         if better:
             self.best = record[LOSS]

@@ -37,33 +37,33 @@ def train(
     resume: bool = False,
     preset: str = "",
 ) -> Path:
-    """Train on the token store `tokens` and keep everything in the run folder `out`; returns `out`.
+    """Train on the token store `tokens` into the run folder `out`; returns `out`.
 
-    Sets torch's global seed. The run is a function of the config, the stores and `init`: stopped at any instant and resumed, it
-    ends with the same weights, bit for bit on a CPU. Under torchrun all ranks call this and share each batch. Without dropout the
-    result is that of one rank but for rounding; with dropout inside the network, each rank draws its own.
+    Sets torch's global seed. The weights depend only on the config, the stores and `init`: a run that is stopped at any time and
+    resumed ends with the same weights, bit for bit on a CPU. Under torchrun all ranks call this function and share each batch.
+    Without dropout the result equals that of one rank up to rounding; with dropout each rank draws its own.
 
     Args:
         config: every setting of the run.
         tokens: the token store.
         out: the run's folder.
-        text: captions of the token store's images, for a text model and no other.
-        validation: a token store to measure the EMA weights on at each checkpoint; the best are kept in best/.
-        init: a model to start from instead of random weights, student and teacher alike; any that `open_model` takes. AdamW's
-            moments, the projector and the count of steps start anew.
+        text: captions of the token store's images, only for a text model.
+        validation: a token store to measure the EMA weights on at each checkpoint; the best weights are kept in best/.
+        init: a model to start from instead of random weights, for student and teacher; any that `open_model` takes. AdamW's
+            moments, the projector and the step count start fresh.
         init_ema: start from its EMA weights instead of the live ones.
-        watching: what to show of the run. It has no part in the weights. TensorBoard's curves if None.
+        watching: trackers, samples and probes. They have no effect on the weights. TensorBoard only if None.
         resume: continue the run in `out` from its newest checkpoint.
         preset: the preset's name, for the record.
 
     Raises:
-        UserError: stores, captions or initial weights that do not fit the model, a run already there, a resume with other
-            settings or data, a full disk, too little memory, a loss that is not finite, or ranks that do not fit or are lost.
-        Interrupted: SIGINT or SIGTERM came to any rank; a checkpoint of the last finished step was written.
+        UserError: stores, captions or initial weights do not fit the model, `out` holds a run already, a resume changes settings
+            or data, the disk is full, memory runs out, a loss is not finite, or ranks do not fit or are lost.
+        Interrupted: any rank received SIGINT or SIGTERM; a checkpoint of the last finished step was written.
     """
     out = out.expanduser()
     with training_session(config) as (ranks, device), Run(out, config, ranks, preset=preset, resume=resume) as run:
-        # Open everything. What cannot work is refused here, before the run begins.
+        # Open everything and refuse what cannot work before the run begins.
         parallel, dtype = choose_parallel(config, ranks.world), choose_dtype(config.dtype, device)
         if config.compile:
             require_compiler(device)
@@ -92,13 +92,13 @@ def train(
         shape = (config.batch_size, config.views, config.model.sequence_length)
         clock, clock_step = time.perf_counter(), start
         with (
-            stop_on_signal() as signals,  # outermost: an error is reported even if torchrun sends SIGTERM for it
+            stop_on_signal() as signals,  # outermost, so that an error is reported even if torchrun sends SIGTERM because of it
             progress(out.name, total, unit="steps", done=start, shown=run.writes) as bar,
             watch.follow(student, run.record, start),
             checkpoints,
         ):
             for step in range(start + 1, total + 1):
-                # Data, and every random choice of the step, are functions of the seed and the step.
+                # Data and all random choices, each a function of the seed and the step.
                 log = watch.start_step(step, total)
                 batch, labels = (to_device(tensor, device) for tensor in inputs.batch(step))
                 labels = drop_labels(labels, model.cls_embedding.null(labels), config, step=step, ranks=ranks)
@@ -144,7 +144,9 @@ def train(
                     if not skip:
                         require_finite(terms, step, checkpoints, skipping=config.skip_nonfinite)
                     measured: dict[str, float] = {}
-                    if due:  # not on interruption: that would be late, and the best would depend on it
+                    if (
+                        due
+                    ):  # not on interruption: measuring takes time, and best/ would depend on when the run was stopped
                         gathered = dtype if parallel == "fsdp" else torch.float32
                         measured = inputs.validation.measure(teacher.model, len(batch) // config.accumulate, gathered)
                     if measured:
@@ -160,22 +162,22 @@ def train(
 
 @dataclass(frozen=True)
 class Learner:
-    """What a batch's gradients are computed with."""
+    """Student and teacher, and how they compute a batch."""
 
     student: nn.Module
     """A SelfGuided, or what `parallelize` made of it."""
     teacher: EMATeacher[Transformer]
     micro_batches: int
-    """Pieces that a rank computes its batch in."""
+    """Number of micro-batches that a rank splits its batch into."""
     dtype: torch.dtype
     """Type of matrix products."""
 
 
 def forward_backward(learner: Learner, tokens: Tensor, labels: Tensor, sample: GuidanceSample) -> Losses:
-    """Add the gradients of a batch, tokens [B, M, T] and labels [B, ..]; returns its losses.
+    """Add the gradients of this rank's batch, tokens [B, M, T] and labels [B, ..]; returns its losses.
 
-    The teacher reads the whole batch first. Each micro-batch then has all images as negatives, and the gradients are those of
-    the large batch. Several ranks each give their part of it: gradients and losses are averaged, negatives are gathered.
+    The teacher reads the whole batch first. Every micro-batch then has all images as negatives, and the gradients are those of
+    the large batch. Over several ranks the gradients and losses are averaged and the negatives are gathered.
     """
     student, teacher = unwrap(learner.student), learner.teacher
     device, size = tokens.device, len(tokens) // learner.micro_batches
@@ -184,32 +186,33 @@ def forward_backward(learner: Learner, tokens: Tensor, labels: Tensor, sample: G
     autocast = torch.autocast(device.type, dtype=learner.dtype, enabled=learner.dtype != torch.float32)
     with autocast:
         features = [student.teach(teacher, tokens[i : i + size], labels[i : i + size], positions) for i in starts]
-    gathered, first = None, get_rank() * len(tokens)
-    if student.config.negatives == "global" and (own := [each.middle for each in features if each.middle is not None]):
-        gathered = all_gather(torch.cat(own))
-    sums: list[Tensor] = []
+    candidates, offset = None, get_rank() * len(tokens)
+    middles = [each.middle for each in features if each.middle is not None]
+    if student.config.negatives == "global" and middles:
+        candidates = all_gather(torch.cat(middles))
+    terms: list[Tensor] = []
     for start, targets in zip(starts, features, strict=True):
-        here, offset = slice(start, start + size), 0
-        if gathered is not None:
-            targets, offset = targets._replace(middle=gathered), first + start
-        part = GuidanceSample(None if key_mask is None else key_mask[here], positions)
+        rows, first = slice(start, start + size), 0
+        if candidates is not None:
+            targets, first = targets._replace(middle=candidates), offset + start
+        micro_sample = GuidanceSample(None if key_mask is None else key_mask[rows], positions)
         with gradient_sync(learner.student, last=start == starts[-1]):
             with autocast:
-                losses = learner.student(tokens[here], labels[here], part, targets, offset)
+                losses = learner.student(tokens[rows], labels[rows], micro_sample, targets, first)
             (losses.total / learner.micro_batches).backward()
-        sums.append(torch.stack([term.detach() for term in losses]))
-    return Losses(*all_reduce_mean(torch.stack(sums).sum(0) / learner.micro_batches))
+        terms.append(torch.stack([term.detach() for term in losses]))
+    return Losses(*all_reduce_mean(torch.stack(terms).sum(0) / learner.micro_batches))
 
 
 def drop_labels(
     labels: Tensor, null: Tensor | int, config: TrainConfig, *, step: int, ranks: Ranks | None = None
 ) -> Tensor:
-    """Replace a share of this rank's labels [B, ..] by the null condition, which has their shape or is one class.
+    """Replace a random share of this rank's labels [B, ..] by the null condition, which has their shape or is one class.
 
-    Images are drawn from the batch of all ranks (classifier-free guidance, arXiv 2207.12598).
+    The images are drawn from the batch of all ranks (classifier-free guidance, arXiv 2207.12598).
     """
     ranks = ranks or Ranks()
     generator = torch_generator(config.seed, RandomStream.LABEL_DROPOUT, step)
-    drawn = torch.rand(len(labels) * ranks.world, generator=generator) < config.class_dropout
-    dropped = to_device(drawn[ranks.share(len(drawn))], labels.device)
+    dropped = torch.rand(len(labels) * ranks.world, generator=generator) < config.class_dropout
+    dropped = to_device(dropped[ranks.share(len(dropped))], labels.device)
     return torch.where(dropped.view(-1, *[1] * (labels.dim() - 1)), null, labels)

@@ -1,4 +1,4 @@
-"""AdamW as LlamaGen sets it, and the learning rate of each step."""
+"""AdamW with LlamaGen's settings, gradient clipping, and the learning-rate schedule."""
 
 import math
 from collections.abc import Iterable
@@ -11,7 +11,7 @@ from st_ar.config import OptimConfig
 
 
 def adamw(module: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW with weight decay on parameters of two or more dimensions and none on the rest."""
+    """Build AdamW with weight decay only on parameters of two or more dimensions."""
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
@@ -21,7 +21,7 @@ def adamw(module: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
 
 
 def clip_gradients(parameters: Iterable[Tensor], largest: float) -> Tensor:
-    """Scale gradients down to a norm of at most `largest`, 0 for never; returns their norm before, over all ranks' shards."""
+    """Scale gradients down to a norm of at most `largest`, 0 for any; returns their norm before, over all ranks' shards."""
     parameters = list(parameters)
     norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     if isinstance(norm, DTensor):
@@ -31,14 +31,14 @@ def clip_gradients(parameters: Iterable[Tensor], largest: float) -> Tensor:
 
 
 def set_learning_rate(rate: float, *optimizers: torch.optim.Optimizer) -> None:
-    """Set the learning rate of every parameter."""
+    """Set the learning rate of every parameter group."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = rate
 
 
 def learning_rate(config: OptimConfig, step: int, total: int) -> float:
-    """The rate of optimizer step `step` of `total`, counted from 1."""
+    """Return the learning rate of optimizer step `step` of `total`, counted from 1."""
     if step <= config.warmup_steps:
         return config.lr * step / config.warmup_steps
     done = (step - config.warmup_steps) / max(1, total - config.warmup_steps)
@@ -47,6 +47,6 @@ def learning_rate(config: OptimConfig, step: int, total: int) -> float:
     elif config.schedule == "cosine":
         share = config.final_lr + (1 - config.final_lr) * (1 + math.cos(math.pi * done)) / 2
     else:
-        falling = max(1, round(config.decay_fraction * total))
-        share = config.final_lr + (1 - config.final_lr) * min(1.0, (total - step) / falling)
+        decay_steps = max(1, round(config.decay_fraction * total))
+        share = config.final_lr + (1 - config.final_lr) * min(1.0, (total - step) / decay_steps)
     return config.lr * share

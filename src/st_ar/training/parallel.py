@@ -1,4 +1,4 @@
-"""Training on several ranks under torchrun: how they share a network's training."""
+"""Training on several ranks: DDP, FSDP, activation checkpointing and compilation, applied to the model from outside."""
 
 import contextlib
 from collections.abc import Generator
@@ -28,39 +28,39 @@ KEPT = [
     aten._scaled_dot_product_cudnn_attention.default,
     aten._scaled_dot_product_flash_attention_for_cpu.default,
 ]
-"""What selective activation checkpointing keeps: products of matrices and fused attention, but no T x T matrix."""
+"""The operations whose results selective activation checkpointing keeps: matrix products and fused attention, no T x T matrix."""
 
 
 def choose_parallel(config: TrainConfig, world: int) -> str:
-    """none, ddp or fsdp for so many ranks.
-
-    Raises:
-        UserError: settings that do not suit the number of ranks.
-    """
+    """Return none, ddp or fsdp for `world` ranks, and refuse settings that do not fit their number."""
     if world == 1:
         if config.parallel in ("ddp", "fsdp"):
             raise UserError(
-                f"--parallel {config.parallel} shares the work among several ranks and there is one: start them by "
+                f"--parallel {config.parallel} needs several ranks, but there is one: start them with "
                 "torchrun --nproc-per-node N $(which st-ar) train .., or leave it out"
             )
         return "none"
     if config.parallel == "none":
         raise UserError(
-            f"--parallel none is for one process and torchrun has started {world}: give --parallel ddp or fsdp, or start "
+            f"--parallel none is for one rank, but torchrun has started {world}: give --parallel ddp or fsdp, or start "
             "without torchrun"
         )
-    if config.batch_size % (world * config.accumulate):
+    each = world * config.accumulate
+    if config.batch_size % each:
         raise UserError(
-            f"--batch-size {config.batch_size} is no multiple of the {world} ranks times --accumulate {config.accumulate}"
+            f"--batch-size {config.batch_size} is not a multiple of the {world} ranks times --accumulate {config.accumulate}: "
+            f"give a multiple of {each}"
         )
     guided = config.selfguided
-    if guided.contrast and guided.negatives == "local" and config.batch_size == world * config.accumulate:
+    if guided.contrast and guided.negatives == "local" and config.batch_size == each:
         raise UserError(
             "with --selfguided.negatives local each micro-batch of each rank needs 2 images or more: give a larger "
             f"--batch-size than {config.batch_size}, or --selfguided.negatives global"
         )
     if config.shard_size is not None and world % config.shard_size:
-        raise UserError(f"--shard-size {config.shard_size} does not divide the {world} ranks")
+        raise UserError(
+            f"--shard-size {config.shard_size} does not divide the {world} ranks: give a divisor of {world}"
+        )
     return "ddp" if config.parallel == "auto" else config.parallel
 
 
@@ -72,44 +72,41 @@ def parallelize(
     device: torch.device,
     dtype: torch.dtype,
 ) -> nn.Module:
-    """Put both on the device and share them among the ranks, in place but for DDP; returns what to call for the student.
+    """Move student and teacher to the device and share them among the ranks; returns the module to call for the student.
 
-    In this order: activation checkpointing, compilation block by block, sharding or DDP. No parameter changes its name.
-
-    Args:
-        parallel: as `choose_parallel` says.
-        dtype: of matrix products.
+    The order is: activation checkpointing, compilation of each block, sharding or DDP (`parallel`, from `choose_parallel`).
+    Parameters keep their names.
     """
     if config.activation_checkpointing != "none":
         for block in student.model.layers:
             _recompute(block, selective=config.activation_checkpointing == "selective")
-    if parallel != "fsdp":  # which moves one block after another: the whole need not fit
+    if parallel != "fsdp":  # fsdp moves one block after another, since the whole model may not fit
         student.to(device)
         teacher.to(device)
     if config.compile:
-        torch.compiler.reset()  # it keeps 8 compilations of the blocks' code, of all runs of this process together, and makes no more
+        torch.compiler.reset()  # torch keeps at most 8 compilations of the blocks' code in a process, over all its runs
         for block in [*student.model.layers, *teacher.model.layers]:
             block.compile()
     if parallel == "fsdp":
         mesh = _mesh(device, torch.distributed.get_world_size(), config.shard_size)
         _shard(student.model, mesh, dtype)
         fully_shard(student, mesh=mesh)
-        # The teacher has no backward pass that would free what was gathered, and must find each step's average.
+        # The teacher has no backward pass that would free gathered weights, and gathered copies would miss the next EMA update.
         _shard(teacher.model, mesh, dtype)
-        fully_shard(teacher.model.norm, mesh=mesh)  # is also called on its own
+        fully_shard(teacher.model.norm, mesh=mesh)  # the objective also calls it directly
         fully_shard(teacher.model, mesh=mesh, reshard_after_forward=True)
         register_fsdp_forward_method(teacher.model, "features")
     return data_parallel(student, gradient_as_bucket_view=True) if parallel == "ddp" else student
 
 
 def unwrap(student: nn.Module) -> SelfGuided:
-    """The student inside what `parallelize` returned."""
+    """Return the student inside the result of `parallelize`."""
     return cast(SelfGuided, student.module if isinstance(student, DistributedDataParallel) else student)
 
 
 @contextlib.contextmanager
 def gradient_sync(student: nn.Module, last: bool) -> Generator[None]:
-    """Gradients of a micro-batch stay on their rank until the `last` one's, which go round with theirs."""
+    """Reduce gradients over the ranks only in the last micro-batch."""
     if isinstance(student, FSDPModule):
         student.set_requires_gradient_sync(last)
     with student.no_sync() if isinstance(student, DistributedDataParallel) and not last else contextlib.nullcontext():
@@ -117,32 +114,32 @@ def gradient_sync(student: nn.Module, last: bool) -> Generator[None]:
 
 
 def _recompute(block: nn.Module, *, selective: bool) -> None:
-    """Replace the block's forward, and not the block: names and hooks stay as they are."""
+    """Replace the block's forward instead of wrapping the block, so that parameters keep their names."""
     forward: Any = block.forward
     contexts: dict[str, Any] = {"context_fn": partial(create_selective_checkpoint_contexts, KEPT)} if selective else {}
 
-    def recomputed(*inputs: Any) -> Any:  # a function of its own: torch.compile would pass over a partial of theirs
+    def recomputed(*inputs: Any) -> Any:  # not a partial of `checkpoint`, which torch.compile would skip
         return checkpoint(forward, *inputs, use_reentrant=False, **contexts)
 
     block.forward = recomputed
 
 
 def _mesh(device: torch.device, world: int, shard_size: int | None) -> DeviceMesh:
-    """All ranks in a row, or as replicas of `shard_size` ranks each."""
+    """Arrange all ranks as one group, or as replicas of `shard_size` ranks each."""
     if shard_size in (None, world):
         return init_device_mesh(device.type, (world,), mesh_dim_names=("shard",))
     return init_device_mesh(device.type, (world // shard_size, shard_size), mesh_dim_names=("replicate", "shard"))
 
 
 def _shard(model: Transformer, mesh: DeviceMesh, dtype: torch.dtype) -> None:
-    """Shard the blocks and the output head, which is a large part and idle in a teacher; the rest is left to the root.
+    """Shard the blocks and the output head, which is large and idle in a teacher. The caller shards the rest.
 
-    Weights and sums of gradients are float32. In bfloat16 what autocast would cast after it was gathered is cast before,
-    at half the bytes; activations, embeddings and the last norm stay as autocast has them on one rank.
+    Weights and gradient sums are float32. In bfloat16 the weights are cast before they are gathered, which halves the traffic.
+    Activations, embeddings and the last norm keep the dtypes that autocast gives them on one rank.
     """
     policy = MixedPrecisionPolicy()
     if dtype != torch.float32:
         policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in model.layers:
         fully_shard(block, mesh=mesh, mp_policy=policy)
-    fully_shard(model.output, mesh=mesh, mp_policy=policy, reshard_after_forward=False)  # first of the backward pass
+    fully_shard(model.output, mesh=mesh, mp_policy=policy, reshard_after_forward=False)  # backward needs it first

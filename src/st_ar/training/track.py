@@ -1,6 +1,6 @@
 """Trackers: TensorBoard, Weights & Biases and trackio behind one interface.
 
-A tracker that fails is reported and switched off; training continues. wandb and trackio send in the background by themselves.
+A tracker that fails is reported and switched off; training continues. wandb and trackio send in the background.
 """
 
 import io
@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -24,41 +24,41 @@ from st_ar.errors import UserError, cause
 from st_ar.files import read_json, write_json
 
 PATIENCE = 5.0
-"""Seconds that wandb has to reach its server at the start, and to send what is left at the end."""
+"""Seconds that wandb has to reach its server at the start, and to send the rest at the end."""
 PROJECT = "st-ar"
 
 
-class Tracker(Protocol):
-    """What every tracker offers."""
+class Tracker:
+    """A tracker. wandb and trackio have the same interface and differ in how they open a run."""
+
+    module: Any
+    run: Any
 
     def log(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Keep a step's numbers."""
-        ...
+        """Log the numbers of a step."""
+        self.run.log(dict(scalars), step=step)
 
     def images(self, step: int, name: str, array: np.ndarray) -> None:
-        """Keep a picture, uint8 [H, W, 3]."""
-        ...
+        """Log an image, uint8 [H, W, 3]."""
+        self.run.log({name: self.module.Image(array)}, step=step)
 
     def close(self) -> None:
         """Finish."""
-        ...
+        self.run.finish()
 
 
-class Wandb:
-    """Weights & Biases; its own variables (WANDB_MODE, WANDB_PROJECT, WANDB_ENTITY, ..) say where to.
-
-    Raises:
-        UserError: it would send, and has no key.
-    """
+class Wandb(Tracker):
+    """Weights & Biases, configured by its environment variables (WANDB_MODE, WANDB_PROJECT, WANDB_ENTITY, ..)."""
 
     def __init__(self, folder: Path, identity: dict[str, str], config: dict[str, Any]) -> None:
-        wandb: Any = import_module("wandb")
-        settings = wandb.Settings(init_timeout=PATIENCE, finish_timeout=PATIENCE, silent=True, console="off")
+        self.module = import_module("wandb")
+        settings = self.module.Settings(init_timeout=PATIENCE, finish_timeout=PATIENCE, silent=True, console="off")
         online = os.environ.get("WANDB_MODE", "online") == "online"
-        if online and not wandb.login(prompt=False, verify=False):  # it would ask on the terminal, and wait
+        if online and not self.module.login(
+            prompt=False, verify=False
+        ):  # without a key `init` would ask on the terminal
             raise UserError("it has no key: set WANDB_API_KEY or call `wandb login`, or set WANDB_MODE=offline")
-        self.wandb = wandb
-        self.run = wandb.init(
+        self.run = self.module.init(
             project=os.environ.get("WANDB_PROJECT", PROJECT),
             id=identity["id"],
             name=identity["name"],
@@ -68,23 +68,13 @@ class Wandb:
             settings=settings,
         )
 
-    def log(self, step: int, scalars: Mapping[str, float]) -> None:
-        self.run.log(dict(scalars), step=step)
 
-    def images(self, step: int, name: str, array: np.ndarray) -> None:
-        self.run.log({name: self.wandb.Image(array)}, step=step)
-
-    def close(self) -> None:
-        self.run.finish()
-
-
-class Trackio:
-    """trackio, on this machine unless TRACKIO_SPACE_ID or TRACKIO_SERVER_URL say otherwise."""
+class Trackio(Tracker):
+    """trackio, on this machine unless TRACKIO_SPACE_ID or TRACKIO_SERVER_URL is set."""
 
     def __init__(self, identity: dict[str, str], config: dict[str, Any]) -> None:
-        trackio: Any = import_module("trackio")
-        self.trackio = trackio
-        self.run = trackio.init(
+        self.module = import_module("trackio")
+        self.run = self.module.init(
             project=PROJECT,
             name=f"{identity['name']}-{identity['id']}",
             resume="allow",
@@ -94,24 +84,9 @@ class Trackio:
             auto_log_cpu=False,
         )
 
-    def log(self, step: int, scalars: Mapping[str, float]) -> None:
-        self.run.log(dict(scalars), step=step)
-
-    def images(self, step: int, name: str, array: np.ndarray) -> None:
-        self.run.log({name: self.trackio.Image(array)}, step=step)
-
-    def close(self) -> None:
-        self.run.finish()
-
 
 class SafeTracker:
-    """A tracker whose errors switch it off with a message instead of ending the run.
-
-    Args:
-        name: what messages call it.
-        open_tracker: makes the tracker.
-        after: the last step that the tracker already has; entries up to it are left out.
-    """
+    """A tracker whose errors switch it off with a message instead of ending the run. It gets only the steps after `after`."""
 
     def __init__(self, name: str, open_tracker: Callable[[], Tracker], *, after: int = 0) -> None:
         self.name, self.after = name, after
@@ -120,38 +95,34 @@ class SafeTracker:
             self.tracker = open_tracker()
 
     def log(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Keep a step's numbers."""
-        if self.tracker and step > self.after:
-            with self._switching_off():
+        """Log the numbers of a step."""
+        with self._switching_off():
+            if self.tracker and step > self.after:
                 self.tracker.log(step, scalars)
 
     def images(self, step: int, name: str, array: np.ndarray) -> None:
-        """Keep a picture, uint8 [H, W, 3]."""
-        if self.tracker and step > self.after:
-            with self._switching_off():
+        """Log an image, uint8 [H, W, 3]."""
+        with self._switching_off():
+            if self.tracker and step > self.after:
                 self.tracker.images(step, name, array)
 
     def close(self) -> None:
         """Finish."""
-        if self.tracker:
-            with self._switching_off():
+        with self._switching_off():
+            if self.tracker:
                 self.tracker.close()
 
     @contextmanager
     def _switching_off(self) -> Generator[None]:
         try:
             yield
-        except Exception as error:  # whatever a tracker raises, training goes on
+        except Exception as error:  # whatever a tracker raises, training continues
             self.tracker = None
-            warn(f"{self.name} is switched off: {cause(error)}; the run goes on, and log.jsonl has everything")
+            warn(f"{self.name} is switched off: {cause(error)}; training continues, and log.jsonl has everything")
 
 
 def require_trackers(names: Sequence[TrackerName]) -> None:
-    """Refuse trackers whose packages are missing.
-
-    Raises:
-        UserError: one is not installed.
-    """
+    """Refuse trackers whose packages are not installed."""
     for name, extra in (("wandb", "tracking"), ("trackio", "trackio")):
         if name in names and find_spec(name) is None:
             raise UserError(f"--track {name} needs the package {name}: pip install 'st-ar[{extra}]', or leave it out")
@@ -160,19 +131,22 @@ def require_trackers(names: Sequence[TrackerName]) -> None:
 def open_trackers(
     names: Sequence[TrackerName], out: Path, config: dict[str, Any], *, start: int, logged: int
 ) -> list[SafeTracker]:
-    """Begin to track a run, or go on with it under the name that it has in each tracker.
+    """Start to track a run, or continue under its name in each tracker.
 
     Args:
-        out: the run's folder; tracking.json there keeps its name for wandb and trackio.
-        config: what they show as its settings.
-        start: the step that the run goes on from.
-        logged: the last step that it has logged before; wandb and trackio take no step twice.
+        out: the run's folder. tracking.json there keeps the run's name in wandb and trackio.
+        config: settings that they show.
+        start: the step that the run continues from.
+        logged: the last step logged before; wandb and trackio accept no step twice.
     """
     opened: list[SafeTracker] = []
     if "tensorboard" in names:
         opened.append(SafeTracker("TensorBoard", lambda: TensorBoard(out / "tensorboard", start + 1)))
     if "wandb" in names or "trackio" in names:
-        identity = _identity(out)
+        file = out / "tracking.json"
+        if not file.exists():
+            write_json(file, {"id": secrets.token_hex(4), "name": out.name})
+        identity = read_json(file, "a tracked run")
         if "wandb" in names:
             opened.append(SafeTracker("wandb", lambda: Wandb(out, identity, config), after=logged))
         if "trackio" in names:
@@ -180,24 +154,16 @@ def open_trackers(
     return opened
 
 
-def _identity(out: Path) -> dict[str, str]:
-    file = out / "tracking.json"
-    if not file.exists():
-        write_json(file, {"id": secrets.token_hex(4), "name": out.name})
-    return read_json(file, "a tracked run")
-
-
 def warn(message: str) -> None:
-    """A line to the user."""
+    """Print a message to stderr."""
     print(f"st-ar: {message}", file=sys.stderr, flush=True)
 
 
-class TensorBoard:
-    """Appends to an event file of its own in `folder`.
+class TensorBoard(Tracker):
+    """A new TensorBoard event file in `folder`.
 
     Args:
-        first_step: what earlier files there say of this step and later ones is taken back (TensorBoard's purging), so that
-            steps that a resumed run makes anew do not show twice.
+        first_step: TensorBoard drops this step and later ones of earlier files, so that a resumed run shows no step twice.
     """
 
     def __init__(self, folder: Path, first_step: int) -> None:
@@ -207,15 +173,11 @@ class TensorBoard:
         self._append(first_step, _message(7, _integer(1, 1)))  # session_log: START
 
     def log(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Add a step's numbers."""
-        values = [
-            _message(1, _message(1, name.encode()) + _float(2, value))  # tag, simple_value
-            for name, value in scalars.items()
-        ]
-        self._append(step, _message(5, b"".join(values)))  # summary
+        # Fields: summary.value with tag and simple_value.
+        values = [_message(1, _message(1, name.encode()) + _float(2, value)) for name, value in scalars.items()]
+        self._append(step, _message(5, b"".join(values)))
 
     def images(self, step: int, name: str, array: np.ndarray) -> None:
-        """Add a picture uint8 [H, W, 3]."""
         png = io.BytesIO()
         Image.fromarray(array).save(png, format="PNG")
         height, width = array.shape[:2]
@@ -223,7 +185,7 @@ class TensorBoard:
         self._append(step, _message(5, _message(1, _message(1, name.encode()) + _message(4, image))))
 
     def close(self) -> None:
-        """Everything is in the file already."""
+        """Do nothing: everything is in the file."""
 
     def _append(self, step: int, content: bytes) -> None:
         event = struct.pack("<Bd", 1 << 3 | 1, time.time()) + _integer(2, step) + content

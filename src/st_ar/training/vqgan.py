@@ -1,6 +1,6 @@
-"""The VQ-GAN in training: the network with its codebook, the discriminator, and their losses.
+"""Training of a VQ-GAN tokenizer: network and codebook, discriminator, losses, and the loop.
 
-After LlamaGen (arXiv 2406.06525) and VQGAN (arXiv 2012.09841). B: images, d: features of a code, h, w: codes per side,
+After LlamaGen (arXiv 2406.06525) and VQGAN (arXiv 2012.09841). B: images, d: width of a code, h, w: codes per side,
 V: codebook entries. Images are RGB in [-1, 1], channels first.
 """
 
@@ -9,6 +9,7 @@ import json
 import math
 import time
 from collections.abc import Sequence
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,37 +38,37 @@ from st_ar.progress import progress
 from st_ar.randomness import RandomStream, torch_generator, torch_seed
 from st_ar.selfguided.guidance import ema_decay, ema_update
 from st_ar.tokenizer import load_tokenizer, to_pixels
-from st_ar.tokenizer.vq import CONFIG, Painter, Reader, VQTokenizer, nearest_codes
+from st_ar.tokenizer.vq import CONFIG, VQDecoder, VQEncoder, VQTokenizer, nearest_codes
 from st_ar.training.checkpoint import Checkpoints, State, export_folders, require_finite
 from st_ar.training.optim import adamw, learning_rate, set_learning_rate
 from st_ar.training.run import Run, training_session
 
 
 class Reconstruction(NamedTuple):
-    """What the network makes of images."""
+    """The output of the network."""
 
     images: Tensor
     """[B, 3, H, W], float32."""
     codebook_loss: Tensor
-    """Mean squared distance of codes from features, whose gradient moves the codes."""
+    """Mean squared distance between codes and features. Its gradient moves the codes."""
     commitment_loss: Tensor
-    """The same distance, whose gradient moves the features."""
+    """The same distance. Its gradient moves the features."""
     codes: Tensor
     """int64 [B, h, w]."""
     features: Tensor
-    """Unit features [B h w, d] that the codes stand for, without gradient."""
+    """Unit features before quantisation [B h w, d], without gradient."""
 
 
 class VQGAN(nn.Module):
-    """Reader, codebook and painter. Features and codes both have length one, so the nearest code has the largest cosine."""
+    """Encoder, codebook and decoder. Features and codes have length 1, so that the nearest code has the largest cosine."""
 
     idle: Tensor
 
     def __init__(self, config: VQConfig) -> None:
         super().__init__()
         self.config = config
-        self.reader = Reader(config)
-        self.painter = Painter(config)
+        self.reader = VQEncoder(config)
+        self.painter = VQDecoder(config)
         self.codebook = nn.Parameter(F.normalize(torch.randn(config.codebook_size, config.codebook_dim), dim=-1))
         # Steps since a code was last chosen; -1 - steps since it was revived, until it is chosen for the first time
         self.register_buffer("idle", torch.full((config.codebook_size,), -1.0))
@@ -105,20 +106,17 @@ class VQGAN(nn.Module):
 
     @property
     def last_layer(self) -> Tensor:
-        """The weights that paint the pixels, where the two losses' gradients are weighed against each other."""
+        """The last layer's weight, where the adaptive weight compares the gradients of two losses."""
         return self.painter.decoder.conv_out.weight
 
     def tensors(self) -> dict[str, Tensor]:
-        """The weights by LlamaGen's names."""
-        halves = {**self.reader.state_dict(), **self.painter.state_dict()}
-        return {name: t.detach().cpu() for name, t in {**halves, "quantize.embedding.weight": self.codebook}.items()}
+        """Return the weights by LlamaGen's names."""
+        weights = {**self.reader.state_dict(), **self.painter.state_dict(), "quantize.embedding.weight": self.codebook}
+        return {name: tensor.detach().cpu() for name, tensor in weights.items()}
 
 
 class Discriminator(nn.Module):
-    """Judges overlapping patches: images [B, 3, H, W] -> verdicts [B, 1, h, w], positive for a true one.
-
-    PatchGAN (arXiv 1611.07004) with group norms, which know nothing of the rest of the batch.
-    """
+    """PatchGAN (arXiv 1611.07004) with group norms: images [B, 3, H, W] -> logits of patches [B, 1, h, w], positive for real ones."""
 
     def __init__(self, config: AdversaryConfig) -> None:
         super().__init__()
@@ -138,33 +136,27 @@ class Discriminator(nn.Module):
 
 
 def hinge_loss(real: Tensor, fake: Tensor) -> Tensor:
-    """The discriminator's loss from its verdicts: half of mean(max(0, 1 - real)) + mean(max(0, 1 + fake))."""
+    """Return the discriminator's loss of its logits: half of mean(max(0, 1 - real)) + mean(max(0, 1 + fake))."""
     return (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2
 
 
 @torch.no_grad()
 def revive(
     codebook: nn.Parameter,
-    averaged: nn.Parameter,
+    ema_codebook: nn.Parameter,
     dead: Tensor,
     features: Tensor,
     optimizer: torch.optim.Optimizer,
     generator: torch.Generator,
 ) -> int:
-    """Put dead codes where features are, in the codebook [V, d] and its average, and forget their moments.
+    """Replace dead codes, bool [V], by random unit features [N, d] in the codebook [V, d] and its EMA; returns their number.
 
-    Args:
-        dead: bool [V].
-        features: unit features [N, d] to draw from.
-        generator: of the draws, on the CPU, so that every rank draws the same.
-
-    Returns:
-        How many there were.
+    Their moments are reset. The generator is the CPU's, so that all ranks draw the same.
     """
     rows = dead.nonzero().flatten()
     drawn = features[torch.randint(len(features), (len(rows),), generator=generator).to(features.device)]
     codebook[rows] = drawn
-    averaged[rows] = drawn
+    ema_codebook[rows] = drawn
     for moment in optimizer.state.get(codebook, {}).values():
         if moment.shape == codebook.shape:
             moment[rows] = 0
@@ -172,7 +164,7 @@ def revive(
 
 
 class VQLearner:
-    """The networks, their average and the optimizers, and what a step does to them."""
+    """The networks, their EMA and the optimizers, and a training step."""
 
     def __init__(self, config: VQTrainConfig, device: torch.device, init: VQTokenizer | None = None) -> None:
         torch.manual_seed(torch_seed(config.seed, RandomStream.INITIALISATION))
@@ -189,54 +181,51 @@ class VQLearner:
         self.ema = copy.deepcopy(self.network).eval().requires_grad_(False)
         self.optimizer = adamw(self.network, config.optim)
         self.adversary_optimizer = adamw(self.adversary, config.optim)
-        self.perceptual = self._load_perceptual()
+        self.perceptual: nn.Module | None = None
+        if config.perceptual_weight:
+            from st_ar.evaluation.efficientnet import PerceptualLoss, load_efficientnet
 
-    def _load_perceptual(self) -> nn.Module | None:
-        if not self.config.perceptual_weight:
-            return None
-        from st_ar.evaluation.efficientnet import PerceptualLoss, load_efficientnet
-
-        return PerceptualLoss(load_efficientnet(self.device))
+            self.perceptual = PerceptualLoss(load_efficientnet(device))
 
     def state(self, step: int) -> State:
-        """What a checkpoint of step `step` holds; before the adversary is trained there is nothing of its."""
-        parts = {"network": self.network, "adversary": self.adversary}
+        """Return the state to save after step `step`, without the discriminator before its first step."""
+        networks = {"network": self.network, "adversary": self.adversary}
         optimizers = [self.optimizer, self.adversary_optimizer]
         if step <= self.config.adversary.start:
-            del parts["adversary"], optimizers[1:]
-        return State({**parts, "ema": self.ema}, nn.ModuleDict(parts), optimizers)
+            del networks["adversary"], optimizers[1:]
+        return State({**networks, "ema": self.ema}, nn.ModuleDict(networks), optimizers)
 
     def share(self) -> None:
         """Average gradients over the ranks from the next step on."""
         self.shared_network, self.shared_adversary = data_parallel(self.network), data_parallel(self.adversary)
 
     def step(self, images: Tensor, step: int, rate: float) -> dict[str, Tensor]:
-        """Optimizer step `step`, counted from 1, on this rank's images [B, 3, S, S]; what there is to be logged of it."""
+        """Run optimizer step `step`, counted from 1, on this rank's images [B, 3, S, S]; returns the numbers to log."""
         config = self.config
         set_learning_rate(rate, self.optimizer, self.adversary_optimizer)
-        heard = step > config.adversary.start
+        adversarial = step > config.adversary.start
         autocast = torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
         with autocast:
-            made = self.shared_network(images)
-            losses = {"l1": F.l1_loss(made.images, images), "l2": F.mse_loss(made.images, images)}
+            output = self.shared_network(images)
+            losses = {"l1": F.l1_loss(output.images, images), "l2": F.mse_loss(output.images, images)}
             if self.perceptual is not None:
-                losses["perceptual"] = self.perceptual(made.images, images)
-            if heard:
+                losses["perceptual"] = self.perceptual(output.images, images)
+            if adversarial:
                 self.adversary.requires_grad_(False)
-                losses["adversarial"] = -self.adversary(made.images).float().mean()
+                losses["adversarial"] = -self.adversary(output.images).float().mean()
                 self.adversary.requires_grad_(True)
-        losses |= {"codebook": made.codebook_loss, "commitment": made.commitment_loss}
-        weight = backward(losses, made.images, self.network.last_layer, config)
+        losses |= {"codebook": output.codebook_loss, "commitment": output.commitment_loss}
+        weight = backward(losses, output.images, self.network.last_layer, config)
         norm = _update(self.network, self.optimizer, config.optim.grad_clip)
-        if heard:
+        if adversarial:
             with autocast:
-                verdicts = self.shared_adversary(torch.cat([images, made.images.detach()])).float()
-            losses["discriminator"] = hinge_loss(*verdicts.chunk(2))
+                logits = self.shared_adversary(torch.cat([images, output.images.detach()])).float()
+            losses["discriminator"] = hinge_loss(*logits.chunk(2))
             losses["discriminator"].backward()
             _update(self.adversary, self.adversary_optimizer, config.optim.grad_clip)
-        counts = self._follow(made.codes, step)
+        counts = self._update_ema(output.codes, step)
         in_use = self._chosen_lately()
-        self._revive(made.features, step)
+        self._revive(output.features, step)
         shares = counts / counts.sum()
         return {
             **{f"loss_{name}": term.detach() for name, term in losses.items()},
@@ -247,13 +236,12 @@ class VQLearner:
         }
 
     @torch.no_grad()
-    def _follow(self, codes: Tensor, step: int) -> Tensor:
-        """Move the average, and count which codes were used [V]."""
+    def _update_ema(self, codes: Tensor, step: int) -> Tensor:
+        """Update the EMA and the idle steps of the codes; returns how often each code was used [V]."""
         ema_update(self.ema, self.network, ema_decay(self.config.ema_decay, step))
         used, counts = codes.flatten(), codes.new_zeros(self.config.model.codebook_size)
-        counts = all_reduce_sum(
-            counts.scatter_add_(0, used, torch.ones_like(used))
-        )  # for bincount the host waits for a GPU
+        counts.scatter_add_(0, used, torch.ones_like(used))  # bincount would make the host wait for a GPU
+        counts = all_reduce_sum(counts)
         idle = self.network.idle
         idle.add_(torch.where(idle < 0, -1.0, 1.0)).masked_fill_(counts > 0, 0)
         return counts
@@ -264,64 +252,48 @@ class VQLearner:
         return (idle >= 0) & (idle < (self.config.revive_after or 100))
 
     def _revive(self, features: Tensor, step: int) -> None:
-        """The first batch's features become a new codebook; later, codes that have long been idle become features."""
+        """Initialise the codebook with features of the first batch; later, replace codes that have long been idle."""
         every, first = self.config.revive_after, step == 1 and not self.initialised
         if not every or (step % every and not first):
             return
         idle = self.network.idle
         dead = torch.where(idle < 0, -1 - idle, idle) >= (0 if first else every)
-        draws = torch_generator(self.config.seed, RandomStream.CODEBOOK, step)
-        revive(self.network.codebook, self.ema.codebook, dead, all_gather(features), self.optimizer, draws)
+        generator = torch_generator(self.config.seed, RandomStream.CODEBOOK, step)
+        revive(self.network.codebook, self.ema.codebook, dead, all_gather(features), self.optimizer, generator)
         self.network.idle.masked_fill_(dead, -1)
 
     def tokenizer(self) -> VQTokenizer:
-        """A tokenizer of the EMA weights as they are now."""
+        """Return a tokenizer with a copy of the EMA weights."""
         return VQTokenizer(self.config.model, {name: tensor.clone() for name, tensor in self.ema.tensors().items()})
 
-    def export(self, folders: Sequence[Path], step: int) -> None:
-        """Write the tokenizer as it is now."""
-        tokenizer = self.tokenizer()
-        for folder in folders:
-            tokenizer.write(folder, step=step)
 
-    def save(self, checkpoints: Checkpoints, step: int, folders: Sequence[Path]) -> None:
-        """Begin to write a checkpoint, and the tokenizer after it."""
-        tokenizer = self.tokenizer()
+def backward(losses: dict[str, Tensor], images: Tensor, last_layer: Tensor, config: VQTrainConfig) -> Tensor:
+    """Add the gradients of the weighted losses of reconstructed images; returns the weight of the adversarial loss.
 
-        def export(_: object) -> None:
-            for folder in folders:
-                tokenizer.write(folder, step=step)
-
-        checkpoints.save(step, self.state(step), then=export)
-
-
-def backward(losses: dict[str, Tensor], made: Tensor, last_layer: Tensor, config: VQTrainConfig) -> Tensor:
-    """Add the gradients of the weighted losses; returns the adversarial loss's weight.
-
-    Adaptive (VQGAN, arXiv 2012.09841, Eq. 7): that weight is multiplied by the ratio of the two gradients' lengths at the
-    last layer. Each gradient with respect to the pictures is taken once, and the network is gone through once.
+    With an adaptive weight (VQGAN, arXiv 2012.09841, Eq. 7) it is multiplied by the ratio of the two gradients' norms at the
+    last layer. The gradients with respect to the images are computed once, and one backward pass goes through the network.
     """
     weights = {"l1": config.l1_weight, "l2": config.l2_weight, "perceptual": config.perceptual_weight}
-    likeness = torch.stack([weights[name] * loss for name, loss in losses.items() if name in weights]).sum()
-    (gradient,) = torch.autograd.grad(likeness, made)
-    weight = torch.zeros((), device=made.device)
+    reconstruction = torch.stack([weights[name] * loss for name, loss in losses.items() if name in weights]).sum()
+    (gradient,) = torch.autograd.grad(reconstruction, images)
+    weight = torch.zeros((), device=images.device)
     if "adversarial" in losses:
-        (against,) = torch.autograd.grad(losses["adversarial"], made)
+        (adversarial,) = torch.autograd.grad(losses["adversarial"], images)
         weight.fill_(config.adversary.weight)
         if config.adversary.adaptive:
-            ours, theirs = (
-                all_reduce_mean(torch.autograd.grad(made, last_layer, towards, retain_graph=True)[0]).norm()
-                for towards in (gradient, against)
+            norm, adversarial_norm = (
+                all_reduce_mean(torch.autograd.grad(images, last_layer, each, retain_graph=True)[0]).norm()
+                for each in (gradient, adversarial)
             )
-            weight = weight * (ours / (theirs + 1e-4)).clamp(max=1e4)
-        gradient = gradient + weight * against
+            weight = weight * (norm / (adversarial_norm + 1e-4)).clamp(max=1e4)
+        gradient = gradient + weight * adversarial
     codes = config.codebook_weight * losses["codebook"] + config.commitment * losses["commitment"]
-    torch.autograd.backward([made, codes], [gradient, torch.ones_like(codes)])
+    torch.autograd.backward([images, codes], [gradient, torch.ones_like(codes)])
     return weight
 
 
 def _update(module: nn.Module, optimizer: torch.optim.Optimizer, clip: float) -> Tensor:
-    """Clip, step, and forget the gradients; returns their norm."""
+    """Clip the gradients, step, and reset them; returns their norm."""
     norm = nn.utils.clip_grad_norm_(module.parameters(), clip or math.inf)
     optimizer.step()
     optimizer.zero_grad()
@@ -346,31 +318,30 @@ def train_tokenizer(
     preset: str = "",
     workers: int | None = None,
 ) -> Path:
-    """Train a VQ-GAN on a source's images; `out` is the run's folder and, from the first checkpoint on, the tokenizer's.
+    """Train a VQ-GAN on the images of a source. `out` is the run's folder and, after the first checkpoint, the tokenizer's.
 
-    Under torchrun every rank takes its share of each batch. Stopped at any instant and resumed, a run ends with the same
-    weights, bit for bit on a CPU.
+    Under torchrun the ranks share each batch. A run that is stopped at any time and resumed ends with the same weights, bit for
+    bit on a CPU.
 
     Args:
-        config: every setting of the run.
-        images: the source to train on.
-        out: the run's folder.
         test_images: source of the centre crops for PSNR, SSIM and codebook usage; the training images if None.
         init: a VQ tokenizer to start from instead of random weights. The discriminator and AdamW's moments start anew.
         resume: continue the run in `out` from its newest checkpoint.
         preset: the preset's name, for the record.
-        workers: processes that decode images; 0 for none beside this one. By default one for each core, at most 8, but
-            none where small images fit in memory and are decoded once.
+        workers: processes that decode images; 0 decodes in this one. By default one per core, at most 8, or none where small
+            images fit in memory and are decoded once.
 
     Raises:
-        UserError: a run already there, a resume with other settings, images that cannot be read, a full disk, or a loss
-            that is not finite.
-        Interrupted: SIGINT or SIGTERM came; a checkpoint of the last finished step was written.
+        UserError: `out` holds a run already, a resume changes settings, images cannot be read, the disk is full, or a loss is
+            not finite.
+        Interrupted: SIGINT or SIGTERM was received; a checkpoint of the last finished step was written.
     """
     with training_session(config) as (ranks, device), Run(out, config, ranks, preset=preset, resume=resume) as run:
         # Open everything, build the networks, and restore them.
         if config.batch_size % ranks.world:
-            raise UserError(f"--batch-size {config.batch_size} is no multiple of the {ranks.world} ranks")
+            raise UserError(
+                f"--batch-size {config.batch_size} is not a multiple of the {ranks.world} ranks: give a multiple of {ranks.world}"
+            )
         crops = CropLoader(
             images,
             size=config.size,
@@ -394,8 +365,9 @@ def train_tokenizer(
         checkpoints.restore(start, learner.state(start))
         run.start(start)
         if run.writes:
-            late = [path for path in export_folders(out, ".", start, config) if _exported_step(path) != start]
-            learner.export(late, start)
+            for folder in export_folders(out, ".", start, config):
+                if _exported_step(folder) != start:
+                    learner.tokenizer().write(folder, step=start)
         learner.share()
 
         clock, clock_step, quality = time.perf_counter(), start, ""
@@ -430,7 +402,9 @@ def train_tokenizer(
                 signum = all_reduce_max(signals[0] if signals else 0)
                 if run.writes and (step % config.checkpoint_every == 0 or last or signum):
                     require_finite(terms, step, checkpoints)
-                    learner.save(checkpoints, step, export_folders(out, ".", step, config))
+                    folders = export_folders(out, ".", step, config)
+                    then = partial(_export, learner.tokenizer(), folders, step)
+                    checkpoints.save(step, learner.state(step), then=then)
                 bar.advance(1)
                 if signum and not last:
                     checkpoints.wait()
@@ -442,21 +416,26 @@ def train_tokenizer(
     return out
 
 
+def _export(tokenizer: VQTokenizer, folders: Sequence[Path], step: int, _: object = None) -> None:
+    for folder in folders:
+        tokenizer.write(folder, step=step)
+
+
 class Evaluation:
-    """Reconstructions of some test images: PSNR, SSIM, codebook usage, and a picture."""
+    """Reconstruction of test images: PSNR, SSIM, codebook usage, and a picture."""
 
     def __init__(self, source: ImageSource, config: VQTrainConfig, out: Path) -> None:
         self.source, self.out = source, out
         self.examples = evaluation_images(source, config.size, config.evaluate_images)
 
     def measure(self, tokenizer: VQTokenizer, step: int, device: torch.device) -> tuple[dict[str, Any], str]:
-        """The entry for log.jsonl, and a few words for the progress."""
-        made, found = reconstruct(tokenizer.to(device, torch.float32), self.examples)
-        save_picture(self.out / "reconstructions" / f"step_{step:08d}.png", self.examples, made)
-        entry = {"step": step, "evaluated_on": self.source.name, "images": len(self.examples), **found._asdict()}
-        return entry, f"PSNR {found.psnr:.2f} dB, {found.usage:.0%} of codes used, "
+        """Return the entry for log.jsonl, and a note for the progress bar."""
+        images, quality = reconstruct(tokenizer.to(device, torch.float32), self.examples)
+        save_picture(self.out / "reconstructions" / f"step_{step:08d}.png", self.examples, images)
+        entry = {"step": step, "evaluated_on": self.source.name, "images": len(self.examples), **quality._asdict()}
+        return entry, f"PSNR {quality.psnr:.2f} dB, {quality.usage:.0%} of codes used, "
 
 
 def _exported_step(folder: Path) -> int | None:
-    """The step of the tokenizer in a folder; None if there is no whole one."""
+    """Return the step of the tokenizer in a folder, None without a complete one."""
     return read_json(folder / CONFIG, "a tokenizer").get("step") if (folder / CONFIG).exists() else None

@@ -17,9 +17,10 @@ import torch
 from PIL import Image
 
 from st_ar.cli import main
+from st_ar.config import ExtractorName
 from st_ar.errors import UserError
-from st_ar.evaluation.generation import evaluate as references
-from st_ar.evaluation.generation import features as collect_module
+from st_ar.evaluation.generation import evaluate as evaluate_module
+from st_ar.evaluation.generation import features as features_module
 from st_ar.evaluation.generation.evaluate import (
     check_sizes,
     choose_metrics,
@@ -97,7 +98,7 @@ ALL = choose_metrics(["fid", "sfid", "is", "kid", "precision", "recall", "densit
 # Sets of images
 
 
-def test_a_file_and_a_folder_of_the_same_images_are_the_same_set(tmp_path: Path) -> None:
+def test_a_file_and_a_folder_of_the_same_images_have_the_same_content(tmp_path: Path) -> None:
     images = pictures(7)
     np.savez(tmp_path / "stored.npz", arr_0=images, arr_1=np.arange(7) % 3)
     np.savez_compressed(tmp_path / "compressed.npz", arr_0=images)
@@ -118,7 +119,7 @@ def test_a_file_and_a_folder_of_the_same_images_are_the_same_set(tmp_path: Path)
     assert collect(open_set(str(tmp_path / "other.npz")), toy(), ["fid"], Compute()).content not in hashes
 
 
-def test_labels_and_metadata_lie_beside_the_samples(tmp_path: Path) -> None:
+def test_labels_and_metadata_are_read_from_the_file_beside_the_samples(tmp_path: Path) -> None:
     np.savez(tmp_path / "s.npz", arr_0=pictures(3), arr_1=np.array([2, 0, 1]))
     (tmp_path / "s.json").write_text(json.dumps({"settings": {"cfg_scale": 2.0}, "labels": [9, 9, 9]}))
     folder = save_folder(tmp_path / "f", pictures(3))
@@ -140,7 +141,7 @@ def test_a_source_gives_its_centre_crops() -> None:
     assert open_set("photos:test", size=16).size == (16, 16)
 
 
-def test_broken_images_of_a_source_are_left_out(tmp_path: Path) -> None:
+def test_broken_images_of_a_source_are_skipped(tmp_path: Path) -> None:
     folder = save_folder(tmp_path / "a", pictures(5))
     (folder / "000002.png").write_bytes(b"nothing")
     found = open_set(f"folder:{tmp_path}", size=12)
@@ -151,7 +152,7 @@ def test_broken_images_of_a_source_are_left_out(tmp_path: Path) -> None:
 # One pass
 
 
-def test_batch_sizes_change_no_digit_of_any_number(tmp_path: Path) -> None:
+def test_numbers_do_not_depend_on_the_batch_size(tmp_path: Path) -> None:
     np.savez(tmp_path / "a.npz", arr_0=pictures(40))
     np.savez(tmp_path / "b.npz", arr_0=pictures(30, 1))
     results: list[dict[str, float]] = []
@@ -168,23 +169,25 @@ def test_the_numbers_are_those_of_the_metrics_on_the_features(tmp_path: Path) ->
     extractor = toy()
     np.savez(tmp_path / "a.npz", arr_0=pictures(40))
     np.savez(tmp_path / "b.npz", arr_0=pictures(30, 1))
-    real, drawn = (extractor.run(torch.from_numpy(pictures(n, s))) for n, s in ((40, 0), (30, 1)))
+    real, generated = (extractor.run(torch.from_numpy(pictures(n, s))) for n, s in ((40, 0), (30, 1)))
     reference = open_reference(str(tmp_path / "a.npz"), extractor, ALL, Compute())
     found = evaluate(open_files(str(tmp_path / "b.npz")), reference, extractor, ALL, Compute(), shuffle_seed=3)[
         "metrics"
     ]
-    assert drawn.logits is not None
-    for name, x, y in (("FID", real.features, drawn.features), ("sFID", real.spatial, drawn.spatial)):
+    assert generated.logits is not None
+    for name, x, y in (("FID", real.features, generated.features), ("sFID", real.spatial, generated.spatial)):
         assert x is not None
         assert y is not None
         statistics = (*mean_and_covariance(x.numpy()), *mean_and_covariance(y.numpy()))
         assert found[name] == pytest.approx(frechet_distance(*statistics), rel=1e-4)
-    assert found["IS"] == pytest.approx(inception_score(drawn.logits.softmax(1)), rel=1e-5)  # one split has no order
-    assert (found["precision"], found["recall"]) == precision_recall(real.features, drawn.features)
+    assert found["IS"] == pytest.approx(
+        inception_score(generated.logits.softmax(1)), rel=1e-5
+    )  # one split has no order
+    assert (found["precision"], found["recall"]) == precision_recall(real.features, generated.features)
 
 
 def test_the_order_of_the_splits_is_shuffled_by_the_seed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(collect_module, "InceptionScore", partial(InceptionScore, split_size=10))
+    monkeypatch.setattr(features_module, "InceptionScore", partial(InceptionScore, split_size=10))
     extractor = toy()
     np.savez(tmp_path / "b.npz", arr_0=pictures(30, 1))
     samples = open_files(str(tmp_path / "b.npz"))
@@ -215,7 +218,7 @@ def test_samples_sorted_by_class_are_noticed() -> None:
 
 @pytest.fixture
 def small_keep(monkeypatch: pytest.MonkeyPatch) -> int:
-    monkeypatch.setattr(references, "KEEP", 12)
+    monkeypatch.setattr(evaluate_module, "KEEP", 12)
     return 12
 
 
@@ -246,7 +249,7 @@ def test_a_reference_made_once_gives_the_numbers_of_its_images(tmp_path: Path, s
             np.testing.assert_allclose(one[name], two[name], rtol=1e-5, atol=1e-6)
 
 
-def test_which_images_are_kept_is_the_seeds_choice_and_even(tmp_path: Path) -> None:
+def test_the_kept_images_depend_on_the_seed_not_on_the_batch_size(tmp_path: Path) -> None:
     np.savez(tmp_path / "a.npz", arr_0=pictures(30))
     found = [
         collect(open_files(str(tmp_path / "a.npz")), toy(), ["kid"], Compute(batch_size=b), keep=10, seed=s).features
@@ -256,7 +259,7 @@ def test_which_images_are_kept_is_the_seeds_choice_and_even(tmp_path: Path) -> N
     assert not torch.equal(found[1], found[2])
 
 
-def test_adms_batches_statistics_are_used_and_their_images_serve_neighbours_only(tmp_path: Path) -> None:
+def test_adm_batches_give_statistics_and_their_images_only_features(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     mu, mu_s = rng.normal(size=6), rng.normal(size=5)
     sigma, sigma_s = np.cov(rng.normal(size=(6, 50))), np.cov(rng.normal(size=(5, 50)))
@@ -278,14 +281,14 @@ def test_adms_batches_statistics_are_used_and_their_images_serve_neighbours_only
     assert distance == pytest.approx(frechet_distance(mu, sigma, *mean_and_covariance(features)), rel=1e-4)
     with pytest.raises(UserError, match=r"no mu_s and sigma_s: leave sfid out"):
         open_reference(str(tmp_path / "alone.npz"), toy(), ["fid", "sfid"], Compute())
-    with pytest.raises(UserError, match=r"statistics and no images: leave precision recall out of --metrics"):
+    with pytest.raises(UserError, match=r"statistics but no images: leave precision recall out of --metrics"):
         open_reference(str(tmp_path / "alone.npz"), toy(), ["fid", "recall", "precision"], Compute())
     other = open_reference(str(path), toy("EfficientNet-Lite0"), ["fd"], Compute())  # their statistics are of Inception
     assert other.statistics == "20 images"
 
 
 @pytest.mark.parametrize("keep", [None, 8])
-def test_of_the_images_no_more_stays_in_memory_than_is_kept(tmp_path: Path, keep: int | None) -> None:
+def test_memory_holds_only_the_kept_images(tmp_path: Path, keep: int | None) -> None:
     np.savez(tmp_path / "s.npz", arr_0=np.random.default_rng(0).integers(0, 256, (512, 64, 64, 3)).astype(np.uint8))
     images = open_files(str(tmp_path / "s.npz"))
     tracemalloc.start()
@@ -299,7 +302,7 @@ def test_of_the_images_no_more_stays_in_memory_than_is_kept(tmp_path: Path, keep
 # Names
 
 
-def test_other_networks_numbers_never_carry_fids_name() -> None:
+def test_other_networks_never_report_fid() -> None:
     other = toy("EfficientNet-Lite0")
     assert [other.label(m) for m in ("fd", "precision", "kid")] == [
         "FD-EfficientNet-Lite0",
@@ -310,7 +313,9 @@ def test_other_networks_numbers_never_carry_fids_name() -> None:
     assert choose_metrics([], False) == ["fd", "precision", "recall"]
     assert choose_metrics(["recall", "fd", "fid", "fid"], True) == ["fid", "recall"]
     for metric in ("fid", "sfid", "is"):
-        with pytest.raises(UserError, match=f"--metrics {metric} is of Inception's features alone"):
+        with pytest.raises(
+            UserError, match=f"--metrics {metric} needs Inception's features: give --extractor inception"
+        ):
             choose_metrics([metric, "fd"], False)
 
 
@@ -333,7 +338,7 @@ def test_the_line_for_a_paper_names_all_that_identifies_the_numbers(tmp_path: Pa
     ):  # fmt: skip
         assert part in line, part
     assert result["samples"]["metadata"] == metadata
-    assert result["notes"] == ["Frechet distances of 40 samples are biased upwards and compare with none of 50,000"]
+    assert result["notes"] == ["FD of 40 samples is biased upwards: do not compare it with numbers from 50,000 samples"]
 
 
 # Resizing
@@ -377,30 +382,43 @@ def test_samples_of_another_size_need_an_explicit_resize(tmp_path: Path) -> None
 # By command
 
 
+def quick_extractor(name: ExtractorName, device: torch.device, *, inception: Path | None = None) -> Extractor:
+    return load_extractor(name, device, inception=inception) if inception else toy("EfficientNet-Lite0")
+
+
 @pytest.fixture(scope="module")
-def line(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """40 patches of photographs as samples, and a reference of 50 others."""
     folder = tmp_path_factory.mktemp("evaluation")
     images = np.stack([pixels for _, pixels in open_set("photos:test").read(0, 1)])
     np.savez(folder / "samples.npz", arr_0=images[:40])
     save_folder(folder / "others", images[100:150])
-    st_ar("reference", folder / "others", "--out", folder / "reference.npz", *OFFLINE)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(features_module, "load_extractor", quick_extractor)
+        st_ar("reference", folder / "others", "--out", folder / "reference.npz", *OFFLINE)
     return folder
 
 
-def test_a_reference_by_command_says_what_it_is(line: Path, capsys: Capture) -> None:
-    meta = read_meta(line / "reference.npz")
+@pytest.fixture
+def pipeline(made: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """`made`, and commands that use a quick network in place of EfficientNet."""
+    monkeypatch.setattr(features_module, "load_extractor", quick_extractor)
+    return made
+
+
+def test_a_reference_by_command_says_what_it_is(pipeline: Path, capsys: Capture) -> None:
+    meta = read_meta(pipeline / "reference.npz")
     assert (meta["images"], meta["size"], meta["extractor"]["name"]) == (50, [32, 32], "EfficientNet-Lite0")
-    out = line / "reference.npz"
-    fails(capsys, "exists already", "reference", line / "others", "--out", out, *OFFLINE)
-    fails(capsys, "written to a .npz file", "reference", line / "others", "--out", line / "x.pt", *OFFLINE)
+    out = pipeline / "reference.npz"
+    fails(capsys, "exists already", "reference", pipeline / "others", "--out", out, *OFFLINE)
+    fails(capsys, "x.pt is not a .npz file", "reference", pipeline / "others", "--out", pipeline / "x.pt", *OFFLINE)
 
 
-def test_evaluate_prints_a_table_a_line_and_json(line: Path, capsys: Capture) -> None:
-    command = ["evaluate", line / "samples.npz", "--reference", line / "reference.npz", *OFFLINE]
-    st_ar(*command, "--json", line / "result.json", "--metrics", "fd", "precision", "recall", "kid", "coverage")
+def test_evaluate_prints_a_table_a_line_and_json(pipeline: Path, capsys: Capture) -> None:
+    command = ["evaluate", pipeline / "samples.npz", "--reference", pipeline / "reference.npz", *OFFLINE]
+    st_ar(*command, "--json", pipeline / "result.json", "--metrics", "fd", "precision", "recall", "kid", "coverage")
     out, err = capsys.readouterr()
-    result = json.loads((line / "result.json").read_text())
+    result = json.loads((pipeline / "result.json").read_text())
     labels = ["FD-EfficientNet-Lite0", "KD-EfficientNet-Lite0", "KD-EfficientNet-Lite0 std"]
     labels += [f"{name} (EfficientNet-Lite0)" for name in ("precision", "recall", "coverage")]
     assert list(result["metrics"]) == labels
@@ -414,8 +432,8 @@ def test_evaluate_prints_a_table_a_line_and_json(line: Path, capsys: Capture) ->
         assert value == pytest.approx(result["metrics"][label], rel=1e-4, abs=1e-5)
 
 
-def test_samples_that_are_the_reference_are_at_no_distance(line: Path, capsys: Capture) -> None:
-    st_ar("evaluate", line / "others", "--reference", line / "reference.npz", *OFFLINE, "--json", "-")
+def test_the_reference_itself_has_fd_0(pipeline: Path, capsys: Capture) -> None:
+    st_ar("evaluate", pipeline / "others", "--reference", pipeline / "reference.npz", *OFFLINE, "--json", "-")
     found = json.loads(capsys.readouterr().out)
     distance, precision, recall = found["metrics"].values()
     assert 0 <= distance < 1e-3
@@ -423,8 +441,8 @@ def test_samples_that_are_the_reference_are_at_no_distance(line: Path, capsys: C
     assert found["samples"]["sha256"] == found["reference"]["sha256"]
 
 
-def test_mistakes_are_one_line_with_a_remedy(line: Path, capsys: Capture, tmp_path: Path) -> None:
-    def against(name: str, match: str, *more: str | Path, reference: Path | str = line / "reference.npz") -> None:
+def test_errors_are_one_line_with_a_remedy(pipeline: Path, capsys: Capture, tmp_path: Path) -> None:
+    def against(name: str, match: str, *more: str | Path, reference: Path | str = pipeline / "reference.npz") -> None:
         fails(capsys, match, "evaluate", tmp_path / name, "--reference", reference, *OFFLINE, *more)
 
     good = pictures(6, size=32)
@@ -437,11 +455,11 @@ def test_mistakes_are_one_line_with_a_remedy(line: Path, capsys: Capture, tmp_pa
     np.savez(tmp_path / "first.npz", arr_0=good.transpose(0, 3, 1, 2).copy())
     against("first.npz", r"not uint8 \[6, 3, 32, 32\]")
     np.savez(tmp_path / "named.npz", images=good)
-    against("named.npz", "holds no array .*arr_0")
+    against("named.npz", "has no array .*arr_0")
     np.savez(tmp_path / "pickled.npz", arr_0=np.array([{}], dtype=object))
     against("pickled.npz", r"arr_0 must be images uint8 \[N, H, W, 3\], not object")
     (tmp_path / "text.npz").write_text("hello")
-    against("text.npz", "damaged or no .npz file")
+    against("text.npz", "damaged or not a .npz file")
     np.savez(tmp_path / "flipped.npz", arr_0=good)
     flip_byte(tmp_path / "flipped.npz", 5000)
     against("flipped.npz", "flipped.npz is damaged .*CRC.*copy or make it again")
@@ -460,28 +478,30 @@ def test_mistakes_are_one_line_with_a_remedy(line: Path, capsys: Capture, tmp_pa
     (mixed / "000003.png").write_bytes(b"")
     against("mixed", r"000003.png cannot be used \(empty\)")
     against("good.npz", "--size is 16: leave --size out", "--size", "16")
-    against("good.npz", "--metrics is is of Inception's features alone", "--metrics", "is")
+    against("good.npz", "--metrics is needs Inception's features", "--metrics", "is")
     against("good.npz", "--inception names Inception's weights, and --extractor is efficientnet", "--inception", "x")
     against("good.npz", "--batch-size must be at least 1", "--batch-size", "0")
     against("good.npz", "seeds must be 0 or more", "--seed", "-1")
     against("good.npz", "--resize must be at least 1", "--resize", "0")
 
 
-def test_work_is_refused_before_it_is_done(line: Path, capsys: Capture, tmp_path: Path) -> None:
+def test_wrong_sizes_and_paths_are_refused_before_the_work(pipeline: Path, capsys: Capture, tmp_path: Path) -> None:
     np.savez(tmp_path / "s.npz", arr_0=pictures(6, size=24))
     (tmp_path / "file").write_text("")
     evaluated = ("evaluate", tmp_path / "s.npz", *OFFLINE, "--reference")
-    fails(capsys, "samples have 24x24 pixels, the reference 32x32", *evaluated, line / "others")
+    fails(capsys, "samples have 24x24 pixels, the reference 32x32", *evaluated, pipeline / "others")
     below = tmp_path / "file" / "x.npz"
-    fails(capsys, "cannot write .*file is no folder", "reference", line / "others", "--out", below, *OFFLINE)
+    fails(capsys, "cannot write .*file is not a folder", "reference", pipeline / "others", "--out", below, *OFFLINE)
 
 
-def test_a_result_does_not_take_the_place_of_what_the_samples_say(line: Path, capsys: Capture, tmp_path: Path) -> None:
+def test_a_result_does_not_overwrite_the_samples_metadata(pipeline: Path, capsys: Capture, tmp_path: Path) -> None:
     np.savez(tmp_path / "s.npz", arr_0=pictures(6, size=32))
     said = {"settings": {"cfg_scale": 2.0, "seed": 5}, "weights": {"sha256": "ab", "ema": False}, "labels": [0] * 6}
     (tmp_path / "s.json").write_text(json.dumps(said))
-    command = ("evaluate", tmp_path / "s.npz", "--reference", line / "reference.npz", *OFFLINE, "--metrics", "fd")
-    fails(capsys, "is the samples' own description: give the result", *command, "--json", tmp_path / "s.json")
+    command = ("evaluate", tmp_path / "s.npz", "--reference", pipeline / "reference.npz", *OFFLINE, "--metrics", "fd")
+    fails(
+        capsys, "is the metadata file of the samples: give another file name", *command, "--json", tmp_path / "s.json"
+    )
     assert json.loads((tmp_path / "s.json").read_text()) == said
     (tmp_path / "s.json").unlink()
     for _ in range(2):  # a result there is no metadata, and may be made again
@@ -494,16 +514,16 @@ def test_a_result_does_not_take_the_place_of_what_the_samples_say(line: Path, ca
     fails(capsys, "s.json is unreadable .* remove it, or copy it again", *command)
 
 
-def test_unfinished_samples_are_no_set(tmp_path: Path) -> None:
+def test_unfinished_samples_are_refused(tmp_path: Path) -> None:
     folder = save_folder(tmp_path / "f", pictures(3))
     (folder / "job.json").write_text("{}")
-    with pytest.raises(UserError, match="holds unfinished samples: give the same `st-ar sample` again"):
+    with pytest.raises(UserError, match="holds unfinished samples: run the same `st-ar sample` again"):
         open_files(str(folder))
 
 
-def test_damaged_references_are_refused(line: Path, tmp_path: Path) -> None:
-    extractor = load_extractor("efficientnet", torch.device("cpu"))
-    with np.load(line / "reference.npz") as arrays:
+def test_damaged_references_are_refused(pipeline: Path, tmp_path: Path) -> None:
+    extractor = toy("EfficientNet-Lite0")
+    with np.load(pipeline / "reference.npz") as arrays:
         good = dict(arrays)
     path = tmp_path / "r.npz"
 
@@ -513,16 +533,16 @@ def test_damaged_references_are_refused(line: Path, tmp_path: Path) -> None:
 
     opened()
     for match, changed in (
-        ("mu or sigma holds NaN", {"mu": np.full(1280, np.nan)}),
-        (r"have the shapes \[3\] and \[1280, 1280\], not \[1280\]", {"mu": np.zeros(3)}),
-        ("its description is no JSON of ours", {"st_ar": np.array("hello")}),
-        ("its description is no JSON of ours", {"st_ar": np.array("[]")}),
+        ("mu or sigma holds NaN", {"mu": np.full(6, np.nan)}),
+        (r"have the shapes \[3\] and \[6, 6\], not \[6\]", {"mu": np.zeros(3)}),
+        ("its description is invalid", {"st_ar": np.array("hello")}),
+        ("its description is invalid", {"st_ar": np.array("[]")}),
         ("has format 2; this st-ar reads 1", {"st_ar": np.array(str(good["st_ar"]).replace(": 1,", ": 2,", 1))}),
     ):
         with pytest.raises(UserError, match=match):
             opened(**changed)
     opened()
-    with pytest.raises(UserError, match=r"was made with EfficientNet-Lite0 .*and this is Inception"):
+    with pytest.raises(UserError, match=r"was made with EfficientNet-Lite0 .*not with Inception"):
         open_reference(str(path), toy(), ["fid"], Compute())
     flip_byte(path, path.stat().st_size // 2)
     with refused(tmp_path, "r.npz is damaged"):
@@ -541,7 +561,7 @@ def test_features_that_are_not_finite_stop_the_work(tmp_path: Path) -> None:
         collect(open_files(str(tmp_path / "a.npz")), broken, ["fd"], Compute())
 
 
-def test_features_are_computed_in_float32_to_the_full_whatever_is_set() -> None:
+def test_features_are_computed_in_full_float32_inside_autocast_and_tf32() -> None:
     backends = (torch.backends.cudnn.conv, torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
     seen: list[list[str]] = []
 
@@ -562,7 +582,7 @@ def test_features_are_computed_in_float32_to_the_full_whatever_is_set() -> None:
     assert [backend.fp32_precision for backend in backends] == before
 
 
-def test_an_images_digest_tells_sizes_apart() -> None:
+def test_images_of_different_sizes_have_different_digests() -> None:
     flat = np.zeros((2, 8, 3), np.uint8)
     assert image_digest(flat) != image_digest(flat.reshape(4, 4, 3))
 
@@ -579,9 +599,14 @@ def test_dinov2_without_its_package_names_the_extra(monkeypatch: pytest.MonkeyPa
 CACHED = """
 import sys, torch, transformers
 from pathlib import Path
+from st_ar.errors import UserError
 from st_ar.evaluation.generation.features import load_extractor, resize_bicubic
 
 transformers.utils.logging.disable_progress_bar()
+try:
+    load_extractor("dinov2", torch.device("cpu"))
+except UserError as error:
+    print(error)
 torch.manual_seed(0)
 config = transformers.Dinov2Config(hidden_size=12, num_hidden_layers=2, num_attention_heads=2, image_size=224, patch_size=14)
 network = transformers.Dinov2Model(config).eval()
@@ -599,29 +624,21 @@ assert (extractor.name, extractor.dim, len(extractor.weights)) == ("DINOv2", 12,
 """
 
 
-def in_cache(folder: Path, code: str) -> subprocess.CompletedProcess[str]:
-    """Python code, where `folder` is the cache of the Hugging Face hub and there is no network."""
-    environment = os.environ | {"HF_HUB_CACHE": str(folder), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, "-c", code, folder], env=environment, capture_output=True, text=True)
-
-
-def test_dinov2s_class_token_is_taken_of_normalised_images(tmp_path: Path) -> None:
-    done = in_cache(tmp_path, CACHED)
+def test_dinov2_extracts_the_class_token_of_normalised_images(tmp_path: Path) -> None:
+    # A subprocess: huggingface_hub reads its cache folder and HF_HUB_OFFLINE on import.
+    environment = os.environ | {"HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", CACHED, tmp_path], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-
-
-def test_dinov2_that_cannot_be_downloaded_says_what_to_do(tmp_path: Path) -> None:
-    code = 'import torch; from st_ar.evaluation.generation.features import load_extractor; load_extractor("dinov2", torch.device("cpu"))'
-    done = in_cache(tmp_path, code)
-    assert "UserError: facebook/dinov2-large cannot be had (" in done.stderr
-    assert "download it where there is a network and copy the cache" in done.stderr
+    assert done.stdout.startswith("facebook/dinov2-large cannot be loaded (")
+    assert "download it on a machine with a network and copy the Hugging Face cache" in done.stdout
 
 
 # Several ranks
 
 
-def test_two_ranks_find_what_one_finds(line: Path, tmp_path: Path) -> None:
-    command = ["evaluate", line / "samples.npz", "--reference", line / "others", *OFFLINE, "--batch-size", "16"]
+def test_two_ranks_find_what_one_finds(made: Path, tmp_path: Path) -> None:
+    np.savez(tmp_path / "samples.npz", arr_0=read_array(made / "samples.npz", "arr_0")[:12])
+    command = ["evaluate", tmp_path / "samples.npz", "--reference", made / "others", *OFFLINE, "--batch-size", "16"]
     command += ["--metrics", "fd", "precision", "recall", "kid", "--json"]
     st_ar(*command, tmp_path / "one.json")
     first, second = checked_torchrun(2, "-m", "st_ar", *command, tmp_path / "two.json", logs=tmp_path / "logs")
@@ -645,7 +662,7 @@ def write_member(path: Path, name: str, shape: tuple[int, ...], data: bytes, dty
 
 
 @pytest.mark.parametrize("count", [2, 10**12, 10**30])
-def test_images_that_are_promised_and_not_there_are_missed_at_once(tmp_path: Path, count: int) -> None:
+def test_a_header_with_too_many_images_is_refused_at_once(tmp_path: Path, count: int) -> None:
     write_member(tmp_path / "x.npz", "arr_0", (count, 4, 4, 3), bytes(48))
     with refused(tmp_path, rf"x\.npz is cut short: arr_0 ends before image 2 of {count}; copy or make it again"):
         open_files(str(tmp_path / "x.npz"))
@@ -657,7 +674,7 @@ def test_images_that_are_promised_and_not_there_are_missed_at_once(tmp_path: Pat
 )
 def test_an_array_takes_no_more_memory_than_its_file_holds(tmp_path: Path, shape: tuple[int, ...], dtype: str) -> None:
     write_member(tmp_path / "x.npz", "mu", shape, bytes(8), dtype)
-    with refused(tmp_path, r"x\.npz is damaged or no \.npz file \(.*\): copy or make it again"):
+    with refused(tmp_path, r"x\.npz is damaged or not a \.npz file \(.*\): copy or make it again"):
         read_array(tmp_path / "x.npz", "mu")
 
 
@@ -668,12 +685,12 @@ def test_an_array_is_read_in_either_order_and_may_be_empty(tmp_path: Path) -> No
         np.testing.assert_array_equal(read_array(tmp_path / "x.npz", name), array)
     assert read_array(tmp_path / "x.npz", "empty").shape == (0, 3)
     assert str(read_array(tmp_path / "x.npz", "text")) == "text"
-    with refused(tmp_path, r"x\.npz holds no array .*sigma"):
+    with refused(tmp_path, r"x\.npz has no array .*sigma"):
         read_array(tmp_path / "x.npz", "sigma")
 
 
 @pytest.mark.parametrize("labels", [[0, 1, 10**30], [True, False, True], [0, 1, -1], [0, 1], "012", [0, 1, 0.5]])
-def test_labels_beside_samples_that_make_no_sense_are_not_known(tmp_path: Path, labels: object) -> None:
+def test_invalid_labels_beside_samples_are_ignored(tmp_path: Path, labels: object) -> None:
     np.savez(tmp_path / "x.npz", arr_0=pictures(3))
     (tmp_path / "x.json").write_text(json.dumps({"labels": labels}))
     assert open_files(str(tmp_path / "x.npz")).labels is None
@@ -682,14 +699,14 @@ def test_labels_beside_samples_that_make_no_sense_are_not_known(tmp_path: Path, 
 @pytest.mark.parametrize(
     "changes", [{"size": [6]}, {"size": "66"}, {"extractor": None}, {"extractor": {"name": "x"}}, {"images": "20"}]
 )
-def test_a_reference_whose_description_makes_no_sense_is_refused(tmp_path: Path, changes: dict[str, object]) -> None:
+def test_a_reference_with_an_invalid_description_is_refused(tmp_path: Path, changes: dict[str, object]) -> None:
     np.savez(tmp_path / "images.npz", arr_0=pictures(20))
     write_reference(str(tmp_path / "images.npz"), tmp_path / "r.npz", toy(), Compute())
     with np.load(tmp_path / "r.npz") as archive:
         arrays = dict(archive)
     arrays["st_ar"] = np.array(json.dumps(json.loads(str(arrays["st_ar"])) | changes))
     np.savez(tmp_path / "r.npz", **arrays)
-    with refused(tmp_path, r"r\.npz is damaged: its description is no JSON of ours; make it again"):
+    with refused(tmp_path, r"r\.npz is damaged \(its description is invalid\): make it again with `st-ar reference`"):
         open_reference(str(tmp_path / "r.npz"), toy(), ["fid"], Compute())
 
 

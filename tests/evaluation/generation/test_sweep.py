@@ -13,13 +13,13 @@ from st_ar.evaluation.generation import sweep as sweep_module
 from st_ar.evaluation.generation.evaluate import Reference, open_reference
 from st_ar.evaluation.generation.features import Compute
 from st_ar.evaluation.generation.image_sets import open_files
-from st_ar.evaluation.generation.sweep import SweptModel, settings_of, sweep
+from st_ar.evaluation.generation.sweep import SweptModel, list_settings, sweep
 from st_ar.sampling import Sampler, sample_to
 from tests.disk import contents, refused
 from tests.evaluation.generation.test_evaluate import pictures, toy
 from tests.small_line import SmallLine, make_line
 
-GRID = settings_of([1.0, 2.0], [1.0], [0, 2], seed=3)
+GRID = list_settings([1.0, 2.0], [1.0], [0, 2], seed=3)
 
 
 @pytest.fixture(scope="module")
@@ -105,20 +105,20 @@ def test_other_numbers_seeds_or_references_are_not_mixed_up(
 
 def test_what_cannot_be_swept_is_refused(line: SmallLine, reference: Reference, tmp_path: Path) -> None:
     for match, given in (
-        (r"--cfg-scales must name each value once, and at least one: not \[1.0, 1.0\]", ([1.0, 1.0], [1.0], [0])),
-        (r"--cfg-scales must be at least 1 \(none\), not 0.5", ([1.0, 0.5], [1.0], [0])),
+        (r"--cfg-scales must name at least one value, and each value once, not \[1.0, 1.0\]", ([1.0, 1.0], [1.0], [0])),
+        (r"--cfg-scales must be at least 1 \(no guidance\), not 0.5", ([1.0, 0.5], [1.0], [0])),
         ("--temperatures must name", ([1.0], [], [0])),
     ):
         with pytest.raises(UserError, match=match):
-            settings_of(*given)
+            list_settings(*given)
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "thesis.txt").write_text("x")
-    with refused(tmp_path, "holds something else than a sweep"):
+    with refused(tmp_path, "is not empty and is not a sweep"):
         sweep(sampler(line, tmp_path / "taken"), GRID, reference, toy(), ["fid"], tmp_path / "taken", Compute())
     with refused(
         tmp_path, r"--top-k must lie in \[0, 11\], the size of the codebook, not 12"
     ):  # the last setting, before the first is drawn
-        settings = settings_of([1.0], [1.0], [0, 12])
+        settings = list_settings([1.0], [1.0], [0, 12])
         sweep(sampler(line, tmp_path / "out"), settings, reference, toy(), ["fid"], tmp_path / "out", Compute())
 
 
@@ -138,14 +138,14 @@ def test_samples_killed_while_their_parts_were_cleared_are_finished(
     line: SmallLine, reference: Reference, tmp_path: Path
 ) -> None:
     swept = sampler(line, tmp_path)
-    path = swept.draw(GRID[0])
+    path = swept.sample(GRID[0])
     before = contents(tmp_path)
     parts = path.with_name(f"{path.name}.parts")
     parts.mkdir()
     record = json.loads(path.with_suffix(".json").read_text())
     record.pop("environment")
     (parts / "job.json").write_text(json.dumps(record))
-    assert swept.draw(GRID[0]) == path
+    assert swept.sample(GRID[0]) == path
     assert contents(tmp_path) == before
 
 
@@ -173,9 +173,7 @@ def test_kept_results_that_are_damaged_are_refused(
     rows = sweep(sampler(line, out), GRID[:2], reference, toy(), ["fid"], out, Compute())
     kept = next((out / "results").glob(f"{sampler(line, out).key(GRID[1])}-*"))
     kept.write_text(json.dumps(json.loads(kept.read_text()) | {"metrics": metrics}))
-    with refused(
-        out, rf"{kept.name} is damaged: it has no metrics of this sweep; remove it to have them measured again"
-    ):
+    with refused(out, rf"{kept.name} is damaged \(its metrics are not this sweep's\): remove it"):
         sweep(sampler(line, out), GRID[:2], reference, toy(), ["fid"], out, Compute())
     kept.unlink()
     again = sweep(sampler(line, out), GRID[:2], reference, toy(), ["fid"], out, Compute())

@@ -15,17 +15,17 @@ from st_ar.config import Metric
 from st_ar.errors import UserError, damaged
 from st_ar.evaluation.generation.features import NEIGHBOURS, Collected, Compute, Extractor, collect
 from st_ar.evaluation.generation.image_sets import ImageSet, array_names, open_set, read_array
-from st_ar.evaluation.metrics import Gaussian, blocks_of, compare, frechet_distance, kernel_distance
+from st_ar.evaluation.metrics import Gaussian, compare, count_blocks, frechet_distance, kernel_distance
 from st_ar.files import atomic_write, parse_json, require_absent, sha256
 from st_ar.hardware import describe
 from st_ar.progress import progress
-from st_ar.report import Gallery, Section, Table, identified, png_uri, write_report
+from st_ar.report import Gallery, Section, Table, png_uri, provenance, write_report
 from st_ar.settings import matches_type
 
 FORMAT_VERSION = 1
 META = "st_ar"
-"""The array that marks a file of ours: JSON as text."""
-DESCRIBED: dict[str, Any] = {
+"""The array that holds a reference file's description: JSON as text."""
+META_FIELDS: dict[str, Any] = {
     "format_version": int,
     "extractor": dict[str, str],
     "size": list[int],
@@ -33,22 +33,21 @@ DESCRIBED: dict[str, Any] = {
     "images": int,
     "source": str,
 }
-"""What it has to say."""
 KEEP = 10_000
-"""Images of the reference that precision, recall, density, coverage and KID read, as in ADM's batches."""
+"""Reference images for precision, recall, density, coverage and KID, as in ADM's batches."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reference:
-    """What an evaluation compares with."""
+    """The statistics and features that samples are compared with."""
 
     name: str
     content: str
-    """SHA-256: of the file for a batch of ADM's, else over the images (Collected.content)."""
+    """SHA-256 of the file for ADM's batches, else of the images (Collected.content)."""
     statistics: str
-    """What mean and covariance are of."""
+    """Source of the mean and covariance, for the reader."""
     size: tuple[int, int] | None
-    """Height and width of its images in pixels; None of statistics that say nothing of it."""
+    """Height and width of the images in pixels; None if unknown."""
     gaussian: Gaussian
     spatial: Gaussian | None
     features: Tensor
@@ -59,21 +58,20 @@ def open_reference(
     spec: str,
     extractor: Extractor,
     metrics: Collection[str],
-    place: Compute,
+    compute: Compute,
     *,
     size: int | None = None,
     seed: int = 0,
     check: Callable[[tuple[int, int]], None] = lambda _: None,
 ) -> Reference:
-    """Statistics made by `st-ar reference`, a batch of ADM's, statistics for FID alone (mu and sigma), or any images, whose
-    features are computed here.
+    """Open a file of `st-ar reference`, an ADM batch, statistics (mu and sigma), or images, whose features are computed here.
 
     Args:
-        size: as for `open_set`. seed: draws the images that neighbours are looked for among, if there are more than KEEP.
-        check: refuses images of a height and width that do not suit, before any feature is computed.
+        size: as for `open_set`. seed: selects KEEP images for the metrics that compare features.
+        check: called with the images' height and width before any feature is computed; raises if they do not fit.
 
     Raises:
-        UserError: nothing there, damaged, or made with another extractor.
+        UserError: the file is missing, damaged, or made with another extractor.
     """
     path = Path(spec).expanduser()
     names = array_names(path) if path.is_file() and path.suffix == ".npz" else set[str]()
@@ -82,43 +80,48 @@ def open_reference(
     adm = {"mu", "sigma"} <= names and extractor.is_inception
     if adm and "arr_0" not in names:
         if needed := NEIGHBOURS.intersection(metrics):
-            raise UserError(f"{path} has statistics and no images: leave {' '.join(sorted(needed))} out of --metrics")
-        return _read_adm(path, names, None, extractor, metrics, place)
+            raise UserError(f"{path} has statistics but no images: leave {' '.join(sorted(needed))} out of --metrics")
+        return _read_adm(path, names, None, extractor, metrics, compute)
     images = open_set(spec, size=size)
     check(images.size)
-    keep = KEEP if NEIGHBOURS.intersection(metrics) else 0
     if adm:
-        return _read_adm(path, names, images, extractor, metrics, place)
-    found = collect(images, extractor, {m for m in metrics if m != "is"}, place, keep=keep, seed=seed)
+        return _read_adm(path, names, images, extractor, metrics, compute)
+    keep = KEEP if NEIGHBOURS.intersection(metrics) else 0
+    collected = collect(images, extractor, {m for m in metrics if m != "is"}, compute, keep=keep, seed=seed)
     return Reference(
         name=images.name,
-        content=found.content,
-        statistics=f"{found.count:,} images",
+        content=collected.content,
+        statistics=f"{collected.count:,} images",
         size=images.size,
-        gaussian=found.statistics.result(),
-        spatial=found.spatial.result() if found.spatial else None,
-        features=found.features,
+        gaussian=collected.statistics.result(),
+        spatial=collected.spatial.result() if collected.spatial else None,
+        features=collected.features,
     )
 
 
 def _gaussian(path: Path, mean: str, covariance: str, dim: int) -> Gaussian:
-    found = Gaussian(read_array(path, mean), read_array(path, covariance))
-    if found.mean.shape != (dim,) or found.covariance.shape != (dim, dim):
-        shapes = f"{list(found.mean.shape)} and {list(found.covariance.shape)}"
+    arrays = read_array(path, mean), read_array(path, covariance)
+    if arrays[0].shape != (dim,) or arrays[1].shape != (dim, dim):
+        shapes = f"{list(arrays[0].shape)} and {list(arrays[1].shape)}"
         raise UserError(f"{path}: {mean} and {covariance} have the shapes {shapes}, not [{dim}] and [{dim}, {dim}]")
-    if not all(array.dtype.kind == "f" and np.isfinite(array).all() for array in found):
-        raise UserError(f"{path}: {mean} or {covariance} holds NaN or infinity, or no floats: copy or make it again")
-    return Gaussian(*(array.astype(np.float64) for array in found))
+    if not all(array.dtype.kind == "f" and np.isfinite(array).all() for array in arrays):
+        raise UserError(f"{path}: {mean} or {covariance} holds NaN, infinity or integers: copy or make it again")
+    return Gaussian(*(array.astype(np.float64) for array in arrays))
 
 
 def _read_adm(
-    path: Path, names: set[str], images: ImageSet | None, extractor: Extractor, metrics: Collection[str], place: Compute
+    path: Path,
+    names: set[str],
+    images: ImageSet | None,
+    extractor: Extractor,
+    metrics: Collection[str],
+    compute: Compute,
 ) -> Reference:
     if "sfid" in metrics and not {"mu_s", "sigma_s"} <= names:
         raise UserError(f"{path} has mu and sigma but no mu_s and sigma_s: leave sfid out of --metrics")
     features = torch.empty(0, extractor.dim)
     if images and (needed := NEIGHBOURS.intersection(metrics)):
-        features = collect(images, extractor, needed, place).features
+        features = collect(images, extractor, needed, compute).features
     return Reference(
         name=str(path),
         content=sha256(path),
@@ -140,14 +143,19 @@ def _read_ours(
     meta = read_meta(path)
     if meta["extractor"] != {"name": extractor.name, "sha256": extractor.weights}:
         raise UserError(
-            f"{path} was made with {meta['extractor']['name']} (weights {meta['extractor']['sha256'][:8]}), and this is {extractor.name} "
+            f"{path} was made with {meta['extractor']['name']} (weights {meta['extractor']['sha256'][:8]}), not with {extractor.name} "
             f"({extractor.weights[:8]}): make it again, or give its --extractor"
         )
     height, width = meta["size"]
     if size is not None and (height, width) != (size, size):
-        raise UserError(f"{path} is of images of {height} x {width} pixels, --size is {size}: leave --size out")
+        raise UserError(f"{path} has images of {height} x {width} pixels, --size is {size}: leave --size out")
     check((height, width))
-    features = _features(path, extractor.dim) if NEIGHBOURS.intersection(metrics) else None
+    features = np.empty((0, extractor.dim), np.float32)
+    if NEIGHBOURS.intersection(metrics):
+        features = read_array(path, "features")
+        if features.dtype != np.float32 or features.ndim != 2 or features.shape[1] != extractor.dim:
+            found = f"{features.dtype} {list(features.shape)}"
+            raise UserError(f"{path}: features are {found}, not float32 [n, {extractor.dim}]: make it again")
     return Reference(
         name=f"{path} ({meta['source']})",
         content=meta["content"],
@@ -155,110 +163,92 @@ def _read_ours(
         size=(height, width),
         gaussian=_gaussian(path, "mu", "sigma", extractor.dim),
         spatial=_gaussian(path, "mu_s", "sigma_s", extractor.spatial_dim) if "sfid" in metrics else None,
-        features=torch.empty(0, extractor.dim) if features is None else features,
+        features=torch.from_numpy(features),
     )
 
 
-def _features(path: Path, dim: int) -> Tensor:
-    found = read_array(path, "features")
-    if found.dtype != np.float32 or found.ndim != 2 or found.shape[1] != dim:
-        raise UserError(
-            f"{path}: features are {found.dtype} {list(found.shape)}, not float32 [n, {dim}]: make it again"
-        )
-    return torch.from_numpy(found)
-
-
 def read_meta(path: Path) -> dict[str, Any]:
-    """What a file of `st-ar reference` says of itself."""
+    """Return the description in a file of `st-ar reference`."""
+    text = str(read_array(path, META))
     try:
-        meta = parse_json(str(read_array(path, META)))
-        complete = matches_type(meta, dict) and all(
-            matches_type(meta.get(name), kind) for name, kind in DESCRIBED.items()
-        )
-    except ValueError as error:
-        if isinstance(error, UserError):
-            raise
-        meta, complete = {}, False
-    if not complete or len(meta["size"]) != 2 or not {"name", "sha256"} <= meta["extractor"].keys():
-        raise damaged(path, "its description is no JSON of ours", "make it again by `st-ar reference`")
+        meta = parse_json(text)
+    except ValueError:
+        meta = None
+    if (
+        not isinstance(meta, dict)
+        or not all(matches_type(meta.get(name), kind) for name, kind in META_FIELDS.items())
+        or len(meta["size"]) != 2
+        or not {"name", "sha256"} <= meta["extractor"].keys()
+    ):
+        raise damaged(path, "its description is invalid", "make it again with `st-ar reference`")
     if meta["format_version"] != FORMAT_VERSION:
         raise UserError(f"{path} has format {meta['format_version']}; this st-ar reads {FORMAT_VERSION}")
     return meta
 
 
 def write_reference(
-    spec: str, out: Path, extractor: Extractor, place: Compute, *, size: int | None = None, seed: int = 0
+    spec: str, out: Path, extractor: Extractor, compute: Compute, *, size: int | None = None, seed: int = 0
 ) -> dict[str, Any]:
-    """Compute a data set's statistics once and write them (rank 0), whole or not at all; returns the file's description.
+    """Compute a data set's statistics and write them to a .npz file (on rank 0); returns the file's description.
 
-    The file has the arrays of ADM's batches (mu, sigma, with Inception mu_s and sigma_s, and arr_0: up to KEEP images drawn with
-    the seed), their features, and a description.
+    The file has the arrays of ADM's batches: mu, sigma, arr_0 with a random subset of KEEP images, and for Inception mu_s and
+    sigma_s. It also has the subset's features and the description.
 
     Raises:
-        UserError: `out` exists or is no .npz file, or as `open_set` and `collect`.
+        UserError: `out` exists or is not a .npz file; or as `open_set` and `collect`.
     """
     if out.suffix != ".npz":
-        raise UserError(f"--out {out}: statistics are written to a .npz file")
-    if place.ranks.rank == 0:
+        raise UserError(f"--out {out} is not a .npz file: give a name that ends in .npz")
+    if compute.ranks.rank == 0:
         require_absent(out, "a reference")
     images = open_set(spec, size=size)
     metrics = {"precision", *(["sfid"] if extractor.spatial_dim else [])}
-    found = collect(images, extractor, metrics, place, keep=KEEP, seed=seed, with_pixels=True)
+    collected = collect(images, extractor, metrics, compute, keep=KEEP, seed=seed, with_pixels=True)
     meta = {
         "format_version": FORMAT_VERSION,
         "source": images.name,
-        "images": found.count,
+        "images": collected.count,
         "size": list(images.size),
-        "content": found.content,
+        "content": collected.content,
         "extractor": {"name": extractor.name, "sha256": extractor.weights},
         "seed": seed,
         "environment": describe(),
     }
-    arrays = _arrays(found) | {META: np.array(json.dumps(meta))}
-    if place.ranks.rank == 0:
+    arrays = {"arr_0": collected.pixels.numpy(), "features": collected.features.numpy()}
+    arrays["mu"], arrays["sigma"] = collected.statistics.result()
+    if collected.spatial is not None:
+        arrays["mu_s"], arrays["sigma_s"] = collected.spatial.result()
+    arrays[META] = np.array(json.dumps(meta))
+    if compute.ranks.rank == 0:
         with atomic_write(out) as aside, open(aside, "wb") as file:
             np.savez(file, allow_pickle=False, **arrays)
     return meta
 
 
-def _arrays(found: Collected) -> dict[str, np.ndarray]:
-    arrays = {"arr_0": found.pixels.numpy(), "features": found.features.numpy()}
-    arrays["mu"], arrays["sigma"] = found.statistics.result()
-    if found.spatial is not None:
-        arrays["mu_s"], arrays["sigma_s"] = found.spatial.result()
-    return arrays
-
-
 K, DENSITY_K = 3, 5
-"""Which neighbour gives a ball its radius: for precision and recall, for density and coverage."""
+"""The neighbour whose distance is a ball's radius: for precision and recall, for density and coverage."""
 SPLIT = 5000
-"""Images of a split of IS."""
+"""Images per split of IS."""
 SUBSETS, SUBSET_SIZE = 100, 1000
-"""Of KID."""
+"""Subsets of KID, and images per subset."""
 
 
 def choose_metrics(metrics: Sequence[Metric], extractor_is_inception: bool) -> list[Metric]:
-    """The metrics in one order and without repeats; the five of ADM's suite by default, and of them those another network has.
-
-    Raises:
-        UserError: one that has a meaning with Inception's features alone.
-    """
+    """Return the metrics in a fixed order, without repeats. The default is ADM's suite, or the part that the extractor supports."""
     if not metrics:
         metrics = (
             ["fid", "sfid", "is", "precision", "recall"] if extractor_is_inception else ["fd", "precision", "recall"]
         )
     if not extractor_is_inception:
-        for metric, instead in (("fid", ": give --metrics fd for this network's own"), ("sfid", ""), ("is", "")):
+        for metric, instead in (("fid", " or --metrics fd"), ("sfid", ""), ("is", "")):
             if metric in metrics:
-                raise UserError(
-                    f"--metrics {metric} is of Inception's features alone{instead}; or give --extractor inception"
-                )
+                raise UserError(f"--metrics {metric} needs Inception's features: give --extractor inception{instead}")
     order: list[Metric] = ["fid", "fd", "sfid", "is", "kid", "precision", "recall", "density", "coverage"]
     return [metric for metric in order if metric in metrics and not (metric == "fd" and "fid" in metrics)]
 
 
 def is_class_sorted(images: ImageSet) -> bool:
-    """Whether images come class by class, so that a split of IS lacks classes."""
+    """Whether the images are sorted by class, so that each split of IS lacks classes."""
     labels = images.labels
     if labels is None or len(labels) <= SPLIT:
         return False
@@ -266,13 +256,12 @@ def is_class_sorted(images: ImageSet) -> bool:
 
 
 def check_sizes(samples: tuple[int, int], size: tuple[int, int], resize: int | None) -> None:
-    """Refuse samples of another height and width than the reference's, unless a resize to just that is asked for."""
-    evaluated = samples if resize is None else (resize, resize)
-    if evaluated != size:
-        was = "x".join(map(str, samples)) + (f" (resized to {resize})" if resize is not None else "")
+    """Refuse samples whose height and width, after `resize`, are not the reference's `size`."""
+    if (samples if resize is None else (resize, resize)) != size:
+        given = "x".join(map(str, samples)) + (f" (resized to {resize})" if resize is not None else "")
         raise UserError(
-            f"the samples have {was} pixels, the reference {size[0]}x{size[1]}: give a reference of the samples' size, or --resize "
-            f"{size[0]} to have them resized bicubically, as LlamaGen's evaluation does"
+            f"the samples have {given} pixels, the reference {size[0]}x{size[1]}: give a reference of the samples' size, or --resize "
+            f"{size[0]} for a bicubic resize as in LlamaGen's evaluation"
         )
 
 
@@ -281,54 +270,56 @@ def evaluate(
     reference: Reference,
     extractor: Extractor,
     metrics: Sequence[Metric],
-    place: Compute,
+    compute: Compute,
     *,
     resize: int | None = None,
     seed: int = 0,
     shuffle_seed: int | None = None,
 ) -> dict[str, Any]:
-    """Measure samples; the same on all ranks.
+    """Measure samples. All ranks return the same result.
 
     Args:
-        metrics: of `choose_metrics`.
+        metrics: from `choose_metrics`.
         resize: side in pixels to which the samples are resized first.
-        seed: of KID's subsets.
-        shuffle_seed: shuffles the order in which IS splits the samples.
+        seed: seed of KID's subsets.
+        shuffle_seed: shuffles the samples before IS splits them.
 
     Returns:
         metrics (label -> number), samples, reference, extractor, settings, notes, environment.
 
     Raises:
-        UserError: sizes that differ, too few images, or damaged ones.
+        UserError: sizes that differ, too few images, or damaged images.
     """
     if reference.size is not None:
         check_sizes(samples.size, reference.size, resize)
     assert samples.count is not None
     order = None if shuffle_seed is None else np.random.default_rng(shuffle_seed).permutation(samples.count)
-    found = collect(samples, extractor, metrics, place, resize=resize, order=order)
+    collected = collect(samples, extractor, metrics, compute, resize=resize, order=order)
     notes: list[str] = []
     if "is" in metrics and shuffle_seed is None and is_class_sorted(samples):
         notes.append(
-            f"the samples are sorted by class, so that each split of {SPLIT:,} lacks classes and IS is far too low: give --shuffle-seed"
+            f"the samples are sorted by class: each split of {SPLIT:,} lacks classes and IS is far too low; give --shuffle-seed"
         )
-    if found.count < 10_000 and not {"fid", "fd", "sfid"}.isdisjoint(metrics):
-        notes.append(f"Frechet distances of {found.count:,} samples are biased upwards and compare with none of 50,000")
-    numbers = _numbers(found, reference, metrics, place, seed)
+    if collected.count < 10_000 and not {"fid", "fd", "sfid"}.isdisjoint(metrics):
+        notes.append(
+            f"FD of {collected.count:,} samples is biased upwards: do not compare it with numbers from 50,000 samples"
+        )
+    numbers = _numbers(collected, reference, metrics, compute, seed)
     settings: dict[str, Any] = {"seed": seed, "k": K, "density_k": DENSITY_K}
     if "is" in metrics:
         shuffled = "as given" if shuffle_seed is None else f"shuffled with seed {shuffle_seed}"
         settings |= {"is_split": SPLIT, "is_order": shuffled}
     if "kid" in metrics:
-        size = min(SUBSET_SIZE, found.count, len(reference.features))
+        size = min(SUBSET_SIZE, collected.count, len(reference.features))
         settings |= {"kid_subsets": SUBSETS, "kid_subset_size": size}
-        if found.count == len(reference.features) == size:
-            notes.append("KID's subsets are all images of either set, always the same: its std says nothing")
+        if collected.count == len(reference.features) == size:
+            notes.append("each of KID's subsets holds all images of both sets: its std means nothing")
     return {
         "metrics": {extractor.label(name): value for name, value in numbers.items()},
         "samples": {
             "name": samples.name,
-            "count": found.count,
-            "sha256": found.content,
+            "count": collected.count,
+            "sha256": collected.content,
             "size": list(samples.size),
             "resized_to": resize,
             "metadata": samples.metadata,
@@ -348,55 +339,47 @@ def evaluate(
 
 
 def _numbers(
-    found: Collected, reference: Reference, metrics: Sequence[Metric], place: Compute, seed: int
+    collected: Collected, reference: Reference, metrics: Sequence[Metric], compute: Compute, seed: int
 ) -> dict[str, float]:
     numbers: dict[str, float] = {}
     for name in ("fid", "fd"):
         if name in metrics:
-            numbers[name] = frechet_distance(*reference.gaussian, *found.statistics.result())
-    if found.spatial is not None and reference.spatial is not None:
-        numbers["sfid"] = frechet_distance(*reference.spatial, *found.spatial.result())
-    if found.score is not None:
-        numbers["is"] = found.score.result()
-    first = place.ranks.rank == 0
-    if NEIGHBOURS.intersection(metrics):
-        real, drawn = reference.features.to(place.device), found.features.to(place.device)
-        if "kid" in metrics:
-            with progress("KID", SUBSETS, unit="subsets", shown=first) as bar:
-                numbers["kid"], numbers["kid std"] = kernel_distance(
-                    real, drawn, subsets=SUBSETS, subset_size=SUBSET_SIZE, seed=seed, advance=bar.advance
-                )
-        wants = [{"precision", "recall"}.intersection(metrics), {"density", "coverage"}.intersection(metrics)]
-        if any(wants):
-            chosen = {"k": K if wants[0] else None, "density_k": DENSITY_K if wants[1] else None}
-            total = blocks_of(len(real), len(drawn), bool(wants[0]))
-            with progress("neighbours", total, unit="blocks", shown=first) as bar:
-                pairs = compare(real, drawn, **chosen, advance=bar.advance)
-            for pair in pairs:
-                numbers |= {name: value for name, value in (pair._asdict() if pair else {}).items() if name in metrics}
+            numbers[name] = frechet_distance(*reference.gaussian, *collected.statistics.result())
+    if collected.spatial is not None and reference.spatial is not None:
+        numbers["sfid"] = frechet_distance(*reference.spatial, *collected.spatial.result())
+    if collected.score is not None:
+        numbers["is"] = collected.score.result()
+    shown = compute.ranks.rank == 0
+    real, generated = reference.features.to(compute.device), collected.features.to(compute.device)
+    if "kid" in metrics:
+        with progress("KID", SUBSETS, unit="subsets", shown=shown) as bar:
+            numbers["kid"], numbers["kid std"] = kernel_distance(
+                real, generated, subsets=SUBSETS, subset_size=SUBSET_SIZE, seed=seed, advance=bar.advance
+            )
+    with_precision = not {"precision", "recall"}.isdisjoint(metrics)
+    with_density = not {"density", "coverage"}.isdisjoint(metrics)
+    if with_precision or with_density:
+        ks = {"k": K if with_precision else None, "density_k": DENSITY_K if with_density else None}
+        total = count_blocks(len(real), len(generated), with_precision)
+        with progress("neighbours", total, unit="blocks", shown=shown) as bar:
+            pairs = compare(real, generated, **ks, advance=bar.advance)
+        for pair in filter(None, pairs):
+            numbers |= {name: value for name, value in pair._asdict().items() if name in metrics}
     return numbers
 
 
 def describe_samples(metadata: dict[str, Any]) -> list[str]:
-    """What identifies samples, from the metadata that `st-ar sample` leaves beside them."""
+    """Return what identifies samples, from the metadata that `st-ar sample` writes beside them."""
     settings, weights = metadata.get("settings"), metadata.get("weights")
-    parts: list[str] = []
-    if isinstance(settings, dict):
-        names = {
-            "cfg_scale": "guidance",
-            "temperature": "temperature",
-            "top_k": "top-k",
-            "top_p": "top-p",
-            "seed": "seed",
-        }
-        parts += [f"{name} {settings[key]}" for key, name in names.items() if key in settings]
-        if (schedule := settings.get("cfg_schedule", "constant")) != "constant":
-            power = f" of power {settings.get('cfg_power')}" if schedule == "power-cosine" else ""
-            parts.append(f"{schedule} guidance schedule{power}")
-        if settings.get("cfg_interval", -1) != -1:
-            parts.append(f"guidance interval {settings['cfg_interval']}")
-    mode = metadata.get("label_mode", settings.get("label_mode") if isinstance(settings, dict) else None)
-    if mode is not None:
+    settings = settings if isinstance(settings, dict) else {}
+    names = {"cfg_scale": "guidance", "temperature": "temperature", "top_k": "top-k", "top_p": "top-p", "seed": "seed"}
+    parts = [f"{name} {settings[key]}" for key, name in names.items() if key in settings]
+    if (schedule := settings.get("cfg_schedule", "constant")) != "constant":
+        power = f" of power {settings.get('cfg_power')}" if schedule == "power-cosine" else ""
+        parts.append(f"{schedule} guidance schedule{power}")
+    if settings.get("cfg_interval", -1) != -1:
+        parts.append(f"guidance interval {settings['cfg_interval']}")
+    if (mode := metadata.get("label_mode", settings.get("label_mode"))) is not None:
         parts.append(f"{mode} labels")
     if isinstance(weights, dict):
         parts.append(f"{'EMA' if weights.get('ema') else 'live'} weights {str(weights.get('sha256'))[:8]}")
@@ -404,14 +387,14 @@ def describe_samples(metadata: dict[str, Any]) -> list[str]:
 
 
 def format_number(label: str, value: float) -> str:
-    """A metric as tables have it."""
+    """Return a metric with the decimals that papers print."""
     if label.startswith(("precision", "recall", "density", "coverage", "SSIM", "codebook usage")):
         return f"{value:.4f}"
     return f"{value:.5f}" if label.startswith(("KID", "KD", "kid")) else f"{value:.3f}"
 
 
 def one_line(result: dict[str, Any]) -> str:
-    """All of a result that a paper needs, in a line."""
+    """Return a result in one line: the numbers and all that identifies them."""
     numbers = ", ".join(f"{label} {format_number(label, value)}" for label, value in result["metrics"].items())
     samples, reference = result["samples"], result["reference"]
     resized = f" resized to {samples['resized_to']} px" if samples["resized_to"] else ""
@@ -424,25 +407,21 @@ def one_line(result: dict[str, Any]) -> str:
 
 
 SHOWN = 16
-"""Samples on the page of an evaluation."""
+"""Samples in the HTML report of an evaluation."""
 
 
 def evaluation_page(path: Path, result: dict[str, Any], samples: ImageSet) -> None:
-    """Write the page of `evaluate`'s result, with the first samples.
-
-    Raises:
-        UserError: jinja2 is not installed, or the page cannot be written.
-    """
+    """Write the HTML report of `evaluate`'s result, with the first samples."""
     numbers = [[name, format_number(name, value)] for name, value in result["metrics"].items()]
     pictures = [png_uri(pixels) for _, pixels in islice(samples.read(0, 1), SHOWN)]
     rows = [(f"from {first}", pictures[first : first + 8]) for first in range(0, len(pictures), 8)]
     gallery = Gallery(columns=[str(n) for n in range(min(8, len(pictures)))], rows=rows, caption="The first samples.")
     sections = [
         Section(title="Numbers", paragraphs=result["notes"], parts=[Table(columns=["", "value"], rows=numbers)]),
-        Section(title="In a line, for a paper", commands=[one_line(result)]),
+        Section(title="In one line, for a paper", commands=[one_line(result)]),
         Section(title="Samples", parts=[gallery]),
-        identified(result, ["samples", "reference", "extractor", "settings", "environment"]),
+        provenance(result, ["samples", "reference", "extractor", "settings", "environment"]),
     ]
-    about = result["samples"], result["reference"]
-    lead = f"{about[0]['count']:,} samples of {about[0]['name']}, measured against {about[1]['name']}."
+    measured, reference = result["samples"], result["reference"]
+    lead = f"{measured['count']:,} samples of {measured['name']}, measured against {reference['name']}."
     write_report(path, title="Samples against a reference", lead=lead, sections=sections)

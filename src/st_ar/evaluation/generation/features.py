@@ -1,9 +1,10 @@
-"""Features of image sets: the networks, and the pass over the images."""
+"""Feature networks, and the pass over a set of images that collects features and statistics."""
 
 import hashlib
 import heapq
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,13 +21,14 @@ from st_ar.evaluation.metrics import FeatureStatistics, InceptionScore
 from st_ar.hardware import freed_memory_kept, full_precision
 from st_ar.progress import progress
 from st_ar.randomness import RandomStream
+from st_ar.settings import Checked, Count
 
 DINOV2 = "facebook/dinov2-large"
 """ViT-L/14 on the Hugging Face hub."""
 
 
 class Extracted(NamedTuple):
-    """Of images uint8 [B, H, W, 3], float32."""
+    """A network's float32 outputs for images uint8 [B, H, W, 3]."""
 
     features: Tensor
     """[B, D]."""
@@ -38,42 +40,41 @@ class Extracted(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Extractor:
-    """A network and what its numbers are called."""
+    """A feature network, and the labels of its metrics."""
 
     name: str
-    """As it stands in tables."""
     weights: str
-    """SHA-256 of its weights: features of others do not compare."""
+    """SHA-256 of its weights. Features of different weights are not comparable."""
     dim: int
     """D."""
     run: Callable[[Tensor], Extracted]
-    """The network: takes images on its device; see `extract`."""
+    """The network. Call `extract`, which sets the precision."""
     spatial_dim: int = 0
-    """S; 0 if there are none."""
+    """S; 0 without spatial features."""
     classes: int = 0
-    """C; 0 if there are none."""
+    """C; 0 without logits."""
 
     def extract(self, images: Tensor) -> Extracted:
-        """Features of images uint8 [B, H, W, 3], computed in float32 to the full."""
+        """Run the network on images uint8 [B, H, W, 3] in full float32 precision."""
         with full_precision(), torch.autocast(images.device.type, enabled=False):
             return self.run(images)
 
     @property
     def is_inception(self) -> bool:
-        """Whether its Frechet distance is the FID."""
+        """Whether its FD is FID."""
         return self.name == "Inception"
 
     def label(self, metric: str) -> str:
-        """What a metric is called with this network."""
+        """Return the label of a metric with this network, such as FID or FD-DINOv2."""
         if self.is_inception:
-            named = {"fd": "FID", "fid": "FID", "sfid": "sFID", "is": "IS", "kid": "KID", "kid std": "KID std"}
-            return named.get(metric, metric)
-        named = {"fd": f"FD-{self.name}", "kid": f"KD-{self.name}", "kid std": f"KD-{self.name} std"}
-        return named.get(metric, f"{metric} ({self.name})")
+            labels = {"fd": "FID", "fid": "FID", "sfid": "sFID", "is": "IS", "kid": "KID", "kid std": "KID std"}
+            return labels.get(metric, metric)
+        labels = {"fd": f"FD-{self.name}", "kid": f"KD-{self.name}", "kid std": f"KD-{self.name} std"}
+        return labels.get(metric, f"{metric} ({self.name})")
 
 
 def resize_bicubic(images: Tensor, side: int) -> Tensor:
-    """Bicubic resize with Pillow's smoothing and rounding: uint8 [B, H, W, 3] -> float32 [B, 3, side, side], whole numbers."""
+    """Resize bicubically with antialiasing and rounding as in Pillow: uint8 [B, H, W, 3] -> float32 [B, 3, side, side]."""
     pixels = images.permute(0, 3, 1, 2).float()
     if pixels.shape[2:] == (side, side):
         return pixels
@@ -82,31 +83,34 @@ def resize_bicubic(images: Tensor, side: int) -> Tensor:
 
 
 def load_extractor(name: ExtractorName, device: torch.device, *, inception: Path | None = None) -> Extractor:
-    """A network with its weights on a device.
+    """Load a network and its weights onto a device.
 
     Args:
-        inception: Inception's file of weights or its folder; by default the cache, or a download.
+        inception: file or folder of Inception's weights; by default the cache, else a download.
 
     Raises:
-        UserError: weights or a package are not there.
+        UserError: the weights or a package are missing.
     """
     if inception is not None and name != "inception":
         raise UserError(f"--inception names Inception's weights, and --extractor is {name}: leave one of them out")
-    return {"inception": _inception, "efficientnet": _efficientnet, "dinov2": _dinov2}[name](device, inception)
-
-
-def _inception(device: torch.device, path: Path | None) -> Extractor:
+    if name == "efficientnet":
+        return _efficientnet(device)
+    if name == "dinov2":
+        return _dinov2(device)
     from st_ar.evaluation.generation.inception import SHA256, load_inception
 
-    network = load_inception(path, device)
+    network = load_inception(inception, device)
+    return Extractor(
+        name="Inception",
+        weights=SHA256,
+        dim=2048,
+        spatial_dim=2023,
+        classes=1008,
+        run=lambda images: Extracted(*network(images)),
+    )
 
-    def run(images: Tensor) -> Extracted:
-        return Extracted(*network(images))
 
-    return Extractor(name="Inception", weights=SHA256, dim=2048, spatial_dim=2023, classes=1008, run=run)
-
-
-def _efficientnet(device: torch.device, _: Path | None) -> Extractor:
+def _efficientnet(device: torch.device) -> Extractor:
     from st_ar.evaluation.efficientnet import SHA256, load_efficientnet
 
     network = load_efficientnet(device)
@@ -118,13 +122,13 @@ def _efficientnet(device: torch.device, _: Path | None) -> Extractor:
     return Extractor(name="EfficientNet-Lite0", weights=SHA256, dim=1280, run=run)
 
 
-def _dinov2(device: torch.device, _: Path | None) -> Extractor:
+def _dinov2(device: torch.device) -> Extractor:
     library = require("transformers")
-    try:  # weights as .safetensors, code from the library alone
+    try:  # no pickles, and no code from the hub
         network = library.Dinov2Model.from_pretrained(DINOV2, use_safetensors=True).eval().to(device)
     except OSError as error:
         raise UserError(
-            f"{DINOV2} cannot be had ({cause(error)}): download it where there is a network and copy the cache of the Hugging Face hub"
+            f"{DINOV2} cannot be loaded ({cause(error)}): download it on a machine with a network and copy the Hugging Face cache"
         ) from error
     digest = hashlib.sha256()
     for key, tensor in sorted(network.state_dict().items()):
@@ -134,98 +138,86 @@ def _dinov2(device: torch.device, _: Path | None) -> Extractor:
     @torch.no_grad()
     def run(images: Tensor) -> Extracted:
         pixels = (resize_bicubic(images, 224) / 255 - mean) / std
-        return Extracted(
-            network(pixel_values=pixels).last_hidden_state[:, 0].float()
-        )  # the class token, after the last norm
+        class_token = network(pixel_values=pixels).last_hidden_state[:, 0]  # after the last norm
+        return Extracted(class_token.float())
 
     return Extractor(name="DINOv2", weights=digest.hexdigest(), dim=int(network.config.hidden_size), run=run)
 
 
 NEIGHBOURS = frozenset({"precision", "recall", "density", "coverage", "kid"})
-"""Metrics that need features, not only their statistics."""
+"""Metrics that need the features themselves, not only their statistics."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Compute:
-    """Where and in what portions to compute."""
+class Compute(Checked):
+    """Device, ranks and batch size of an evaluation."""
 
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     ranks: Ranks = field(default_factory=Ranks)
-    batch_size: int = 64
-    """Images at once; features depend on it by rounding alone."""
-
-    def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise UserError(f"--batch-size must be at least 1, not {self.batch_size}")
+    batch_size: Count = 64
+    """Changes features only by rounding."""
 
 
 @dataclass(kw_only=True)
 class Collected:
-    """What one pass found; the same on all ranks."""
+    """The result of one pass over a set of images; the same on all ranks."""
 
     count: int
-    """Images that could be used."""
+    """Usable images."""
     content: str
-    """SHA-256 over the SHA-256 of each image's size and pixels, in order: whatever the images are stored in."""
+    """SHA-256 over the SHA-256 of each image's size and pixels, in order. It does not depend on the file format."""
     statistics: FeatureStatistics
     spatial: FeatureStatistics | None
     score: InceptionScore | None
     features: Tensor
-    """float32 [n, D], those that were to be kept, in the order of their images."""
+    """float32 [n, D] of the kept images, in order."""
     pixels: Tensor
-    """uint8 [n, H, W, 3], the same images', if they were to be kept."""
+    """uint8 [n, H, W, 3] of the kept images, if asked for."""
 
 
 def resize_as_llamagen(images: Tensor, side: int) -> Tensor:
-    """LlamaGen's bicubic resize before evaluation (no smoothing), from and to uint8 [B, H, W, 3]."""
+    """Resize bicubically without antialiasing, as in LlamaGen's evaluation; from and to uint8 [B, H, W, 3]."""
     resized = F.interpolate(images.permute(0, 3, 1, 2).float(), (side, side), mode="bicubic", align_corners=False)
     return resized.add_(0.5).clamp_(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
 
 
-class _Chosen:
-    """Of a rank's images those with the smallest of random numbers that depend on the seed and an image's index alone."""
+class _RandomSubset:
+    """A random subset of this rank's images. The seed and an image's index decide whether it is kept."""
 
     def __init__(self, keep: int | None, seed: int, with_pixels: bool) -> None:
         self.keep, self.seed, self.with_pixels = keep, seed, with_pixels
-        self.heap: list[tuple[int, int, Tensor, Tensor]] = []  # (less the number, index, features, pixels)
+        self.heap: list[tuple[int, int, Tensor, Tensor]] = []  # (negated random number, index, features, pixels)
 
     def add(self, index: int, features: Tensor, pixels: Tensor) -> None:
-        drawn = np.random.SeedSequence([self.seed, RandomStream.EVALUATION, index]).generate_state(1, np.uint64)[0]
-        number = -(int(drawn) >> 1)
+        state = np.random.SeedSequence([self.seed, RandomStream.EVALUATION, index]).generate_state(1, np.uint64)[0]
+        number = -(int(state) >> 1)
         full = self.keep is not None and len(self.heap) >= self.keep
         if full and (not self.heap or (number, index) < self.heap[0][:2]):
             return
-        # copies: a view would keep its whole batch alive
+        # clone: a view would keep its whole batch in memory
         kept = pixels.clone() if self.with_pixels else torch.empty(0, *pixels.shape[1:], dtype=pixels.dtype)
         push = heapq.heapreplace if full else heapq.heappush
         push(self.heap, (number, index, features.clone(), kept))
 
     def gather(self, dim: int, size: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor]:
-        """Features and pixels of the chosen of all ranks, in the order of their images."""
+        """Return features and pixels of the subset of all ranks' images, in the order of the images."""
         numbers = torch.tensor([(-entry[0], entry[1]) for entry in self.heap], dtype=torch.int64).reshape(-1, 2)
         features = torch.stack([e[2] for e in self.heap]) if self.heap else torch.empty(0, dim)
         pixels = torch.stack([e[3] for e in self.heap]) if self.heap else torch.empty(0, *size, 3, dtype=torch.uint8)
         self.heap = []
         numbers, features = (all_gather_ragged(t.to(device)).cpu() for t in (numbers, features))
-        best = numbers[:, 0].argsort()[: self.keep]
-        best = best[numbers[best, 1].argsort()]
+        kept = numbers[:, 0].argsort()[: self.keep]
+        kept = kept[numbers[kept, 1].argsort()]
         if self.with_pixels:
-            pixels = all_gather_ragged(pixels.to(device)).cpu()[best]
-        return features[best], pixels
+            pixels = all_gather_ragged(pixels.to(device)).cpu()[kept]
+        return features[kept], pixels
 
 
-def batches(images: ImageSet, place: Compute) -> Iterator[tuple[list[int], np.ndarray]]:
-    """A rank's images with their indices, `batch_size` at once: uint8 [b, H, W, 3]."""
-    indices: list[int] = []
-    pixels: list[np.ndarray] = []
-    for index, image in images.read(place.ranks.rank, place.ranks.world):
-        indices.append(index)
-        pixels.append(image)
-        if len(indices) == place.batch_size:
-            yield indices, np.stack(pixels)
-            indices, pixels = [], []
-    if indices:
-        yield indices, np.stack(pixels)
+def image_batches(images: ImageSet, compute: Compute) -> Iterator[tuple[list[int], np.ndarray]]:
+    """Yield batches of this rank's images: their indices, and uint8 [b, H, W, 3]."""
+    shard = images.read(compute.ranks.rank, compute.ranks.world)
+    while batch := list(islice(shard, compute.batch_size)):
+        yield [index for index, _ in batch], np.stack([image for _, image in batch])
 
 
 @freed_memory_kept()
@@ -233,7 +225,7 @@ def collect(
     images: ImageSet,
     extractor: Extractor,
     metrics: Collection[str],
-    place: Compute,
+    compute: Compute,
     *,
     keep: int | None = None,
     seed: int = 0,
@@ -241,57 +233,57 @@ def collect(
     resize: int | None = None,
     order: np.ndarray | None = None,
 ) -> Collected:
-    """Read all images once and take what the metrics need.
+    """Read all images once and compute what the metrics need.
 
     Args:
-        keep: features (and pixels) of so many images are kept, drawn with `seed`; of all if None; none if no metric needs them.
-        resize: side in pixels to which images are resized first, LlamaGen's way.
-        order: int64 [N], each image's place in the splits of IS; by default its index.
+        keep: images of a random subset, drawn with `seed`, whose features (and pixels) are kept if a metric needs them; None keeps all.
+        resize: side in pixels to which images are resized first, as LlamaGen does.
+        order: int64 [N], each image's position in the order that the splits of IS follow; by default its index.
 
     Raises:
-        UserError: no image that can be used, or images or features that are damaged.
+        UserError: no usable image, or damaged images or features.
     """
-    statistics = FeatureStatistics(extractor.dim, place.device)
-    spatial = FeatureStatistics(extractor.spatial_dim, place.device) if "sfid" in metrics else None
-    score = InceptionScore(images.count or 1, extractor.classes, device=place.device) if "is" in metrics else None
-    chosen = _Chosen(keep, seed, with_pixels)
+    statistics = FeatureStatistics(extractor.dim, compute.device)
+    spatial = FeatureStatistics(extractor.spatial_dim, compute.device) if "sfid" in metrics else None
+    score = InceptionScore(images.count or 1, extractor.classes, device=compute.device) if "is" in metrics else None
+    subset = _RandomSubset(keep, seed, with_pixels)
     digests: list[tuple[int, bytes]] = []
-    share = images.count // place.ranks.world if images.count is not None else None
-    with progress(f"{extractor.name} features", share, unit="images", shown=place.ranks.rank == 0) as bar:
-        for indices, pixels in batches(images, place):
+    share = images.count // compute.ranks.world if images.count is not None else None
+    with progress(f"{extractor.name} features", share, unit="images", shown=compute.ranks.rank == 0) as bar:
+        for indices, pixels in image_batches(images, compute):
             digests += [(index, image_digest(image)) for index, image in zip(indices, pixels, strict=True)]
-            there = torch.from_numpy(pixels).to(place.device)
-            found = extractor.extract(there if resize is None else resize_as_llamagen(there, resize))
-            statistics.update(found.features)
-            if spatial is not None and found.spatial is not None:
-                spatial.update(found.spatial)
-            if score is not None and found.logits is not None:
-                places = torch.tensor(indices) if order is None else torch.from_numpy(order[indices])
-                score.update(found.logits.double().softmax(1), places)
+            batch = torch.from_numpy(pixels).to(compute.device)
+            extracted = extractor.extract(batch if resize is None else resize_as_llamagen(batch, resize))
+            statistics.update(extracted.features)
+            if spatial is not None and extracted.spatial is not None:
+                spatial.update(extracted.spatial)
+            if score is not None and extracted.logits is not None:
+                positions = torch.tensor(indices) if order is None else torch.from_numpy(order[indices])
+                score.update(extracted.logits.double().softmax(1), positions)
             if with_pixels or (keep != 0 and NEIGHBOURS.intersection(metrics)):
-                for place_in, (index, row) in enumerate(zip(indices, found.features.float().cpu(), strict=True)):
-                    chosen.add(index, row, torch.from_numpy(pixels[place_in]))
+                for index, row, image in zip(indices, extracted.features.float().cpu(), pixels, strict=True):
+                    subset.add(index, row, torch.from_numpy(image))
             bar.advance(len(indices))
     for each in (statistics, spatial, score):
         if each is not None:
             each.reduce()
-    features, kept = chosen.gather(extractor.dim, images.size, place.device)
+    features, kept_pixels = subset.gather(extractor.dim, images.size, compute.device)
     if not statistics.count:
-        raise UserError(f"{images.name} has no image that can be used")
+        raise UserError(f"{images.name} has no usable image")
     return Collected(
         count=statistics.count,
-        content=content_hash(digests, place),
+        content=content_hash(digests, compute),
         statistics=statistics,
         spatial=spatial,
         score=score,
         features=features,
-        pixels=kept,
+        pixels=kept_pixels,
     )
 
 
-def content_hash(digests: list[tuple[int, bytes]], place: Compute) -> str:
-    """The set's hash from the images' on all ranks."""
+def content_hash(digests: list[tuple[int, bytes]], compute: Compute) -> str:
+    """Return the hash of a set from the indices and digests of each rank's images."""
     indices = torch.tensor([index for index, _ in digests], dtype=torch.int64)
     rows = torch.from_numpy(np.frombuffer(b"".join(d for _, d in digests), np.uint8).reshape(-1, 32).copy())
-    indices, rows = (all_gather_ragged(tensor.to(place.device)).cpu() for tensor in (indices, rows))
+    indices, rows = (all_gather_ragged(tensor.to(compute.device)).cpu() for tensor in (indices, rows))
     return hashlib.sha256(rows[indices.argsort()].numpy().tobytes()).hexdigest()

@@ -1,8 +1,8 @@
-"""The Inception-v3 network of 2015-12-05 whose features FID, sFID, IS, precision and recall are computed from.
+"""The Inception-v3 network of 2015-12-05, whose features define FID, sFID, IS, precision and recall.
 
-It is the graph of TensorFlow's first Inception-v3 release (arXiv 1512.00567), which FID (arXiv 1706.08500) and the evaluator
-of openai/guided-diffusion read; the names of weights are those of its public PyTorch conversions. It differs from other
-Inception-v3 networks: its input is resized inside, average pools leave out the padding, and the last block has a max pool.
+It is the graph of TensorFlow's first Inception-v3 release (arXiv 1512.00567), which FID (arXiv 1706.08500) and
+openai/guided-diffusion's evaluator use. Parameter names follow its public PyTorch conversions. Unlike other Inception-v3
+networks it resizes its input, its average pools exclude the padding, and its last block has a max pool.
 """
 
 import hashlib
@@ -23,43 +23,36 @@ from st_ar.files import atomic_write, cache_folder, read_tensors, sha256
 from st_ar.progress import progress
 
 SIDE = 299
-"""Pixels a side that the graph resizes every image to."""
+"""Side in pixels to which the graph resizes every image."""
 SPATIAL_CHANNELS = 7
-"""Of Mixed_6d's first branch, at 17 x 17 places: what sFID reads."""
+"""Channels of Mixed_6d's first branch that sFID reads."""
 
 
 class InceptionFeatures(NamedTuple):
-    """What the network says of images [B, H, W, 3]."""
+    """The network's outputs for images [B, H, W, 3]."""
 
     pooled: Tensor
-    """float32 [B, 2048], the layer pool_3: FID, precision and recall."""
+    """float32 [B, 2048], the layer pool_3, for FID, precision and recall."""
     spatial: Tensor
-    """float32 [B, 2023] of 17 x 17 x 7 in that order (places before channels): sFID."""
+    """float32 [B, 2023], flattened from [17, 17, 7] (channels last), for sFID."""
     logits: Tensor
-    """float32 [B, 1008], pool_3 times the classifier's weights without its bias: IS."""
+    """float32 [B, 1008], pool_3 times the classifier's weights without its bias, for IS."""
 
 
 def resize_bilinear(images: Tensor, side: int = SIDE) -> Tensor:
-    """TensorFlow 1's ResizeBilinear, align_corners=False without half-pixel centres.
+    """Resize float [B, C, H, W] to [B, C, side, side] as TensorFlow 1's ResizeBilinear: align_corners=False, no half-pixel centres.
 
-    Place i of the output reads place i * (input size / output size) of the input, between its floor and the next one,
-    columns first. Nothing is smoothed when images shrink.
-
-    Args:
-        images: float [B, C, H, W].
-
-    Returns:
-        [B, C, side, side].
+    Output pixel i interpolates at i * (input size / output size) in the input, columns first, without antialiasing.
     """
 
-    def places(size: int) -> tuple[Tensor, Tensor, Tensor]:
-        scale = (torch.tensor(size, dtype=torch.float32) / side).item()  # as float32 has it; nothing waits for a GPU
+    def coordinates(size: int) -> tuple[Tensor, Tensor, Tensor]:
+        scale = (torch.tensor(size, dtype=torch.float32) / side).item()  # float32 as in TensorFlow, computed on the CPU
         source = torch.arange(side, device=images.device, dtype=torch.float32) * scale
         low = source.floor().long().clamp(max=size - 1)
         return low, (low + 1).clamp(max=size - 1), (source - low).to(images.dtype)
 
-    top, bottom, down = places(images.shape[2])
-    left, right, across = places(images.shape[3])
+    top, bottom, down = coordinates(images.shape[2])
+    left, right, across = coordinates(images.shape[3])
     west, east = images[..., left], images[..., right]
     rows = west + (east - west) * across
     north, south = rows[:, :, top], rows[:, :, bottom]
@@ -67,7 +60,7 @@ def resize_bilinear(images: Tensor, side: int = SIDE) -> Tensor:
 
 
 class FrozenBatchNorm(nn.Module):
-    """Batch norm with recorded statistics, whatever mode the network is in."""
+    """Batch norm that uses its running statistics in train mode too."""
 
     weight: Tensor
     bias: Tensor
@@ -84,7 +77,7 @@ class FrozenBatchNorm(nn.Module):
 
 
 class Conv(nn.Module):
-    """Convolution without bias, batch norm, ReLU. A kernel or padding of two numbers is (rows, columns)."""
+    """Convolution without bias, batch norm, ReLU. A pair for kernel or padding is (rows, columns)."""
 
     def __init__(
         self,
@@ -104,7 +97,7 @@ class Conv(nn.Module):
 
 
 def average_pool(x: Tensor) -> Tensor:
-    """Mean over 3 x 3 places, at the borders over those inside."""
+    """Mean over 3 x 3 pixels. Padding does not count."""
     return F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
 
 
@@ -188,15 +181,11 @@ class BlockE(nn.Module):
         self.max_pool = max_pool
         self.branch1x1 = Conv(width_in, 320)
         self.branch3x3_1 = Conv(width_in, 384)
-        self.branch3x3_2a, self.branch3x3_2b = (
-            Conv(384, 384, (1, 3), padding=(0, 1)),
-            Conv(384, 384, (3, 1), padding=(1, 0)),
-        )
+        self.branch3x3_2a = Conv(384, 384, (1, 3), padding=(0, 1))
+        self.branch3x3_2b = Conv(384, 384, (3, 1), padding=(1, 0))
         self.branch3x3dbl_1, self.branch3x3dbl_2 = Conv(width_in, 448), Conv(448, 384, 3, padding=1)
-        self.branch3x3dbl_3a, self.branch3x3dbl_3b = (
-            Conv(384, 384, (1, 3), padding=(0, 1)),
-            Conv(384, 384, (3, 1), padding=(1, 0)),
-        )
+        self.branch3x3dbl_3a = Conv(384, 384, (1, 3), padding=(0, 1))
+        self.branch3x3dbl_3b = Conv(384, 384, (3, 1), padding=(1, 0))
         self.branch_pool = Conv(width_in, 192)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -209,7 +198,7 @@ class BlockE(nn.Module):
 
 
 class Inception(nn.Module):
-    """Images uint8 [B, H, W, 3] of any size to features. Frozen batch norms: the mode plays no part."""
+    """Images uint8 [B, H, W, 3] of any size to features, the same in train and eval mode."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -245,35 +234,32 @@ class Inception(nn.Module):
 
 
 FILES = ("pt_inception-2015-12-05-6726825d.pth", "weights-inception-2015-12-05-6726825d.pth")
-"""Names under which the same file is published."""
 URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{FILES[0]}"
 SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
-"""Of that file, whose name carries the first 8 digits: with other weights a distance is no FID."""
+"""SHA-256 of the file; its name has the first 8 digits. FID is defined by these weights."""
 
 
 def find_weights(path: Path | None = None, *, url: str = URL) -> Path:
-    """The file of weights: `path` (a file, or a folder that holds it), else in the cache, else downloaded into it.
+    """Return the file of weights: `path` (the file or its folder), else the cached file, else a download into the cache.
 
     Raises:
-        UserError: not there and not to be had, or not the file of that SHA-256.
+        UserError: the file is missing and cannot be downloaded, or has another SHA-256.
     """
-    folder = path if path is not None and path.is_dir() else cache_folder()
-    there = [folder / name for name in FILES if (folder / name).is_file()]
-    if path is not None and not path.is_dir():
-        if not path.is_file():
-            raise UserError(f"--inception {path} does not exist: give the file {FILES[0]}, or the folder that holds it")
-        there = [path]
-    if there:
-        found = sha256(there[0])
-        if found != SHA256:
-            raise UserError(
-                f"{there[0]} is not Inception's file of weights: its SHA-256 begins with {found[:8]}, not {SHA256[:8]}; "
-                f"remove it, or get {FILES[0]} again from {URL}"
-            )
-        return there[0]
-    if path is not None:
+    if path is not None and not path.exists():
+        raise UserError(f"--inception {path} does not exist: give the file {FILES[0]} or its folder")
+    folder = path or cache_folder()
+    candidates = [folder / name for name in FILES] if path is None or path.is_dir() else [path]
+    file = next(filter(Path.is_file, candidates), None)
+    if file is None and path is not None:
         raise UserError(f"--inception {path} holds neither {FILES[0]} nor {FILES[1]}: put one of them there")
-    return _download(url, folder / FILES[0])
+    if file is None:
+        return _download(url, folder / FILES[0])
+    if (digest := sha256(file)) != SHA256:
+        raise UserError(
+            f"{file} is not Inception's file of weights: its SHA-256 begins with {digest[:8]}, not {SHA256[:8]}; "
+            f"remove it, or get {FILES[0]} again from {URL}"
+        )
+    return file
 
 
 def _download(url: str, target: Path) -> Path:
@@ -289,10 +275,10 @@ def _download(url: str, target: Path) -> Path:
                     bar.advance(len(chunk))
                 received = file.tell()
             if digest.hexdigest() != SHA256:
-                of = f" of {total:,}" if total is not None else ""
+                expected = f" of {total:,}" if total is not None else ""
                 raise UserError(
-                    f"what came from {url} is damaged or cut short ({received:,}{of} bytes, SHA-256 "
-                    f"{digest.hexdigest()[:8]}.., not {SHA256[:8]}..) and was thrown away: try again, or {remedy}"
+                    f"the download from {url} is damaged or cut short ({received:,}{expected} bytes, SHA-256 "
+                    f"{digest.hexdigest()[:8]}.., not {SHA256[:8]}..) and was deleted: try again, or {remedy}"
                 )
     except (urllib.error.URLError, HTTPException, TimeoutError, ConnectionError) as error:
         reason = getattr(error, "reason", None) or error
@@ -304,7 +290,7 @@ def _download(url: str, target: Path) -> Path:
 
 
 def _read(answer: BinaryIO) -> bytes:
-    """The next piece; a broken connection is no trouble with the file that is written."""
+    """Read the next chunk. A broken connection must not look like an error of the file being written."""
     try:
         return answer.read(1 << 20)
     except OSError as error:
@@ -312,18 +298,14 @@ def _read(answer: BinaryIO) -> bytes:
 
 
 def load_inception(path: Path | None = None, device: torch.device | str = "cpu") -> Inception:
-    """The network with its public weights (Apache-2.0); `path` as for `find_weights`.
-
-    Raises:
-        UserError: as `find_weights`; or the file has not exactly the network's weights.
-    """
-    place = find_weights(path)
-    tensors = {name: t for name, t in read_tensors(place).items() if not name.endswith(".num_batches_tracked")}
+    """Load the network with its public weights (Apache-2.0); `path` as for `find_weights`."""
+    file = find_weights(path)
+    tensors = {name: t for name, t in read_tensors(file).items() if not name.endswith(".num_batches_tracked")}
     with torch.device("meta"):
         network = Inception()
     try:
         network.load_state_dict(tensors, assign=True)
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:300]
-        raise UserError(f"{place} does not hold the weights of the 2015-12-05 Inception-v3: {reason}") from error
+        raise UserError(f"{file} does not hold the weights of the 2015-12-05 Inception-v3: {reason}") from error
     return network.requires_grad_(False).float().to(device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue] -- torch documents it

@@ -1,4 +1,4 @@
-"""Samples and their distance over guidance scales, temperatures and top-k, and the setting with the least distance."""
+"""`st-ar sweep`: FD of samples over guidance scales, temperatures and top-k."""
 
 import hashlib
 import json
@@ -22,26 +22,26 @@ FILES = ("sweep.json", "sweep.csv", "distance.svg", "is.svg", "distance.json", "
 SWEPT = ("cfg_scale", "temperature", "top_k")
 
 
-def key_of(value: Any) -> str:
-    """The first 16 digits of the SHA-256 of settings."""
+def hash_settings(value: Any) -> str:
+    """Return the first 16 digits of the SHA-256 of JSON values."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def settings_of(
+def list_settings(
     cfg_scales: Sequence[float], temperatures: Sequence[float], top_ks: Sequence[int], **rest: Any
 ) -> list[SampleSettings]:
-    """Every combination, guidance innermost; UserError: none, or one of them twice."""
+    """Return every combination, with guidance innermost."""
     for flag, values in (("--cfg-scales", cfg_scales), ("--temperatures", temperatures), ("--top-ks", top_ks)):
         if not values or len(set(values)) < len(values):
-            raise UserError(f"{flag} must name each value once, and at least one: not {list(values)}")
+            raise UserError(f"{flag} must name at least one value, and each value once, not {list(values)}")
     if wrong := [scale for scale in cfg_scales if not 1 <= scale < float("inf")]:
-        raise UserError(f"--cfg-scales must be at least 1 (none), not {wrong[0]:g}")
+        raise UserError(f"--cfg-scales must be at least 1 (no guidance), not {wrong[0]:g}")
     combinations = product(temperatures, top_ks, cfg_scales)
     return [SampleSettings(cfg_scale=c, temperature=t, top_k=k, **rest) for t, k, c in combinations]
 
 
 class SweptModel:
-    """Draws a model's samples into a folder, each setting once: what is there already is taken as it is."""
+    """A model that writes samples of each setting to a folder. Samples of earlier calls are reused."""
 
     def __init__(
         self,
@@ -64,7 +64,7 @@ class SweptModel:
         self.folder = folder
         self.label_mode, self.batch_size = label_mode, batch_size
         self.labels = choose_conditions(self.info.config, None, num, seed, mode=label_mode)
-        self.what = {
+        self.description = {
             "weights": sha256(self.info.source),
             "ema": ema,
             "tokenizer": self.tokenizer.fingerprint,
@@ -75,8 +75,8 @@ class SweptModel:
         }
 
     def key(self, settings: SampleSettings) -> str:
-        """Tells samples of other weights, numbers or settings apart."""
-        return key_of({"what": self.what, "settings": asdict(settings)})
+        """Return a hash of all that the samples depend on."""
+        return hash_settings({"what": self.description, "settings": asdict(settings)})
 
     @property
     def size(self) -> tuple[int, int]:
@@ -84,8 +84,8 @@ class SweptModel:
         side = self.info.config.grid * self.tokenizer.patch
         return side, side
 
-    def draw(self, settings: SampleSettings) -> Path:
-        """The .npz file of a setting's samples; the metadata beside it, written last, mark it whole."""
+    def sample(self, settings: SampleSettings) -> Path:
+        """Return the .npz file of a setting's samples. It is complete when its metadata file, which is written last, exists."""
         path = self.folder / f"{self.key(settings)}.npz"
         if not (path.exists() and path.with_suffix(".json").exists()) or path.with_name(f"{path.name}.parts").exists():
             sampler = Sampler(self.model, self.tokenizer, settings)
@@ -94,13 +94,13 @@ class SweptModel:
 
 
 def check_sweep(sampler: SweptModel, grid: Sequence[SampleSettings], out: Path) -> None:
-    """Refuse a setting that the model has not, and a place that is taken, before anything is drawn."""
+    """Check the settings, the packages and the output folder before sampling."""
     for settings in grid:
         settings.resolved(sampler.info.config)
     require("matplotlib")
     require_place(out)
     if is_nonempty(out, besides=("samples", "results", *FILES)):
-        raise UserError(f"{out} holds something else than a sweep: choose another --out")
+        raise UserError(f"{out} is not empty and is not a sweep: choose another --out")
 
 
 def sweep(
@@ -110,57 +110,53 @@ def sweep(
     extractor: Extractor,
     metrics: Sequence[Metric],
     out: Path,
-    place: Compute,
+    compute: Compute,
     *,
     resize: int | None = None,
 ) -> list[dict[str, Any]]:
-    """Sample and evaluate every setting; what an earlier call finished is read, not done again.
+    """Sample and evaluate every setting. Results of earlier calls are reused.
 
-    Writes `out`/sweep.json, sweep.csv, distance.svg and, if IS is among the metrics, is.svg, with their numbers as JSON.
+    Writes sweep.json, sweep.csv, distance.svg and, with IS, is.svg to `out`, and each figure's numbers as JSON.
 
     Returns:
-        A row for each setting (cfg_scale, temperature, top_k, metrics, samples), the least distance first.
+        A row for each setting (cfg_scale, temperature, top_k, metrics, samples), lowest FD first.
 
     Raises:
-        UserError: as sampling and evaluating, or `out` holds something else.
+        UserError: as sampling and evaluating; or `out` holds other files.
     """
     check_sweep(sampler, grid, out)
     rows: list[dict[str, Any]] = []
-    distance = extractor.label("fd")
+    fd = extractor.label("fd")
     for settings in grid:
-        samples = open_set(str(sampler.draw(settings)))
+        samples = open_set(str(sampler.sample(settings)))
         compared = [reference.content, extractor.weights, list(metrics), resize]
-        kept = out / "results" / f"{sampler.key(settings)}-{key_of(compared)}.json"
-        if not kept.exists():
-            write_json(kept, evaluate(samples, reference, extractor, metrics, place, resize=resize))
-        numbers = read_json(kept, "a sweep's results").get("metrics")
+        path = out / "results" / f"{sampler.key(settings)}-{hash_settings(compared)}.json"
+        if not path.exists():
+            write_json(path, evaluate(samples, reference, extractor, metrics, compute, resize=resize))
+        numbers = read_json(path, "a sweep's results").get("metrics")
         if (
             not matches_type(numbers, dict[str, float])
-            or numbers.keys() != (rows[0]["metrics"] if rows else {**numbers, distance: 0}).keys()
+            or numbers.keys() != (rows[0]["metrics"] if rows else {**numbers, fd: 0}).keys()
         ):
-            raise damaged(kept, "it has no metrics of this sweep", "remove it to have them measured again")
-        chosen = {name: getattr(settings, name) for name in SWEPT}
-        rows.append(chosen | {"metrics": numbers, "samples": samples.name, "result": kept.name})
-    rows.sort(key=lambda row: row["metrics"][distance])
-    _write(out, rows, distance, reference, sampler)
-    return rows
-
-
-def _write(out: Path, rows: list[dict[str, Any]], distance: str, reference: Reference, sampler: SweptModel) -> None:
-    described = {"name": reference.name, "sha256": reference.content, "statistics": reference.statistics}
-    write_json(out / FILES[0], {"reference": described, "samples": sampler.what, "settings": rows})
+            raise damaged(path, "its metrics are not this sweep's", "remove it to measure again")
+        swept = {name: getattr(settings, name) for name in SWEPT}
+        rows.append(swept | {"metrics": numbers, "samples": samples.name, "result": path.name})
+    rows.sort(key=lambda row: row["metrics"][fd])
+    source = {"name": reference.name, "sha256": reference.content, "statistics": reference.statistics}
+    write_json(out / FILES[0], {"reference": source, "samples": sampler.description, "settings": rows})
     labels = list(rows[0]["metrics"])
     cells = ([*(row[name] for name in SWEPT), *(row["metrics"][label] for label in labels)] for row in rows)
     write_csv(out / FILES[1], [*SWEPT, *labels], cells)
-    for label, file in ((distance, FILES[2]), ("IS", FILES[3])):
+    for label, file in ((fd, FILES[2]), ("IS", FILES[3])):
         if label in labels:
             line_chart(
                 _lines(rows, label), name=f"{label} over guidance", x="classifier-free guidance scale", y=label
             ).save(out / file)
+    return rows
 
 
 def _lines(rows: Sequence[dict[str, Any]], label: str) -> dict[str, tuple[list[float], list[float]]]:
-    """A line for each temperature and top-k."""
+    """One line per temperature and top-k."""
     lines: dict[str, list[tuple[float, float]]] = {}
     for row in rows:
         top_k = "all codes" if row["top_k"] == 0 else f"top-k {row['top_k']}"

@@ -3,7 +3,6 @@
 import contextlib
 import io
 import json
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -18,19 +17,19 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from st_ar.config import SampleSettings
-from st_ar.demo.draw import (
-    KEY,
-    MOST_IMAGES,
+from st_ar.demo import generation
+from st_ar.demo.generation import (
+    PNG_KEY,
     Frame,
     GenerationRecord,
-    Pace,
-    Preview,
+    PreviewDecoder,
     WeightsRecord,
     choose_labels,
-    compare_pictures,
-    draw,
-    find_drawer,
-    read_recipe,
+    compare_images,
+    generate_frames,
+    match_weights,
+    preview_delay,
+    read_record,
     to_png,
 )
 from st_ar.demo.models import ModelPool
@@ -49,11 +48,10 @@ from tests.toys import TINY, random_model
 SETTINGS = SampleSettings(cfg_scale=2.0, top_k=9, temperature=0.9, seed=4)
 
 
-class EveryToken(Pace):
+@pytest.fixture
+def every_token(monkeypatch: pytest.MonkeyPatch) -> None:
     """A preview at each of them."""
-
-    def is_due(self) -> bool:
-        return True
+    monkeypatch.setattr(generation, "preview_delay", lambda _: 0.0)
 
 
 @pytest.fixture
@@ -63,7 +61,7 @@ def setup(tmp_path: Path) -> Iterator[Setup]:
 
 
 def last(setup: Setup, *names: str, labels: list[int], settings: SampleSettings = SETTINGS) -> list[Frame]:
-    return [*draw(setup.shelf, names, labels, settings)][-1]
+    return [*generate_frames(setup.pool, names, labels, settings)][-1]
 
 
 def test_the_page_draws_what_the_command_draws(setup: Setup, tmp_path: Path) -> None:
@@ -71,54 +69,56 @@ def test_the_page_draws_what_the_command_draws(setup: Setup, tmp_path: Path) -> 
     expected = sample_images(
         load_model(tmp_path / "first"), load_tokenizer(tmp_path / "tokenizer"), [0, 1, 2, 0], SETTINGS
     )
-    np.testing.assert_array_equal(frame.pictures, expected)
+    np.testing.assert_array_equal(frame.images, expected)
     assert frame.tokens is not None
     assert frame.tokens.shape == (4, 9)
-    averaged = last(setup, "first (EMA)", labels=[0, 1, 2, 0])[0]
+    ema = last(setup, "first (EMA)", labels=[0, 1, 2, 0])[0]
     np.testing.assert_array_equal(
-        averaged.pictures,
+        ema.images,
         sample_images(
             load_model(tmp_path / "first", ema=True), load_tokenizer(tmp_path / "tokenizer"), [0, 1, 2, 0], SETTINGS
         ),
     )
 
 
+@pytest.mark.usefixtures("every_token")
 def test_previews_show_the_tokens_that_are_drawn_and_nothing_of_the_others(setup: Setup) -> None:
-    frames = [frame for [frame] in draw(setup.shelf, ["first"], [0, 1], SETTINGS, EveryToken())]
-    assert [frame.drawn for frame in frames] == [*range(1, 10)]
-    whole = frames[-1].pictures
+    frames = [frame for [frame] in generate_frames(setup.pool, ["first"], [0, 1], SETTINGS)]
+    assert [frame.done for frame in frames] == [*range(1, 10)]
+    whole = frames[-1].images
     for frame in frames[:-1]:
-        assert (frame.tokens, frame.recipes, frame.total) == (None, (), 9)
-        there = frame.pictures[..., 3] == 255
+        assert (frame.tokens, frame.records, frame.total) == (None, (), 9)
+        visible = frame.images[..., 3] == 255
         token = np.arange(9).reshape(3, 3).repeat(2, 0).repeat(2, 1)
-        np.testing.assert_array_equal(there, np.broadcast_to(token < frame.drawn, (2, 6, 6)))
-        np.testing.assert_array_equal(frame.pictures[..., :3][there], whole[there])
+        np.testing.assert_array_equal(visible, np.broadcast_to(token < frame.done, (2, 6, 6)))
+        np.testing.assert_array_equal(frame.images[..., :3][visible], whole[visible])
 
 
+@pytest.mark.usefixtures("every_token")
 def test_previews_are_painted_in_the_type_that_draws_and_whole_images_exactly(tmp_path: Path) -> None:
     tokenizer = VQTokenizer(SMALL, random_tensors())
     tokenizer.save(tmp_path / "tokenizer")
     config = replace(TINY, vocab_size=SMALL.codebook_size)
     save_export(tmp_path / "model", random_model(config, 1), random_model(config, 2), {"step": 1, "preset": "toy"})
-    shelf = ModelPool([tmp_path / "model"], tmp_path / "tokenizer", device="cpu", dtype="bfloat16")
-    *before, [whole] = draw(shelf, ["model"], [0, 1], SETTINGS, EveryToken())
-    shelf.close()
+    pool = ModelPool([tmp_path / "model"], tmp_path / "tokenizer", device="cpu", dtype="bfloat16")
+    *before, [whole] = generate_frames(pool, ["model"], [0, 1], SETTINGS)
+    pool.close()
     assert whole.tokens is not None
     codes = whole.tokens.view(2, 3, 3)
-    np.testing.assert_array_equal(whole.pictures, to_uint8(tokenizer.decode(codes)).numpy())
+    np.testing.assert_array_equal(whole.images, to_uint8(tokenizer.decode(codes)).numpy())
     near = tokenizer.to(torch.device("cpu"), torch.bfloat16)
     codes[:, 2, 2] = 0  # the last preview lacks the last token, and has code 0 in its place
     for row, drawn in enumerate((2, 5, 8)):
         sofar = torch.where(torch.arange(9).view(3, 3) < drawn, codes, 0)[:, : row + 1]
         expected = to_uint8(near.decode(sofar)).numpy()[:, 2 * row :]
-        np.testing.assert_array_equal(before[drawn - 1][0].pictures[:, 2 * row : 2 * row + 2, :, :3], expected)
+        np.testing.assert_array_equal(before[drawn - 1][0].images[:, 2 * row : 2 * row + 2, :, :3], expected)
 
 
 def test_a_preview_paints_two_rows_above_the_new_ones_with_them() -> None:
     tokenizer, codes = VQTokenizer(SMALL, random_tensors()), torch.arange(2 * 36).view(2, 36) % SMALL.codebook_size
-    preview = Preview(tokenizer, 6)
-    preview.paint(codes[:, :19])
-    found = preview.paint(codes[:, :27])  # rows 3 and 4 are new, and are painted with rows 1 and 2
+    preview = PreviewDecoder(tokenizer, 6)
+    preview.decode(codes[:, :19])
+    found = preview.decode(codes[:, :27])  # rows 3 and 4 are new, and are painted with rows 1 and 2
     sofar = torch.where(torch.arange(30).view(5, 6) < 27, codes[:, :30].unflatten(1, (5, 6)), 0)
     expected = to_uint8(tokenizer.decode(sofar[:, 1:])).numpy()[:, 4:]
     np.testing.assert_array_equal(found[:, 6:10, :, :3], expected)
@@ -128,72 +128,75 @@ def test_a_preview_paints_two_rows_above_the_new_ones_with_them() -> None:
 def test_two_models_draw_with_the_same_numbers_side_by_side(setup: Setup) -> None:
     both = last(setup, "first", "second", labels=[0, 1])
     for name, frame in zip(("first", "second"), both, strict=True):
-        np.testing.assert_array_equal(frame.pictures, last(setup, name, labels=[0, 1])[0].pictures)
-    assert not np.array_equal(both[0].pictures, both[1].pictures)
+        np.testing.assert_array_equal(frame.images, last(setup, name, labels=[0, 1])[0].images)
+    assert not np.array_equal(both[0].images, both[1].images)
 
 
 def test_another_seed_and_another_setting_draw_otherwise_with_the_same_memory(setup: Setup) -> None:
-    first = last(setup, "first", labels=[0, 1])[0].pictures
-    opened = setup.shelf.run(lambda: setup.shelf.open("first"))
+    first = last(setup, "first", labels=[0, 1])[0].images
+    opened = setup.pool.run(lambda: setup.pool.open("first"))
     assert opened.sampler is not None
     drawer = opened.sampler.drawer
     other = last(
         setup, "first", labels=[0, 1], settings=SampleSettings(cfg_scale=2.0, top_k=9, temperature=0.9, seed=5)
     )
     assert opened.sampler.drawer is drawer
-    assert not np.array_equal(first, other[0].pictures)
+    assert not np.array_equal(first, other[0].images)
     last(setup, "first", labels=[0, 1], settings=SampleSettings(cfg_scale=3.0, seed=4))
     assert opened.sampler.drawer is not drawer
-    np.testing.assert_array_equal(last(setup, "first", labels=[0, 1])[0].pictures, first)
+    np.testing.assert_array_equal(last(setup, "first", labels=[0, 1])[0].images, first)
 
 
+@pytest.mark.usefixtures("every_token")
 def test_a_drawing_that_is_left_ends_and_the_next_one_is_whole(setup: Setup) -> None:
-    expected = last(setup, "first", labels=[0, 1])[0].pictures
-    left = draw(setup.shelf, ["first"], [1, 0], SETTINGS, EveryToken())
-    assert next(left)[0].drawn == 1
+    expected = last(setup, "first", labels=[0, 1])[0].images
+    left = generate_frames(setup.pool, ["first"], [1, 0], SETTINGS)
+    assert next(left)[0].done == 1
     left.close()
     assert [*left] == []
-    np.testing.assert_array_equal(last(setup, "first", labels=[0, 1])[0].pictures, expected)
+    np.testing.assert_array_equal(last(setup, "first", labels=[0, 1])[0].images, expected)
 
 
 def test_an_image_is_drawn_again_from_its_file_bit_for_bit(setup: Setup) -> None:
     [frame] = last(setup, "second (EMA)", labels=[2, 0, 1])
-    data = to_png(frame.pictures[2], frame.recipes[2])
-    recipe = read_recipe(data)
-    assert recipe == frame.recipes[2]
-    assert (recipe.number, recipe.class_name, recipe.settings) == (2, "bee", SETTINGS)
-    name = setup.shelf.run(lambda: find_drawer(setup.shelf, recipe))
+    data = to_png(frame.images[2], frame.records[2])
+    record = read_record(data)
+    assert record == frame.records[2]
+    assert (record.number, record.class_name, record.settings) == (2, "bee", SETTINGS)
+    name = setup.pool.run(lambda: match_weights(setup.pool, record))
     assert name == "second (EMA)"
-    assert recipe.weights.sha256 == sha256(setup.shelf.find(name).path)
-    [again] = last(setup, name, labels=list(recipe.labels), settings=recipe.settings)
-    assert compare_pictures(again.pictures[2], frame.pictures[2], recipe, setup.shelf) == "The same image, bit for bit."
+    assert record.weights.sha256 == sha256(setup.pool.find(name).path)
+    [again] = last(setup, name, labels=list(record.labels), settings=record.settings)
+    assert compare_images(again.images[2], frame.images[2], record, setup.pool) == "The same image, bit for bit."
 
 
 def test_a_picture_that_was_changed_or_drawn_elsewhere_is_said_to_differ(setup: Setup) -> None:
     [frame] = last(setup, "first", labels=[0])
-    changed, recipe = frame.pictures[0].copy(), frame.recipes[0]
+    changed, record = frame.images[0].copy(), frame.records[0]
     changed[0, :2] ^= 1
-    said = compare_pictures(frame.pictures[0], changed, recipe, setup.shelf)
-    assert said == "2 of 36 pixels differ: the picture was changed after it was saved."
-    elsewhere = GenerationRecord(**{**vars(recipe), "threads": recipe.threads + 1})
-    said = compare_pictures(frame.pictures[0], changed, elsewhere, setup.shelf)
-    assert said == f"2 of 36 pixels differ: threads {recipe.threads + 1} then, {recipe.threads} now."
-    said = compare_pictures(frame.pictures[0], changed[:4], recipe, setup.shelf)
-    assert said.startswith("Another size than the picture's")
+    said = compare_images(frame.images[0], changed, record, setup.pool)
+    assert said == "2 of 36 pixels differ: the image was changed after it was saved."
+    elsewhere = GenerationRecord(**{**vars(record), "threads": record.threads + 1})
+    said = compare_images(frame.images[0], changed, elsewhere, setup.pool)
+    assert said == f"2 of 36 pixels differ: threads was {record.threads + 1}, now {record.threads}."
+    said = compare_images(frame.images[0], changed[:4], record, setup.pool)
+    assert said.startswith("The saved image has another size")
 
 
 def test_other_weights_tokenizers_and_types_than_the_files_are_named(setup: Setup, tmp_path: Path) -> None:
     [frame] = last(setup, "first", labels=[0])
-    recipe = frame.recipes[0]
+    record = frame.records[0]
     other = ModelPool([export(tmp_path / "third", TINY, 30)], tmp_path / "tokenizer", device="cpu", dtype="float32")
     half = ModelPool([tmp_path / "first"], tmp_path / "tokenizer", device="cpu", dtype="bfloat16")
     try:
-        with pytest.raises(UserError, match=r"drawn with live weights of step 10 .* start it with their --model"):
-            find_drawer(other, recipe)
-        with pytest.raises(UserError, match="drawn in float32, the page draws in bfloat16"):
-            find_drawer(half, recipe)
-        with pytest.raises(UserError, match="painted by tokenizer abc, the page has"):
-            find_drawer(other, GenerationRecord(**{**vars(recipe), "tokenizer": "abc"}))
+        with pytest.raises(
+            UserError, match=r"generated with live weights of step 10 .* start the demo with their --model"
+        ):
+            match_weights(other, record)
+        with pytest.raises(UserError, match="generated in float32, the demo uses bfloat16"):
+            match_weights(half, record)
+        with pytest.raises(UserError, match="decoded by tokenizer abc, the demo has"):
+            match_weights(other, GenerationRecord(**{**vars(record), "tokenizer": "abc"}))
     finally:
         other.close()
         half.close()
@@ -208,13 +211,10 @@ def test_labels_are_the_chosen_classes_in_turn() -> None:
     ("classes", "count", "match"),
     [
         ([], 4, "no class is chosen"),
-        ([3], 4, "there is no class 3: the model knows classes 0 to 2"),
+        ([3], 4, "there is no class 3: the model has classes 0 to 2"),
         ([-1], 4, "there is no class -1"),
         (["ant"], 4, "there is no class ant"),
         ([True], 4, "there is no class True"),
-        ([0], 0, "draws 1 to 16 images at once, not 0"),
-        ([0], MOST_IMAGES + 1, "draws 1 to 16 images at once, not 17"),
-        ([0], True, "draws 1 to 16 images"),
     ],
 )
 def test_classes_and_counts_out_of_range_are_refused(classes: list[Any], count: int, match: str) -> None:
@@ -224,37 +224,30 @@ def test_classes_and_counts_out_of_range_are_refused(classes: list[Any], count: 
 
 def test_names_and_labels_that_are_not_there_are_refused(setup: Setup) -> None:
     with pytest.raises(UserError, match="no weights are called 'third': choose one of first, second, first"):
-        draw(setup.shelf, ["third"], [0], SETTINGS)
-    with pytest.raises(UserError, match="two different weights"):
-        draw(setup.shelf, ["first", "first"], [0], SETTINGS)
-    with pytest.raises(UserError, match="16 images at most at once, not 17"):
-        draw(setup.shelf, ["first"], [0] * 17, SETTINGS)
+        generate_frames(setup.pool, ["third"], [0], SETTINGS)
+    with pytest.raises(UserError, match="both sides have the same weights"):
+        generate_frames(setup.pool, ["first", "first"], [0], SETTINGS)
     with pytest.raises(UserError, match="label 9 is out of range"):
         last(setup, "first", labels=[9])
     with pytest.raises(UserError, match="top-k must lie in"):
         last(setup, "first", labels=[0], settings=SampleSettings(top_k=12))
 
 
-def test_previews_leave_most_of_the_time_to_the_drawing() -> None:
-    pace = Pace(most=10, share=0.25)
-    assert pace.is_due()
-    pace.made(1.0)
-    assert not pace.is_due()
-    assert pace.due - time.perf_counter() == pytest.approx(3.0, abs=0.2)
-    pace.made(0.0)
-    assert pace.due - time.perf_counter() == pytest.approx(0.1, abs=0.09)
+def test_previews_take_a_quarter_of_the_time_and_come_12_times_a_second_at_most() -> None:
+    assert preview_delay(1.0) == pytest.approx(3.0)
+    assert preview_delay(0.0) == pytest.approx(1 / 12)
 
 
 def test_all_work_of_the_models_is_done_in_one_thread(setup: Setup) -> None:
     import threading
 
-    names = {setup.shelf.run(lambda: threading.current_thread().name) for _ in range(3)}
+    names = {setup.pool.run(lambda: threading.current_thread().name) for _ in range(3)}
     assert len(names) == 1
     assert names.pop().startswith("models")
     assert torch.is_grad_enabled()
 
 
-RECIPE = GenerationRecord(
+RECORD = GenerationRecord(
     weights=WeightsRecord(file="model.safetensors", sha256="ab" * 32, ema=False, step=7),
     tokenizer="cd" * 32,
     settings=SampleSettings(cfg_scale=1.75, cfg_schedule="linear", top_k=3, top_p=0.9, temperature=0.8, seed=2**53 - 1),
@@ -272,19 +265,19 @@ PICTURE = np.random.default_rng(0).integers(0, 256, (6, 6, 3)).astype(np.uint8)
 def png(said: str | None) -> bytes:
     info = PngInfo()
     if said is not None:
-        info.add_text(KEY, said)
+        info.add_text(PNG_KEY, said)
     file = io.BytesIO()
     Image.fromarray(PICTURE).save(file, format="PNG", pnginfo=info)
     return file.getvalue()
 
 
 def changed(**values: Any) -> str:
-    return json.dumps({**to_dict(RECIPE), **values})
+    return json.dumps({**to_dict(RECORD), **values})
 
 
 def test_a_file_gives_its_picture_and_its_recipe_back() -> None:
-    data = to_png(PICTURE, RECIPE)
-    assert read_recipe(data) == RECIPE
+    data = to_png(PICTURE, RECORD)
+    assert read_record(data) == RECORD
     np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(data))), PICTURE)
     assert json.loads(Image.open(io.BytesIO(data)).info["st-ar"])["settings"]["cfg_scale"] == 1.75
 
@@ -292,13 +285,13 @@ def test_a_file_gives_its_picture_and_its_recipe_back() -> None:
 @pytest.mark.parametrize(
     ("data", "match"),
     [
-        (b"", "no PNG file"),
-        (b"GIF89a", "no PNG file"),
-        (to_png(PICTURE, RECIPE)[:60], "does not say|no PNG file"),
-        (png(None), "does not say how it was drawn"),
-        (png("{"), "what this PNG says of itself is damaged"),
-        (png("[" * 100_000), "what this PNG says of itself is damaged"),
-        (png("[]"), "the settings of GenerationRecord are no JSON object"),
+        (b"", "not a PNG"),
+        (b"GIF89a", "not a PNG"),
+        (to_png(PICTURE, RECORD)[:60], "has no record|not a PNG"),
+        (png(None), "has no record of its settings"),
+        (png("{"), "the record in this PNG is damaged"),
+        (png("[" * 100_000), "the record in this PNG is damaged"),
+        (png("[]"), "the settings of GenerationRecord are not a JSON object"),
         (png("{}"), r"settings \[.*'labels'.*\] are missing"),
         (png(changed(more=1)), r"unknown settings \['more'\]"),
         (png(changed(format_version=2)), "format_version 2 is not 1"),
@@ -306,7 +299,7 @@ def test_a_file_gives_its_picture_and_its_recipe_back() -> None:
         (png(changed(labels=[0] * 17)), "there are 17 labels, not 1 to 16"),
         (png(changed(labels=["a", "b"])), "labels must be"),
         (png(changed(labels=[-1, 0])), "label -1 is below 0"),
-        (png(changed(number=3)), "number 3 is none of the 3 images"),
+        (png(changed(number=3)), "number 3 is not one of 3 images"),
         (png(changed(number=True)), "number must be a whole number"),
         (png(changed(settings={"temperature": 0})), "--temperature must be above 0"),
         (png(changed(settings={"seed": 2**70})), "seed must be a whole number"),
@@ -315,7 +308,7 @@ def test_a_file_gives_its_picture_and_its_recipe_back() -> None:
 )
 def test_other_files_are_refused_in_words(data: bytes, match: str) -> None:
     with pytest.raises(UserError, match=match):
-        read_recipe(data)
+        read_record(data)
 
 
 def test_a_text_chunk_that_unpacks_to_gigabytes_is_refused() -> None:
@@ -326,13 +319,13 @@ def test_a_text_chunk_that_unpacks_to_gigabytes_is_refused() -> None:
     body = b"st-ar\0\0" + bomb
     chunk = struct.pack(">I", len(body)) + b"zTXt" + body + struct.pack(">I", zlib.crc32(b"zTXt" + body))
     data = png(None)
-    with pytest.raises(UserError, match=r"no PNG file, or a damaged one|does not say"):
-        read_recipe(data[:33] + chunk + data[33:])
+    with pytest.raises(UserError, match=r"not a PNG, or it is damaged|has no record"):
+        read_record(data[:33] + chunk + data[33:])
 
 
 @given(place=st.integers(0, 2000), value=st.integers(0, 255))
 def test_a_damaged_byte_never_gives_another_recipe(place: int, value: int) -> None:
-    data = bytearray(to_png(PICTURE, RECIPE))
+    data = bytearray(to_png(PICTURE, RECORD))
     data[place % len(data)] = value
     with contextlib.suppress(UserError):
-        assert read_recipe(bytes(data)) == RECIPE
+        assert read_record(bytes(data)) == RECORD
