@@ -18,6 +18,7 @@ from PIL import Image
 
 import st_ar
 from st_ar import sampling
+from st_ar.cli import main
 from st_ar.config import PUBLISHED_SCALES, SampleSettings
 from st_ar.data.text import TextStore, write_text
 from st_ar.errors import UserError
@@ -110,6 +111,24 @@ def test_a_models_published_guidance_is_its_default(preset: str, scale: float) -
     assert settings.resolved(config) == replace(settings, cfg_scale=scale)
     given = replace(settings, cfg_scale=1.25)
     assert given.resolved(config) == given
+
+
+def test_a_model_trained_without_class_dropout_is_not_guided() -> None:
+    published = replace(TINY, dim=768, n_layers=12, n_heads=12)
+    for asked, class_dropout, scale, origin in (
+        (None, 0.1, 2.0, "LlamaGen's for this size; --cfg-scale changes it"),
+        (None, None, 2.0, "LlamaGen's for this size; --cfg-scale changes it"),
+        (None, 0.0, 1.0, "the model was trained with --class-dropout 0"),
+        (3.0, 0.1, 3.0, "as given"),
+        (1.0, 0.0, 1.0, "as given"),
+    ):
+        settings = SampleSettings(cfg_scale=asked)
+        assert settings.resolved(published, class_dropout).cfg_scale == scale
+        assert settings.explain_scale(published, class_dropout) == f"guidance scale {scale:g}: {origin}"
+    with pytest.raises(
+        UserError, match=r"--cfg-scale 3.0: the model was trained with --class-dropout 0, so it cannot be guided"
+    ):
+        SampleSettings(cfg_scale=3.0).resolved(published, 0.0)
 
 
 def test_the_default_guidance_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -595,3 +614,34 @@ def test_a_damaged_image_is_refused_and_drawn_again_when_removed(
     picture.unlink()
     draw(line.model, tmp_path / "samples")
     assert contents(tmp_path) == contents(straight / "samples")
+
+
+@pytest.mark.parametrize("command", ["sample", "sweep"])
+def test_guidance_that_was_never_trained_is_refused_by_command(
+    line: SmallLine, tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    model = random_model()
+    save_export(tmp_path / "model", model, model, {"class_dropout": 0.0})
+    common = f"{command} --model {tmp_path / 'model'} --tokenizer {line.tokenizer} --num 3 --device cpu".split()
+    more = ["--cfg-scale", "3", "--out", str(tmp_path / "out.npz")]
+    if command == "sweep":
+        more = [
+            "--cfg-scales",
+            "1",
+            "3",
+            "--reference",
+            "digits",
+            "--extractor",
+            "efficientnet",
+            "--out",
+            str(tmp_path / "out"),
+        ]
+    with pytest.raises(SystemExit):
+        main([*common, *more])
+    assert (
+        "--cfg-scale 3.0: the model was trained with --class-dropout 0, so it cannot be guided"
+        in capsys.readouterr().err
+    )
+    if command == "sample":
+        main([*common, "--out", str(tmp_path / "out.npz")])
+        assert "st-ar: note: guidance scale 1: the model was trained with --class-dropout 0" in capsys.readouterr().err

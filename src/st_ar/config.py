@@ -344,20 +344,38 @@ class SampleSettings(Checked):
     seed: Seed = 0
     """Seed of the classes or captions and of sampling."""
 
-    def resolved(self, config: ModelConfig) -> "SampleSettings":
+    def resolved(self, config: ModelConfig, class_dropout: float | None = None) -> "SampleSettings":
         """Return these settings for a model, with its default guidance scale if none was given.
 
+        Args:
+            class_dropout: the share of images that the model was trained on without a condition; None if unknown.
+
         Raises:
-            UserError: top_k is larger than the codebook.
+            UserError: top_k is larger than the codebook, or guidance of a model that was trained without it.
         """
+        require(
+            class_dropout != 0 or (self.cfg_scale or 1) == 1,
+            f"--cfg-scale {self.cfg_scale}: the model was trained with --class-dropout 0, so it cannot be guided; leave it out",
+        )
         require(
             self.top_k <= config.vocab_size,
             f"--top-k must lie in [0, {config.vocab_size}], the size of the codebook, not {self.top_k}",
         )
         if self.cfg_scale is not None:
             return self
-        published = PUBLISHED_SCALES if config.condition == "class" else {}
+        published = PUBLISHED_SCALES if config.condition == "class" and class_dropout != 0 else {}
         return replace(self, cfg_scale=published.get((config.dim, config.n_layers), 1.0))
+
+    def explain_scale(self, config: ModelConfig, class_dropout: float | None = None) -> str:
+        """The guidance scale for a model, and where it comes from. Arguments as for `resolved`."""
+        scale = self.resolved(config, class_dropout).cfg_scale
+        if self.cfg_scale is not None:
+            origin = "as given"
+        elif class_dropout == 0:
+            origin = "the model was trained with --class-dropout 0"
+        else:
+            origin = "none by default" if scale == 1 else "LlamaGen's for this size; --cfg-scale changes it"
+        return f"guidance scale {scale:g}: {origin}"
 
 
 TrackerName = Literal["tensorboard", "wandb", "trackio", "none"]

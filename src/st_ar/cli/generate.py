@@ -44,6 +44,7 @@ class Sample:
     def run(self) -> None:
         from st_ar.data.text import open_text
         from st_ar.distributed import Ranks
+        from st_ar.errors import note
         from st_ar.sampling import Sampler, choose_conditions, open_model_and_tokenizer, sample_to
 
         ranks = Ranks.from_environment()
@@ -60,7 +61,10 @@ class Sample:
             labels=self.labels,
             per_class=self.per_class,
         )
-        sampler = Sampler(model, tokenizer, self.settings, text, compiled=self.compile)
+        if ranks.rank == 0:
+            note(self.settings.explain_scale(info.config, info.class_dropout))
+        settings = self.settings.resolved(info.config, info.class_dropout)
+        sampler = Sampler(model, tokenizer, settings, text, compiled=self.compile)
         sample_to(self.out, sampler, labels, info, label_mode=self.label_mode, batch_size=self.batch_size)
         if ranks.rank == 0:
             size = info.config.grid * tokenizer.patch

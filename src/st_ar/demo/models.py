@@ -58,6 +58,7 @@ class LoadedModel:
 
     def sampler_for(self, tokenizer: Tokenizer, settings: SampleSettings) -> Sampler:
         """Return a sampler with these settings. It reuses the last one's memory if only the seed differs."""
+        settings = settings.resolved(self.network.config, self.info.class_dropout)
         last, self.sampler = self.sampler, Sampler(self.sampling_network, tokenizer, settings)
         if last is not None and replace(last.settings, seed=settings.seed) == self.sampler.settings:
             self.sampler.drawer = last.drawer

@@ -67,7 +67,8 @@ def class_choices(setup: Setup, name: str) -> list[tuple[str, int]]:
 
 def add_fields(setup: Setup, name: str, key: str) -> list[Any]:
     """Add the sampling fields for some weights, in the order of `read_fields`; `key` starts their element IDs."""
-    config = setup.pool.find(name).config
+    weights = setup.pool.find(name)
+    default = SampleSettings().resolved(weights.config, None if weights.has_null_class else 0.0)
     choices = class_choices(setup, name)
     classes = gr.Dropdown(
         choices,
@@ -89,7 +90,7 @@ def add_fields(setup: Setup, name: str, key: str) -> list[Any]:
             scale=2, min_width=100,
         )  # fmt: skip
     scale = gr.Slider(
-        *(1, 10, SampleSettings().resolved(config).cfg_scale),
+        *(1, 10, default.cfg_scale),
         step=0.05,
         label="Guidance scale",
         info="1 is no guidance; higher values follow the class more closely",
@@ -106,7 +107,12 @@ def add_fields(setup: Setup, name: str, key: str) -> list[Any]:
         power = gr.Slider(0.25, 4, 1, step=0.05, label="Power of power-cosine", info="higher: guidance starts later")
         temperature = gr.Slider(0.1, 2, 1, step=0.05, label="Temperature", elem_id=f"{key}-temperature")
         top_k = gr.Slider(
-            0, config.vocab_size, 0, step=1, label="Top-k", info="sample from the k most likely tokens; 0 is all"
+            0,
+            weights.config.vocab_size,
+            0,
+            step=1,
+            label="Top-k",
+            info="sample from the k most likely tokens; 0 is all",
         )
         top_p = gr.Slider(
             0.05,

@@ -60,6 +60,7 @@ class Watch:
         self.periodic: dict[str, tuple[int, Callable[[Transformer, int], dict[str, float]]]] = {}
         if config.sample_tokenizer is not None:
             settings = SampleSettings(cfg_scale=config.sample_cfg_scale, seed=training.seed)
+            settings = settings.resolved(training.model, training.class_dropout)
             self.samples = SampleGrid(config.sample_tokenizer, inputs, config.sample_labels, settings, device)
             self.periodic["samples"] = config.sample_every, self._sample
         if config.probe_test_tokens is not None:

@@ -96,7 +96,7 @@ class SweptModel:
 def check_sweep(sampler: SweptModel, grid: Sequence[SampleSettings], out: Path) -> None:
     """Check the settings, the packages and the output folder before sampling."""
     for settings in grid:
-        settings.resolved(sampler.info.config)
+        settings.resolved(sampler.info.config, sampler.info.class_dropout)
     require("matplotlib")
     require_place(out)
     if is_nonempty(out, besides=("samples", "results", *FILES)):
