@@ -232,7 +232,7 @@ def _record(
         settings=sampler.settings,
         labels=tuple(labels),
         number=number,
-        class_name=model.weights.class_names[labels[number]],
+        class_name=model.info.class_names[labels[number]],
         dtype=str(model.dtype).removeprefix("torch."),
         device=pool.device.type,
         threads=torch.get_num_threads(),

@@ -104,9 +104,9 @@ class Setup:
         if self.probe_store is None:
             raise UserError("the demo has no images to fit a probe on: start it with --probe-tokens STORE")
         model = self.pool.open(name)
-        if len(image.tokens) != model.weights.config.sequence_length:
+        if len(image.tokens) != model.info.config.sequence_length:
             raise UserError(
-                f"{name} reads {model.weights.config.sequence_length} tokens, and the image has {len(image.tokens)}: "
+                f"{name} reads {model.info.config.sequence_length} tokens, and the image has {len(image.tokens)}: "
                 "choose an image of this model's size"
             )
         probe = self.probes.get(name) or ClassProbe(model, self.probe_store, self.probe_images)

@@ -44,7 +44,7 @@ def understand_tab(setup: Setup, generated: Any) -> None:
 
     def label_for(image: DemoImage, name: Any, choice: Any) -> int:
         weights = setup.pool.find(name)
-        return choose_label(choice, image.label, weights.config.null_class, has_null_class=weights.has_null_class)
+        return choose_label(choice, image.label, weights.config.null_class, has_null_class=weights.class_dropout != 0)
 
     def show(image: Any, name: Any, choice: Any, token: Any, layer: Any, head: Any) -> tuple[Any, ...]:
         if image is None:
@@ -215,7 +215,7 @@ def _add_image(caption: str, key: str) -> Any:
 
 
 def _label_choices(setup: Setup, name: str) -> list[tuple[str, int]]:
-    none = [("none", NO_CLASS)] if setup.pool.find(name).has_null_class else []
+    none = [] if setup.pool.find(name).class_dropout == 0 else [("none", NO_CLASS)]
     return [("the image's own", OWN_CLASS), *none, *class_choices(setup, name)]
 
 
