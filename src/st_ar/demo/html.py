@@ -49,16 +49,14 @@ def figures(frame: Frame, names: Sequence[str], title: str) -> str:
     return "".join(cells)
 
 
-def gallery(frame: Frame, names: Sequence[str], title: str) -> str:
-    """Return the images of one model in a grid."""
-    return f'<div class="pictures n{min(len(names), 4)}">{figures(frame, names, title)}</div>'
-
-
-def side_by_side(frames: Sequence[Frame], titles: Sequence[str], names: Sequence[str]) -> str:
-    """Return the images of several models, one column each."""
+def gallery(frames: Sequence[Frame], titles: Sequence[str], names: Sequence[str]) -> str:
+    """Return the images of one model in a grid, or those of several, one column each."""
+    images = [figures(frame, names, title) for title, frame in zip(titles, frames, strict=True)]
+    if len(images) == 1:
+        return f'<div class="pictures n{min(len(names), 4)}">{images[0]}</div>'
     columns = [
-        f'<section><h3>{escape(title)}</h3><div class="pictures n2">{figures(frame, names, title)}</div></section>'
-        for title, frame in zip(titles, frames, strict=True)
+        f'<section><h3>{escape(title)}</h3><div class="pictures n2">{content}</div></section>'
+        for title, content in zip(titles, images, strict=True)
     ]
     return f'<div class="beside">{"".join(columns)}</div>'
 
@@ -68,14 +66,15 @@ def safe_name(name: str) -> str:
     return "".join(c if c.isascii() and c.isalnum() else "-" for c in name).strip("-")[:40] or "image"
 
 
-def status(frame: Frame, models: int = 1) -> str:
-    """Return a progress bar with the number of tokens and their rate."""
+def status(frames: Sequence[Frame]) -> str:
+    """Return a progress bar with the number of tokens and their rate for each model."""
+    frame = frames[0]
     rate = frame.done / max(frame.seconds, 1e-9)
     if frame.tokens is None:
         text = f"token {frame.done} of {frame.total} &middot; {rate:.1f} tokens/s"
     else:
         text = f"{frame.total} tokens in {frame.seconds:.2f} s &middot; {rate:.1f} tokens/s"
-    each = " for each model" if models > 1 else ""
+    each = " for each model" if len(frames) > 1 else ""
     share = 100 * frame.done / frame.total
     return (
         f'<div class="bar" role="status"><div style="width:{share:.1f}%"></div></div><p class="quiet">{text}{each}</p>'
