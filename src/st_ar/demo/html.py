@@ -8,7 +8,7 @@ from html import escape
 import numpy as np
 from PIL import Image
 
-from st_ar.demo.generation import Frame, GenerationRecord, to_png
+from st_ar.demo.generation import Frame, to_png
 from st_ar.demo.reading import Prediction, Reading
 from st_ar.demo.setup import DemoImage
 from st_ar.report import png_uri
@@ -104,26 +104,11 @@ def chart(svg: str, caption: str) -> str:
     return f'<figure class="chart">{svg}<figcaption>{escape(caption)}</figcaption></figure>'
 
 
-def charts(parts: Sequence[str]) -> str:
-    """Return charts beside each other where there is room."""
-    return f'<div class="charts">{"".join(parts)}</div>'
-
-
 def wide_image(image: np.ndarray, alt: str, caption: str) -> str:
     """Return one image as wide as the demo."""
     return (
         f'<figure class="wide"><img src="{png_uri(image)}" alt="{escape(alt, quote=True)}">'
         f"<figcaption>{escape(caption)}</figcaption></figure>"
-    )
-
-
-def describe_record(record: GenerationRecord) -> str:
-    """Return the settings of an image in a few words."""
-    settings = record.settings
-    return (
-        f"seed {settings.seed}, image {record.number} of {len(record.labels)}, "
-        f"guidance {settings.cfg_scale:g} ({settings.cfg_schedule}), temperature {settings.temperature:g}, "
-        f"top-k {settings.top_k}, top-p {settings.top_p:g}"
     )
 
 

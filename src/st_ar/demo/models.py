@@ -119,8 +119,8 @@ class ModelPool:
 
     def open(self, name: str) -> LoadedModel:
         """Return the model in memory. Call it in the models' thread."""
+        source = self.find(name).source
         if name not in self.loaded:
-            source = self.find(name).source
             network, info = open_model(source)
             if info.config != self.weights[name].config:
                 raise UserError(f"{source} has changed since the demo started: restart the demo")

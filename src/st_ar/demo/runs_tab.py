@@ -118,12 +118,12 @@ def runs_tab(setup: Setup) -> None:
             state, drawings = read_history(run, name)
         except UserError as error:
             return html.note(str(error)), now, gr.skip()
-        charts = [html.chart(drawing.svg(), title.capitalize()) for title, drawing in drawings.items()]
+        charts = "".join(html.chart(drawing.svg(), title.capitalize()) for title, drawing in drawings.items())
         slider: Any = gr.skip()  # stays at an older grid until there is a newer one
         if before is None or (before[0], before[-1]) != (now[0], now[-1]):
             newest = now[-1] - 1
             slider = gr.update(maximum=max(1, newest), value=max(0, newest), visible=newest > 0)
-        return html.note(state) + html.charts(charts), now, slider
+        return f'{html.note(state)}<div class="charts">{charts}</div>', now, slider
 
     def show(name: Any, index: Any, _stamp: Any) -> Any:
         run = find(name)

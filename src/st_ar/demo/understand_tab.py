@@ -131,12 +131,11 @@ def understand_tab(setup: Setup, generated: Any) -> None:
             with gr.Row():
                 entropy = _add_image("Entropy of each token", "understand-entropy")
                 heads = _add_image("Heads (columns) and layers (rows): click on one", "understand-overview")
-            gr.HTML(
-                html.note(
-                    "Blue frame: the predicted token. White frame: the last token read. Brighter means more attention or higher "
-                    "entropy. Each map has its own scale."
-                )
+            legend = (
+                "Blue frame: the predicted token. White frame: the last token read. Brighter means more attention or higher "
+                "entropy. Each map has its own scale."
             )
+            gr.HTML(html.note(legend))
             with gr.Accordion("Entropy by token", open=False):
                 curve = gr.HTML("", elem_id="understand-curve")
     has_probe = setup.probe_store is not None
@@ -202,16 +201,9 @@ def _add_image(caption: str, key: str) -> Any:
     with gr.Column(min_width=200):
         gr.HTML(html.note(caption))
         return gr.Image(
-            show_label=False,
-            type="numpy",
-            image_mode="RGBA",
-            format="png",
-            interactive=False,
-            buttons=[],
-            elem_id=key,
-            elem_classes=["pixels"],
-            alt_text=caption,
-        )
+            show_label=False, type="numpy", image_mode="RGBA", format="png", interactive=False, buttons=[],
+            elem_id=key, elem_classes=["pixels"], alt_text=caption,
+        )  # fmt: skip
 
 
 def _label_choices(setup: Setup, name: str) -> list[tuple[str, int]]:
