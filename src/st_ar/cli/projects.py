@@ -37,9 +37,9 @@ class Quickstart:
     def run(self) -> None:
         from st_ar.files import read_json
         from st_ar.quickstart import METHODS, quickstart
-        from st_ar.report import check_json, json_alone, keep_json, print_table
+        from st_ar.report import json_alone
 
-        check_json(self.json)
+        options.check_results(self.json)
         with json_alone(self.json):
             report = quickstart(self.out, images=self.images, steps=self.steps, seed=self.seed)
         summary = read_json(self.out / "summary.json", "a finished quickstart")
@@ -50,11 +50,8 @@ class Quickstart:
             ("FD-regions of samples", *(f"{m['frechet']:.4f}" for m in measured)),
             ("seconds per training step", *(f"{m['seconds_per_step']:.3f}" for m in measured)),
         ]
-        with json_alone(self.json):
-            if self.json != "-":
-                print_table(("", *METHODS), rows)
-            print(f"\n{summary['seconds_of_this_call']:.0f} s; report: {report}")
-        keep_json(self.json, summary)
+        text = f"\n{summary['seconds_of_this_call']:.0f} s; report: {report}"
+        options.report(self.json, summary, ("", *METHODS), rows, text)
 
 
 @dataclass(kw_only=True)
