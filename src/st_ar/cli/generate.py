@@ -106,7 +106,7 @@ class Sweep:
     def run(self) -> None:
         from st_ar.evaluation.generation.evaluate import check_sizes, choose_metrics, format_number, open_reference
         from st_ar.evaluation.generation.features import Compute, load_extractor
-        from st_ar.evaluation.generation.sweep import FILES, SweptModel, check_sweep, list_settings, sweep
+        from st_ar.evaluation.generation.sweep import FILES, SWEPT, SweptModel, check_sweep, list_settings, sweep
         from st_ar.files import read_json
         from st_ar.hardware import choose_device
 
@@ -144,13 +144,8 @@ class Sweep:
         rows = sweep(sampler, grid, reference, extractor, metrics, self.out, compute, resize=self.resize)
         labels = list(rows[0]["metrics"])
         cells = [
-            (
-                f"{r['cfg_scale']:g}",
-                f"{r['temperature']:g}",
-                str(r["top_k"]),
-                *(format_number(m, r["metrics"][m]) for m in labels),
-            )
-            for r in rows
+            (*(f"{row[name]:g}" for name in SWEPT), *(format_number(m, row["metrics"][m]) for m in labels))
+            for row in rows
         ]
         best, label = rows[0], extractor.label("fd")
         text = (

@@ -1,9 +1,11 @@
 """Commands around the pipeline: quickstart, demo, reproduce, env, completion."""
 
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Literal
 
 import tyro
@@ -119,10 +121,10 @@ class Demo:
 
     def run(self) -> None:
         self._check()
-        from st_ar.demo.serve import bind, private_folder, require_gradio, serve
+        with TemporaryDirectory(prefix="st-ar-demo-") as folder:  # other users cannot read it
+            os.environ["GRADIO_TEMP_DIR"] = folder
+            from st_ar.demo.serve import bind, serve
 
-        with private_folder():
-            require_gradio()
             require("matplotlib")
             bind(self.host, self.port).close()  # fail early
             serve(self._setup(), self.host, self.port)

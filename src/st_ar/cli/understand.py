@@ -326,11 +326,7 @@ class Invariance:
 
 
 def choose_names(paths: Sequence[Path], names: Sequence[str]) -> list[str]:
-    """Return a name for each tokenizer: the given names, or the last parts of the paths, or the paths if those are equal.
-
-    Raises:
-        UserError: no tokenizer, or not one name each.
-    """
+    """Return a name for each tokenizer: the given names, or the last parts of the paths, or the paths if those are equal."""
     if not paths:
         raise UserError("--tokenizer is empty: give at least one tokenizer")
     if not names:

@@ -104,14 +104,6 @@ def chart(svg: str, caption: str) -> str:
     return f'<figure class="chart">{svg}<figcaption>{escape(caption)}</figcaption></figure>'
 
 
-def wide_image(image: np.ndarray, alt: str, caption: str) -> str:
-    """Return one image as wide as the demo."""
-    return (
-        f'<figure class="wide"><img src="{png_uri(image)}" alt="{escape(alt, quote=True)}">'
-        f"<figcaption>{escape(caption)}</figcaption></figure>"
-    )
-
-
 def step_table(image: DemoImage, token: int, reading: Reading, class_weight: float, uniform: float) -> str:
     """Return the numbers of the step that predicts a token; `uniform` is the entropy of a uniform guess."""
     rows = [

@@ -185,14 +185,9 @@ def mark_token(image: np.ndarray, grid: int, token: int) -> np.ndarray:
 
 
 def render_attention(image: np.ndarray, weights: np.ndarray, grid: int, token: int) -> np.ndarray:
-    """Return the attention of the step that predicts a token: a heat map over the grey image, future tokens transparent.
+    """Return the attention [T] of the step that predicts a token: a heat map over the grey image, future tokens transparent.
 
-    Args:
-        image: uint8 [S, S, 3].
-        weights: [T]; key 0 is the class, key 1 + s is token s. Scaled to the largest weight on a token.
-
-    Returns:
-        uint8 [side, side, 4].
+    The weights are scaled to the largest weight on a token. The heat map is uint8 [side, side, 4].
     """
     heat = _heat_map(image, _past_weights(weights, grid, token), grid, "inferno")
     alpha = _pixels((np.arange(grid * grid) < token).astype(np.uint8) * 255, grid)

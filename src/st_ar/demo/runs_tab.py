@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from st_ar.demo.setup import Setup
 from st_ar.demo.tabs import FILE_QUEUE, gr, handler
 from st_ar.errors import UserError, cause
 from st_ar.figures import Drawing, line_chart
+from st_ar.report import png_uri
 from st_ar.settings import matches_type
 from st_ar.training.run import read_log
 
@@ -131,11 +133,9 @@ def runs_tab(setup: Setup) -> None:
         if not steps:
             return html.note("This run has no samples: train with --sample-every and --sample-tokenizer.")
         step = steps[min(check_int(index, "the sample", 0, 1 << 30), len(steps) - 1)]
-        return html.wide_image(
-            np.asarray(read_sample(run, step)),
-            f"samples of {name} at step {step}",
-            f"Samples after step {step:,}. Classes and random numbers are the same for every step.",
-        )
+        uri, alt = png_uri(np.asarray(read_sample(run, step))), escape(f"samples of {name} at step {step}")
+        caption = f"Samples after step {step:,}. Classes and random numbers are the same for every step."
+        return f'<figure class="wide"><img src="{uri}" alt="{alt}"><figcaption>{caption}</figcaption></figure>'
 
     last = gr.State(None)
     chosen = gr.Dropdown(names, value=names[0], label="Run", elem_id="runs-name")

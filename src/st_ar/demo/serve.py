@@ -3,12 +3,10 @@
 import asyncio
 import contextlib
 import ipaddress
-import os
 import re
 import signal
 import socket
-import tempfile
-from collections.abc import Awaitable, Callable, Generator, MutableMapping
+from collections.abc import Awaitable, Callable, MutableMapping
 from concurrent.futures import ThreadPoolExecutor
 from importlib.resources import files
 from typing import Any
@@ -21,7 +19,7 @@ from st_ar.demo.runs_tab import runs_tab
 from st_ar.demo.setup import Setup
 from st_ar.demo.tabs import compare_tab, generate_tab, gr
 from st_ar.demo.understand_tab import understand_tab
-from st_ar.errors import Interrupted, UserError, require
+from st_ar.errors import Interrupted, UserError
 from st_ar.files import parse_json
 
 Message = MutableMapping[str, Any]
@@ -213,23 +211,14 @@ def is_local(host: str) -> bool:
         return host == "localhost"
 
 
-def require_gradio() -> Any:
-    """Import Gradio with its analytics off; UserError if it is not installed."""
-    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read during the import
-    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
-    os.environ["GRADIO_ANALYTICS_CACHE_FREQUENCY"] = str(1 << 31)  # never compute statistics that are not shown
-    return require("gradio")
-
-
 def build_app(setup: Setup, host: str) -> Any:
     """Return the demo's server as an ASGI application."""
-    gradio = require_gradio()
     from fastapi import FastAPI
 
     outer = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
 
     async def mount() -> Any:
-        return gradio.mount_gradio_app(
+        return gr.mount_gradio_app(
             outer,
             build_page(setup),
             path="/",
@@ -285,14 +274,6 @@ def make_server(setup: Setup, host: str) -> Any:
     return uvicorn.Server(
         uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=2, server_header=False, ws="none")
     )
-
-
-@contextlib.contextmanager
-def private_folder() -> Generator[None]:
-    """Keep Gradio's files in a temporary folder that other users cannot read. Enter it before importing Gradio."""
-    with tempfile.TemporaryDirectory(prefix="st-ar-demo-") as folder:
-        os.environ["GRADIO_TEMP_DIR"] = folder
-        yield
 
 
 def serve(setup: Setup, host: str, port: int) -> None:

@@ -1,11 +1,11 @@
 """The tabs Generate and Compare, and what all tabs share: Gradio, queues, error messages and the sampling fields."""
 
+import os
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial, wraps
 from html import escape
-from importlib import import_module
 from inspect import isgeneratorfunction
 from typing import Any
 
@@ -23,9 +23,12 @@ from st_ar.demo.generation import (
 )
 from st_ar.demo.inputs import MAX_SEED, check_int, decode_upload, read_settings, read_upload
 from st_ar.demo.setup import DemoImage, Setup
-from st_ar.errors import UserError
+from st_ar.errors import UserError, require
 
-gr: Any = import_module("gradio")
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # these are read when Gradio is imported
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ["GRADIO_ANALYTICS_CACHE_FREQUENCY"] = str(1 << 31)  # never compute statistics that are not shown
+gr: Any = require("gradio")
 """Gradio. It has no types for most of what is used here."""
 MODEL_QUEUE = {"concurrency_id": "models", "concurrency_limit": 1, "api_visibility": "private"}
 """Events that compute with models: one runs at a time, and visitors see their place in the queue."""
