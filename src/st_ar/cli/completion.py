@@ -113,7 +113,8 @@ def completion(shell: Shell) -> str:
     return _fish(commands) if shell == "fish" else SCRIPTS[shell].replace("CHOOSE", _choose(commands))
 
 
-BASH = """\
+SCRIPTS = {
+    "bash": """\
 # bash completion for st-ar, written by `st-ar completion bash`
 CHOOSE
 _st_ar() {
@@ -122,8 +123,8 @@ _st_ar() {
   COMPREPLY=($(compgen -W "$offered" -- "${COMP_WORDS[COMP_CWORD]}"))
 }
 complete -o default -F _st_ar st-ar
-"""
-ZSH = """\
+""",
+    "zsh": """\
 #compdef st-ar
 # zsh completion for st-ar, written by `st-ar completion zsh`
 CHOOSE
@@ -137,8 +138,8 @@ _st_ar() {
   fi
 }
 _st_ar "$@"
-"""
-SCRIPTS = {"bash": BASH, "zsh": ZSH}
+""",
+}
 
 
 def _choose(commands: Mapping[str, Words]) -> str:

@@ -13,6 +13,7 @@ import tyro
 from st_ar.cli import options
 from st_ar.errors import UserError, require
 from st_ar.reproduce.paper import EXPERIMENTS, SCALES, Experiment, Name, Row, ScaleName, Size, resized
+from st_ar.settings import flag_name
 
 if TYPE_CHECKING:
     from st_ar.demo.setup import Setup
@@ -160,9 +161,9 @@ class Demo:
         if self.model and self.tokenizer is None:
             raise UserError("--model needs a tokenizer: give --tokenizer")
         if not self.model:
-            given = {"--tokenizer": self.tokenizer, "--names": self.names, "--tokens": self.tokens}
-            if wrong := [flag for flag, value in (given | {"--probe-tokens": self.probe_tokens}).items() if value]:
-                raise UserError(f"{wrong[0]} needs --model: give both, or neither to use the quickstart's models")
+            if wrong := [name for name in ("tokenizer", "names", "tokens", "probe_tokens") if getattr(self, name)]:
+                flag = f"--{flag_name(wrong[0])}"
+                raise UserError(f"{flag} needs --model: give both, or neither to use the quickstart's models")
         elif self.quickstart != Path("quickstart"):
             raise UserError("--quickstart and --model exclude each other: give one of them")
         if self.probe_images < 2:

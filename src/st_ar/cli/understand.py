@@ -12,6 +12,7 @@ import tyro
 from st_ar.cli import options
 from st_ar.config import InvarianceSettings
 from st_ar.errors import UserError, require
+from st_ar.settings import flag_name
 
 
 @dataclass(kw_only=True)
@@ -148,11 +149,9 @@ class Probe:
             for path in (self.figure, numbers):
                 require_absent(path, "a figure", flag="--figure")
                 require_place(path)
-        unused = ("penalty",) if self.method == "mae" else ("epochs", "base_lr", "min_lr", "seed")
-        for name in unused:
+        for name in ("penalty",) if self.method == "mae" else ("epochs", "base_lr", "min_lr", "seed"):
             if getattr(self, name) != getattr(Probe, name):
-                flag = f"--{name.replace('_', '-')}"
-                raise UserError(f"{flag} has no effect with --method {self.method}: leave it out")
+                raise UserError(f"--{flag_name(name)} has no effect with --method {self.method}: leave it out")
 
 
 @dataclass(kw_only=True)

@@ -173,10 +173,8 @@ def generate_frames(
 ) -> Generator[list[Frame], None, None]:
     """Generate an image for each label with one or two models, which take turns and share the random numbers.
 
-    Yields one frame per model whenever a preview is due, and finally the finished images.
-
-    Raises:
-        UserError: unknown names, the same name twice, or a label or setting that the model does not support.
+    Yields one frame per model whenever a preview is due, and finally the finished images. UserError if a name is unknown or given
+    twice, or if the model does not support a label or setting.
     """
     if len(set(names)) < len(names):
         raise UserError("both sides have the same weights: choose two different ones")

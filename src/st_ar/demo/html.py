@@ -38,7 +38,8 @@ def figures(frame: Frame, names: Sequence[str], title: str) -> str:
         if frame.records:
             record = frame.records[index]
             uri = data_uri(to_png(image, record), "image/png")
-            file = f"{safe_name(name)}-seed{record.settings.seed}-{index}.png"
+            safe = "".join(c if c.isascii() and c.isalnum() else "-" for c in name).strip("-")[:40] or "image"
+            file = f"{safe}-seed{record.settings.seed}-{index}.png"
             link = f'<a class="save" download="{file}" href="{uri}" title="{file}: the image with all its settings">save</a>'
         else:
             uri, link = preview_uri(image), ""
@@ -59,11 +60,6 @@ def gallery(frames: Sequence[Frame], titles: Sequence[str], names: Sequence[str]
         for title, content in zip(titles, images, strict=True)
     ]
     return f'<div class="beside">{"".join(columns)}</div>'
-
-
-def safe_name(name: str) -> str:
-    """Return a class name as part of a file name."""
-    return "".join(c if c.isascii() and c.isalnum() else "-" for c in name).strip("-")[:40] or "image"
 
 
 def status(frames: Sequence[Frame]) -> str:

@@ -25,12 +25,7 @@ Item = TypeVar("Item")
 
 
 class LoadedModel:
-    """A model in memory with its sampler.
-
-    Args:
-        network: float32, in evaluation mode.
-        dtype: type for sampling. Everything else is computed in float32.
-    """
+    """A model in memory with its sampler. `dtype` is the type for sampling; everything else is computed in float32."""
 
     def __init__(self, name: str, info: ModelInfo, network: Transformer, dtype: torch.dtype) -> None:
         self.name, self.info, self.network, self.dtype = name, info, network, dtype

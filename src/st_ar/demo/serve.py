@@ -157,11 +157,9 @@ MAX_BODY = MAX_BYTES + (1 << 20)
 
 
 class Guard:
-    """ASGI middleware that refuses other paths, unknown host names and large requests, and adds HEADERS.
+    """ASGI middleware that refuses other paths, large requests and host names other than `hosts` (None allows any), and adds HEADERS.
 
-    Args:
-        hosts: host names that requests may use, or None for any. Otherwise a website could point its own name at this machine's
-            address (DNS rebinding) and use the demo from a visitor's browser.
+    Otherwise a website could point its own name at this machine's address (DNS rebinding) and use the demo from a visitor's browser.
     """
 
     def __init__(self, app: App, hosts: frozenset[str] | None) -> None:
@@ -172,8 +170,8 @@ class Guard:
             if scope["type"] == "lifespan":
                 await self.app(scope, receive, send)
             return
-        if refusal := self._refusal(scope):
-            status, text = refusal
+        status, text = self._check(scope)
+        if status != 200:
             await send({"type": "http.response.start", "status": status, "headers": [(b"content-type", b"text/plain")]})
             await send({"type": "http.response.body", "body": text.encode()})
             return
@@ -187,8 +185,8 @@ class Guard:
 
         await self.app(scope, receive, send_with_headers)
 
-    def _refusal(self, scope: Message) -> tuple[int, str] | None:
-        """The status and text for a request that is refused."""
+    def _check(self, scope: Message) -> tuple[int, str]:
+        """The status for a request: 200, or another and the reason for which it is refused."""
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
         host = re.sub(r":\d+$", "", headers.get("host", "")).strip("[]").lower()
         if self.hosts is not None and host not in self.hosts:
@@ -200,7 +198,7 @@ class Guard:
         length = headers.get("content-length", "0")
         if not length.isdecimal() or int(length) > MAX_BODY:
             return 413, f"the request has more than {MAX_BODY} bytes"
-        return None
+        return 200, ""
 
 
 def is_local(host: str) -> bool:
@@ -243,11 +241,7 @@ def build_app(setup: Setup, host: str) -> Any:
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """Return a socket bound to an address; port 0 takes a free one.
-
-    Raises:
-        UserError: the port is taken, or the address is not this machine's.
-    """
+    """Return a socket bound to an address of this machine; port 0 takes a free one. UserError if it is taken."""
     if not 0 <= port < 1 << 16:
         raise UserError(f"--port must lie between 0 (any free port) and 65535, not {port}")
     try:
@@ -277,11 +271,7 @@ def make_server(setup: Setup, host: str) -> Any:
 
 
 def serve(setup: Setup, host: str, port: int) -> None:
-    """Serve the demo until a signal stops it.
-
-    Raises:
-        Interrupted: by SIGTERM. SIGINT raises KeyboardInterrupt.
-    """
+    """Serve the demo until SIGTERM (Interrupted) or SIGINT (KeyboardInterrupt)."""
     sock = bind(host, port)
     # uvicorn calls these after it has shut down. Background jobs of a shell would otherwise ignore SIGINT.
     handlers = {signal.SIGTERM: _interrupt, signal.SIGINT: signal.default_int_handler}

@@ -28,6 +28,7 @@ def understand_tab(setup: Setup, generated: Any) -> None:
     names = setup.pool.names
     config = setup.pool.find(names[0]).config
     store_size = len(setup.store) if setup.store is not None else 0
+    last = store_size - 1 if store_size else LAST_GENERATED
     sources = [GENERATED, *([STORED] if store_size else []), UPLOADED]
 
     def load(source: Any, index: Any, path: Any, name: Any, latest: Any) -> tuple[Any, Any, Any]:
@@ -96,14 +97,13 @@ def understand_tab(setup: Setup, generated: Any) -> None:
         return min(layer, config.n_layers), min(head, config.n_heads)
 
     def update_source(source: Any) -> tuple[Any, Any]:
-        last = store_size - 1 if source == STORED and store_size else LAST_GENERATED
-        return gr.update(visible=source != UPLOADED, maximum=last, value=0), gr.update(visible=source == UPLOADED)
+        largest = last if source == STORED else LAST_GENERATED
+        return gr.update(visible=source != UPLOADED, maximum=largest, value=0), gr.update(visible=source == UPLOADED)
 
     image = gr.State(None)
     with gr.Row():
         with gr.Column(scale=1, min_width=300):
             source = gr.Radio(sources, value=sources[-2], label="Image from", elem_id="understand-source")
-            last = store_size - 1 if store_size else LAST_GENERATED
             index = gr.Slider(0, last, 0, step=1, label="Index of the image", elem_id="understand-index")
             file = gr.File(label="An image", type="filepath", height=140, visible=False, elem_id="understand-file")
             go = gr.Button("Show", variant="primary", elem_id="understand-show")

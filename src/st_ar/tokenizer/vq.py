@@ -179,11 +179,8 @@ Half = TypeVar("Half", VQEncoder, VQDecoder)
 
 
 class VQTokenizer:
-    """A trained VQ-GAN as a tokenizer. Encoder and decoder are built when first used, without gradients.
-
-    Args:
-        config: the network's shape.
-        tensors: LlamaGen's parameter names -> weights.
+    """A trained VQ-GAN as a tokenizer, from weights with LlamaGen's names. Encoder and decoder are built when first used, without
+    gradients.
     """
 
     kind: ClassVar[str] = "vq"
