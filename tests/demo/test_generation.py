@@ -165,7 +165,7 @@ def test_an_image_is_drawn_again_from_its_file_bit_for_bit(setup: Setup) -> None
     assert (record.number, record.class_name, record.settings) == (2, "bee", SETTINGS)
     name = setup.pool.run(lambda: match_weights(setup.pool, record))
     assert name == "second (EMA)"
-    assert record.weights.sha256 == sha256(setup.pool.find(name).path)
+    assert record.weights.sha256 == sha256(setup.pool.find(name).source)
     [again] = last(setup, name, labels=list(record.labels), settings=record.settings)
     assert compare_images(again.images[2], frame.images[2], record, setup.pool) == "The same image, bit for bit."
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import count, islice
 from pathlib import Path
 
@@ -93,7 +92,7 @@ def tokenize(
                 if not job.is_finished(index) and not encoder.write(index):
                     break  # a source of unknown length has ended
         if shards is None:
-            shards = -(-encoder.reader.position // images_per_shard)
+            shards = -(-encoder.position // images_per_shard)
         return job.finish(
             shards=shards,
             source=source.name,
@@ -105,9 +104,9 @@ def tokenize(
         )
 
 
-@dataclass(frozen=True)
+@dataclass
 class _ShardEncoder:
-    """Encodes and writes shards."""
+    """Reads, encodes and writes shards."""
 
     source: ImageSource
     tokenizer: Tokenizer
@@ -117,10 +116,9 @@ class _ShardEncoder:
     bar: Progress
     batch_size: int
     images_per_shard: int
-
-    @cached_property
-    def reader(self) -> "_SourceReader":
-        return _SourceReader(self.source)
+    examples: Iterator[Example] | None = None
+    position: int = 0
+    """Examples read or skipped; after the end of a stream, their number."""
 
     def write(self, index: int) -> bool:
         """Encode and write a shard. Return False, and write nothing, if the source ends before it."""
@@ -133,7 +131,7 @@ class _ShardEncoder:
         labels: list[int] = []
         skipped: list[Skipped] = []
         done = 0
-        chunks = self.reader.chunks(start, length, max(1, self.batch_size // len(self.crops.names)))
+        chunks = self._chunks(start, length, max(1, self.batch_size // len(self.crops.names)))
         for chunk, decoded in self.decoder.decode(chunks):
             for offset, reason in decoded.broken:
                 skipped.append(Skipped(start + done + offset, chunk[offset].name, reason))
@@ -170,24 +168,13 @@ class _ShardEncoder:
             )
         return example.label
 
-
-class _SourceReader:
-    """Reads a source in chunks. A stream is read once, from its beginning."""
-
-    def __init__(self, source: ImageSource) -> None:
-        self.source = source
-        self.examples: Iterator[Example] | None = None
-        self.position = 0
-        """Examples read or skipped; after the end of a stream, their number."""
-
-    def chunks(self, start: int, length: int, size: int) -> Iterator[list[Example]]:
-        """Up to `length` examples from index `start` on, `size` at a time."""
+    def _chunks(self, start: int, length: int, size: int) -> Iterator[list[Example]]:
+        """Up to `length` examples from index `start` on, `size` at a time. A stream is read once, from its beginning."""
         if not self.source.streaming:
             self.examples, self.position = self.source.examples(start), start
         elif self.examples is None:
             self.examples = self.source.examples(0)
         assert self.position <= start
-        assert self.examples is not None
         self.position += sum(1 for _ in islice(self.examples, start - self.position))
         if self.position < start:
             return
