@@ -150,7 +150,7 @@ def train(
                         measured = inputs.validation.measure(teacher.model, len(batch) // config.accumulate, gathered)
                     if measured:
                         run.log({"step": step, **measured})
-                        watch.log_scalars(step, measured)
+                        watch.track(step, measured)
                     exporter.save(step, measured)
                 bar.advance(1)
                 if signum:

@@ -29,18 +29,24 @@ MAY_CHANGE = (
 )
 """Settings that a resumed run may change. None of them alters the steps already taken; `open_run` checks those that could."""
 LOCK = ".lock"
+OUT_OF_MEMORY = re.compile(r"can't allocate memory|not enough memory|out of memory")
 
 
 @contextlib.contextmanager
 def training_session(config: RunConfig) -> Generator[tuple[Ranks, torch.device]]:
     """Join the ranks and choose the device. Running out of memory or losing a rank raises a UserError."""
     timeout = config.rank_timeout if isinstance(config, TrainConfig) else 1800
-    with (
-        process_group(config.device, timeout) as (ranks, device),
-        explain_out_of_memory(config, ranks.world),
-        freed_memory_kept(),
-    ):
-        yield ranks, device
+    with process_group(config.device, timeout) as (ranks, device):
+        try:
+            with freed_memory_kept():
+                yield ranks, device
+        except (MemoryError, RuntimeError) as error:
+            message = str(error)
+            if not (isinstance(error, MemoryError | torch.OutOfMemoryError) or OUT_OF_MEMORY.search(message)):
+                raise
+            size = re.search(r"ried to allocate ([\d.]+ \w+)", message) or re.search(r"allocate ([\d.]+ \w+)", message)
+            more = f" ({size[1]} more were needed)" if size else ""
+            raise UserError(f"out of memory{more}: {_remedy(config, ranks.world)}") from error
 
 
 class Run:
@@ -256,21 +262,6 @@ def append_log(path: Path, entry: dict[str, Any]) -> None:
             file.write(json.dumps(entry, allow_nan=False) + "\n")
     except OSError as error:
         raise UserError(f"cannot write {path}: {cause(error)}; free some space and continue with --resume") from error
-
-
-@contextlib.contextmanager
-def explain_out_of_memory(config: RunConfig, world: int) -> Generator[None]:
-    """Turn running out of memory on `world` ranks into a UserError that names the settings to change."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        message = str(error)
-        known = isinstance(error, MemoryError | torch.OutOfMemoryError)
-        if not known and not re.search(r"can't allocate memory|not enough memory|out of memory", message):
-            raise
-        size = re.search(r"ried to allocate ([\d.]+ \w+)", message) or re.search(r"allocate ([\d.]+ \w+)", message)
-        more = f" ({size[1]} more were needed)" if size else ""
-        raise UserError(f"out of memory{more}: {_remedy(config, world)}") from error
 
 
 def _remedy(config: RunConfig, world: int) -> str:
