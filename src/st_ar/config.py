@@ -71,8 +71,7 @@ class RunConfig(Checked):
     def __post_init__(self) -> None:
         super().__post_init__()
         if (self.steps is None) == (self.epochs is None):
-            wrong = ": how long to train" if self.steps is None else ", not both"
-            raise UserError(f"give --steps or --epochs{wrong}")
+            raise UserError("give --steps or --epochs" + (", not both" if self.steps else ": how long to train"))
 
     def total_steps(self, images: int) -> int:
         """Return the optimizer steps of the whole run on `images` images."""

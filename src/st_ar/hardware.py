@@ -261,10 +261,8 @@ def flops_per_token(config: ModelConfig) -> tuple[float, float]:
 def training_flops_per_token(config: TrainConfig, *, until: float | None = None) -> float:
     """Training FLOPs per token: three forward passes, and the teacher's pass through the blocks that it needs.
 
-    Recomputation of activation checkpointing, the projector and the losses are not counted.
-
-    Args:
-        until: fraction of the run with self-guidance, if not the config's.
+    Recomputation of activation checkpointing, the projector and the losses are not counted. `until` is the fraction of the run
+    with self-guidance, if not the config's.
     """
     body, head = flops_per_token(config.model)
     guided, depth = config.selfguided, config.model.n_layers

@@ -96,9 +96,8 @@ class SampleWriter:
                     self._pack(aside, labels)
             write_json(self.metadata, {**self.record, "environment": describe()})
         if self.packs:
-            for part in range(self.parts):
-                self._path(part).unlink(missing_ok=True)
-                self._checksum(part).unlink(missing_ok=True)
+            for path in self.folder.glob("part-*"):
+                path.unlink()
         (self.folder / JOB).unlink()
         if self.packs:
             shutil.rmtree(self.folder)
@@ -181,7 +180,9 @@ def sample_images(
     sampler = Sampler(model, tokenizer, settings or SampleSettings(), text)
     sampler.check(labels, batch_size)
     with progress("sample", len(labels), unit="images") as bar:
-        return sampler.images(labels, batch_size, bar.advance)
+        starts = range(0, len(labels), batch_size)
+        batches = [range(start, min(start + batch_size, len(labels))) for start in starts]
+        return np.concatenate([sampler.pictures(sampler.tokens(each, labels, bar.advance)) for each in batches])
 
 
 def open_model_and_tokenizer(
@@ -281,14 +282,6 @@ class Sampler:
         for drawn in drawer.steps(conditions, np.array(numbers), self.seed):
             yield drawer.tokens[:, :drawn]
 
-    def images(
-        self, labels: Sequence[int], batch_size: int, advance: Callable[[int], None] | None = None
-    ) -> np.ndarray:
-        """Draw an image for each label: uint8 [n, H, W, 3]. `advance` is that of `tokens`."""
-        starts = range(0, len(labels), batch_size)
-        batches = [range(start, min(start + batch_size, len(labels))) for start in starts]
-        return np.concatenate([self.pictures(self.tokens(numbers, labels, advance)) for numbers in batches])
-
     def pictures(self, tokens: Tensor) -> np.ndarray:
         """Decode tokens [n, T] to images uint8 [n, H, W, 3]."""
         return np.concatenate([decode_to_images(self.tokenizer, batch) for batch in tokens.split(DECODE_BATCH)])
@@ -378,8 +371,7 @@ def choose_conditions(
             raise UserError("give --num or --per-class, not both")
         if mode == "random":
             raise UserError("--per-class cycles through the classes: leave out --label-mode random, or give --num")
-        if per_class < 1:
-            raise UserError(f"--per-class must be at least 1, not {per_class}")
+        _require_count("--per-class", per_class)
         labels = tuple(dict.fromkeys(labels))
         num = per_class * (len(text) if text is not None else len(labels) or config.num_classes)
     if text is None:

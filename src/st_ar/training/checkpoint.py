@@ -58,17 +58,10 @@ class State:
     optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer]
     """The student's optimizer, or several that share its parameters."""
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Return the live tensors by name."""
-        return self._tensors(get_optimizer_state_dict(self.student, self.optimizer, options=OPTIONS))
-
-    def load(self, read: Callable[[dict[str, Tensor]], None]) -> None:
-        """Let `read` fill the tensors in place, then load the optimizer's."""
-        optimizer_state = get_optimizer_state_dict(self.student, self.optimizer, options=OPTIONS)
-        read(self._tensors(optimizer_state))
-        set_optimizer_state_dict(self.student, self.optimizer, optimizer_state, options=OPTIONS)
-
-    def _tensors(self, optimizer_state: dict[str, Any]) -> dict[str, Tensor]:
+    def tensors(self, optimizer_state: dict[str, Any] | None = None) -> dict[str, Tensor]:
+        """Return the live tensors by name. The optimizer's are those of `optimizer_state`, which is read if None."""
+        if optimizer_state is None:
+            optimizer_state = get_optimizer_state_dict(self.student, self.optimizer, options=OPTIONS)
         tensors = {
             f"{name}.{key}": value
             for name, module in self.modules.items()
@@ -76,6 +69,12 @@ class State:
         }
         moments = {f"optimizer.{key}": value for key, value in optimizer_state.items() if isinstance(value, Tensor)}
         return tensors | moments
+
+    def load(self, read: Callable[[dict[str, Tensor]], None]) -> None:
+        """Let `read` fill the tensors in place, then load the optimizer's."""
+        optimizer_state = get_optimizer_state_dict(self.student, self.optimizer, options=OPTIONS)
+        read(self.tensors(optimizer_state))
+        set_optimizer_state_dict(self.student, self.optimizer, optimizer_state, options=OPTIONS)
 
 
 def gather_weights(tensors: Mapping[str, Tensor], *, keep: bool) -> dict[str, Tensor]:
@@ -96,16 +95,11 @@ Result = TypeVar("Result")
 
 
 class Checkpoints:
-    """The checkpoints of a run.
+    """The checkpoints of a run in a folder: the `keep` newest, those whose step is a multiple of `keep_every`, if not 0, and the
+    one with the smallest recorded number called `keep_least`, if any.
 
-    They are saved within `with checkpoints:`. Its end waits for the last write and raises its error.
-
-    Args:
-        folder: RUN/checkpoints.
-        keep: number of newest checkpoints to keep.
-        keep_every: also keep those whose step is a multiple of this; 0 for none.
-        keep_least: also keep the one with the smallest recorded number of this name; empty for none.
-        group: ranks that each save a part, with collectives on this group; by default only the calling rank saves.
+    They are saved within `with checkpoints:`. Its end waits for the last write and raises its error. With a group, each of its
+    ranks saves a part; otherwise only the calling rank saves.
     """
 
     def __init__(
@@ -146,18 +140,11 @@ class Checkpoints:
         record: Mapping[str, Any] | None = None,
         then: Callable[[Mapping[str, Tensor]], None] | None = None,
     ) -> None:
-        """Start to write the current state as step_N, a name that only a whole checkpoint has.
+        """Start to write the current state as step_N, a name that only a whole checkpoint has; its manifest includes `record`.
 
-        Waits for the previous write and returns when the state is copied. The next `check`, `wait` or `save` raises the errors
-        of this write.
-
-        Args:
-            record: more entries of the manifest.
-            then: called in the background of rank 0 when the checkpoint is whole, with a copy of the modules' tensors in
-                which sharded tensors are gathered.
-
-        Raises:
-            UserError: the previous write failed, such as on a full disk; on all ranks if it failed on one.
+        Waits for the previous write and returns when the state is copied. The next `check`, `wait` or `save` raises an error of
+        this write, such as a full disk, on all ranks. `then` is called in the background of rank 0 when the checkpoint is whole,
+        with a copy of the modules' tensors in which sharded tensors are gathered.
         """
         self.wait()
         tensors = state.tensors()

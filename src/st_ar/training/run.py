@@ -49,33 +49,25 @@ def training_session(config: RunConfig) -> Generator[tuple[Ranks, torch.device]]
             raise UserError(f"out of memory{more}: {_remedy(config, ranks.world)}") from error
 
 
-class Run:
+class Run(contextlib.ExitStack):
     """A run's folder during training: its record, lock and log. Rank 0 writes; every rank calls `open` and `start`.
 
-    As a context manager it releases the lock at the end.
+    Its end releases the lock.
     """
 
     def __init__(self, out: Path, config: RunConfig, ranks: Ranks, *, preset: str, resume: bool) -> None:
+        super().__init__()
         self.out, self.config, self.ranks, self.preset, self.resume = out, config, ranks, preset, resume
         self.writes = ranks.rank == 0
         self.record: dict[str, Any] = {}
-        self._lock: BinaryIO | None = None
-
-    def __enter__(self) -> "Run":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._lock is not None:
-            self._lock.close()
 
     def open(
         self, describe_data: Callable[[], dict[str, Any]], dtype: torch.dtype, *, images: int, exported: int | None
     ) -> None:
         """Begin the run, or check that it can continue, and lock the folder. Errors of rank 0 are raised on every rank.
 
-        Args:
-            describe_data: verifies the training data and returns its description for config.json.
-            exported: step of the exported weights; None if there are none.
+        `describe_data` verifies the training data and returns its description for config.json. `exported` is the step of the
+        exported weights, None if there are none.
         """
 
         def begin() -> dict[str, Any]:
@@ -88,7 +80,7 @@ class Run:
                 "environment": describe() | {"ranks": self.ranks.world},
             }
             open_run(self.out, record, self.config, images, resume=self.resume, exported=exported)
-            self._lock = lock_run(self.out)
+            self.enter_context(lock_run(self.out))
             return record
 
         self.record = broadcast_from_rank0(begin)
@@ -118,11 +110,7 @@ class Run:
 def open_run(
     out: Path, record: dict[str, Any], config: RunConfig, images: int, *, resume: bool, exported: int | None
 ) -> None:
-    """Begin a run in `out`, or check that the run there can continue.
-
-    Raises:
-        UserError: the folder holds a run or other files, there is no run to resume, or the run has other settings.
-    """
+    """Begin a run in `out`, or check that the run there can continue."""
     file = out / "config.json"
     checkpoints = list_checkpoints(out / "checkpoints")
     step = checkpoints[-1][0] if checkpoints else 0

@@ -1,4 +1,4 @@
-"""Trackers: TensorBoard, Weights & Biases and trackio behind one interface.
+"""Trackers: TensorBoard, Weights & Biases and trackio, each with `log` for numbers and images uint8 [H, W, 3], and `close`.
 
 A tracker that fails is reported and switched off; training continues. wandb and trackio send in the background.
 """
@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -26,18 +26,6 @@ from st_ar.files import read_json, write_json
 PATIENCE = 5.0
 """Seconds that wandb has to reach its server at the start, and to send the rest at the end."""
 PROJECT = "st-ar"
-
-
-class Tracker(Protocol):
-    """A tracker."""
-
-    def log(self, step: int, values: Mapping[str, float | np.ndarray]) -> None:
-        """Log the numbers and images, uint8 [H, W, 3], of a step."""
-        ...
-
-    def close(self) -> None:
-        """Finish."""
-        ...
 
 
 class Service:
@@ -75,9 +63,9 @@ def open_trackio(identity: dict[str, str], config: dict[str, Any]) -> Service:
 class SafeTracker:
     """A tracker whose errors switch it off with a message instead of ending the run. It gets only the steps after `after`."""
 
-    def __init__(self, name: str, open_tracker: Callable[[], Tracker], *, after: int = 0) -> None:
+    def __init__(self, name: str, open_tracker: "Callable[[], Service | TensorBoard]", *, after: int = 0) -> None:
         self.name, self.after = name, after
-        self.tracker: Tracker | None = None
+        self.tracker = None
         with self._switching_off():
             self.tracker = open_tracker()
 
@@ -112,13 +100,9 @@ def require_trackers(names: Sequence[TrackerName]) -> None:
 def open_trackers(
     names: Sequence[TrackerName], out: Path, config: dict[str, Any], *, start: int, logged: int
 ) -> list[SafeTracker]:
-    """Start to track a run, or continue under its name in each tracker.
+    """Start to track the run in `out` from step `start`, or continue under its name in each tracker.
 
-    Args:
-        out: the run's folder. tracking.json there keeps the run's name in wandb and trackio.
-        config: settings that they show.
-        start: the step that the run continues from.
-        logged: the last step logged before; wandb and trackio accept no step twice.
+    tracking.json keeps the name in wandb and trackio. They accept no step twice; `logged` is the last step logged before.
     """
     opened: list[SafeTracker] = []
     if "tensorboard" in names:
@@ -143,8 +127,7 @@ def warn(message: str) -> None:
 class TensorBoard:
     """A new TensorBoard event file in `folder`.
 
-    Args:
-        first_step: TensorBoard drops this step and later ones of earlier files, so that a resumed run shows no step twice.
+    TensorBoard drops `first_step` and later steps of earlier files, so that a resumed run shows no step twice.
     """
 
     def __init__(self, folder: Path, first_step: int) -> None:

@@ -31,7 +31,7 @@ from st_ar.files import atomic_write
 from st_ar.hardware import peak_flops, training_flops_per_token
 from st_ar.model.transformer import Transformer
 from st_ar.randomness import RandomStream, numpy_generator
-from st_ar.sampling import Sampler
+from st_ar.sampling import sample_images
 from st_ar.selfguided.guidance import Features, GuidanceSample
 from st_ar.selfguided.objective import SelfGuided
 from st_ar.tokenizer import load_tokenizer, open_tokenizer
@@ -63,12 +63,11 @@ class Watch:
             self.samples = SampleGrid(config.sample_tokenizer, inputs, config.sample_labels, settings, device)
             self.periodic["samples"] = config.sample_every, self._sample
         if config.probe_test_tokens is not None:
-            self.probe = RidgeProbe(inputs.store, TokenStore(config.probe_test_tokens), training)
-            self.periodic["probe"] = config.probe_every, self._probe
+            probe = RidgeProbe(inputs.store, TokenStore(config.probe_test_tokens), training)
+            self.periodic["probe"] = config.probe_every, lambda model, _: {"ridge_probe_top1": probe.accuracy(model)}
         entries = read_log(out / "log.jsonl")
         self.logged = entries[-1]["step"] if entries else 0
         self.peak = peak_flops(device, dtype)
-        self.flops = [training_flops_per_token(training, until=share) for share in (0.0, 1.0)]
         self.trackers: list[SafeTracker] = []
 
     @contextlib.contextmanager
@@ -89,7 +88,7 @@ class Watch:
         """Prepare for step `step` of `total`; returns whether every rank must call `log_step` after it."""
         log = step % self.training.log_every == 0 or step == total or self.config.looks_at(step)
         self.features.start_step(log)
-        self._flops = self.flops[step <= int(self.training.selfguided.until * total)]
+        self.guided = step <= int(self.training.selfguided.until * total)
         return log
 
     def log_step(self, step: int, entry: dict[str, float]) -> dict[str, float]:
@@ -112,7 +111,8 @@ class Watch:
             resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
             numbers = {"memory_gb": resident * (1 if sys.platform == "darwin" else 1024) / 1e9}
         if self.peak is not None and self.training.model.condition == "class":  # FLOPs do not count captions' positions
-            numbers["mfu"] = tokens_per_second * self._flops / (self.peak * self.ranks)
+            flops = training_flops_per_token(self.training, until=float(self.guided))
+            numbers["mfu"] = tokens_per_second * flops / (self.peak * self.ranks)
         return numbers
 
     def _run_periodic(self, step: int) -> dict[str, float]:
@@ -136,9 +136,6 @@ class Watch:
         grid = self.samples.draw(network, self.out / "samples" / f"step_{step:08d}.png")
         self.track(step, {"samples": grid})
         return {}
-
-    def _probe(self, network: Transformer, _step: int) -> dict[str, float]:
-        return {"ridge_probe_top1": self.probe.accuracy(network)}
 
 
 GRID_IMAGES = 16
@@ -193,7 +190,7 @@ class SampleGrid:
     def draw(self, network: Transformer, path: Path) -> np.ndarray:
         """Draw the grid and write it as a PNG; returns it, uint8 [H, W, 3]."""
         tokenizer = open_tokenizer(self.tokenizer, self.device.type, "float32")  # not kept, to free its memory
-        images = Sampler(network, tokenizer, self.settings, self.captions).images(self.labels, BATCH_SIZE)
+        images = sample_images(network, tokenizer, self.labels, self.settings, self.captions, batch_size=BATCH_SIZE)
         grid = strip(images, columns=min(8, len(self.labels)))
         with atomic_write(path) as aside:
             Image.fromarray(grid).save(aside, format="PNG")
