@@ -16,11 +16,20 @@ from safetensors.torch import load_file, save_file
 from st_ar import load_model
 from st_ar.cli.train import Convert
 from st_ar.model.transformer import Transformer
-from st_ar.model.weights import HEADS, exported_step, infer_config, open_model, save_export, save_llamagen
+from st_ar.model.weights import HEADS, exported_step, infer_config, open_model, save_llamagen
 from st_ar.presets import get_preset
 from tests.disk import contents, flip_byte, full_disk, refused
 from tests.small_line import random_tokenizer
-from tests.toys import FIXTURES, NO_DROPOUT, TINY, TINY_TEXT, random_captions, random_model, random_sequences
+from tests.toys import (
+    FIXTURES,
+    NO_DROPOUT,
+    TINY,
+    TINY_TEXT,
+    random_captions,
+    random_model,
+    random_sequences,
+    save_export,
+)
 
 INFO = {"step": 7, "preset": "st-ar-toy", "class_names": ["cat", "dog", "owl"], "tokenizer": "abc123"}
 LIVE, AVERAGED = random_model(seed=1), random_model(seed=2)
