@@ -23,7 +23,7 @@ from playwright.sync_api import Page, sync_playwright
 from common import save, summarise
 from sampling import random_model
 from st_ar.config import VQ_16, ModelConfig
-from st_ar.model.weights import save_export
+from st_ar.model.weights import EMA, LIVE, save_weights
 from st_ar.presets import get_preset
 from st_ar.tokenizer.kmeans import KMeansTokenizer
 from tokenizing import random_tokenizer
@@ -52,8 +52,9 @@ def make_model(folder: Path, preset: str) -> ModelConfig:
         config = get_preset(f"llamagen-{preset}").model
         tokenizer = random_tokenizer(VQ_16)
     tokenizer.save(folder / "tokenizer")
-    model = random_model(config)
-    save_export(folder / "model", model, model, {"step": 0, "preset": preset, "tokenizer": tokenizer.fingerprint})
+    weights = random_model(config).state_dict()
+    info = {"step": 0, "preset": preset, "tokenizer": tokenizer.fingerprint}
+    save_weights(folder / "model", {LIVE: weights, EMA: weights}, config, info)
     return config
 
 

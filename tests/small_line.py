@@ -9,10 +9,9 @@ import torch
 from PIL import Image
 
 from st_ar.data.source import Crops, Example, ImageSource
-from st_ar.model.weights import save_export
 from st_ar.tokenizer.kmeans import KMeansTokenizer
 from st_ar.tokenizer.tokenize import tokenize
-from tests.toys import TINY, random_model
+from tests.toys import TINY, random_model, save_export
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from st_ar.errors import UserError
 from st_ar.evaluation.generation.features import Compute, Extracted, Extractor, collect
 from st_ar.evaluation.generation.image_sets import open_files
 from st_ar.evaluation.likelihood import validation_loss
-from st_ar.hardware import SideStream, choose_device, choose_dtype, describe, peak_flops, require_compiler, revision
+from st_ar.hardware import choose_device, choose_dtype, describe, peak_flops, require_compiler, revision, side_stream
 from tests.data.random_store import random_store
 from tests.toys import random_model
 
@@ -108,12 +108,12 @@ def test_the_description_names_the_cpus_instructions(monkeypatch: pytest.MonkeyP
 
 def test_a_side_stream_works_at_once_on_a_cpu() -> None:
     done: list[int] = []
-    with SideStream(CPU) as side:
-        side.run(lambda: done.append(1))
+    with side_stream(CPU) as run:
+        run(lambda: done.append(1))
         assert done == [1]
         with pytest.raises(ZeroDivisionError):
-            side.run(lambda: done.append(1 // 0))
-        side.run(lambda: done.append(2))
+            run(lambda: done.append(1 // 0))
+        run(lambda: done.append(2))
     assert done == [1, 2]
 
 

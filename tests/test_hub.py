@@ -12,9 +12,8 @@ import pytest
 
 from st_ar.files import write_json
 from st_ar.hub import model_card
-from st_ar.model.weights import save_export
 from tests.disk import contents, refused
-from tests.toys import TINY_TEXT, random_model
+from tests.toys import TINY_TEXT, random_model, save_export
 
 ROOT = Path(__file__).parent.parent
 INFO = {"step": 1234, "preset": "st-ar-toy", "class_names": ["a", "b", "c"], "tokenizer": "abc123"}

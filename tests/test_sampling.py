@@ -24,14 +24,14 @@ from st_ar.data.text import TextStore, write_text
 from st_ar.errors import UserError
 from st_ar.files import sha256
 from st_ar.model.generate import generate
-from st_ar.model.weights import open_model, save_export
+from st_ar.model.weights import open_model
 from st_ar.presets import PRESETS
 from st_ar.randomness import RandomStream, torch_seed
 from st_ar.sampling import JOB, Sampler, SampleWriter, choose_conditions, choose_labels, sample_images, sample_to
 from tests.disk import contents, full_disk, refused
 from tests.sampling_processes import BATCH, INSTANTS, LABELS, SETTINGS, draw
 from tests.small_line import SmallLine, make_line, random_tokenizer
-from tests.toys import TINY, TINY_TEXT, random_captions, random_model
+from tests.toys import TINY, TINY_TEXT, random_captions, random_model, save_export
 
 # Labels
 

@@ -2,6 +2,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from st_ar.config import ModelConfig
 from st_ar.model.transformer import Transformer
+from st_ar.model.weights import EMA, LIVE, save_weights
 
 FIXTURES = Path(__file__).parent / "fixtures"
 NO_DROPOUT = {"token_dropout": 0.0, "residual_dropout": 0.0, "ffn_dropout": 0.0}
@@ -38,6 +40,11 @@ def recorded_model() -> Transformer:
     model = Transformer(config)
     model.load_state_dict(recorded("weights/"))
     return model.eval()
+
+
+def save_export(folder: Path, model: Transformer, ema: Transformer, info: dict[str, Any]) -> None:
+    """Write an export folder: live and EMA weights, and config.json."""
+    save_weights(folder, {LIVE: model.state_dict(), EMA: ema.state_dict()}, model.config, info)
 
 
 def random_model(config: ModelConfig = TINY, seed: int = 0) -> Transformer:

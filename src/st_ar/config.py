@@ -9,7 +9,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal, get_args
 
-from st_ar.settings import Checked, Count, Portion, Positive, Range, Seed, Share, Weight, Whole, flag_name, require
+from st_ar.errors import UserError
+from st_ar.settings import Checked, Count, Portion, Positive, Range, Seed, Share, Weight, Whole, flag_name
 
 # The upper limits are far above any real model. They catch mistakes, and damaged files that would take all memory.
 Batch = Annotated[int, Range(1, 1 << 20)]
@@ -69,8 +70,8 @@ class RunConfig(Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self.steps is None or self.epochs is None, "give --steps or --epochs, not both")
-        require(self.steps is not None or self.epochs is not None, "give --steps or --epochs: how long to train")
+        if (self.steps is None) == (self.epochs is None):
+            raise UserError("give --steps or --epochs" + (", not both" if self.steps else ": how long to train"))
 
     def total_steps(self, images: int) -> int:
         """Return the optimizer steps of the whole run on `images` images."""
@@ -119,21 +120,20 @@ class ModelConfig(Checked, prefix="--model."):
         super().__post_init__()
         other, names = ("class", ["num_classes"]) if self.condition == "text" else ("text", ["text_tokens", "text_dim"])
         for name in names:
-            value = getattr(self, name)
-            require(
-                value == getattr(ModelConfig, name),
-                f"--model.{flag_name(name)} {value} is for {other} models: leave it out, or give --model.condition {other}",
+            if (value := getattr(self, name)) != getattr(ModelConfig, name):
+                raise UserError(
+                    f"--model.{flag_name(name)} {value} is for {other} models: leave it out, or give --model.condition {other}"
+                )
+        if self.dim % (4 * self.n_heads):
+            raise UserError(
+                f"--model.dim {self.dim} over --model.n-heads {self.n_heads} must be a whole multiple of 4: "
+                "the rotary embedding rotates pairs of features by row and by column"
             )
-        require(
-            self.dim % self.n_heads == 0 and self.head_dim % 4 == 0,
-            f"--model.dim {self.dim} over --model.n-heads {self.n_heads} must be a whole multiple of 4: "
-            "the rotary embedding rotates pairs of features by row and by column",
-        )
-        require(
-            self.drop_path == 0 or (self.residual_dropout == 0 and self.ffn_dropout == 0),
-            f"--model.drop-path {self.drop_path} replaces --model.residual-dropout {self.residual_dropout} and "
-            f"--model.ffn-dropout {self.ffn_dropout}: set both to 0",
-        )
+        if self.drop_path and (self.residual_dropout or self.ffn_dropout):
+            raise UserError(
+                f"--model.drop-path {self.drop_path} replaces --model.residual-dropout {self.residual_dropout} and "
+                f"--model.ffn-dropout {self.ffn_dropout}: set both to 0"
+            )
 
     @property
     def head_dim(self) -> int:
@@ -163,11 +163,11 @@ class ModelConfig(Checked, prefix="--model."):
 
     def require_classes(self, what: str) -> None:
         """Refuse a text model for a command or option, named `what`, that needs the conditions of a token store's images."""
-        require(
-            self.condition == "class",
-            f"{what} needs each image's condition, and token stores have classes but no captions: text models are not "
-            "supported there",
-        )
+        if self.condition == "text":
+            raise UserError(
+                f"{what} needs each image's condition, and token stores have classes but no captions: text models are not "
+                "supported there"
+            )
 
     @property
     def null_class(self) -> int:
@@ -222,14 +222,14 @@ class SelfGuidedConfig(Checked, prefix="--selfguided."):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(
-            not self.contrast or self.step_loss or self.view_loss,
-            f"--selfguided.beta {self.beta} has no loss to weigh: give --selfguided.step-loss, --selfguided.view-loss, or beta 0",
-        )
-        require(
-            not (self.contrast and self.step_loss and self.positions < 2),
-            f"--selfguided.step-loss compares different steps: give --selfguided.positions 2 or more, not {self.positions}",
-        )
+        if self.contrast and not (self.step_loss or self.view_loss):
+            raise UserError(
+                f"--selfguided.beta {self.beta} has no loss to weigh: give --selfguided.step-loss, --selfguided.view-loss, or beta 0"
+            )
+        if self.contrast and self.step_loss and self.positions < 2:
+            raise UserError(
+                f"--selfguided.step-loss compares different steps: give --selfguided.positions 2 or more, not {self.positions}"
+            )
 
     @property
     def contrast(self) -> bool:
@@ -285,37 +285,34 @@ class TrainConfig(RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(
-            self.shard_size is None or self.parallel == "fsdp",
-            f"--shard-size {self.shard_size} is for --parallel fsdp: give both, or leave it out",
-        )
-        require(
-            self.shard_size is None or self.shard_size >= 2,
-            f"--shard-size must be at least 2, not {self.shard_size}; for a copy on each rank give --parallel ddp",
-        )
-        require(
-            self.batch_size % self.accumulate == 0,
-            f"--batch-size {self.batch_size} is not a multiple of --accumulate {self.accumulate}: give a multiple",
-        )
+        size = self.shard_size
+        if size is not None and self.parallel != "fsdp":
+            raise UserError(f"--shard-size {size} is for --parallel fsdp: give both, or leave it out")
+        if size is not None and size < 2:
+            raise UserError(f"--shard-size must be at least 2, not {size}; for a copy on each rank give --parallel ddp")
+        batch, parts = self.batch_size, self.accumulate
+        if batch % parts:
+            raise UserError(f"--batch-size {batch} is not a multiple of --accumulate {parts}: give a multiple")
         guided, depth = self.selfguided, self.model.n_layers
-        require(
-            guided.contrast_layer is None or 1 <= guided.contrast_layer <= depth,
-            f"--selfguided.contrast-layer {guided.contrast_layer} is not a layer of a network of {depth}: give 1 to {depth}",
-        )
-        require(
-            guided.first_position + guided.positions <= self.model.sequence_length,
-            f"--selfguided.positions {guided.positions} is more than the {self.model.sequence_length - guided.first_position} tokens "
-            f"of an image from --selfguided.first-position {guided.first_position} on: give fewer",
-        )
-        require(
-            not (guided.contrast and guided.view_loss and self.views < 2),
-            f"--selfguided.view-loss compares different views: give --views 2 or more, not {self.views}",
-        )
-        smallest = self.batch_size if guided.negatives == "global" else self.batch_size // self.accumulate
-        require(
-            not (guided.contrast and smallest < 2),
-            f"the contrastive losses need negatives, and {smallest} image has none: give a larger --batch-size or --selfguided.beta 0",
-        )
+        layer, first, available = guided.contrast_layer, guided.first_position, self.model.sequence_length
+        if layer is not None and not 1 <= layer <= depth:
+            raise UserError(
+                f"--selfguided.contrast-layer {layer} is not a layer of a network of {depth}: give 1 to {depth}"
+            )
+        if first + guided.positions > available:
+            raise UserError(
+                f"--selfguided.positions {guided.positions} is more than the {available - first} tokens "
+                f"of an image from --selfguided.first-position {first} on: give fewer"
+            )
+        if guided.contrast and guided.view_loss and self.views < 2:
+            raise UserError(
+                f"--selfguided.view-loss compares different views: give --views 2 or more, not {self.views}"
+            )
+        smallest = batch if guided.negatives == "global" else batch // parts
+        if guided.contrast and smallest < 2:
+            raise UserError(
+                f"the contrastive losses need negatives, and {smallest} image has none: give a larger --batch-size or --selfguided.beta 0"
+            )
 
 
 PUBLISHED_SCALES = {(768, 12): 2.0, (1024, 24): 2.0, (1280, 36): 1.75, (1536, 48): 1.75, (3200, 24): 1.65}
@@ -353,14 +350,12 @@ class SampleSettings(Checked):
         Raises:
             UserError: top_k is larger than the codebook, or guidance of a model that was trained without it.
         """
-        require(
-            class_dropout != 0 or (self.cfg_scale or 1) == 1,
-            f"--cfg-scale {self.cfg_scale}: the model was trained with --class-dropout 0, so it cannot be guided; leave it out",
-        )
-        require(
-            self.top_k <= config.vocab_size,
-            f"--top-k must lie in [0, {config.vocab_size}], the size of the codebook, not {self.top_k}",
-        )
+        if class_dropout == 0 and self.cfg_scale not in (None, 1):
+            raise UserError(
+                f"--cfg-scale {self.cfg_scale}: the model was trained with --class-dropout 0, so it cannot be guided; leave it out"
+            )
+        if self.top_k > config.vocab_size:
+            raise UserError(f"--top-k must lie in [0, {config.vocab_size}], the size of the codebook, not {self.top_k}")
         if self.cfg_scale is not None:
             return self
         published = PUBLISHED_SCALES if config.condition == "class" and class_dropout != 0 else {}
@@ -403,28 +398,24 @@ class WatchConfig(Checked):
     """Token store to test the probes on (its centre crop)."""
 
     def __post_init__(self) -> None:
-        for name in self.track:
-            choices = get_args(TrackerName)
-            require(name in choices, f"--track must be some of {', '.join(choices)}, not {name!r}")
+        choices = get_args(TrackerName)
+        if unknown := [name for name in self.track if name not in choices]:
+            raise UserError(f"--track must be some of {', '.join(choices)}, not {unknown[0]!r}")
         super().__post_init__()
-        require(
-            len(set(self.track)) == len(self.track), f"--track {' '.join(self.track)} has a name twice: give each once"
-        )
-        require("none" not in self.track or self.track == ("none",), "--track none cannot be combined with others")
-        require(
-            not self.sample_every or self.sample_tokenizer is not None,
-            f"--sample-every {self.sample_every} needs --sample-tokenizer to decode the samples",
-        )
-        require(
-            not self.probe_every or self.probe_test_tokens is not None,
-            f"--probe-every {self.probe_every} needs --probe-test-tokens: images that the model is not trained on",
-        )
+        if len(set(self.track)) < len(self.track):
+            raise UserError(f"--track {' '.join(self.track)} has a name twice: give each once")
+        if "none" in self.track and len(self.track) > 1:
+            raise UserError("--track none cannot be combined with others")
+        if self.sample_every and self.sample_tokenizer is None:
+            raise UserError(f"--sample-every {self.sample_every} needs --sample-tokenizer to decode the samples")
+        if self.probe_every and self.probe_test_tokens is None:
+            raise UserError(
+                f"--probe-every {self.probe_every} needs --probe-test-tokens: images that the model is not trained on"
+            )
         for name in ("sample_tokenizer", "sample_labels", "sample_cfg_scale", "probe_test_tokens"):
             every = f"{name.split('_')[0]}_every"
-            require(
-                getattr(self, name) in (None, ()) or getattr(self, every) > 0,
-                f"--{flag_name(name)} does nothing without --{flag_name(every)}: give both or neither",
-            )
+            if getattr(self, name) not in (None, ()) and not getattr(self, every):
+                raise UserError(f"--{flag_name(name)} does nothing without --{flag_name(every)}: give both or neither")
 
     def looks_at(self, step: int) -> bool:
         """Whether samples or a probe are due after this step."""
@@ -475,14 +466,12 @@ class VQConfig(Checked, prefix="--model."):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(
-            1 <= len(self.multipliers) <= 10, f"--model.multipliers must be 1 to 10 numbers, not {self.multipliers}"
-        )
+        if not 1 <= len(self.multipliers) <= 10:
+            raise UserError(f"--model.multipliers must be 1 to 10 numbers, not {self.multipliers}")
         for multiplier in self.multipliers:
             width = self.channels * multiplier
-            _require_group_width(
-                width, f"--model.channels {self.channels} times --model.multipliers {multiplier} is {width}"
-            )
+            factors = f"--model.channels {self.channels} times --model.multipliers {multiplier}"
+            _require_group_width(width, f"{factors} is {width}")
 
     @property
     def patch(self) -> int:
@@ -491,7 +480,8 @@ class VQConfig(Checked, prefix="--model."):
 
 
 def _require_group_width(width: int, cause: str) -> None:
-    require(width % min(32, width) == 0, f"{cause}: the group norms need a multiple of 32, or fewer than 32")
+    if width % min(32, width):
+        raise UserError(f"{cause}: the group norms need a multiple of 32, or fewer than 32")
 
 
 VQ_16 = VQConfig()
@@ -561,21 +551,18 @@ class VQTrainConfig(RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(
-            self.l1_weight + self.l2_weight + self.perceptual_weight > 0,
-            "there is no reconstruction loss: give --l1-weight, --l2-weight or --perceptual-weight",
-        )
-        require(
-            self.size % self.model.patch == 0,
-            f"--size {self.size} is not a multiple of a code's {self.model.patch} pixels: "
-            f"--model.multipliers has {len(self.model.multipliers)} levels",
-        )
-        require(self.size >= 11, f"--size {self.size} is too small: SSIM needs 11 pixels or more")
-        smallest = self.size >> self.adversary.layers
-        require(
-            self.adversary.start >= (self.steps or 1 << 62) or smallest >= 3,
-            f"--adversary.layers {self.adversary.layers} leaves {smallest} of {self.size} pixels: give fewer",
-        )
+        if not self.l1_weight + self.l2_weight + self.perceptual_weight:
+            raise UserError("there is no reconstruction loss: give --l1-weight, --l2-weight or --perceptual-weight")
+        size, levels, layers = self.size, len(self.model.multipliers), self.adversary.layers
+        if size % self.model.patch:
+            raise UserError(
+                f"--size {size} is not a multiple of a code's {self.model.patch} pixels: --model.multipliers has {levels} levels"
+            )
+        if size < 11:
+            raise UserError(f"--size {size} is too small: SSIM needs 11 pixels or more")
+        smallest = size >> layers
+        if smallest < 3 and self.adversary.start < (self.steps or 1 << 62):
+            raise UserError(f"--adversary.layers {layers} leaves {smallest} of {size} pixels: give fewer")
 
 
 def vq_16() -> VQTrainConfig:

@@ -150,45 +150,34 @@ def full_precision() -> Generator[None]:
             backend.fp32_precision = precision
 
 
-class SideStream:
-    """Runs work in order, on a GPU in a separate thread and stream. On a CPU it runs the work at once."""
+@contextlib.contextmanager
+def side_stream(device: torch.device) -> Generator[Callable[[Callable[[], None]], None]]:
+    """Yield a function that runs work in order, on a GPU in a separate thread and stream. On a CPU it runs the work at once.
 
-    def __init__(self, device: torch.device) -> None:
-        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self.thread = ThreadPoolExecutor(1)
-        self.last: Future[None] | None = None
+    Work starts after the previous work and after what the GPU's current stream has queued. An error of the work is raised by the
+    next call or at the end of the block.
+    """
+    if device.type != "cuda":
+        yield lambda work: work()
+        return
+    stream, last = torch.cuda.Stream(device), Future[None]()
+    last.set_result(None)
 
-    def run(self, work: Callable[[], None]) -> None:
-        """Start work after the previous work and after what the GPU's current stream has queued.
-
-        Raises the error of the previous work, if any.
-        """
-        if self.stream is None:
-            work()
-            return
-        queued = torch.cuda.Event()
-        queued.record(torch.cuda.current_stream(self.stream.device))
-        self.wait()
-        self.last = self.thread.submit(self._run, work, self.stream, queued)
-
-    @staticmethod
-    def _run(work: Callable[[], None], stream: torch.cuda.Stream, queued: torch.cuda.Event) -> None:
+    def run_in_stream(work: Callable[[], None], queued: torch.cuda.Event) -> None:
         with torch.cuda.stream(stream):
             stream.wait_event(queued)
             work()
 
-    def wait(self) -> None:
-        """Wait for all work; raises its error, if any."""
-        if self.last is not None:
-            self.last.result()
+    def run(work: Callable[[], None]) -> None:
+        nonlocal last
+        queued = torch.cuda.Event()
+        queued.record(torch.cuda.current_stream(stream.device))
+        last.result()
+        last = thread.submit(run_in_stream, work, queued)
 
-    def __enter__(self) -> "SideStream":
-        return self
-
-    def __exit__(self, kind: object, *rest: object) -> None:
-        self.thread.shutdown()
-        if kind is None:
-            self.wait()
+    with ThreadPoolExecutor(1) as thread:
+        yield run
+        last.result()
 
 
 @cache
@@ -208,18 +197,17 @@ def revision() -> str | None:
 
 def describe() -> dict[str, Any]:
     """The machine and versions, recorded with results."""
-    described: dict[str, Any] = {
+    found, gpu = revision(), torch.cuda.is_available()
+    return {
         "st_ar": st_ar.__version__,
-        **({"revision": found} if (found := revision()) else {}),
+        **({"revision": found} if found else {}),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "cpu": _cpu_name(),
         "instructions": torch.backends.cpu.get_cpu_capability() + " + bfloat16" * _cpu_has_bfloat16(),
         "threads": torch.get_num_threads(),
+        **({"gpu": torch.cuda.get_device_name()} if gpu else {}),
     }
-    if torch.cuda.is_available():
-        described["gpu"] = torch.cuda.get_device_name()
-    return described
 
 
 PACKAGES = (
@@ -273,10 +261,8 @@ def flops_per_token(config: ModelConfig) -> tuple[float, float]:
 def training_flops_per_token(config: TrainConfig, *, until: float | None = None) -> float:
     """Training FLOPs per token: three forward passes, and the teacher's pass through the blocks that it needs.
 
-    Recomputation of activation checkpointing, the projector and the losses are not counted.
-
-    Args:
-        until: fraction of the run with self-guidance, if not the config's.
+    Recomputation of activation checkpointing, the projector and the losses are not counted. `until` is the fraction of the run
+    with self-guidance, if not the config's.
     """
     body, head = flops_per_token(config.model)
     guided, depth = config.selfguided, config.model.n_layers

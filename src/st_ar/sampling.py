@@ -5,7 +5,6 @@ import shutil
 import zipfile
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,7 +20,7 @@ from st_ar.distributed import JOB_TIMEOUT, barrier, broadcast_from_rank0, proces
 from st_ar.errors import UserError, damaged
 from st_ar.figures import strip
 from st_ar.files import atomic_write, claim, open_array, save_array, sha256, write_json
-from st_ar.hardware import SideStream, choose_device, choose_dtype, describe, local_device, require_compiler
+from st_ar.hardware import choose_device, choose_dtype, describe, local_device, require_compiler, side_stream
 from st_ar.model.generate import TokenSampler
 from st_ar.model.transformer import Transformer
 from st_ar.model.weights import ModelInfo, open_model
@@ -36,18 +35,10 @@ PREVIEW = 64
 
 
 class SampleWriter:
-    """Writes images to a .npz file or a folder of PNGs, part by part (docs/formats.md).
+    """Writes `count` images to FILE.npz or a folder of PNGs, in parts of `batch_size` (docs/formats.md).
 
-    job.json marks an unfinished job and is removed last. The metadata are written when all images are.
-
-    Args:
-        out: FILE.npz, or a folder.
-        count: images of the whole job.
-        record: settings that must be the same to continue a stopped job; they become part of the metadata.
-        batch_size: images of a part.
-
-    Raises:
-        UserError: `out` has other files, or a job with other settings.
+    job.json marks an unfinished job and is removed last. The metadata are written when all images are. They have the settings
+    of `record`, which must be the same to continue a stopped job.
     """
 
     def __init__(self, out: Path, count: int, record: dict[str, Any], batch_size: int) -> None:
@@ -65,11 +56,6 @@ class SampleWriter:
         taken = [self.out, self.metadata, self.preview]
         broadcast_from_rank0(lambda: claim(self.folder / JOB, self.record, "a set of samples", taken=taken))
 
-    @property
-    def _is_complete(self) -> bool:
-        """Whether all images are written. A job that was killed after that only has to clean up."""
-        return self.metadata.exists()
-
     def numbers(self, part: int) -> range:
         """Return the numbers of a part's images."""
         return range(part * self.batch_size, min(self.count, (part + 1) * self.batch_size))
@@ -77,7 +63,7 @@ class SampleWriter:
     def is_finished(self, part: int) -> bool:
         """Whether a part's images are written."""
         files = [self._path(part), self._checksum(part)] if self.packs else map(self._path, self.numbers(part))
-        return self._is_complete or all(file.exists() for file in files)
+        return self.metadata.exists() or all(file.exists() for file in files)
 
     def _path(self, number: int) -> Path:
         """Return the file of a part (.npz) or of an image (PNGs)."""
@@ -103,16 +89,15 @@ class SampleWriter:
         broadcast_from_rank0(lambda: self._finish(labels))
 
     def _finish(self, labels: Sequence[int]) -> None:
-        if not self._is_complete:
+        if not self.metadata.exists():  # otherwise the job was killed while it cleaned up
             _save_image(self.preview, strip(self._read_first(min(self.count, PREVIEW)), min(self.count, 8)))
             if self.packs:
                 with atomic_write(self.out) as aside:
                     self._pack(aside, labels)
             write_json(self.metadata, {**self.record, "environment": describe()})
         if self.packs:
-            for part in range(self.parts):
-                self._path(part).unlink(missing_ok=True)
-                self._checksum(part).unlink(missing_ok=True)
+            for path in self.folder.glob("part-*"):
+                path.unlink()
         (self.folder / JOB).unlink()
         if self.packs:
             shutil.rmtree(self.folder)
@@ -186,10 +171,7 @@ def sample_images(
 ) -> np.ndarray:
     """Draw an image for each label: uint8 [images, H, W, 3]. Image n depends only on the seed, n and its label.
 
-    Args:
-        labels: classes, or for a text model indices of the captions in `text`.
-        text: the captions, only for a text model.
-        batch_size: images to draw at once.
+    Labels are classes, or for a text model indices of the captions in `text`.
 
     Raises:
         UserError: a label or setting is out of range, captions are missing or not for this model, or the tokenizer has another
@@ -198,11 +180,9 @@ def sample_images(
     sampler = Sampler(model, tokenizer, settings or SampleSettings(), text)
     sampler.check(labels, batch_size)
     with progress("sample", len(labels), unit="images") as bar:
-        images: list[np.ndarray] = []
-        for start in range(0, len(labels), batch_size):
-            numbers = range(start, min(start + batch_size, len(labels)))
-            images.append(sampler.pictures(sampler.tokens(numbers, labels, bar.advance)))
-    return np.concatenate(images)
+        starts = range(0, len(labels), batch_size)
+        batches = [range(start, min(start + batch_size, len(labels))) for start in starts]
+        return np.concatenate([sampler.pictures(sampler.tokens(each, labels, bar.advance)) for each in batches])
 
 
 def open_model_and_tokenizer(
@@ -257,7 +237,7 @@ class Sampler:
         if compiled:
             require_compiler(self.device)
         self.seed = torch_seed(settings.seed, RandomStream.SAMPLING)
-        self.drawer: tuple[int, TokenSampler] | None = None
+        self.drawer: TokenSampler | None = None
 
     def check(self, labels: Sequence[int], batch_size: int) -> None:
         """Refuse labels and batch sizes that cannot be drawn."""
@@ -295,12 +275,12 @@ class Sampler:
         """
         count = len(numbers)
         conditions = self._conditions([labels[number] for number in numbers]).to(self.device)
-        if self.drawer is None or self.drawer[0] != count:
+        if self.drawer is None or len(self.drawer.tokens) != count:
             self.drawer = None  # free its memory first
-            self.drawer = count, TokenSampler(self.model, count, self.settings, compiled=self.compiled)
-        sampler = self.drawer[1]
-        for drawn in sampler.steps(conditions, np.array(numbers), self.seed):
-            yield sampler.tokens[:, :drawn]
+            self.drawer = TokenSampler(self.model, count, self.settings, compiled=self.compiled)
+        drawer = self.drawer
+        for drawn in drawer.steps(conditions, np.array(numbers), self.seed):
+            yield drawer.tokens[:, :drawn]
 
     def pictures(self, tokens: Tensor) -> np.ndarray:
         """Decode tokens [n, T] to images uint8 [n, H, W, 3]."""
@@ -345,16 +325,12 @@ def sample_to(
         total, todo = (sum(len(job.numbers(part)) for part in parts) for parts in (share, unfinished))
         with (
             progress("sample", total, unit="images", done=total - todo, shown=ranks.rank == 0) as bar,
-            SideStream(sampler.device) as side,
+            side_stream(sampler.device) as run,
         ):
             for part in unfinished:
                 tokens = sampler.tokens(job.numbers(part), labels, bar.count)
-                side.run(partial(_decode_and_write, job, sampler, part, tokens))
+                run(lambda part=part, tokens=tokens: job.write(part, sampler.pictures(tokens)))
         job.finish(labels)
-
-
-def _decode_and_write(job: SampleWriter, sampler: Sampler, part: int, tokens: Tensor) -> None:
-    job.write(part, sampler.pictures(tokens))
 
 
 def _require_count(flag: str, count: int) -> None:
@@ -395,8 +371,7 @@ def choose_conditions(
             raise UserError("give --num or --per-class, not both")
         if mode == "random":
             raise UserError("--per-class cycles through the classes: leave out --label-mode random, or give --num")
-        if per_class < 1:
-            raise UserError(f"--per-class must be at least 1, not {per_class}")
+        _require_count("--per-class", per_class)
         labels = tuple(dict.fromkeys(labels))
         num = per_class * (len(text) if text is not None else len(labels) or config.num_classes)
     if text is None:

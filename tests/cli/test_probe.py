@@ -17,11 +17,11 @@ from st_ar.evaluation.probe import ProbeMethod, probe_layers
 from st_ar.evaluation.probe_classifiers import ProbeConfig
 from st_ar.files import sha256
 from st_ar.model import weights as subjects
-from st_ar.model.weights import load_model, save_export
+from st_ar.model.weights import load_model
 from tests.data.random_store import random_store
 from tests.disk import contents
 from tests.small_line import SmallLine, make_line
-from tests.toys import TINY, random_model
+from tests.toys import TINY, random_model, save_export
 
 Capture = pytest.CaptureFixture[str]
 SHORT = ["--epochs", "2", "--steps", "1", "9"]

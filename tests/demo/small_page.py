@@ -9,9 +9,8 @@ from st_ar.config import ModelConfig
 from st_ar.data.store import TokenStore
 from st_ar.demo.models import ModelPool
 from st_ar.demo.setup import Setup
-from st_ar.model.weights import save_export
 from tests.small_line import SmallLine, make_line, random_tokenizer
-from tests.toys import TINY, random_model
+from tests.toys import TINY, random_model, save_export
 
 LONG = replace(TINY, dim=32, grid=40)
 """1,600 tokens: some seconds."""

@@ -61,7 +61,7 @@ class Served:
         opened = self.setup.pool.loaded.get(name)
         if opened is None or opened.sampler is None or opened.sampler.drawer is None:
             return None
-        return int(opened.sampler.drawer[1].position)
+        return int(opened.sampler.drawer.position)
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = SOON / 1000) -> None:

@@ -36,14 +36,14 @@ from st_ar.demo.models import ModelPool
 from st_ar.demo.setup import Setup
 from st_ar.errors import UserError
 from st_ar.files import sha256
-from st_ar.model.weights import load_model, save_export
+from st_ar.model.weights import load_model
 from st_ar.sampling import sample_images
 from st_ar.settings import to_dict
 from st_ar.tokenizer import load_tokenizer, to_uint8
 from st_ar.tokenizer.vq import VQTokenizer
 from tests.demo.small_page import export, small_setup
 from tests.tokenizer.test_vq import SMALL, random_tensors
-from tests.toys import TINY, random_model
+from tests.toys import TINY, random_model, save_export
 
 SETTINGS = SampleSettings(cfg_scale=2.0, top_k=9, temperature=0.9, seed=4)
 
@@ -165,7 +165,7 @@ def test_an_image_is_drawn_again_from_its_file_bit_for_bit(setup: Setup) -> None
     assert (record.number, record.class_name, record.settings) == (2, "bee", SETTINGS)
     name = setup.pool.run(lambda: match_weights(setup.pool, record))
     assert name == "second (EMA)"
-    assert record.weights.sha256 == sha256(setup.pool.find(name).path)
+    assert record.weights.sha256 == sha256(setup.pool.find(name).source)
     [again] = last(setup, name, labels=list(record.labels), settings=record.settings)
     assert compare_images(again.images[2], frame.images[2], record, setup.pool) == "The same image, bit for bit."
 

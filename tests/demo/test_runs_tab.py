@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from st_ar.demo.runs_tab import MAX_POINTS, describe, read_history, read_sample, sample_steps, stamp
+from st_ar.demo.runs_tab import MAX_POINTS, read_history, read_sample, sample_steps, stamp
 from st_ar.errors import UserError
 from st_ar.training.run import append_log
 
@@ -26,19 +26,18 @@ def test_curves_are_what_was_logged(tmp_path: Path) -> None:
     append_log(tmp_path / "log.jsonl", {"step": 6, "loss_ar": 0.5, "ridge_probe_top1": 0.25, "loss_mim": 0.0})
     with open(tmp_path / "log.jsonl", "a") as file:
         file.write('{"step": 7, "los')  # being written
-    found = read_history(tmp_path, "mine")
-    assert (found.step, found.speed, found.samples) == (6, 1005.0, ())
-    assert list(found.charts) == ["loss", "probe"]  # terms that are all 0 are not self-guidance
-    series = found.charts["loss"].data["series"]
+    state, charts = read_history(tmp_path, "mine")
+    assert state == "mine: step 6, 1,005 tokens/s; training."
+    assert list(charts) == ["loss", "probe"]  # terms that are all 0 are not self-guidance
+    series = charts["loss"].data["series"]
     assert series["training"] == {"x": [1, 2, 3, 4, 5, 6], "y": pytest.approx([5, 2.5, 5 / 3, 1.25, 1, 0.5])}
     assert series["validation"] == {"x": [5], "y": [1.5]}
-    assert found.charts["probe"].data["series"] == {"ridge regression, not the MAE protocol": {"x": [6], "y": [25.0]}}
-    assert describe(found) == "mine: step 6, 1,005 tokens/s; training."
+    assert charts["probe"].data["series"] == {"ridge regression, not the MAE protocol": {"x": [6], "y": [25.0]}}
 
 
 def test_long_logs_are_thinned_and_keep_their_end(tmp_path: Path) -> None:
     lines(tmp_path, 2 * MAX_POINTS + 3)
-    xs = read_history(tmp_path, "mine").charts["loss"].data["series"]["training"]["x"]
+    xs = read_history(tmp_path, "mine")[1]["loss"].data["series"]["training"]["x"]
     assert len(xs) <= MAX_POINTS
     assert xs[-1] == 2 * MAX_POINTS + 3
     assert set(np.diff(xs)) == {3.0}
@@ -48,7 +47,7 @@ def test_a_run_that_stands_still_is_not_said_to_train(tmp_path: Path) -> None:
     lines(tmp_path, 2)
     before = time.time() - 3 * 3600
     os.utime(tmp_path / "log.jsonl", (before, before))
-    assert describe(read_history(tmp_path, "mine")).endswith("no new log entries for 3 hours.")
+    assert read_history(tmp_path, "mine")[0].endswith("no new log entries for 3 hours.")
 
 
 def test_what_changes_is_seen(tmp_path: Path) -> None:

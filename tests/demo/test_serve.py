@@ -235,8 +235,8 @@ def test_mistakes_cost_nothing(line: SmallLine, tmp_path: Path, options: tuple[s
 
 
 def test_models_that_do_not_suit_are_refused(line: SmallLine, tmp_path: Path) -> None:
-    from st_ar.model.weights import save_export
     from tests.small_line import random_tokenizer
+    from tests.toys import save_export
 
     random_tokenizer(11, seed=1).save(tmp_path / "other")
     with pytest.raises(UserError, match="give the tokenizer that made the model's token store"):

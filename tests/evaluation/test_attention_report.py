@@ -22,13 +22,13 @@ from st_ar.evaluation.attention import STATISTICS, ImageMasks, LayerStatistics, 
 from st_ar.evaluation.attention_report import AttentionOptions, report_attention, statistics_table
 from st_ar.figures import Drawing
 from st_ar.files import sha256, write_json
-from st_ar.model.weights import load_model, save_export
+from st_ar.model.weights import load_model
 from st_ar.tokenizer import load_tokenizer
 from st_ar.tokenizer.tokenize import tokenize
 from tests.disk import contents, refused
 from tests.small_line import SmallLine, make_line, random_source, random_tokenizer
 from tests.test_report import Page
-from tests.toys import TINY, random_model
+from tests.toys import TINY, random_model, save_export
 
 CURVES = ("class-weight", "neighbour-weight", "distance", "entropy")
 KINDS = ("svg", "png", "json")

@@ -28,7 +28,7 @@ from st_ar.evaluation.probe_features import FeatureCache, FeatureSpec, extract_f
 from st_ar.files import write_json
 from st_ar.model.generate import generate
 from st_ar.model.transformer import Transformer
-from st_ar.model.weights import HEADS, open_model, save_export
+from st_ar.model.weights import HEADS, open_model
 from st_ar.reproduce.plan import Files, measurements, probe_curve
 from st_ar.sampling import SampleWriter
 from st_ar.settings import to_dict
@@ -41,7 +41,7 @@ from tests.evaluation.generation.test_evaluate import pictures, toy
 from tests.fuzz.mutations import Damage
 from tests.small_line import make_line, random_source, random_tokenizer
 from tests.tokenizer.test_vq import SMALL, random_tensors
-from tests.toys import TINY, random_model, random_sequences
+from tests.toys import TINY, random_model, random_sequences, save_export
 
 CHECKPOINTS_ARE_SEALED = True
 """Whether checkpoints carry checksums; without them another number in a tensor cannot be told from the right one."""

@@ -1,6 +1,8 @@
 """Weights on disk: what is saved is loaded, and whatever is not a model of ours is refused with the remedy."""
 
 import argparse
+import contextlib
+import io
 import json
 import os
 from dataclasses import replace
@@ -12,13 +14,22 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from st_ar import load_model
-from st_ar.cli.train import convert
+from st_ar.cli.train import Convert
 from st_ar.model.transformer import Transformer
-from st_ar.model.weights import HEADS, exported_step, infer_config, open_model, save_export, save_llamagen
+from st_ar.model.weights import HEADS, exported_step, infer_config, open_model, save_llamagen
 from st_ar.presets import get_preset
 from tests.disk import contents, flip_byte, full_disk, refused
 from tests.small_line import random_tokenizer
-from tests.toys import FIXTURES, NO_DROPOUT, TINY, TINY_TEXT, random_captions, random_model, random_sequences
+from tests.toys import (
+    FIXTURES,
+    NO_DROPOUT,
+    TINY,
+    TINY_TEXT,
+    random_captions,
+    random_model,
+    random_sequences,
+    save_export,
+)
 
 INFO = {"step": 7, "preset": "st-ar-toy", "class_names": ["cat", "dog", "owl"], "tokenizer": "abc123"}
 LIVE, AVERAGED = random_model(seed=1), random_model(seed=2)
@@ -395,6 +406,13 @@ def test_weights_run_at_another_size(tmp_path: Path) -> None:
         # the first row of the larger grid has the same positions as the first row of the smaller one
         first = load_model(tmp_path)(tokens[:, :2], labels).logits
         torch.testing.assert_close(larger(tokens[:, :2], labels).logits, first)
+
+
+def convert(source: Path, target: Path, **options: Any) -> str:
+    """What `st-ar convert` prints."""
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        Convert(source=source, target=target, **options).run()
+    return out.getvalue()
 
 
 def test_there_and_back_again(tmp_path: Path, base: dict[str, torch.Tensor]) -> None:

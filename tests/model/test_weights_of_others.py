@@ -6,14 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from st_ar.cli.train import convert
 from st_ar.errors import UserError
 from st_ar.files import read_tensors
 from st_ar.model import weights
 from st_ar.model.weights import open_model
 from st_ar.tokenizer import load_tokenizer
+from tests.model.test_weights import convert
 from tests.tokenizer.test_vq import random_tensors
-from tests.toys import TINY, random_model
+from tests.toys import TINY, random_model, save_export
 
 LIVE, AVERAGED = random_model(seed=0), random_model(seed=1)
 
@@ -72,7 +72,7 @@ def test_a_tokenizers_file_too(tmp_path: Path) -> None:
 
 
 def test_a_folder_without_one_of_its_files_names_it(tmp_path: Path) -> None:
-    weights.save_export(tmp_path / "export", LIVE, AVERAGED, {})
+    save_export(tmp_path / "export", LIVE, AVERAGED, {})
     (tmp_path / "export/ema.safetensors").unlink()
     for place in (tmp_path, tmp_path / "export"):
         with pytest.raises(

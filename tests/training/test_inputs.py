@@ -13,11 +13,11 @@ from st_ar.cli import main
 from st_ar.config import PLAIN
 from st_ar.data.store import TokenBatches, TokenStore
 from st_ar.data.text import write_text
-from st_ar.model.weights import load_model, save_export
+from st_ar.model.weights import load_model
 from st_ar.training.loop import train
 from tests.data.random_store import checksum, random_store
 from tests.disk import refused
-from tests.toys import NO_DROPOUT, random_captions, random_model
+from tests.toys import NO_DROPOUT, random_captions, random_model, save_export
 from tests.training.toy_runs import GUIDED_RUN, assert_same_result, log_of
 
 STILL = replace(GUIDED_RUN, model=replace(GUIDED_RUN.model, **NO_DROPOUT), class_dropout=0.0, steps=1)

@@ -32,11 +32,8 @@ class Keeper:
         self.kept: list[tuple[int, str]] = []
         self.closed = False
 
-    def log(self, step: int, scalars: Mapping[str, float]) -> None:
-        self.kept += [(step, name) for name in scalars]
-
-    def images(self, step: int, name: str, array: np.ndarray) -> None:
-        self.kept.append((step, name))
+    def log(self, step: int, values: Mapping[str, float | np.ndarray]) -> None:
+        self.kept += [(step, name) for name in values]
 
     def close(self) -> None:
         self.closed = True
@@ -47,7 +44,7 @@ def test_entries_arrive_and_steps_that_the_tracker_has_are_left_out() -> None:
     tracker = SafeTracker("keeper", lambda: keeper, after=3)
     for step in range(2, 6):
         tracker.log(step, {"loss": 1.0})
-        tracker.images(step, "samples", PICTURE)
+        tracker.log(step, {"samples": PICTURE})
     tracker.close()
     assert keeper.kept == [(4, "loss"), (4, "samples"), (5, "loss"), (5, "samples")]
     assert keeper.closed
@@ -55,10 +52,10 @@ def test_entries_arrive_and_steps_that_the_tracker_has_are_left_out() -> None:
 
 def test_a_tracker_that_raises_is_switched_off_and_named_once(capsys: pytest.CaptureFixture[str]) -> None:
     class Failing(Keeper):
-        def log(self, step: int, scalars: Mapping[str, float]) -> None:
+        def log(self, step: int, values: Mapping[str, float | np.ndarray]) -> None:
             if step == 4:
                 raise ConnectionError("no route to the\nhost")
-            super().log(step, scalars)
+            super().log(step, values)
 
     failing = Failing()
     tracker = SafeTracker("failing", lambda: failing)
@@ -80,12 +77,12 @@ def test_a_package_that_is_missing_is_named_with_its_extra(monkeypatch: pytest.M
 
 def test_a_run_keeps_its_name_in_the_trackers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "run"
-    monkeypatch.setattr(track, "Wandb", lambda *_: Keeper())
+    monkeypatch.setattr(track, "open_wandb", lambda *_: Keeper())
     open_trackers(["wandb"], out, {}, start=0, logged=0)
     first = json.loads((out / "tracking.json").read_text())
     assert first["name"] == "run"
     moved = out.rename(tmp_path / "elsewhere")
-    monkeypatch.setattr(track, "Trackio", lambda *_: Keeper())
+    monkeypatch.setattr(track, "open_trackio", lambda *_: Keeper())
     open_trackers(["trackio"], moved, {}, start=4, logged=6)
     assert json.loads((moved / "tracking.json").read_text()) == first
 
@@ -103,7 +100,7 @@ name, out, first, last, logged, track.PATIENCE = sys.argv[1], Path(sys.argv[2]),
 opened = time.monotonic()
 for step in range(first, last + 1):
     tracker.log(step, {"loss": 1 / step})
-tracker.images(last, "samples", np.zeros((8, 8, 3), np.uint8))
+tracker.log(last, {"samples": np.zeros((8, 8, 3), np.uint8)})
 assert time.monotonic() - opened < 5, "training had to wait"
 on = tracker.tracker is not None
 tracker.close()
@@ -218,7 +215,7 @@ def test_curves_and_pictures_are_read_back(tmp_path: Path) -> None:
     for step in (1, 200, 70_000):
         tracker.log(step, {"loss": 1 / step})
     picture = np.random.default_rng(0).integers(0, 256, (5, 7, 3)).astype(np.uint8)
-    tracker.images(200, "samples", picture)
+    tracker.log(200, {"samples": picture})
     assert scalars(tmp_path, "loss") == [(step, pytest.approx(1 / step)) for step in (1, 200, 70_000)]
     (event,) = read(tmp_path).Images("samples")
     assert (event.step, event.width, event.height) == (200, 7, 5)

@@ -5,7 +5,7 @@ tyro can write such scripts too, but they do not complete presets, and in fish n
 
 import ast
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from inspect import getsource
 from itertools import pairwise
@@ -109,93 +109,91 @@ def read_commands() -> dict[str, Words]:
 
 def completion(shell: Shell) -> str:
     """Return the script for a shell."""
-    return {"bash": _bash, "zsh": _zsh, "fish": _fish}[shell](read_commands())
+    commands = read_commands()
+    return _fish(commands) if shell == "fish" else SCRIPTS[shell].replace("CHOOSE", _choose(commands))
 
 
-def _cases(commands: Mapping[str, Words]) -> str:
-    """The case statement of the bash and zsh functions: words for each command and option."""
-    lines = ["  case $command in"]
-    for name, words in commands.items():
-        chosen = {option: it.choices for option, it in words.options.items() if it.choices}
-        lines += [f"    {name})", f"      options={shlex.quote(' '.join(words.options))}"]
-        lines += [f"      first={shlex.quote(' '.join(words.first))}"] if words.first else []
-        lines += ["      case $option in"] if chosen else []
-        lines += [
-            f"        {option}) choices={shlex.quote(' '.join(choices))} ;;" for option, choices in chosen.items()
-        ]
-        lines += ["      esac"] if chosen else []
-        lines += ["      ;;"]
-    return "\n".join([*lines, "  esac"])
-
-
-def _bash(commands: Mapping[str, Words]) -> str:
-    return f"""\
+SCRIPTS = {
+    "bash": """\
 # bash completion for st-ar, written by `st-ar completion bash`
-_st_ar() {{
-  local current=${{COMP_WORDS[COMP_CWORD]}} command=${{COMP_WORDS[1]}} option= options= first= choices= word
-  COMPREPLY=()
-  if [ "$COMP_CWORD" -eq 1 ]; then
-    COMPREPLY=($(compgen -W {shlex.quote(" ".join([*commands, "--help", "--version"]))} -- "$current"))
-    return
-  fi
-  for word in "${{COMP_WORDS[@]:2:COMP_CWORD-2}}"; do
-    case $word in --*) option=$word ;; esac
-  done
-{_cases(commands)}
-  if [[ $current == -* ]]; then
-    COMPREPLY=($(compgen -W "$options" -- "$current"))
-  elif [ -n "$choices" ]; then
-    COMPREPLY=($(compgen -W "$choices" -- "$current"))
-  elif [ "$COMP_CWORD" -eq 2 ] && [ -n "$first" ]; then
-    COMPREPLY=($(compgen -W "$first" -- "$current"))
-  fi
-}}
+CHOOSE
+_st_ar() {
+  local offered=
+  _st_ar_choose "${COMP_WORDS[@]:0:COMP_CWORD+1}"
+  COMPREPLY=($(compgen -W "$offered" -- "${COMP_WORDS[COMP_CWORD]}"))
+}
 complete -o default -F _st_ar st-ar
-"""
-
-
-def _zsh(commands: Mapping[str, Words]) -> str:
-    return f"""\
+""",
+    "zsh": """\
 #compdef st-ar
 # zsh completion for st-ar, written by `st-ar completion zsh`
-_st_ar() {{
-  local command=$words[2] option= options= first= choices= word
-  if (( CURRENT == 2 )); then
-    compadd -- {" ".join([*commands, "--help", "--version"])}
-    return
-  fi
-  for word in $words[3,CURRENT-1]; do
-    [[ $word == --* ]] && option=$word
-  done
-{_cases(commands)}
-  if [[ $words[CURRENT] == -* ]]; then
-    compadd -- ${{=options}}
-  elif [[ -n $choices ]]; then
-    compadd -- ${{=choices}}
-  elif (( CURRENT == 3 )) && [[ -n $first ]]; then
-    compadd -- ${{=first}}
+CHOOSE
+_st_ar() {
+  local offered=
+  _st_ar_choose "${(@)words[1,CURRENT]}"
+  if [[ -n $offered ]]; then
+    compadd -- ${=offered}
   else
     _files
   fi
-}}
+}
 _st_ar "$@"
-"""
+""",
+}
+
+
+def _choose(commands: Mapping[str, Words]) -> str:
+    """The function that sets `offered` to the choices for the last of its arguments, the words of the command line."""
+    lines: list[str] = []
+    for name, words in commands.items():
+        chosen = [(option, it.choices) for option, it in words.options.items() if it.choices]
+        lines += [f"    {name})", f"      options={_quote(words.options)}", f"      first={_quote(words.first)}"]
+        lines += ["      case $option in", *(f"        {o}) choices={_quote(values)} ;;" for o, values in chosen)]
+        lines += ["      esac", "      ;;"]
+    cases = "\n".join(lines)
+    return f"""\
+_st_ar_choose() {{
+  local count=$# command=$2 current= option= options= first= choices= word
+  if [ "$count" -eq 2 ]; then
+    offered={_quote([*commands, "--help", "--version"])}
+    return
+  fi
+  shift 2
+  for word in "$@"; do
+    case $current in --*) option=$current ;; esac
+    current=$word
+  done
+  case $command in
+{cases}
+  esac
+  if [[ $current == -* ]]; then
+    offered=$options
+  elif [ -n "$choices" ]; then
+    offered=$choices
+  elif [ "$count" -eq 3 ]; then
+    offered=$first
+  fi
+}}"""
+
+
+def _quote(words: Iterable[str]) -> str:
+    return shlex.quote(" ".join(words))
 
 
 def _fish(commands: Mapping[str, Words]) -> str:
     lines = [
         "# fish completion for st-ar, written by `st-ar completion fish`",
-        "complete -c st-ar -n __fish_use_subcommand -f -a " + shlex.quote(" ".join(commands)),
+        f"complete -c st-ar -n __fish_use_subcommand -f -a {_quote(commands)}",
     ]
     for name, words in commands.items():
         seen = f"'__fish_seen_subcommand_from {name}'"
         if words.first:
             first = f"'__fish_seen_subcommand_from {name}; and test (count (commandline -opc)) -eq 2'"
-            lines.append(f"complete -c st-ar -n {first} -f -a {shlex.quote(' '.join(words.first))}")
+            lines.append(f"complete -c st-ar -n {first} -f -a {_quote(words.first)}")
         for option, it in words.options.items():
             line = f"complete -c st-ar -n {seen} -l {option.removeprefix('--')}"
             if it.choices:
-                line += f" -x -a {shlex.quote(' '.join(it.choices))}"
+                line += f" -x -a {_quote(it.choices)}"
             elif it.takes_value:
                 line += " -r"
             quoted = it.help.replace("\\", "\\\\").replace("'", "\\'")

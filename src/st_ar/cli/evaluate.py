@@ -1,7 +1,7 @@
 """Commands that measure images: evaluate, reference, reconstruct."""
 
 import sys
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -55,13 +55,11 @@ class Evaluate:
         )
         from st_ar.evaluation.generation.features import Compute, load_extractor
         from st_ar.evaluation.generation.image_sets import metadata_path, open_files
-        from st_ar.report import check_json, keep_json, print_table
 
         metrics = choose_metrics(self.metrics, self.extractor == "inception")
         options.check_seeds(self.seed, self.shuffle_seed)
         options.check_side("--resize", self.resize)
-        check_json(self.json)
-        options.check_page(self.page)
+        options.check_results(self.json, self.page)
         samples = open_files(self.samples)
         metadata = metadata_path(Path(self.samples).expanduser())
         if self.json and samples.metadata and Path(self.json).absolute() == metadata.absolute():
@@ -89,16 +87,13 @@ class Evaluate:
                 shuffle_seed=self.shuffle_seed,
             )
         if ranks.rank == 0:
-            keep_json(self.json, result)
+            page = f"\npage: {self.page}" if self.page else ""
             if self.page:
                 evaluation_page(self.page, result, samples)
             for note in result["notes"]:
                 print(f"st-ar: {note}", file=sys.stderr)
-            if self.json != "-":
-                print_table(("", "value"), [(k, format_number(k, v)) for k, v in result["metrics"].items()])
-                print(f"\n{one_line(result)}")
-                if self.page:
-                    print(f"page: {self.page}")
+            rows = [(key, format_number(key, value)) for key, value in result["metrics"].items()]
+            options.report(self.json, result, ("", "value"), rows, f"\n{one_line(result)}{page}", always=False)
 
 
 @dataclass(kw_only=True)
@@ -168,12 +163,11 @@ class Reconstruct:
         from st_ar.evaluation.generation.features import Compute, load_extractor
         from st_ar.evaluation.generation.image_sets import open_set
         from st_ar.evaluation.reconstruction import measure_tokenizer
-        from st_ar.files import require_absent, require_place
-        from st_ar.report import check_json, keep_json, print_table
+        from st_ar.files import atomic_folder, require_absent, require_place
         from st_ar.tokenizer import open_tokenizer
 
         options.check_side("--size", self.size)
-        check_json(self.json)
+        options.check_results(self.json)
         for path in filter(None, (self.out, self.save)):
             require_place(path)
         if self.out and self.out.suffix.lower() != ".png":
@@ -184,7 +178,10 @@ class Reconstruct:
         if self.save:
             require_absent(self.save, "a folder of images", flag="--save")
         image_set = open_set(self.images, size=self.size)
-        with process_group(self.device) as (ranks, device), self._folder(ranks.world) as folder:
+        with process_group(self.device) as (ranks, device), ExitStack() as stack:
+            if self.save and ranks.world > 1:
+                raise UserError("--save needs a single process: run the command without torchrun")
+            folder = stack.enter_context(atomic_folder(self.save)) if self.save else None
             compute = Compute(device=device, ranks=ranks, batch_size=self.batch_size)
             tokenizer = open_tokenizer(self.tokenizer, self.device, self.dtype)
             extractor = (
@@ -192,18 +189,8 @@ class Reconstruct:
             )
             result = measure_tokenizer(tokenizer, image_set, extractor, compute, picture=self.out, folder=folder)
         if ranks.rank == 0:
-            keep_json(self.json, result)
-            if self.json != "-":
-                rows = [(label, format_number(label, value)) for label, value in result["metrics"].items()]
-                print_table(("", "value"), rows)
-                source, fingerprint = result["images"], result["tokenizer"]["fingerprint"]
-                images = f"{source['count']:,} images of {source['name']} ({source['sha256'][:8]})"
-                print(f"\n{images}, tokenizer {fingerprint[:12]}")
-
-    def _folder(self, ranks: int) -> AbstractContextManager[Path | None]:
-        """The folder of --save, which appears when all reconstructions are written."""
-        from st_ar.files import atomic_folder
-
-        if self.save and ranks > 1:
-            raise UserError("--save needs a single process: run the command without torchrun")
-        return atomic_folder(self.save) if self.save else nullcontext()
+            rows = [(label, format_number(label, value)) for label, value in result["metrics"].items()]
+            source, fingerprint = result["images"], result["tokenizer"]["fingerprint"]
+            images = f"{source['count']:,} images of {source['name']} ({source['sha256'][:8]})"
+            text = f"\n{images}, tokenizer {fingerprint[:12]}"
+            options.report(self.json, result, ("", "value"), rows, text, always=False)

@@ -110,12 +110,11 @@ class Sweep:
     def run(self) -> None:
         from st_ar.evaluation.generation.evaluate import check_sizes, choose_metrics, format_number, open_reference
         from st_ar.evaluation.generation.features import Compute, load_extractor
-        from st_ar.evaluation.generation.sweep import FILES, SweptModel, check_sweep, list_settings, sweep
+        from st_ar.evaluation.generation.sweep import FILES, SWEPT, SweptModel, check_sweep, list_settings, sweep
         from st_ar.files import read_json
         from st_ar.hardware import choose_device
-        from st_ar.report import check_json, json_alone, keep_json, print_table
 
-        check_json(self.json)
+        options.check_results(self.json)
         options.check_side("--resize", self.resize)
         is_inception = self.extractor == "inception"
         default: tuple[Metric, ...] = ("fid", "is") if is_inception else ("fd",)
@@ -149,21 +148,13 @@ class Sweep:
         rows = sweep(sampler, grid, reference, extractor, metrics, self.out, compute, resize=self.resize)
         labels = list(rows[0]["metrics"])
         cells = [
-            (
-                f"{r['cfg_scale']:g}",
-                f"{r['temperature']:g}",
-                str(r["top_k"]),
-                *(format_number(m, r["metrics"][m]) for m in labels),
-            )
-            for r in rows
+            (*(f"{row[name]:g}" for name in SWEPT), *(format_number(m, row["metrics"][m]) for m in labels))
+            for row in rows
         ]
-        if self.json != "-":
-            print_table(("guidance", "temperature", "top-k", *labels), cells)
         best, label = rows[0], extractor.label("fd")
-        with json_alone(self.json):
-            print(
-                f"\nbest {label} of {self.num:,} samples: --cfg-scale {best['cfg_scale']:g} "
-                f"--temperature {best['temperature']:g} --top-k {best['top_k']}; curve in {self.out / 'distance.svg'}"
-            )
-        if self.json:
-            keep_json(self.json, read_json(self.out / FILES[0], "a sweep"))
+        text = (
+            f"\nbest {label} of {self.num:,} samples: --cfg-scale {best['cfg_scale']:g} "
+            f"--temperature {best['temperature']:g} --top-k {best['top_k']}; curve in {self.out / 'distance.svg'}"
+        )
+        record = read_json(self.out / FILES[0], "a sweep")
+        options.report(self.json, record, ("guidance", "temperature", "top-k", *labels), cells, text)

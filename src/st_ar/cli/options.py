@@ -1,7 +1,8 @@
 """Options that several commands share: types, help texts and checks."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -85,12 +86,43 @@ Page = Annotated[
 Result = Annotated[Path | None, _help("Write the results as JSON to a new file.")]
 
 
-def check_page(page: Path | None) -> None:
-    """Raise a UserError if --page cannot be written."""
-    if page is not None:
-        from st_ar.report import require_page
+def check_results(json: str | None, page: Path | None = None, out: Path | None = None) -> None:
+    """Raise a UserError before the work if --json, --page or --out cannot be written."""
+    from st_ar.files import require_absent, require_place
+    from st_ar.report import check_json, require_page
 
+    check_json(json)
+    if page:
         require_page(page)
+    if out:
+        require_absent(out, "a result")
+        require_place(out)
+
+
+def report(
+    json: str | None,
+    record: Mapping[str, Any],
+    header: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    text: str,
+    *,
+    title: str = "",
+    always: bool = True,
+) -> None:
+    """Print a table between a title and a text, and write the record to --json.
+
+    With --json -, the table is left out, and the title and text go to standard error, or are left out too unless `always`.
+    """
+    from st_ar.report import json_alone, keep_json, print_table
+
+    if always or json != "-":
+        with json_alone(json):
+            if title:
+                print(title)
+            if json != "-":
+                print_table(header, rows)
+            print(text)
+    keep_json(json, record)
 
 
 def check_seeds(*seeds: int | None) -> None:

@@ -1,9 +1,11 @@
 """Commands around the pipeline: quickstart, demo, reproduce, env, completion."""
 
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Literal
 
 import tyro
@@ -11,6 +13,7 @@ import tyro
 from st_ar.cli import options
 from st_ar.errors import UserError, require
 from st_ar.reproduce.paper import EXPERIMENTS, SCALES, Experiment, Name, Row, ScaleName, Size, resized
+from st_ar.settings import flag_name
 
 if TYPE_CHECKING:
     from st_ar.demo.setup import Setup
@@ -37,9 +40,9 @@ class Quickstart:
     def run(self) -> None:
         from st_ar.files import read_json
         from st_ar.quickstart import METHODS, quickstart
-        from st_ar.report import check_json, json_alone, keep_json, print_table
+        from st_ar.report import json_alone
 
-        check_json(self.json)
+        options.check_results(self.json)
         with json_alone(self.json):
             report = quickstart(self.out, images=self.images, steps=self.steps, seed=self.seed)
         summary = read_json(self.out / "summary.json", "a finished quickstart")
@@ -50,11 +53,8 @@ class Quickstart:
             ("FD-regions of samples", *(f"{m['frechet']:.4f}" for m in measured)),
             ("seconds per training step", *(f"{m['seconds_per_step']:.3f}" for m in measured)),
         ]
-        with json_alone(self.json):
-            if self.json != "-":
-                print_table(("", *METHODS), rows)
-            print(f"\n{summary['seconds_of_this_call']:.0f} s; report: {report}")
-        keep_json(self.json, summary)
+        text = f"\n{summary['seconds_of_this_call']:.0f} s; report: {report}"
+        options.report(self.json, summary, ("", *METHODS), rows, text)
 
 
 @dataclass(kw_only=True)
@@ -122,10 +122,10 @@ class Demo:
 
     def run(self) -> None:
         self._check()
-        from st_ar.demo.serve import bind, private_folder, require_gradio, serve
+        with TemporaryDirectory(prefix="st-ar-demo-") as folder:  # other users cannot read it
+            os.environ["GRADIO_TEMP_DIR"] = folder
+            from st_ar.demo.serve import bind, serve
 
-        with private_folder():
-            require_gradio()
             require("matplotlib")
             bind(self.host, self.port).close()  # fail early
             serve(self._setup(), self.host, self.port)
@@ -161,9 +161,9 @@ class Demo:
         if self.model and self.tokenizer is None:
             raise UserError("--model needs a tokenizer: give --tokenizer")
         if not self.model:
-            given = {"--tokenizer": self.tokenizer, "--names": self.names, "--tokens": self.tokens}
-            if wrong := [flag for flag, value in (given | {"--probe-tokens": self.probe_tokens}).items() if value]:
-                raise UserError(f"{wrong[0]} needs --model: give both, or neither to use the quickstart's models")
+            if wrong := [name for name in ("tokenizer", "names", "tokens", "probe_tokens") if getattr(self, name)]:
+                flag = f"--{flag_name(wrong[0])}"
+                raise UserError(f"{flag} needs --model: give both, or neither to use the quickstart's models")
         elif self.quickstart != Path("quickstart"):
             raise UserError("--quickstart and --model exclude each other: give one of them")
         if self.probe_images < 2:

@@ -218,6 +218,7 @@ class Train:
     config: Annotated[TrainConfig, tyro.conf.arg(name="")]
 
     def run(self) -> None:
+        from st_ar.files import read_json
         from st_ar.training.loop import train
         from st_ar.training.run import read_log
 
@@ -237,20 +238,10 @@ class Train:
             skipped = sum("skipped" in entry for entry in read_log(self.out / "log.jsonl"))
             without = f"; {skipped} steps were skipped because their loss or gradient was not finite" if skipped else ""
             print(f"{self.out}: trained; weights in {self.out / 'export'}{without}")
-            self._print_best()
-
-    def _print_best(self) -> None:
-        """Print the lowest validation loss and the folder of its weights."""
-        from st_ar.files import read_json
-        from st_ar.settings import matches_type
-
-        best = self.out / "best"
-        if self.validation is None or not (best / "config.json").exists():
-            return
-        info = read_json(best / "config.json", "an export folder")
-        loss, step = info.get("validation_loss"), info.get("step")
-        if matches_type(loss, float) and matches_type(step, int):
-            print(f"{best}: lowest validation loss, {loss:.4f}, at step {step}")
+            best = self.out / "best"
+            if self.validation and (best / "config.json").exists():
+                info = read_json(best / "config.json", "an export folder")
+                print(f"{best}: lowest validation loss, {info['validation_loss']:.4f}, at step {info['step']}")
 
 
 def read_train(arguments: Sequence[str]) -> Callable[[], None]:
@@ -324,55 +315,51 @@ class Convert:
     """Tokens per side for --to st-ar. By default 16, for 256 pixels; give 24 for LlamaGen's 384 px weights."""
 
     def run(self) -> None:
-        print(convert(self.source, self.target, to=self.to, ema=self.ema, grid=self.grid))
+        from st_ar.files import require_absent
 
+        require_absent(self.target, "a converted model", flag="target")
+        if (self.to == "llamagen") != (self.target.suffix == ".pt"):
+            raise UserError(
+                f"{self.target} does not fit --to {self.to}: give a .pt file for llamagen, or a folder for st-ar"
+            )
+        print(f"{self.target}: {self._tokenizer() if _is_tokenizer(self.source) else self._model()}")
 
-def convert(
-    source: Path, target: Path, *, to: Literal["llamagen", "st-ar"], ema: bool = False, grid: int | None = None
-) -> str:
-    """Convert a model or a VQ tokenizer; return a description of the result.
+    def _tokenizer(self) -> str:
+        """Convert a tokenizer; return a description."""
+        from st_ar.model.weights import save_llamagen
+        from st_ar.tokenizer import load_tokenizer
+        from st_ar.tokenizer.vq import VQTokenizer
 
-    Args:
-        source: a model or tokenizer, as for `load_model` or `load_tokenizer`.
-        target: a new .pt file for LlamaGen, a new folder for st-ar.
-        ema: convert the EMA weights instead of the live ones.
-        grid: tokens per side for st-ar, as for `open_model`.
-
-    Raises:
-        UserError: not a model or tokenizer, an existing target or one of the wrong form, or an option that does not apply.
-    """
-    from st_ar.files import require_absent
-    from st_ar.model.weights import open_model, save_llamagen, save_weights
-    from st_ar.tokenizer import load_tokenizer
-    from st_ar.tokenizer.vq import VQTokenizer
-
-    require_absent(target, "a converted model", flag="target")
-    if (to == "llamagen") != (target.suffix == ".pt"):
-        raise UserError(f"{target} does not fit --to {to}: give a .pt file for llamagen, or a folder for st-ar")
-    if _is_tokenizer(source):
-        if grid is not None:
-            raise UserError(f"{source} is a tokenizer: leave out --grid, which applies to models")
-        tokenizer = load_tokenizer(f"{source}#ema" if ema else source)
+        if self.grid is not None:
+            raise UserError(f"{self.source} is a tokenizer: leave out --grid, which applies to models")
+        tokenizer = load_tokenizer(f"{self.source}#ema" if self.ema else self.source)
         if not isinstance(tokenizer, VQTokenizer):
-            raise UserError(f"{source} is a {tokenizer.kind} tokenizer: give a VQ-GAN, the only kind that LlamaGen has")
-        if to == "llamagen":
-            save_llamagen(target, tokenizer.tensors)
+            raise UserError(
+                f"{self.source} is a {tokenizer.kind} tokenizer: give a VQ-GAN, the only kind that LlamaGen has"
+            )
+        if self.to == "llamagen":
+            save_llamagen(self.target, tokenizer.tensors)
         else:
-            tokenizer.save(target)
-        return f"{target}: VQ tokenizer, {tokenizer.vocab_size} codes of {tokenizer.patch} x {tokenizer.patch} pixels"
-    if grid is not None and to == "llamagen":
-        raise UserError("--grid needs --to st-ar: LlamaGen's files have no grid")
-    model, info = open_model(source, ema=ema, grid=grid)
-    if to == "llamagen":
-        save_llamagen(target, model.state_dict())
-    else:
-        metadata = {"step": info.step, "class_names": info.class_names, "tokenizer": info.tokenizer, "preset": ""}
-        metadata |= {"encoder": info.encoder} if info.encoder else {}
-        metadata |= {} if info.class_dropout is None else {"class_dropout": info.class_dropout}
-        metadata |= {"ema": True} if info.ema else {}
-        save_weights(target, {"model.safetensors": model.state_dict()}, model.config, metadata)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    return f"{target}: {parameters / 1e6:.1f}M parameters, {info.config.n_layers} layers, {info.config.condition_name}"
+            tokenizer.save(self.target)
+        return f"VQ tokenizer, {tokenizer.vocab_size} codes of {tokenizer.patch} x {tokenizer.patch} pixels"
+
+    def _model(self) -> str:
+        """Convert a model; return a description."""
+        from st_ar.model.weights import open_model, save_llamagen, save_weights
+
+        if self.grid is not None and self.to == "llamagen":
+            raise UserError("--grid needs --to st-ar: LlamaGen's files have no grid")
+        model, info = open_model(self.source, ema=self.ema, grid=self.grid)
+        if self.to == "llamagen":
+            save_llamagen(self.target, model.state_dict())
+        else:
+            metadata = {"step": info.step, "class_names": info.class_names, "tokenizer": info.tokenizer, "preset": ""}
+            metadata |= {"encoder": info.encoder} if info.encoder else {}
+            metadata |= {} if info.class_dropout is None else {"class_dropout": info.class_dropout}
+            metadata |= {"ema": True} if info.ema else {}
+            save_weights(self.target, {"model.safetensors": model.state_dict()}, model.config, metadata)
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        return f"{parameters / 1e6:.1f}M parameters, {info.config.n_layers} layers, {info.config.condition_name}"
 
 
 def _is_tokenizer(source: Path) -> bool:

@@ -12,6 +12,7 @@ import tyro
 from st_ar.cli import options
 from st_ar.config import InvarianceSettings
 from st_ar.errors import UserError, require
+from st_ar.settings import flag_name
 
 
 @dataclass(kw_only=True)
@@ -78,13 +79,13 @@ class Probe:
             describe_cache,
             describe_probes,
             probe_layers,
+            probe_page,
         )
         from st_ar.evaluation.probe_classifiers import NAMES, ProbeConfig
         from st_ar.evaluation.probe_features import GB, FeatureCache
         from st_ar.files import cache_folder, write_json
         from st_ar.hardware import choose_device, choose_dtype
         from st_ar.model.weights import open_eval_models
-        from st_ar.report import json_alone, keep_json, print_table
 
         self._check_options()
         config = ProbeConfig(epochs=self.epochs, base_lr=self.base_lr, min_lr=self.min_lr, seed=self.seed)
@@ -122,18 +123,12 @@ class Probe:
             notes += [f"{subject.name}: {note}" for note in found]
             cached.append(f"{subject.name}: {describe_cache(cache)}")
         first = probed[0].result
-        with json_alone(self.json):
-            print(f"{NAMES[self.method]}, {first.train_images:,} training and {first.test_images:,} test images")
-            if self.json != "-":
-                print_table(*accuracy_table(probed))
-            print("\n" + "\n".join([*notes, *cached]))
+        title = f"{NAMES[self.method]}, {first.train_images:,} training and {first.test_images:,} test images"
         record = describe_probes(probed, *stores, self.train_crops, method, dtype, self.cache_dtype)
         if self.out:
             write_json(self.out, record)
-        keep_json(self.json, record)
+        options.report(self.json, record, *accuracy_table(probed), "\n" + "\n".join([*notes, *cached]), title=title)
         if self.page:
-            from st_ar.evaluation.probe import probe_page
-
             probe_page(self.page, probed, method, record, notes)
         if self.figure:
             accuracy_figure(probed, method).save(self.figure)
@@ -142,15 +137,10 @@ class Probe:
         """Raise a UserError if a result cannot be written, or for options of another method."""
         from st_ar.figures import require_drawable
         from st_ar.files import require_absent, require_place
-        from st_ar.report import check_json
 
-        check_json(self.json)
-        options.check_page(self.page)
+        options.check_results(self.json, self.page, self.out)
         if self.page:
             require("matplotlib")
-        if self.out:
-            require_absent(self.out, "a result")
-            require_place(self.out)
         if self.figure:
             require_drawable(self.figure)
             numbers = self.figure.with_suffix(".json")
@@ -159,11 +149,9 @@ class Probe:
             for path in (self.figure, numbers):
                 require_absent(path, "a figure", flag="--figure")
                 require_place(path)
-        unused = ("penalty",) if self.method == "mae" else ("epochs", "base_lr", "min_lr", "seed")
-        for name in unused:
+        for name in ("penalty",) if self.method == "mae" else ("epochs", "base_lr", "min_lr", "seed"):
             if getattr(self, name) != getattr(Probe, name):
-                flag = f"--{name.replace('_', '-')}"
-                raise UserError(f"{flag} has no effect with --method {self.method}: leave it out")
+                raise UserError(f"--{flag_name(name)} has no effect with --method {self.method}: leave it out")
 
 
 @dataclass(kw_only=True)
@@ -201,9 +189,8 @@ class Attention:
         from st_ar.evaluation.attention import ImageMasks
         from st_ar.evaluation.attention_report import AttentionOptions, report_attention, statistics_table
         from st_ar.files import read_json
-        from st_ar.report import check_json, json_alone, keep_json, print_table
 
-        check_json(self.json)
+        options.check_results(self.json)
         chosen = AttentionOptions(
             layers=self.layers,
             heads=self.heads,
@@ -222,12 +209,8 @@ class Attention:
             ema=self.ema,
             device=self.device,
         )
-        if self.json != "-":
-            print_table(*statistics_table(statistics))
-        with json_alone(self.json):
-            print(f"\npage: {self.out / 'attention.html'}")
-        if self.json:
-            keep_json(self.json, read_json(self.out / "statistics.json", "attention's statistics"))
+        record, text = read_json(self.out / "statistics.json", "attention's statistics"), self.out / "attention.html"
+        options.report(self.json, record, *statistics_table(statistics), f"\npage: {text}")
 
 
 FORMAT_VERSION = 1
@@ -258,16 +241,12 @@ class Likelihood:
         from st_ar.data.store import TokenStore
         from st_ar.evaluation.attention import ImageMasks
         from st_ar.evaluation.likelihood import validation_loss
-        from st_ar.files import require_absent, require_place, write_json
+        from st_ar.files import write_json
         from st_ar.hardware import choose_device, describe
         from st_ar.model.weights import check_store, open_eval_models
         from st_ar.progress import progress
-        from st_ar.report import check_json, keep_json, print_table
 
-        check_json(self.json)
-        if self.out:
-            require_absent(self.out, "a result")
-            require_place(self.out)
+        options.check_results(self.json, out=self.out)
         masks = ImageMasks(ratio=self.mask_ratio, seed=self.seed, own_position=self.mask_own_position)
         device, store = choose_device(self.device), TokenStore(self.tokens)
         models = open_eval_models(self.model, self.names, self.weights, ema=self.ema)
@@ -279,19 +258,17 @@ class Likelihood:
                 model.name: validation_loss(model.open().to(device), store, masks=masks, advance=bar.advance)
                 for model in models
             }
-        if self.json != "-":
-            header = ("", "loss (nats per token)", "perplexity")
-            print_table(header, [(name, f"{loss:.4f}", f"{math.exp(loss):.2f}") for name, loss in losses.items()])
-            codes = store.meta.vocab_size
-            hidden = f", {self.mask_ratio:.0%} of the keys masked" if self.mask_ratio else ""
-            print(f"\n{len(store):,} images{hidden}; a uniform guess among {codes:,} tokens has {math.log(codes):.4f}")
+        header, codes = ("", "loss (nats per token)", "perplexity"), store.meta.vocab_size
+        rows = [(name, f"{loss:.4f}", f"{math.exp(loss):.2f}") for name, loss in losses.items()]
+        hidden = f", {self.mask_ratio:.0%} of the keys masked" if self.mask_ratio else ""
+        text = f"\n{len(store):,} images{hidden}; a uniform guess among {codes:,} tokens has {math.log(codes):.4f}"
         results = [{"model": m.name, "weights": m.describe(), "loss": losses[m.name]} for m in models]
         record = {"format_version": FORMAT_VERSION, "store": store.describe(), "results": results}
         record |= {"masks": asdict(masks)} if self.mask_ratio else {}
         record |= {"environment": describe()}
         if self.out:
             write_json(self.out, record)
-        keep_json(self.json, record)
+        options.report(self.json, record, header, rows, text, always=False)
 
 
 @dataclass(kw_only=True)
@@ -315,12 +292,10 @@ class Invariance:
     page: options.Page = None
 
     def run(self) -> None:
-        from st_ar.evaluation.invariance import measure_invariance, summarise
-        from st_ar.report import check_json, json_alone, keep_json, print_table
+        from st_ar.evaluation.invariance import invariance_page, measure_invariance, summarise
         from st_ar.tokenizer import open_tokenizer
 
-        check_json(self.json)
-        options.check_page(self.page)
+        options.check_results(self.json, self.page)
         names = choose_names(self.tokenizer, self.names)
         tokenizers = {
             name: open_tokenizer(path, self.device, self.dtype)
@@ -329,40 +304,28 @@ class Invariance:
         result, found = measure_invariance(tokenizers, self.images, self.out, self.settings)
         summaries = [summarise(agreement) for agreement in found.values()]
         rows = [
-            (label, *("-" if (value := each[label]) is None else _percent(*value) for each in summaries))
+            (label, *(f"{100 * v[0]:.1f} ± {100 * v[1]:.1f}" if (v := each[label]) else "-" for each in summaries))
             for label in summaries[0]
         ]
         chance = ("different images", *(f"{100 * agreement.chance:.2f}" for agreement in found.values()))
         header, rows = ("equal tokens (%)", *names), [*rows, chance]
         if self.page:
-            from st_ar.evaluation.invariance import invariance_page
-
             invariance_page(self.page, header, rows, result, self.out)
-        if self.json != "-":
-            print_table(header, rows)
         images = result["images"]
         if images["skipped"]:
             print(f"st-ar: {images['skipped']} images cannot be decoded and are left out", file=sys.stderr)
         if images["enlarged"]:
             side = result["settings"]["side"]
             print(f"st-ar: {images['enlarged']} images smaller than {side} pixels are enlarged", file=sys.stderr)
-        with json_alone(self.json):
-            source = f"{images['name']} ({images['sha256'][:8]})"
-            print(f"\n{images['count']:,} images of {source}, mean ± standard error")
-            print(f"{self.out / 'invariance.json'}: all numbers; curve in {self.out / 'curve.svg'}")
-        keep_json(self.json, result)
-
-
-def _percent(mean: float, error: float) -> str:
-    return f"{100 * mean:.1f} ± {100 * error:.1f}"
+        text = (
+            f"\n{images['count']:,} images of {images['name']} ({images['sha256'][:8]}), mean ± standard error\n"
+            f"{self.out / 'invariance.json'}: all numbers; curve in {self.out / 'curve.svg'}"
+        )
+        options.report(self.json, result, header, rows, text)
 
 
 def choose_names(paths: Sequence[Path], names: Sequence[str]) -> list[str]:
-    """Return a name for each tokenizer: the given names, or the last parts of the paths, or the paths if those are equal.
-
-    Raises:
-        UserError: no tokenizer, or not one name each.
-    """
+    """Return a name for each tokenizer: the given names, or the last parts of the paths, or the paths if those are equal."""
     if not paths:
         raise UserError("--tokenizer is empty: give at least one tokenizer")
     if not names:

@@ -18,7 +18,6 @@ from st_ar.config import SampleSettings
 from st_ar.demo.models import LoadedModel, ModelPool
 from st_ar.errors import UserError, cause
 from st_ar.files import parse_json
-from st_ar.sampling import Sampler
 from st_ar.settings import Checked, from_dict, require, to_dict
 from st_ar.tokenizer import Tokenizer, to_uint8
 
@@ -66,6 +65,15 @@ class GenerationRecord(Checked, prefix=""):
         require(min(self.labels) >= 0, f"label {min(self.labels)} is below 0")
         require(0 <= self.number < len(self.labels), f"number {self.number} is not one of {len(self.labels)} images")
 
+    def in_words(self) -> str:
+        """Return the settings in a few words."""
+        settings = self.settings
+        return (
+            f"seed {settings.seed}, image {self.number} of {len(self.labels)}, "
+            f"guidance {settings.cfg_scale:g} ({settings.cfg_schedule}), temperature {settings.temperature:g}, "
+            f"top-k {settings.top_k}, top-p {settings.top_p:g}"
+        )
+
 
 def to_png(image: np.ndarray, record: GenerationRecord) -> bytes:
     """Encode an image uint8 [H, W, 3] as a PNG file with its record."""
@@ -94,8 +102,6 @@ def read_record(data: bytes) -> GenerationRecord:
     return from_dict(GenerationRecord, values, "this PNG")
 
 
-MAX_MODELS = 2
-"""Largest number of models side by side."""
 MAX_PREVIEWS = 12
 """Previews per second: more only keep the browser busy."""
 PREVIEW_SHARE = 0.25
@@ -129,10 +135,7 @@ def preview_delay(seconds: float) -> float:
 class PreviewDecoder:
     """Decodes images as their tokens are generated: only rows with new tokens, and CONTEXT_ROWS above them.
 
-    The result approximates the finished image: a VQ decoder's attention and norms see only those rows.
-
-    Args:
-        tokenizer: the decoder. grid: tokens per side.
+    The result approximates the finished image: a VQ decoder's attention and norms see only those rows. `grid`: tokens per side.
     """
 
     def __init__(self, tokenizer: Tokenizer, grid: int) -> None:
@@ -170,16 +173,9 @@ def generate_frames(
 ) -> Generator[list[Frame], None, None]:
     """Generate an image for each label with one or two models, which take turns and share the random numbers.
 
-    Yields one frame per model whenever a preview is due, and finally the finished images.
-
-    Args:
-        names: names of weights in the pool. labels: from `choose_labels`.
-
-    Raises:
-        UserError: unknown names, the same name twice, or a label or setting that the model does not support.
+    Yields one frame per model whenever a preview is due, and finally the finished images. UserError if a name is unknown or given
+    twice, or if the model does not support a label or setting.
     """
-    assert 1 <= len(names) <= MAX_MODELS
-    assert len(labels) <= MAX_IMAGES
     if len(set(names)) < len(names):
         raise UserError("both sides have the same weights: choose two different ones")
     for name in names:
@@ -216,28 +212,31 @@ def _generate(
             images=sampler.pictures(t),
             seconds=time.perf_counter() - start,
             tokens=t.cpu().clone(),
-            records=tuple(_record(pool, model, sampler, labels, number) for number in range(len(labels))),
+            records=tuple(_record(pool, model, sampler.settings, labels, number) for number in range(len(labels))),
         )
         for model, sampler, t in zip(models, samplers, tokens, strict=True)
     ]
 
 
 def _record(
-    pool: ModelPool, model: LoadedModel, sampler: Sampler, labels: Sequence[int], number: int
+    pool: ModelPool, model: LoadedModel, settings: SampleSettings, labels: Sequence[int], number: int
 ) -> GenerationRecord:
     info = model.info
     return GenerationRecord(
         weights=WeightsRecord(file=info.source.name, sha256=model.sha256, ema=info.ema, step=info.step),
         tokenizer=pool.tokenizer.fingerprint,
-        settings=sampler.settings,
+        settings=settings,
         labels=tuple(labels),
         number=number,
-        class_name=model.weights.class_names[labels[number]],
-        dtype=str(model.dtype).removeprefix("torch."),
-        device=pool.device.type,
-        threads=torch.get_num_threads(),
-        torch=torch.__version__,
+        class_name=info.class_names[labels[number]],
+        **_conditions(pool),
     )
+
+
+def _conditions(pool: ModelPool) -> dict[str, Any]:
+    """What can change the rounding of an image."""
+    dtype, device = str(pool.dtype).removeprefix("torch."), pool.device.type
+    return {"dtype": dtype, "device": device, "threads": torch.get_num_threads(), "torch": torch.__version__}
 
 
 def match_weights(pool: ModelPool, record: GenerationRecord) -> str:
@@ -255,8 +254,7 @@ def match_weights(pool: ModelPool, record: GenerationRecord) -> str:
             f"the image was generated with {'EMA' if wanted.ema else 'live'} weights of step {wanted.step} ({wanted.file}, "
             f"SHA-256 {wanted.sha256[:12]}), which the demo does not have: start the demo with their --model"
         )
-    dtype = str(pool.dtype).removeprefix("torch.")
-    if record.dtype != dtype:
+    if record.dtype != (dtype := _conditions(pool)["dtype"]):
         raise UserError(
             f"the image was generated in {record.dtype}, the demo uses {dtype}: start the demo with --dtype {record.dtype}"
         )
@@ -267,10 +265,8 @@ def compare_images(generated: np.ndarray, saved: np.ndarray, record: GenerationR
     """Say whether an image generated again equals the saved one bit for bit, and if not, the possible cause."""
     if np.array_equal(generated, saved):
         return "The same image, bit for bit."
-    now = {"device": pool.device.type, "threads": torch.get_num_threads(), "torch": torch.__version__}
-    changed = [
-        f"{key} was {getattr(record, key)}, now {new}" for key, new in now.items() if getattr(record, key) != new
-    ]
+    now = _conditions(pool).items()
+    changed = [f"{key} was {getattr(record, key)}, now {new}" for key, new in now if getattr(record, key) != new]
     reason = "; ".join(changed) or "the image was changed after it was saved"
     if generated.shape != saved.shape:
         return f"The saved image has another size: {reason}."

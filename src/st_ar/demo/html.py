@@ -8,7 +8,7 @@ from html import escape
 import numpy as np
 from PIL import Image
 
-from st_ar.demo.generation import Frame, GenerationRecord, to_png
+from st_ar.demo.generation import Frame, to_png
 from st_ar.demo.reading import Prediction, Reading
 from st_ar.demo.setup import DemoImage
 from st_ar.report import png_uri
@@ -38,7 +38,8 @@ def figures(frame: Frame, names: Sequence[str], title: str) -> str:
         if frame.records:
             record = frame.records[index]
             uri = data_uri(to_png(image, record), "image/png")
-            file = f"{safe_name(name)}-seed{record.settings.seed}-{index}.png"
+            safe = "".join(c if c.isascii() and c.isalnum() else "-" for c in name).strip("-")[:40] or "image"
+            file = f"{safe}-seed{record.settings.seed}-{index}.png"
             link = f'<a class="save" download="{file}" href="{uri}" title="{file}: the image with all its settings">save</a>'
         else:
             uri, link = preview_uri(image), ""
@@ -49,33 +50,27 @@ def figures(frame: Frame, names: Sequence[str], title: str) -> str:
     return "".join(cells)
 
 
-def gallery(frame: Frame, names: Sequence[str], title: str) -> str:
-    """Return the images of one model in a grid."""
-    return f'<div class="pictures n{min(len(names), 4)}">{figures(frame, names, title)}</div>'
-
-
-def side_by_side(frames: Sequence[Frame], titles: Sequence[str], names: Sequence[str]) -> str:
-    """Return the images of several models, one column each."""
+def gallery(frames: Sequence[Frame], titles: Sequence[str], names: Sequence[str]) -> str:
+    """Return the images of one model in a grid, or those of several, one column each."""
+    images = [figures(frame, names, title) for title, frame in zip(titles, frames, strict=True)]
+    if len(images) == 1:
+        return f'<div class="pictures n{min(len(names), 4)}">{images[0]}</div>'
     columns = [
-        f'<section><h3>{escape(title)}</h3><div class="pictures n2">{figures(frame, names, title)}</div></section>'
-        for title, frame in zip(titles, frames, strict=True)
+        f'<section><h3>{escape(title)}</h3><div class="pictures n2">{content}</div></section>'
+        for title, content in zip(titles, images, strict=True)
     ]
     return f'<div class="beside">{"".join(columns)}</div>'
 
 
-def safe_name(name: str) -> str:
-    """Return a class name as part of a file name."""
-    return "".join(c if c.isascii() and c.isalnum() else "-" for c in name).strip("-")[:40] or "image"
-
-
-def status(frame: Frame, models: int = 1) -> str:
-    """Return a progress bar with the number of tokens and their rate."""
+def status(frames: Sequence[Frame]) -> str:
+    """Return a progress bar with the number of tokens and their rate for each model."""
+    frame = frames[0]
     rate = frame.done / max(frame.seconds, 1e-9)
     if frame.tokens is None:
         text = f"token {frame.done} of {frame.total} &middot; {rate:.1f} tokens/s"
     else:
         text = f"{frame.total} tokens in {frame.seconds:.2f} s &middot; {rate:.1f} tokens/s"
-    each = " for each model" if models > 1 else ""
+    each = " for each model" if len(frames) > 1 else ""
     share = 100 * frame.done / frame.total
     return (
         f'<div class="bar" role="status"><div style="width:{share:.1f}%"></div></div><p class="quiet">{text}{each}</p>'
@@ -103,29 +98,6 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], caption: str) ->
 def chart(svg: str, caption: str) -> str:
     """Return a figure of st_ar.figures with a caption."""
     return f'<figure class="chart">{svg}<figcaption>{escape(caption)}</figcaption></figure>'
-
-
-def charts(parts: Sequence[str]) -> str:
-    """Return charts beside each other where there is room."""
-    return f'<div class="charts">{"".join(parts)}</div>'
-
-
-def wide_image(image: np.ndarray, alt: str, caption: str) -> str:
-    """Return one image as wide as the demo."""
-    return (
-        f'<figure class="wide"><img src="{png_uri(image)}" alt="{escape(alt, quote=True)}">'
-        f"<figcaption>{escape(caption)}</figcaption></figure>"
-    )
-
-
-def describe_record(record: GenerationRecord) -> str:
-    """Return the settings of an image in a few words."""
-    settings = record.settings
-    return (
-        f"seed {settings.seed}, image {record.number} of {len(record.labels)}, "
-        f"guidance {settings.cfg_scale:g} ({settings.cfg_schedule}), temperature {settings.temperature:g}, "
-        f"top-k {settings.top_k}, top-p {settings.top_p:g}"
-    )
 
 
 def step_table(image: DemoImage, token: int, reading: Reading, class_weight: float, uniform: float) -> str:

@@ -4,14 +4,14 @@ import contextlib
 import copy
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TypeVar
 
 import torch
 
-from st_ar.config import ModelConfig, SampleSettings
+from st_ar.config import SampleSettings
 from st_ar.errors import UserError
 from st_ar.files import sha256
 from st_ar.hardware import choose_device, choose_dtype
@@ -24,30 +24,11 @@ from st_ar.tokenizer.vq import VQTokenizer
 Item = TypeVar("Item")
 
 
-@dataclass(frozen=True, kw_only=True)
-class WeightsInfo:
-    """Weights that can be chosen in the demo."""
-
-    name: str
-    path: Path
-    ema: bool
-    config: ModelConfig
-    class_names: tuple[str, ...]
-    """Names of the classes; their numbers if the model's files have no names."""
-    has_null_class: bool
-    """Whether the model was trained with class dropout."""
-
-
 class LoadedModel:
-    """A model in memory with its sampler.
+    """A model in memory with its sampler. `dtype` is the type for sampling; everything else is computed in float32."""
 
-    Args:
-        network: float32, in evaluation mode.
-        dtype: type for sampling. Everything else is computed in float32.
-    """
-
-    def __init__(self, weights: WeightsInfo, network: Transformer, info: ModelInfo, dtype: torch.dtype) -> None:
-        self.weights, self.network, self.info, self.dtype = weights, network, info, dtype
+    def __init__(self, name: str, info: ModelInfo, network: Transformer, dtype: torch.dtype) -> None:
+        self.name, self.info, self.network, self.dtype = name, info, network, dtype
         self.sha256 = sha256(info.source)
         self.sampler: Sampler | None = None
 
@@ -92,17 +73,20 @@ class ModelPool:
         """The tokenizer in the type for sampling: faster, and accurate enough for previews."""
         if isinstance(self.tokenizer, VQTokenizer):
             self.preview_tokenizer = self.tokenizer.to(self.tokenizer.device, self.dtype)
-        self.weights: dict[str, WeightsInfo] = {}
+        self.weights: dict[str, ModelInfo] = {}
+        """Name -> the model's file. Models without names of classes get their numbers."""
         self.loaded: dict[str, LoadedModel] = {}
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="models")
         for name, path in zip(call_models(paths, names), paths, strict=True):
             network, info = open_model(path)
-            self._load(self._add(f"{name} (EMA)" if info.ema else name, info), network, info)
+            own = f"{name} (EMA)" if info.ema else name
+            self._add(own, info)
+            self._load(own, network)
             ema = info.source.with_name(EMA)
             if info.source.name == LIVE and ema.exists():
                 self._add(f"{name} (EMA)", replace(info, source=ema, ema=True))
 
-    def _add(self, name: str, info: ModelInfo) -> WeightsInfo:
+    def _add(self, name: str, info: ModelInfo) -> None:
         if name in self.weights:
             raise UserError(f"two models are called {name}: give different --names, and each model once")
         info.config.require_classes("st-ar demo")
@@ -112,25 +96,18 @@ class ModelPool:
                 f"{info.source} has {info.config.vocab_size} codes, {self.tokenizer_path} has {self.tokenizer.vocab_size}: "
                 "give the tokenizer that made the model's token store"
             )
-        self.weights[name] = WeightsInfo(
-            name=name,
-            path=info.source,
-            ema=info.ema,
-            config=info.config,
-            class_names=tuple(info.class_names or map(str, range(info.config.num_classes))),
-            has_null_class=info.class_dropout != 0,
-        )
-        return self.weights[name]
+        names = info.class_names or [str(label) for label in range(info.config.num_classes)]
+        self.weights[name] = replace(info, class_names=names)
 
-    def _load(self, weights: WeightsInfo, network: Transformer, info: ModelInfo) -> None:
-        self.loaded[weights.name] = LoadedModel(weights, network.to(self.device), info, self.dtype)
+    def _load(self, name: str, network: Transformer) -> None:
+        self.loaded[name] = LoadedModel(name, self.weights[name], network.to(self.device), self.dtype)
 
     @property
     def names(self) -> list[str]:
         """Names of all weights, the live ones first."""
         return sorted(self.weights, key=lambda name: self.weights[name].ema)
 
-    def find(self, name: object) -> WeightsInfo:
+    def find(self, name: object) -> ModelInfo:
         """Return the weights with this name; UserError if there are none."""
         if not isinstance(name, str) or name not in self.weights:
             raise UserError(f"no weights are called {name!r}: choose one of {', '.join(self.names)}")
@@ -138,12 +115,13 @@ class ModelPool:
 
     def open(self, name: str) -> LoadedModel:
         """Return the model in memory. Call it in the models' thread."""
+        source = self.find(name).source
         if name not in self.loaded:
-            weights = self.find(name)
-            network, info = open_model(weights.path)
-            if info.config != weights.config:
-                raise UserError(f"{weights.path} has changed since the demo started: restart the demo")
-            self._load(weights, network, info)
+            network, info = open_model(source)
+            if info.config != self.weights[name].config:
+                raise UserError(f"{source} has changed since the demo started: restart the demo")
+            self.weights[name] = replace(info, class_names=self.weights[name].class_names)
+            self._load(name, network)
         return self.loaded[name]
 
     def run(self, work: Callable[[], Item]) -> Item:

@@ -55,10 +55,10 @@ class Reading:
 @torch.no_grad()
 def read_tokens(model: LoadedModel, tokens: Tensor, label: int) -> Reading:
     """Read an image's tokens int64 [T] with its class or the null class. Call it in the models' thread."""
-    network, config = model.network, model.weights.config
+    network, config = model.network, model.info.config
     if tokens.shape != (config.sequence_length,) or int(tokens.min()) < 0 or int(tokens.max()) >= config.vocab_size:
         raise UserError(
-            f"{model.weights.name} reads {config.sequence_length} tokens of {config.vocab_size} codes, and the image has others: "
+            f"{model.name} reads {config.sequence_length} tokens of {config.vocab_size} codes, and the image has others: "
             "choose an image of this model's tokenizer and size"
         )
     device = network.output.weight.device
@@ -104,14 +104,14 @@ class ClassProbe:
     """
 
     def __init__(self, model: LoadedModel, store: TokenStore, images: int) -> None:
-        config = model.weights.config
+        config = model.info.config
         require("sklearn")
         store.check_model(config, model.info.tokenizer)
         if len(np.unique(store.labels)) < 2:
             raise UserError(f"{store.folder} has images of one class only: a probe needs two or more")
-        if not model.weights.has_null_class:
+        if model.info.class_dropout == 0:
             raise UserError(
-                f"{model.weights.name} was trained with --class-dropout 0 and has no null class, which a probe needs"
+                f"{model.name} was trained with --class-dropout 0 and has no null class, which a probe needs"
             )
         self.model, self.store = model, store
         self.layer = max(1, config.n_layers // 2)
@@ -185,14 +185,9 @@ def mark_token(image: np.ndarray, grid: int, token: int) -> np.ndarray:
 
 
 def render_attention(image: np.ndarray, weights: np.ndarray, grid: int, token: int) -> np.ndarray:
-    """Return the attention of the step that predicts a token: a heat map over the grey image, future tokens transparent.
+    """Return the attention [T] of the step that predicts a token: a heat map over the grey image, future tokens transparent.
 
-    Args:
-        image: uint8 [S, S, 3].
-        weights: [T]; key 0 is the class, key 1 + s is token s. Scaled to the largest weight on a token.
-
-    Returns:
-        uint8 [side, side, 4].
+    The weights are scaled to the largest weight on a token. The heat map is uint8 [side, side, 4].
     """
     heat = _heat_map(image, _past_weights(weights, grid, token), grid, "inferno")
     alpha = _pixels((np.arange(grid * grid) < token).astype(np.uint8) * 255, grid)

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from st_ar.demo.setup import Setup
 from st_ar.demo.tabs import FILE_QUEUE, gr, handler
 from st_ar.errors import UserError, cause
 from st_ar.figures import Drawing, line_chart
+from st_ar.report import png_uri
 from st_ar.settings import matches_type
 from st_ar.training.run import read_log
 
@@ -30,23 +31,10 @@ CURVES = {
     "probe": ("probe accuracy (%)", {"ridge_probe_top1": "ridge regression, not the MAE protocol"}),
 }
 """Charts: title -> (label of the axis, key in the log -> label of the curve)."""
-PERCENT = ("ridge_probe_top1",)
-
-
-@dataclass(frozen=True, kw_only=True)
-class History:
-    """The current state of a run."""
-
-    name: str
-    step: int
-    """The last logged step."""
-    speed: float | None
-    """The last logged tokens per second."""
-    age: float
-    """Seconds since the log was written."""
-    charts: dict[str, Drawing]
-    samples: tuple[int, ...]
-    """Steps with a grid of samples."""
+INTERVAL = 2.0
+"""Seconds between checks of the run's folder while the demo is open."""
+IDLE_SECONDS = 60
+"""Time without new log entries after which a run is not shown as training."""
 
 
 def stamp(run: Path) -> tuple[float, int, int]:
@@ -64,8 +52,8 @@ def sample_steps(run: Path) -> tuple[int, ...]:
     return tuple(sorted(int(name) for name in names if name.isdecimal()))
 
 
-def read_history(run: Path, name: str) -> History:
-    """Read the current state of a run; UserError if its log is missing, empty or damaged."""
+def read_history(run: Path, name: str) -> tuple[str, dict[str, Drawing]]:
+    """Return a run's state in one line and its charts by title; UserError if its log is missing, empty or damaged."""
     log = read_log(run / "log.jsonl")
     if not log:
         raise UserError(f"{run} has no log yet: it appears here after its first logged step")
@@ -77,19 +65,15 @@ def read_history(run: Path, name: str) -> History:
             few = all(len(xs) <= 12 for xs, _ in curves.values())
             charts[title] = line_chart(curves, name=f"{title} of {name}", x="optimizer step", y=axis, markers=few)
     speeds = [entry["tokens_per_second"] for entry in log if matches_type(entry.get("tokens_per_second"), float)]
-    return History(
-        name=name,
-        step=log[-1]["step"],
-        speed=speeds[-1] if speeds else None,
-        age=max(0.0, time.time() - stamp(run)[0]),
-        charts=charts,
-        samples=sample_steps(run),
-    )
+    speed = f", {speeds[-1]:,.0f} tokens/s" if speeds else ""
+    age = time.time() - stamp(run)[0]
+    state = "training" if age < IDLE_SECONDS else f"no new log entries for {_duration(age)}"
+    return f"{name}: step {log[-1]['step']:,}{speed}; {state}.", charts
 
 
 def _points(log: Sequence[dict[str, Any]], key: str) -> tuple[list[float], list[float]]:
     """The steps and values logged under a key."""
-    factor = 100 if key in PERCENT else 1
+    factor = 100 if key == "ridge_probe_top1" else 1  # per cent
     points = [(float(entry["step"]), factor * entry[key]) for entry in log if matches_type(entry.get(key), float)]
     stride = max(1, -(-len(points) // MAX_POINTS))
     points = points[::-1][::stride][::-1]  # keeps the last one
@@ -105,19 +89,6 @@ def read_sample(run: Path, step: int) -> Image.Image:
         return read_image(path)
     except BrokenImageError as error:
         raise UserError(f"{path} cannot be read ({cause(error)}): it may still be being written") from error
-
-
-INTERVAL = 2.0
-"""Seconds between checks of the run's folder while the demo is open."""
-IDLE_SECONDS = 60
-"""Time without new log entries after which a run is not shown as training."""
-
-
-def describe(history: History) -> str:
-    """Return a run's state in one line."""
-    state = "training" if history.age < IDLE_SECONDS else f"no new log entries for {_duration(history.age)}"
-    speed = f", {history.speed:,.0f} tokens/s" if history.speed else ""
-    return f"{history.name}: step {history.step:,}{speed}; {state}."
 
 
 def _duration(seconds: float) -> str:
@@ -146,15 +117,15 @@ def runs_tab(setup: Setup) -> None:
         if now == before:
             return gr.skip(), gr.skip(), gr.skip()
         try:
-            history = read_history(run, name)
+            state, drawings = read_history(run, name)
         except UserError as error:
             return html.note(str(error)), now, gr.skip()
-        charts = [html.chart(drawing.svg(), title.capitalize()) for title, drawing in history.charts.items()]
+        charts = "".join(html.chart(drawing.svg(), title.capitalize()) for title, drawing in drawings.items())
         slider: Any = gr.skip()  # stays at an older grid until there is a newer one
         if before is None or (before[0], before[-1]) != (now[0], now[-1]):
-            newest = len(history.samples) - 1
+            newest = now[-1] - 1
             slider = gr.update(maximum=max(1, newest), value=max(0, newest), visible=newest > 0)
-        return html.note(describe(history)) + html.charts(charts), now, slider
+        return f'{html.note(state)}<div class="charts">{charts}</div>', now, slider
 
     def show(name: Any, index: Any, _stamp: Any) -> Any:
         run = find(name)
@@ -162,11 +133,9 @@ def runs_tab(setup: Setup) -> None:
         if not steps:
             return html.note("This run has no samples: train with --sample-every and --sample-tokenizer.")
         step = steps[min(check_int(index, "the sample", 0, 1 << 30), len(steps) - 1)]
-        return html.wide_image(
-            np.asarray(read_sample(run, step)),
-            f"samples of {name} at step {step}",
-            f"Samples after step {step:,}. Classes and random numbers are the same for every step.",
-        )
+        uri, alt = png_uri(np.asarray(read_sample(run, step))), escape(f"samples of {name} at step {step}")
+        caption = f"Samples after step {step:,}. Classes and random numbers are the same for every step."
+        return f'<figure class="wide"><img src="{uri}" alt="{alt}"><figcaption>{caption}</figcaption></figure>'
 
     last = gr.State(None)
     chosen = gr.Dropdown(names, value=names[0], label="Run", elem_id="runs-name")

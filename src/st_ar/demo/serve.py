@@ -3,12 +3,10 @@
 import asyncio
 import contextlib
 import ipaddress
-import os
 import re
 import signal
 import socket
-import tempfile
-from collections.abc import Awaitable, Callable, Generator, MutableMapping
+from collections.abc import Awaitable, Callable, MutableMapping
 from concurrent.futures import ThreadPoolExecutor
 from importlib.resources import files
 from typing import Any
@@ -21,7 +19,7 @@ from st_ar.demo.runs_tab import runs_tab
 from st_ar.demo.setup import Setup
 from st_ar.demo.tabs import compare_tab, generate_tab, gr
 from st_ar.demo.understand_tab import understand_tab
-from st_ar.errors import Interrupted, UserError, require
+from st_ar.errors import Interrupted, UserError
 from st_ar.files import parse_json
 
 Message = MutableMapping[str, Any]
@@ -159,11 +157,9 @@ MAX_BODY = MAX_BYTES + (1 << 20)
 
 
 class Guard:
-    """ASGI middleware that refuses other paths, unknown host names and large requests, and adds HEADERS.
+    """ASGI middleware that refuses other paths, large requests and host names other than `hosts` (None allows any), and adds HEADERS.
 
-    Args:
-        hosts: host names that requests may use, or None for any. Otherwise a website could point its own name at this machine's
-            address (DNS rebinding) and use the demo from a visitor's browser.
+    Otherwise a website could point its own name at this machine's address (DNS rebinding) and use the demo from a visitor's browser.
     """
 
     def __init__(self, app: App, hosts: frozenset[str] | None) -> None:
@@ -174,8 +170,8 @@ class Guard:
             if scope["type"] == "lifespan":
                 await self.app(scope, receive, send)
             return
-        if refusal := self._refusal(scope):
-            status, text = refusal
+        status, text = self._check(scope)
+        if status != 200:
             await send({"type": "http.response.start", "status": status, "headers": [(b"content-type", b"text/plain")]})
             await send({"type": "http.response.body", "body": text.encode()})
             return
@@ -189,8 +185,8 @@ class Guard:
 
         await self.app(scope, receive, send_with_headers)
 
-    def _refusal(self, scope: Message) -> tuple[int, str] | None:
-        """The status and text for a request that is refused."""
+    def _check(self, scope: Message) -> tuple[int, str]:
+        """The status for a request: 200, or another and the reason for which it is refused."""
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
         host = re.sub(r":\d+$", "", headers.get("host", "")).strip("[]").lower()
         if self.hosts is not None and host not in self.hosts:
@@ -202,7 +198,7 @@ class Guard:
         length = headers.get("content-length", "0")
         if not length.isdecimal() or int(length) > MAX_BODY:
             return 413, f"the request has more than {MAX_BODY} bytes"
-        return None
+        return 200, ""
 
 
 def is_local(host: str) -> bool:
@@ -213,23 +209,14 @@ def is_local(host: str) -> bool:
         return host == "localhost"
 
 
-def require_gradio() -> Any:
-    """Import Gradio with its analytics off; UserError if it is not installed."""
-    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read during the import
-    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
-    os.environ["GRADIO_ANALYTICS_CACHE_FREQUENCY"] = str(1 << 31)  # never compute statistics that are not shown
-    return require("gradio")
-
-
 def build_app(setup: Setup, host: str) -> Any:
     """Return the demo's server as an ASGI application."""
-    gradio = require_gradio()
     from fastapi import FastAPI
 
     outer = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
 
     async def mount() -> Any:
-        return gradio.mount_gradio_app(
+        return gr.mount_gradio_app(
             outer,
             build_page(setup),
             path="/",
@@ -254,11 +241,7 @@ def build_app(setup: Setup, host: str) -> Any:
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """Return a socket bound to an address; port 0 takes a free one.
-
-    Raises:
-        UserError: the port is taken, or the address is not this machine's.
-    """
+    """Return a socket bound to an address of this machine; port 0 takes a free one. UserError if it is taken."""
     if not 0 <= port < 1 << 16:
         raise UserError(f"--port must lie between 0 (any free port) and 65535, not {port}")
     try:
@@ -287,20 +270,8 @@ def make_server(setup: Setup, host: str) -> Any:
     )
 
 
-@contextlib.contextmanager
-def private_folder() -> Generator[None]:
-    """Keep Gradio's files in a temporary folder that other users cannot read. Enter it before importing Gradio."""
-    with tempfile.TemporaryDirectory(prefix="st-ar-demo-") as folder:
-        os.environ["GRADIO_TEMP_DIR"] = folder
-        yield
-
-
 def serve(setup: Setup, host: str, port: int) -> None:
-    """Serve the demo until a signal stops it.
-
-    Raises:
-        Interrupted: by SIGTERM. SIGINT raises KeyboardInterrupt.
-    """
+    """Serve the demo until SIGTERM (Interrupted) or SIGINT (KeyboardInterrupt)."""
     sock = bind(host, port)
     # uvicorn calls these after it has shut down. Background jobs of a shell would otherwise ignore SIGINT.
     handlers = {signal.SIGTERM: _interrupt, signal.SIGINT: signal.default_int_handler}

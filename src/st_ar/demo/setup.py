@@ -74,13 +74,13 @@ class Setup:
     def from_upload(self, data: bytes, weights_name: str) -> DemoImage:
         """Return an uploaded image, cropped and tokenized for some weights."""
         grid = self.pool.find(weights_name).config.grid
-        image = decode_upload(data)
-        return self.pool.run(lambda: self._tokenize(crop_upload(image, grid * self.pool.tokenizer.patch), grid))
+        pixels = torch.from_numpy(crop_upload(decode_upload(data), grid * self.pool.tokenizer.patch).copy())
 
-    def _tokenize(self, pixels: np.ndarray, grid: int) -> DemoImage:
-        codes = self.pool.tokenizer.encode(to_pixels(torch.from_numpy(pixels.copy())[None])).cpu()
-        assert codes.shape == (1, grid, grid)
-        return self._decode("the uploaded image after tokenization", codes.flatten(), None)
+        def tokenize() -> DemoImage:
+            codes = self.pool.tokenizer.encode(to_pixels(pixels[None])).flatten().cpu()
+            return self._decode("the uploaded image after tokenization", codes, None)
+
+        return self.pool.run(tokenize)
 
     def _decode(self, title: str, tokens: Tensor, label: int | None) -> DemoImage:
         pixels = decode_to_images(self.pool.tokenizer, tokens[None])[0]
@@ -88,7 +88,6 @@ class Setup:
 
     def read(self, name: str, image: DemoImage, label: int) -> Reading:
         """Read an image with some weights, given a class."""
-        self.pool.find(name)
         tokens = tuple(image.tokens.tolist())
         return self.pool.run(lambda: self.read_cached(name, tokens, label))
 
@@ -97,16 +96,15 @@ class Setup:
 
     def predict(self, name: str, image: DemoImage) -> Generator[Prediction, None, None]:
         """Yield the progress of fitting the probe of some weights, then its predictions for an image."""
-        self.pool.find(name)
         return self.pool.iterate(self._predict(name, image))
 
     def _predict(self, name: str, image: DemoImage) -> Generator[Prediction, None, None]:
         if self.probe_store is None:
             raise UserError("the demo has no images to fit a probe on: start it with --probe-tokens STORE")
         model = self.pool.open(name)
-        if len(image.tokens) != model.weights.config.sequence_length:
+        if len(image.tokens) != model.info.config.sequence_length:
             raise UserError(
-                f"{name} reads {model.weights.config.sequence_length} tokens, and the image has {len(image.tokens)}: "
+                f"{name} reads {model.info.config.sequence_length} tokens, and the image has {len(image.tokens)}: "
                 "choose an image of this model's size"
             )
         probe = self.probes.get(name) or ClassProbe(model, self.probe_store, self.probe_images)

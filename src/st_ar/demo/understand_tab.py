@@ -28,6 +28,7 @@ def understand_tab(setup: Setup, generated: Any) -> None:
     names = setup.pool.names
     config = setup.pool.find(names[0]).config
     store_size = len(setup.store) if setup.store is not None else 0
+    last = store_size - 1 if store_size else LAST_GENERATED
     sources = [GENERATED, *([STORED] if store_size else []), UPLOADED]
 
     def load(source: Any, index: Any, path: Any, name: Any, latest: Any) -> tuple[Any, Any, Any]:
@@ -44,7 +45,7 @@ def understand_tab(setup: Setup, generated: Any) -> None:
 
     def label_for(image: DemoImage, name: Any, choice: Any) -> int:
         weights = setup.pool.find(name)
-        return choose_label(choice, image.label, weights.config.null_class, has_null_class=weights.has_null_class)
+        return choose_label(choice, image.label, weights.config.null_class, has_null_class=weights.class_dropout != 0)
 
     def show(image: Any, name: Any, choice: Any, token: Any, layer: Any, head: Any) -> tuple[Any, ...]:
         if image is None:
@@ -96,14 +97,13 @@ def understand_tab(setup: Setup, generated: Any) -> None:
         return min(layer, config.n_layers), min(head, config.n_heads)
 
     def update_source(source: Any) -> tuple[Any, Any]:
-        last = store_size - 1 if source == STORED and store_size else LAST_GENERATED
-        return gr.update(visible=source != UPLOADED, maximum=last, value=0), gr.update(visible=source == UPLOADED)
+        largest = last if source == STORED else LAST_GENERATED
+        return gr.update(visible=source != UPLOADED, maximum=largest, value=0), gr.update(visible=source == UPLOADED)
 
     image = gr.State(None)
     with gr.Row():
         with gr.Column(scale=1, min_width=300):
             source = gr.Radio(sources, value=sources[-2], label="Image from", elem_id="understand-source")
-            last = store_size - 1 if store_size else LAST_GENERATED
             index = gr.Slider(0, last, 0, step=1, label="Index of the image", elem_id="understand-index")
             file = gr.File(label="An image", type="filepath", height=140, visible=False, elem_id="understand-file")
             go = gr.Button("Show", variant="primary", elem_id="understand-show")
@@ -131,12 +131,11 @@ def understand_tab(setup: Setup, generated: Any) -> None:
             with gr.Row():
                 entropy = _add_image("Entropy of each token", "understand-entropy")
                 heads = _add_image("Heads (columns) and layers (rows): click on one", "understand-overview")
-            gr.HTML(
-                html.note(
-                    "Blue frame: the predicted token. White frame: the last token read. Brighter means more attention or higher "
-                    "entropy. Each map has its own scale."
-                )
+            legend = (
+                "Blue frame: the predicted token. White frame: the last token read. Brighter means more attention or higher "
+                "entropy. Each map has its own scale."
             )
+            gr.HTML(html.note(legend))
             with gr.Accordion("Entropy by token", open=False):
                 curve = gr.HTML("", elem_id="understand-curve")
     has_probe = setup.probe_store is not None
@@ -202,20 +201,13 @@ def _add_image(caption: str, key: str) -> Any:
     with gr.Column(min_width=200):
         gr.HTML(html.note(caption))
         return gr.Image(
-            show_label=False,
-            type="numpy",
-            image_mode="RGBA",
-            format="png",
-            interactive=False,
-            buttons=[],
-            elem_id=key,
-            elem_classes=["pixels"],
-            alt_text=caption,
-        )
+            show_label=False, type="numpy", image_mode="RGBA", format="png", interactive=False, buttons=[],
+            elem_id=key, elem_classes=["pixels"], alt_text=caption,
+        )  # fmt: skip
 
 
 def _label_choices(setup: Setup, name: str) -> list[tuple[str, int]]:
-    none = [("none", NO_CLASS)] if setup.pool.find(name).has_null_class else []
+    none = [] if setup.pool.find(name).class_dropout == 0 else [("none", NO_CLASS)]
     return [("the image's own", OWN_CLASS), *none, *class_choices(setup, name)]
 
 

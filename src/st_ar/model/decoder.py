@@ -8,6 +8,7 @@ import copy
 import itertools
 from collections.abc import Callable
 from types import FunctionType
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -16,15 +17,14 @@ from torch import Tensor, nn
 from st_ar.errors import UserError
 from st_ar.model.transformer import Block, Transformer, attention_bias
 
+M = TypeVar("M", bound=nn.Module)
+
 
 class CachedDecoder:
-    """Computes the logits of `Transformer.forward` token by token, in evaluation mode.
+    """Computes the logits of `Transformer.forward` token by token, in evaluation mode, for at most `rows` sequences.
 
-    Args:
-        rows: maximum number of sequences, for which the memory is allocated.
-        bucket: attention reads a multiple of this many cached positions; each length is a separate CUDA graph. 32 on a GPU
-            and 1 on a CPU by default.
-        compiled: compile the blocks with torch.compile. It takes some seconds at the start and makes each step faster.
+    Attention reads a multiple of `bucket` cached positions, by default 32 on a GPU and 1 on a CPU; each length is a separate CUDA
+    graph. `compiled` compiles the blocks with torch.compile, which takes some seconds at the start and makes each step faster.
     """
 
     def __init__(self, model: Transformer, rows: int, *, bucket: int | None = None, compiled: bool = False) -> None:
@@ -157,12 +157,10 @@ def packed(model: Transformer, rows: int) -> Transformer:
     half = weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     if weight.dtype != torch.float32 and not half:
         return model
-    packed_model = _pack(model, rows)
-    assert isinstance(packed_model, Transformer)
-    return packed_model
+    return _pack(model, rows)
 
 
-def _pack(module: nn.Module, rows: int) -> nn.Module:
+def _pack(module: M, rows: int) -> M:
     packed_module = copy.copy(module)
     packed_module._modules = {
         name: PackedLinear(child, rows) if isinstance(child, nn.Linear) else child and _pack(child, rows)

@@ -116,8 +116,16 @@ class TokenSampler:
 
         The caller may stop at any token. The next draw of this sampler ends this one. Arguments and errors are those of `draw`.
         """
-        count = self.model.config.sequence_length if num_tokens is None else num_tokens
-        _check_request(self.model, labels, images, seed, count)
+        count = self.tokens.shape[1] if num_tokens is None else num_tokens
+        self.model.cls_embedding.check(labels)
+        if not 1 <= count <= self.tokens.shape[1]:
+            raise UserError(f"num_tokens must be 1 to {self.tokens.shape[1]}, the tokens of an image, not {count}")
+        if images.shape != (len(labels),) or images.dtype.kind not in "iu" or images.min() < 0:
+            raise UserError(
+                f"images must be {len(labels)} whole numbers of 0 or more, one for each label, not {images}"
+            )
+        if not 0 <= seed < 2**64:
+            raise UserError(f"the seed must be in [0, {2**64 - 1}], not {seed}")
         assert len(labels) == len(self.tokens)
         self.draws = this_draw = self.draws + 1
         if not self.greedy:
@@ -163,12 +171,11 @@ class TokenSampler:
 
     def _replay(self, guided: bool, length: int) -> None:
         """Run `_advance` as a CUDA graph, recording it at first use."""
-        key = guided, length
         with torch.cuda.device(self.tokens.device):
-            if key in self.graphs:
-                self.graphs[key].replay()
+            if graph := self.graphs.get((guided, length)):
+                graph.replay()
             else:
-                self.graphs[key] = self._record(guided, length)
+                self.graphs[guided, length] = self._record(guided, length)
 
     def _record(self, guided: bool, length: int) -> torch.cuda.CUDAGraph:
         """Run the step and record it as a CUDA graph."""
@@ -252,14 +259,3 @@ def guidance_scale(guidance: SampleSettings, position: int, total: int) -> float
         rise = (1 - math.cos(math.pi * (position / total) ** guidance.cfg_power)) / 2
     assert guidance.cfg_scale is not None
     return 1 + (guidance.cfg_scale - 1) * rise
-
-
-def _check_request(model: Transformer, labels: Tensor, numbers: np.ndarray, seed: int, total: int) -> None:
-    config = model.config
-    model.cls_embedding.check(labels)
-    if not 1 <= total <= config.sequence_length:
-        raise UserError(f"num_tokens must be 1 to {config.sequence_length}, the tokens of an image, not {total}")
-    if numbers.shape != (len(labels),) or numbers.dtype.kind not in "iu" or numbers.min() < 0:
-        raise UserError(f"images must be {len(labels)} whole numbers of 0 or more, one for each label, not {numbers}")
-    if not 0 <= seed < 2**64:
-        raise UserError(f"the seed must be in [0, {2**64 - 1}], not {seed}")

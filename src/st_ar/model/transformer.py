@@ -5,6 +5,7 @@ D: features, V: codebook entries, N: positions of the condition (1 for a class, 
 these positions predicts the first token.
 """
 
+from collections import OrderedDict
 from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
@@ -77,16 +78,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=bias is None)
 
 
-class RMSNorm(nn.Module):
+class RMSNorm(nn.RMSNorm):
     """Root-mean-square norm: computed in float32, cast back, then scaled."""
 
-    def __init__(self, dim: int, eps: float) -> None:
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(dim))
-
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype) * self.weight
+        return F.rms_norm(x.float(), self.normalized_shape, eps=self.eps).to(x.dtype) * self.weight
 
 
 class Head(nn.Linear):
@@ -183,7 +179,9 @@ class Transformer(nn.Module):
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.output = Head(config.dim, config.vocab_size, bias=False)
         self.register_buffer("rope", self.rotary(), persistent=False)
-        self.apply(self._initialise)
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=0.02)
         nn.init.zeros_(self.output.weight)
 
     def _apply(self, *args: Any, **kwargs: Any) -> "Transformer":
@@ -191,11 +189,6 @@ class Transformer(nn.Module):
         super()._apply(*args, **kwargs)
         self.rope = self.rotary().to(self.rope.device)
         return self
-
-    @staticmethod
-    def _initialise(module: nn.Module) -> None:
-        if isinstance(module, nn.Linear | nn.Embedding):
-            nn.init.normal_(module.weight, std=0.02)
 
     def rotary(self) -> Tensor:
         """Return the rotary table, which files of weights do not hold."""
@@ -312,18 +305,6 @@ class ClassEmbedding(nn.Module):
         return self.embedding_table(labels)[:, None]  # (B, 1, D)
 
 
-class Projection(nn.Module):
-    """The projection of captions' features to the transformer's width: fc2(gelu(fc1 x)), without biases."""
-
-    def __init__(self, width: int, dim: int) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(width, dim, bias=False)
-        self.fc2 = nn.Linear(dim, dim, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
-
-
 class TextEmbedding(nn.Module):
     """The embedding of a caption, N positions. Labels are the features of a text encoder, floating [B, N, width].
 
@@ -335,7 +316,9 @@ class TextEmbedding(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.cap_proj = Projection(config.text_dim, config.dim)
+        fc1 = nn.Linear(config.text_dim, config.dim, bias=False)
+        fc2 = nn.Linear(config.dim, config.dim, bias=False)
+        self.cap_proj = nn.Sequential(OrderedDict(fc1=fc1, gelu=nn.GELU("tanh"), fc2=fc2))
         embedding = torch.randn(config.text_tokens, config.text_dim) / config.text_dim**0.5
         self.register_buffer("uncond_embedding", embedding)
 

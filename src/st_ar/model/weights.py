@@ -1,7 +1,7 @@
 """Trained weights on disk: safetensors with LlamaGen's parameter names and a config.json, or LlamaGen's own files."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,24 +34,19 @@ class ModelInfo:
     """The description of a file of weights."""
 
     config: ModelConfig
-    step: int
+    step: int = 0
     """Optimizer steps trained."""
-    class_names: list[str]
-    tokenizer: str
+    class_names: list[str] = field(default_factory=list)
+    tokenizer: str = ""
     """Fingerprint of the tokenizer that made the model's tokens."""
-    encoder: str
+    encoder: str = ""
     """Text encoder of a text model; empty if it is not known."""
-    class_dropout: float | None
+    class_dropout: float | None = None
     """Share of training images without their condition; None if the files do not say."""
     source: Path
     """The file that was read."""
     ema: bool
     """Whether these are the EMA weights."""
-
-
-def save_export(folder: Path, model: Transformer, ema: Transformer, info: dict[str, Any]) -> None:
-    """Write an export folder: live and EMA weights in float32, and config.json. Each file is written whole or not at all."""
-    save_weights(folder, {LIVE: model.state_dict(), EMA: ema.state_dict()}, model.config, info)
 
 
 def save_weights(
@@ -137,16 +132,8 @@ def open_model(path: Path | str, *, ema: bool = False, grid: int | None = None) 
         )
     model.load_state_dict({key: value.float() for key, value in tensors.items()}, assign=True)
     model.rope = model.rotary()  # files do not hold it
-    info = ModelInfo(
-        config=config,
-        step=saved.get("step", 0),
-        class_names=saved.get("class_names", []),
-        tokenizer=saved.get("tokenizer", ""),
-        encoder=saved.get("encoder", ""),
-        class_dropout=saved.get("class_dropout"),
-        source=file,
-        ema=file.name == EMA or (ema and not has_card),
-    )
+    known = {name: saved[name] for name in CARD if name in saved and name not in ("preset", "ema")}
+    info = ModelInfo(config=config, source=file, ema=file.name == EMA or (ema and not has_card), **known)
     return model.eval(), info
 
 

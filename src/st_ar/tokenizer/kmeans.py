@@ -24,9 +24,7 @@ CODEBOOK = "codebook.safetensors"
 class KMeansTokenizer:
     """Encodes each patch of pixels as the index of the nearest codebook entry.
 
-    Args:
-        codebook: float32 [V, 3 * patch^2], values in [-1, 1], channels first within a patch.
-        patch: side of a patch in pixels.
+    The codebook is float32 [V, 3 * patch^2] in [-1, 1], channels first within a patch.
     """
 
     kind: ClassVar[str] = "kmeans"

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from itertools import count, islice
 from pathlib import Path
 
@@ -96,7 +96,7 @@ def tokenize(
                 if not job.is_finished(index) and not encoder.write(index):
                     break  # a source of unknown length has ended
         if shards is None:
-            shards = -(-encoder.reader.position // images_per_shard)
+            shards = -(-encoder.position // images_per_shard)
         return job.finish(
             shards=shards,
             source=source.name,
@@ -109,9 +109,9 @@ def tokenize(
         )
 
 
-@dataclass(frozen=True)
+@dataclass
 class _ShardEncoder:
-    """Encodes and writes shards."""
+    """Reads, encodes and writes shards."""
 
     source: ImageSource
     tokenizer: Tokenizer
@@ -121,10 +121,9 @@ class _ShardEncoder:
     bar: Progress
     batch_size: int
     images_per_shard: int
-
-    @cached_property
-    def reader(self) -> "_SourceReader":
-        return _SourceReader(self.source)
+    examples: Iterator[Example] | None = None
+    position: int = 0
+    """Examples read or skipped; after the end of a stream, their number."""
 
     def write(self, index: int) -> bool:
         """Encode and write a shard. Return False, and write nothing, if the source ends before it."""
@@ -137,7 +136,7 @@ class _ShardEncoder:
         labels: list[int] = []
         skipped: list[Skipped] = []
         done = 0
-        chunks = self.reader.chunks(start, length, max(1, self.batch_size // len(self.crops.names)))
+        chunks = self._chunks(start, length, max(1, self.batch_size // len(self.crops.names)))
         for chunk, decoded in self.decoder.decode(chunks):
             for offset, reason in decoded.broken:
                 skipped.append(Skipped(start + done + offset, chunk[offset].name, reason))
@@ -172,11 +171,26 @@ class _ShardEncoder:
         codes = self.tokenizer.encode(to_pixels(cut.flatten(0, 1)))
         return codes.flatten(1).unflatten(0, cut.shape[:2]).cpu().numpy().astype(np.uint16)
 
+    def _chunks(self, start: int, length: int, size: int) -> Iterator[list[Example]]:
+        """Up to `length` examples from index `start` on, `size` at a time. A stream is read once, from its beginning."""
+        if not self.source.streaming:
+            self.examples, self.position = self.source.examples(start), start
+        elif self.examples is None:
+            self.examples = self.source.examples(0)
+        assert self.position <= start
+        self.position += sum(1 for _ in islice(self.examples, start - self.position))
+        if self.position < start:
+            return
+        span = islice(self.examples, length)
+        while chunk := list(islice(span, size)):
+            self.position += len(chunk)
+            yield chunk
+
 
 def _usable(source: ImageSource, index: int) -> bool:
     """Whether a skipped image of a source can be decoded now, and has a label."""
-    example = next(source.examples(index), None)
-    if source.streaming or example is None or label_fault(source, example):
+    example = None if source.streaming else next(source.examples(index), None)
+    if example is None or label_fault(source, example):
         return False
     try:
         example.read()
@@ -192,29 +206,3 @@ def label_fault(source: ImageSource, example: Example) -> str:
         return ""
     label = "no label" if example.label == -1 else f"label {example.label}"
     return f"{label}, outside the {classes or 'numbered'} classes (a split without labels? #label=none takes all as one class)"
-
-
-class _SourceReader:
-    """Reads a source in chunks. A stream is read once, from its beginning."""
-
-    def __init__(self, source: ImageSource) -> None:
-        self.source = source
-        self.examples: Iterator[Example] | None = None
-        self.position = 0
-        """Examples read or skipped; after the end of a stream, their number."""
-
-    def chunks(self, start: int, length: int, size: int) -> Iterator[list[Example]]:
-        """Up to `length` examples from index `start` on, `size` at a time."""
-        if not self.source.streaming:
-            self.examples, self.position = self.source.examples(start), start
-        elif self.examples is None:
-            self.examples = self.source.examples(0)
-        assert self.position <= start
-        assert self.examples is not None
-        self.position += sum(1 for _ in islice(self.examples, start - self.position))
-        if self.position < start:
-            return
-        span = islice(self.examples, length)
-        while chunk := list(islice(span, size)):
-            self.position += len(chunk)
-            yield chunk

@@ -4,6 +4,7 @@ import hashlib
 import re
 from dataclasses import asdict
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import ClassVar, TypeVar
 
@@ -30,14 +31,12 @@ class Residual(nn.Module):
         self.conv1 = nn.Conv2d(width_in, width_out, 3, padding=1)
         self.norm2 = norm(width_out)
         self.conv2 = nn.Conv2d(width_out, width_out, 3, padding=1)
-        if width_in != width_out:
-            self.nin_shortcut = nn.Conv2d(width_in, width_out, 1)
-        self.same_width = width_in == width_out
+        self.nin_shortcut = nn.Identity() if width_in == width_out else nn.Conv2d(width_in, width_out, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.conv1(F.silu(self.norm1(x)))
         y = self.conv2(F.silu(self.norm2(y)))
-        return y + (x if self.same_width else self.nin_shortcut(x))
+        return y + self.nin_shortcut(x)
 
 
 class SpatialAttention(nn.Module):
@@ -55,45 +54,44 @@ class SpatialAttention(nn.Module):
         return x + self.proj_out(heads.unflatten(2, x.shape[2:]))
 
 
-class Downsample(nn.Module):
-    """Halves the resolution, after padding right and bottom by one."""
+class Resample(nn.Module):
+    """Halves the resolution by a convolution with stride 2, or doubles it by nearest-neighbour interpolation and a convolution."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, *, down: bool) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(width, width, 3, stride=2)
+        self.down = down
+        self.conv = nn.Conv2d(width, width, 3, stride=2 if down else 1, padding=0 if down else 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.pad(x, (0, 1, 0, 1)))
-
-
-class Upsample(nn.Module):
-    """Doubles the resolution by nearest-neighbour interpolation and a convolution."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(width, width, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return self.conv(F.pad(x, (0, 1, 0, 1)) if self.down else F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
 class Level(nn.Module):
-    """Residual blocks of one resolution, each followed by attention at the lowest, and the step to the next resolution."""
+    """Residual blocks of one resolution, each followed by attention at the lowest, and the step to the next resolution, if any."""
 
-    def __init__(self, widths: list[tuple[int, int]], attention: bool) -> None:
+    def __init__(self, widths: list[int], step: str, *, attention: bool) -> None:
         super().__init__()
-        self.res = nn.ModuleList(Residual(a, b) for a, b in widths)
-        self.attn = nn.ModuleList(SpatialAttention(b) for _, b in widths if attention)
+        self.res = nn.ModuleList(Residual(a, b) for a, b in pairwise(widths))
+        self.attn = nn.ModuleList(SpatialAttention(width) for width in widths[1:] if attention)
+        self.step = step
+        if step:
+            self.add_module(step, Resample(widths[-1], down=step == "downsample"))
 
     def forward(self, x: Tensor) -> Tensor:
         for index, block in enumerate(self.res):
             x = block(x)
             if self.attn:
                 x = self.attn[index](x)
-        for name in ("downsample", "upsample"):
-            if hasattr(self, name):
-                x = getattr(self, name)(x)
-        return x
+        return self.get_submodule(self.step)(x) if self.step else x
+
+
+def levels(width: int, widths: list[int], blocks: int, step: str) -> nn.ModuleList:
+    """Levels of these widths, each with `blocks` residual blocks, with a step between two of them; `width` is the input's."""
+    last, lowest = len(widths) - 1, len(widths) - 1 if step == "downsample" else 0
+    return nn.ModuleList(
+        Level([before, *[after] * blocks], step if index < last else "", attention=index == lowest)
+        for index, (before, after) in enumerate(pairwise([width, *widths]))
+    )
 
 
 def middle(width: int) -> nn.ModuleList:
@@ -107,23 +105,14 @@ class Encoder(nn.Module):
     def __init__(self, config: VQConfig) -> None:
         super().__init__()
         widths = [config.channels * m for m in config.multipliers]
-        last = len(widths) - 1
         self.conv_in = nn.Conv2d(3, config.channels, 3, padding=1)
-        self.conv_blocks = nn.ModuleList()
-        width = config.channels
-        for index, out in enumerate(widths):
-            level = Level([(width, out)] + [(out, out)] * (config.residual_blocks - 1), attention=index == last)
-            if index < last:
-                level.downsample = Downsample(out)
-            self.conv_blocks.append(level)
-            width = out
-        self.mid = middle(width)
-        self.norm_out = norm(width)
-        self.conv_out = nn.Conv2d(width, config.z_channels, 3, padding=1)
+        self.conv_blocks = levels(config.channels, widths, config.residual_blocks, "downsample")
+        self.mid = middle(widths[-1])
+        self.norm_out = norm(widths[-1])
+        self.conv_out = nn.Conv2d(widths[-1], config.z_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.conv_in(x)
-        for block in [*self.conv_blocks, *self.mid]:
+        for block in (self.conv_in, *self.conv_blocks, *self.mid):
             x = block(x)
         return self.conv_out(F.silu(self.norm_out(x)))
 
@@ -134,23 +123,14 @@ class Decoder(nn.Module):
     def __init__(self, config: VQConfig) -> None:
         super().__init__()
         widths = [config.channels * m for m in reversed(config.multipliers)]
-        last = len(widths) - 1
-        width = widths[0]
-        self.conv_in = nn.Conv2d(config.z_channels, width, 3, padding=1)
-        self.mid = middle(width)
-        self.conv_blocks = nn.ModuleList()
-        for index, out in enumerate(widths):
-            level = Level([(width, out)] + [(out, out)] * config.residual_blocks, attention=index == 0)
-            if index < last:
-                level.upsample = Upsample(out)
-            self.conv_blocks.append(level)
-            width = out
-        self.norm_out = norm(width)
-        self.conv_out = nn.Conv2d(width, 3, 3, padding=1)
+        self.conv_in = nn.Conv2d(config.z_channels, widths[0], 3, padding=1)
+        self.mid = middle(widths[0])
+        self.conv_blocks = levels(widths[0], widths, config.residual_blocks + 1, "upsample")
+        self.norm_out = norm(widths[-1])
+        self.conv_out = nn.Conv2d(widths[-1], 3, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.conv_in(x)
-        for block in [*self.mid, *self.conv_blocks]:
+        for block in (self.conv_in, *self.mid, *self.conv_blocks):
             x = block(x)
         return self.conv_out(F.silu(self.norm_out(x)))
 
@@ -199,11 +179,8 @@ Half = TypeVar("Half", VQEncoder, VQDecoder)
 
 
 class VQTokenizer:
-    """A trained VQ-GAN as a tokenizer. Encoder and decoder are built when first used, without gradients.
-
-    Args:
-        config: the network's shape.
-        tensors: LlamaGen's parameter names -> weights.
+    """A trained VQ-GAN as a tokenizer, from weights with LlamaGen's names. Encoder and decoder are built when first used, without
+    gradients.
     """
 
     kind: ClassVar[str] = "vq"

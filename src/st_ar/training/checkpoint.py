@@ -43,6 +43,8 @@ from st_ar.training.checkpoint_files import (
 from st_ar.training.inputs import LOSS, Validation
 
 OPTIONS = StateDictOptions(flatten_optimizer_state_dict=True)
+SINGLE_USE = tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 13)
+"""Whether a stager closes itself after its first copy, as before torch 2.13."""
 
 
 @dataclass(frozen=True)
@@ -56,17 +58,10 @@ class State:
     optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer]
     """The student's optimizer, or several that share its parameters."""
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Return the live tensors by name."""
-        return self._tensors(get_optimizer_state_dict(self.student, self.optimizer, options=OPTIONS))
-
-    def load(self, read: Callable[[dict[str, Tensor]], None]) -> None:
-        """Let `read` fill the tensors in place, then load the optimizer's."""
-        optimizer_state = get_optimizer_state_dict(self.student, self.optimizer, options=OPTIONS)
-        read(self._tensors(optimizer_state))
-        set_optimizer_state_dict(self.student, self.optimizer, optimizer_state, options=OPTIONS)
-
-    def _tensors(self, optimizer_state: dict[str, Any]) -> dict[str, Tensor]:
+    def tensors(self, optimizer_state: dict[str, Any] | None = None) -> dict[str, Tensor]:
+        """Return the live tensors by name. The optimizer's are those of `optimizer_state`, which is read if None."""
+        if optimizer_state is None:
+            optimizer_state = get_optimizer_state_dict(self.student, self.optimizer, options=OPTIONS)
         tensors = {
             f"{name}.{key}": value
             for name, module in self.modules.items()
@@ -75,25 +70,11 @@ class State:
         moments = {f"optimizer.{key}": value for key, value in optimizer_state.items() if isinstance(value, Tensor)}
         return tensors | moments
 
-
-class Copier:
-    """Copies tensors into host memory, pinned if there is a GPU, and reuses that memory for the next copy.
-
-    Before torch 2.13 a stager closes itself after its first copy, so that each copy needs a new one.
-    """
-
-    _SINGLE_USE = tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 13)
-
-    def __init__(self) -> None:
-        self._stager: DefaultStager | None = None
-
-    def copy(self, tensors: dict[str, Tensor]) -> dict[str, Any]:
-        """Return a copy of the tensors by the same names."""
-        if self._stager is None or self._SINGLE_USE:
-            self._stager = DefaultStager(StagingOptions(torch.cuda.is_available(), False, False, False))
-        copied = self._stager.stage(tensors)
-        assert isinstance(copied, dict)
-        return copied
+    def load(self, read: Callable[[dict[str, Tensor]], None]) -> None:
+        """Let `read` fill the tensors in place, then load the optimizer's."""
+        optimizer_state = get_optimizer_state_dict(self.student, self.optimizer, options=OPTIONS)
+        read(self.tensors(optimizer_state))
+        set_optimizer_state_dict(self.student, self.optimizer, optimizer_state, options=OPTIONS)
 
 
 def gather_weights(tensors: Mapping[str, Tensor], *, keep: bool) -> dict[str, Tensor]:
@@ -114,16 +95,11 @@ Result = TypeVar("Result")
 
 
 class Checkpoints:
-    """The checkpoints of a run.
+    """The checkpoints of a run in a folder: the `keep` newest, those whose step is a multiple of `keep_every`, if not 0, and the
+    one with the smallest recorded number called `keep_least`, if any.
 
-    They are saved within `with checkpoints:`. Its end waits for the last write and raises its error.
-
-    Args:
-        folder: RUN/checkpoints.
-        keep: number of newest checkpoints to keep.
-        keep_every: also keep those whose step is a multiple of this; 0 for none.
-        keep_least: also keep the one with the smallest recorded number of this name; empty for none.
-        group: ranks that each save a part, with collectives on this group; by default only the calling rank saves.
+    They are saved within `with checkpoints:`. Its end waits for the last write and raises its error. With a group, each of its
+    ranks saves a part; otherwise only the calling rank saves.
     """
 
     def __init__(
@@ -138,7 +114,7 @@ class Checkpoints:
         self.folder, self.keep, self.keep_every, self.keep_least = folder, keep, keep_every, keep_least
         self._group = group
         self._rank = 0 if group is None else dist.get_rank(group)
-        self._copier = Copier()
+        self._stager: DefaultStager | None = None
         self._writing: _Background | None = None
 
     def __enter__(self) -> "Checkpoints":
@@ -152,10 +128,8 @@ class Checkpoints:
         try:
             if kind is None:
                 self.wait()
-            elif (
-                issubclass(kind, Exception) and self._writing is not None
-            ):  # the block's error is raised, not the write's
-                self._writing.join()
+            elif issubclass(kind, Exception) and self._writing is not None:
+                self._writing.join()  # the block's error is raised, not the write's
         finally:
             self._filters.__exit__(None, None, None)
 
@@ -166,26 +140,21 @@ class Checkpoints:
         record: Mapping[str, Any] | None = None,
         then: Callable[[Mapping[str, Tensor]], None] | None = None,
     ) -> None:
-        """Start to write the current state as step_N, a name that only a whole checkpoint has.
+        """Start to write the current state as step_N, a name that only a whole checkpoint has; its manifest includes `record`.
 
-        Waits for the previous write and returns when the state is copied. The next `check`, `wait` or `save` raises the errors
-        of this write.
-
-        Args:
-            record: more entries of the manifest.
-            then: called in the background of rank 0 when the checkpoint is whole, with a copy of the modules' tensors in
-                which sharded tensors are gathered.
-
-        Raises:
-            UserError: the previous write failed, such as on a full disk; on all ranks if it failed on one.
+        Waits for the previous write and returns when the state is copied. The next `check`, `wait` or `save` raises an error of
+        this write, such as a full disk, on all ranks. `then` is called in the background of rank 0 when the checkpoint is whole,
+        with a copy of the modules' tensors in which sharded tensors are gathered.
         """
         self.wait()
         tensors = state.tensors()
-        staged = self._copier.copy(tensors)
+        if self._stager is None or SINGLE_USE:  # kept, to reuse its host memory, which is pinned if there is a GPU
+            self._stager = DefaultStager(StagingOptions(torch.cuda.is_available(), False, False, False))
+        staged = self._stager.stage(tensors)
+        assert isinstance(staged, dict)
         weights = staged | gather_weights(tensors, keep=self._rank == 0) if then else {}
-        self._writing = _Background(
-            partial(self._write, step, staged, record or {}, partial(then, weights) if then else None)
-        )
+        write = partial(self._write, step, staged, record or {}, partial(then, weights) if then else None)
+        self._writing = _Background(write)
 
     def check(self) -> None:
         """Raise the error of a failed write, without waiting. Several ranks raise it together at the next save."""
@@ -196,7 +165,9 @@ class Checkpoints:
         """Wait until everything is written and raise the write's error, if any."""
         writing, self._writing = self._writing, None
         if writing is not None:
-            writing.finish()
+            writing.join()  # a thread that still frees tensors when the interpreter ends would abort the process
+            if writing.error is not None:
+                raise writing.error
 
     def newest(self) -> int:
         """Return the step of the newest whole checkpoint, 0 without checkpoints (see `newest_whole`).
@@ -211,16 +182,11 @@ class Checkpoints:
                 self._remove_old()
         return step
 
-    def recorded(self, step: int, *names: str) -> dict[str, Any]:
-        """Return those entries of the manifest of `step` that exist; step 0 has none."""
-        record = read_record(self._path(step)) if step else {}
-        return {name: record[name] for name in names if name in record}
-
     def restore(self, step: int, state: State) -> None:
         """Load the checkpoint of `step` into the state. Step 0 has none and changes nothing."""
         if not step:
             return
-        path = self._path(step)
+        path = self.path(step)
         try:
             state.load(partial(read_tensors, path / TENSORS))
         except READ_ERRORS as error:
@@ -231,7 +197,7 @@ class Checkpoints:
     def _write(
         self, step: int, tensors: dict[str, Tensor], record: Mapping[str, Any], then: Callable[[], None] | None
     ) -> None:
-        final = self._path(step)
+        final = self.path(step)
         aside = final.with_name(f".{final.name}.partial")
 
         def write_part() -> Files:
@@ -289,49 +255,38 @@ class Checkpoints:
         kept = {step for step, _ in checkpoints[-self.keep :]}
         if self.keep_every:
             kept |= {step for step, _ in checkpoints if step % self.keep_every == 0}
-        records = {step: self.recorded(step, self.keep_least) for step, _ in checkpoints} if self.keep_least else {}
-        numbers = {step: record[self.keep_least] for step, record in records.items() if record}
-        if numbers:
-            kept.add(min(numbers, key=numbers.__getitem__))
+        if name := self.keep_least:
+            records = [(step, read_record(path)) for step, path in checkpoints]
+            kept.update(
+                step for _, step in sorted((record[name], step) for step, record in records if name in record)[:1]
+            )
         for step, path in checkpoints:
             if step not in kept:  # renamed first: if this process is killed, nothing that looks whole is left
                 aside = path.with_name(f".{path.name}.partial")
                 os.replace(path, aside)
                 shutil.rmtree(aside)
 
-    def _path(self, step: int) -> Path:
+    def path(self, step: int) -> Path:
+        """Return the folder of a checkpoint."""
         return self.folder / f"step_{step:08d}"
 
 
 class _Background(threading.Thread):
-    """An action in a daemon thread."""
+    """An action in a daemon thread, and its error, if any."""
 
     def __init__(self, action: Callable[[], None]) -> None:
-        super().__init__(name="checkpoint", daemon=True)
-        self._action: Callable[[], None] | None = action
-        self._error: BaseException | None = None
+        super().__init__(target=action, name="checkpoint", daemon=True)
+        self.error: BaseException | None = None
         self._device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
         self.start()
 
     def run(self) -> None:
         try:
-            assert self._action is not None
             if self._device is not None:
                 torch.cuda.set_device(self._device)  # new threads start on the first GPU
-            self._action()
+            super().run()  # drops the action at its end, and with it the copy of the state
         except BaseException as error:
-            self._error = error
-        finally:
-            self._action = None  # frees the copy of the state
-
-    def finish(self) -> None:
-        """Wait for the thread to end and raise the action's error, if any.
-
-        A thread that still frees tensors when the interpreter ends would abort the process.
-        """
-        self.join()
-        if self._error is not None:
-            raise self._error
+            self.error = error
 
 
 class CheckpointExporter:
@@ -356,7 +311,8 @@ class CheckpointExporter:
         """Load the newest whole checkpoint, and export it if a killed run has not; returns its step, 0 without checkpoints."""
         step = broadcast_from_rank0(self.checkpoints.newest)
         self.checkpoints.restore(step, self.state)
-        measured = self.checkpoints.recorded(step, LOSS)
+        record = read_record(self.checkpoints.path(step))
+        measured = {LOSS: record[LOSS]} if step and LOSS in record else {}
         folders = self._folders(step, measured)
         missing = broadcast_from_rank0(lambda: [path for path in folders if exported_step(path) != step])
         if missing:

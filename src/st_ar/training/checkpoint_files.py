@@ -17,7 +17,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.metadata import Metadata
 
 from st_ar.errors import UserError
 from st_ar.files import parse_json, sha256, write_json
@@ -63,29 +63,24 @@ def newest_whole(folder: Path) -> int:
     Newer, damaged checkpoints are renamed to step_N.damaged and named on stderr.
     """
     damaged: dict[Path, str] = {}
-    newest = 0, folder
-    for newest in reversed(_step_folders(folder)):
-        damage = find_damage(newest[1])
+    for step, path in reversed(_step_folders(folder)):
+        damage = find_damage(path)
         if damage is None:
-            break
-        damaged[newest[1]] = damage
-    else:
-        if not damaged:
-            return 0
+            for old, reason in damaged.items():
+                aside = old.with_name(f"{old.name}.damaged")
+                if aside.exists():
+                    aside = aside.with_name(f"{aside.name}-{len(list(folder.glob(aside.name + '*')))}")
+                os.replace(old, aside)
+                resuming = f"renamed to {aside.name}; resuming from {path.name}"
+                print(f"st-ar: {old} is damaged ({reason}): {resuming}", file=sys.stderr)
+            return step
+        damaged[path] = damage
+    if damaged:
         listed = "; ".join(f"{path.name}: {damage}" for path, damage in damaged.items())
         raise UserError(
             f"no checkpoint in {folder} is whole ({listed}): put a copy of one there, or begin anew in another --out"
         )
-    for old, damage in damaged.items():
-        aside = old.with_name(f"{old.name}.damaged")
-        if aside.exists():
-            aside = aside.with_name(f"{aside.name}-{len(list(folder.glob(aside.name + '*')))}")
-        os.replace(old, aside)
-        print(
-            f"st-ar: {old} is damaged ({damage}): renamed to {aside.name}; resuming from {newest[1].name}",
-            file=sys.stderr,
-        )
-    return newest[0]
+    return 0
 
 
 def find_damage(folder: Path) -> str | None:
@@ -160,10 +155,7 @@ class _Reader(FileSystemReader):
 
     def read_metadata(self, *_args: Any, **_kwargs: Any) -> Metadata:
         with open(Path(self.path) / ".metadata", "rb") as file:
-            metadata = _Unpickler(file).load()
-        metadata.storage_meta = metadata.storage_meta or StorageMeta()
-        metadata.storage_meta.load_id = self.load_id
-        return metadata
+            return _Unpickler(file).load()
 
 
 class _TensorsOnly(DefaultLoadPlanner):

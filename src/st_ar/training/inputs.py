@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from st_ar.config import ModelConfig, TrainConfig
 from st_ar.data.store import TokenBatches, TokenStore, note_same_images
@@ -54,10 +53,9 @@ class Inputs:
                 f"negatives of themselves; give at most {len(store)}"
             )
         self.validation = Validation(paths.validation, store, config, best)
-        conditions = None
-        if self.captions is not None:
-            conditions = partial(self.captions.features, text_tokens=config.model.text_tokens)
-        self._batches = TokenBatches(
+        text, length = self.captions, config.model.text_tokens
+        conditions = None if text is None else partial(text.features, text_tokens=length)
+        self.batches = TokenBatches(
             store,
             batch_size=config.batch_size,
             views=config.views,
@@ -66,16 +64,13 @@ class Inputs:
             ranks=ranks,
         )
 
-    def batch(self, step: int) -> tuple[Tensor, Tensor]:
-        """Return this rank's tokens int64 [b, M, T] and labels [b, ..] of optimizer step `step`, counted from 1."""
-        return self._batches.batch(step - 1)
-
     def describe(self) -> dict[str, Any]:
         """Verify the checksums of all stores and return the inputs' entries of config.json."""
-        for store in filter(None, (self.store, self.captions, self.validation.store)):
+        inputs = {"tokens": self.store, "text": self.captions, "validation": self.validation.store}
+        stores = {name: store for name, store in inputs.items() if store is not None}
+        for store in stores.values():
             store.verify()
-        text = {} if self.captions is None else {"text": self.captions.describe()}
-        return {"tokens": self.store.describe(), **text, **self.validation.describe(), **self.initial.describe()}
+        return {name: store.describe() for name, store in stores.items()} | self.initial.describe()
 
     def describe_export(self, preset: str) -> dict[str, Any]:
         """Return the inputs' entries of an export's config.json."""
@@ -135,10 +130,6 @@ class Validation:
         self.store.check_classes(training.meta.class_names, training.folder)
         if (best / "config.json").exists():
             self.best = float(read_json(best / "config.json", "an export folder").get(LOSS, math.inf))
-
-    def describe(self) -> dict[str, Any]:
-        """Return the store's entry of config.json, none without a store."""
-        return {} if self.store is None else {"validation": self.store.describe()}
 
     def measure(self, ema: Transformer, batch_size: int, dtype: torch.dtype = torch.float32) -> dict[str, float]:
         """Return the log entry of the EMA weights' loss. Sharded weights are gathered in `dtype`."""

@@ -79,9 +79,8 @@ def train(
         inputs.initial.load_into(model)
         teacher = make_teacher(model, config.selfguided)
         student = SelfGuided(model, config.selfguided).train()
-        learner = Learner(
-            parallelize(student, teacher, config, parallel, device, dtype), teacher, config.accumulate, dtype
-        )
+        module = parallelize(student, teacher, config, parallel, device, dtype)
+        learner = Learner(module, teacher, config.accumulate, dtype)
         optimizer = adamw(student, config.optim)
         state = State({"student": student, "ema": teacher.model}, student, optimizer)
         exporter = CheckpointExporter(out, config, state, inputs.validation, inputs.describe_export(preset))
@@ -100,7 +99,7 @@ def train(
             for step in range(start + 1, total + 1):
                 # Data and all random choices, each a function of the seed and the step.
                 log = watch.start_step(step, total)
-                batch, labels = (to_device(tensor, device) for tensor in inputs.batch(step))
+                batch, labels = (to_device(tensor, device) for tensor in inputs.batches.batch(step - 1))
                 labels = drop_labels(labels, model.cls_embedding.null(labels), config, step=step, ranks=ranks)
                 sample = NO_GUIDANCE
                 if config.selfguided.guides(step, total):
@@ -144,14 +143,13 @@ def train(
                     if not skip:
                         require_finite(terms, step, checkpoints, skipping=config.skip_nonfinite)
                     measured: dict[str, float] = {}
-                    if (
-                        due
-                    ):  # not on interruption: measuring takes time, and best/ would depend on when the run was stopped
+                    # Not on interruption: measuring takes time, and best/ would depend on when the run was stopped.
+                    if due:
                         gathered = dtype if parallel == "fsdp" else torch.float32
                         measured = inputs.validation.measure(teacher.model, len(batch) // config.accumulate, gathered)
                     if measured:
                         run.log({"step": step, **measured})
-                        watch.log_scalars(step, measured)
+                        watch.track(step, measured)
                     exporter.save(step, measured)
                 bar.advance(1)
                 if signum:

@@ -88,7 +88,9 @@ def parallelize(
         for block in [*student.model.layers, *teacher.model.layers]:
             block.compile()
     if parallel == "fsdp":
-        mesh = _mesh(device, torch.distributed.get_world_size(), config.shard_size)
+        world, size = torch.distributed.get_world_size(), config.shard_size
+        ranks = {"shard": world} if size in (None, world) else {"replicate": world // size, "shard": size}
+        mesh = init_device_mesh(device.type, tuple(ranks.values()), mesh_dim_names=tuple(ranks))
         _shard(student.model, mesh, dtype)
         fully_shard(student, mesh=mesh)
         # The teacher has no backward pass that would free gathered weights, and gathered copies would miss the next EMA update.
@@ -122,13 +124,6 @@ def _recompute(block: nn.Module, *, selective: bool) -> None:
         return checkpoint(forward, *inputs, use_reentrant=False, **contexts)
 
     block.forward = recomputed
-
-
-def _mesh(device: torch.device, world: int, shard_size: int | None) -> DeviceMesh:
-    """Arrange all ranks as one group, or as replicas of `shard_size` ranks each."""
-    if shard_size in (None, world):
-        return init_device_mesh(device.type, (world,), mesh_dim_names=("shard",))
-    return init_device_mesh(device.type, (world // shard_size, shard_size), mesh_dim_names=("replicate", "shard"))
 
 
 def _shard(model: Transformer, mesh: DeviceMesh, dtype: torch.dtype) -> None:

@@ -29,47 +29,45 @@ MAY_CHANGE = (
 )
 """Settings that a resumed run may change. None of them alters the steps already taken; `open_run` checks those that could."""
 LOCK = ".lock"
+OUT_OF_MEMORY = re.compile(r"can't allocate memory|not enough memory|out of memory")
 
 
 @contextlib.contextmanager
 def training_session(config: RunConfig) -> Generator[tuple[Ranks, torch.device]]:
     """Join the ranks and choose the device. Running out of memory or losing a rank raises a UserError."""
     timeout = config.rank_timeout if isinstance(config, TrainConfig) else 1800
-    with (
-        process_group(config.device, timeout) as (ranks, device),
-        explain_out_of_memory(config, ranks.world),
-        freed_memory_kept(),
-    ):
-        yield ranks, device
+    with process_group(config.device, timeout) as (ranks, device):
+        try:
+            with freed_memory_kept():
+                yield ranks, device
+        except (MemoryError, RuntimeError) as error:
+            message = str(error)
+            if not (isinstance(error, MemoryError | torch.OutOfMemoryError) or OUT_OF_MEMORY.search(message)):
+                raise
+            size = re.search(r"ried to allocate ([\d.]+ \w+)", message) or re.search(r"allocate ([\d.]+ \w+)", message)
+            more = f" ({size[1]} more were needed)" if size else ""
+            raise UserError(f"out of memory{more}: {_remedy(config, ranks.world)}") from error
 
 
-class Run:
+class Run(contextlib.ExitStack):
     """A run's folder during training: its record, lock and log. Rank 0 writes; every rank calls `open` and `start`.
 
-    As a context manager it releases the lock at the end.
+    Its end releases the lock.
     """
 
     def __init__(self, out: Path, config: RunConfig, ranks: Ranks, *, preset: str, resume: bool) -> None:
+        super().__init__()
         self.out, self.config, self.ranks, self.preset, self.resume = out, config, ranks, preset, resume
         self.writes = ranks.rank == 0
         self.record: dict[str, Any] = {}
-        self._lock: BinaryIO | None = None
-
-    def __enter__(self) -> "Run":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._lock is not None:
-            self._lock.close()
 
     def open(
         self, describe_data: Callable[[], dict[str, Any]], dtype: torch.dtype, *, images: int, exported: int | None
     ) -> None:
         """Begin the run, or check that it can continue, and lock the folder. Errors of rank 0 are raised on every rank.
 
-        Args:
-            describe_data: verifies the training data and returns its description for config.json.
-            exported: step of the exported weights; None if there are none.
+        `describe_data` verifies the training data and returns its description for config.json. `exported` is the step of the
+        exported weights, None if there are none.
         """
 
         def begin() -> dict[str, Any]:
@@ -82,7 +80,7 @@ class Run:
                 "environment": describe() | {"ranks": self.ranks.world},
             }
             open_run(self.out, record, self.config, images, resume=self.resume, exported=exported)
-            self._lock = lock_run(self.out)
+            self.enter_context(lock_run(self.out))
             return record
 
         self.record = broadcast_from_rank0(begin)
@@ -112,11 +110,7 @@ class Run:
 def open_run(
     out: Path, record: dict[str, Any], config: RunConfig, images: int, *, resume: bool, exported: int | None
 ) -> None:
-    """Begin a run in `out`, or check that the run there can continue.
-
-    Raises:
-        UserError: the folder holds a run or other files, there is no run to resume, or the run has other settings.
-    """
+    """Begin a run in `out`, or check that the run there can continue."""
     file = out / "config.json"
     checkpoints = list_checkpoints(out / "checkpoints")
     step = checkpoints[-1][0] if checkpoints else 0
@@ -256,21 +250,6 @@ def append_log(path: Path, entry: dict[str, Any]) -> None:
             file.write(json.dumps(entry, allow_nan=False) + "\n")
     except OSError as error:
         raise UserError(f"cannot write {path}: {cause(error)}; free some space and continue with --resume") from error
-
-
-@contextlib.contextmanager
-def explain_out_of_memory(config: RunConfig, world: int) -> Generator[None]:
-    """Turn running out of memory on `world` ranks into a UserError that names the settings to change."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        message = str(error)
-        known = isinstance(error, MemoryError | torch.OutOfMemoryError)
-        if not known and not re.search(r"can't allocate memory|not enough memory|out of memory", message):
-            raise
-        size = re.search(r"ried to allocate ([\d.]+ \w+)", message) or re.search(r"allocate ([\d.]+ \w+)", message)
-        more = f" ({size[1]} more were needed)" if size else ""
-        raise UserError(f"out of memory{more}: {_remedy(config, world)}") from error
 
 
 def _remedy(config: RunConfig, world: int) -> str:

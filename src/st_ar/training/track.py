@@ -1,4 +1,4 @@
-"""Trackers: TensorBoard, Weights & Biases and trackio behind one interface.
+"""Trackers: TensorBoard, Weights & Biases and trackio, each with `log` for numbers and images uint8 [H, W, 3], and `close`.
 
 A tracker that fails is reported and switched off; training continues. wandb and trackio send in the background.
 """
@@ -28,83 +28,52 @@ PATIENCE = 5.0
 PROJECT = "st-ar"
 
 
-class Tracker:
-    """A tracker. wandb and trackio have the same interface and differ in how they open a run."""
+class Service:
+    """A run in wandb or trackio, which have the same interface."""
 
-    module: Any
-    run: Any
+    def __init__(self, module: Any, **settings: Any) -> None:
+        self.module, self.run = module, module.init(resume="allow", **settings)
 
-    def log(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Log the numbers of a step."""
-        self.run.log(dict(scalars), step=step)
-
-    def images(self, step: int, name: str, array: np.ndarray) -> None:
-        """Log an image, uint8 [H, W, 3]."""
-        self.run.log({name: self.module.Image(array)}, step=step)
+    def log(self, step: int, values: Mapping[str, float | np.ndarray]) -> None:
+        image = self.module.Image
+        self.run.log({k: image(v) if isinstance(v, np.ndarray) else v for k, v in values.items()}, step=step)
 
     def close(self) -> None:
-        """Finish."""
         self.run.finish()
 
 
-class Wandb(Tracker):
-    """Weights & Biases, configured by its environment variables (WANDB_MODE, WANDB_PROJECT, WANDB_ENTITY, ..)."""
-
-    def __init__(self, folder: Path, identity: dict[str, str], config: dict[str, Any]) -> None:
-        self.module = import_module("wandb")
-        settings = self.module.Settings(init_timeout=PATIENCE, finish_timeout=PATIENCE, silent=True, console="off")
-        online = os.environ.get("WANDB_MODE", "online") == "online"
-        if online and not self.module.login(
-            prompt=False, verify=False
-        ):  # without a key `init` would ask on the terminal
-            raise UserError("it has no key: set WANDB_API_KEY or call `wandb login`, or set WANDB_MODE=offline")
-        self.run = self.module.init(
-            project=os.environ.get("WANDB_PROJECT", PROJECT),
-            id=identity["id"],
-            name=identity["name"],
-            resume="allow",
-            dir=folder,
-            config=config,
-            settings=settings,
-        )
+def open_wandb(folder: Path, identity: dict[str, str], config: dict[str, Any]) -> Service:
+    """Open Weights & Biases, configured by its environment variables (WANDB_MODE, WANDB_PROJECT, WANDB_ENTITY, ..)."""
+    wandb = import_module("wandb")
+    settings = wandb.Settings(init_timeout=PATIENCE, finish_timeout=PATIENCE, silent=True, console="off")
+    online = os.environ.get("WANDB_MODE", "online") == "online"
+    if online and not wandb.login(prompt=False, verify=False):  # without a key `init` would ask on the terminal
+        raise UserError("it has no key: set WANDB_API_KEY or call `wandb login`, or set WANDB_MODE=offline")
+    names = {"project": os.environ.get("WANDB_PROJECT", PROJECT), "id": identity["id"], "name": identity["name"]}
+    return Service(wandb, dir=folder, config=config, settings=settings, **names)
 
 
-class Trackio(Tracker):
-    """trackio, on this machine unless TRACKIO_SPACE_ID or TRACKIO_SERVER_URL is set."""
-
-    def __init__(self, identity: dict[str, str], config: dict[str, Any]) -> None:
-        self.module = import_module("trackio")
-        self.run = self.module.init(
-            project=PROJECT,
-            name=f"{identity['name']}-{identity['id']}",
-            resume="allow",
-            config=config,
-            embed=False,
-            auto_log_gpu=False,
-            auto_log_cpu=False,
-        )
+def open_trackio(identity: dict[str, str], config: dict[str, Any]) -> Service:
+    """Open trackio, on this machine unless TRACKIO_SPACE_ID or TRACKIO_SERVER_URL is set."""
+    name = f"{identity['name']}-{identity['id']}"
+    quiet = {"embed": False, "auto_log_gpu": False, "auto_log_cpu": False}
+    return Service(import_module("trackio"), project=PROJECT, name=name, config=config, **quiet)
 
 
 class SafeTracker:
     """A tracker whose errors switch it off with a message instead of ending the run. It gets only the steps after `after`."""
 
-    def __init__(self, name: str, open_tracker: Callable[[], Tracker], *, after: int = 0) -> None:
+    def __init__(self, name: str, open_tracker: "Callable[[], Service | TensorBoard]", *, after: int = 0) -> None:
         self.name, self.after = name, after
-        self.tracker: Tracker | None = None
+        self.tracker = None
         with self._switching_off():
             self.tracker = open_tracker()
 
-    def log(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Log the numbers of a step."""
+    def log(self, step: int, values: Mapping[str, float | np.ndarray]) -> None:
+        """Log the numbers and images of a step."""
         with self._switching_off():
             if self.tracker and step > self.after:
-                self.tracker.log(step, scalars)
-
-    def images(self, step: int, name: str, array: np.ndarray) -> None:
-        """Log an image, uint8 [H, W, 3]."""
-        with self._switching_off():
-            if self.tracker and step > self.after:
-                self.tracker.images(step, name, array)
+                self.tracker.log(step, values)
 
     def close(self) -> None:
         """Finish."""
@@ -131,13 +100,9 @@ def require_trackers(names: Sequence[TrackerName]) -> None:
 def open_trackers(
     names: Sequence[TrackerName], out: Path, config: dict[str, Any], *, start: int, logged: int
 ) -> list[SafeTracker]:
-    """Start to track a run, or continue under its name in each tracker.
+    """Start to track the run in `out` from step `start`, or continue under its name in each tracker.
 
-    Args:
-        out: the run's folder. tracking.json there keeps the run's name in wandb and trackio.
-        config: settings that they show.
-        start: the step that the run continues from.
-        logged: the last step logged before; wandb and trackio accept no step twice.
+    tracking.json keeps the name in wandb and trackio. They accept no step twice; `logged` is the last step logged before.
     """
     opened: list[SafeTracker] = []
     if "tensorboard" in names:
@@ -148,9 +113,9 @@ def open_trackers(
             write_json(file, {"id": secrets.token_hex(4), "name": out.name})
         identity = read_json(file, "a tracked run")
         if "wandb" in names:
-            opened.append(SafeTracker("wandb", lambda: Wandb(out, identity, config), after=logged))
+            opened.append(SafeTracker("wandb", lambda: open_wandb(out, identity, config), after=logged))
         if "trackio" in names:
-            opened.append(SafeTracker("trackio", lambda: Trackio(identity, config), after=logged))
+            opened.append(SafeTracker("trackio", lambda: open_trackio(identity, config), after=logged))
     return opened
 
 
@@ -159,11 +124,10 @@ def warn(message: str) -> None:
     print(f"st-ar: {message}", file=sys.stderr, flush=True)
 
 
-class TensorBoard(Tracker):
+class TensorBoard:
     """A new TensorBoard event file in `folder`.
 
-    Args:
-        first_step: TensorBoard drops this step and later ones of earlier files, so that a resumed run shows no step twice.
+    TensorBoard drops `first_step` and later steps of earlier files, so that a resumed run shows no step twice.
     """
 
     def __init__(self, folder: Path, first_step: int) -> None:
@@ -172,17 +136,10 @@ class TensorBoard(Tracker):
         self._append(first_step, _message(3, b"brain.Event:2"))  # file_version
         self._append(first_step, _message(7, _integer(1, 1)))  # session_log: START
 
-    def log(self, step: int, scalars: Mapping[str, float]) -> None:
-        # Fields: summary.value with tag and simple_value.
-        values = [_message(1, _message(1, name.encode()) + _float(2, value)) for name, value in scalars.items()]
-        self._append(step, _message(5, b"".join(values)))
-
-    def images(self, step: int, name: str, array: np.ndarray) -> None:
-        png = io.BytesIO()
-        Image.fromarray(array).save(png, format="PNG")
-        height, width = array.shape[:2]
-        image = _integer(1, height) + _integer(2, width) + _integer(3, 3) + _message(4, png.getvalue())
-        self._append(step, _message(5, _message(1, _message(1, name.encode()) + _message(4, image))))
+    def log(self, step: int, values: Mapping[str, float | np.ndarray]) -> None:
+        # Fields: summary.value with tag and simple_value or image.
+        fields = [_message(1, _message(1, name.encode()) + _content(value)) for name, value in values.items()]
+        self._append(step, _message(5, b"".join(fields)))
 
     def close(self) -> None:
         """Do nothing: everything is in the file."""
@@ -192,6 +149,15 @@ class TensorBoard(Tracker):
         length = struct.pack("<Q", len(event))
         with open(self.path, "ab") as file:
             file.write(length + _checksum(length) + event + _checksum(event))
+
+
+def _content(value: float | np.ndarray) -> bytes:
+    if not isinstance(value, np.ndarray):
+        return _varint(2 << 3 | 5) + np.float32(value).tobytes()
+    png = io.BytesIO()
+    Image.fromarray(value).save(png, format="PNG")
+    height, width = value.shape[:2]
+    return _message(4, _integer(1, height) + _integer(2, width) + _integer(3, 3) + _message(4, png.getvalue()))
 
 
 def _varint(number: int) -> bytes:
@@ -204,10 +170,6 @@ def _varint(number: int) -> bytes:
 
 def _integer(field: int, number: int) -> bytes:
     return _varint(field << 3) + _varint(number)
-
-
-def _float(field: int, number: float) -> bytes:
-    return _varint(field << 3 | 5) + np.float32(number).tobytes()
 
 
 def _message(field: int, content: bytes) -> bytes:

@@ -6,7 +6,6 @@ V: codebook entries. Images are RGB in [-1, 1], channels first.
 
 import copy
 import json
-import math
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -40,7 +39,7 @@ from st_ar.selfguided.guidance import ema_decay, ema_update
 from st_ar.tokenizer import load_tokenizer, to_pixels
 from st_ar.tokenizer.vq import CONFIG, VQDecoder, VQEncoder, VQTokenizer, nearest_codes
 from st_ar.training.checkpoint import Checkpoints, State, export_folders, require_finite
-from st_ar.training.optim import adamw, learning_rate, set_learning_rate
+from st_ar.training.optim import adamw, clip_gradients, learning_rate, set_learning_rate
 from st_ar.training.run import Run, training_session
 
 
@@ -294,7 +293,7 @@ def backward(losses: dict[str, Tensor], images: Tensor, last_layer: Tensor, conf
 
 def _update(module: nn.Module, optimizer: torch.optim.Optimizer, clip: float) -> Tensor:
     """Clip the gradients, step, and reset them; returns their norm."""
-    norm = nn.utils.clip_grad_norm_(module.parameters(), clip or math.inf)
+    norm = clip_gradients(module.parameters(), clip)
     optimizer.step()
     optimizer.zero_grad()
     return norm
@@ -325,9 +324,6 @@ def train_tokenizer(
 
     Args:
         test_images: source of the centre crops for PSNR, SSIM and codebook usage; the training images if None.
-        init: a VQ tokenizer to start from instead of random weights. The discriminator and AdamW's moments start anew.
-        resume: continue the run in `out` from its newest checkpoint.
-        preset: the preset's name, for the record.
         workers: processes that decode images; 0 decodes in this one. By default one per core, at most 8, or none where small
             images fit in memory and are decoded once.
 

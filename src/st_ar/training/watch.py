@@ -18,7 +18,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from st_ar.config import SampleSettings, TrainConfig, WatchConfig
 from st_ar.data.store import TokenStore
@@ -32,10 +31,11 @@ from st_ar.files import atomic_write
 from st_ar.hardware import peak_flops, training_flops_per_token
 from st_ar.model.transformer import Transformer
 from st_ar.randomness import RandomStream, numpy_generator
-from st_ar.sampling import Sampler
+from st_ar.sampling import sample_images
 from st_ar.selfguided.guidance import Features, GuidanceSample
 from st_ar.selfguided.objective import SelfGuided
 from st_ar.tokenizer import load_tokenizer, open_tokenizer
+from st_ar.training.checkpoint import gather_weights
 from st_ar.training.inputs import Inputs
 from st_ar.training.run import read_log
 from st_ar.training.track import SafeTracker, open_trackers, require_trackers, warn
@@ -64,12 +64,11 @@ class Watch:
             self.samples = SampleGrid(config.sample_tokenizer, inputs, config.sample_labels, settings, device)
             self.periodic["samples"] = config.sample_every, self._sample
         if config.probe_test_tokens is not None:
-            self.probe = RidgeProbe(inputs.store, TokenStore(config.probe_test_tokens), training)
-            self.periodic["probe"] = config.probe_every, self._probe
+            probe = RidgeProbe(inputs.store, TokenStore(config.probe_test_tokens), training)
+            self.periodic["probe"] = config.probe_every, lambda model, _: {"ridge_probe_top1": probe.accuracy(model)}
         entries = read_log(out / "log.jsonl")
         self.logged = entries[-1]["step"] if entries else 0
         self.peak = peak_flops(device, dtype)
-        self.flops = [training_flops_per_token(training, until=share) for share in (0.0, 1.0)]
         self.trackers: list[SafeTracker] = []
 
     @contextlib.contextmanager
@@ -90,20 +89,20 @@ class Watch:
         """Prepare for step `step` of `total`; returns whether every rank must call `log_step` after it."""
         log = step % self.training.log_every == 0 or step == total or self.config.looks_at(step)
         self.features.start_step(log)
-        self._flops = self.flops[step <= int(self.training.selfguided.until * total)]
+        self.guided = step <= int(self.training.selfguided.until * total)
         return log
 
     def log_step(self, step: int, entry: dict[str, float]) -> dict[str, float]:
         """Add all other numbers to a step's entry and send it to the trackers; returns the entry for log.jsonl."""
         entry = entry | self.features.measure() | self._machine(entry["tokens_per_second"]) | self._run_periodic(step)
         entry = {name: value for name, value in entry.items() if math.isfinite(value)}
-        self.log_scalars(step, {name: value for name, value in entry.items() if name != "step"})
+        self.track(step, {name: value for name, value in entry.items() if name != "step"})
         return entry
 
-    def log_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Send the numbers of a step to the trackers."""
+    def track(self, step: int, values: Mapping[str, float | np.ndarray]) -> None:
+        """Send the numbers and images of a step to the trackers."""
         for tracker in self.trackers:
-            tracker.log(step, scalars)
+            tracker.log(step, values)
 
     def _machine(self, tokens_per_second: float) -> dict[str, float]:
         """Return this process's peak memory in GB, and the share of the device's peak FLOP/s that the model uses (MFU)."""
@@ -113,7 +112,8 @@ class Watch:
             resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
             numbers = {"memory_gb": resident * (1 if sys.platform == "darwin" else 1024) / 1e9}
         if self.peak is not None and self.training.model.condition == "class":  # FLOPs do not count captions' positions
-            numbers["mfu"] = tokens_per_second * self._flops / (self.peak * self.ranks)
+            flops = training_flops_per_token(self.training, until=float(self.guided))
+            numbers["mfu"] = tokens_per_second * flops / (self.peak * self.ranks)
         return numbers
 
     def _run_periodic(self, step: int) -> dict[str, float]:
@@ -135,12 +135,8 @@ class Watch:
 
     def _sample(self, network: Transformer, step: int) -> dict[str, float]:
         grid = self.samples.draw(network, self.out / "samples" / f"step_{step:08d}.png")
-        for tracker in self.trackers:
-            tracker.images(step, "samples", grid)
+        self.track(step, {"samples": grid})
         return {}
-
-    def _probe(self, network: Transformer, _step: int) -> dict[str, float]:
-        return {"ridge_probe_top1": self.probe.accuracy(network)}
 
 
 GRID_IMAGES = 16
@@ -157,15 +153,13 @@ def copy_on_rank0(model: Transformer) -> Transformer | None:
 
     The model in training does not change, and no random number of the run is drawn.
     """
-    copy = None
-    if get_rank() == 0:
-        with torch.random.fork_rng(devices=[]):
-            copy = Transformer(model.config).eval()
-    targets = {} if copy is None else copy.state_dict()
-    for name, value in model.state_dict().items():
-        full = value.full_tensor() if isinstance(value, DTensor) else value  # one at a time, to save memory
-        if name in targets:
-            targets[name].copy_(full)
+    weights = model.state_dict()
+    weights |= gather_weights(weights, keep=get_rank() == 0)
+    if get_rank() > 0:
+        return None
+    with torch.random.fork_rng(devices=[]):
+        copy = Transformer(model.config).eval()
+    copy.load_state_dict(weights)
     return copy
 
 
@@ -197,11 +191,8 @@ class SampleGrid:
     def draw(self, network: Transformer, path: Path) -> np.ndarray:
         """Draw the grid and write it as a PNG; returns it, uint8 [H, W, 3]."""
         tokenizer = open_tokenizer(self.tokenizer, self.device.type, "float32")  # not kept, to free its memory
-        sampler = Sampler(network, tokenizer, self.settings, self.captions)
-        starts = range(0, len(self.labels), BATCH_SIZE)
-        batches = [range(start, min(start + BATCH_SIZE, len(self.labels))) for start in starts]
-        images = [sampler.pictures(sampler.tokens(numbers, self.labels)) for numbers in batches]
-        grid = strip(np.concatenate(images), columns=min(8, len(self.labels)))
+        images = sample_images(network, tokenizer, self.labels, self.settings, self.captions, batch_size=BATCH_SIZE)
+        grid = strip(images, columns=min(8, len(self.labels)))
         with atomic_write(path) as aside:
             Image.fromarray(grid).save(aside, format="PNG")
         return grid
