@@ -283,7 +283,7 @@ def test_a_tokenizer_of_another_codebook_is_refused() -> None:
 
 
 def test_settings_out_of_range_are_refused() -> None:
-    with pytest.raises(UserError, match="--temperature must be above 0, not 0"):
+    with pytest.raises(UserError, match=r"--temperature must lie in \[0.001, 1000\], not 0"):
         sample_images(random_model(), random_tokenizer(), [0], SampleSettings(temperature=0.0))
     with pytest.raises(UserError, match="label 9 is out of range"):
         sample_images(random_model(), random_tokenizer(), [9])

@@ -289,8 +289,11 @@ def line(tmp_path_factory: pytest.TempPathFactory) -> Line:
 
 def test_the_tokenizer_and_the_stores_are_what_they_say(line: Line) -> None:
     assert line.printed["tokenizer"] == f"{line.tokenizer}: 64 codes of 4 x 4 pixels\n"
-    assert line.printed["train"] == f"{line.train}: 1,297 images x 5 crops x 8 x 8 tokens\n"
-    assert line.printed["test"] == f"{line.test}: 500 images x 1 crops x 8 x 8 tokens\n"
+    assert (
+        line.printed["train"]
+        == f"{line.train}: 1,297 images x 5 crops x 8 x 8 tokens; 10 classes of 128 to 132 images\n"
+    )
+    assert line.printed["test"] == f"{line.test}: 500 images x 1 crops x 8 x 8 tokens; 10 classes of 46 to 54 images\n"
     store = TokenStore(line.train)
     store.verify()
     assert (store.meta.source, store.meta.vocab_size) == ("digits:train", 64)
@@ -525,7 +528,7 @@ class TestMistakes:
             line.sample_command(line.folder / "new", "--label-mode", "random"),
             ["probe", "--model", line.run, *stores, "--epochs", "1", "--steps", "64"],
         ):
-            refused(capsys, "--seed must be 0 or more, not -1", *command, "--seed", "-1")
+            refused(capsys, r"--seed must lie in \[0, 18446744073709551615\], not -1", *command, "--seed", "-1")
 
     def test_a_place_inside_a_file(self, capsys: Capture, line: Line) -> None:
         new = line.tokenizer / "tokenizer.json" / "new"

@@ -206,9 +206,9 @@ def test_full_size_is_planned(tmp_path: Path, capsys: Capture) -> None:
     [
         (["--scale", "small"], "--scale small needs both --data and --test-data"),
         (["--data", "photos:train"], "--scale tiny needs both --data and --test-data"),
-        (["--rows", "AR", "ST-AR"], "table3 has no row 'ST-AR': --rows takes some of 'AR', 'AR on the same"),
+        (["--rows", "AR", "ST-AR"], "table3 has no row 'ST-AR': give --rows some of 'AR', 'AR on the same"),
         (["--steps", "0"], "--steps is 0: give at least 1"),
-        (["--seeds", "1", "1"], "--seeds must be different numbers"),
+        (["--seeds", "1", "1"], "--seeds must be one or more different numbers"),
         (
             ["--scale", "imagenet", "--steps", "5", "--data", "photos", "--test-data", "photos"],
             "imagenet has the paper's lengths",

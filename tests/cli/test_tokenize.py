@@ -47,7 +47,7 @@ def test_a_folder_with_a_broken_image_becomes_a_store(folder: Path, capsys: Capt
     st_ar(*command, "--out", folder / "store", "--max-skipped", "0.1", "--workers", "1")
     listed = folder / "store" / "skipped.jsonl"
     assert capsys.readouterr().out == (
-        f"{folder / 'store'}: 19 images x 10 crops x 4 x 4 tokens; 1 unusable images, listed in {listed}\n"
+        f"{folder / 'store'}: 19 images x 10 crops x 4 x 4 tokens; 2 classes of 9 to 10 images; 1 unusable images, listed in {listed}\n"
     )
     store = TokenStore(folder / "store")
     assert store.meta.class_names == ["ant", "bee"]
@@ -63,8 +63,8 @@ def test_parquet_files_with_five_crops_and_with_one(folder: Path, capsys: Captur
     st_ar(*command, "--no-mirror", "--crop-range", "1.125", "--out", folder / "five")
     st_ar(*command, "--crops", "center", "--out", folder / "one")
     out = capsys.readouterr().out
-    assert f"{folder / 'five'}: 7 images x 5 crops x 4 x 4 tokens\n" in out
-    assert f"{folder / 'one'}: 7 images x 1 crops x 4 x 4 tokens\n" in out
+    assert f"{folder / 'five'}: 7 images x 5 crops x 4 x 4 tokens; 3 classes of " in out
+    assert f"{folder / 'one'}: 7 images x 1 crops x 4 x 4 tokens; 3 classes of " in out
     whole = Crops(kind="center", size=16, range=1.0).cut(noise(seed=3))  # LlamaGen's centre crop is not enlarged first
     expected = load_tokenizer(folder / "t").encode(to_pixels(torch.from_numpy(whole.copy()))).flatten(1).numpy()
     found = TokenStore(folder / "one").codes(np.array([3]), np.array([[0]]))[0]
@@ -76,7 +76,10 @@ def test_llamagens_tokens_are_imported(tmp_path: Path, capsys: Capture) -> None:
     write_llamagen(tmp_path, name="more", seed=1)
     folders = ["--codes", tmp_path / "codes", "--labels", tmp_path / "labels", "--more-codes", tmp_path / "more"]
     st_ar("import-tokens", *folders, "--num-classes", "1000", "--out", tmp_path / "store")
-    assert capsys.readouterr().out == f"{tmp_path / 'store'}: 13 images x 20 crops x 3 x 3 tokens\n"
+    assert (
+        capsys.readouterr().out
+        == f"{tmp_path / 'store'}: 13 images x 20 crops x 3 x 3 tokens; 1000 classes of 0 to 4 images\n"
+    )
     store = TokenStore(tmp_path / "store")
     assert json.loads((tmp_path / "store" / "meta.json").read_text())["vocab_size"] == 16384
     np.testing.assert_array_equal(store.codes(np.array([4]), np.arange(10)[None])[0], codes[4])

@@ -301,7 +301,7 @@ def test_a_file_gives_its_picture_and_its_recipe_back() -> None:
         (png(changed(labels=[-1, 0])), "label -1 is below 0"),
         (png(changed(number=3)), "number 3 is not one of 3 images"),
         (png(changed(number=True)), "number must be a whole number"),
-        (png(changed(settings={"temperature": 0})), "--temperature must be above 0"),
+        (png(changed(settings={"temperature": 0})), r"--temperature must lie in \[0.001, 1000\]"),
         (png(changed(settings={"seed": 2**70})), "seed must be a whole number"),
         (png(changed(weights={"file": "a", "sha256": "b", "ema": 1, "step": 0})), "weights.ema must be true or false"),
     ],

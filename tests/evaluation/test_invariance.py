@@ -449,7 +449,7 @@ def test_two_tokenizers_by_command(tmp_path: Path, command: list[str | Path], ca
         (("--tokenizer", "A", "--factors", "3"), r"--factors must lie in \[0.5, 2\], not \(3.0,\)"),
         (("--tokenizer", "A", "--batch-size", "0"), "--batch-size must be at least 1, not 0"),
         (("--tokenizer", "A", "--shown", "-1"), "--shown must be 0 or more, not -1"),
-        (("--tokenizer", "A", "--seed", "-1"), "--seed must be 0 or more, not -1"),
+        (("--tokenizer", "A", "--seed", "-1"), r"--seed must lie in \[0, 18446744073709551615\], not -1"),
     ],
 )
 def test_wrong_options_are_refused(

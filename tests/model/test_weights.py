@@ -467,6 +467,6 @@ def test_a_target_that_exists_or_has_the_wrong_form_is_refused(tmp_path: Path) -
     with pytest.raises(ValueError, match="--grid needs --to st-ar: LlamaGen's files have no grid"):
         convert(tmp_path / "export", tmp_path / "model.pt", to="llamagen", grid=24)
     for option in ({"ema": True}, {"grid": 24}):
-        with pytest.raises(ValueError, match="is a tokenizer: leave out --ema and --grid"):
+        with pytest.raises(ValueError, match=r"is a tokenizer.*: leave out --"):
             convert(tmp_path / "tokenizer", tmp_path / "vq", to="st-ar", **option)
     assert contents(tmp_path) == before

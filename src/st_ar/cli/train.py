@@ -332,6 +332,10 @@ class Convert:
 
         if self.grid is not None:
             raise UserError(f"{self.source} is a tokenizer: leave out --grid, which applies to models")
+        if self.ema and self.source.is_dir():
+            raise UserError(
+                f"{self.source} is a tokenizer's folder: leave out --ema, which selects among a .pt file's weights"
+            )
         tokenizer = load_tokenizer(f"{self.source}#ema" if self.ema else self.source)
         if not isinstance(tokenizer, VQTokenizer):
             raise UserError(

@@ -54,7 +54,7 @@ class StoreMeta(Checked, prefix=""):
 
     def write(self, folder: Path) -> None:
         """Write meta.json, which completes the store."""
-        write_json(folder / META, asdict(self))
+        write_json(folder / META, {name: value for name, value in asdict(self).items() if name != "notes" or value})
 
 
 def same_names(ours: Sequence[str], theirs: Sequence[str]) -> bool:
