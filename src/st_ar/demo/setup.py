@@ -124,7 +124,7 @@ def quickstart_setup(folder: Path, *, device: str, dtype: str, probe_images: int
 
         print(f"{folder} holds no finished quickstart: making it, which takes some minutes once", file=sys.stderr)
         quickstart(folder)
-    runs = {name: folder / METHODS[name].folder for name in ("AR", "ST-AR")}
+    runs = {name: folder / METHODS[name][0] for name in ("AR", "ST-AR")}
     return Setup(
         shelf=ModelPool(list(runs.values()), folder / "tokenizer", names=list(runs), device=device, dtype=dtype),
         store=open_store(folder / "tokens-test"),
