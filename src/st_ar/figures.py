@@ -109,11 +109,6 @@ class Drawing:
         write_json(path.with_suffix(".json"), self.data)
 
 
-def embedded(svg: str) -> str:
-    """Convert the text of an SVG file of `Drawing.save` to one that takes an HTML page's colours."""
-    return svg.replace(f"<style>{_OWN_COLOURS}</style>", "", 1)
-
-
 def line_chart(
     series: Lines,
     *,
@@ -284,41 +279,32 @@ def overview_figure(
     return Drawing(figure=figure, name=name, data=data)
 
 
-@dataclass(frozen=True, kw_only=True)
-class TwoViews:
-    """Two views of some images, and which of their tokens differ."""
-
-    first: np.ndarray
-    second: np.ndarray
-    """uint8 [k, S, S, 3]."""
-    differ: np.ndarray
-    """[2, k, g, g] by view and token: 1 if it differs from its counterpart, 0 if it is equal, nan without a counterpart."""
-
-
-def views_figure(shown: Mapping[str, TwoViews], *, titles: tuple[str, str], name: str) -> Drawing:
+def views_figure(views: np.ndarray, differ: Mapping[str, np.ndarray], *, titles: tuple[str, str], name: str) -> Drawing:
     """Draw two views of each image with the grid of tokens, a row per image, two columns per tokenizer.
 
     Tokens that differ are crossed out, and those without counterpart are faded. The share of equal tokens is below.
 
     Args:
-        shown: the views of the same images by tokenizer. titles: titles of the two views.
+        views: two views of k images, uint8 [2, k, S, S, 3].
+        differ: tokenizer -> [2, k, g, g] by view and token: 1 if it differs from its counterpart, 0 if it is equal, nan without a
+            counterpart.
     """
-    rows = len(next(iter(shown.values())).first)
+    rows, size = views.shape[1:3]
     equal: dict[str, list[float]] = {}
     with _styled(name, grid=False) as new_figure:
         from matplotlib.collections import LineCollection
 
-        inches = max(2.1, 0.2 * max(views.differ.shape[-1] for views in shown.values()))  # side of a view
-        figure = new_figure(figsize=(2 * inches * len(shown), (inches + 0.15) * rows))
-        cells = figure.subplots(rows, 2 * len(shown), squeeze=False)
-        for column, (label, views) in enumerate(shown.items()):
-            size, grid = views.first.shape[1], views.differ.shape[-1]
+        inches = max(2.1, 0.2 * max(states.shape[-1] for states in differ.values()))  # side of a view
+        figure = new_figure(figsize=(2 * inches * len(differ), (inches + 0.15) * rows))
+        cells = figure.subplots(rows, 2 * len(differ), squeeze=False)
+        for column, (label, by_view) in enumerate(differ.items()):
+            grid = by_view.shape[-1]
             side = size / grid
-            equal[label] = [1 - float(np.nanmean(states)) for states in views.differ[0]]
-            for row, (view, pictures) in product(range(rows), enumerate((views.first, views.second))):
+            equal[label] = [1 - float(np.nanmean(states)) for states in by_view[0]]
+            for row, view in product(range(rows), (0, 1)):
                 axes, extent = cells[row, 2 * column + view], (0, size, size, 0)
-                states = views.differ[view, row]
-                axes.imshow(pictures[row], extent=extent, interpolation="none")
+                states = by_view[view, row]
+                axes.imshow(views[view, row], extent=extent, interpolation="none")
                 fade = np.where(np.isnan(states)[..., None], (1, 1, 1, 0.75), 0.0)
                 axes.imshow(fade, extent=extent, interpolation="none")
                 edges = np.arange(grid + 1) * side
@@ -332,7 +318,7 @@ def views_figure(shown: Mapping[str, TwoViews], *, titles: tuple[str, str], name
                 axes.set(xticks=[], yticks=[], xlim=(0, size), ylim=(size, 0))
                 axes.spines[:].set_visible(False)
                 if row == 0:
-                    axes.set_title(f"{label}\n{titles[view]}" if len(shown) > 1 else titles[view], fontsize=10)
+                    axes.set_title(f"{label}\n{titles[view]}" if len(differ) > 1 else titles[view], fontsize=10)
             for row, share in enumerate(equal[label]):
                 cells[row, 2 * column + 1].set_xlabel(f"{100 * share:.0f} % equal", fontsize=9)
         figure.subplots_adjust(wspace=0.06, hspace=0.16)

@@ -87,8 +87,8 @@ class Probe:
     def run(self) -> None:
         from st_ar.data.store import TokenStore
         from st_ar.evaluation.probe import (
-            Probed,
             ProbeMethod,
+            ProbeResult,
             accuracy_figure,
             accuracy_table,
             choose_eval_features,
@@ -100,7 +100,7 @@ class Probe:
         from st_ar.evaluation.probe_features import GB, FeatureCache
         from st_ar.files import cache_folder, write_json
         from st_ar.hardware import choose_device, choose_dtype
-        from st_ar.model.weights import open_eval_models
+        from st_ar.model.weights import EvalModel, open_eval_models
         from st_ar.report import json_alone, keep_json, print_table
 
         self._check_options()
@@ -118,7 +118,7 @@ class Probe:
         ]
         for store in stores:
             store.verify()
-        probed: list[Probed] = []
+        probed: list[tuple[EvalModel, ProbeResult]] = []
         notes: list[str] = []
         kept: list[str] = []
         for subject, reading in zip(subjects, readings, strict=True):
@@ -134,11 +134,11 @@ class Probe:
                 cache=cache,
                 weights=subject.sha256,
             )
-            probed += [Probed(subject=subject, result=result) for result in results]
+            probed += [(subject, result) for result in results]
             found = dict.fromkeys(note for result in results for note in result.notes)
             notes += [f"{subject.name}: {note}" for note in found]
             kept.append(f"{subject.name}: {describe_cache(cache)}")
-        first = probed[0].result
+        _, first = probed[0]
         with json_alone(self.json):
             print(f"{NAMES[self.method]}, {first.train_images:,} training and {first.test_images:,} test images")
             if self.json != "-":
@@ -343,7 +343,7 @@ class Invariance:
             name: open_tokenizer(path, self.device, self.dtype)
             for name, path in zip(names, self.tokenizer, strict=True)
         }
-        result, found = measure_invariance(tokenizers, self.images, self.out, self.settings)
+        result, found, drawings = measure_invariance(tokenizers, self.images, self.out, self.settings)
         summaries = [summarise(agreement) for agreement in found.values()]
         rows = [
             (label, *("-" if (value := each[label]) is None else _percent(*value) for each in summaries))
@@ -354,7 +354,7 @@ class Invariance:
         if self.page:
             from st_ar.evaluation.invariance import invariance_page
 
-            invariance_page(self.page, header, rows, result, self.out)
+            invariance_page(self.page, header, rows, result, drawings)
         if self.json != "-":
             print_table(header, rows)
         about = result["images"]
