@@ -66,11 +66,6 @@ def _styled(name: str, *, grid: bool = True) -> Generator[Any]:
         yield Figure
 
 
-def _place_label(axes: Any, text: str) -> None:
-    """Write a row's label to the left of its first picture."""
-    axes.set_ylabel(text, rotation=0, ha="right", va="center", labelpad=6)
-
-
 def require_drawable(path: Path) -> None:
     """Check before the work that a figure can be drawn."""
     if path.suffix not in (".svg", ".png"):
@@ -214,7 +209,7 @@ def _draw_attention(
             axes.grid(visible=False)
             axes.spines[:].set(visible=True, linewidth=0.5, alpha=0.4)
         cells[row, 0].imshow(picture)
-        _place_label(cells[row, 0], model)
+        cells[row, 0].set_ylabel(model, rotation=0, ha="right", va="center", labelpad=6)
         for column, step in enumerate(steps, start=1):
             axes = cells[row, column]
             if row == 0:
@@ -243,7 +238,8 @@ def _attention_data(maps: Mapping[str, np.ndarray], steps: Sequence[int]) -> dic
 def overview_figure(
     curves: Lines,
     *,
-    attention: tuple[np.ndarray, Mapping[str, np.ndarray]],
+    images: np.ndarray,
+    maps: Mapping[str, np.ndarray],
     grid: int,
     steps: Sequence[int],
     layer: int,
@@ -254,10 +250,9 @@ def overview_figure(
 
     Args:
         curves: model -> (tokens read, probe accuracy in %).
-        attention: one image uint8 [1, S, S, 3], and model -> weights of `layer` as in `attention_figure`.
+        images, maps: one image uint8 [1, S, S, 3], and model -> weights of `layer` as in `attention_figure`.
         samples: model -> images uint8 [N, S, S, 3], with equal labels and seeds.
     """
-    images, maps = attention
     with _styled(name) as new_figure:
         figure = new_figure(figsize=(11, 6))
         top, bottom = figure.add_gridspec(2, 1, height_ratios=(3.2, 2.2), hspace=0.33)
@@ -267,13 +262,13 @@ def overview_figure(
         _draw_attention(cells, images, maps, grid, steps)
         cells[0, 0].set_title(f"layer {layer}", fontsize=10)
         rows = bottom.subgridspec(len(samples), 1, hspace=0.12).subplots(squeeze=False)[:, 0]
-        for axes, (model, images) in zip(rows, samples.items(), strict=True):
-            framed = np.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=255)
+        for axes, (model, pictures) in zip(rows, samples.items(), strict=True):
+            framed = np.pad(pictures, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=255)
             axes.imshow(strip(framed, len(framed)), interpolation="none")
             axes.set(xticks=[], yticks=[])
             axes.grid(visible=False)
             axes.spines[:].set_visible(False)
-            _place_label(axes, model)
+            axes.set_ylabel(model, rotation=0, ha="right", va="center", labelpad=6)
     curve_data = {label: {"x": list(xs), "y": list(ys)} for label, (xs, ys) in curves.items()}
     data = {"probe accuracy (%)": curve_data, "attention": {"layer": layer, **_attention_data(maps, steps)}}
     return Drawing(figure=figure, name=name, data=data)

@@ -311,10 +311,10 @@ def _training_section(out: Path) -> Section:
     return Section(title="Training", parts=[Chart(svg=drawing.svg(), caption=caption)])
 
 
-def _attention(results: Results, count: int) -> tuple[np.ndarray, dict[str, np.ndarray], int]:
-    """Return `count` test images of high contrast and different classes, each model's attention maps, and the layer."""
-    real, test_store = results.real, results.test_store
-    layer = max(1, results.configs["AR"].model.n_layers // 2)
+def _attention(results: Results, count: int) -> tuple[int, dict[str, Any]]:
+    """Return the layer in the middle, and the arguments of figures of its maps over `count` test images of high contrast."""
+    config, real, test_store = results.configs["AR"].model, results.real, results.test_store
+    layer = max(1, config.n_layers // 2)
     by_contrast = np.argsort(-real.std(axis=(1, 2, 3)))
     _, first = np.unique(test_store.labels[by_contrast], return_index=True)
     chosen = by_contrast[np.sort(first)[:count]]
@@ -323,29 +323,22 @@ def _attention(results: Results, count: int) -> tuple[np.ndarray, dict[str, np.n
         name: attention_maps(model, codes[:, :-1], labels, layers=[layer])[layer].mean(1).numpy()
         for name, model in results.models.items()
     }
-    return real[chosen], maps, layer
+    steps = attention_steps(config.sequence_length)
+    return layer, {"images": real[chosen], "maps": maps, "grid": config.grid, "steps": steps}
 
 
 def _attention_section(results: Results) -> Section:
-    images, maps, layer = _attention(results, 3)
-    config = results.configs["AR"].model
-    steps = attention_steps(config.sequence_length)
-    drawing = attention_figure(images, maps, grid=config.grid, steps=steps, name=f"attention at layer {layer}")
+    layer, shown = _attention(results, 3)
+    drawing = attention_figure(**shown, name=f"attention at layer {layer}")
     caption = (
         f"Attention of layer {layer}, mean over heads, by number of tokens read. Framed: the newest token. Brighter: more weight. "
         "Blank: not read yet."
     )
     rows = [
-        [
-            name,
-            str(number),
-            _percent(a["class_weight"]),
-            _percent(a["neighbour_weight"]),
-            f"{a['distance']:.2f}",
-            f"{a['entropy']:.2f}",
-        ]
+        [name, str(number), _percent(on_class), _percent(near), f"{distance:.2f}", f"{entropy:.2f}"]
         for name, measured in results.measured.items()
-        for number, a in measured["attention"].items()
+        for number, statistics in measured["attention"].items()
+        for on_class, near, distance, entropy in [statistics.values()]
     ]
     table = Table(columns=["", "layer", *AXES], rows=rows, caption="Means over heads, steps and 256 test images.")
     return Section(title="Where the models look", parts=[Chart(svg=drawing.svg(), caption=caption), table])
@@ -393,14 +386,11 @@ def _method_section(results: Results) -> Section:
 
 def _overview(results: Results) -> Drawing:
     """Draw probe curves, attention and samples in one figure."""
-    images, maps, layer = _attention(results, 1)
-    config = results.configs["AR"].model
+    layer, shown = _attention(results, 1)
     order = _spread_over_classes(results.labels, 16)
     return overview_figure(
         _probe_curves(results),
-        attention=(images, maps),
-        grid=config.grid,
-        steps=attention_steps(config.sequence_length),
+        **shown,
         layer=layer,
         samples={name: found[order] for name, found in results.samples.items()},
         name=f"AR, ST-AR and contrast alone on {results.summary['images']}",

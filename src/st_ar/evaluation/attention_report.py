@@ -28,7 +28,7 @@ from st_ar.model.transformer import Transformer
 from st_ar.model.weights import EvalModel, check_store, open_eval_models
 from st_ar.progress import progress
 from st_ar.report import Chart, Section, Table, write_report
-from st_ar.tokenizer import Tokenizer, decode_to_images, open_tokenizer
+from st_ar.tokenizer import decode_to_images, open_tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +109,19 @@ def report_attention(
     subjects = open_eval_models(paths, names, "ema" if ema else "live")
     for subject in subjects:
         subject.info.config.require_classes("st-ar attention")
-    store, decoder = _open_images(tokens, tokenizer, subjects, device)
+    store = TokenStore(tokens)
+    for subject in subjects:
+        try:
+            check_store(subject.info, store)
+        except UserError as error:
+            raise UserError(f"{subject.name} cannot read the images: {error}") from error
+    decoder = open_tokenizer(tokenizer, device, "float32")
+    if decoder.fingerprint != store.meta.tokenizer:
+        raise UserError(
+            f"{tokens} was made by tokenizer {store.meta.tokenizer[:12]}, {tokenizer} is {decoder.fingerprint[:12]}: "
+            "give the tokenizer that made the store"
+        )
+    store.verify()
     configs = {subject.name: subject.info.config for subject in subjects}
     options = (options or AttentionOptions()).resolved(configs, store)
     models = {subject.name: subject.open().to(choose_device(device)) for subject in subjects}
@@ -130,26 +142,6 @@ def report_attention(
         maps = write_maps(folder, results, pictures)
         write_page(folder, results, maps, write_curves(folder, results))
     return results.statistics
-
-
-def _open_images(
-    tokens: Path, tokenizer: Path, subjects: Sequence[EvalModel], device: str
-) -> tuple[TokenStore, Tokenizer]:
-    """Open a store that every model can read, and its tokenizer."""
-    store = TokenStore(tokens)
-    for subject in subjects:
-        try:
-            check_store(subject.info, store)
-        except UserError as error:
-            raise UserError(f"{subject.name} cannot read the images: {error}") from error
-    decoder = open_tokenizer(tokenizer, device, "float32")
-    if decoder.fingerprint != store.meta.tokenizer:
-        raise UserError(
-            f"{tokens} was made by tokenizer {store.meta.tokenizer[:12]}, {tokenizer} is {decoder.fingerprint[:12]}: "
-            "give the tokenizer that made the store"
-        )
-    store.verify()
-    return store, decoder
 
 
 AXES = (
@@ -176,15 +168,6 @@ class AttentionResults:
     store: TokenStore
     statistics: dict[str, dict[int, LayerStatistics]]
     options: AttentionOptions
-
-    @property
-    def masking(self) -> str:
-        """A sentence on the key mask, if there is one."""
-        masks = self.options.masks
-        if masks.ratio == 0:
-            return ""
-        own = "" if masks.own_position else ", but not from its own query"
-        return f" {100 * masks.ratio:g} % of each image's token keys are masked at random{own} (seed {masks.seed})."
 
 
 def statistics_table(
@@ -302,8 +285,11 @@ def _save(out: Path, name: str, drawing: Drawing) -> str:
 
 def write_page(out: Path, results: AttentionResults, maps: Sequence[Section], curves: Sequence[Chart]) -> None:
     """Write attention.html."""
-    count, masking, store, meta = results.options.average, results.masking, results.store, results.store.meta
-    images, spread, bands = "one image", "", []
+    count, masks, store, meta = results.options.average, results.options.masks, results.store, results.store.meta
+    images, spread, bands, masking = "one image", "", [], ""
+    if masks.ratio:
+        own = "" if masks.own_position else ", but not from its own query"
+        masking = f" {100 * masks.ratio:g} % of each image's token keys are masked at random{own} (seed {masks.seed})."
     if count > 1:
         images = f"{count:,} images"
         spread = " ± is the standard deviation over images."

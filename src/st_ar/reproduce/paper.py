@@ -316,12 +316,12 @@ class Scale:
     """Preset of AR at size B."""
     guided: str
     """Preset of ST-AR at size B."""
-    shapes: Mapping[Size, Mapping[str, int]]
+    shapes: Mapping[Size, Mapping[str, int]] = field(default_factory=dict)
     """Width, layers and heads of L and XL, where the preset is B's; empty for a preset per size."""
-    images: str | None
+    images: str | None = None
     """Default source of the training images."""
-    test_images: str | None
-    tokenizer: tuple[str, ...] | None
+    test_images: str | None = None
+    tokenizer: tuple[str, ...] | None = None
     """Preset and options of the tokenizer to train; None if the user must give a tokenizer."""
     size: tuple[str, ...] = ()
     """Size option for other images than the default."""
@@ -372,22 +372,24 @@ class Scale:
         return name, replace(config, model=model, selfguided=guided, **run)
 
 
+_TINY = Scale(
+    plain="llamagen-photos",
+    guided="st-ar-photos",
+    shapes={
+        "L": {"dim": 192, "n_layers": 6, "n_heads": 6},
+        "XL": {"dim": 256, "n_layers": 8, "n_heads": 8},
+    },
+    images="photos:train",
+    test_images="photos:test",
+    tokenizer=("kmeans",),
+    size=("--size", "32"),
+    crops=("--crop-range", "1.125"),
+    probe=("--train-crops", "4"),
+)
 SCALES: dict[ScaleName, Scale] = {
-    "tiny": Scale(
-        plain="llamagen-photos",
-        guided="st-ar-photos",
-        shapes={
-            "L": {"dim": 192, "n_layers": 6, "n_heads": 6},
-            "XL": {"dim": 256, "n_layers": 8, "n_heads": 8},
-        },
-        images="photos:train",
-        test_images="photos:test",
-        tokenizer=("kmeans",),
-        size=("--size", "32"),
-        crops=("--crop-range", "1.125"),
-        probe=("--train-crops", "4"),
-    ),
-    "small": Scale(
+    "tiny": _TINY,
+    "small": replace(
+        _TINY,
         plain="llamagen-cifar10",
         guided="st-ar-cifar10",
         shapes={
@@ -397,19 +399,12 @@ SCALES: dict[ScaleName, Scale] = {
         images=None,
         test_images=None,
         tokenizer=("vq-cifar10",),
-        size=("--size", "32"),
-        crops=("--crop-range", "1.125"),
         samples=("--num", "10000"),
         sample_count=10_000,
-        probe=("--train-crops", "4"),
     ),
     "imagenet": Scale(
         plain="llamagen-b",
         guided="st-ar-b",
-        shapes={},
-        images=None,
-        test_images=None,
-        tokenizer=None,
         samples=("--per-class", "50"),
         sample_count=50_000,
         extractor="inception",

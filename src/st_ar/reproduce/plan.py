@@ -58,11 +58,11 @@ def measurements(files: Files, metrics: Sequence[str]) -> dict[str, Spread]:
         "attention": attention,
     }
     values: dict[str, list[float]] = defaultdict(list)
-    for command, read in readers.items():
-        for (made_by, weights), paths in files.results.items():
-            for numbers in map(read, paths if made_by == command else ()):
-                for name, value in numbers.items():
-                    values[name + (", EMA" if weights == "ema" else "")].append(value)
+    order = list(readers)
+    for (command, weights), paths in sorted(files.results.items(), key=lambda item: order.index(item[0][0])):
+        for numbers in map(readers[command], paths):
+            for name, value in numbers.items():
+                values[name + (", EMA" if weights == "ema" else "")].append(value)
     for run in files.runs:
         tokens, seconds = budgets(run)
         values[TOKENS].append(files.share * tokens / 1e6)
@@ -275,7 +275,9 @@ class Plan:
         if experiment.figure in ("attention", "understanding"):
             self.figures += [self._maps(which) for which in weights]
         if experiment.figure == "understanding":
-            self.figures.append(self._invariance())
+            out = work / "invariance"
+            arguments = ("--images", data.test_images, "--tokenizer", str(self.tokenizer), "--out", str(out))
+            self.figures.append(self._add("invariance", out, "invariance", *arguments))
 
     @property
     def stages(self) -> list[Stage]:
@@ -391,11 +393,6 @@ class Plan:
         models = ("--model", *map(str, runs.values()), "--names", *runs, *(("--ema",) if weights == "ema" else ()))
         data = ("--tokens", str(self.test_tokens), "--tokenizer", str(self.tokenizer))
         return self._add(name, out, "attention", *models, *layers, *data, "--out", str(out))
-
-    def _invariance(self) -> Path:
-        out = self.work / "invariance"
-        arguments = ("--images", self.data.test_images, "--tokenizer", str(self.tokenizer), "--out", str(out))
-        return self._add("invariance", out, "invariance", *arguments)
 
 
 @dataclass(frozen=True)
