@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from st_ar.figures import COLOURS, TwoViews, attention_figure, line_chart, strip, views_figure
+from st_ar.figures import COLOURS, attention_figure, line_chart, strip, views_figure
 from tests.disk import refused
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -209,8 +209,8 @@ def test_two_views_are_shown_with_what_differs_between_them() -> None:
     differ[:, 1, :, :2] = 1
     differ[0, 2, 0], differ[1, 2, -1] = np.nan, np.nan
     differ[:, 2, 1, 1] = 1
-    views = TwoViews(first=pictures, second=pictures[::-1], differ=differ)
-    drawing = views_figure({"a": views, "b": views}, titles=("view A", "view B"), name="two views")
+    views = np.stack([pictures, pictures[::-1]])
+    drawing = views_figure(views, {"a": differ, "b": differ}, titles=("view A", "view B"), name="two views")
     found = words(drawing.svg())
     assert [word for word in found if "equal" in word] == [f"{share} % equal" for share in (100, 100, 50, 50, 92, 92)]
     assert [word for word in found if "view" in word] == ["view A", "view B"] * 2

@@ -28,7 +28,7 @@ from st_ar.training.run import read_log
 from tests.disk import contents, refused
 
 IMAGES = 130
-RUNS = {name: method.folder for name, method in module.METHODS.items()}
+RUNS = {name: folder for name, (folder, _) in module.METHODS.items()}
 
 
 def small_preset(name: str) -> TrainConfig:

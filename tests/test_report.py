@@ -16,7 +16,6 @@ from st_ar.errors import UserError
 from st_ar.figures import line_chart
 from st_ar.report import (
     Chart,
-    Column,
     Gallery,
     Section,
     Spread,
@@ -24,8 +23,6 @@ from st_ar.report import (
     difference,
     is_noise,
     png_uri,
-    table_columns,
-    table_rows,
     write_report,
 )
 from tests.disk import contents, full_disk, refused
@@ -261,10 +258,3 @@ def test_differences_are_taken_seed_by_seed() -> None:
 def test_noise_is_up_to_two_standard_errors(shift: float, noise: bool) -> None:
     paired = Spread(tuple(shift + x for x in (-1.0, 1.0, -1.0, 1.0)))  # the standard error is sqrt(4 / 3) / 2 = 0.577
     assert is_noise(paired) is noise
-
-
-def test_rows_have_a_dash_for_what_was_not_measured() -> None:
-    columns = [Column(key="fid", label="FID", digits=2), Column(key="probe", label="probe, %", digits=1, factor=100)]
-    rows = {"AR": {"fid": Spread((31.351,)), "probe": Spread((0.18, 0.20))}, "ST-AR": {"probe": Spread((0.4527,))}}
-    assert table_rows(columns, rows) == [["AR", "31.35", "19.0 ± 1.4"], ["ST-AR", "-", "45.3"]]
-    assert table_columns(columns, rows) == [["FID", "31.35", "-"], ["probe, %", "19.0 ± 1.4", "45.3"]]

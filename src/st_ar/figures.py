@@ -3,8 +3,9 @@
 Text and axes of an inline SVG take the page's text colour. An SVG file follows the reader's light or dark mode. A PNG is white.
 """
 
+import contextlib
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 """Okabe and Ito's colour-blind safe palette, in order of use."""
+Lines = Mapping[str, tuple[Sequence[float], Sequence[float]]]
+"""Label -> (x values, y values)."""
 MARKERS = ("o", "s", "^", "D", "v", "P")
 DASHES = ("-", "--", ":")
 _INK = "#010203"  # replaced by currentColor in an SVG
@@ -52,6 +55,15 @@ def style(name: str) -> dict[str, Any]:
         "legend.frameon": False,
         "lines.linewidth": 2,
     }
+
+
+@contextlib.contextmanager
+def _styled(name: str, *, grid: bool = True) -> Generator[Any]:
+    """Draw the block in the style of a figure; yields matplotlib's Figure."""
+    with require("matplotlib").rc_context(style(name) | {"axes.grid": grid}):
+        from matplotlib.figure import Figure
+
+        yield Figure
 
 
 def require_drawable(path: Path) -> None:
@@ -92,13 +104,8 @@ class Drawing:
         write_json(path.with_suffix(".json"), self.data)
 
 
-def embedded(svg: str) -> str:
-    """Convert the text of an SVG file of `Drawing.save` to one that takes an HTML page's colours."""
-    return svg.replace(f"<style>{_OWN_COLOURS}</style>", "", 1)
-
-
 def line_chart(
-    series: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    series: Lines,
     *,
     name: str,
     x: str,
@@ -111,19 +118,14 @@ def line_chart(
     """Draw lines over a common axis.
 
     Args:
-        series: label -> (x values, y values).
         name: alternative text; also makes identifiers unique on an HTML page.
         x, y: axis labels with units.
         spread: label -> half the height of a band around the line.
-        legend_above: put the legend above the axes.
     """
-    matplotlib = require("matplotlib")
-    from matplotlib.figure import Figure
-
-    with matplotlib.rc_context(style(name)):
-        figure = Figure(figsize=(6.2, 3.6))
+    with _styled(name) as new_figure:
+        figure = new_figure(figsize=(6.2, 3.6))
         axes = figure.subplots()
-        draw_lines(axes, series, x=x, y=y, markers=markers, spread=spread)
+        _draw_lines(axes, series, x, y, markers, spread)
         if x_ticks is not None:
             axes.set_xticks(list(x_ticks))
         if legend_above:
@@ -134,16 +136,9 @@ def line_chart(
     return Drawing(figure=figure, name=name, data={"x": x, "y": y, "series": lines})
 
 
-def draw_lines(
-    axes: Any,
-    series: Mapping[str, tuple[Sequence[float], Sequence[float]]],
-    *,
-    x: str,
-    y: str,
-    markers: bool = True,
-    spread: Mapping[str, Sequence[float]] | None = None,
+def _draw_lines(
+    axes: Any, series: Lines, x: str, y: str, markers: bool = True, spread: Mapping[str, Sequence[float]] | None = None
 ) -> None:
-    """Draw the lines of `line_chart` with labels and a legend."""
     for index, (label, (xs, ys)) in enumerate(series.items()):
         cycle, colour = divmod(index, len(COLOURS))
         dashes = DASHES[cycle % len(DASHES)]
@@ -152,8 +147,7 @@ def draw_lines(
         if spread and label in spread:
             low, high = (np.add(ys, np.multiply(sign, spread[label])) for sign in (-1, 1))
             axes.fill_between(xs, low, high, color=COLOURS[colour], alpha=0.15, linewidth=0)
-    axes.set_xlabel(x)
-    axes.set_ylabel(y)
+    axes.set(xlabel=x, ylabel=y)
     axes.legend()
 
 
@@ -185,14 +179,11 @@ def attention_figure(
         steps: numbers of tokens read, in 1..T-1.
         masked: bool [N, T, T], True for masked keys, which show no heat.
     """
-    matplotlib = require("matplotlib")
-    from matplotlib.figure import Figure
-
     rows = len(images) * len(maps)
-    with matplotlib.rc_context(style(name) | {"axes.grid": False}):
-        figure = Figure(figsize=(1.7 * (len(steps) + 1), 1.75 * rows))
+    with _styled(name, grid=False) as new_figure:
+        figure = new_figure(figsize=(1.7 * (len(steps) + 1), 1.75 * rows))
         cells = figure.subplots(rows, len(steps) + 1, squeeze=False)
-        _draw_attention(cells, images, maps, grid=grid, steps=steps, masked=masked)
+        _draw_attention(cells, images, maps, grid, steps, masked)
         figure.subplots_adjust(wspace=0.06, hspace=0.08)
     return Drawing(figure=figure, name=name, data=_attention_data(maps, steps))
 
@@ -201,7 +192,6 @@ def _draw_attention(
     cells: np.ndarray,
     images: np.ndarray,
     maps: Mapping[str, np.ndarray],
-    *,
     grid: int,
     steps: Sequence[int],
     masked: np.ndarray | None = None,
@@ -210,16 +200,14 @@ def _draw_attention(
     from matplotlib.patches import Rectangle
 
     size = images.shape[1]
-    side = size / grid
+    side, extent = size / grid, (-0.5, size - 0.5, size - 0.5, -0.5)
     for row, (index, model) in enumerate(product(range(len(images)), maps)):
         picture = images[index]
         grey = np.repeat(picture.mean(axis=-1, keepdims=True), 3, axis=-1).astype(np.uint8)
         for axes in cells[row]:
-            axes.set_xticks([])
-            axes.set_yticks([])
+            axes.set(xticks=[], yticks=[], xlim=extent[:2], ylim=extent[2:])
+            axes.grid(visible=False)
             axes.spines[:].set(visible=True, linewidth=0.5, alpha=0.4)
-            axes.set_xlim(-0.5, size - 0.5)
-            axes.set_ylim(size - 0.5, -0.5)
         cells[row, 0].imshow(picture)
         cells[row, 0].set_ylabel(model, rotation=0, ha="right", va="center", labelpad=6)
         for column, step in enumerate(steps, start=1):
@@ -231,9 +219,8 @@ def _draw_attention(
             heat[:step] = weights / max(float(weights.max()), 1e-12)
             if masked is not None:
                 heat[:step][masked[index, step, 1 : step + 1]] = np.nan
-            read = np.repeat(np.repeat((np.arange(grid**2) < step).reshape(grid, grid), side, 0), side, 1)
-            axes.imshow(np.dstack([grey, np.where(read, 255, 0).astype(np.uint8)]))
-            extent = (-0.5, size - 0.5, size - 0.5, -0.5)
+            read = np.kron((np.arange(grid**2) < step).reshape(grid, grid), np.ones((int(side), int(side))))
+            axes.imshow(np.dstack([grey, (255 * read).astype(np.uint8)]))
             axes.imshow(heat.reshape(grid, grid), cmap="inferno", alpha=0.65, vmin=0, vmax=1, extent=extent)
             top, left = divmod(step - 1, grid)
             frame = (left * side - 0.5, top * side - 0.5)
@@ -242,16 +229,17 @@ def _draw_attention(
 
 def _attention_data(maps: Mapping[str, np.ndarray], steps: Sequence[int]) -> dict[str, object]:
     shown = {
-        model: [[weights[step, : step + 1].round(6).tolist() for step in steps] for weights in maps[model]]
-        for model in maps
+        model: [[weights[step, : step + 1].round(6).tolist() for step in steps] for weights in by_image]
+        for model, by_image in maps.items()
     }
     return {"tokens read": list(steps), "weights by image and step": shown}
 
 
 def overview_figure(
-    curves: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    curves: Lines,
     *,
-    attention: tuple[np.ndarray, Mapping[str, np.ndarray]],
+    images: np.ndarray,
+    maps: Mapping[str, np.ndarray],
     grid: int,
     steps: Sequence[int],
     layer: int,
@@ -262,28 +250,20 @@ def overview_figure(
 
     Args:
         curves: model -> (tokens read, probe accuracy in %).
-        attention: one image uint8 [1, S, S, 3], and model -> weights as in `attention_figure`.
-        grid: tokens per side. steps: numbers of tokens read for the attention. layer: the attention's layer.
+        images, maps: one image uint8 [1, S, S, 3], and model -> weights of `layer` as in `attention_figure`.
         samples: model -> images uint8 [N, S, S, 3], with equal labels and seeds.
-        name: alternative text.
     """
-    matplotlib = require("matplotlib")
-    from matplotlib.figure import Figure
-
-    images, maps = attention
-    with matplotlib.rc_context(style(name)):
-        figure = Figure(figsize=(11, 6))
+    with _styled(name) as new_figure:
+        figure = new_figure(figsize=(11, 6))
         top, bottom = figure.add_gridspec(2, 1, height_ratios=(3.2, 2.2), hspace=0.33)
         left, right = top.subgridspec(1, 2, width_ratios=(1, 1.2), wspace=0.38)
-        draw_lines(figure.add_subplot(left), curves, x="tokens read", y="probe accuracy (%)")
+        _draw_lines(figure.add_subplot(left), curves, "tokens read", "probe accuracy (%)")
         cells = right.subgridspec(len(maps), len(steps) + 1, wspace=0.06, hspace=0.08).subplots(squeeze=False)
-        for axes in cells.flat:
-            axes.grid(visible=False)
-        _draw_attention(cells, images, maps, grid=grid, steps=steps)
+        _draw_attention(cells, images, maps, grid, steps)
         cells[0, 0].set_title(f"layer {layer}", fontsize=10)
         rows = bottom.subgridspec(len(samples), 1, hspace=0.12).subplots(squeeze=False)[:, 0]
-        for axes, (model, images) in zip(rows, samples.items(), strict=True):
-            framed = np.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=255)
+        for axes, (model, pictures) in zip(rows, samples.items(), strict=True):
+            framed = np.pad(pictures, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=255)
             axes.imshow(strip(framed, len(framed)), interpolation="none")
             axes.set(xticks=[], yticks=[])
             axes.grid(visible=False)
@@ -294,49 +274,37 @@ def overview_figure(
     return Drawing(figure=figure, name=name, data=data)
 
 
-@dataclass(frozen=True, kw_only=True)
-class TwoViews:
-    """Two views of some images, and which of their tokens differ."""
-
-    first: np.ndarray
-    second: np.ndarray
-    """uint8 [k, S, S, 3]."""
-    differ: np.ndarray
-    """[2, k, g, g] by view and token: 1 if it differs from its counterpart, 0 if it is equal, nan without a counterpart."""
-
-
-def views_figure(shown: Mapping[str, TwoViews], *, titles: tuple[str, str], name: str) -> Drawing:
+def views_figure(views: np.ndarray, differ: Mapping[str, np.ndarray], *, titles: tuple[str, str], name: str) -> Drawing:
     """Draw two views of each image with the grid of tokens, a row per image, two columns per tokenizer.
 
     Tokens that differ are crossed out, and those without counterpart are faded. The share of equal tokens is below.
 
     Args:
-        shown: the views of the same images by tokenizer. titles: titles of the two views.
+        views: two views of k images, uint8 [2, k, S, S, 3].
+        differ: tokenizer -> [2, k, g, g] by view and token: 1 if it differs from its counterpart, 0 if it is equal, nan without a
+            counterpart.
     """
-    matplotlib = require("matplotlib")
-    from matplotlib.collections import LineCollection
-    from matplotlib.figure import Figure
-
-    rows = len(next(iter(shown.values())).first)
+    rows, size = views.shape[1:3]
     equal: dict[str, list[float]] = {}
-    with matplotlib.rc_context(style(name) | {"axes.grid": False}):
-        inches = max(2.1, 0.2 * max(views.differ.shape[-1] for views in shown.values()))  # side of a view
-        figure = Figure(figsize=(2 * inches * len(shown), (inches + 0.15) * rows))
-        cells = figure.subplots(rows, 2 * len(shown), squeeze=False)
-        for column, (label, views) in enumerate(shown.items()):
-            size, grid = views.first.shape[1], views.differ.shape[-1]
+    with _styled(name, grid=False) as new_figure:
+        from matplotlib.collections import LineCollection
+
+        inches = max(2.1, 0.2 * max(states.shape[-1] for states in differ.values()))  # side of a view
+        figure = new_figure(figsize=(2 * inches * len(differ), (inches + 0.15) * rows))
+        cells = figure.subplots(rows, 2 * len(differ), squeeze=False)
+        for column, (label, by_view) in enumerate(differ.items()):
+            grid = by_view.shape[-1]
             side = size / grid
-            equal[label] = [1 - float(np.nanmean(states)) for states in views.differ[0]]
-            for row, (view, pictures) in product(range(rows), enumerate((views.first, views.second))):
-                axes = cells[row, 2 * column + view]
-                axes.imshow(pictures[row], extent=(0, size, size, 0), interpolation="none")
-                states = views.differ[view, row]
-                fade = np.zeros((grid, grid, 4))
-                fade[np.isnan(states)] = (1, 1, 1, 0.75)
-                axes.imshow(fade, extent=(0, size, size, 0), interpolation="none")
-                lines = [((0, at), (size, at)) for at in np.arange(grid + 1) * side]
-                lines += [((at, 0), (at, size)) for at in np.arange(grid + 1) * side]
-                axes.add_collection(LineCollection(lines, colors="white", linewidths=0.5, alpha=0.6))
+            equal[label] = [1 - float(np.nanmean(states)) for states in by_view[0]]
+            for row, view in product(range(rows), (0, 1)):
+                axes, extent = cells[row, 2 * column + view], (0, size, size, 0)
+                states = by_view[view, row]
+                axes.imshow(views[view, row], extent=extent, interpolation="none")
+                fade = np.where(np.isnan(states)[..., None], (1, 1, 1, 0.75), 0.0)
+                axes.imshow(fade, extent=extent, interpolation="none")
+                edges = np.arange(grid + 1) * side
+                axes.hlines(edges, 0, size, colors="white", linewidth=0.5, alpha=0.6)
+                axes.vlines(edges, 0, size, colors="white", linewidth=0.5, alpha=0.6)
                 centres = (np.argwhere(states == 1) + 0.5) * side
                 r = side / 5
                 crosses = [((x - r, y + k * r), (x + r, y - k * r)) for y, x in centres for k in (1, -1)]
@@ -345,7 +313,7 @@ def views_figure(shown: Mapping[str, TwoViews], *, titles: tuple[str, str], name
                 axes.set(xticks=[], yticks=[], xlim=(0, size), ylim=(size, 0))
                 axes.spines[:].set_visible(False)
                 if row == 0:
-                    axes.set_title(f"{label}\n{titles[view]}" if len(shown) > 1 else titles[view], fontsize=10)
+                    axes.set_title(f"{label}\n{titles[view]}" if len(differ) > 1 else titles[view], fontsize=10)
             for row, share in enumerate(equal[label]):
                 cells[row, 2 * column + 1].set_xlabel(f"{100 * share:.0f} % equal", fontsize=9)
         figure.subplots_adjust(wspace=0.06, hspace=0.16)

@@ -5,7 +5,7 @@ Every stage writes the same artefacts as its own command. A stopped quickstart c
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +17,6 @@ from st_ar.data.images import open_images
 from st_ar.data.source import Crops, ImageSource
 from st_ar.data.store import META, TokenStore
 from st_ar.evaluation.attention import (
-    AttentionStatistics,
     attention_maps,
     attention_statistics,
     attention_steps,
@@ -26,7 +25,7 @@ from st_ar.evaluation.attention import (
 from st_ar.evaluation.attention_report import AXES
 from st_ar.evaluation.likelihood import validation_loss
 from st_ar.evaluation.metrics import frechet_distance, mean_and_covariance, region_statistics
-from st_ar.evaluation.probe import ProbeResult, probe
+from st_ar.evaluation.probe import probe
 from st_ar.evaluation.probe_classifiers import ProbeConfig
 from st_ar.evaluation.probe_features import token_batches
 from st_ar.figures import Drawing, attention_figure, line_chart, overview_figure, strip
@@ -35,7 +34,7 @@ from st_ar.hardware import describe
 from st_ar.model.transformer import Transformer
 from st_ar.model.weights import load_model
 from st_ar.presets import get_preset
-from st_ar.report import Chart, Column, Gallery, Section, Spread, Table, png_uri, table_columns, write_report
+from st_ar.report import Chart, Gallery, Section, Table, png_uri, write_report
 from st_ar.sampling import sample_images
 from st_ar.settings import to_dict
 from st_ar.tokenizer import CONFIG as TOKENIZER_CONFIG
@@ -48,20 +47,12 @@ from st_ar.training.run import read_log, seconds_per_step
 Images = Literal["photos", "digits"]
 
 
-@dataclass(frozen=True)
-class Method:
-    """One of the three methods that the quickstart compares."""
-
-    folder: str
-    preset: str
-    """Preset; {} is replaced by the images' name."""
-
-
 METHODS = {
-    "AR": Method("llamagen", "llamagen-{}"),
-    "ST-AR": Method("st-ar", "st-ar-{}"),
-    "Contrast alone": Method("contrast", "st-ar-{}-view"),
+    "AR": ("llamagen", "llamagen-{}"),
+    "ST-AR": ("st-ar", "st-ar-{}"),
+    "Contrast alone": ("contrast", "st-ar-{}-view"),
 }
+"""Method -> folder of its run, and preset with {} for the images' name."""
 PROBE = ProbeConfig()
 SAMPLES = 1024
 CENTRE = 4
@@ -75,38 +66,25 @@ FD_NOISE = 0.2
 
 
 @dataclass(frozen=True, kw_only=True)
-class Measured:
-    """Measurements of one model."""
-
-    validation_loss: float
-    """Nats per token on the test images, live weights."""
-    validation_loss_ema: float
-    """The same with the EMA weights."""
-    probe: ProbeResult
-    frechet: float
-    """FD-regions between samples and test images."""
-    attention: dict[int, AttentionStatistics]
-    seconds_per_step: float
-    """Median over the log's intervals."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class Results:
     """Everything that the report shows. Mappings are by method."""
 
-    images: str
+    out: Path
+    summary: Mapping[str, Any]
+    """The content of summary.json."""
     configs: Mapping[str, TrainConfig]
-    measured: Mapping[str, Measured]
     models: Mapping[str, Transformer]
     samples: Mapping[str, np.ndarray]
     """uint8 [N, S, S, 3]."""
-    labels: Sequence[int]
+    labels: np.ndarray
     real: np.ndarray
     """Test images, uint8 [N, S, S, 3]."""
-    store: TokenStore
     test_store: TokenStore
-    decoded_frechet: float
-    """FD-regions between decoded training images and test images: the tokenizer's lower bound."""
+
+    @property
+    def measured(self) -> dict[str, Any]:
+        """The measurements of each method."""
+        return {name: self.summary[name] for name in METHODS}
 
 
 def quickstart(out: Path, *, images: Images = "photos", steps: int | None = None, seed: int = 0) -> Path:
@@ -116,55 +94,67 @@ def quickstart(out: Path, *, images: Images = "photos", steps: int | None = None
         out: folder for all artefacts. The same call resumes a stopped quickstart.
         images: the built-in images to train on.
         steps: optimizer steps of each model; the preset's if None.
-        seed: seed of the runs and samples.
 
     Raises:
         UserError: `out` holds other files, or a quickstart with other settings.
     """
     started = time.perf_counter()
-    presets = {name: method.preset.format(images) for name, method in METHODS.items()}
+    presets = {name: preset.format(images) for name, (_, preset) in METHODS.items()}
     changes = {"seed": seed} | ({} if steps is None else {"steps": steps})
     configs = {name: replace(get_preset(preset), **changes) for name, preset in presets.items()}
     _claim(out, images, configs)
     source, test_source = open_images(f"{images}:train"), open_images(f"{images}:test")
-    tokenizer = _tokenizer(out / "tokenizer", source)
+    if not (out / "tokenizer" / TOKENIZER_CONFIG).exists():
+        train_kmeans(source).save(out / "tokenizer")
+    tokenizer = load_tokenizer(out / "tokenizer")
     store = _store(out / "tokens-train", source, tokenizer, "ten")
     test_store = _store(out / "tokens-test", test_source, tokenizer, "center")
-    runs = {name: out / method.folder for name, method in METHODS.items()}
+    runs = {name: out / folder for name, (folder, _) in METHODS.items()}
     for name, run in runs.items():
         train(configs[name], store.folder, run, resume=(run / "config.json").exists(), preset=presets[name])
 
     order = np.random.default_rng(seed).permutation(len(test_store))
-    labels = test_store.labels[np.resize(order, SAMPLES)].tolist()
+    labels = test_store.labels[np.resize(order, SAMPLES)]
     center = Crops(kind="center", size=test_source.size, range=test_source.crop_range)
     real = np.concatenate([center.cut(example.read()) for example in test_source.examples(0)])
     decoded = decode_to_images(tokenizer, center_crops(store, range(min(1024, len(store))))[0])
     models = {name: load_model(run) for name, run in runs.items()}
     settings = SampleSettings(seed=seed, cfg_scale=1.0)
-    samples = {name: sample_images(model, tokenizer, labels, settings) for name, model in models.items()}
+    samples = {name: sample_images(model, tokenizer, labels.tolist(), settings) for name, model in models.items()}
+    measured = {
+        name: _measure(models[name], run, store, test_store) | {"frechet": _frechet(samples[name], real)}
+        for name, run in runs.items()
+    }
+    config, base = configs["AR"], measured["AR"]["seconds_per_step"]
+    assert config.steps is not None
+    summary = {
+        "images": images,
+        "steps": config.steps,
+        "tokens_per_method": config.steps * config.batch_size * config.views * config.model.sequence_length,
+        "seed": seed,
+        "samples": SAMPLES,
+        "frechet_distance": FD_DESCRIPTION,
+        "frechet_of_decoded_training_images": _frechet(decoded, real),
+        **measured,
+        "step_time_ratio": measured["ST-AR"]["seconds_per_step"] / base,
+        "step_time_ratio_contrast": measured["Contrast alone"]["seconds_per_step"] / base,
+        "seconds_of_this_call": time.perf_counter() - started,
+        "environment": describe(),
+    }
+    write_json(out / "summary.json", summary)
     results = Results(
-        images=images,
+        out=out,
+        summary=summary,
         configs=configs,
-        measured={name: _measure(models[name], runs[name], store, test_store, samples[name], real) for name in runs},
         models=models,
         samples=samples,
         labels=labels,
         real=real,
-        store=store,
         test_store=test_store,
-        decoded_frechet=_frechet(decoded, real),
     )
-    summary = _summary(results, seed, time.perf_counter() - started)
-    write_json(out / "summary.json", summary)
-    write_page(out / "report.html", results, summary)
+    _write_report(results, len(store))
     _overview(results).save(out / "overview.svg")
     return out / "report.html"
-
-
-def token_budget(config: TrainConfig) -> int:
-    """Return the number of tokens that a run with --steps trains on."""
-    assert config.steps is not None
-    return config.steps * config.batch_size * config.views * config.model.sequence_length
 
 
 # Stages
@@ -176,12 +166,6 @@ def _claim(out: Path, images: str, configs: Mapping[str, TrainConfig]) -> None:
     earlier = read_json(file, "a quickstart") if file.exists() else settings
     claim(file, {name: value for name, value in settings.items() if name in earlier}, "a quickstart")
     write_json(file, settings)  # adds the third method to a quickstart of an earlier version
-
-
-def _tokenizer(folder: Path, source: ImageSource) -> Tokenizer:
-    if not (folder / TOKENIZER_CONFIG).exists():
-        train_kmeans(source).save(folder)
-    return load_tokenizer(folder)
 
 
 def _store(folder: Path, source: ImageSource, tokenizer: Tokenizer, kind: Literal["ten", "center"]) -> TokenStore:
@@ -198,153 +182,122 @@ def _frechet(images: np.ndarray, reference: np.ndarray) -> float:
     return frechet_distance(*statistics[0], *statistics[1])
 
 
-def _measure(
-    model: Transformer, run: Path, store: TokenStore, test_store: TokenStore, samples: np.ndarray, real: np.ndarray
-) -> Measured:
+def _measure(model: Transformer, run: Path, store: TokenStore, test_store: TokenStore) -> dict[str, Any]:
+    """Return losses in nats per token on the test images, probe, attention, and the median of the log's seconds per step."""
     tokens, labels = next(token_batches(test_store, [0], 256))
     layers = range(1, model.config.n_layers + 1)
     maps = attention_maps(model, tokens[:, :-1], labels, layers=layers)
-    return Measured(
-        validation_loss=validation_loss(model, test_store),
-        validation_loss_ema=validation_loss(load_model(run, ema=True), test_store),
-        probe=probe(model, store, test_store, train_crops=[CENTRE], config=PROBE),
-        frechet=_frechet(samples, real),
-        attention={layer: attention_statistics(maps[layer], model.config.grid) for layer in layers},
-        seconds_per_step=seconds_per_step(run),
-    )
-
-
-def _summary(results: Results, seed: int, seconds: float) -> dict[str, Any]:
-    measured, config = results.measured, results.configs["AR"]
-    base = measured["AR"].seconds_per_step
     return {
-        "images": results.images,
-        "steps": config.steps,
-        "tokens_per_method": token_budget(config),
-        "seed": seed,
-        "samples": SAMPLES,
-        "frechet_distance": FD_DESCRIPTION,
-        "frechet_of_decoded_training_images": results.decoded_frechet,
-        **{name: asdict(result) for name, result in measured.items()},
-        "step_time_ratio": measured["ST-AR"].seconds_per_step / base,
-        "step_time_ratio_contrast": measured["Contrast alone"].seconds_per_step / base,
-        "seconds_of_this_call": seconds,
-        "environment": describe(),
+        "validation_loss": validation_loss(model, test_store),
+        "validation_loss_ema": validation_loss(load_model(run, ema=True), test_store),
+        "probe": asdict(probe(model, store, test_store, train_crops=[CENTRE], config=PROBE)),
+        "attention": {layer: asdict(attention_statistics(maps[layer], model.config.grid)) for layer in layers},
+        "seconds_per_step": seconds_per_step(run),
     }
 
 
 # The report
 
 
-def write_page(path: Path, results: Results, summary: Mapping[str, Any]) -> None:
-    """Write the report."""
-    config = results.configs["AR"]
+def _write_report(results: Results, images: int) -> None:
+    summary = results.summary
     parameters = sum(parameter.numel() for parameter in results.models["AR"].parameters())
     lead = (
         f"Three transformers of {parameters / 1e6:.2f} million parameters with the same data, order, initialisation and "
-        f"{token_budget(config) / 1e6:.1f} million training tokens: one without guidance (AR), one with the paper's "
+        f"{summary['tokens_per_method'] / 1e6:.1f} million training tokens: one without guidance (AR), one with the paper's "
         "self-guidance (ST-AR), and one with only its inter-view contrast and no masks."
     )
     sections = [
-        _results_section(results, summary),
+        _results_section(results),
         _probe_section(results),
-        _training_section(path.parent),
+        _training_section(results.out),
         _attention_section(results),
         _samples_section(results),
-        _method_section(path.parent, results, summary),
+        _method_section(results),
     ]
-    title = f"AR and ST-AR on {len(results.store):,} images of {results.images}"
-    write_report(path, title=title, lead=lead, sections=sections)
+    title = f"AR and ST-AR on {images:,} images of {summary['images']}"
+    write_report(results.out / "report.html", title=title, lead=lead, sections=sections)
 
 
 def _percent(share: float) -> str:
     return f"{100 * share:.1f} %"
 
 
-def _results_section(results: Results, summary: Mapping[str, Any]) -> Section:
-    columns = [
-        Column(key="last", label="Probe accuracy, last step, % (higher is better)", digits=1, factor=100),
-        Column(key="best", label="Probe accuracy, best step, %", digits=1, factor=100),
-        Column(key="loss", label="Validation loss, nats per token (lower is better)", digits=3),
-        Column(key="ema", label="Validation loss, EMA weights", digits=3),
-        Column(key="frechet", label=f"{FD} of samples (lower is better)", digits=4),
-        Column(key="seconds", label="Seconds per training step", digits=3),
+def _results_section(results: Results) -> Section:
+    summary = results.summary
+    numbers: list[tuple[str, int, Callable[[Any], float]]] = [
+        ("Probe accuracy, last step, % (higher is better)", 1, lambda m: 100 * m["probe"]["top1"][-1]),
+        ("Probe accuracy, best step, %", 1, lambda m: 100 * max(m["probe"]["top1"])),
+        ("Validation loss, nats per token (lower is better)", 3, lambda m: m["validation_loss"]),
+        ("Validation loss, EMA weights", 3, lambda m: m["validation_loss_ema"]),
+        (f"{FD} of samples (lower is better)", 4, lambda m: m["frechet"]),
+        ("Seconds per training step", 3, lambda m: m["seconds_per_step"]),
+    ]
+    rows = [
+        [label, *(f"{number(measured):.{digits}f}" for measured in results.measured.values())]
+        for label, digits, number in numbers
     ]
     caption = (
         f"One run each, seed {summary['seed']}, live weights unless stated. {FD} is the "
         f"{FD_DESCRIPTION}: {summary['samples']:,} samples without guidance against the test images. "
-        f"Decoded training images have {results.decoded_frechet:.4f}, the tokenizer's lower bound."
+        f"Decoded training images have {summary['frechet_of_decoded_training_images']:.4f}, the tokenizer's lower bound."
     )
     paragraphs = [
-        *(_finding(name, results, summary) for name in METHODS if name != "AR"),
+        _finding("ST-AR", summary, summary["step_time_ratio"]),
+        _finding("Contrast alone", summary, summary["step_time_ratio_contrast"]),
         f"{FD} measures colours and contrasts, not objects, and is not FID.",
         "These runs take minutes. The paper trains on ImageNet for 50 to 300 epochs and reports better samples as well as better "
         "understanding. At this length, expect only the gain in understanding.",
     ]
-    rows = table_columns(columns, {name: _spreads(result) for name, result in results.measured.items()})
-    table = Table(columns=["", *results.measured], rows=rows, caption=caption)
+    table = Table(columns=["", *METHODS], rows=rows, caption=caption)
     return Section(title="Results", paragraphs=paragraphs, parts=[table])
 
 
-def _finding(name: str, results: Results, summary: Mapping[str, Any]) -> str:
+def _finding(name: str, summary: Mapping[str, Any], time_ratio: float) -> str:
     """Compare a method with AR in one sentence."""
-    ar, guided = results.measured["AR"], results.measured[name]
-    share, gain = ar.probe.top1[-1], 100 * (guided.probe.top1[-1] - ar.probe.top1[-1])
-    noise = 200 * math.sqrt(2 * share * (1 - share) / ar.probe.test_images)
+    ar, guided = summary["AR"], summary[name]
+    share = ar["probe"]["top1"][-1]
+    gain = 100 * (guided["probe"]["top1"][-1] - share)
+    noise = 200 * math.sqrt(2 * share * (1 - share) / ar["probe"]["test_images"])
     within = f", within the test set's noise of {noise:.1f} points" if abs(gain) < noise else ""
-    loss = 100 * (guided.validation_loss / ar.validation_loss - 1)
-    frechet = guided.frechet / ar.frechet - 1
+    loss = 100 * (guided["validation_loss"] / ar["validation_loss"] - 1)
+    frechet = guided["frechet"] / ar["frechet"] - 1
     samples = f"{100 * abs(frechet):.0f} % {'higher' if frechet > 0 else 'lower'}"
     seeds = ", within the noise between seeds" if abs(frechet) < FD_NOISE else ""
-    time_ratio = summary["step_time_ratio" if name == "ST-AR" else "step_time_ratio_contrast"]
     return (
         f"{name} against AR: probe accuracy after the whole image {gain:+.1f} points{within}; validation loss {loss:+.1f} %; "
         f"{FD} {samples}{seeds}; a training step takes {time_ratio:.2f} times as long at equal tokens."
     )
 
 
-def _spreads(result: Measured) -> dict[str, Spread]:
-    numbers = {
-        "last": result.probe.top1[-1],
-        "best": max(result.probe.top1),
-        "loss": result.validation_loss,
-        "ema": result.validation_loss_ema,
-        "frechet": result.frechet,
-        "seconds": result.seconds_per_step,
-    }
-    return {key: Spread((value,)) for key, value in numbers.items()}
-
-
 def _probe_curves(results: Results) -> dict[str, tuple[list[float], list[float]]]:
-    return {
-        name: ([float(step) for step in result.probe.steps], [100 * share for share in result.probe.top1])
-        for name, result in results.measured.items()
-    }
+    probes = {name: measured["probe"] for name, measured in results.measured.items()}
+    return {name: (probe["steps"], [100 * share for share in probe["top1"]]) for name, probe in probes.items()}
 
 
 def _probe_section(results: Results) -> Section:
-    probe = results.measured["AR"].probe
+    images, probe = results.summary["images"], results.measured["AR"]["probe"]
     drawing = line_chart(
         _probe_curves(results),
-        name=f"probe accuracy by step on {results.images}",
+        name=f"probe accuracy by step on {images}",
         x="tokens read",
         y="probe accuracy (%)",
-        x_ticks=probe.steps,
+        x_ticks=probe["steps"],
     )
-    unseen = ", cut from regions of the photographs that no model trained on" if results.images == "photos" else ""
+    unseen = ", cut from regions of the photographs that no model trained on" if images == "photos" else ""
     caption = (
-        f"Linear probes on layer {probe.layer}, one per number of tokens read. The network does not see the label. Trained on the centre "
-        f"crops of {probe.train_images:,} images, tested on {probe.test_images:,}{unseen}."
+        f"Linear probes on layer {probe['layer']}, one per number of tokens read. The network does not see the label. Trained on "
+        f"the centre crops of {probe['train_images']:,} images, tested on {probe['test_images']:,}{unseen}."
     )
-    rows = [[name, *map(_percent, result.probe.top1)] for name, result in results.measured.items()]
-    table = Table(columns=["tokens read", *map(str, probe.steps)], rows=rows)
+    rows = [[name, *map(_percent, measured["probe"]["top1"])] for name, measured in results.measured.items()]
+    table = Table(columns=["tokens read", *map(str, probe["steps"])], rows=rows)
     return Section(
         title="What the models understand as they read", parts=[Chart(svg=drawing.svg(), caption=caption), table]
     )
 
 
 def _training_section(out: Path) -> Section:
-    logs = {name: read_log(out / method.folder / "log.jsonl") for name, method in METHODS.items()}
+    logs = {name: read_log(out / folder / "log.jsonl") for name, (folder, _) in METHODS.items()}
     curves = {name: ([e["step"] for e in log], [e["loss_ar"] for e in log]) for name, log in logs.items()}
     drawing = line_chart(
         curves, name="training loss", x="optimizer step", y="next-token loss (nats per token)", markers=False
@@ -358,9 +311,9 @@ def _training_section(out: Path) -> Section:
     return Section(title="Training", parts=[Chart(svg=drawing.svg(), caption=caption)])
 
 
-def _attention(results: Results, count: int) -> tuple[np.ndarray, dict[str, np.ndarray], int]:
-    """Return `count` test images of high contrast and different classes, each model's attention maps, and the layer."""
-    config, real, test_store = results.models["AR"].config, results.real, results.test_store
+def _attention(results: Results, count: int) -> tuple[int, dict[str, Any]]:
+    """Return the layer in the middle, and the arguments of figures of its maps over `count` test images of high contrast."""
+    config, real, test_store = results.configs["AR"].model, results.real, results.test_store
     layer = max(1, config.n_layers // 2)
     by_contrast = np.argsort(-real.std(axis=(1, 2, 3)))
     _, first = np.unique(test_store.labels[by_contrast], return_index=True)
@@ -370,51 +323,35 @@ def _attention(results: Results, count: int) -> tuple[np.ndarray, dict[str, np.n
         name: attention_maps(model, codes[:, :-1], labels, layers=[layer])[layer].mean(1).numpy()
         for name, model in results.models.items()
     }
-    return real[chosen], maps, layer
+    steps = attention_steps(config.sequence_length)
+    return layer, {"images": real[chosen], "maps": maps, "grid": config.grid, "steps": steps}
 
 
 def _attention_section(results: Results) -> Section:
-    images, maps, layer = _attention(results, 3)
-    config = results.models["AR"].config
-    steps = attention_steps(config.sequence_length)
-    drawing = attention_figure(images, maps, grid=config.grid, steps=steps, name=f"attention at layer {layer}")
+    layer, shown = _attention(results, 3)
+    drawing = attention_figure(**shown, name=f"attention at layer {layer}")
     caption = (
         f"Attention of layer {layer}, mean over heads, by number of tokens read. Framed: the newest token. Brighter: more weight. "
         "Blank: not read yet."
     )
     rows = [
-        [
-            name,
-            str(number),
-            _percent(a.class_weight),
-            _percent(a.neighbour_weight),
-            f"{a.distance:.2f}",
-            f"{a.entropy:.2f}",
-        ]
-        for name, result in results.measured.items()
-        for number, a in result.attention.items()
+        [name, str(number), _percent(on_class), _percent(near), f"{distance:.2f}", f"{entropy:.2f}"]
+        for name, measured in results.measured.items()
+        for number, statistics in measured["attention"].items()
+        for on_class, near, distance, entropy in [statistics.values()]
     ]
-    table = Table(
-        columns=["", "layer", *AXES],
-        rows=rows,
-        caption="Means over heads, steps and 256 test images.",
-    )
+    table = Table(columns=["", "layer", *AXES], rows=rows, caption="Means over heads, steps and 256 test images.")
     return Section(title="Where the models look", parts=[Chart(svg=drawing.svg(), caption=caption), table])
 
 
 def _samples_section(results: Results, per_class: int = 6) -> Section:
-    labels, test_store = np.array(results.labels), results.test_store
-
-    def first_of(images: np.ndarray, classes: np.ndarray, index: int) -> str:
-        return png_uri(strip(images[classes == index][:per_class], per_class))
-
+    test_store = results.test_store
+    columns = {"test images": (results.real, test_store.labels)}
+    columns |= {name: (pixels, results.labels) for name, pixels in results.samples.items()}
     rows = [
         (
             name,
-            [
-                first_of(results.real, test_store.labels, index),
-                *(first_of(images, labels, index) for images in results.samples.values()),
-            ],
+            [png_uri(strip(pixels[labels == index][:per_class], per_class)) for pixels, labels in columns.values()],
         )
         for index, name in enumerate(test_store.meta.class_names)
     ]
@@ -422,13 +359,12 @@ def _samples_section(results: Results, per_class: int = 6) -> Section:
         "Test images, and the first samples of each class: no guidance, temperature 1, the same seed for all models, "
         "not selected."
     )
-    gallery = Gallery(columns=["test images", *results.samples], rows=rows, caption=caption)
-    return Section(title="Samples", parts=[gallery])
+    return Section(title="Samples", parts=[Gallery(columns=list(columns), rows=rows, caption=caption)])
 
 
-def _method_section(out: Path, results: Results, summary: Mapping[str, Any]) -> Section:
-    config, guided, images = results.configs["AR"], results.configs["ST-AR"].selfguided, results.images
-    machine = summary["environment"]
+def _method_section(results: Results) -> Section:
+    config, guided, out = results.configs["AR"], results.configs["ST-AR"].selfguided, results.out
+    images, machine = results.summary["images"], results.summary["environment"]
     return Section(
         title="Settings and next steps",
         paragraphs=[
@@ -441,7 +377,7 @@ def _method_section(out: Path, results: Results, summary: Mapping[str, Any]) -> 
             "The models, stores and tokenizer are beside it, for the other commands. A longer run, its probe and samples:",
         ],
         commands=[
-            f"st-ar train st-ar-{images} --tokens {out / 'tokens-train'} --out st-ar-long --steps {10 * summary['steps']}",
+            f"st-ar train st-ar-{images} --tokens {out / 'tokens-train'} --out st-ar-long --steps {10 * results.summary['steps']}",
             f"st-ar probe --model st-ar-long --tokens {out / 'tokens-train'} --test-tokens {out / 'tokens-test'}",
             f"st-ar sample --model st-ar-long --tokenizer {out / 'tokenizer'} --out samples --num 64",
         ],
@@ -449,25 +385,19 @@ def _method_section(out: Path, results: Results, summary: Mapping[str, Any]) -> 
 
 
 def _overview(results: Results) -> Drawing:
-    """Probe curves, attention and samples in one figure."""
-    images, maps, layer = _attention(results, 1)
-    config = results.models["AR"].config
-    order = _spread_over_classes(np.array(results.labels), 16)
+    """Draw probe curves, attention and samples in one figure."""
+    layer, shown = _attention(results, 1)
+    order = _spread_over_classes(results.labels, 16)
     return overview_figure(
         _probe_curves(results),
-        attention=(images, maps),
-        grid=config.grid,
-        steps=attention_steps(config.sequence_length),
+        **shown,
         layer=layer,
         samples={name: found[order] for name, found in results.samples.items()},
-        name=f"AR, ST-AR and contrast alone on {results.images}",
+        name=f"AR, ST-AR and contrast alone on {results.summary['images']}",
     )
 
 
 def _spread_over_classes(labels: np.ndarray, count: int) -> np.ndarray:
     """Return the indices of `count` samples: the first of each class, then the second of each, and so on."""
-    number = np.empty(len(labels), np.int64)  # within its class
-    for label in np.unique(labels):
-        members = np.flatnonzero(labels == label)
-        number[members] = np.arange(len(members))
+    number = np.tril(labels[:, None] == labels).sum(1)  # within its class
     return np.lexsort((labels, number))[:count]

@@ -138,31 +138,6 @@ def is_noise(paired: Spread) -> bool | None:
     return abs(paired.mean) <= 2 * paired.deviation / math.sqrt(len(paired.values))
 
 
-@dataclass(frozen=True, kw_only=True)
-class Column:
-    """The format of a measurement."""
-
-    key: str
-    label: str
-    digits: int
-    factor: float = 1
-    """100 for shares in per cent."""
-
-    def text(self, spread: Spread | None) -> str:
-        """Format a cell; a dash for a missing measurement."""
-        return "-" if spread is None else Spread(tuple(self.factor * v for v in spread.values)).text(self.digits)
-
-
-def table_rows(columns: Sequence[Column], rows: Mapping[str, Mapping[str, Spread]]) -> list[list[str]]:
-    """Format a table with a row per method and a column per measurement."""
-    return [[label, *(column.text(spreads.get(column.key)) for column in columns)] for label, spreads in rows.items()]
-
-
-def table_columns(columns: Sequence[Column], rows: Mapping[str, Mapping[str, Spread]]) -> list[list[str]]:
-    """Format a table with a row per measurement and a column per method."""
-    return [[column.label, *(column.text(spreads.get(column.key)) for spreads in rows.values())] for column in columns]
-
-
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print aligned columns: the first to the left, the others to the right."""
     widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]

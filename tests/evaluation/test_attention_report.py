@@ -342,7 +342,9 @@ def test_a_store_of_another_tokenizer_than_the_models_is_refused(line: SmallLine
     other = random_tokenizer(seed=1)
     other.save(tmp_path / "tokenizer")
     store = tokenize(random_source(), other, Crops(kind="center", size=6, range=1.0), tmp_path / "tokens")
-    match = f"model cannot read the images: .* was made by tokenizer {other.fingerprint[:12]}, the model uses"
+    match = (
+        f"model cannot read the images: .* was made by tokenizer {other.fingerprint[:12]}, the model uses the codes of"
+    )
     with refused(tmp_path, match):
         report_attention([line.model], store.folder, tmp_path / "tokenizer", tmp_path / "maps")
 

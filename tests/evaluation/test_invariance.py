@@ -30,11 +30,11 @@ from st_ar.evaluation.invariance import (
     choose_shifts,
     compare,
     list_changes,
+    mark_differences,
     measure,
     measure_invariance,
     resized,
     summarise,
-    two_views,
     whole_tokens,
 )
 from st_ar.tokenizer.kmeans import KMeansTokenizer
@@ -294,7 +294,7 @@ SMALL = InvarianceSettings(num=12, size=16, shifts=(0, 1, 2, 3), factors=(1.1,),
 
 def test_it_writes_all_numbers_the_curve_and_the_pictures(tmp_path: Path) -> None:
     tokenizers = {"random": random_tokenizer(), "means": mean_tokenizer(4)}
-    result, found = measure_invariance(tokenizers, "photos:test", tmp_path / "out", SMALL)
+    result, found, _ = measure_invariance(tokenizers, "photos:test", tmp_path / "out", SMALL)
     out = tmp_path / "out"
     names = ["curve.json", "curve.png", "curve.svg", "invariance.csv", "invariance.json"]
     assert sorted(contents(out)) == [*names, "views.json", "views.png", "views.svg"]
@@ -347,16 +347,17 @@ def test_the_pictures_say_which_tokens_differ_and_which_have_no_counterpart() ->
     change = Change(kind="shift", direction="diagonal", amount=5)
     geometry = Geometry.around(16, [5], [])
     pictures = noise(3, geometry.side)
-    views = two_views(mean_tokenizer(4), pictures, change, geometry)
-    np.testing.assert_array_equal(views.first, pictures[:, :16, :16])
-    np.testing.assert_array_equal(views.second, pictures[:, 5:, 5:])
-    assert np.isnan(views.differ[0, :, 0]).all()
-    assert np.isnan(views.differ[0, :, :, 0]).all()
-    assert np.isnan(views.differ[1, :, 3]).all()
+    differ = mark_differences(mean_tokenizer(4), pictures, change, geometry)
+    views = [each.view(pictures, geometry.origin, 16) for each in (IDENTITY, change)]
+    np.testing.assert_array_equal(views[0], pictures[:, :16, :16])
+    np.testing.assert_array_equal(views[1], pictures[:, 5:, 5:])
+    assert np.isnan(differ[0, :, 0]).all()
+    assert np.isnan(differ[0, :, :, 0]).all()
+    assert np.isnan(differ[1, :, 3]).all()
     for image in range(3):
-        a, b = (np.array(mean_codes(view[image], 4)) for view in (views.first, views.second))
-        np.testing.assert_array_equal(views.differ[0, image, 1:, 1:], a[1:, 1:] != b[:-1, :-1])
-        np.testing.assert_array_equal(views.differ[1, image, :-1, :-1], a[1:, 1:] != b[:-1, :-1])
+        a, b = (np.array(mean_codes(view[image], 4)) for view in views)
+        np.testing.assert_array_equal(differ[0, image, 1:, 1:], a[1:, 1:] != b[:-1, :-1])
+        np.testing.assert_array_equal(differ[1, image, :-1, :-1], a[1:, 1:] != b[:-1, :-1])
     codes = torch.arange(16).view(1, 4, 4)
     assert compare(codes, codes, change.pairs(4, 4)).sum() == 0
 

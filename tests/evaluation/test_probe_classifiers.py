@@ -18,10 +18,10 @@ from st_ar.evaluation import probe_classifiers as probe_classifiers
 from st_ar.evaluation.probe import ProbeMethod
 from st_ar.evaluation.probe_classifiers import (
     Classifiers,
-    Lars,
     ProbeConfig,
     ShallowClassifiers,
     fit_classifiers,
+    lars_step,
     probe_rate,
     read_rows,
 )
@@ -61,11 +61,11 @@ def test_lars_treats_each_classifier_as_maes_treats_a_network_of_its_own() -> No
     weights[2] *= 100  # a ratio of one would show in all of them
     own = [[weights[i].clone(), biases[i].clone()] for i in range(4)]
     velocities = [[torch.zeros(3, 5), torch.zeros(3)] for _ in range(4)]
-    optimizer = Lars(weights, biases, momentum=0.9, trust=0.01)
+    together = torch.zeros_like(weights), torch.zeros_like(biases)
     for lr in (0.5, 0.5, 0.2, 0.1, 0.0):
         gradients = [torch.randn(*shape, generator=generator) for shape in ((4, 3, 5), (4, 3))]
         gradients[0][3] = 0  # no gradient: no trust ratio either
-        optimizer.step(gradients, lr)
+        lars_step((weights, biases), together, gradients, lr=lr, momentum=0.9, trust=0.01)
         for i in range(4):
             maes_lars(own[i], [g[i] for g in gradients], velocities[i], lr=lr, momentum=0.9, trust=0.01)
             torch.testing.assert_close(weights[i], own[i][0])
@@ -74,7 +74,9 @@ def test_lars_treats_each_classifier_as_maes_treats_a_network_of_its_own() -> No
 
 def test_biases_are_exempt_from_the_trust_ratio() -> None:
     weights, biases = torch.full((1, 1, 1), 2.0), torch.full((1, 1), 2.0)
-    Lars(weights, biases, momentum=0.9, trust=1e-3).step([torch.full((1, 1, 1), 4.0), torch.full((1, 1), 4.0)], 1.0)
+    gradients = torch.full((1, 1, 1), 4.0), torch.full((1, 1), 4.0)
+    velocities = torch.zeros(1, 1, 1), torch.zeros(1, 1)
+    lars_step((weights, biases), velocities, gradients, lr=1.0, momentum=0.9, trust=1e-3)
     assert weights.item() == pytest.approx(2 - 1e-3 * 2)  # trust * norm / grad_norm * gradient = trust * norm
     assert biases.item() == -2
 

@@ -301,7 +301,7 @@ def test_partial_files_of_a_running_call_are_kept(tmp_path: Path, model: Transfo
     with cache.writing([first]) as (file,):
         FeatureCache(tmp_path / "cache", 1e6).reserve([second])
         file.write(np.ones((18, 2, 16), np.float32))
-    assert np.all(cache.open(first) == 1)
+    assert np.all(cache.find(first) == 1)
 
 
 @pytest.mark.parametrize("damage", ["cut", "gone", "other shape", "other type", "no array"])

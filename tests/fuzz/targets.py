@@ -375,10 +375,8 @@ def _make_results(folder: Path) -> None:
 
 
 def _read_results(folder: Path) -> Any:
-    measured: dict[str, Any] = {
-        name: {"live": [folder / f"{one}.json"]} for name, one in (("evaluations", "evaluation"), ("probes", "probe"))
-    }
-    files = Files(runs=[folder / "run"], **measured)
+    results = {("evaluate", "live"): [folder / "evaluation.json"], ("probe", "live"): [folder / "probe.json"]}
+    files = Files(runs=[folder / "run"], results=results)
     found = measurements(files, ["fid", "is", "recall"])
     steps, top1 = probe_curve(folder / "probe.json")
     assert len(steps) == len(top1)

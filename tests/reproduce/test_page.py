@@ -8,6 +8,8 @@ import pytest
 
 from st_ar.evaluation.attention import STATISTICS
 from st_ar.files import write_json
+from st_ar.report import Spread
+from st_ar.reproduce.page import make_table
 from st_ar.reproduce.plan import Files, measurements, probe_curve
 from st_ar.settings import to_dict
 from st_ar.training.run import seconds_per_step
@@ -51,7 +53,7 @@ def test_a_log_without_speeds_is_refused(tmp_path: Path, speed: object) -> None:
 def test_an_evaluation_without_numbers_is_refused(tmp_path: Path, metrics: object) -> None:
     (tmp_path / "x.json").write_text(json.dumps({"metrics": metrics}))
     with refused(tmp_path, r"x\.json is damaged \(it has no metrics\): remove it"):
-        measurements(Files(evaluations={"live": [tmp_path / "x.json"]}), ["fid"])
+        measurements(Files(results={("evaluate", "live"): [tmp_path / "x.json"]}), ["fid"])
 
 
 def test_a_probes_curve_is_its_first_results(tmp_path: Path) -> None:
@@ -93,4 +95,16 @@ def test_a_probe_without_a_curve_is_refused(tmp_path: Path, results: object) -> 
 def test_statistics_of_attention_without_numbers_are_refused(tmp_path: Path, models: object) -> None:
     write_json(tmp_path / "statistics.json", {"models": models})
     with refused(tmp_path, r"statistics\.json is damaged \(it has no statistics of a layer\): remove"):
-        measurements(Files(attentions={"live": [tmp_path]}), ["attention"])
+        measurements(Files(results={("attention", "live"): [tmp_path]}), ["attention"])
+
+
+def test_rows_have_a_dash_for_what_was_not_measured() -> None:
+    rows = {"AR": {"FID": Spread((31.351,)), "probe, %": Spread((18.0, 20.0))}, "ST-AR": {"probe, %": Spread((45.27,))}}
+    table = make_table(["FID", "probe, %"], rows)
+    assert table.columns == ["", "FID", "probe, %"]
+    assert table.rows == [["AR", "31.35", "19.0 ± 1.4"], ["ST-AR", "-", "45.3"]]
+
+
+def test_the_papers_numbers_stand_beside_ours() -> None:
+    measured, paper = {"precision": Spread((0.5,))}, {"paper: precision": Spread((0.57,))}
+    assert make_table(["paper: precision", "precision"], {"AR": paper | measured}).rows == [["AR", "0.57", "0.500"]]

@@ -150,7 +150,7 @@ def test_each_seed_has_a_run() -> None:
     plan = Plan(EXPERIMENTS["table3"], SCALES["tiny"], PHOTOS, WORK, seeds=(0, 4))
     files = plan.files["AR"]
     assert [run.name for run in files.runs] == ["ar-b-50-epochs-1-views-seed0", "ar-b-50-epochs-1-views-seed4"]
-    assert len(files.evaluations["live"]) == len(files.probes["live"]) == 2
+    assert len(files.results["evaluate", "live"]) == len(files.results["probe", "live"]) == 2
     train = next(stage for stage in plan.stages if stage.makes == files.runs[1])
     assert train.command[train.command.index("--seed") + 1] == "4"
 
@@ -161,16 +161,17 @@ def test_ema_weights_are_measured_too() -> None:
     files, commands = plan.files[CONTROL.label], {stage.makes: stage.command for stage in plan.stages}
     assert {stage.makes: stage.command for stage in live.stages}.items() <= commands.items()
     run = files.runs[0].name
-    for kind, option in (
-        (files.evaluations, ()),
-        (files.probes, ("--weights", "ema")),
-        (files.likelihoods, ("--weights", "ema")),
-        (files.attentions, ("--ema",)),
+    for command, option in (
+        ("evaluate", ()),
+        ("probe", ("--weights", "ema")),
+        ("likelihood", ("--weights", "ema")),
+        ("attention", ("--ema",)),
     ):
-        assert kind["live"][0].name.startswith(f"{run}-")
-        assert kind["ema"][0].name.startswith(f"{run}-ema-")
-        assert set(option) <= set(commands[kind["ema"][0]])
-        assert not {"ema", "--ema"} & set(commands[kind["live"][0]])
+        live_result, ema_result = (files.results[command, weights][0] for weights in ("live", "ema"))
+        assert live_result.name.startswith(f"{run}-")
+        assert ema_result.name.startswith(f"{run}-ema-")
+        assert set(option) <= set(commands[ema_result])
+        assert not {"ema", "--ema"} & set(commands[live_result])
     sampled = [
         stage.command for stage in plan.stages if stage.command[0] == "sample" and str(files.runs[0]) in stage.command
     ]
@@ -216,7 +217,8 @@ def test_the_quarters_of_a_long_run_are_measured_one_by_one() -> None:
         files = plan.files[f"control, after {quarter}/4"]
         assert files.runs == [run]
         assert files.share == quarter / 4
-        assert files.probes == {"ema": [run.with_name(f"{run.name}-step{step}-ema-probe.json")]}
+        assert {weights for _, weights in files.results} == {"ema"}
+        assert files.results["probe", "ema"] == [run.with_name(f"{run.name}-step{step}-ema-probe.json")]
         model = str(run / "kept" / f"step_{step:08d}")
         read = {stage.command[0] for stage in plan.stages if model in stage.command}
         assert read == {"sample", "probe", "likelihood"}
@@ -289,21 +291,21 @@ def test_equal_time_is_as_many_steps_as_self_guided_training_takes(tmp_path: Pat
 def test_a_rows_numbers_are_read_from_the_results_of_its_commands(tmp_path: Path) -> None:
     files = Files()
     for seed, (loss, top1) in enumerate([(2.5, 0.7), (2.25, 0.8)]):
-        for name, content, kept in (
-            ("likelihood", {"results": [{"loss": loss}]}, files.likelihoods),
-            ("probe", {"results": [{"steps": [8, 16], "top1": [0.1, top1]}]}, files.probes),
-            ("evaluation", {"metrics": {"FD-toy": 2 + seed, "precision": 0.5, "recall": 0.1}}, files.evaluations),
+        for name, content in (
+            ("likelihood", {"results": [{"loss": loss}]}),
+            ("probe", {"results": [{"steps": [8, 16], "top1": [0.1, top1]}]}),
+            ("evaluate", {"metrics": {"FD-toy": 2 + seed, "precision": 0.5, "recall": 0.1}}),
         ):
             path = tmp_path / f"{name}{seed}.json"
             write_json(path, content)
-            kept.setdefault("live", []).append(path)
+            files.results[name, "live"].append(path)
         folder = tmp_path / f"attention{seed}"
         layers = {
             str(layer): {"over_heads": {"mean": dict.fromkeys(STATISTICS, float(layer + seed))}}
             for layer in range(1, 6)
         }
         write_json(folder / "statistics.json", {"models": {"run": {"layers": layers}}})
-        files.attentions.setdefault("ema", []).append(folder)
+        files.results["attention", "ema"].append(folder)
     found = {name: spread.values for name, spread in measurements(files, ("fid", "precision")).items()}
     assert found == {
         "FD-toy": (2, 3),

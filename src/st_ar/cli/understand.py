@@ -71,8 +71,8 @@ class Probe:
     def run(self) -> None:
         from st_ar.data.store import TokenStore
         from st_ar.evaluation.probe import (
-            Probed,
             ProbeMethod,
+            ProbeResult,
             accuracy_figure,
             accuracy_table,
             choose_eval_features,
@@ -85,7 +85,7 @@ class Probe:
         from st_ar.evaluation.probe_features import GB, FeatureCache
         from st_ar.files import cache_folder, write_json
         from st_ar.hardware import choose_device, choose_dtype
-        from st_ar.model.weights import open_eval_models
+        from st_ar.model.weights import EvalModel, open_eval_models
 
         self._check_options()
         config = ProbeConfig(epochs=self.epochs, base_lr=self.base_lr, min_lr=self.min_lr, seed=self.seed)
@@ -102,7 +102,7 @@ class Probe:
         ]
         for store in stores:
             store.verify()
-        probed: list[Probed] = []
+        probed: list[tuple[EvalModel, ProbeResult]] = []
         notes: list[str] = []
         cached: list[str] = []
         for subject, reading in zip(subjects, readings, strict=True):
@@ -118,11 +118,11 @@ class Probe:
                 cache=cache,
                 weights=subject.sha256,
             )
-            probed += [Probed(subject=subject, result=result) for result in results]
+            probed += [(subject, result) for result in results]
             found = dict.fromkeys(note for result in results for note in result.notes)
             notes += [f"{subject.name}: {note}" for note in found]
             cached.append(f"{subject.name}: {describe_cache(cache)}")
-        first = probed[0].result
+        _, first = probed[0]
         title = f"{NAMES[self.method]}, {first.train_images:,} training and {first.test_images:,} test images"
         record = describe_probes(probed, *stores, self.train_crops, method, dtype, self.cache_dtype)
         if self.out:
@@ -301,7 +301,7 @@ class Invariance:
             name: open_tokenizer(path, self.device, self.dtype)
             for name, path in zip(names, self.tokenizer, strict=True)
         }
-        result, found = measure_invariance(tokenizers, self.images, self.out, self.settings)
+        result, found, drawings = measure_invariance(tokenizers, self.images, self.out, self.settings)
         summaries = [summarise(agreement) for agreement in found.values()]
         rows = [
             (label, *(f"{100 * v[0]:.1f} ± {100 * v[1]:.1f}" if (v := each[label]) else "-" for each in summaries))
@@ -310,7 +310,7 @@ class Invariance:
         chance = ("different images", *(f"{100 * agreement.chance:.2f}" for agreement in found.values()))
         header, rows = ("equal tokens (%)", *names), [*rows, chance]
         if self.page:
-            invariance_page(self.page, header, rows, result, self.out)
+            invariance_page(self.page, header, rows, result, drawings)
         images = result["images"]
         if images["skipped"]:
             print(f"st-ar: {images['skipped']} images cannot be decoded and are left out", file=sys.stderr)

@@ -119,7 +119,7 @@ def quickstart_setup(folder: Path, *, device: str, dtype: str, probe_images: int
 
         print(f"{folder} has no finished quickstart: running it, which takes some minutes once", file=sys.stderr)
         quickstart(folder)
-    runs = {name: folder / METHODS[name].folder for name in ("AR", "ST-AR")}
+    runs = {name: folder / METHODS[name][0] for name in ("AR", "ST-AR")}
     return Setup(
         pool=ModelPool(list(runs.values()), folder / "tokenizer", names=list(runs), device=device, dtype=dtype),
         store=open_store(folder / "tokens-test"),

@@ -147,12 +147,12 @@ class ImageMasks:
                 "--seed and --no-mask-own-position need masked keys: give --mask-ratio too, or leave them out"
             )
 
-    def draw(self, images: Sequence[int], length: int) -> Tensor | None:
+    def draw(self, images: Sequence[int], length: int, device: torch.device | str = "cpu") -> Tensor | None:
         """Return a mask that is True at masked keys: bool [n, T], or [n, T, T] if queries see their own token; None for no mask."""
         if self.ratio == 0:
             return None
         generators = [torch_generator(self.seed, RandomStream.KEY_MASK, image) for image in images]
-        mask = torch.cat([random_key_mask(1, length, self.ratio, generator) for generator in generators])
+        mask = torch.cat([random_key_mask(1, length, self.ratio, generator) for generator in generators]).to(device)
         return mask if self.own_position else show_own_position(mask)
 
 
@@ -176,19 +176,14 @@ def store_maps(
     """Yield the maps of `weights_by_layer` over a store's images, on the model's device."""
     tokens, labels = center_crops(store, images)
     device = model.output.weight.device
-    mask = masks.draw(images, tokens.shape[1])
-    key_mask = None if mask is None else mask.to(device)
+    key_mask = masks.draw(images, tokens.shape[1], device)
     yield from weights_by_layer(model, tokens[:, :-1].to(device), labels.to(device), layers=layers, key_mask=key_mask)
 
 
 def average_statistics(
     model: Transformer, store: TokenStore, images: Sequence[int], *, masks: ImageMasks = NO_MASKS, name: str = "model"
 ) -> dict[int, LayerStatistics]:
-    """Return the statistics of every layer over a store's images. Memory does not grow with their number.
-
-    Args:
-        name: the model's name in the progress bar.
-    """
+    """Return the statistics of every layer over a store's images. Memory does not grow with their number."""
     config = model.config
     size = max(1, WEIGHTS_AT_ONCE // (config.n_heads * (config.sequence_length + config.condition_length - 1) ** 2))
     layers = range(1, config.n_layers + 1)

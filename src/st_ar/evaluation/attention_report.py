@@ -1,11 +1,10 @@
 """`st-ar attention`: maps, statistics and their HTML report."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from torch import Tensor
 
 from st_ar.config import ModelConfig
 from st_ar.data.store import TokenStore
@@ -29,7 +28,7 @@ from st_ar.model.transformer import Transformer
 from st_ar.model.weights import EvalModel, check_store, open_eval_models
 from st_ar.progress import progress
 from st_ar.report import Chart, Section, Table, write_report
-from st_ar.tokenizer import Tokenizer, decode_to_images, open_tokenizer
+from st_ar.tokenizer import decode_to_images, open_tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +51,8 @@ class AttentionOptions:
         """Fill in the defaults and remove repeated values. Layers and steps ascend."""
         length = store.meta.grid**2
         layers = self.layers or (max(1, min(config.n_layers for config in configs.values()) // 2),)
-        heads = _heads(self.heads, max(config.n_heads for config in configs.values()))
+        every = [str(number) for number in range(1, max(config.n_heads for config in configs.values()) + 1)]
+        heads = tuple(dict.fromkeys(h for word in self.heads for h in (every if word == "all" else [_head(word)])))
         steps = self.steps or tuple(attention_steps(length))
         for name, config in configs.items():
             require_between("layer", layers, 1, config.n_layers, f"{name} has layers")
@@ -72,18 +72,10 @@ class AttentionOptions:
         )
 
 
-def _heads(words: Sequence[str], most: int) -> tuple[str, ...]:
-    heads: list[str] = []
-    for word in words:
-        if word == "all":
-            heads += map(str, range(1, most + 1))
-        elif word == "mean":
-            heads.append(word)
-        elif word.removeprefix("-").isdecimal():
-            heads.append(str(int(word)))
-        else:
-            raise UserError(f"--heads {word!r} is not a head: give mean, numbers counted from 1, or all")
-    return tuple(dict.fromkeys(heads))
+def _head(word: str) -> str:
+    if word != "mean" and not word.removeprefix("-").isdecimal():
+        raise UserError(f"--heads {word!r} is not a head: give mean, numbers counted from 1, or all")
+    return word if word == "mean" else str(int(word))
 
 
 def report_attention(
@@ -100,10 +92,8 @@ def report_attention(
     """Write the attention maps and statistics of models, and attention.html, to the folder `out`.
 
     Args:
-        paths: models, as for `open_model`.
         tokens: the store whose centre crops are read.
         names: names of the models; by default from their paths, with "(EMA)" for EMA weights.
-        ema: use EMA weights.
 
     Returns:
         The statistics by model and layer.
@@ -119,7 +109,19 @@ def report_attention(
     subjects = open_eval_models(paths, names, "ema" if ema else "live")
     for subject in subjects:
         subject.info.config.require_classes("st-ar attention")
-    store, decoder = _open_images(tokens, tokenizer, subjects, device)
+    store = TokenStore(tokens)
+    for subject in subjects:
+        try:
+            check_store(subject.info, store)
+        except UserError as error:
+            raise UserError(f"{subject.name} cannot read the images: {error}") from error
+    decoder = open_tokenizer(tokenizer, device, "float32")
+    if decoder.fingerprint != store.meta.tokenizer:
+        raise UserError(
+            f"{tokens} was made by tokenizer {store.meta.tokenizer[:12]}, {tokenizer} is {decoder.fingerprint[:12]}: "
+            "give the tokenizer that made the store"
+        )
+    store.verify()
     configs = {subject.name: subject.info.config for subject in subjects}
     options = (options or AttentionOptions()).resolved(configs, store)
     models = {subject.name: subject.open().to(choose_device(device)) for subject in subjects}
@@ -140,26 +142,6 @@ def report_attention(
         maps = write_maps(folder, results, pictures)
         write_page(folder, results, maps, write_curves(folder, results))
     return results.statistics
-
-
-def _open_images(
-    tokens: Path, tokenizer: Path, subjects: Sequence[EvalModel], device: str
-) -> tuple[TokenStore, Tokenizer]:
-    """Open a store that every model can read, and its tokenizer."""
-    store = TokenStore(tokens)
-    for subject in subjects:
-        try:
-            check_store(subject.info, store)
-        except UserError as error:
-            raise UserError(f"{subject.name} cannot read the images: {error}") from error
-    decoder = open_tokenizer(tokenizer, device, "float32")
-    if decoder.fingerprint != store.meta.tokenizer:
-        raise UserError(
-            f"{tokens} was made by tokenizer {store.meta.tokenizer[:12]}, {tokenizer} is {decoder.fingerprint[:12]}: "
-            "give the tokenizer that made the store"
-        )
-    store.verify()
-    return store, decoder
 
 
 AXES = (
@@ -187,37 +169,29 @@ class AttentionResults:
     statistics: dict[str, dict[int, LayerStatistics]]
     options: AttentionOptions
 
-    @property
-    def masking(self) -> str:
-        """A sentence on the key mask, if there is one."""
-        masks = self.options.masks
-        if masks.ratio == 0:
-            return ""
-        own = "" if masks.own_position else ", but not from its own query"
-        return f" {100 * masks.ratio:g} % of each image's token keys are masked at random{own} (seed {masks.seed})."
-
 
 def statistics_table(
     statistics: Mapping[str, Mapping[int, LayerStatistics]],
 ) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """Return header and rows: mean ± standard deviation over images, by layer and model."""
     several = len(statistics) > 1
-    depth = max(max(layers) for layers in statistics.values())
+
+    def cells(averaged: Averaged) -> Iterator[str]:
+        for name, digits in zip(STATISTICS, DIGITS, strict=True):
+            spread = f" ± {getattr(averaged.std, name):.{digits}f}" if averaged.std else ""
+            yield f"{getattr(averaged.mean, name):.{digits}f}{spread}"
+
     rows = [
-        (f"{layer}, {name}" if several else str(layer), *_cells(layers[layer].over_heads))
-        for layer in range(1, depth + 1)
+        (f"{layer}, {name}" if several else str(layer), *cells(layers[layer].over_heads))
+        for layer in range(1, _depth(statistics) + 1)
         for name, layers in statistics.items()
         if layer in layers
     ]
     return ("layer, model" if several else "layer", *COLUMNS), rows
 
 
-def _cells(averaged: Averaged) -> list[str]:
-    cells: list[str] = []
-    for name, digits in zip(STATISTICS, DIGITS, strict=True):
-        spread = f" ± {getattr(averaged.std, name):.{digits}f}" if averaged.std else ""
-        cells.append(f"{getattr(averaged.mean, name):.{digits}f}{spread}")
-    return cells
+def _depth(statistics: Mapping[str, Mapping[int, LayerStatistics]]) -> int:
+    return max(map(len, statistics.values()))
 
 
 def write_statistics(out: Path, results: AttentionResults) -> None:
@@ -250,7 +224,9 @@ def write_statistics(out: Path, results: AttentionResults) -> None:
 def write_maps(out: Path, results: AttentionResults, pictures: np.ndarray) -> list[Section]:
     """Draw the maps of every layer and head over the pictures; returns a section of the report for each layer."""
     store, grid, options = results.store, results.store.meta.grid, results.options
-    masked = _query_masks(options.masks.draw(options.images, grid**2))
+    masked, mask = None, options.masks.draw(options.images, grid**2)
+    if mask is not None:  # the same for every query if it is [N, T]
+        masked = (mask if mask.dim() == 3 else mask[:, None].expand(-1, grid**2, -1)).numpy()
     names = ", ".join(f"{image} ({store.meta.class_names[store.labels[image]]})" for image in options.images)
     caption = (
         f"Images {names} of the store, by number of tokens read. Framed: the newest token. Brighter: more weight, scaled to each "
@@ -266,30 +242,24 @@ def write_maps(out: Path, results: AttentionResults, pictures: np.ndarray) -> li
             layer = by_model[0][0]
             charts: list[Chart] = []
             for head in options.heads:
+                mean = head == "mean"
                 weights = {
-                    name: (weights.mean(1) if head == "mean" else weights[:, int(head) - 1]).cpu().numpy()
+                    name: (weights.mean(1) if mean else weights[:, int(head) - 1]).cpu().numpy()
                     for name, (_, weights) in zip(results.models, by_model, strict=True)
                 }
-                label = "all heads averaged" if head == "mean" else f"head {head}"
+                label = "all heads averaged" if mean else f"head {head}"
                 name = f"attention at layer {layer}, {label}"
                 drawing = attention_figure(pictures, weights, grid=grid, steps=options.steps, name=name, masked=masked)
-                file = f"layer-{layer}-{'mean' if head == 'mean' else f'head-{head}'}"
+                file = f"layer-{layer}-{head if mean else f'head-{head}'}"
                 charts.append(Chart(svg=_save(out, file, drawing), caption=f"{label.capitalize()}. {caption}"))
                 bar.advance(1)
             sections.append(Section(title=f"Layer {layer}", parts=charts))
     return sections
 
 
-def _query_masks(mask: Tensor | None) -> np.ndarray | None:
-    """Expand a key mask [N, T] to bool [N, T, T]."""
-    if mask is None:
-        return None
-    return (mask if mask.dim() == 3 else mask[:, None].expand(-1, mask.shape[1], -1)).numpy()
-
-
 def write_curves(out: Path, results: AttentionResults) -> list[Chart]:
     """Draw each statistic over the layers, a line per model with a band of one standard deviation."""
-    depth = max(max(layers) for layers in results.statistics.values())
+    depth = _depth(results.statistics)
     ticks = range(1, depth + 1, -(-depth // 12))
     charts: list[Chart] = []
     for statistic, axis in zip(STATISTICS, AXES, strict=True):
@@ -297,7 +267,7 @@ def write_curves(out: Path, results: AttentionResults) -> list[Chart]:
         spread: dict[str, list[float]] = {}
         for model, layers in results.statistics.items():
             averaged = [found.over_heads for found in layers.values()]
-            lines[model] = ([float(layer) for layer in layers], [getattr(each.mean, statistic) for each in averaged])
+            lines[model] = (list(layers), [getattr(each.mean, statistic) for each in averaged])
             if results.options.average > 1:
                 spread[model] = [getattr(each.std, statistic) for each in averaged]
         name = f"{axis.partition(' (')[0]} over layers"
@@ -315,8 +285,11 @@ def _save(out: Path, name: str, drawing: Drawing) -> str:
 
 def write_page(out: Path, results: AttentionResults, maps: Sequence[Section], curves: Sequence[Chart]) -> None:
     """Write attention.html."""
-    count, masking, store, meta = results.options.average, results.masking, results.store, results.store.meta
-    images, spread, bands = "one image", "", []
+    count, masks, store, meta = results.options.average, results.options.masks, results.store, results.store.meta
+    images, spread, bands, masking = "one image", "", [], ""
+    if masks.ratio:
+        own = "" if masks.own_position else ", but not from its own query"
+        masking = f" {100 * masks.ratio:g} % of each image's token keys are masked at random{own} (seed {masks.seed})."
     if count > 1:
         images = f"{count:,} images"
         spread = " ± is the standard deviation over images."

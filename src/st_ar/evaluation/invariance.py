@@ -21,7 +21,7 @@ from torch import Tensor
 from st_ar.config import InvarianceSettings
 from st_ar.errors import UserError, require
 from st_ar.evaluation.generation.image_sets import Pictures, open_pictures
-from st_ar.figures import Drawing, TwoViews, embedded, line_chart, views_figure
+from st_ar.figures import Drawing, line_chart, views_figure
 from st_ar.files import atomic_folder, require_absent, require_place, write_csv, write_json
 from st_ar.hardware import describe
 from st_ar.progress import progress
@@ -37,11 +37,6 @@ Pairs = tuple[Tensor, Tensor]
 def whole_tokens(shift: int, patch: int) -> int:
     """Return a shift in tokens: 0 below one token, else rounded to the nearest integer, and halves down."""
     return 0 if shift < patch else (2 * shift + patch - 1) // (2 * patch)
-
-
-def shifted(grid: int, tokens: int) -> Pairs:
-    """Pairs for a shift: token i of A is token i - tokens of B."""
-    return torch.arange(tokens, grid), torch.arange(grid - tokens)
 
 
 def resized(grid: int, factor: float) -> Pairs:
@@ -93,7 +88,8 @@ class Change:
                 f"a shift of {max(self.offset)} pixels leaves nothing to compare in views of {grid * patch} pixels with tokens "
                 f"of {patch}: shift by at most {(grid - 1) * patch}, or choose a larger --size"
             )
-        rows, columns = (shifted(grid, whole_tokens(pixels, patch)) for pixels in self.offset)
+        shifts = (whole_tokens(pixels, patch) for pixels in self.offset)
+        rows, columns = ((torch.arange(shift, grid), torch.arange(grid - shift)) for shift in shifts)
         return rows, (columns[0], columns[1].flip(0)) if self.kind == "flip" else columns
 
 
@@ -185,28 +181,26 @@ def measure(
     size, origin = geometry.size, geometry.origin
     patches = {name: _patch(tokenizer, size) for name, tokenizer in tokenizers.items()}
     pairs = {name: [change.pairs(size // patch, patch) for change in changes] for name, patch in patches.items()}
-    shares: dict[str, list[Tensor]] = {name: [] for name in tokenizers}
+    shares: dict[str, list[list[Tensor]]] = {name: [[] for _ in changes] for name in tokenizers}
     codes: dict[str, list[Tensor]] = {name: [] for name in tokenizers}
     for batch in pictures:
         view_a = to_pixels(torch.from_numpy(IDENTITY.view(batch, origin, size)))
         codes_a = {name: tokenizer.encode(view_a) for name, tokenizer in tokenizers.items()}
-        by_change: dict[str, list[Tensor]] = {name: [] for name in tokenizers}
+        for name in tokenizers:
+            codes[name].append(codes_a[name].flatten(1).int())
         for number, change in enumerate(changes):
             view_b = to_pixels(torch.from_numpy(change.view(batch, origin, size)))
             for name, tokenizer in tokenizers.items():
                 equal = compare(codes_a[name], tokenizer.encode(view_b), pairs[name][number])
-                by_change[name].append(equal.double().mean((1, 2)))
+                shares[name][number].append(equal.double().mean((1, 2)))
             advance(len(batch) * len(tokenizers))
-        for name in tokenizers:
-            shares[name].append(torch.stack(by_change[name], 1))
-            codes[name].append(codes_a[name].flatten(1).int())
-    if sum(map(len, shares[next(iter(tokenizers))])) < 2:
+    if sum(map(len, codes[next(iter(tokenizers))])) < 2:
         raise UserError("fewer than 2 images are usable: give more images")
     return {
         name: Agreement(
             patch=patches[name],
             changes=changes,
-            shares=torch.cat(shares[name]).numpy(),
+            shares=torch.stack([torch.cat(by_batch) for by_batch in shares[name]], 1).numpy(),
             codes=torch.cat(codes[name]).numpy(),
         )
         for name in tokenizers
@@ -214,7 +208,6 @@ def measure(
 
 
 FORMAT_VERSION = 1
-FILE, TABLE, CURVE, VIEWS = "invariance.json", "invariance.csv", "curve", "views"
 
 
 def choose_shifts(patches: Sequence[int]) -> list[int]:
@@ -226,7 +219,7 @@ def choose_shifts(patches: Sequence[int]) -> list[int]:
 
 def measure_invariance(
     tokenizers: Mapping[str, Tokenizer], images: str, out: Path, settings: InvarianceSettings
-) -> tuple[dict[str, Any], dict[str, Agreement]]:
+) -> tuple[dict[str, Any], dict[str, Agreement], dict[str, Drawing]]:
     """Measure token invariance and write invariance.csv, invariance.json and the figures curve.* and views.* to `out`.
 
     Args:
@@ -234,7 +227,7 @@ def measure_invariance(
         images: an image source, a .npz file or a folder of PNGs.
 
     Returns:
-        The content of invariance.json, and the agreements by name.
+        The content of invariance.json, the agreements by name, and the figures: curve, and views if there are any to show.
 
     Raises:
         UserError: invalid settings or images, or `out` exists.
@@ -279,34 +272,35 @@ def measure_invariance(
         "tokenizers": [_describe(name, tokenizers[name], agreement) for name, agreement in agreements.items()],
         "environment": describe(),
     }
-    drawings = {CURVE: _curve(agreements)}
+    drawings = {"curve": _curve(agreements)}
     if shown_pictures:
         stack = np.stack(shown_pictures)
-        drawings[VIEWS] = views_figure(
-            {name: two_views(tokenizer, stack, shown, geometry) for name, tokenizer in tokenizers.items()},
+        drawings["views"] = views_figure(
+            np.stack([change.view(stack, geometry.origin, size) for change in (IDENTITY, shown)]),
+            {name: mark_differences(tokenizer, stack, shown, geometry) for name, tokenizer in tokenizers.items()},
             titles=("view A", f"view B (+{shown_shift}, +{shown_shift} px)"),
             name=f"two views of an image, {shown_shift} pixels apart each way",
         )
     with atomic_folder(out) as folder:
-        _write_table(folder / TABLE, result)
-        write_json(folder / FILE, result)
+        _write_table(folder / "invariance.csv", result)
+        write_json(folder / "invariance.json", result)
         for file, drawing in drawings.items():
             for suffix in (".svg", ".png"):
                 drawing.save(folder / f"{file}{suffix}")
-    return result, agreements
+    return result, agreements, drawings
 
 
 def summarise(agreement: Agreement) -> dict[str, tuple[float, float] | None]:
     """Return the rows of the table, label -> mean and standard error, averaged over shifts and directions."""
     patch = agreement.patch
-    rows: dict[str, tuple[float, float] | None] = {
-        "shifts of whole tokens": agreement.mean(
-            lambda c: c.kind == "shift" and c.amount > 0 and c.amount % patch == 0
-        ),
-        "shifts below a token": agreement.mean(lambda c: c.kind == "shift" and 0 < c.amount < patch),
-        "shifts between tokens": agreement.mean(
-            lambda c: c.kind == "shift" and c.amount > patch and c.amount % patch > 0
-        ),
+
+    def shifts(condition: Callable[[float], bool]) -> tuple[float, float] | None:
+        return agreement.mean(lambda c: c.kind == "shift" and condition(c.amount))
+
+    rows = {
+        "shifts of whole tokens": shifts(lambda pixels: pixels > 0 and pixels % patch == 0),
+        "shifts below a token": shifts(lambda pixels: 0 < pixels < patch),
+        "shifts between tokens": shifts(lambda pixels: pixels > patch and pixels % patch > 0),
         "mirror image": agreement.mean(lambda c: c.kind == "flip"),
     }
     for factor in (change.amount for change in agreement.changes if change.kind == "resize"):
@@ -320,11 +314,7 @@ def _describe(name: str, tokenizer: Tokenizer, agreement: Agreement) -> dict[str
         mean, error = agreement.mean(lambda c, this=change: c == this) or (None, None)
         tokens = {"tokens": whole_tokens(int(change.amount), agreement.patch)} if change.kind == "shift" else {}
         rows.append(asdict(change) | tokens | {"agreement": mean, "standard_error": error})
-    summary = {
-        label: dict(zip(("agreement", "standard_error"), m, strict=True))
-        for label, m in summarise(agreement).items()
-        if m
-    }
+    summary = {label: {"agreement": m[0], "standard_error": m[1]} for label, m in summarise(agreement).items() if m}
     identity = {"kind": tokenizer.kind, "codes": tokenizer.vocab_size, "fingerprint": tokenizer.fingerprint}
     if isinstance(tokenizer, VQTokenizer):
         identity |= {"dtype": str(tokenizer.dtype), "device": str(tokenizer.device)}
@@ -371,31 +361,28 @@ def _curve(agreements: Mapping[str, Agreement]) -> Drawing:
     )
 
 
-def two_views(tokenizer: Tokenizer, pictures: np.ndarray, change: Change, geometry: Geometry) -> TwoViews:
-    """Return both views of pictures uint8 [k, side, side, 3], and which tokens differ."""
+def mark_differences(tokenizer: Tokenizer, pictures: np.ndarray, change: Change, geometry: Geometry) -> np.ndarray:
+    """Return which tokens of the views of pictures uint8 [k, side, side, 3] differ: [2, k, g, g], as for `views_figure`."""
     views = [each.view(pictures, geometry.origin, geometry.size) for each in (IDENTITY, change)]
     a, b = (tokenizer.encode(to_pixels(torch.from_numpy(view))) for view in views)
-    rows, columns = change.pairs(a.shape[1], geometry.size // a.shape[1])
-    equal = compare(a, b, (rows, columns)).numpy()
+    pairs = change.pairs(a.shape[1], geometry.size // a.shape[1])
+    equal = compare(a, b, pairs).numpy()
     states = np.full((2, *a.shape), np.nan)
-    for view in (0, 1):
-        states[view][:, rows[view].numpy()[:, None], columns[view].numpy()] = ~equal
-    return TwoViews(first=views[0], second=views[1], differ=states)
+    for state, rows, columns in zip(states, *pairs, strict=True):
+        state[:, rows.numpy()[:, None], columns.numpy()] = ~equal
+    return states
 
 
 def invariance_page(
-    path: Path, header: Sequence[str], rows: Sequence[Sequence[str]], result: dict[str, Any], out: Path
+    path: Path,
+    header: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    result: dict[str, Any],
+    drawings: Mapping[str, Drawing],
 ) -> None:
-    """Write the HTML report of `st-ar invariance`, with the figures in `out`."""
-    captions = {"curve.svg": "Equal tokens over the shift.", "views.svg": "Two views; tokens that differ are marked."}
-    try:
-        figures = [
-            Chart(svg=embedded((out / name).read_text()), caption=caption)
-            for name, caption in captions.items()
-            if (out / name).exists()
-        ]
-    except OSError as error:
-        raise UserError(f"cannot read the figures in {out} ({error}): measure again into another --out") from error
+    """Write the HTML report of `st-ar invariance`."""
+    captions = {"curve": "Equal tokens over the shift.", "views": "Two views; tokens that differ are marked."}
+    figures = [Chart(svg=drawing.svg(), caption=captions[name]) for name, drawing in drawings.items()]
     sections = [
         Section(title="Equal tokens", parts=[Table(columns=header, rows=rows), *figures]),
         provenance(result, ["images", "settings", "environment"]),

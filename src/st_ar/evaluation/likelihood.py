@@ -42,8 +42,7 @@ def validation_loss(
     for start in range(0, count, batch_size):
         batch = chosen[start : start + batch_size].tolist()
         tokens, labels = (tensor.to(device) for tensor in center_crops(store, batch))
-        mask = masks.draw(batch, tokens.shape[1])
-        key_mask = None if mask is None else mask.to(device)
+        key_mask = masks.draw(batch, tokens.shape[1], device)
         logits = model(tokens[:, :-1], labels, key_mask=key_mask).logits
         total += next_token_loss(logits, tokens).item() * len(tokens)
         if advance:

@@ -162,19 +162,11 @@ def _check_features(*sets: FeatureArray) -> list[Tensor]:
     return tensors
 
 
-class _Blocks:
-    """Features [N, D] in float64 blocks. A common offset is subtracted, so that rounding stays small beside the distances."""
-
-    def __init__(self, features: Tensor, offset: Tensor) -> None:
-        self.features, self.offset = features, offset.double()
-
-    def __iter__(self) -> Iterator[tuple[slice, Tensor]]:
-        for start in range(0, len(self.features), NEIGHBOUR_BLOCK):
-            rows = slice(start, start + NEIGHBOUR_BLOCK)
-            yield rows, self.features[rows].double() - self.offset
-
-    def largest_squared_length(self) -> float:
-        return max(block.square().sum(1).max().item() for _, block in self)
+def _blocks(features: Tensor, offset: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Yield features [N, D] in float64 blocks. A common offset is subtracted, so that rounding stays small beside the distances."""
+    for start in range(0, len(features), NEIGHBOUR_BLOCK):
+        rows = slice(start, start + NEIGHBOUR_BLOCK)
+        yield rows, features[rows].double() - offset.double()
 
 
 def _squared_distances(x: Tensor, y: Tensor) -> Tensor:
@@ -213,10 +205,10 @@ def neighbour_distances(
         raise UserError(
             f"{len(features)} images are too few for neighbours: k = {max(ks)} needs at least {max(ks) + 1}"
         )
-    blocks = _Blocks(features, features.mean(0) if offset is None else offset)
+    offset = features.mean(0) if offset is None else offset
     nearest = torch.full((len(features), max(ks)), torch.inf, dtype=torch.float64, device=features.device)
-    for rows, x in blocks:
-        for columns, y in blocks:
+    for rows, x in _blocks(features, offset):
+        for columns, y in _blocks(features, offset):
             if columns.start < rows.start:  # each pair of blocks once
                 continue
             distances = _squared_distances(x, y)
@@ -264,15 +256,15 @@ def compare(
         raise UserError("there are no samples to compare")
     offset = real.double().mean(0)
     ks = tuple({each for each in (k, density_k) if each is not None})
-    real_blocks, generated_blocks = _Blocks(real, offset), _Blocks(generated, offset)
-    tie = TIE * max(real_blocks.largest_squared_length(), generated_blocks.largest_squared_length())
+    lengths = (x.square().sum(1).max().item() for each in (real, generated) for _, x in _blocks(each, offset))
+    tie = TIE * max(lengths)
     real_radii = dict(zip(ks, neighbour_distances(real, ks, offset, advance).T + tie, strict=True))
     generated_radii = neighbour_distances(generated, (k,), offset, advance)[:, 0] + tie if k is not None else None
     balls = {each: torch.zeros(len(generated), dtype=torch.int64, device=real.device) for each in ks}  # per sample
     recalled = torch.zeros(len(real), dtype=torch.bool, device=real.device)  # inside a sample's ball
     covered = torch.zeros_like(recalled)  # its ball contains a sample
-    for rows, x in real_blocks:
-        for columns, y in generated_blocks:
+    for rows, x in _blocks(real, offset):
+        for columns, y in _blocks(generated, offset):
             distances = _squared_distances(x, y)
             for each in ks:
                 inside = distances <= real_radii[each][rows, None]
@@ -324,9 +316,6 @@ def frechet_distance(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma
 
     S1 S2 has the eigenvalues of the symmetric F^T S2 F with F F^T = S1. Their roots give the trace without complex numbers, and
     singular covariances need no offset. With Inception's pool_3 features this is FID (arXiv 1706.08500).
-
-    Args:
-        mu1, mu2: means [D]. sigma1, sigma2: covariances [D, D].
 
     Raises:
         UserError: shapes that do not match, NaN or infinity.

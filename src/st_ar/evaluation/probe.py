@@ -5,6 +5,7 @@ The network is frozen and gets the null condition, so no label leaks.
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +18,6 @@ from st_ar.data.store import TokenStore, difference, note_same_images, same_name
 from st_ar.errors import UserError, require
 from st_ar.evaluation.probe_classifiers import (
     NAMES,
-    Classifiers,
     Method,
     ProbeConfig,
     ShallowClassifiers,
@@ -157,7 +157,6 @@ def probe_layers(
         layers: counted from 1; half the depth if None.
         steps: in 1..T; 8 uniformly spaced steps if None.
         train_crops: which of the training store's crops to read; all if None.
-        method: MAE's protocol if None.
         dtype: type of the network's matrix products.
         cache: cache of features on disk; None keeps them in memory. weights: SHA-256 of the model's file, the cache's key.
 
@@ -178,17 +177,13 @@ def probe_layers(
         extract_features(model, store, spec, crops=store_crops, cache=cache, weights=weights)
         for store, store_crops in zip(stores, crops, strict=True)
     )
-    mean, arrays = method.mean_over_steps, list(train.layers.values())
+    mean, arrays, targets = method.mean_over_steps, list(train.layers.values()), (train.labels, num_classes)
     if method.name == "mae":
         device = model.output.weight.device
-        fitted: Sequence[Classifiers | ShallowClassifiers] = fit_classifiers(
-            arrays, train.labels, num_classes, method.config, mean_over_steps=mean, device=device
-        )
+        fitted = fit_classifiers(arrays, *targets, method.config, mean_over_steps=mean, device=device)
     else:
-        fitted = [
-            ShallowClassifiers(array, train.labels, num_classes, method.name, method.penalty, mean_over_steps=mean)
-            for array in arrays
-        ]
+        shallow = partial(ShallowClassifiers, method=method.name, penalty=method.penalty, mean_over_steps=mean)
+        fitted = [shallow(array, *targets) for array in arrays]
     results: list[ProbeResult] = []
     count = len(spec.steps)
     for layer, classify in zip(train.layers, fitted, strict=True):
@@ -256,28 +251,24 @@ def choose_eval_features(
     return spec
 
 
-@dataclass(frozen=True, kw_only=True)
-class Probed:
-    """The result of one layer of a model."""
-
-    subject: EvalModel
-    result: ProbeResult
+Probed = Sequence[tuple[EvalModel, ProbeResult]]
+"""A result for each model and layer."""
 
 
-def accuracy_table(probed: Sequence[Probed]) -> tuple[list[str], list[list[str]]]:
+def accuracy_table(probed: Probed) -> tuple[list[str], list[list[str]]]:
     """Return header and rows for print_table: accuracies in %, a row per model and layer, a column per step."""
-    mean = probed[0].result.mean_top1 is not None
-    header = ["accuracy (%) at step", "layer", "", *map(str, probed[0].result.steps), *(["mean"] if mean else [])]
-    rows: list[list[str]] = []
-    for each in probed:
-        result = each.result
-        for label, by_step, of_mean in (
+    first = probed[0][1]
+    header = ["accuracy (%) at step", "layer", "", *map(str, first.steps)]
+    header += [] if first.mean_top1 is None else ["mean"]
+    rows = [
+        [subject.name, str(result.layer), label, *(f"{100 * s:.1f}" for s in [*by_step, mean] if s is not None)]
+        for subject, result in probed
+        for label, by_step, mean in (
             ("top-1", result.top1, result.mean_top1),
             ("top-5", result.top5, result.mean_top5),
-        ):
-            if by_step is not None:
-                shares = [*by_step, *([] if of_mean is None else [of_mean])]
-                rows.append([each.subject.name, str(result.layer), label, *(f"{100 * s:.1f}" for s in shares)])
+        )
+        if by_step is not None
+    ]
     return header, rows
 
 
@@ -290,21 +281,20 @@ def describe_cache(cache: FeatureCache) -> str:
     return f"{reused}{cache.written} feature {'file' if cache.written == 1 else 'files'} kept in {cache.folder}"
 
 
-def accuracy_figure(probed: Sequence[Probed], method: ProbeMethod) -> Drawing:
+def accuracy_figure(probed: Probed, method: ProbeMethod) -> Drawing:
     """Top-1 accuracies in % over the tokens read, a line per model and layer.
 
     If that makes more lines than there are colours, accuracies after the last step over the layers, a line per model.
     """
-    several = len({each.result.layer for each in probed}) > 1
+    several = len({result.layer for _, result in probed}) > 1
     sweep = several and len(probed) > len(COLOURS)
     series: dict[str, tuple[list[float], list[float]]] = {}
-    for each in probed:
-        result = each.result
-        label = f"{each.subject.name}, layer {result.layer}" if several and not sweep else each.subject.name
+    for subject, result in probed:
+        label = f"{subject.name}, layer {result.layer}" if several and not sweep else subject.name
         xs, ys = series.setdefault(label, ([], []))
         xs += [result.layer] if sweep else result.steps
         ys += [100 * share for share in (result.top1[-1:] if sweep else result.top1)]
-    steps, name = probed[0].result.steps, NAMES[method.name]
+    steps, name = probed[0][1].steps, NAMES[method.name]
     return line_chart(
         series,
         name=f"accuracy of a {name}, by {'layer' if sweep else 'step'}",
@@ -315,7 +305,7 @@ def accuracy_figure(probed: Sequence[Probed], method: ProbeMethod) -> Drawing:
 
 
 def describe_probes(
-    probed: Sequence[Probed],
+    probed: Probed,
     train_store: TokenStore,
     test_store: TokenStore,
     train_crops: Sequence[int] | None,
@@ -342,34 +332,31 @@ def describe_probes(
         "test": test_store.describe(),
         "results": [
             {
-                "model": each.subject.name,
-                "weights": each.subject.describe(),
-                **{key: value for key, value in asdict(each.result).items() if key != "method"},
+                "model": subject.name,
+                "weights": subject.describe(),
+                **{key: value for key, value in asdict(result).items() if key != "method"},
             }
-            for each in probed
+            for subject, result in probed
         ],
         "environment": describe(),
     }
 
 
-def probe_page(
-    path: Path, probed: Sequence[Probed], method: ProbeMethod, record: dict[str, Any], notes: Sequence[str]
-) -> None:
+def probe_page(path: Path, probed: Probed, method: ProbeMethod, record: dict[str, Any], notes: Sequence[str]) -> None:
     """Write the HTML report of linear probes: table, curves and the record of `describe_probes`."""
     header, rows = accuracy_table(probed)
     curves = Chart(svg=accuracy_figure(probed, method).svg(), caption="Top-1 accuracy on the test images.")
     weights = [
-        [each.subject.name, str(described["file"]), str(described["sha256"])[:16], str(described["step"])]
-        for each in probed
-        if (described := each.subject.describe())
+        (subject.name, str(described["file"]), str(described["sha256"])[:16], str(described["step"]))
+        for subject, _ in probed
+        if (described := subject.describe())
     ]
-    columns = ["model", "weights", "SHA-256", "step"]
-    files = Table(columns=columns, rows=[list(row) for row in dict.fromkeys(map(tuple, weights))])
+    files = Table(columns=["model", "weights", "SHA-256", "step"], rows=list(dict.fromkeys(weights)))
     sections = [
         Section(title="Accuracy", paragraphs=notes, parts=[Table(columns=header, rows=rows), curves]),
         Section(title="Weights", parts=[files]),
         provenance(record, ["settings", "train", "test", "environment"]),
     ]
-    first = probed[0].result
+    _, first = probed[0]
     lead = f"{record['method']}; {first.train_images:,} training and {first.test_images:,} test images."
     write_report(path, title="Linear probes", lead=lead, sections=sections)

@@ -5,7 +5,7 @@ There is one classifier per step and layer. All train in one pass, and none depe
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -40,28 +40,22 @@ class ProbeConfig(Checked):
     """Seed of the initial weights and the order of the images."""
 
 
-class Lars:
-    """LARS (arXiv 1708.03888) as in MAE's probe: momentum, trust ratio, 1-d parameters exempt, no weight decay.
+Pair = tuple[Tensor, Tensor]
+"""One tensor for the weights [S, C, D] and one for the biases [S, C] of S independent classifiers."""
 
-    The first dimension of every parameter is over independent classifiers. Each has its own trust ratio.
+
+@torch.no_grad()
+def lars_step(parameters: Pair, velocities: Pair, gradients: Pair, *, lr: float, momentum: float, trust: float) -> None:
+    """Take one step of LARS (arXiv 1708.03888) as in MAE's probe: no weight decay, biases exempt from the trust ratio.
+
+    Each classifier has its own trust ratio.
     """
-
-    def __init__(self, weights: Tensor, biases: Tensor, *, momentum: float, trust: float) -> None:
-        self.weights, self.biases, self.momentum, self.trust = weights, biases, momentum, trust
-        self.velocity = [torch.zeros_like(weights), torch.zeros_like(biases)]
-
-    @torch.no_grad()
-    def step(self, gradients: Sequence[Tensor], lr: float) -> None:
-        """Take one step with the gradients of the weights [S, C, D] and biases [S, C]."""
-        grad, bias_grad = gradients
-        norm, grad_norm = (x.flatten(1).norm(dim=1)[:, None, None] for x in (self.weights, grad))
-        ratio = torch.where((norm > 0) & (grad_norm > 0), self.trust * norm / grad_norm, 1.0)
-        for parameter, velocity, update in (
-            (self.weights, self.velocity[0], grad * ratio),
-            (self.biases, self.velocity[1], bias_grad),
-        ):
-            velocity.mul_(self.momentum).add_(update)
-            parameter.sub_(velocity, alpha=lr)
+    norm, grad_norm = (x.flatten(1).norm(dim=1)[:, None, None] for x in (parameters[0], gradients[0]))
+    ratio = torch.where((norm > 0) & (grad_norm > 0), trust * norm / grad_norm, 1.0)
+    updates = gradients[0] * ratio, gradients[1]
+    for parameter, velocity, update in zip(parameters, velocities, updates, strict=True):
+        velocity.mul_(momentum).add_(update)
+        parameter.sub_(velocity, alpha=lr)
 
 
 def probe_rate(config: ProbeConfig, epoch: float, batch_size: int) -> float:
@@ -90,7 +84,7 @@ class Classifiers:
         self.config, self.weights, self.mean_over_steps = config, weights.clone(), mean_over_steps
         self.biases = weights.new_zeros(self.count, self.num_classes)
         self.norm = nn.BatchNorm1d(self.count * self.dim, affine=False, eps=1e-6).to(weights.device)
-        self.optimizer = Lars(self.weights, self.biases, momentum=config.momentum, trust=config.trust)
+        self.velocities = torch.zeros_like(self.weights), torch.zeros_like(self.biases)
 
     def _normalised(self, features: Tensor) -> Tensor:
         x = with_mean(features.to(self.weights.device), self.mean_over_steps)
@@ -103,7 +97,8 @@ class Classifiers:
         logits = torch.baddbmm(self.biases[:, None], x, self.weights.transpose(1, 2))  # (S, n, C)
         error = (logits.softmax(-1) - F.one_hot(to_device(labels, x.device), self.num_classes)) / len(labels)
         gradients = (error.transpose(1, 2) @ x, error.sum(1))  # of the mean cross-entropy
-        self.optimizer.step(gradients, lr)
+        options = {"lr": lr, "momentum": self.config.momentum, "trust": self.config.trust}
+        lars_step((self.weights, self.biases), self.velocities, gradients, **options)
 
     def notes(self) -> tuple[str, ...]:
         """Return warnings about the training."""
@@ -217,37 +212,36 @@ class ShallowClassifiers:
         *,
         mean_over_steps: bool,
     ) -> None:
-        self.num_classes, self.mean_over_steps = num_classes, mean_over_steps
-        self.unconverged = 0
-        self.models: list[Any] = []
-        steps = features.shape[1]
-        with progress(f"{method} regression", steps + mean_over_steps, unit="classifiers") as bar:
-            for step in range(steps):
-                self._fit(np.array(features[:, step], np.float32), labels, method, penalty)
-                bar.advance(1)
-            if mean_over_steps:
-                blocks = torch.arange(len(features)).split(16384)
-                parts = [with_mean(read_rows(features, rows), True)[:, -1] for rows in blocks]
-                self._fit(torch.cat(parts).numpy(), labels, method, penalty)
-                bar.advance(1)
-
-    def _fit(self, x: np.ndarray, labels: Tensor, method: Literal["ridge", "logistic"], penalty: float) -> None:
         from sklearn.exceptions import ConvergenceWarning
         from sklearn.linear_model import LogisticRegression, RidgeClassifier
         from sklearn.pipeline import make_pipeline
         from sklearn.preprocessing import StandardScaler
 
-        if method == "ridge":
-            classifier: Any = RidgeClassifier(alpha=penalty, solver="cholesky")
-        else:
-            classifier = LogisticRegression(C=1 / penalty, max_iter=MAX_ITERATIONS)
-        model = make_pipeline(StandardScaler(copy=False), classifier)
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("ignore")
-            warnings.simplefilter("always", ConvergenceWarning)
-            model.fit(x, labels.numpy())
-        self.unconverged += bool(caught)
-        self.models.append(model)
+        self.num_classes, self.mean_over_steps = num_classes, mean_over_steps
+        self.unconverged = 0
+        self.models: list[Any] = []
+        with progress(f"{method} regression", features.shape[1] + mean_over_steps, unit="classifiers") as bar:
+            for x in self._inputs(features):
+                if method == "ridge":
+                    classifier: Any = RidgeClassifier(alpha=penalty, solver="cholesky")
+                else:
+                    classifier = LogisticRegression(C=1 / penalty, max_iter=MAX_ITERATIONS)
+                model = make_pipeline(StandardScaler(copy=False), classifier)
+                with warnings.catch_warnings(record=True) as caught:
+                    warnings.simplefilter("ignore")
+                    warnings.simplefilter("always", ConvergenceWarning)
+                    model.fit(x, labels.numpy())
+                self.unconverged += bool(caught)
+                self.models.append(model)
+                bar.advance(1)
+
+    def _inputs(self, features: np.ndarray) -> Iterator[np.ndarray]:
+        """Yield the input [N, D] of each classifier."""
+        for step in range(features.shape[1]):
+            yield np.array(features[:, step], np.float32)
+        if self.mean_over_steps:
+            blocks = torch.arange(len(features)).split(16384)
+            yield torch.cat([with_mean(read_rows(features, rows), True)[:, -1] for rows in blocks]).numpy()
 
     def notes(self) -> tuple[str, ...]:
         """Return warnings about the training."""

@@ -111,22 +111,21 @@ class FeatureCache:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 shutil.rmtree(folder, ignore_errors=True)
 
-    def find(self, entry: Entry) -> np.ndarray | None:
-        """Return the features of an entry, memory-mapped; None if they are missing. Damaged entries are removed."""
-        array = self._load(entry, verify=True)
-        self.reused += array is not None
-        return array
+    def find(self, entry: Entry, *, verify: bool = True) -> np.ndarray | None:
+        """Return the features of an entry, memory-mapped; None if they are missing. Damaged entries are removed.
 
-    def _load(self, entry: Entry, *, verify: bool) -> np.ndarray | None:
+        Args:
+            verify: check the checksum too.
+        """
         folder = self.folder / self.name(entry)
         if not folder.is_dir():
             return None
         try:
             array = open_array(folder / FEATURES)
             valid = list(array.shape) == entry["shape"] and array.dtype == np.dtype(self.stored)
-            if verify:
+            if valid and verify:
                 digest = read_json(folder / ENTRY, "an entry of the cache").get("sha256")
-                valid = valid and digest == sha256(folder / FEATURES)
+                valid = digest == sha256(folder / FEATURES)
         except (OSError, ValueError):
             array, valid = None, False
         if not valid:
@@ -134,15 +133,6 @@ class FeatureCache:
             return None
         with contextlib.suppress(OSError):  # another user's cache
             os.utime(folder / ENTRY)
-        return array
-
-    def open(self, entry: Entry) -> np.ndarray:
-        """Return the features of an entry that was just written."""
-        array = self._load(entry, verify=False)
-        if array is None:
-            raise UserError(
-                f"features vanished from {self.folder} or cannot be read back: does another call share it with a lower --cache-limit?"
-            )
         return array
 
     @contextlib.contextmanager
@@ -163,7 +153,7 @@ class FeatureCache:
             yield files
             for entry, aside, file in zip(entries, asides, files, strict=True):
                 with self._writing():
-                    file.finish()
+                    os.fsync(file.file.fileno())
                     write_json(aside / ENTRY, {**self._described(entry), "sha256": file.digest.hexdigest()})
                     folder = self.folder / self.name(entry)
                     if not folder.exists():  # another process may have written it
@@ -186,7 +176,7 @@ class FeatureFile:
     """A .npy file that grows row by row. It is not memory-mapped, so that a full disk is an error and not a signal."""
 
     def __init__(self, cache: FeatureCache, file: FileIO, shape: list[int]) -> None:
-        self.cache, self.file, self.shape, self.rows = cache, file, shape, 0
+        self.cache, self.file = cache, file
         header = {"descr": np.dtype(cache.stored).str, "fortran_order": False, "shape": tuple(shape)}
         start = BytesIO()
         np.lib.format.write_array_header_1_0(start, header)
@@ -204,18 +194,12 @@ class FeatureFile:
                 )
             raise UserError("the features hold NaN or infinity: check the model, or give --dtype float32")
         self._write(stored.reshape(-1).view(np.uint8).data)
-        self.rows += len(rows)
 
     def _write(self, data: memoryview) -> None:
         self.digest.update(data)
         with self.cache._writing():
             while data:
                 data = data[self.file.write(data) :]
-
-    def finish(self) -> None:
-        """Flush the file to disk."""
-        assert self.rows == self.shape[0], f"{self.rows} of {self.shape[0]} rows were written"
-        os.fsync(self.file.fileno())
 
 
 def _gigabytes(size: float) -> str:
@@ -299,7 +283,6 @@ def hidden_states(
 ) -> Iterator[dict[int, np.ndarray]]:
     """Yield batches of hidden states, crop by crop: layer -> float32 [n, S, D]."""
     assert not model.training
-    before = [parameter.clone() for parameter in model.parameters()]
     config = model.config
     fitting = MAX_BATCH_BYTES // (4 * config.sequence_length * config.dim * len(spec.layers))
     numbers = ", ".join(map(str, spec.layers))
@@ -308,7 +291,6 @@ def hidden_states(
             states = read_features(model, tokens, spec.layers, spec.steps, spec.dtype)
             yield {layer: rows.numpy() for layer, rows in states.items()}
             bar.advance(len(tokens))
-    assert all(map(torch.equal, before, model.parameters())), "probing changed the network"
 
 
 def describe_features(
@@ -351,19 +333,24 @@ def extract_features(
         arrays = {layer: np.empty(shape, np.float32) for layer in spec.layers}
         start = 0
         for states in hidden_states(model, store, spec, crops):
-            stop = start + len(next(iter(states.values())))
             for layer, rows in states.items():
-                arrays[layer][start:stop] = rows
-            start = stop
+                arrays[layer][start : start + len(rows)] = rows
+            start += len(states[spec.layers[0]])
         return ProbeFeatures(layers=arrays, labels=labels)
     assert weights, "the cache's key needs the weights' SHA-256"
     entries = describe_features(model.config, weights, store, crops, spec)
     cache.reserve(entries.values())
     cached = {layer: array for layer, entry in entries.items() if (array := cache.find(entry)) is not None}
+    cache.reused += len(cached)
     if missing := [layer for layer in spec.layers if layer not in cached]:
         with cache.writing([entries[layer] for layer in missing]) as files:
             for states in hidden_states(model, store, replace(spec, layers=missing), crops):
                 for file, layer in zip(files, missing, strict=True):
                     file.write(states[layer])
-        cached |= {layer: cache.open(entries[layer]) for layer in missing}
+        for layer in missing:
+            if (array := cache.find(entries[layer], verify=False)) is None:
+                raise UserError(
+                    f"features vanished from {cache.folder} or cannot be read back: does another call share it with a lower --cache-limit?"
+                )
+            cached[layer] = array
     return ProbeFeatures(layers={layer: cached[layer] for layer in spec.layers}, labels=labels)

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from st_ar.data.decoding import decode
 from st_ar.data.source import ImageSource
-from st_ar.distributed import all_gather_ragged, all_reduce_sum
+from st_ar.distributed import all_reduce_sum
 from st_ar.errors import UserError
-from st_ar.evaluation.generation.features import Compute, Extractor, content_hash, image_batches
+from st_ar.evaluation.generation.features import Compute, Extractor, content_hash, gather_sorted, image_batches
 from st_ar.evaluation.generation.image_sets import ImageSet, image_digest
 from st_ar.evaluation.metrics import FeatureStatistics, frechet_distance
 from st_ar.figures import strip
@@ -123,12 +123,9 @@ def evaluation_images(source: ImageSource, size: int, count: int, chunks: int = 
     if not source.streaming and source.count and source.count > count:
         bounds = np.linspace(0, count, chunks + 1).astype(int)
         starts = bounds[:-1] + np.linspace(0, source.count - count, chunks).astype(int)
-    images = np.concatenate(
-        [
-            decode(list(islice(source.examples(int(start)), int(length))), size).pixels
-            for start, length in zip(starts, np.diff(bounds), strict=True)
-        ]
-    )
+    chosen = zip(starts.tolist(), np.diff(bounds).tolist(), strict=True)
+    examples = (list(islice(source.examples(start), length)) for start, length in chosen)
+    images = np.concatenate([decode(chunk, size).pixels for chunk in examples])
     if not len(images):
         raise UserError(f"{source.name} has no readable image")
     return images
@@ -147,30 +144,6 @@ def save_picture(path: Path, images: np.ndarray, reconstructions: np.ndarray, co
     pairs = np.concatenate([pixels[row] for row in rows for pixels in (images, reconstructions)])
     with atomic_write(path) as aside:
         Image.fromarray(strip(pairs, min(columns, shown))).save(aside, format="PNG")
-
-
-class _Picture:
-    """Evenly spaced images of a set, with their reconstructions."""
-
-    def __init__(self, images: ImageSet) -> None:
-        total = SHOWN if images.count is None else images.count
-        self.wanted = set(np.linspace(0, total - 1, min(SHOWN, total)).astype(int).tolist())
-        self.indices: list[int] = []
-        self.pairs: list[Tensor] = []
-
-    def add(self, indices: list[int], images: Tensor, reconstructions: Tensor) -> None:
-        for index, *pair in zip(indices, images, reconstructions, strict=True):
-            if index in self.wanted:
-                self.indices.append(index)
-                self.pairs.append(torch.stack(pair))
-
-    def save(self, path: Path, size: tuple[int, int], compute: Compute) -> None:
-        indices = torch.tensor(self.indices, dtype=torch.int64)
-        pairs = torch.stack(self.pairs) if self.pairs else torch.empty(0, 2, *size, 3).byte()
-        indices, pairs = (all_gather_ragged(tensor.to(compute.device)).cpu() for tensor in (indices, pairs))
-        if compute.ranks.rank == 0 and len(pairs):
-            images, reconstructions = pairs[indices.argsort()].unbind(1)
-            save_picture(path, images.numpy(), reconstructions.numpy())
 
 
 @torch.no_grad()
@@ -201,7 +174,10 @@ def measure_tokenizer(
             f"{images.name} has images of {images.size[0]} x {images.size[1]} pixels, not squares: give --size for square crops"
         )
     tokenizer.grid(images.size[0])
-    meter, digests, shown = FaithfulnessMeter(tokenizer.vocab_size), list[tuple[int, bytes]](), _Picture(images)
+    meter, digests = FaithfulnessMeter(tokenizer.vocab_size), list[tuple[int, bytes]]()
+    total = SHOWN if images.count is None else images.count
+    wanted = set(np.linspace(0, total - 1, min(SHOWN, total)).astype(int).tolist())
+    shown: dict[int, Tensor] = {}  # index -> image and reconstruction
     real, reconstructed = (FeatureStatistics(extractor.dim if extractor else 1, compute.device) for _ in range(2))
     share = images.count // compute.ranks.world if images.count is not None else None
     with progress("reconstruct", share, unit="images", shown=compute.ranks.rank == 0) as bar:
@@ -211,10 +187,11 @@ def measure_tokenizer(
             codes = tokenizer.encode(to_pixels(batch))
             decoded = to_uint8(tokenizer.decode(codes)).cpu()
             meter.update(codes, batch, decoded)
-            shown.add(indices, batch, decoded)
-            if folder:
-                for index, image in zip(indices, decoded.numpy(), strict=True):
-                    Image.fromarray(image).save(folder / f"{index:06d}.png")
+            for index, image, made in zip(indices, batch, decoded, strict=True):
+                if index in wanted:
+                    shown[index] = torch.stack([image, made])
+                if folder:
+                    Image.fromarray(made.numpy()).save(folder / f"{index:06d}.png")
             if extractor:
                 real.update(extractor.extract(batch.to(compute.device)).features)
                 reconstructed.update(extractor.extract(decoded.to(compute.device)).features)
@@ -223,20 +200,22 @@ def measure_tokenizer(
     if not meter.count:
         raise UserError(f"{images.name} has no usable image")
     if picture:
-        shown.save(picture, images.size, compute)
+        rows = torch.stack([*shown.values()]) if shown else torch.empty(0, 2, *images.size, 3).byte()
+        rows = gather_sorted(list(shown), rows, compute)
+        if compute.ranks.rank == 0 and len(rows):
+            save_picture(picture, rows[:, 0].numpy(), rows[:, 1].numpy())
     metrics: dict[str, float] = {}
     if extractor:
         real.reduce()
         reconstructed.reduce()
         metrics[f"r{extractor.label('fd')}"] = frechet_distance(*real.result(), *reconstructed.result())
-    faithfulness = meter.result()
-    metrics |= {"PSNR (dB)": faithfulness.psnr, "SSIM": faithfulness.ssim}
-    metrics |= {"codebook usage": faithfulness.usage, "codebook perplexity": faithfulness.perplexity}
+    labels = ("PSNR (dB)", "SSIM", "codebook usage", "codebook perplexity")
+    metrics |= dict(zip(labels, meter.result(), strict=True))
     content = content_hash(digests, compute)
     return {
         "metrics": metrics,
         "images": {"name": images.name, "count": meter.count, "size": list(images.size), "sha256": content},
         "tokenizer": {"fingerprint": tokenizer.fingerprint, "kind": tokenizer.kind, "codes": tokenizer.vocab_size},
-        "extractor": {"name": extractor.name, "sha256": extractor.weights} if extractor else None,
+        "extractor": extractor.identity if extractor else None,
         "environment": describe(),
     }

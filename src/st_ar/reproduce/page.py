@@ -20,7 +20,6 @@ from st_ar.hardware import choose_device, choose_dtype, describe, flops_per_toke
 from st_ar.model.transformer import Transformer
 from st_ar.report import (
     Chart,
-    Column,
     Gallery,
     Section,
     Spread,
@@ -29,7 +28,6 @@ from st_ar.report import (
     is_noise,
     png_uri,
     print_table,
-    table_rows,
     write_report,
 )
 from st_ar.reproduce.paper import CONTROL, Recipe
@@ -37,12 +35,12 @@ from st_ar.reproduce.plan import ATTENTION, TIME, TOKENS, Plan, is_done, measure
 from st_ar.selfguided.losses import next_token_loss
 
 PAPER = {
-    "fid": Column(key="fid", label="paper: FID", digits=2),
-    "sfid": Column(key="sfid", label="paper: sFID", digits=2),
-    "is": Column(key="is", label="paper: IS", digits=2),
-    "precision": Column(key="precision", label="paper: precision", digits=2),
-    "recall": Column(key="recall", label="paper: recall", digits=2),
-    "probe": Column(key="probe", label="paper: probe, %", digits=2),
+    "fid": "paper: FID",
+    "sfid": "paper: sFID",
+    "is": "paper: IS",
+    "precision": "paper: precision",
+    "recall": "paper: recall",
+    "probe": "paper: probe, %",
 }
 ATTENTION_TITLE = "Attention of the layer at half depth"
 SHOWN = ("layer-*-mean.png", "curve.png", "views.png")
@@ -54,16 +52,14 @@ def show(name: str, plan: Plan) -> None:
     """Print the table, and write NAME.html, NAME.json and NAME.csv to the plan's folder."""
     experiment = plan.experiment
     measured = {label: measurements(files, experiment.metrics) for label, files in plan.files.items()}
-    papers = {row.label: {key: Spread((value,)) for key, value in row.paper.items()} for row in experiment.rows}
-    keys = list(dict.fromkeys(key for spreads in measured.values() for key in spreads))
-    known = [PAPER[key] for key in PAPER if any(key in paper for paper in papers.values())]
-    columns = [*known, *(Column(key=key, label=key, digits=_digits(key)) for key in keys)]
-    cells = {label: {**papers[label], **measured[label]} for label in measured}
-    header, rows = ["", *(column.label for column in columns)], table_rows(columns, cells)
-    attention = [column for column in columns if column.key.startswith(ATTENTION)]
-    tables = [_table([column for column in columns if column not in attention], cells, caption="")]
+    papers = {row.label: {PAPER[key]: Spread((value,)) for key, value in row.paper.items()} for row in experiment.rows}
+    known = [label for label in PAPER.values() if any(label in paper for paper in papers.values())]
+    columns = [*known, *dict.fromkeys(key for spreads in measured.values() for key in spreads)]
+    cells = {label: papers[label] | spreads for label, spreads in measured.items()}
+    attention = [column for column in columns if column.startswith(ATTENTION)]
+    tables = [make_table([column for column in columns if column not in attention], cells)]
     if attention:
-        tables.append(_table(attention, cells, caption=f"{ATTENTION_TITLE}. {GLOSSARY}"))
+        tables.append(make_table(attention, cells, caption=f"{ATTENTION_TITLE}. {GLOSSARY}"))
     for title, table in zip((experiment.title, ATTENTION_TITLE), tables, strict=False):
         print(f"\n{title}\n")
         print_table(table.columns, table.rows)
@@ -73,9 +69,17 @@ def show(name: str, plan: Plan) -> None:
     out = plan.work / f"{name}.html"
     if experiment.figure == "length":
         parts += [Chart(svg=svg) for svg in _length_charts(plan, measured, out)]
-    elif any(files.probes for files in plan.files.values()):
-        svg = _probe_chart(plan, out.with_name(f"{name}-probe.svg"))
-        parts.append(Chart(svg=svg, caption="Probe accuracy by tokens read."))
+    elif curves := _probe_curves(plan):
+        drawing = line_chart(
+            curves,
+            name="probe accuracy by tokens read",
+            x="tokens read",
+            y="accuracy (%)",
+            x_ticks=next(iter(curves.values()))[0],
+            legend_above=True,
+        )
+        drawing.save(out.with_name(f"{name}-probe.svg"))
+        parts.append(Chart(svg=drawing.svg(), caption="Probe accuracy by tokens read."))
     parts += [_picture(path) for folder in plan.figures for pattern in SHOWN for path in sorted(folder.glob(pattern))]
     record = {
         "preset": plan.scale.guided,
@@ -86,7 +90,7 @@ def show(name: str, plan: Plan) -> None:
         "environment": describe(),
     }
     write_json(out.with_suffix(".json"), record)
-    write_csv(out.with_suffix(".csv"), header, rows)
+    write_csv(out.with_suffix(".csv"), ["", *columns], make_table(columns, cells).rows)
     sections = [
         Section(title="Measured, beside the paper" if known else "Measured", paragraphs=notes, parts=parts),
         Section(title="Commands", commands=[f"st-ar {shlex.join(stage.command)}" for stage in plan.stages]),
@@ -98,19 +102,21 @@ def show(name: str, plan: Plan) -> None:
         print(path)
 
 
-def _table(columns: Sequence[Column], cells: Mapping[str, Mapping[str, Spread]], *, caption: str) -> Table:
-    header = ["", *(column.label.removeprefix(f"{ATTENTION}: ") for column in columns)]
-    return Table(columns=header, rows=table_rows(columns, cells), caption=caption)
+def make_table(columns: Sequence[str], cells: Mapping[str, Mapping[str, Spread]], caption: str = "") -> Table:
+    """Return a table with a row per method; a dash for a missing measurement."""
+    digits = [next((d for start, d in DIGITS.items() if column.startswith(start)), 2) for column in columns]
+    rows = [
+        [label, *(s.text(d) if (s := spreads.get(c)) else "-" for c, d in zip(columns, digits, strict=True))]
+        for label, spreads in cells.items()
+    ]
+    header = [column.removeprefix(f"{ATTENTION}: ") for column in columns]
+    return Table(columns=["", *header], rows=rows, caption=caption)
 
 
 def _picture(path: Path) -> Gallery:
     with Image.open(path) as picture:
         uri = png_uri(np.asarray(picture.convert("RGB")))
     return Gallery(columns=[""], rows=[("", [uri])], caption=f"{path.parent.name}/{path.name}")
-
-
-def _digits(key: str) -> int:
-    return next((digits for start, digits in DIGITS.items() if key.startswith(start)), 2)
 
 
 def _notes(plan: Plan, measured: Mapping[str, Mapping[str, Spread]]) -> list[str]:
@@ -149,23 +155,16 @@ def _length_charts(plan: Plan, measured: Mapping[str, Mapping[str, Spread]], pag
     return charts
 
 
-def _probe_chart(plan: Plan, path: Path) -> str:
+def _probe_curves(plan: Plan) -> dict[str, tuple[Sequence[float], Sequence[float]]]:
+    """Return probe accuracies in % over the steps, averaged over seeds, a curve per row and weights."""
     curves: dict[str, tuple[Sequence[float], Sequence[float]]] = {}
     for label, files in plan.files.items():
-        for weights, probes in files.probes.items():
-            steps, top1 = zip(*map(probe_curve, probes), strict=True)
-            mean = [100 * statistics.fmean(values) for values in zip(*top1, strict=True)]
-            curves[label + (", EMA" if weights == "ema" else "")] = steps[0], mean
-    drawing = line_chart(
-        curves,
-        name="probe accuracy by tokens read",
-        x="tokens read",
-        y="accuracy (%)",
-        x_ticks=next(iter(curves.values()))[0],
-        legend_above=True,
-    )
-    drawing.save(path)
-    return drawing.svg()
+        for (command, weights), paths in files.results.items():
+            if command == "probe":
+                steps, top1 = zip(*map(probe_curve, paths), strict=True)
+                mean = [100 * statistics.fmean(values) for values in zip(*top1, strict=True)]
+                curves[label + (", EMA" if weights == "ema" else "")] = steps[0], mean
+    return curves
 
 
 def print_plan(plan: Plan, work: Path) -> None:

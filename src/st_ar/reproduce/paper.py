@@ -85,44 +85,17 @@ class Experiment:
 
 QUARTERS = (0.25, 0.5, 0.75, 1.0)
 ADM = ("fid", "sfid", "is", "precision", "recall")
+CONTRAST: dict[str, Any] = {"alpha": 0.0, "mask_ratio": 0.0}
 AR_ONCE = Recipe(guided=False, views=1)
 CONTROL = Row(label="AR on the same two views (control)", recipe=Recipe(guided=False, views=2))
 EQUAL_TIME = Row(label="control, for the time of ST-AR", recipe=Recipe(guided=False, views=2, equal_time=True))
 
 
-def _adm(*values: float) -> dict[str, float]:
-    return dict(zip(ADM, values, strict=True))
-
-
-_TABLE_1: dict[tuple[Size, int, bool], dict[str, float]] = {
-    ("B", 50, False): _adm(31.35, 8.75, 39.58, 0.57, 0.61),
-    ("B", 50, True): _adm(26.58, 7.70, 49.91, 0.60, 0.62),
-    ("B", 300, False): _adm(26.26, 9.22, 48.07, 0.59, 0.62),
-    ("B", 300, True): _adm(18.44, 6.71, 66.18, 0.64, 0.62),
-    ("L", 50, False): _adm(21.81, 8.77, 59.18, 0.62, 0.64),
-    ("L", 50, True): _adm(12.59, 6.79, 91.19, 0.65, 0.64),
-    ("L", 300, False): _adm(13.45, 8.32, 82.29, 0.66, 0.64),
-    ("L", 300, True): _adm(9.38, 6.64, 112.71, 0.70, 0.65),
-    ("XL", 50, False): _adm(19.42, 8.91, 66.20, 0.61, 0.67),
-    ("XL", 50, True): _adm(9.81, 6.94, 109.77, 0.71, 0.63),
-    ("XL", 300, True): _adm(6.20, 6.47, 147.47, 0.73, 0.65),
-}
-_TABLE_2: dict[tuple[Size, int, bool], float] = {
-    ("B", 300, False): 5.46,
-    ("B", 300, True): 4.09,
-    ("L", 300, False): 3.81,
-    ("L", 300, True): 2.98,
-    ("XL", 50, False): 3.39,
-    ("XL", 50, True): 2.72,
-    ("XL", 300, True): 2.37,
-}
-
-
-def _row(size: Size, epochs: int, guided: bool, paper: Mapping[str, float]) -> Row:
+def _row(size: Size, epochs: int, guided: bool, *paper: float) -> Row:
+    """Return a row of Table 1 or 2. `paper` begins the columns of ADM."""
     name = f"{'ST-AR' if guided else 'LlamaGen'}-{size}, {epochs} epochs"
-    return Row(
-        label=name, recipe=Recipe(size=size, epochs=epochs, guided=guided, views=None if guided else 1), paper=paper
-    )
+    recipe = Recipe(size=size, epochs=epochs, guided=guided, views=None if guided else 1)
+    return Row(label=name, recipe=recipe, paper=dict(zip(ADM, paper, strict=False)))
 
 
 def _ablated(
@@ -132,7 +105,7 @@ def _ablated(
 
 
 def _contrast(variant: str = "", contrast: float | None = None, **changes: Any) -> Row:
-    return _ablated(f"contrast alone, nothing masked{variant}", None, contrast, alpha=0.0, mask_ratio=0.0, **changes)
+    return _ablated(f"contrast alone, nothing masked{variant}", None, contrast, **CONTRAST, **changes)
 
 
 def _quarters(method: str, recipe: Recipe) -> tuple[Row, ...]:
@@ -147,12 +120,32 @@ def _quarters(method: str, recipe: Recipe) -> tuple[Row, ...]:
 EXPERIMENTS: dict[Name, Experiment] = {
     "table1": Experiment(
         title="Table 1: without guidance",
-        rows=tuple(_row(*key, paper) for key, paper in _TABLE_1.items()),
+        rows=(
+            _row("B", 50, False, 31.35, 8.75, 39.58, 0.57, 0.61),
+            _row("B", 50, True, 26.58, 7.70, 49.91, 0.60, 0.62),
+            _row("B", 300, False, 26.26, 9.22, 48.07, 0.59, 0.62),
+            _row("B", 300, True, 18.44, 6.71, 66.18, 0.64, 0.62),
+            _row("L", 50, False, 21.81, 8.77, 59.18, 0.62, 0.64),
+            _row("L", 50, True, 12.59, 6.79, 91.19, 0.65, 0.64),
+            _row("L", 300, False, 13.45, 8.32, 82.29, 0.66, 0.64),
+            _row("L", 300, True, 9.38, 6.64, 112.71, 0.70, 0.65),
+            _row("XL", 50, False, 19.42, 8.91, 66.20, 0.61, 0.67),
+            _row("XL", 50, True, 9.81, 6.94, 109.77, 0.71, 0.63),
+            _row("XL", 300, True, 6.20, 6.47, 147.47, 0.73, 0.65),
+        ),
         metrics=ADM,
     ),
     "table2": Experiment(
         title="Table 2: with classifier-free guidance",
-        rows=tuple(_row(*key, {"fid": fid}) for key, fid in _TABLE_2.items()),
+        rows=(
+            _row("B", 300, False, 5.46),
+            _row("B", 300, True, 4.09),
+            _row("L", 300, False, 3.81),
+            _row("L", 300, True, 2.98),
+            _row("XL", 50, False, 3.39),
+            _row("XL", 50, True, 2.72),
+            _row("XL", 300, True, 2.37),
+        ),
         metrics=ADM,
         guidance=True,
     ),
@@ -285,13 +278,13 @@ EXPERIMENTS: dict[Name, Experiment] = {
             Row(label="AR on centre crops and their mirror images", recipe=replace(AR_ONCE, centered=True)),
             Row(
                 label="+ step, on centre crops and their mirror images",  # which needs no second view
-                recipe=Recipe(views=1, centered=True, changes={"alpha": 0.0, "mask_ratio": 0.0, "view_loss": False}),
+                recipe=Recipe(views=1, centered=True, changes=CONTRAST | {"view_loss": False}),
             ),
             CONTROL,
             EQUAL_TIME,
             _ablated("+ MIM", beta=0.0),
-            _ablated("+ step", alpha=0.0, mask_ratio=0.0, view_loss=False),
-            _ablated("+ view", alpha=0.0, mask_ratio=0.0, step_loss=False),
+            _ablated("+ step", **CONTRAST, view_loss=False),
+            _ablated("+ view", **CONTRAST, step_loss=False),
             _ablated("+ MIM + step", view_loss=False),
             _ablated("+ MIM + view", step_loss=False),
             _ablated("+ MIM + step + view (ST-AR)"),
@@ -303,10 +296,8 @@ EXPERIMENTS: dict[Name, Experiment] = {
         rows=(
             *_quarters("control", CONTROL.recipe),
             *_quarters("ST-AR", Recipe()),
-            *_quarters("contrast alone", Recipe(changes={"alpha": 0.0, "mask_ratio": 0.0})),
-            *_quarters(
-                "inter-view contrast alone", Recipe(changes={"alpha": 0.0, "mask_ratio": 0.0, "step_loss": False})
-            ),
+            *_quarters("contrast alone", Recipe(changes=CONTRAST)),
+            *_quarters("inter-view contrast alone", Recipe(changes=CONTRAST | {"step_loss": False})),
         ),
         metrics=("fid", "precision", "recall", "probe"),
         figure="length",
@@ -325,12 +316,12 @@ class Scale:
     """Preset of AR at size B."""
     guided: str
     """Preset of ST-AR at size B."""
-    shapes: Mapping[Size, Mapping[str, int]]
-    """Width, layers and heads of each size, where they are not the preset's; empty for a preset per size."""
-    images: str | None
+    shapes: Mapping[Size, Mapping[str, int]] = field(default_factory=dict)
+    """Width, layers and heads of L and XL, where the preset is B's; empty for a preset per size."""
+    images: str | None = None
     """Default source of the training images."""
-    test_images: str | None
-    tokenizer: tuple[str, ...] | None
+    test_images: str | None = None
+    tokenizer: tuple[str, ...] | None = None
     """Preset and options of the tokenizer to train; None if the user must give a tokenizer."""
     size: tuple[str, ...] = ()
     """Size option for other images than the default."""
@@ -381,46 +372,39 @@ class Scale:
         return name, replace(config, model=model, selfguided=guided, **run)
 
 
+_TINY = Scale(
+    plain="llamagen-photos",
+    guided="st-ar-photos",
+    shapes={
+        "L": {"dim": 192, "n_layers": 6, "n_heads": 6},
+        "XL": {"dim": 256, "n_layers": 8, "n_heads": 8},
+    },
+    images="photos:train",
+    test_images="photos:test",
+    tokenizer=("kmeans",),
+    size=("--size", "32"),
+    crops=("--crop-range", "1.125"),
+    probe=("--train-crops", "4"),
+)
 SCALES: dict[ScaleName, Scale] = {
-    "tiny": Scale(
-        plain="llamagen-photos",
-        guided="st-ar-photos",
-        shapes={
-            "L": {"dim": 192, "n_layers": 6, "n_heads": 6},
-            "XL": {"dim": 256, "n_layers": 8, "n_heads": 8},
-            "B": {},
-        },
-        images="photos:train",
-        test_images="photos:test",
-        tokenizer=("kmeans",),
-        size=("--size", "32"),
-        crops=("--crop-range", "1.125"),
-        probe=("--train-crops", "4"),
-    ),
-    "small": Scale(
+    "tiny": _TINY,
+    "small": replace(
+        _TINY,
         plain="llamagen-cifar10",
         guided="st-ar-cifar10",
         shapes={
             "L": {"dim": 384, "n_layers": 8, "n_heads": 12},
             "XL": {"dim": 512, "n_layers": 12, "n_heads": 16},
-            "B": {},
         },
         images=None,
         test_images=None,
         tokenizer=("vq-cifar10",),
-        size=("--size", "32"),
-        crops=("--crop-range", "1.125"),
         samples=("--num", "10000"),
         sample_count=10_000,
-        probe=("--train-crops", "4"),
     ),
     "imagenet": Scale(
         plain="llamagen-b",
         guided="st-ar-b",
-        shapes={},
-        images=None,
-        test_images=None,
-        tokenizer=None,
         samples=("--per-class", "50"),
         sample_count=50_000,
         extractor="inception",

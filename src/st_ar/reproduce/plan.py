@@ -2,6 +2,7 @@
 
 import shlex
 import time
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import gcd
@@ -26,6 +27,10 @@ ATTENTION = "attention at half depth"
 Weights = Literal["live", "ema"]
 
 
+Measuring = Literal["evaluate", "probe", "likelihood", "attention"]
+"""The commands that measure a run's weights."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Files:
     """The files of a row's results, one of each per seed."""
@@ -33,10 +38,7 @@ class Files:
     share: float = 1.0
     """Share of its runs that the row covers."""
     runs: list[Path] = field(default_factory=list)
-    evaluations: dict[Weights, list[Path]] = field(default_factory=dict)
-    probes: dict[Weights, list[Path]] = field(default_factory=dict)
-    likelihoods: dict[Weights, list[Path]] = field(default_factory=dict)
-    attentions: dict[Weights, list[Path]] = field(default_factory=dict)
+    results: dict[tuple[Measuring, Weights], list[Path]] = field(default_factory=lambda: defaultdict(list))
 
 
 def measurements(files: Files, metrics: Sequence[str]) -> dict[str, Spread]:
@@ -45,34 +47,35 @@ def measurements(files: Files, metrics: Sequence[str]) -> dict[str, Spread]:
     Args:
         metrics: the metrics of the table. Evaluations also give their FD.
     """
-    values: dict[str, list[float]] = {}
-
-    def add(name: str, weights: Weights, value: float) -> None:
-        values.setdefault(name + (", EMA" if weights == "ema" else ""), []).append(value)
-
-    for weights, paths in files.evaluations.items():
-        for path in paths:
-            numbers = read_json(path, "an evaluation").get("metrics")
-            if not matches_type(numbers, dict[str, float]):
-                raise damaged(path, "it has no metrics", "remove it to evaluate again")
+    readers: dict[Measuring, Callable[[Path], dict[str, float]]] = {
+        "evaluate": lambda path: {
+            name: value
+            for name, value in evaluation(path).items()
+            if name.startswith("F") or name.split(" ")[0].lower() in metrics  # FID, FD-..
+        },
+        "probe": lambda path: {"probe, last step (%)": 100 * probe_curve(path)[1][-1]},
+        "likelihood": lambda path: {"validation loss": likelihood(path)},
+        "attention": attention,
+    }
+    values: dict[str, list[float]] = defaultdict(list)
+    order = list(readers)
+    for (command, weights), paths in sorted(files.results.items(), key=lambda item: order.index(item[0][0])):
+        for numbers in map(readers[command], paths):
             for name, value in numbers.items():
-                if name.startswith("F") or name.split(" ")[0].lower() in metrics:  # FID, FD-..
-                    add(name, weights, value)
-    for weights, paths in files.probes.items():
-        for path in paths:
-            add("probe, last step (%)", weights, 100 * probe_curve(path)[1][-1])
-    for weights, paths in files.likelihoods.items():
-        for path in paths:
-            add("validation loss", weights, likelihood(path))
-    for weights, paths in files.attentions.items():
-        for path in paths:
-            for name, value in attention(path).items():
-                add(f"{ATTENTION}: {name}", weights, value)
+                values[name + (", EMA" if weights == "ema" else "")].append(value)
     for run in files.runs:
         tokens, seconds = budgets(run)
-        values.setdefault(TOKENS, []).append(files.share * tokens / 1e6)
-        values.setdefault(TIME, []).append(files.share * seconds / 60)
+        values[TOKENS].append(files.share * tokens / 1e6)
+        values[TIME].append(files.share * seconds / 60)
     return {name: Spread(tuple(each)) for name, each in values.items()}
+
+
+def evaluation(path: Path) -> dict[str, float]:
+    """Read the metrics of samples."""
+    numbers = read_json(path, "an evaluation").get("metrics")
+    if not matches_type(numbers, dict[str, float]):
+        raise damaged(path, "it has no metrics", "remove it to evaluate again")
+    return numbers
 
 
 def probe_curve(path: Path) -> tuple[list[float], list[float]]:
@@ -97,14 +100,16 @@ def likelihood(path: Path) -> float:
 
 
 def attention(folder: Path) -> dict[str, float]:
-    """Read the mean statistics of the layer at half depth, by the columns of `st-ar attention`."""
+    """Read the mean statistics of the layer at half depth, named after the columns of `st-ar attention`."""
     path = folder / "statistics.json"
     models: Any = read_json(path, "a result of `st-ar attention`").get("models")
     try:
         layers = next(iter(models.values()))["layers"]
         means = layers[str(max(1, len(layers) // 2))]["over_heads"]["mean"]
         if matches_type(means, dict[str, float]):
-            return {column: float(means[name]) for column, name in zip(COLUMNS, STATISTICS, strict=True)}
+            return {
+                f"{ATTENTION}: {column}": float(means[name]) for column, name in zip(COLUMNS, STATISTICS, strict=True)
+            }
     except (AttributeError, IndexError, KeyError, StopIteration, TypeError):
         pass
     raise damaged(path, "it has no statistics of a layer", f"remove {folder} to make them again")
@@ -224,11 +229,8 @@ class Plan:
     """The stages of an experiment in order. Rows and experiments share equal stages.
 
     Args:
-        work: output folder.
         seeds: seeds of the runs; every row has a run for each.
         steps: optimizer steps of 50 epochs at the small scales; by default the preset's.
-        weights: the weights to measure.
-        compiled: compile the runs.
     """
 
     def __init__(
@@ -260,20 +262,22 @@ class Plan:
                 files.runs.append(run)
                 for which in weights:
                     if "fid" in experiment.metrics:
-                        files.evaluations.setdefault(which, []).append(self._evaluate(model, seed, which))
+                        files.results["evaluate", which].append(self._evaluate(model, seed, which))
                     if "probe" in experiment.metrics or experiment.figure in ("probe", "understanding"):
-                        files.probes.setdefault(which, []).append(self._probe(model, which))
+                        files.results["probe", which].append(self._probe(model, which))
                     if "attention" in experiment.metrics:
                         name, out = f"attention of {model.name}", model.beside(which, "attention")
                         attention = self._attention(name, {model.name: model.path}, out, which)
-                        files.attentions.setdefault(which, []).append(attention)
+                        files.results["attention", which].append(attention)
                     if experiment.metrics:
-                        files.likelihoods.setdefault(which, []).append(self._likelihood(model, which))
+                        files.results["likelihood", which].append(self._likelihood(model, which))
         self.figures: list[Path] = []
         if experiment.figure in ("attention", "understanding"):
             self.figures += [self._maps(which) for which in weights]
         if experiment.figure == "understanding":
-            self.figures.append(self._invariance())
+            out = work / "invariance"
+            arguments = ("--images", data.test_images, "--tokenizer", str(self.tokenizer), "--out", str(out))
+            self.figures.append(self._add("invariance", out, "invariance", *arguments))
 
     @property
     def stages(self) -> list[Stage]:
@@ -389,11 +393,6 @@ class Plan:
         models = ("--model", *map(str, runs.values()), "--names", *runs, *(("--ema",) if weights == "ema" else ()))
         data = ("--tokens", str(self.test_tokens), "--tokenizer", str(self.tokenizer))
         return self._add(name, out, "attention", *models, *layers, *data, "--out", str(out))
-
-    def _invariance(self) -> Path:
-        out = self.work / "invariance"
-        arguments = ("--images", self.data.test_images, "--tokenizer", str(self.tokenizer), "--out", str(out))
-        return self._add("invariance", out, "invariance", *arguments)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """`st-ar evaluate` and `st-ar reference`: statistics of images, and metrics of samples against them."""
 
 import json
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -77,16 +77,19 @@ def open_reference(
     names = array_names(path) if path.is_file() and path.suffix == ".npz" else set[str]()
     if META in names:
         return _read_ours(path, extractor, metrics, size, check)
+    needed = NEIGHBOURS.intersection(metrics)
     adm = {"mu", "sigma"} <= names and extractor.is_inception
-    if adm and "arr_0" not in names:
-        if needed := NEIGHBOURS.intersection(metrics):
-            raise UserError(f"{path} has statistics but no images: leave {' '.join(sorted(needed))} out of --metrics")
-        return _read_adm(path, names, None, extractor, metrics, compute)
-    images = open_set(spec, size=size)
-    check(images.size)
-    if adm:
-        return _read_adm(path, names, images, extractor, metrics, compute)
-    keep = KEEP if NEIGHBOURS.intersection(metrics) else 0
+    if adm and needed and "arr_0" not in names:
+        raise UserError(f"{path} has statistics but no images: leave {' '.join(sorted(needed))} out of --metrics")
+    images = None if adm and "arr_0" not in names else open_set(spec, size=size)
+    if images is not None:
+        check(images.size)
+    if adm or images is None:
+        if "sfid" in metrics and not {"mu_s", "sigma_s"} <= names:
+            raise UserError(f"{path} has mu and sigma but no mu_s and sigma_s: leave sfid out of --metrics")
+        features = collect(images, extractor, needed, compute).features if images and needed else None
+        return _read_statistics(path, extractor, metrics, images.size if images else None, features)
+    keep = KEEP if needed else 0
     collected = collect(images, extractor, {m for m in metrics if m != "is"}, compute, keep=keep, seed=seed)
     return Reference(
         name=images.name,
@@ -99,37 +102,35 @@ def open_reference(
     )
 
 
-def _gaussian(path: Path, mean: str, covariance: str, dim: int) -> Gaussian:
-    arrays = read_array(path, mean), read_array(path, covariance)
-    if arrays[0].shape != (dim,) or arrays[1].shape != (dim, dim):
-        shapes = f"{list(arrays[0].shape)} and {list(arrays[1].shape)}"
-        raise UserError(f"{path}: {mean} and {covariance} have the shapes {shapes}, not [{dim}] and [{dim}, {dim}]")
-    if not all(array.dtype.kind == "f" and np.isfinite(array).all() for array in arrays):
-        raise UserError(f"{path}: {mean} or {covariance} holds NaN, infinity or integers: copy or make it again")
-    return Gaussian(*(array.astype(np.float64) for array in arrays))
+def _gaussian(path: Path, suffix: str, dim: int) -> Gaussian:
+    """Read the arrays mu and sigma, or mu_s and sigma_s."""
+    names = f"mu{suffix}", f"sigma{suffix}"
+    mean, covariance = (read_array(path, name) for name in names)
+    if mean.shape != (dim,) or covariance.shape != (dim, dim):
+        shapes = f"{list(mean.shape)} and {list(covariance.shape)}"
+        raise UserError(f"{path}: {' and '.join(names)} have the shapes {shapes}, not [{dim}] and [{dim}, {dim}]")
+    if not all(array.dtype.kind == "f" and np.isfinite(array).all() for array in (mean, covariance)):
+        raise UserError(f"{path}: {' or '.join(names)} holds NaN, infinity or integers: copy or make it again")
+    return Gaussian(mean.astype(np.float64), covariance.astype(np.float64))
 
 
-def _read_adm(
+def _read_statistics(
     path: Path,
-    names: set[str],
-    images: ImageSet | None,
     extractor: Extractor,
     metrics: Collection[str],
-    compute: Compute,
+    size: tuple[int, int] | None,
+    features: Tensor | None,
+    meta: Mapping[str, Any] | None = None,
 ) -> Reference:
-    if "sfid" in metrics and not {"mu_s", "sigma_s"} <= names:
-        raise UserError(f"{path} has mu and sigma but no mu_s and sigma_s: leave sfid out of --metrics")
-    features = torch.empty(0, extractor.dim)
-    if images and (needed := NEIGHBOURS.intersection(metrics)):
-        features = collect(images, extractor, needed, compute).features
+    """Return a reference with a file's mean and covariance; `meta` is the description in a file of `st-ar reference`."""
     return Reference(
-        name=str(path),
-        content=sha256(path),
-        statistics="mu and sigma in the file",
-        size=images.size if images else None,
-        gaussian=_gaussian(path, "mu", "sigma", extractor.dim),
-        spatial=_gaussian(path, "mu_s", "sigma_s", extractor.spatial_dim) if "sfid" in metrics else None,
-        features=features,
+        name=f"{path} ({meta['source']})" if meta else str(path),
+        content=meta["content"] if meta else sha256(path),
+        statistics=f"{meta['images']:,} images" if meta else "mu and sigma in the file",
+        size=size,
+        gaussian=_gaussian(path, "", extractor.dim),
+        spatial=_gaussian(path, "_s", extractor.spatial_dim) if "sfid" in metrics else None,
+        features=torch.empty(0, extractor.dim) if features is None else features,
     )
 
 
@@ -141,7 +142,7 @@ def _read_ours(
     check: Callable[[tuple[int, int]], None],
 ) -> Reference:
     meta = read_meta(path)
-    if meta["extractor"] != {"name": extractor.name, "sha256": extractor.weights}:
+    if meta["extractor"] != extractor.identity:
         raise UserError(
             f"{path} was made with {meta['extractor']['name']} (weights {meta['extractor']['sha256'][:8]}), not with {extractor.name} "
             f"({extractor.weights[:8]}): make it again, or give its --extractor"
@@ -150,21 +151,14 @@ def _read_ours(
     if size is not None and (height, width) != (size, size):
         raise UserError(f"{path} has images of {height} x {width} pixels, --size is {size}: leave --size out")
     check((height, width))
-    features = np.empty((0, extractor.dim), np.float32)
+    features = None
     if NEIGHBOURS.intersection(metrics):
-        features = read_array(path, "features")
-        if features.dtype != np.float32 or features.ndim != 2 or features.shape[1] != extractor.dim:
-            found = f"{features.dtype} {list(features.shape)}"
+        array = read_array(path, "features")
+        if array.dtype != np.float32 or array.ndim != 2 or array.shape[1] != extractor.dim:
+            found = f"{array.dtype} {list(array.shape)}"
             raise UserError(f"{path}: features are {found}, not float32 [n, {extractor.dim}]: make it again")
-    return Reference(
-        name=f"{path} ({meta['source']})",
-        content=meta["content"],
-        statistics=f"{meta['images']:,} images",
-        size=(height, width),
-        gaussian=_gaussian(path, "mu", "sigma", extractor.dim),
-        spatial=_gaussian(path, "mu_s", "sigma_s", extractor.spatial_dim) if "sfid" in metrics else None,
-        features=torch.from_numpy(features),
-    )
+        features = torch.from_numpy(array)
+    return _read_statistics(path, extractor, metrics, (height, width), features, meta)
 
 
 def read_meta(path: Path) -> dict[str, Any]:
@@ -210,7 +204,7 @@ def write_reference(
         "images": collected.count,
         "size": list(images.size),
         "content": collected.content,
-        "extractor": {"name": extractor.name, "sha256": extractor.weights},
+        "extractor": extractor.identity,
         "seed": seed,
         "environment": describe(),
     }
@@ -279,7 +273,6 @@ def evaluate(
     """Measure samples. All ranks return the same result.
 
     Args:
-        metrics: from `choose_metrics`.
         resize: side in pixels to which the samples are resized first.
         seed: seed of KID's subsets.
         shuffle_seed: shuffles the samples before IS splits them.
@@ -331,7 +324,7 @@ def evaluate(
             "neighbours": len(reference.features),
             "size": None if reference.size is None else list(reference.size),
         },
-        "extractor": {"name": extractor.name, "sha256": extractor.weights},
+        "extractor": extractor.identity,
         "settings": settings,
         "notes": notes,
         "environment": describe(),
@@ -356,13 +349,12 @@ def _numbers(
             numbers["kid"], numbers["kid std"] = kernel_distance(
                 real, generated, subsets=SUBSETS, subset_size=SUBSET_SIZE, seed=seed, advance=bar.advance
             )
-    with_precision = not {"precision", "recall"}.isdisjoint(metrics)
-    with_density = not {"density", "coverage"}.isdisjoint(metrics)
-    if with_precision or with_density:
-        ks = {"k": K if with_precision else None, "density_k": DENSITY_K if with_density else None}
-        total = count_blocks(len(real), len(generated), with_precision)
+    k = None if {"precision", "recall"}.isdisjoint(metrics) else K
+    density_k = None if {"density", "coverage"}.isdisjoint(metrics) else DENSITY_K
+    if k or density_k:
+        total = count_blocks(len(real), len(generated), k is not None)
         with progress("neighbours", total, unit="blocks", shown=shown) as bar:
-            pairs = compare(real, generated, **ks, advance=bar.advance)
+            pairs = compare(real, generated, k=k, density_k=density_k, advance=bar.advance)
         for pair in filter(None, pairs):
             numbers |= {name: value for name, value in pair._asdict().items() if name in metrics}
     return numbers

@@ -60,6 +60,11 @@ class Extractor:
             return self.run(images)
 
     @property
+    def identity(self) -> dict[str, str]:
+        """What results and references record of it."""
+        return {"name": self.name, "sha256": self.weights}
+
+    @property
     def is_inception(self) -> bool:
         """Whether its FD is FID."""
         return self.name == "Inception"
@@ -100,14 +105,7 @@ def load_extractor(name: ExtractorName, device: torch.device, *, inception: Path
     from st_ar.evaluation.generation.inception import SHA256, load_inception
 
     network = load_inception(inception, device)
-    return Extractor(
-        name="Inception",
-        weights=SHA256,
-        dim=2048,
-        spatial_dim=2023,
-        classes=1008,
-        run=lambda images: Extracted(*network(images)),
-    )
+    return Extractor(name="Inception", weights=SHA256, dim=2048, spatial_dim=2023, classes=1008, run=network)
 
 
 def _efficientnet(device: torch.device) -> Extractor:
@@ -190,14 +188,11 @@ class _RandomSubset:
 
     def add(self, index: int, features: Tensor, pixels: Tensor) -> None:
         state = np.random.SeedSequence([self.seed, RandomStream.EVALUATION, index]).generate_state(1, np.uint64)[0]
-        number = -(int(state) >> 1)
-        full = self.keep is not None and len(self.heap) >= self.keep
-        if full and (not self.heap or (number, index) < self.heap[0][:2]):
-            return
         # clone: a view would keep its whole batch in memory
         kept = pixels.clone() if self.with_pixels else torch.empty(0, *pixels.shape[1:], dtype=pixels.dtype)
-        push = heapq.heapreplace if full else heapq.heappush
-        push(self.heap, (number, index, features.clone(), kept))
+        entry = -(int(state) >> 1), index, features.clone(), kept
+        push = heapq.heappush if self.keep is None or len(self.heap) < self.keep else heapq.heappushpop
+        push(self.heap, entry)
 
     def gather(self, dim: int, size: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor]:
         """Return features and pixels of the subset of all ranks' images, in the order of the images."""
@@ -283,7 +278,12 @@ def collect(
 
 def content_hash(digests: list[tuple[int, bytes]], compute: Compute) -> str:
     """Return the hash of a set from the indices and digests of each rank's images."""
-    indices = torch.tensor([index for index, _ in digests], dtype=torch.int64)
     rows = torch.from_numpy(np.frombuffer(b"".join(d for _, d in digests), np.uint8).reshape(-1, 32).copy())
-    indices, rows = (all_gather_ragged(tensor.to(compute.device)).cpu() for tensor in (indices, rows))
-    return hashlib.sha256(rows[indices.argsort()].numpy().tobytes()).hexdigest()
+    return hashlib.sha256(gather_sorted([index for index, _ in digests], rows, compute).numpy().tobytes()).hexdigest()
+
+
+def gather_sorted(indices: list[int], rows: Tensor, compute: Compute) -> Tensor:
+    """Return the rows of all ranks' images, sorted by their indices, on the CPU."""
+    pair = torch.tensor(indices, dtype=torch.int64), rows
+    numbers, gathered = (all_gather_ragged(tensor.to(compute.device)).cpu() for tensor in pair)
+    return gathered[numbers.argsort()]

@@ -7,7 +7,7 @@ import re
 import zipfile
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import islice, tee
 from pathlib import Path
 from typing import IO, Any
 
@@ -250,17 +250,12 @@ def from_source(source: ImageSource, size: int | None = None) -> ImageSet:
             start += CHUNK
 
     def read(rank: int, world: int) -> Images:
-        starts: list[int] = []
-
-        def examples() -> Iterator[list[Example]]:
-            for start, chunk in chunks(rank, world):
-                starts.append(start)
-                yield chunk
-
+        ahead, current = tee(chunks(rank, world))  # workers decode ahead
         with open_decoder(crops.side, default_workers(source.count)) as decoder:
-            for number, (_, decoded) in enumerate(decoder.decode(examples())):
+            decoding = decoder.decode(chunk for _, chunk in ahead)
+            for (_, decoded), (start, _) in zip(decoding, current, strict=True):
                 images = crops.cut_pixels(decoded.pixels)[:, 0]
-                yield from ((starts[number] + index, image) for index, image in zip(decoded.used, images, strict=True))
+                yield from ((start + index, image) for index, image in zip(decoded.used, images, strict=True))
 
     return ImageSet(name=source.name, count=source.count, size=(crops.size, crops.size), read=read)
 

@@ -7,18 +7,16 @@ networks it resizes its input, its average pools exclude the padding, and its la
 
 import hashlib
 import sys
-import urllib.error
 import urllib.request
-from collections.abc import Sequence
 from http.client import HTTPException
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from st_ar.errors import UserError
+from st_ar.evaluation.generation.features import Extracted
 from st_ar.files import atomic_write, cache_folder, read_tensors, sha256
 from st_ar.progress import progress
 
@@ -26,17 +24,6 @@ SIDE = 299
 """Side in pixels to which the graph resizes every image."""
 SPATIAL_CHANNELS = 7
 """Channels of Mixed_6d's first branch that sFID reads."""
-
-
-class InceptionFeatures(NamedTuple):
-    """The network's outputs for images [B, H, W, 3]."""
-
-    pooled: Tensor
-    """float32 [B, 2048], the layer pool_3, for FID, precision and recall."""
-    spatial: Tensor
-    """float32 [B, 2023], flattened from [17, 17, 7] (channels last), for sFID."""
-    logits: Tensor
-    """float32 [B, 1008], pool_3 times the classifier's weights without its bias, for IS."""
 
 
 def resize_bilinear(images: Tensor, side: int = SIDE) -> Tensor:
@@ -77,19 +64,14 @@ class FrozenBatchNorm(nn.Module):
 
 
 class Conv(nn.Module):
-    """Convolution without bias, batch norm, ReLU. A pair for kernel or padding is (rows, columns)."""
+    """Convolution without bias, batch norm, ReLU. `same` pads to the input's size."""
 
     def __init__(
-        self,
-        width_in: int,
-        width_out: int,
-        kernel: int | tuple[int, int] = 1,
-        *,
-        stride: int = 1,
-        padding: int | tuple[int, int] = 0,
+        self, width_in: int, width_out: int, rows: int = 1, columns: int = 1, *, stride: int = 1, same: bool = True
     ) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(width_in, width_out, kernel, stride, padding, bias=False)
+        padding = (rows // 2, columns // 2) if same else 0
+        self.conv = nn.Conv2d(width_in, width_out, (rows, columns), stride, padding, bias=False)
         self.bn = FrozenBatchNorm(width_out)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -101,23 +83,15 @@ def average_pool(x: Tensor) -> Tensor:
     return F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
 
 
-def _row(width_in: int, width_out: int) -> Conv:
-    return Conv(width_in, width_out, (1, 7), padding=(0, 3))
-
-
-def _column(width_in: int, width_out: int) -> Conv:
-    return Conv(width_in, width_out, (7, 1), padding=(3, 0))
-
-
 class BlockA(nn.Module):
     """35 x 35: Mixed_5b, 5c, 5d."""
 
     def __init__(self, width_in: int, pool_width: int) -> None:
         super().__init__()
         self.branch1x1 = Conv(width_in, 64)
-        self.branch5x5_1, self.branch5x5_2 = Conv(width_in, 48), Conv(48, 64, 5, padding=2)
-        self.branch3x3dbl_1, self.branch3x3dbl_2 = Conv(width_in, 64), Conv(64, 96, 3, padding=1)
-        self.branch3x3dbl_3 = Conv(96, 96, 3, padding=1)
+        self.branch5x5_1, self.branch5x5_2 = Conv(width_in, 48), Conv(48, 64, 5, 5)
+        self.branch3x3dbl_1, self.branch3x3dbl_2 = Conv(width_in, 64), Conv(64, 96, 3, 3)
+        self.branch3x3dbl_3 = Conv(96, 96, 3, 3)
         self.branch_pool = Conv(width_in, pool_width)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -131,9 +105,9 @@ class BlockB(nn.Module):
 
     def __init__(self, width_in: int) -> None:
         super().__init__()
-        self.branch3x3 = Conv(width_in, 384, 3, stride=2)
-        self.branch3x3dbl_1, self.branch3x3dbl_2 = Conv(width_in, 64), Conv(64, 96, 3, padding=1)
-        self.branch3x3dbl_3 = Conv(96, 96, 3, stride=2)
+        self.branch3x3 = Conv(width_in, 384, 3, 3, stride=2, same=False)
+        self.branch3x3dbl_1, self.branch3x3dbl_2 = Conv(width_in, 64), Conv(64, 96, 3, 3)
+        self.branch3x3dbl_3 = Conv(96, 96, 3, 3, stride=2, same=False)
 
     def forward(self, x: Tensor) -> Tensor:
         double = self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(x)))
@@ -146,10 +120,11 @@ class BlockC(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.branch1x1 = Conv(768, 192)
-        self.branch7x7_1, self.branch7x7_2, self.branch7x7_3 = Conv(768, width), _row(width, width), _column(width, 192)
-        self.branch7x7dbl_1, self.branch7x7dbl_2 = Conv(768, width), _column(width, width)
-        self.branch7x7dbl_3, self.branch7x7dbl_4 = _row(width, width), _column(width, width)
-        self.branch7x7dbl_5 = _row(width, 192)
+        self.branch7x7_1, self.branch7x7_2 = Conv(768, width), Conv(width, width, 1, 7)
+        self.branch7x7_3 = Conv(width, 192, 7, 1)
+        self.branch7x7dbl_1, self.branch7x7dbl_2 = Conv(768, width), Conv(width, width, 7, 1)
+        self.branch7x7dbl_3, self.branch7x7dbl_4 = Conv(width, width, 1, 7), Conv(width, width, 7, 1)
+        self.branch7x7dbl_5 = Conv(width, 192, 1, 7)
         self.branch_pool = Conv(768, 192)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -164,9 +139,9 @@ class BlockD(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.branch3x3_1, self.branch3x3_2 = Conv(768, 192), Conv(192, 320, 3, stride=2)
-        self.branch7x7x3_1, self.branch7x7x3_2, self.branch7x7x3_3 = Conv(768, 192), _row(192, 192), _column(192, 192)
-        self.branch7x7x3_4 = Conv(192, 192, 3, stride=2)
+        self.branch3x3_1, self.branch3x3_2 = Conv(768, 192), Conv(192, 320, 3, 3, stride=2, same=False)
+        self.branch7x7x3_1, self.branch7x7x3_2 = Conv(768, 192), Conv(192, 192, 1, 7)
+        self.branch7x7x3_3, self.branch7x7x3_4 = Conv(192, 192, 7, 1), Conv(192, 192, 3, 3, stride=2, same=False)
 
     def forward(self, x: Tensor) -> Tensor:
         seven = self.branch7x7x3_4(self.branch7x7x3_3(self.branch7x7x3_2(self.branch7x7x3_1(x))))
@@ -181,11 +156,11 @@ class BlockE(nn.Module):
         self.max_pool = max_pool
         self.branch1x1 = Conv(width_in, 320)
         self.branch3x3_1 = Conv(width_in, 384)
-        self.branch3x3_2a = Conv(384, 384, (1, 3), padding=(0, 1))
-        self.branch3x3_2b = Conv(384, 384, (3, 1), padding=(1, 0))
-        self.branch3x3dbl_1, self.branch3x3dbl_2 = Conv(width_in, 448), Conv(448, 384, 3, padding=1)
-        self.branch3x3dbl_3a = Conv(384, 384, (1, 3), padding=(0, 1))
-        self.branch3x3dbl_3b = Conv(384, 384, (3, 1), padding=(1, 0))
+        self.branch3x3_2a = Conv(384, 384, 1, 3)
+        self.branch3x3_2b = Conv(384, 384, 3, 1)
+        self.branch3x3dbl_1, self.branch3x3dbl_2 = Conv(width_in, 448), Conv(448, 384, 3, 3)
+        self.branch3x3dbl_3a = Conv(384, 384, 1, 3)
+        self.branch3x3dbl_3b = Conv(384, 384, 3, 1)
         self.branch_pool = Conv(width_in, 192)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -198,15 +173,19 @@ class BlockE(nn.Module):
 
 
 class Inception(nn.Module):
-    """Images uint8 [B, H, W, 3] of any size to features, the same in train and eval mode."""
+    """Images uint8 [B, H, W, 3] of any size to features, the same in train and eval mode.
+
+    The features are the layer pool_3 [B, 2048]. The spatial features [B, 2023] are flattened from [17, 17, 7] (channels last). The
+    logits [B, 1008] are pool_3 times the classifier's weights without its bias.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.Conv2d_1a_3x3 = Conv(3, 32, 3, stride=2)
-        self.Conv2d_2a_3x3 = Conv(32, 32, 3)
-        self.Conv2d_2b_3x3 = Conv(32, 64, 3, padding=1)
+        self.Conv2d_1a_3x3 = Conv(3, 32, 3, 3, stride=2, same=False)
+        self.Conv2d_2a_3x3 = Conv(32, 32, 3, 3, same=False)
+        self.Conv2d_2b_3x3 = Conv(32, 64, 3, 3)
         self.Conv2d_3b_1x1 = Conv(64, 80)
-        self.Conv2d_4a_3x3 = Conv(80, 192, 3)
+        self.Conv2d_4a_3x3 = Conv(80, 192, 3, 3, same=False)
         self.Mixed_5b, self.Mixed_5c, self.Mixed_5d = BlockA(192, 32), BlockA(256, 64), BlockA(288, 64)
         self.Mixed_6a = BlockB(288)
         self.Mixed_6b, self.Mixed_6c, self.Mixed_6d, self.Mixed_6e = map(BlockC, (128, 160, 160, 192))
@@ -215,22 +194,17 @@ class Inception(nn.Module):
         self.fc = nn.Linear(2048, 1008)
         self.requires_grad_(False)
 
-    def _through(self, x: Tensor, names: Sequence[str]) -> Tensor:
-        for name in names:
-            x = self.get_submodule(name)(x)
-        return x
-
     @torch.no_grad()
-    def forward(self, images: Tensor) -> InceptionFeatures:
+    def forward(self, images: Tensor) -> Extracted:
         x = (resize_bilinear(images.permute(0, 3, 1, 2).float()) - 128) / 128
         x = x.contiguous(memory_format=torch.channels_last)
-        x = F.max_pool2d(self._through(x, ["Conv2d_1a_3x3", "Conv2d_2a_3x3", "Conv2d_2b_3x3"]), 3, stride=2)
-        x = F.max_pool2d(self._through(x, ["Conv2d_3b_1x1", "Conv2d_4a_3x3"]), 3, stride=2)
-        x = self._through(x, ["Mixed_5b", "Mixed_5c", "Mixed_5d", "Mixed_6a", "Mixed_6b", "Mixed_6c"])
-        x = self.Mixed_6d(x)
+        x = F.max_pool2d(self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x))), 3, stride=2)
+        x = F.max_pool2d(self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(x)), 3, stride=2)
+        x = self.Mixed_6a(self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(x))))
+        x = self.Mixed_6d(self.Mixed_6c(self.Mixed_6b(x)))
         spatial = x[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)  # branch1x1 comes first in the block's output
-        pooled = self._through(x, ["Mixed_6e", "Mixed_7a", "Mixed_7b", "Mixed_7c"]).mean(dim=(2, 3))
-        return InceptionFeatures(pooled, spatial, pooled @ self.fc.weight.T)
+        pooled = self.Mixed_7c(self.Mixed_7b(self.Mixed_7a(self.Mixed_6e(x)))).mean(dim=(2, 3))
+        return Extracted(pooled, spatial, pooled @ self.fc.weight.T)
 
 
 FILES = ("pt_inception-2015-12-05-6726825d.pth", "weights-inception-2015-12-05-6726825d.pth")
@@ -264,37 +238,30 @@ def find_weights(path: Path | None = None, *, url: str = URL) -> Path:
 
 def _download(url: str, target: Path) -> Path:
     remedy = f"get {FILES[0]} from {URL} on another machine and put it at {target}, or name it with --inception"
+    data = bytearray()
     try:
-        with urllib.request.urlopen(url, timeout=30) as answer, atomic_write(target) as aside:  # noqa: S310 -- https, ours
+        with urllib.request.urlopen(url, timeout=30) as answer:  # noqa: S310 -- https, ours
             size = answer.headers.get("Content-Length")
-            total, digest = int(size) if size and size.isdigit() else None, hashlib.sha256()
-            with open(aside, "wb") as file, progress(f"download {target.name}", total, unit="bytes") as bar:
-                while chunk := _read(answer):
-                    file.write(chunk)
-                    digest.update(chunk)
+            total = int(size) if size and size.isdigit() else None
+            with progress(f"download {target.name}", total, unit="bytes") as bar:
+                while chunk := answer.read(1 << 20):
+                    data += chunk
                     bar.advance(len(chunk))
-                received = file.tell()
-            if digest.hexdigest() != SHA256:
-                expected = f" of {total:,}" if total is not None else ""
-                raise UserError(
-                    f"the download from {url} is damaged or cut short ({received:,}{expected} bytes, SHA-256 "
-                    f"{digest.hexdigest()[:8]}.., not {SHA256[:8]}..) and was deleted: try again, or {remedy}"
-                )
-    except (urllib.error.URLError, HTTPException, TimeoutError, ConnectionError) as error:
+    except (HTTPException, OSError) as error:
         reason = getattr(error, "reason", None) or error
         raise UserError(
             f"Inception's weights are not at {target} and cannot be downloaded ({reason}): {remedy}"
         ) from error
+    if (digest := hashlib.sha256(data).hexdigest()) != SHA256:
+        expected = f" of {total:,}" if total is not None else ""
+        raise UserError(
+            f"the download from {url} is damaged or cut short ({len(data):,}{expected} bytes, SHA-256 "
+            f"{digest[:8]}.., not {SHA256[:8]}..) and was deleted: try again, or {remedy}"
+        )
+    with atomic_write(target) as aside:
+        aside.write_bytes(data)
     print(f"{target}: downloaded, its SHA-256 is right", file=sys.stderr)
     return target
-
-
-def _read(answer: BinaryIO) -> bytes:
-    """Read the next chunk. A broken connection must not look like an error of the file being written."""
-    try:
-        return answer.read(1 << 20)
-    except OSError as error:
-        raise HTTPException(str(error)) from error
 
 
 def load_inception(path: Path | None = None, device: torch.device | str = "cpu") -> Inception:

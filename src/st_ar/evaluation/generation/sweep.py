@@ -126,7 +126,7 @@ def sweep(
     """
     check_sweep(sampler, grid, out)
     rows: list[dict[str, Any]] = []
-    fd = extractor.label("fd")
+    fd, labels = extractor.label("fd"), list[str]()
     for settings in grid:
         samples = open_set(str(sampler.sample(settings)))
         compared = [reference.content, extractor.weights, list(metrics), resize]
@@ -134,32 +134,30 @@ def sweep(
         if not path.exists():
             write_json(path, evaluate(samples, reference, extractor, metrics, compute, resize=resize))
         numbers = read_json(path, "a sweep's results").get("metrics")
-        if (
-            not matches_type(numbers, dict[str, float])
-            or numbers.keys() != (rows[0]["metrics"] if rows else {**numbers, fd: 0}).keys()
-        ):
+        if not matches_type(numbers, dict[str, float]) or fd not in numbers or set(numbers) != set(labels or numbers):
             raise damaged(path, "its metrics are not this sweep's", "remove it to measure again")
+        labels = list(numbers)
         swept = {name: getattr(settings, name) for name in SWEPT}
         rows.append(swept | {"metrics": numbers, "samples": samples.name, "result": path.name})
     rows.sort(key=lambda row: row["metrics"][fd])
+    labels = list(rows[0]["metrics"])
     source = {"name": reference.name, "sha256": reference.content, "statistics": reference.statistics}
     write_json(out / FILES[0], {"reference": source, "samples": sampler.description, "settings": rows})
-    labels = list(rows[0]["metrics"])
     cells = ([*(row[name] for name in SWEPT), *(row["metrics"][label] for label in labels)] for row in rows)
     write_csv(out / FILES[1], [*SWEPT, *labels], cells)
     for label, file in ((fd, FILES[2]), ("IS", FILES[3])):
         if label in labels:
-            line_chart(
-                _lines(rows, label), name=f"{label} over guidance", x="classifier-free guidance scale", y=label
-            ).save(out / file)
+            x = "classifier-free guidance scale"
+            line_chart(_lines(rows, label), name=f"{label} over guidance", x=x, y=label).save(out / file)
     return rows
 
 
 def _lines(rows: Sequence[dict[str, Any]], label: str) -> dict[str, tuple[list[float], list[float]]]:
     """One line per temperature and top-k."""
-    lines: dict[str, list[tuple[float, float]]] = {}
-    for row in rows:
+    lines: dict[str, tuple[list[float], list[float]]] = {}
+    for row in sorted(rows, key=lambda row: row["cfg_scale"]):
         top_k = "all codes" if row["top_k"] == 0 else f"top-k {row['top_k']}"
-        name = f"temperature {row['temperature']:g}, {top_k}"
-        lines.setdefault(name, []).append((row["cfg_scale"], row["metrics"][label]))
-    return {name: tuple(map(list, zip(*sorted(points), strict=True))) for name, points in sorted(lines.items())}  # pyright: ignore[reportReturnType] -- pairs
+        xs, ys = lines.setdefault(f"temperature {row['temperature']:g}, {top_k}", ([], []))
+        xs.append(row["cfg_scale"])
+        ys.append(row["metrics"][label])
+    return dict(sorted(lines.items()))
