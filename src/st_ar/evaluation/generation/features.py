@@ -105,7 +105,11 @@ def load_extractor(name: ExtractorName, device: torch.device, *, inception: Path
     from st_ar.evaluation.generation.inception import SHA256, load_inception
 
     network = load_inception(inception, device)
-    return Extractor(name="Inception", weights=SHA256, dim=2048, spatial_dim=2023, classes=1008, run=network)
+
+    def run(images: Tensor) -> Extracted:
+        return Extracted(*network(images))
+
+    return Extractor(name="Inception", weights=SHA256, dim=2048, spatial_dim=2023, classes=1008, run=run)
 
 
 def _efficientnet(device: torch.device) -> Extractor:

@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from st_ar.errors import UserError
-from st_ar.evaluation.generation.features import Extracted
 from st_ar.files import atomic_write, cache_folder, read_tensors, sha256
 from st_ar.progress import progress
 
@@ -195,7 +194,8 @@ class Inception(nn.Module):
         self.requires_grad_(False)
 
     @torch.no_grad()
-    def forward(self, images: Tensor) -> Extracted:
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Images uint8 [B, H, W, 3] -> pool_3 [B, 2048], spatial features [B, 2023] and logits [B, 1008]."""
         x = (resize_bilinear(images.permute(0, 3, 1, 2).float()) - 128) / 128
         x = x.contiguous(memory_format=torch.channels_last)
         x = F.max_pool2d(self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x))), 3, stride=2)
@@ -204,7 +204,7 @@ class Inception(nn.Module):
         x = self.Mixed_6d(self.Mixed_6c(self.Mixed_6b(x)))
         spatial = x[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)  # branch1x1 comes first in the block's output
         pooled = self.Mixed_7c(self.Mixed_7b(self.Mixed_7a(self.Mixed_6e(x)))).mean(dim=(2, 3))
-        return Extracted(pooled, spatial, pooled @ self.fc.weight.T)
+        return pooled, spatial, pooled @ self.fc.weight.T
 
 
 FILES = ("pt_inception-2015-12-05-6726825d.pth", "weights-inception-2015-12-05-6726825d.pth")
