@@ -34,7 +34,7 @@ quickstart: $(VENV)/.quickstart
 	$(BIN)/st-ar quickstart --out quickstart
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -n $(WORKERS) -m 'not slow'
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m 'not slow'
 
 test-slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -n $(WORKERS)

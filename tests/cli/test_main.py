@@ -293,7 +293,7 @@ def test_the_tokenizer_and_the_stores_are_what_they_say(line: Line) -> None:
         line.printed["train"]
         == f"{line.train}: 1,297 images x 5 crops x 8 x 8 tokens; 10 classes of 128 to 132 images\n"
     )
-    assert line.printed["test"] == f"{line.test}: 500 images x 1 crops x 8 x 8 tokens; 10 classes of 46 to 54 images\n"
+    assert line.printed["test"] == f"{line.test}: 500 images x 1 crops x 8 x 8 tokens; 10 classes of 46 to 51 images\n"
     store = TokenStore(line.train)
     store.verify()
     assert (store.meta.source, store.meta.vocab_size) == ("digits:train", 64)
@@ -528,7 +528,7 @@ class TestMistakes:
             line.sample_command(line.folder / "new", "--label-mode", "random"),
             ["probe", "--model", line.run, *stores, "--epochs", "1", "--steps", "64"],
         ):
-            refused(capsys, r"--seed must lie in \[0, 18446744073709551615\], not -1", *command, "--seed", "-1")
+            refused(capsys, r"--seed must (lie in \[0, 18446744073709551615\]|be 0 or more), not -1", *command, "--seed", "-1")
 
     def test_a_place_inside_a_file(self, capsys: Capture, line: Line) -> None:
         new = line.tokenizer / "tokenizer.json" / "new"
