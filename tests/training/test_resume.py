@@ -57,7 +57,7 @@ def test_a_run_killed_while_it_is_saved_ends_as_if_it_had_never_stopped(
 def test_a_run_killed_again_and_again_ends_as_if_it_had_never_stopped(tmp_path: Path) -> None:
     random_store(tmp_path / "tokens", images=20, crops=4, shards=2)
     random_store(tmp_path / "validation", images=9, crops=1, seed=1)
-    straight, *runs = survivors("training", tmp_path, kills=10, half_written=1)
+    straight, *runs = survivors("training", tmp_path, kills=6, half_written=1)
     best = json.loads((straight / "best" / "config.json").read_text())["step"]
     assert 0 < best < 24
     for run in runs:
