@@ -528,7 +528,13 @@ class TestMistakes:
             line.sample_command(line.folder / "new", "--label-mode", "random"),
             ["probe", "--model", line.run, *stores, "--epochs", "1", "--steps", "64"],
         ):
-            refused(capsys, r"--seed must (lie in \[0, 18446744073709551615\]|be 0 or more), not -1", *command, "--seed", "-1")
+            refused(
+                capsys,
+                r"--seed must (lie in \[0, 18446744073709551615\]|be 0 or more), not -1",
+                *command,
+                "--seed",
+                "-1",
+            )
 
     def test_a_place_inside_a_file(self, capsys: Capture, line: Line) -> None:
         new = line.tokenizer / "tokenizer.json" / "new"
