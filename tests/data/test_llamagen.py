@@ -87,6 +87,25 @@ def test_truncated_files_are_left_out_and_listed(tmp_path: Path) -> None:
     assert [(line["index"], line["name"]) for line in lines] == [(0, "0.npy"), (7, "7.npy")]
 
 
+def test_files_that_were_repaired_are_imported_and_other_finished_shards_are_kept(tmp_path: Path) -> None:
+    codes = write_llamagen(tmp_path)
+    whole = {i: (tmp_path / "codes" / f"{i}.npy").read_bytes() for i in (1, 5, 9)}
+    for i in whole:
+        (tmp_path / "codes" / f"{i}.npy").write_bytes(b"")
+    with pytest.raises(UserError, match=r"3 of 13 images cannot be used"):
+        imported(tmp_path, max_skipped=0.2, images_per_shard=4)
+    sums = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "store").glob("codes-*.npy")}
+    assert len(sums) == 2
+    (tmp_path / "codes" / "5.npy").write_bytes(whole[5])
+    store = imported(tmp_path, max_skipped=0.2, images_per_shard=4)
+    kept = [i for i in range(COUNT) if i not in (1, 9)]
+    np.testing.assert_array_equal(all_codes(store), codes[kept])
+    lines = [json.loads(line) for line in (tmp_path / "store" / "skipped.jsonl").read_text().splitlines()]
+    assert [line["index"] for line in lines] == [1, 9]
+    first, second = ((tmp_path / "store" / name).stat().st_mtime_ns == sums[name] for name in sorted(sums))
+    assert (first, second) == (True, False)
+
+
 def test_a_killed_import_continues_to_the_same_bytes(tmp_path: Path) -> None:
     write_llamagen(tmp_path)
     imported(tmp_path, out=tmp_path / "straight")

@@ -241,7 +241,8 @@ class Train:
             best = self.out / "best"
             if self.validation and (best / "config.json").exists():
                 info = read_json(best / "config.json", "an export folder")
-                print(f"{best}: lowest validation loss, {info['validation_loss']:.4f}, at step {info['step']}")
+                if isinstance(loss := info.get("validation_loss"), float):
+                    print(f"{best}: lowest validation loss, {loss:.4f}, at step {info.get('step')}")
 
 
 def read_train(arguments: Sequence[str]) -> Callable[[], None]:

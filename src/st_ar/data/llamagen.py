@@ -124,7 +124,7 @@ def import_tokens(
     if job.is_complete:
         return TokenStore(out)
     for index in range(shards):
-        job.reopen_mended(index, lambda image: _readable(reader, numbers[image]))
+        job.reopen_mended(index, lambda image: not isinstance(reader.read(numbers[image]), UnreadableError))
     starts = {index: index * images_per_shard for index in range(shards) if not job.is_finished(index)}
     parts = {index: numbers[start : start + images_per_shard] for index, start in starts.items()}
     done = len(numbers) - sum(map(len, parts.values()))
@@ -151,14 +151,6 @@ def import_tokens(
         crops=names,
         names=[str(label) for label in range(num_classes or 0)],
     )
-
-
-def _readable(reader: _Folders, number: int) -> bool:
-    try:
-        reader.read(number)
-    except UnreadableError:
-        return False
-    return True
 
 
 def _read_all(

@@ -161,7 +161,7 @@ def _rows(parquet: Any, path: str, columns: list[str], start: int) -> Iterator[t
 
 IMAGE_NAMES = ("image", "img", "jpg", "jpeg", "png", "webp", "picture", "pixel_values")
 LABEL_NAMES = ("label", "labels", "fine_label", "class", "target", "cls", "y")
-"""Of several possible columns, the first of these names is taken."""
+"""If several columns are possible, the first of these names wins."""
 
 
 @dataclass(frozen=True)
