@@ -1,4 +1,4 @@
-"""Does self-guidance pay where plain training overfits? CIFAR-10's presets on few images, longer than suits the control.
+"""Does self-guidance help where plain training overfits? CIFAR-10's presets on few images, longer than suits the control.
 
     python benchmarks/few_images.py --images 'cifar10/train*.parquet' --test-images 'cifar10/test*.parquet' --count 2000 --out few
 

@@ -206,7 +206,7 @@ def require_own_tokenizer(info: ModelInfo, model: Path, tokenizer: Tokenizer, pa
     """Refuse a tokenizer, read from `path`, that the model was not trained with."""
     if info.tokenizer and tokenizer.fingerprint != info.tokenizer:
         raise UserError(
-            f"{model} speaks the codes of tokenizer {info.tokenizer[:12]}, {path} is {tokenizer.fingerprint[:12]}: "
+            f"{model} uses the codes of tokenizer {info.tokenizer[:12]}, but {path} is {tokenizer.fingerprint[:12]}: "
             "give the tokenizer that made the model's token store"
         )
 

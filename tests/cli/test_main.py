@@ -486,7 +486,7 @@ class TestMistakes:
         other = KMeansTokenizer(torch.rand(64, 48, generator=torch.Generator().manual_seed(0)), 4)
         other.save(tmp_path / "other")
         command = ["sample", "--model", line.run, "--tokenizer", tmp_path / "other", "--out", line.folder / "new.npz"]
-        refused(capsys, f"speaks the codes of tokenizer .*{other.fingerprint[:12]}", *command)
+        refused(capsys, f"uses the codes of tokenizer .*{other.fingerprint[:12]}", *command)
 
     def test_a_run_over_a_run(self, capsys: Capture, line: Line) -> None:
         command = line.train_command(line.run, "--steps", "3")

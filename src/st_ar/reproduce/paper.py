@@ -273,7 +273,7 @@ EXPERIMENTS: dict[Name, Experiment] = {
         metrics=("fid", "precision", "recall", "probe"),
     ),
     "evidence": Experiment(
-        title="Does self-guidance pay?",
+        title="Does self-guidance help?",
         rows=(
             Row(label="AR on centre crops and their mirror images", recipe=replace(AR_ONCE, centered=True)),
             Row(
@@ -292,7 +292,7 @@ EXPERIMENTS: dict[Name, Experiment] = {
         metrics=("fid", "precision", "recall", "probe", "attention"),
     ),
     "length": Experiment(
-        title="When does self-guidance pay?",
+        title="When does self-guidance help?",
         rows=(
             *_quarters("control", CONTROL.recipe),
             *_quarters("ST-AR", Recipe()),
