@@ -13,7 +13,7 @@ from st_ar.data.decoding import ImageDecoder, open_decoder
 from st_ar.data.source import MAX_CLASSES, BrokenImageError, Crops, Example, ImageSource
 from st_ar.data.store import TokenStore
 from st_ar.data.store_writer import Skipped, TokenStoreWriter
-from st_ar.distributed import JOB_TIMEOUT, process_group
+from st_ar.distributed import JOB_TIMEOUT, barrier, process_group
 from st_ar.errors import UserError
 from st_ar.progress import Progress, progress
 from st_ar.tokenizer import Tokenizer, to_pixels
@@ -85,6 +85,7 @@ def tokenize(
             indices = range(ranks.rank, shards, ranks.world)
             for index in indices:
                 job.reopen_mended(index, partial(_usable, source))
+            barrier()  # no rank reads a list of skipped images that another one removes
             sizes = {index: min(images_per_shard, source.count - index * images_per_shard) for index in indices}
             total, done = sum(sizes.values()), sum(size for index, size in sizes.items() if job.is_finished(index))
         with (
