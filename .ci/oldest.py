@@ -7,7 +7,7 @@ from pathlib import Path
 
 def lower_bounds(pyproject: Path) -> list[str]:
     """`NAME==VERSION` for each `NAME>=VERSION` among the dependencies and the extras."""
-    project = tomllib.loads(pyproject.read_text())["project"]
+    project = tomllib.loads(pyproject.read_text(encoding="utf-8"))["project"]
     extras = [one for wanted in project["optional-dependencies"].values() for one in wanted]
     bounds: list[str] = []
     for requirement in dict.fromkeys([*project["dependencies"], *extras]):

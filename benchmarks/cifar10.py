@@ -20,7 +20,7 @@ from st_ar.model.weights import open_model
 
 def log_of(run: Path) -> list[dict[str, Any]]:
     """The lines of a run's log."""
-    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (run / "log.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 def pace(lines: list[dict[str, Any]], per_second: str, per_step: int) -> dict[str, float]:
@@ -39,8 +39,8 @@ def main() -> None:
     parser.add_argument("--run", type=Path, required=True)
     parser.add_argument("--test-tokens", type=Path, required=True)
     given = parser.parse_args()
-    tokenizer = json.loads((given.tokenizer / "config.json").read_text())
-    trained = json.loads((given.run / "config.json").read_text())
+    tokenizer = json.loads((given.tokenizer / "config.json").read_text(encoding="utf-8"))
+    trained = json.loads((given.run / "config.json").read_text(encoding="utf-8"))
     lines, evaluated = log_of(given.tokenizer), log_of(given.tokenizer)[-1]
     model, info = open_model(given.run, ema=True)
     config = trained["config"]

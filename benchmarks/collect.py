@@ -23,12 +23,12 @@ MEASURED = r"(-step\d+)?(-ema)?-(probe|likelihood|(un)?guided.*\.evaluation)\.js
 
 def keep(source: Path, target: Path, work: Path, name: str) -> None:
     """Copy a text, its paths shortened."""
-    text = source.read_text()
+    text = source.read_text(encoding="utf-8")
     for path in (work.resolve(), work):
         text = re.sub(rf"(?<![\w./-]){re.escape(str(path))}(?![\w.-])", name, text)  # not a part of another name
     text = re.sub(r"(?<=[\"' :(])/[\w./-]*/(?=[\w*.-]+)", "", text)  # of a path elsewhere the last part
     target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(text if text.endswith("\n") else f"{text}\n")
+    target.write_text(text if text.endswith("\n") else f"{text}\n", encoding="utf-8")
     print(target)
 
 
@@ -49,7 +49,7 @@ def main() -> None:
         for pattern in FIGURES if given.table else ():
             for source in sorted(given.work.glob(pattern.format(table))):
                 keep(source, out / source.name, given.work, given.name)
-        for command in json.loads((given.work / f"{table}.json").read_text())["commands"]:
+        for command in json.loads((given.work / f"{table}.json").read_text(encoding="utf-8"))["commands"]:
             if command[0] == "train":
                 used.add(Path(command[command.index("--out") + 1]).name)
     if given.runs:

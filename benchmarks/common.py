@@ -112,6 +112,6 @@ def save(name: str, results: Any, folder: Path = RESULTS) -> Path:
         "environment": describe(),
         "results": results,
     }
-    path.write_text(json.dumps(record, indent=2) + "\n")
+    path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     print(f"saved {path}")
     return path

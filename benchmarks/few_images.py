@@ -80,7 +80,7 @@ class Measured:
     def read(self) -> dict[str, Any]:
         """The numbers."""
         return {
-            **json.loads(self.evaluation.read_text())["metrics"],
+            **json.loads(self.evaluation.read_text(encoding="utf-8"))["metrics"],
             "validation loss": likelihood(self.likelihood),
             "probe, %": [100 * share for share in probe_curve(self.probe)[1]],
         }
@@ -116,7 +116,7 @@ def method_stages(out: Path, method: str, seed: int, steps: int, every: int) -> 
 
 def curve(run: Path) -> dict[int, float]:
     """The averaged weights' validation loss (of 1,024 images) by step, from the run's log."""
-    lines = map(json.loads, (run / "log.jsonl").read_text().splitlines())
+    lines = map(json.loads, (run / "log.jsonl").read_text(encoding="utf-8").splitlines())
     return {line["step"]: line["validation_loss"] for line in lines if "validation_loss" in line}
 
 

@@ -52,13 +52,13 @@ def numbers(path: Path, kind: str) -> dict[str, float]:
         return {f"{PROBE} {read:05.0f}": 100 * accuracy for read, accuracy in zip(*probe_curve(path), strict=True)}
     if kind == "likelihood":
         return {"validation loss": likelihood(path)}
-    metrics: dict[str, float] = json.loads(path.read_text())["metrics"]
+    metrics: dict[str, float] = json.loads(path.read_text(encoding="utf-8"))["metrics"]
     return {column: value for name, value in metrics.items() for column in COLUMNS if name.startswith(column)}
 
 
 def identity(path: Path, kind: str) -> str:
     """What must be the same in all files of a kind for their numbers to compare."""
-    said = json.loads(path.read_text())
+    said = json.loads(path.read_text(encoding="utf-8"))
     part, key = {"probe": ("test", "fingerprint"), "likelihood": ("store", "fingerprint")}.get(
         kind, ("reference", "sha256")
     )

@@ -179,7 +179,7 @@ def photographs(_device: torch.device, small: bool) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "quickstart"
         quickstart(out, steps=5 if small else None)
-        return json.loads((out / "summary.json").read_text())
+        return json.loads((out / "summary.json").read_text(encoding="utf-8"))
 
 
 def tokenizing(device: torch.device, small: bool) -> dict[str, Any]:

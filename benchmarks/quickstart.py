@@ -40,7 +40,7 @@ def run(images: str, seed: int) -> dict[str, Any]:
         _, status, usage = os.wait4(process.pid, 0)
         if status:
             sys.exit(f"the quickstart failed with status {status}")
-        summary = json.loads((out / "summary.json").read_text())
+        summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
         page = (out / "report.html").stat().st_size
     found = {
         method: {

@@ -155,7 +155,7 @@ def peak_memory(step: Callable[[], Step], device: torch.device) -> float:
 
 def most_held() -> float:
     """The most bytes of memory that this process has had so far (Linux)."""
-    status = Path("/proc/self/status").read_text()
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
     return 1024 * float(status.split("VmHWM:")[1].split()[0])
 
 

@@ -15,7 +15,7 @@ from xml.sax.saxutils import quoteattr
 import numpy as np
 
 from st_ar.errors import UserError, require
-from st_ar.files import atomic_write, write_json
+from st_ar.files import atomic_write, write_json, write_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -95,11 +95,11 @@ class Drawing:
     def save(self, path: Path) -> None:
         """Write FILE.svg or FILE.png, and the numbers to FILE.json."""
         require_drawable(path)
-        with atomic_write(path) as aside:
-            if path.suffix == ".svg":
-                head, body = self.svg().split(">", 1)
-                aside.write_text(f"{head}><style>{_OWN_COLOURS}</style>{body}")
-            else:
+        if path.suffix == ".svg":
+            head, body = self.svg().split(">", 1)
+            write_text(path, f"{head}><style>{_OWN_COLOURS}</style>{body}")
+        else:
+            with atomic_write(path) as aside:
                 self.figure.savefig(aside, format="png", bbox_inches="tight", dpi=200, facecolor="white")
         write_json(path.with_suffix(".json"), self.data)
 

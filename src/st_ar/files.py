@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import csv
 import hashlib
+import io
 import json
 import os
 import pickle
@@ -58,21 +59,32 @@ def atomic_folder(path: Path) -> Generator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically, as UTF-8 in every locale. File names that are not UTF-8 are escaped."""
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(printable(text).encode())
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file atomically."""
-    with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2) + "\n")
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def write_json_lines(path: Path, values: Iterable[Any]) -> None:
+    """Write a JSON Lines file atomically."""
+    write_text(path, "".join(json.dumps(value) + "\n" for value in values))
 
 
 def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     """Write a CSV file atomically; None is an empty cell."""
-    with atomic_write(path) as temporary, open(temporary, "w", newline="") as file:
-        csv.writer(file, lineterminator="\n").writerows([header, *rows])
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([header, *rows])
+    write_text(path, text.getvalue())
 
 
 def printable(name: str) -> str:
     """A file name with bytes that are not UTF-8 escaped, so that it can be printed and written as JSON."""
-    return os.fsencode(name).decode(errors="backslashreplace")
+    return name.encode(errors="surrogateescape").decode(errors="backslashreplace")
 
 
 def parse_json(text: str) -> Any:
@@ -98,7 +110,7 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def read_json(path: Path, what: str) -> dict[str, Any]:
     """Read a JSON object. In errors, `what` names the folder that the file should belong to."""
     try:
-        value = parse_json(path.read_text())
+        value = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} is missing: {path.parent} is not {what}") from None
     except (OSError, ValueError) as error:

@@ -187,7 +187,7 @@ def revision() -> str | None:
     if (clone / ".git").exists():
         command = ["git", "-C", str(clone), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
         with contextlib.suppress(OSError):
-            done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 -- no user input
+            done = subprocess.run(command, capture_output=True, encoding="utf-8", check=False)  # noqa: S603 -- no user input
             return done.stdout.strip() or None
     with contextlib.suppress(importlib.metadata.PackageNotFoundError, ValueError):
         origin = importlib.metadata.distribution("st-ar").read_text("direct_url.json")
@@ -245,7 +245,7 @@ def _version(package: str) -> str | None:
 
 def _cpu_name() -> str:
     try:
-        with open("/proc/cpuinfo") as file:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
             return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()

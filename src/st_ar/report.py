@@ -22,7 +22,7 @@ import numpy as np
 from PIL import Image
 
 from st_ar.errors import UserError, require
-from st_ar.files import atomic_write, require_place, write_json
+from st_ar.files import require_place, write_json, write_text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,8 +84,8 @@ def write_report(path: Path, *, title: str, lead: str, sections: Sequence[Sectio
     """
     environment = require("jinja2").Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     templates = files("st_ar").joinpath("templates")
-    template = environment.from_string(templates.joinpath("report.html").read_text())
-    script = templates.joinpath("report.js").read_text()
+    template = environment.from_string(templates.joinpath("report.html").read_text(encoding="utf-8"))
+    script = templates.joinpath("report.js").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     html = template.render(
         title=title,
@@ -95,8 +95,7 @@ def write_report(path: Path, *, title: str, lead: str, sections: Sequence[Sectio
         script=script,
         script_hash=f"sha256-{digest}",
     )
-    with atomic_write(path) as aside:
-        aside.write_text(html)
+    write_text(path, html)
 
 
 @dataclass(frozen=True)

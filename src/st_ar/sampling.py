@@ -19,7 +19,7 @@ from st_ar.data.text import TextStore
 from st_ar.distributed import JOB_TIMEOUT, barrier, broadcast_from_rank0, process_group
 from st_ar.errors import UserError, damaged
 from st_ar.figures import strip
-from st_ar.files import atomic_write, claim, open_array, save_array, sha256, write_json
+from st_ar.files import atomic_write, claim, open_array, save_array, sha256, write_json, write_text
 from st_ar.hardware import choose_device, choose_dtype, describe, local_device, require_compiler, side_stream
 from st_ar.model.generate import TokenSampler
 from st_ar.model.transformer import Transformer
@@ -77,8 +77,7 @@ class SampleWriter:
         """Write a part's images."""
         if self.packs:
             save_array(self._path(part), images)
-            with atomic_write(self._checksum(part)) as aside:
-                aside.write_text(sha256(self._path(part)) + "\n")
+            write_text(self._checksum(part), sha256(self._path(part)) + "\n")
             return
         for number, image in zip(self.numbers(part), images, strict=True):
             _save_image(self._path(number), image)

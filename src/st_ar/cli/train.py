@@ -192,7 +192,8 @@ def _describe_store(out: Path, store: "TokenStore") -> str:
     grid, meta = store.meta.grid, store.meta
     skipped = f"; {meta.skipped} unusable images, listed in {out / 'skipped.jsonl'}" if meta.skipped else ""
     images = np.bincount(store.labels, minlength=len(meta.class_names))
-    classes = f"{len(images)} classes of {images.min():,} to {images.max():,} images" if len(images) > 1 else "1 class"
+    counts = " to ".join(f"{count:,}" for count in sorted({images.min(), images.max()}))
+    classes = f"{len(images)} classes of {counts} images" if len(images) > 1 else "1 class"
     return f"{out}: {len(store):,} images x {len(meta.crops)} crops x {grid} x {grid} tokens; {classes}{skipped}"
 
 

@@ -12,6 +12,7 @@ import tyro
 from st_ar.cli import options
 from st_ar.config import InvarianceSettings
 from st_ar.errors import UserError, require
+from st_ar.files import printable
 from st_ar.settings import flag_name
 
 
@@ -333,4 +334,4 @@ def choose_names(paths: Sequence[Path], names: Sequence[str]) -> list[str]:
         names = short if len(set(short)) == len(short) else [str(path) for path in paths]
     if len(names) != len(paths) or len(set(names)) < len(names):
         raise UserError(f"--names {' '.join(names)}: give each of the {len(paths)} tokenizers a different name")
-    return list(names)
+    return list(map(printable, names))

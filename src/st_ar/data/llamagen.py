@@ -14,7 +14,7 @@ from st_ar.data.source import MAX_CLASSES, Crops
 from st_ar.data.store import TokenStore
 from st_ar.data.store_writer import Skipped, TokenStoreWriter
 from st_ar.errors import UserError, cause
-from st_ar.files import open_array
+from st_ar.files import open_array, printable
 from st_ar.progress import progress
 
 READERS = 8
@@ -105,9 +105,9 @@ def import_tokens(
     names = _crop_names(shapes[0][0], "") + (_crop_names(shapes[1][0], "second-") if more_codes else [])
     reader = _Folders(folders, labels, shapes, vocab_size)
     settings: dict[str, object] = {
-        "codes": str(codes),
-        "labels": str(labels),
-        "more_codes": str(more_codes),
+        "codes": printable(str(codes)),
+        "labels": printable(str(labels)),
+        "more_codes": printable(str(more_codes)),
         "images": len(numbers),
         "vocab_size": vocab_size,
         "num_classes": num_classes,

@@ -1,6 +1,5 @@
 """Writing a token store shard by shard, on one or several ranks."""
 
-import json
 import shutil
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -11,7 +10,7 @@ import numpy as np
 from st_ar.data.store import JOB, META, SKIPPED, StoreMeta, TokenStore, shard_names
 from st_ar.distributed import barrier, broadcast_from_rank0
 from st_ar.errors import UserError, cause
-from st_ar.files import atomic_write, claim, open_array, parse_json, save_array, sha256, write_json
+from st_ar.files import claim, open_array, parse_json, save_array, sha256, write_json, write_json_lines
 from st_ar.settings import Checked
 
 
@@ -201,7 +200,7 @@ class TokenStoreWriter:
             labels, length = open_array(path), len(open_array(self._path("codes", index)))
             if labels.shape != (length,) or labels.dtype != np.int32:
                 raise ValueError(f"{labels.dtype} {list(labels.shape)} for the codes of {length} images")
-            if self._sums(index) != parse_json(self._sums_path(index).read_text()):
+            if self._sums(index) != parse_json(self._sums_path(index).read_text(encoding="utf-8")):
                 raise ValueError(f"they do not match {self._sums_path(index).name}")
         except (OSError, ValueError, TypeError) as error:
             raise UserError(
@@ -215,5 +214,4 @@ def _write_lines(path: Path, skipped: list[Skipped]) -> None:
     if not skipped:
         path.unlink(missing_ok=True)
         return
-    with atomic_write(path) as temporary:
-        temporary.write_text("".join(json.dumps(asdict(image)) + "\n" for image in skipped))
+    write_json_lines(path, map(asdict, skipped))

@@ -232,7 +232,7 @@ def build_app(setup: Setup, host: str) -> Any:
             theme=gr.themes.Default(
                 primary_hue="sky", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
             ),  # system fonts: nothing is downloaded
-            css=files("st_ar").joinpath("templates/demo.css").read_text(),
+            css=files("st_ar").joinpath("templates/demo.css").read_text(encoding="utf-8"),
         )
 
     with ThreadPoolExecutor(1) as thread:  # without a running event loop Gradio creates some that are never closed

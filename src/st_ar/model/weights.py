@@ -11,7 +11,16 @@ from torch import Tensor
 from st_ar.config import ModelConfig
 from st_ar.data.store import TokenStore
 from st_ar.errors import UserError, cause, damaged, require
-from st_ar.files import atomic_write, read_json, read_safetensors, read_tensors, save_tensors, sha256, write_json
+from st_ar.files import (
+    atomic_write,
+    printable,
+    read_json,
+    read_safetensors,
+    read_tensors,
+    save_tensors,
+    sha256,
+    write_json,
+)
 from st_ar.model.transformer import Transformer
 from st_ar.settings import differences, from_dict, matches_type, to_dict
 
@@ -220,7 +229,7 @@ class EvalModel:
     def describe(self) -> dict[str, Any]:
         """Return which weights these are, as JSON values."""
         info = self.info
-        return {"file": str(info.source), "sha256": self.sha256, "ema": info.ema, "step": info.step}
+        return {"file": printable(str(info.source)), "sha256": self.sha256, "ema": info.ema, "step": info.step}
 
 
 def check_store(info: ModelInfo, store: TokenStore) -> None:
@@ -237,7 +246,8 @@ def call_models(models: Sequence[Path], names: Sequence[str]) -> Sequence[str]:
     if names and len(names) != len(models):
         raise UserError(f"{len(names)} --names for {len(models)} models: give one each, or none")
     short = [(_run_folder(path).resolve().name, path.name == EMA) for path in models]
-    return names or [each[0] if short.count(each) == 1 else str(path) for each, path in zip(short, models, strict=True)]
+    default = (each[0] if short.count(each) == 1 else str(path) for each, path in zip(short, models, strict=True))
+    return list(map(printable, names or default))
 
 
 def _run_folder(path: Path) -> Path:

@@ -14,7 +14,7 @@ import torch
 from st_ar.config import RunConfig, TrainConfig
 from st_ar.distributed import Ranks, broadcast_from_rank0, process_group
 from st_ar.errors import Interrupted, UserError, cause, damaged
-from st_ar.files import atomic_write, parse_json, read_json, require_absent, require_same, write_json
+from st_ar.files import parse_json, read_json, require_absent, require_same, write_json, write_json_lines
 from st_ar.hardware import describe, freed_memory_kept
 from st_ar.settings import differences, from_dict, matches_type, to_dict
 from st_ar.training.checkpoint_files import list_checkpoints
@@ -239,14 +239,13 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 def rewind_log(path: Path, step: int) -> None:
     """Drop the log entries after `step`."""
     kept = [entry for entry in read_log(path) if entry["step"] <= step]
-    with atomic_write(path) as aside:
-        aside.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
+    write_json_lines(path, kept)
 
 
 def append_log(path: Path, entry: dict[str, Any]) -> None:
     """Append a log entry."""
     try:
-        with open(path, "a") as file:
+        with open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps(entry, allow_nan=False) + "\n")
     except OSError as error:
         raise UserError(f"cannot write {path}: {cause(error)}; free some space and continue with --resume") from error

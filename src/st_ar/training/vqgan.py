@@ -5,7 +5,6 @@ V: codebook entries. Images are RGB in [-1, 1], channels first.
 """
 
 import copy
-import json
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -31,7 +30,7 @@ from st_ar.distributed import (
 )
 from st_ar.errors import UserError
 from st_ar.evaluation.reconstruction import evaluation_images, reconstruct, save_picture
-from st_ar.files import atomic_write, read_json
+from st_ar.files import read_json, write_json_lines
 from st_ar.hardware import choose_dtype, to_device
 from st_ar.progress import progress
 from st_ar.randomness import RandomStream, torch_generator, torch_seed
@@ -406,9 +405,8 @@ def train_tokenizer(
                     checkpoints.wait()
                     raise run.interrupted(step, total, signum)
         if run.writes and crops.broken:
-            with atomic_write(out / "skipped.jsonl") as aside:
-                lines = ({"index": index, "reason": reason} for index, reason in sorted(crops.broken.items()))
-                aside.write_text("".join(json.dumps(line) + "\n" for line in lines))
+            lines = ({"index": index, "reason": reason} for index, reason in sorted(crops.broken.items()))
+            write_json_lines(out / "skipped.jsonl", lines)
     return out
 
 

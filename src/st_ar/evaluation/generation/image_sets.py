@@ -27,7 +27,7 @@ from st_ar.data.source import (
     read_image,
 )
 from st_ar.errors import UserError, cause
-from st_ar.files import parse_json
+from st_ar.files import parse_json, printable
 from st_ar.randomness import RandomStream, numpy_generator
 from st_ar.sampling import JOB, METADATA
 from st_ar.settings import matches_type
@@ -172,7 +172,12 @@ def _open_archive(path: Path) -> ImageSet:
     if labels is not None and (labels.shape != shape[:1] or labels.dtype.kind not in "iu"):
         labels = None
     return ImageSet(
-        name=str(path), count=shape[0], size=(shape[1], shape[2]), read=read, labels=labels, metadata=metadata
+        name=printable(str(path)),
+        count=shape[0],
+        size=(shape[1], shape[2]),
+        read=read,
+        labels=labels,
+        metadata=metadata,
     )
 
 
@@ -206,7 +211,9 @@ def _open_folder(path: Path) -> ImageSet:
 
     metadata, labels = _read_metadata(path, len(files))
     height, width = size
-    return ImageSet(name=str(path), count=len(files), size=(height, width), read=read, labels=labels, metadata=metadata)
+    return ImageSet(
+        name=printable(str(path)), count=len(files), size=(height, width), read=read, labels=labels, metadata=metadata
+    )
 
 
 def metadata_path(samples: Path) -> Path:
@@ -220,7 +227,7 @@ def _read_metadata(samples: Path, count: int) -> tuple[dict[str, Any], np.ndarra
     if not path.is_file():
         return {}, None
     try:
-        metadata = parse_json(path.read_text())
+        metadata = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(
             f"{path} is unreadable ({cause(error)}) and should describe the samples beside it: remove it, or copy it again"
