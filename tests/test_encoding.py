@@ -60,7 +60,7 @@ def test_a_locale_of_ascii(tmp_path: Path) -> None:
 from st_ar.cli import main
 main("train-tokenizer kmeans --images folder:pictures --size 32 --vocab-size 8 --out tok".split())
 main("tokenize --images folder:pictures --tokenizer tok --size 32 --out tokens".split())
-main(["invariance", "--tokenizer", "tok", "--names", "café", "--images", "folder:pictures", "--num", "4", "--out", "inv", "--page", "page.html"])
+main("invariance --tokenizer tok --names café --images folder:pictures --num 4 --out inv --page page.html".split())
 """
     (tmp_path / "script.py").write_text(script, encoding="utf-8")
     done = subprocess.run(

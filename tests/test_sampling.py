@@ -391,6 +391,7 @@ def test_samples_say_how_they_were_made(line: SmallLine, tmp_path: Path, out: st
         "compiled": False,
         "tokenizer": random_tokenizer().fingerprint,
         "settings": settings,
+        "cfg_scale_origin": "as given",
         "label_mode": "balanced",
         "labels": [0, 2, 1],
     }

@@ -363,14 +363,17 @@ class SampleSettings(Checked):
 
     def explain_scale(self, config: ModelConfig, class_dropout: float | None = None) -> str:
         """The guidance scale for a model, and where it comes from. Arguments as for `resolved`."""
-        scale = self.resolved(config, class_dropout).cfg_scale
+        return f"guidance scale {self.resolved(config, class_dropout).cfg_scale:g}: {self.scale_origin(config, class_dropout)}"
+
+    def scale_origin(self, config: ModelConfig, class_dropout: float | None = None) -> str:
+        """Where the guidance scale for a model comes from. Arguments as for `resolved`."""
         if self.cfg_scale is not None:
-            origin = "as given"
-        elif class_dropout == 0:
-            origin = "the model was trained with --class-dropout 0"
-        else:
-            origin = "none by default" if scale == 1 else "LlamaGen's for this size; --cfg-scale changes it"
-        return f"guidance scale {scale:g}: {origin}"
+            return "as given"
+        if class_dropout == 0:
+            return "the model was trained with --class-dropout 0"
+        if self.resolved(config, class_dropout).cfg_scale == 1:
+            return "none by default"
+        return "LlamaGen's for this size; --cfg-scale changes it"
 
 
 TrackerName = Literal["tensorboard", "wandb", "trackio", "none"]

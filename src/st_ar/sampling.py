@@ -3,7 +3,7 @@
 import json
 import shutil
 import zipfile
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Collection, Generator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -293,6 +293,7 @@ def sample_to(
     info: ModelInfo,
     *,
     label_mode: str = "balanced",
+    scale_origin: str = "as given",
     batch_size: int = 256,
 ) -> None:
     """Draw an image for each label into a .npz file (ADM's layout: arr_0 images, arr_1 labels) or a folder of PNGs.
@@ -314,6 +315,7 @@ def sample_to(
         "compiled": sampler.compiled,
         "tokenizer": sampler.tokenizer.fingerprint,
         "settings": asdict(sampler.settings),
+        "cfg_scale_origin": scale_origin,
         "label_mode": label_mode,
         **conditions,
     }
@@ -339,13 +341,19 @@ def _require_count(flag: str, count: int) -> None:
 
 
 def choose_labels(
-    num: int, num_classes: int, seed: int, *, mode: Literal["balanced", "random"], only: Sequence[int] = ()
+    num: int,
+    num_classes: int,
+    seed: int,
+    *,
+    mode: Literal["balanced", "random"],
+    only: Sequence[int] = (),
+    empty: Collection[int] = (),
 ) -> list[int]:
-    """Choose the labels of `num` images from all classes or those of `only`: cycling through them, or at random."""
+    """Choose the labels of `num` images from those of `only`, or all classes but `empty`: cycling through them, or at random."""
     _require_count("--num", num)
     if wrong := [label for label in only if not 0 <= label < num_classes]:
         raise UserError(f"--labels {wrong[0]} is out of range: the model knows classes 0 to {num_classes - 1}")
-    classes = np.array(only or range(num_classes))
+    classes = np.array(only or [label for label in range(num_classes) if label not in empty])
     if mode == "random":
         return np.random.default_rng([seed, RandomStream.SAMPLING]).choice(classes, num).tolist()
     return np.resize(classes, num).tolist()
@@ -360,10 +368,12 @@ def choose_conditions(
     mode: Literal["balanced", "random"],
     labels: Sequence[int] = (),
     per_class: int | None = None,
+    empty: Collection[int] = (),
 ) -> list[int]:
     """Choose the conditions of `num` images: classes (64 if None), or indices of a text model's captions (all if None).
 
-    `per_class` is the number of images of each class or caption, instead of `num`.
+    `per_class` is the number of images of each class or caption, instead of `num`. Classes in `empty` have no training images:
+    they are left out unless `labels` names them.
     """
     if per_class is not None:
         if num is not None:
@@ -372,9 +382,9 @@ def choose_conditions(
             raise UserError("--per-class cycles through the classes: leave out --label-mode random, or give --num")
         _require_count("--per-class", per_class)
         labels = tuple(dict.fromkeys(labels))
-        num = per_class * (len(text) if text is not None else len(labels) or config.num_classes)
+        num = per_class * (len(text) if text is not None else len(labels) or config.num_classes - len(empty))
     if text is None:
-        return choose_labels(64 if num is None else num, config.num_classes, seed, mode=mode, only=labels)
+        return choose_labels(64 if num is None else num, config.num_classes, seed, mode=mode, only=labels, empty=empty)
     if labels:
         raise UserError(
             "--labels are classes, but this model is for captions: leave them out; --text gives the captions"

@@ -37,6 +37,6 @@ def test_rank_0_shows_the_common_run(out: Path, parallel: str) -> None:
     assert all(1 <= entry["rank_projected"] <= 8 + 1e-6 for entry in log.values())  # images of the batch
     assert len(list((watched / "tensorboard").iterdir())) == 1
     assert sorted(path.name for path in (watched / "samples").iterdir()) == ["step_00000002.png", "step_00000004.png"]
-    images = sample_images(load_model(watched), load_tokenizer(out / "line" / "tokenizer"), spread_labels(3, 16))
+    images = sample_images(load_model(watched), load_tokenizer(out / "line" / "tokenizer"), spread_labels(range(3), 16))
     found = np.asarray(Image.open(watched / "samples" / "step_00000004.png"))
     np.testing.assert_array_equal(found, strip(images, 8))

@@ -219,9 +219,10 @@ def test_samples_are_those_that_the_weights_give(line: Path, tmp_path: Path) -> 
 
 
 def test_sixteen_classes_are_spread_evenly() -> None:
-    assert spread_labels(3, 16) == [0] * 6 + [1] * 5 + [2] * 5
-    assert spread_labels(1000, 16)[:4] == [0, 62, 125, 187]
-    assert spread_labels(1000, 16)[-1] == 937
+    assert spread_labels(range(3), 16) == [0] * 6 + [1] * 5 + [2] * 5
+    assert spread_labels(range(1000), 16)[:4] == [0, 62, 125, 187]
+    assert spread_labels(range(1000), 16)[-1] == 937
+    assert spread_labels([2, 7], 4) == [2, 2, 7, 7]
 
 
 def test_the_probe_is_ridge_regression_at_the_last_step(line: Path, watched: Path) -> None:

@@ -44,7 +44,7 @@ class Sample:
     def run(self) -> None:
         from st_ar.data.text import open_text
         from st_ar.distributed import Ranks
-        from st_ar.errors import note
+        from st_ar.errors import listed, note
         from st_ar.sampling import Sampler, choose_conditions, open_model_and_tokenizer, sample_to
 
         ranks = Ranks.from_environment()
@@ -60,12 +60,25 @@ class Sample:
             mode=self.label_mode,
             labels=self.labels,
             per_class=self.per_class,
+            empty=info.empty_classes,
         )
         if ranks.rank == 0:
+            if empty := [str(c) for c in info.empty_classes if c in self.labels or not self.labels]:
+                left_out = "" if self.labels else "; they are left out, and --labels can name them"
+                note(f"the model has seen no image of class {listed(empty)}{left_out}")
             note(self.settings.explain_scale(info.config, info.class_dropout))
         settings = self.settings.resolved(info.config, info.class_dropout)
+        origin = self.settings.scale_origin(info.config, info.class_dropout)
         sampler = Sampler(model, tokenizer, settings, text, compiled=self.compile)
-        sample_to(self.out, sampler, labels, info, label_mode=self.label_mode, batch_size=self.batch_size)
+        sample_to(
+            self.out,
+            sampler,
+            labels,
+            info,
+            label_mode=self.label_mode,
+            scale_origin=origin,
+            batch_size=self.batch_size,
+        )
         if ranks.rank == 0:
             size = info.config.grid * tokenizer.patch
             print(f"{self.out}: {len(labels):,} images of {size} x {size} pixels")

@@ -11,7 +11,7 @@ import tyro
 
 from st_ar.cli import options, require_one_rank
 from st_ar.config import VQ_PRESETS, RunConfig, TrainConfig, VQTrainConfig, WatchConfig
-from st_ar.errors import UserError
+from st_ar.errors import UserError, listed
 from st_ar.presets import PRESETS, get_preset, unknown_preset
 
 if TYPE_CHECKING:
@@ -194,6 +194,8 @@ def _describe_store(out: Path, store: "TokenStore") -> str:
     images = np.bincount(store.labels, minlength=len(meta.class_names))
     counts = " to ".join(f"{count:,}" for count in sorted({images.min(), images.max()}))
     classes = f"{len(images)} classes of {counts} images" if len(images) > 1 else "1 class"
+    if empty := [meta.class_names[label] for label in store.empty_classes]:
+        classes += f", none of {listed(empty)}"
     return f"{out}: {len(store):,} images x {len(meta.crops)} crops x {grid} x {grid} tokens; {classes}{skipped}"
 
 
@@ -360,6 +362,7 @@ class Convert:
             save_llamagen(self.target, model.state_dict())
         else:
             metadata = {"step": info.step, "class_names": info.class_names, "tokenizer": info.tokenizer, "preset": ""}
+            metadata |= {"empty_classes": info.empty_classes} if info.empty_classes else {}
             metadata |= {"encoder": info.encoder} if info.encoder else {}
             metadata |= {} if info.class_dropout is None else {"class_dropout": info.class_dropout}
             metadata |= {"ema": True} if info.ema else {}

@@ -4,7 +4,7 @@ import hashlib
 import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -132,6 +132,11 @@ class TokenStore:
             complete = {key: type(value) for key, value in shard.items()} == types
             if not complete or (shard["codes"], shard["labels"]) not in names:
                 raise damaged(self.folder / META, f"its entry {index} is not of that shard", "tokenize again")
+
+    @cached_property
+    def empty_classes(self) -> list[int]:
+        """The classes without images."""
+        return sorted(set(range(len(self.meta.class_names))) - set(np.unique(self.labels).tolist()))
 
     def _map(self, shard: dict[str, str | int], what: str) -> np.ndarray:
         path = self.folder / str(shard[what])

@@ -65,7 +65,9 @@ def handler(work: Callable[..., Any]) -> Callable[..., Any]:
 def class_choices(setup: Setup, name: str) -> list[tuple[str, int]]:
     """Return the classes of some weights by name, with their numbers where two names are the same."""
     names = setup.pool.find(name).class_names
-    return [(label if names.count(label) == 1 else f"{label} ({index})", index) for index, label in enumerate(names)]
+    numbered = (label if names.count(label) == 1 else f"{label} ({index})" for index, label in enumerate(names))
+    empty = setup.pool.find(name).empty_classes
+    return [(f"{label}, not trained" if index in empty else label, index) for index, label in enumerate(numbered)]
 
 
 def add_fields(setup: Setup, name: str, key: str) -> list[Any]:
@@ -75,7 +77,7 @@ def add_fields(setup: Setup, name: str, key: str) -> list[Any]:
     choices = class_choices(setup, name)
     classes = gr.Dropdown(
         choices,
-        value=[index for _, index in choices[:4]],
+        value=[index for _, index in choices if index not in weights.empty_classes][:4],
         multiselect=True,
         filterable=True,
         max_choices=MAX_IMAGES,

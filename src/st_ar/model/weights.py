@@ -29,6 +29,7 @@ LIVE, EMA = "model.safetensors", "ema.safetensors"
 CARD: dict[str, Any] = {
     "step": int,
     "class_names": list[str],
+    "empty_classes": list[int],
     "tokenizer": str,
     "encoder": str,
     "class_dropout": float | None,
@@ -46,6 +47,8 @@ class ModelInfo:
     step: int = 0
     """Optimizer steps trained."""
     class_names: list[str] = field(default_factory=list)
+    empty_classes: list[int] = field(default_factory=list)
+    """Classes without training images."""
     tokenizer: str = ""
     """Fingerprint of the tokenizer that made the model's tokens."""
     encoder: str = ""

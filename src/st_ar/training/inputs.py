@@ -77,7 +77,8 @@ class Inputs:
         encoder = {} if self.captions is None else {"encoder": self.captions.encoder}
         meta = self.store.meta
         about = {"preset": preset, "class_names": meta.class_names, "tokenizer": meta.tokenizer}
-        return {**about, "class_dropout": self.config.class_dropout, **encoder}
+        empty = {"empty_classes": self.store.empty_classes} if self.store.empty_classes else {}
+        return {**about, **empty, "class_dropout": self.config.class_dropout, **encoder}
 
 
 class Initial:

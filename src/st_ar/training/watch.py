@@ -182,11 +182,12 @@ class SampleGrid:
                 f"--sample-tokenizer {tokenizer} has {codes.vocab_size} codes, {store.folder} has {store.meta.vocab_size}: "
                 "give the tokenizer that made the store"
             )
+        filled = [label for label in range(model.num_classes) if label not in store.empty_classes]
         known = model.num_classes if captions is None else len(captions)
         if wrong := [label for label in labels if not 0 <= label < known]:
             raise UserError(f"--sample-labels {wrong[0]} is out of range: give 0 to {known - 1}")
         self.tokenizer, self.captions, self.settings, self.device = tokenizer, captions, settings, device
-        self.labels = labels or spread_labels(known, GRID_IMAGES)
+        self.labels = labels or spread_labels(filled if captions is None else range(known), GRID_IMAGES)
 
     def draw(self, network: Transformer, path: Path) -> np.ndarray:
         """Draw the grid and write it as a PNG; returns it, uint8 [H, W, 3]."""
@@ -198,9 +199,9 @@ class SampleGrid:
         return grid
 
 
-def spread_labels(known: int, count: int) -> list[int]:
-    """Return `count` labels in ascending order, evenly spread over 0 .. known - 1."""
-    return [index * known // count for index in range(count)]
+def spread_labels(known: Sequence[int], count: int) -> list[int]:
+    """Return `count` labels, evenly spread over the known ones."""
+    return [known[index * len(known) // count] for index in range(count)]
 
 
 class RidgeProbe:

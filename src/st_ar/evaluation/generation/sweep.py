@@ -63,7 +63,9 @@ class SweptModel:
         self.info.config.require_classes("st-ar sweep")
         self.folder = folder
         self.label_mode, self.batch_size = label_mode, batch_size
-        self.labels = choose_conditions(self.info.config, None, num, seed, mode=label_mode)
+        self.labels = choose_conditions(
+            self.info.config, None, num, seed, mode=label_mode, empty=self.info.empty_classes
+        )
         self.description = {
             "weights": sha256(self.info.source),
             "ema": ema,
