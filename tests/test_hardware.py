@@ -15,11 +15,12 @@ from st_ar.errors import UserError
 from st_ar.evaluation.generation.features import Compute, Extracted, Extractor, collect
 from st_ar.evaluation.generation.image_sets import open_files
 from st_ar.evaluation.likelihood import validation_loss
-from st_ar.hardware import choose_device, choose_dtype, describe, peak_flops, require_compiler, revision, side_stream
+from st_ar.hardware import choose_compile, choose_device, choose_dtype, describe, peak_flops, revision, side_stream
 from tests.data.random_store import random_store
 from tests.toys import random_model
 
 CPU = torch.device("cpu")
+CUDA = torch.device("cuda")
 needs_glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="freed memory is kept only with glibc")
 
 
@@ -73,16 +74,29 @@ def test_a_missing_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_compiling_without_a_compiler_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    require_compiler(CPU)
+    assert choose_compile(True, CPU)
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
+    assert not choose_compile(False, CPU)
     with pytest.raises(UserError, match=r"--compile needs a compiler, g\+\+ or clang\+\+: install one"):
-        require_compiler(CPU)
+        choose_compile(True, CPU)
     with pytest.raises(UserError, match="needs a compiler, gcc or clang or cc"):
-        require_compiler(torch.device("cuda"))
+        choose_compile(True, CUDA)
     (tmp_path / "mine").touch(mode=0o755)
     monkeypatch.setenv("CXX", "mine")
-    require_compiler(CPU)
+    assert choose_compile(True, CPU)
+
+
+def test_auto_compiles_on_gpus(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert not choose_compile("auto", CPU)
+    (tmp_path / "gcc").touch(mode=0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert choose_compile("auto", CUDA)
+    (tmp_path / "gcc").unlink()
+    assert not choose_compile("auto", CUDA)
+    assert "gcc or clang or cc: install one; the model is not compiled, and slower" in capsys.readouterr().err
 
 
 def test_the_revision_is_found_in_a_clone_or_an_installation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import st_ar
-from st_ar.cli import expand_home, main
+from st_ar.cli import expand_home, main, spell_out
 from st_ar.data.images import open_images
 from st_ar.data.store import TokenStore
 from st_ar.data.text import TextStore, write_text
@@ -47,3 +47,18 @@ def test_functions_and_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(st_ar.UserError, match="no such folder"):
         open_images("folder:~/pictures")
     assert not (tmp_path / "~").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "spelled"),
+    [
+        ("--compile --steps 3", "--compile True --steps 3"),
+        ("--steps 3 --compile", "--steps 3 --compile True"),
+        ("--no-compile --steps 3", "--compile False --steps 3"),
+        ("--compile auto --steps 3", "--compile auto --steps 3"),
+        ("--compile False", "--compile False"),
+        ("--compile=auto", "--compile=auto"),
+    ],
+)
+def test_a_setting_that_may_be_auto_is_also_a_flag(arguments: str, spelled: str) -> None:
+    assert spell_out(arguments.split()) == spelled.split()

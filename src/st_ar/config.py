@@ -272,8 +272,8 @@ class TrainConfig(RunConfig):
     """Images of --validation to measure, evenly spaced in the store."""
     skip_nonfinite: Whole = 0
     """Steps that may be skipped because the loss or gradient is not finite. One more stops the run."""
-    compile: bool = False
-    """Compile the transformer's blocks with torch.compile. On a CPU it needs a C++ compiler."""
+    compile: bool | Literal["auto"] = "auto"
+    """Compile the transformer's blocks with torch.compile. auto compiles on GPUs. On a CPU it needs a C++ compiler."""
     parallel: Literal["auto", "none", "ddp", "fsdp"] = "auto"
     """How torchrun's ranks hold the weights: a copy each (ddp) or sharded (fsdp). auto is ddp on several ranks, none on one."""
     shard_size: int | None = None

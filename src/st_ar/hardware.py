@@ -13,14 +13,14 @@ from collections.abc import Callable, Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 import st_ar
 from st_ar.config import ModelConfig, TrainConfig
-from st_ar.errors import UserError
+from st_ar.errors import UserError, note
 
 
 def choose_device(name: str) -> torch.device:
@@ -124,14 +124,23 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     return next((peak for words, peak in PEAK_BFLOAT16.items() if f" {words} " in name), None)
 
 
-def require_compiler(device: torch.device) -> None:
-    """Refuse torch.compile without a compiler: of C++ for a CPU, of C for the launchers of a GPU's kernels."""
+def choose_compile(chosen: bool | Literal["auto"], device: torch.device) -> bool:
+    """Whether to use torch.compile; auto is on a GPU only.
+
+    torch.compile needs a compiler: of C++ for a CPU, of C for the launchers of a GPU's kernels. Without one `True` is refused, and
+    auto does not compile.
+    """
+    if not chosen or (chosen == "auto" and device.type == "cpu"):
+        return False
     names = ("g++", "clang++") if device.type == "cpu" else ("gcc", "clang", "cc")
-    chosen = os.environ.get("CXX" if device.type == "cpu" else "CC")
-    if not any(shutil.which(name) for name in ([chosen] if chosen else names)):
-        raise UserError(
-            f"--compile needs a compiler, {chosen or ' or '.join(names)}: install one, or leave --compile out"
-        )
+    own = os.environ.get("CXX" if device.type == "cpu" else "CC")
+    if any(shutil.which(name) for name in ([own] if own else names)):
+        return True
+    problem = f"--compile needs a compiler, {own or ' or '.join(names)}: install one"
+    if chosen == "auto":
+        note(f"{problem}; the model is not compiled, and slower")
+        return False
+    raise UserError(f"{problem}, or leave --compile out")
 
 
 @contextlib.contextmanager

@@ -20,7 +20,7 @@ from st_ar.distributed import JOB_TIMEOUT, barrier, broadcast_from_rank0, proces
 from st_ar.errors import UserError, damaged
 from st_ar.figures import strip
 from st_ar.files import atomic_write, claim, open_array, save_array, sha256, write_json, write_text
-from st_ar.hardware import choose_device, choose_dtype, describe, local_device, require_compiler, side_stream
+from st_ar.hardware import choose_compile, choose_device, choose_dtype, describe, local_device, side_stream
 from st_ar.model.generate import TokenSampler
 from st_ar.model.transformer import Transformer
 from st_ar.model.weights import ModelInfo, open_model
@@ -233,8 +233,7 @@ class Sampler:
             )
         self.model, self.tokenizer, self.settings, self.text = model, tokenizer, settings.resolved(config), text
         self.device, self.compiled = model.output.weight.device, compiled
-        if compiled:
-            require_compiler(self.device)
+        choose_compile(compiled, self.device)  # refuses a missing compiler
         self.seed = torch_seed(settings.seed, RandomStream.SAMPLING)
         self.drawer: TokenSampler | None = None
 

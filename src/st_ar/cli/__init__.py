@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
+from itertools import zip_longest
 from typing import Any
 
 import tyro
@@ -89,6 +90,18 @@ def require_one_rank(name: str) -> None:
         )
 
 
+def spell_out(arguments: Sequence[str]) -> list[str]:
+    """Expand ~, and give --compile, which may also be auto, its value where it stands as a flag."""
+    spelled: list[str] = []
+    for argument, following in zip_longest(arguments, arguments[1:]):
+        if argument == "--no-compile":
+            spelled += ["--compile", "False"]
+        else:
+            alone = argument == "--compile" and following not in ("auto", "True", "False")
+            spelled += [expand_home(argument), *(["True"] if alone else [])]
+    return spelled
+
+
 def expand_home(argument: str) -> str:
     """An argument with ~ as the home folder in its value, which shells leave alone in --out=~/run."""
     option, mark, value = argument.partition("=") if argument.startswith("--") else ("", "", argument)
@@ -103,7 +116,7 @@ def read_command(arguments: Sequence[str]) -> Callable[[], None]:
         SystemExit: unknown options or wrong values, after the error is printed.
     """
     name, *rest = arguments
-    rest = [expand_home(argument) for argument in rest]
+    rest = spell_out(rest)
     if name not in COMMANDS:
         raise UserError(f"unknown command {name!r}: give one of {', '.join(COMMANDS)}; st-ar --help explains them")
     if not COMMANDS[name].multi_rank:

@@ -2,12 +2,15 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
 from st_ar.cli import options
 from st_ar.config import Metric, SampleSettings
+
+COMPILED_FROM = 1000
+"""Images from which `sample --compile auto` compiles on a GPU: the compilation takes longer than a few images."""
 
 
 @dataclass(kw_only=True)
@@ -38,13 +41,14 @@ class Sample:
     """Tokens per side, if not the trained size: 24 for 384 px with LlamaGen's 256 px weights."""
     device: options.Device = "auto"
     dtype: options.ModelType = "auto"
-    compile: bool = False
-    """Compile the transformer's blocks with torch.compile: faster after a few seconds. Needs a C++ compiler on a CPU."""
+    compile: bool | Literal["auto"] = "auto"
+    """Compile the transformer's blocks with torch.compile: faster after some seconds. auto compiles on GPUs from 1,000 images on."""
 
     def run(self) -> None:
         from st_ar.data.text import open_text
         from st_ar.distributed import Ranks
         from st_ar.errors import listed, note
+        from st_ar.hardware import choose_compile
         from st_ar.sampling import Sampler, choose_conditions, open_model_and_tokenizer, sample_to
 
         ranks = Ranks.from_environment()
@@ -67,9 +71,11 @@ class Sample:
                 left_out = "" if self.labels else "; they are left out, and --labels can name them"
                 note(f"the model has seen no image of class {listed(empty)}{left_out}")
             note(self.settings.explain_scale(info.config, info.class_dropout))
+        wanted = self.compile if self.compile != "auto" or len(labels) >= COMPILED_FROM else False
+        compiled = choose_compile(wanted, model.output.weight.device)
         settings = self.settings.resolved(info.config, info.class_dropout)
         origin = self.settings.scale_origin(info.config, info.class_dropout)
-        sampler = Sampler(model, tokenizer, settings, text, compiled=self.compile)
+        sampler = Sampler(model, tokenizer, settings, text, compiled=compiled)
         sample_to(
             self.out,
             sampler,

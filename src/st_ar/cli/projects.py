@@ -205,8 +205,8 @@ class Reproduce:
     steps: int | None = None
     """Optimizer steps in place of 50 epochs at the scales tiny and small. 300 epochs become six times as many."""
     weights: options.Weights = "live"
-    compile: bool = False
-    """Train with --compile: faster for runs longer than a few minutes. Needs a C++ compiler on a CPU."""
+    compile: bool | Literal["auto"] = "auto"
+    """Train with --compile: faster for runs longer than a few minutes. auto compiles on GPUs. On a CPU it needs a C++ compiler."""
     dry_run: bool = False
     """Print the commands with the time and disk space that they need, and run nothing."""
     json: options.Json = None

@@ -79,7 +79,7 @@ class TokenStoreWriter:
 
     def is_finished(self, index: int) -> bool:
         """Whether a shard was written completely."""
-        return self._sums_path(index).exists() and self._path("labels", index).exists()
+        return self._sums_path(index).is_file() and self._path("labels", index).exists()
 
     def reopen_mended(self, index: int, usable: Callable[[int], bool]) -> None:
         """Mark a finished shard unfinished if an image that it lacks can be used now; `usable` tells it by the image's index."""

@@ -243,7 +243,7 @@ class Plan:
         seeds: Sequence[int] = (0,),
         steps: int | None = None,
         weights: Sequence[Weights] = ("live",),
-        compiled: bool = False,
+        compiled: bool | Literal["auto"] = "auto",
     ) -> None:
         if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0:
             raise UserError(f"--seeds must be one or more different numbers of 0 or more, not {list(seeds)}")

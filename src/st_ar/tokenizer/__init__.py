@@ -2,7 +2,7 @@
 
 import math
 from pathlib import Path
-from typing import ClassVar, Protocol
+from typing import ClassVar, Literal, Protocol
 
 import numpy as np
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from st_ar.errors import UserError, damaged
 from st_ar.files import read_json
-from st_ar.hardware import choose_device, local_device, require_compiler
+from st_ar.hardware import choose_compile, choose_device, local_device
 from st_ar.tokenizer.kmeans import KMeansTokenizer
 from st_ar.tokenizer.vq import CONFIG, FORMAT_VERSION, WEIGHTS, VQTokenizer
 
@@ -90,13 +90,11 @@ def decode_to_images(tokenizer: Tokenizer, tokens: Tensor) -> np.ndarray:
     return to_uint8(tokenizer.decode(tokens.cpu().unflatten(1, (grid, grid)))).numpy()
 
 
-def open_tokenizer(path: Path, device: str, dtype: str, compiled: bool = False) -> Tokenizer:
-    """Load a tokenizer for a device; `dtype` and `compiled` apply to VQ networks."""
+def open_tokenizer(path: Path, device: str, dtype: str, compiled: bool | Literal["auto"] = False) -> Tokenizer:
+    """Load a tokenizer for a device; `dtype` and `compiled` (see `choose_compile`) apply to VQ networks."""
     tokenizer = load_tokenizer(path)
     if isinstance(tokenizer, VQTokenizer):
         chosen = local_device(choose_device(device))
-        if compiled:
-            require_compiler(chosen)
         kind = torch.bfloat16 if dtype == "bfloat16" else torch.float32
-        tokenizer = tokenizer.to(chosen, kind, compiled=compiled)
+        tokenizer = tokenizer.to(chosen, kind, compiled=choose_compile(compiled, chosen))
     return tokenizer

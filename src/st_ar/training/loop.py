@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from st_ar.config import TrainConfig, WatchConfig
 from st_ar.distributed import Ranks, all_gather, all_reduce_max, all_reduce_mean, get_rank, stop_on_signal
-from st_ar.hardware import choose_dtype, require_compiler, to_device
+from st_ar.hardware import choose_compile, choose_dtype, to_device
 from st_ar.model.transformer import Transformer
 from st_ar.model.weights import exported_step
 from st_ar.progress import progress
@@ -65,8 +65,7 @@ def train(
     with training_session(config) as (ranks, device), Run(out, config, ranks, preset=preset, resume=resume) as run:
         # Open everything and refuse what cannot work before the run begins.
         parallel, dtype = choose_parallel(config, ranks.world), choose_dtype(config.dtype, device)
-        if config.compile:
-            require_compiler(device)
+        choose_compile(config.compile, device)  # refuses a missing compiler
         paths = DataPaths(tokens=tokens, text=text, validation=validation, init=init, init_ema=init_ema)
         inputs = Inputs(paths, config, out / "best", ranks)
         total = config.total_steps(len(inputs.store))

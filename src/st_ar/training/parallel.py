@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 from st_ar.config import TrainConfig
 from st_ar.distributed import data_parallel
 from st_ar.errors import UserError
+from st_ar.hardware import choose_compile
 from st_ar.model.transformer import Transformer
 from st_ar.selfguided.guidance import EMATeacher
 from st_ar.selfguided.objective import SelfGuided
@@ -83,7 +84,7 @@ def parallelize(
     if parallel != "fsdp":  # fsdp moves one block after another, since the whole model may not fit
         student.to(device)
         teacher.to(device)
-    if config.compile:
+    if choose_compile(config.compile, device):
         torch.compiler.reset()  # torch keeps at most 8 compilations of the blocks' code in a process, over all its runs
         for block in [*student.model.layers, *teacher.model.layers]:
             block.compile()
