@@ -216,6 +216,40 @@ def test_what_cannot_be_compared_is_named(reference: np.ndarray, samples: np.nda
         precision_recall(reference, samples)
 
 
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e20])
+def test_a_feature_too_far_from_the_others_is_named_and_others_keep_their_distances(scale: float) -> None:
+    rng = np.random.default_rng(3)
+    x, y = rng.normal(size=(60, 8)), rng.normal(size=(50, 8))
+    expected = (*precision_recall(x, y), *density_coverage(x, y))
+    assert (*precision_recall(x * scale, y * scale), *density_coverage(x * scale, y * scale)) == expected
+    far = x.copy()
+    far[3, 2] = 1e4  # far, but within what float64 resolves
+    assert (*precision_recall(far * scale, y * scale), *density_coverage(far * scale, y * scale)) == pytest.approx(
+        (*brute_force(far, y, 3)[:2], *brute_force(far, y, 5)[2:])
+    )
+    far[3, 2], high = 1e8, y + 1e20
+    for measure in (precision_recall, density_coverage):
+        with pytest.raises(
+            UserError, match=r"image 3 of the reference has a feature of .*, more than 100,000 times the"
+        ):
+            measure(far * scale, y * scale)
+        with pytest.raises(UserError, match=r"image \d+ of the samples has a feature of .* Look for damaged images or"):
+            measure(x * scale, high * scale)
+        with pytest.raises(UserError, match=r"a feature of inf, more than"):
+            measure(x, y * 1e160)
+
+
+def test_features_whose_metrics_overflow_are_refused() -> None:
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(60, 4)), rng.normal(size=(50, 4))
+    statistics = [(*mean_and_covariance(x * s), *mean_and_covariance(y * s)) for s in (1, 1e20, 1e100)]
+    assert frechet_distance(*statistics[1]) == pytest.approx(1e40 * frechet_distance(*statistics[0]))
+    with pytest.raises(UserError, match="exceed 1e100, and FD overflows: look for damaged images or weights"):
+        frechet_distance(*statistics[2])
+    with pytest.raises(UserError, match="so large that KID overflows"):
+        kernel_distance(x * 1e60, y * 1e60)
+
+
 # KID
 
 

@@ -7,10 +7,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from st_ar.data.store import JOB, META, SKIPPED, StoreMeta, TokenStore, shard_names
-from st_ar.distributed import barrier, broadcast_from_rank0
-from st_ar.errors import UserError, cause
+from st_ar.distributed import all_gather_ragged, barrier, broadcast_from_rank0, get_rank
+from st_ar.errors import UserError, cause, listed, note
 from st_ar.files import atomic_write, claim, open_array, parse_json, save_array, sha256, write_json
 from st_ar.settings import Checked
 
@@ -22,6 +23,74 @@ class Skipped(Checked, prefix=""):
     index: int
     name: str
     reason: str
+
+
+def require_share(max_skipped: float) -> None:
+    """Refuse a --max-skipped that is no share."""
+    if not 0 <= max_skipped <= 1:
+        raise UserError(f"--max-skipped must lie in [0, 1], not {max_skipped}: it is a share of the images")
+
+
+def too_many(skipped: Sequence[Skipped], images: int, max_skipped: float) -> str:
+    """The cause of an error if more than a share `max_skipped` of `images` images is unusable; empty otherwise."""
+    if len(skipped) <= max_skipped * images + 1e-9:
+        return ""
+    first = min(skipped)
+    return (
+        f"{len(skipped)} of {images} images cannot be used, more than --max-skipped {max_skipped}; the first is "
+        f"{first.name}: {first.reason}"
+    )
+
+
+class SkippedImages:
+    """The unusable images of a source, which a measurement leaves out.
+
+    Args:
+        source: name of the source.
+        max_skipped: largest share of unusable images.
+    """
+
+    def __init__(self, source: str = "", max_skipped: float = 0.01) -> None:
+        require_share(max_skipped)
+        self.source, self.max_skipped = source, max_skipped
+        self.found: dict[int, Skipped] = {}
+
+    def add(self, index: int, name: str, reason: str, images: int | None) -> None:
+        """Add an image; refuse if they are too many of `images`, which is None if unknown."""
+        self.found[index] = Skipped(index, name or f"image {index}", reason)
+        if images is not None:
+            self._check(images)
+
+    def _check(self, images: int) -> None:
+        if why := too_many([*self.found.values()], images, self.max_skipped):
+            raise UserError(f"{self.source}: {why}. Repair or remove them, or raise --max-skipped")
+
+    def finish(self, used: int) -> list[str]:
+        """Combine the lists of all ranks, then `report` for the `used` images of all. Every rank must call it."""
+        lines = "".join(json.dumps(asdict(image)) + "\n" for image in self.found.values())
+        gathered = all_gather_ragged(torch.tensor([*lines.encode()], dtype=torch.uint8)).numpy().tobytes()
+        skipped = sorted(Skipped(**json.loads(line)) for line in gathered.splitlines())
+        self.found = {image.index: image for image in skipped}
+        return self.report(used)
+
+    def report(self, used: int) -> list[str]:
+        """Return a note, which rank 0 prints, if there are unusable images besides the `used` ones.
+
+        Raises:
+            UserError: too many are unusable.
+        """
+        self._check(used + len(self.found))
+        if not self.found:
+            return []
+        names = listed([f"{image.name} ({image.reason})" for image in self.found.values()])
+        text = f"{self.source}: {len(self.found)} of {used + len(self.found)} images cannot be used and are left out: {names}"
+        if get_rank() == 0:
+            note(text)
+        return [text]
+
+    def describe(self) -> dict[str, object]:
+        """Their number and the list, for a result."""
+        return {"skipped": len(self.found), "skipped_images": [asdict(image) for image in self.found.values()]}
 
 
 class TokenStoreWriter:
@@ -48,8 +117,7 @@ class TokenStoreWriter:
         needed_bytes: int = 0,
         max_skipped: float = 0.01,
     ) -> None:
-        if not 0 <= max_skipped <= 1:
-            raise UserError(f"--max-skipped must lie in [0, 1], not {max_skipped}: it is a share of the images")
+        require_share(max_skipped)
         self.out, self.shards, self.max_skipped = out, shards, max_skipped
         broadcast_from_rank0(lambda: self._claim({"verb": command, **settings}, needed_bytes))
 
@@ -102,15 +170,12 @@ class TokenStoreWriter:
         The list stays in skipped.jsonl.
         """
         skipped = sorted(image for image in self._skipped() + new if image.index < images)
-        if len(skipped) <= self.max_skipped * images + 1e-9:
-            return
-        _write_lines(self.out / SKIPPED, skipped)
-        first = skipped[0]
-        raise UserError(
-            f"{len(skipped)} of {images} images cannot be used, more than --max-skipped {self.max_skipped}; the first is "
-            f"{first.name}: {first.reason}; {self.out / SKIPPED} lists them. Repair them or raise --max-skipped, then give "
-            "the same command to continue: finished shards are kept"
-        )
+        if why := too_many(skipped, images, self.max_skipped):
+            _write_lines(self.out / SKIPPED, skipped)
+            raise UserError(
+                f"{why}; {self.out / SKIPPED} lists them. Repair them or raise --max-skipped, then give the same command to "
+                "continue: finished shards are kept"
+            )
 
     def finish(
         self,

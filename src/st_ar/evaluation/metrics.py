@@ -1,6 +1,7 @@
 """Metrics of generated images: Frechet distance, Inception Score, precision, recall, density, coverage, KID."""
 
 import contextlib
+import math
 from collections.abc import Callable, Generator, Iterator
 from typing import NamedTuple
 
@@ -13,6 +14,8 @@ from st_ar.errors import UserError
 
 FeatureArray = np.ndarray | Tensor
 
+LARGEST = 1e15
+"""Largest feature of a network. Sums of a million squares of it fit float32."""
 STATISTICS_BLOCK = 1024
 """Rows whose statistics are merged at once."""
 
@@ -24,6 +27,19 @@ class Gaussian(NamedTuple):
     """float64 [D]."""
     covariance: np.ndarray
     """float64 [D, D], divided by N - 1 as in np.cov."""
+
+
+def require_bounded(
+    rows: Tensor, name_of: Callable[[int], str], remedy: str = "look for damaged images or weights"
+) -> None:
+    """Refuse NaN, infinity and numbers above LARGEST in features [n, ..]; `name_of` names row i in the message."""
+    largest = rows.detach().flatten(1).abs().amax(1)  # NaN if there is one
+    if not (largest <= LARGEST).all():
+        row = int((~(largest <= LARGEST)).nonzero()[0])
+        value = largest[row].item()
+        if math.isfinite(value):
+            raise UserError(f"the features of {name_of(row)} reach {value:.3g}, above {LARGEST:g}: {remedy}")
+        raise UserError(f"the features of {name_of(row)} hold NaN or infinity: {remedy}")
 
 
 class FeatureStatistics:
@@ -131,6 +147,9 @@ NEIGHBOUR_BLOCK = 4096
 TIE = 1e-12
 """Rounding error of a squared distance in float64, as a share of the largest squared length. Closer distances count as equal."""
 
+SPREAD = 1e5
+"""Largest distance of a feature from the centre, in multiples of the reference's median. TIE exceeds distances beyond."""
+
 
 class PrecisionRecall(NamedTuple):
     """Precision and recall of samples against a reference, each in [0, 1]."""
@@ -222,6 +241,21 @@ def neighbour_distances(
     return nearest[:, [k - 1 for k in ks]]
 
 
+def _largest_length(real: Tensor, generated: Tensor, offset: Tensor) -> float:
+    """The largest squared length; refuses one that is far from those of the reference."""
+    lengths = [torch.cat([x.square().sum(1) for _, x in _blocks(each, offset)]) for each in (real, generated)]
+    typical = lengths[0][lengths[0] > 0]
+    limit = SPREAD**2 * typical.median().item() if len(typical) else math.inf
+    for name, each in zip(("reference", "samples"), lengths, strict=True):
+        largest, row = each.max(0)
+        if not largest.item() <= limit or math.isinf(largest):
+            raise UserError(
+                f"image {int(row)} of the {name} has a feature of {largest.sqrt():.3g}, more than {SPREAD:,.0f} times the median of the "
+                "reference: rounding hides distances beside it. Look for damaged images or weights"
+            )
+    return max(each.max().item() for each in lengths)
+
+
 class Comparison(NamedTuple):
     """The results of `compare`."""
 
@@ -248,16 +282,17 @@ def compare(
         advance: called with 1 after each block of pairs; `count_blocks` gives their number.
 
     Raises:
-        UserError: too few images, unequal widths, NaN or infinity.
+        UserError: too few images, unequal widths, NaN or infinity, or a feature so far from the others that rounding hides their
+            distances.
     """
     real, generated = _check_features(reference, samples)
     assert k is not None or density_k is not None
     if len(generated) == 0:
         raise UserError("there are no samples to compare")
-    offset = real.double().mean(0)
+    stride = -(-len(real) // 1000)
+    offset = real[::stride].double().median(0).values  # unlike the mean, single features do not move it
     ks = tuple({each for each in (k, density_k) if each is not None})
-    lengths = (x.square().sum(1).max().item() for each in (real, generated) for _, x in _blocks(each, offset))
-    tie = TIE * max(lengths)
+    tie = TIE * _largest_length(real, generated, offset)
     real_radii = dict(zip(ks, neighbour_distances(real, ks, offset, advance).T + tie, strict=True))
     generated_radii = neighbour_distances(generated, (k,), offset, advance)[:, 0] + tie if k is not None else None
     balls = {each: torch.zeros(len(generated), dtype=torch.int64, device=real.device) for each in ks}  # per sample
@@ -327,6 +362,8 @@ def frechet_distance(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma
         raise UserError(f"means [D] and covariances [D, D] have shapes that do not match: {shapes}")
     if not all(np.isfinite(a).all() for a in (mu1, sigma1, mu2, sigma2)):
         raise UserError("means or covariances hold NaN or infinity: make the statistics again")
+    if any(np.abs(a).max(initial=0) > 1e100 for a in (mu1, sigma1, mu2, sigma2)):
+        raise UserError("means or covariances exceed 1e100, and FD overflows: look for damaged images or weights")
     with _one_thread():
         factor = _factor(torch.from_numpy(sigma1))
         eigenvalues = torch.linalg.eigvalsh(factor.T @ torch.from_numpy(sigma2) @ factor).clamp(min=0)
@@ -407,6 +444,8 @@ def kernel_distance(
         xx, yy, xy = ((a @ b.T / x.shape[1] + 1) ** 3 for a, b in ((x, x), (y, y), (x, y)))
         within = sum((kernel.sum() - kernel.trace()).item() for kernel in (xx, yy)) / (size * (size - 1))
         distances.append(within - 2 * xy.mean().item())
+        if not math.isfinite(distances[-1]):
+            raise UserError("features are so large that KID overflows: look for damaged images or weights")
         if advance:
             advance(1)
     return KernelDistance(float(np.mean(distances)), float(np.std(distances)))
