@@ -31,24 +31,16 @@ def require_share(max_skipped: float) -> None:
         raise UserError(f"--max-skipped must lie in [0, 1], not {max_skipped}: it is a share of the images")
 
 
-def too_many(skipped: Sequence[Skipped], images: int, max_skipped: float) -> str:
-    """The cause of an error if more than a share `max_skipped` of `images` images is unusable; empty otherwise."""
-    if len(skipped) <= max_skipped * images + 1e-9:
+def too_many(skipped: Sequence[Skipped], images: int, most: float) -> str:
+    """The cause of an error if more than a share `most` of the images is unusable; empty otherwise."""
+    if len(skipped) <= most * images + 1e-9:
         return ""
-    first = min(skipped)
-    return (
-        f"{len(skipped)} of {images} images cannot be used, more than --max-skipped {max_skipped}; the first is "
-        f"{first.name}: {first.reason}"
-    )
+    why = f"{min(skipped).name}: {min(skipped).reason}"
+    return f"{len(skipped)} of {images} images cannot be used, more than --max-skipped {most}; the first is {why}"
 
 
 class SkippedImages:
-    """The unusable images of a source, which a measurement leaves out.
-
-    Args:
-        source: name of the source.
-        max_skipped: largest share of unusable images.
-    """
+    """The unusable images of a source, which a measurement leaves out: at most a share `max_skipped`."""
 
     def __init__(self, source: str = "", max_skipped: float = 0.01) -> None:
         require_share(max_skipped)
@@ -66,7 +58,7 @@ class SkippedImages:
             raise UserError(f"{self.source}: {why}. Repair or remove them, or raise --max-skipped")
 
     def finish(self, used: int) -> list[str]:
-        """Combine the lists of all ranks, then `report` for the `used` images of all. Every rank must call it."""
+        """Combine the lists of all ranks, and `report` beside the `used` images of all. Every rank must call it."""
         lines = "".join(json.dumps(asdict(image)) + "\n" for image in self.found.values())
         gathered = all_gather_ragged(torch.tensor([*lines.encode()], dtype=torch.uint8)).numpy().tobytes()
         skipped = sorted(Skipped(**json.loads(line)) for line in gathered.splitlines())
@@ -74,16 +66,15 @@ class SkippedImages:
         return self.report(used)
 
     def report(self, used: int) -> list[str]:
-        """Return a note, which rank 0 prints, if there are unusable images besides the `used` ones.
-
-        Raises:
-            UserError: too many are unusable.
-        """
+        """Return a note, which rank 0 prints, on unusable images beside the `used` ones; refuse too many."""
         self._check(used + len(self.found))
         if not self.found:
             return []
-        names = listed([f"{image.name} ({image.reason})" for image in self.found.values()])
-        text = f"{self.source}: {len(self.found)} of {used + len(self.found)} images cannot be used and are left out: {names}"
+        names, images = (
+            listed([f"{image.name} ({image.reason})" for image in self.found.values()]),
+            used + len(self.found),
+        )
+        text = f"{self.source}: {len(self.found)} of {images} images cannot be used and are left out: {names}"
         if get_rank() == 0:
             note(text)
         return [text]

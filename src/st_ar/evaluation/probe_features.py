@@ -10,7 +10,6 @@ import re
 import shutil
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from io import BytesIO, FileIO
 from pathlib import Path
 from typing import Any, Literal
@@ -278,10 +277,6 @@ def read_features(
     return {layer: states[layer][:, positions].float().cpu() for layer in layers}
 
 
-def _place(store: TokenStore, layer: int, start: int, row: int) -> str:
-    return f"image {(start + row) % len(store)} of {store.folder} in layer {layer}"
-
-
 def hidden_states(
     model: Transformer, store: TokenStore, spec: FeatureSpec, crops: Sequence[int]
 ) -> Iterator[dict[int, np.ndarray]]:
@@ -290,12 +285,16 @@ def hidden_states(
     config = model.config
     fitting = MAX_BATCH_BYTES // (4 * config.sequence_length * config.dim * len(spec.layers))
     numbers = ", ".join(map(str, spec.layers))
-    done = 0
+    done, remedy = 0, "check the model, or give --dtype float32"
     with progress(f"read layer {numbers}", len(store) * len(crops), unit="images") as bar:
         for tokens, _ in token_batches(store, crops, max(1, min(spec.batch_size, fitting))):
             states = read_features(model, tokens, spec.layers, spec.steps, spec.dtype)
             for layer, rows in states.items():
-                require_bounded(rows, partial(_place, store, layer, done), "check the model, or give --dtype float32")
+                require_bounded(
+                    rows,
+                    lambda i, n=layer, s=done: f"image {(s + i) % len(store)} of {store.folder} in layer {n}",
+                    remedy,
+                )
             done += len(tokens)
             yield {layer: rows.numpy() for layer, rows in states.items()}
             bar.advance(len(tokens))

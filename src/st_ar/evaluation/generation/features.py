@@ -224,15 +224,10 @@ def image_batches(images: ImageSet, compute: Compute) -> Iterator[tuple[list[int
 
 
 def extract_checked(extractor: Extractor, batch: Tensor, images: ImageSet, indices: list[int]) -> Extracted:
-    """Run the network on images of a set, given their indices.
-
-    Raises:
-        UserError: a feature is not finite or huge; the message names the image.
-    """
+    """Run the network on images of a set; refuse features that are not finite or huge, and name the image."""
     extracted = extractor.extract(batch)
-    for output in extracted:
-        if output is not None:
-            require_bounded(output, lambda row: f"{images.name_of(indices[row])} of {images.name}")
+    for output in filter(torch.is_tensor, extracted):
+        require_bounded(output, lambda row: f"{images.name_of(indices[row])} of {images.name}")
     return extracted
 
 
