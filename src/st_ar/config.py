@@ -445,6 +445,8 @@ class InvarianceSettings(Checked):
     """Seed of the choice of images."""
     batch_size: Count = 32
     """Images to encode at once."""
+    max_skipped: Annotated[float, Range(0, 1)] = 0.01
+    """Largest share of unreadable images, which are left out and listed."""
 
 
 Channels = Annotated[int, Range(1, 1 << 12)]

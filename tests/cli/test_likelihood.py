@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from st_ar.cli import run_command
 from st_ar.data.store import TokenStore
@@ -45,6 +46,24 @@ def test_both_weights_with_their_losses(line: SmallLine, tmp_path: Path, capsys:
     assert json.loads((tmp_path / "averaged.json").read_text())["results"] == [record["results"][1] | {"model": "one"}]
     assert record["store"] == store.describe()
     assert f"{len(store)} images; a uniform guess among 11 tokens has {math.log(11):.4f}" in said
+
+
+@pytest.mark.parametrize(("scale", "loss"), [(math.nan, None), (1e4, "inf")])
+def test_weights_that_have_diverged_are_refused_and_large_losses_are_not(
+    line: SmallLine, tmp_path: Path, capsys: Capture, scale: float, loss: str | None
+) -> None:
+    file = line.model / "model.safetensors"
+    tensors = load_file(file)
+    tensors["output.weight"] = tensors["output.weight"] * scale
+    save_file(tensors, file)
+    arguments = command(line, "--names", "mine", "--out", tmp_path / "losses.json")
+    if loss is None:
+        with refused(tmp_path, "the loss of mine is not finite: the training of these weights has diverged"):
+            run_command(arguments)
+    else:
+        run_command(arguments)
+        assert 700 < json.loads((tmp_path / "losses.json").read_text())["results"][0]["loss"] < math.inf
+        assert capsys.readouterr().out.splitlines()[-3].endswith(loss)
 
 
 def test_stores_of_others_and_taken_places_are_refused(line: SmallLine, tmp_path: Path) -> None:

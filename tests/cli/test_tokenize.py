@@ -78,7 +78,7 @@ def test_llamagens_tokens_are_imported(tmp_path: Path, capsys: Capture) -> None:
     st_ar("import-tokens", *folders, "--num-classes", "1000", "--out", tmp_path / "store")
     assert (
         capsys.readouterr().out
-        == f"{tmp_path / 'store'}: 13 images x 20 crops x 3 x 3 tokens; 1000 classes of 0 to 4 images\n"
+        == f"{tmp_path / 'store'}: 13 images x 20 crops x 3 x 3 tokens; 1000 classes of 0 to 4 images, none of 4, 5, 6, 7, 8 and 991 more\n"
     )
     store = TokenStore(tmp_path / "store")
     assert json.loads((tmp_path / "store" / "meta.json").read_text())["vocab_size"] == 16384

@@ -314,6 +314,14 @@ def test_a_single_image_has_no_spread(line: SmallLine) -> None:
     assert all(s.over_heads.std is None and s.by_head[0].std is None for s in found.values())
 
 
+def test_attention_that_is_not_finite_is_refused(line: SmallLine) -> None:
+    model = load_model(line.model)
+    with torch.no_grad():
+        model.blocks()[1].attention_norm.weight.fill_(torch.nan)
+    with pytest.raises(UserError, match="the attention of ST-AR in layer 2 is not finite: its training has diverged"):
+        average_statistics(model, TokenStore(line.tokens), range(4), name="ST-AR")
+
+
 def test_center_crops_are_the_stores(line: SmallLine) -> None:
     store = TokenStore(line.tokens)
     tokens, labels = center_crops(store, [5, 1])

@@ -18,6 +18,7 @@ from PIL import Image
 from st_ar.cli import main
 from st_ar.config import InvarianceSettings
 from st_ar.data.source import Example, ImageSource
+from st_ar.errors import UserError
 from st_ar.evaluation import invariance
 from st_ar.evaluation.generation.image_sets import Pictures, open_pictures
 from st_ar.evaluation.invariance import (
@@ -272,10 +273,15 @@ def test_broken_images_are_counted_and_left_out() -> None:
         for index in range(start, 6):
             yield Example(b"no image" if index == 2 else Image.fromarray(noise(1, 4 + index, index)[0]), 0)
 
-    pictures = Pictures(replace(random_source(), count=6, examples=examples), num=10, seed=0)
+    source = replace(random_source(), count=6, examples=examples)
+    with pytest.raises(
+        UserError, match=r"1 of 6 images cannot be used, more than --max-skipped 0.1; .*image 2: not an im"
+    ):
+        list(Pictures(source, num=10, seed=0, max_skipped=0.1).batches(6, 64))
+    pictures = Pictures(source, num=10, seed=0, max_skipped=0.2)
     (batch,) = pictures.batches(6, 64)
     assert batch.shape == (5, 6, 6, 3)
-    assert (pictures.used, pictures.skipped, pictures.enlarged) == (5, 1, 2)
+    assert (pictures.used, list(pictures.skipped.found), pictures.enlarged) == (5, [2], 2)
     np.testing.assert_array_equal(batch[2], np.asarray(Image.fromarray(noise(1, 7, 3)[0]).resize((6, 6), 3)))
 
 
@@ -306,6 +312,7 @@ def test_it_writes_all_numbers_the_curve_and_the_pictures(tmp_path: Path) -> Non
         "count": 12,
         "drawn": True,
         "skipped": 0,
+        "skipped_images": [],
         "enlarged": 0,
         "sha256": saved["images"]["sha256"],
     }
@@ -400,8 +407,31 @@ def test_fewer_than_two_usable_images_are_refused(tmp_path: Path, usable: int) -
         (folder / f"{index}.png").write_bytes(b"no image")
     if usable:
         Image.fromarray(noise(1, 20)[0]).save(folder / "0.png")
+    settings = replace(SMALL, max_skipped=1)
     with refused_call(tmp_path, "fewer than 2 images are usable: give more images"):
-        measure_invariance({"a": mean_tokenizer(4)}, f"folder:{folder.parent}", tmp_path / "out", SMALL)
+        measure_invariance({"a": mean_tokenizer(4)}, f"folder:{folder.parent}", tmp_path / "out", settings)
+
+
+def test_images_that_are_left_out_stand_in_the_result(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for index in range(6):
+        Image.fromarray(noise(1, 20, index)[0]).save(folder / f"{index}.png")
+    (folder / "4.png").write_bytes(b"")
+    Image.fromarray(noise(1, 20)[0]).save(folder / "x.webp")
+    run = [f"folder:{folder}", tmp_path / "out", replace(SMALL, max_skipped=0.2)]
+    result, _, _ = measure_invariance({"a": mean_tokenizer(4)}, *run)  # pyright: ignore[reportArgumentType]
+    assert (result["images"]["count"], result["images"]["skipped"]) == (6, 1)
+    assert result["images"]["skipped_images"] == [{"index": 4, "name": "4.png", "reason": "empty"}]
+    assert result["notes"] == [f"folder:{folder}: 1 of 7 images cannot be used and are left out: 4.png (empty)"]
+    (folder / "4.png").unlink()
+    result, _, _ = measure_invariance({"a": mean_tokenizer(4)}, str(folder), tmp_path / "pngs", SMALL)
+    assert (result["images"]["count"], result["images"]["skipped"]) == (5, 0)
+    (note,) = result["notes"]
+    assert note.startswith(
+        f"{folder}: only its 5 PNGs are read, not 1 .webp; folder:{folder} reads images of all types"
+    )
+    assert f"note: {note}\n" in capsys.readouterr().err
 
 
 def test_existing_files_are_not_overwritten(tmp_path: Path) -> None:

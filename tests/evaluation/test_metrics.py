@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -214,6 +215,34 @@ def test_the_contract_names_the_functions_in_st_ar_metrics() -> None:
 def test_what_cannot_be_compared_is_named(reference: np.ndarray, samples: np.ndarray, match: str) -> None:
     with pytest.raises(UserError, match=match):
         precision_recall(reference, samples)
+
+
+@pytest.mark.parametrize("measure", [precision_recall, density_coverage, kernel_distance])
+def test_features_that_hide_distances_are_refused(measure: Callable[..., object]) -> None:
+    rng = np.random.default_rng(3)
+    x, y = rng.normal(size=(60, 8)), rng.normal(size=(50, 8))
+    for huge in (1e20, -2e5):
+        far = y.copy()
+        far[3, 2] = huge
+        with pytest.raises(UserError, match=r"features of image 3 reach .*, above 100000: look for damaged"):
+            measure(x, far)
+        with pytest.raises(UserError, match=r"features of image 3 reach"):
+            measure(np.concatenate([far, x]), y)
+
+
+def test_a_large_feature_gives_the_right_numbers() -> None:
+    rng = np.random.default_rng(3)
+    x, y = rng.normal(size=(60, 8)), rng.normal(size=(50, 8))
+    x[3, 2] = -1e4
+    found = (*precision_recall(x, y), *density_coverage(x, y))
+    assert found == pytest.approx((*brute_force(x, y, 3)[:2], *brute_force(x, y, 5)[2:]))
+
+
+def test_statistics_whose_distance_overflows_are_refused() -> None:
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(60, 4)), rng.normal(size=(50, 4))
+    with pytest.raises(UserError, match="exceed 1e100, and FD overflows: look for damaged images or weights"):
+        frechet_distance(*mean_and_covariance(x * 1e100), *mean_and_covariance(y * 1e100))
 
 
 # KID

@@ -52,6 +52,14 @@ def test_accuracy_is_chance_before_any_token_is_read_and_1_after(
     assert (result.steps, result.train_images, result.test_images) == ([1, 2, 9], 192, 30)  # both crops of 96 images
 
 
+def test_a_probe_that_diverges_is_refused(telling: tuple[TokenStore, TokenStore]) -> None:
+    config = ProbeConfig(epochs=3, warmup_epochs=0, base_lr=1e38)
+    with pytest.raises(
+        UserError, match="the probe's logits hold NaN: its training has diverged, so give a lower --base-"
+    ):
+        probe(random_model(), *telling, config=config)
+
+
 def test_half_the_depth_and_eight_steps_are_the_defaults(telling: tuple[TokenStore, TokenStore]) -> None:
     result = probe(random_model(), *telling, config=SHORT)
     assert result.layer == 2

@@ -1,5 +1,6 @@
 """What probes read: the states of the right steps, without the label, whatever the batches, layers and devices."""
 
+import copy
 import os
 import shutil
 import subprocess
@@ -238,15 +239,27 @@ def test_float16_takes_half_the_room_and_rounds(tmp_path: Path, model: Transform
     np.testing.assert_array_equal(found, exact.astype(np.float16))
 
 
+@pytest.mark.parametrize("cached", [False, True])
 @pytest.mark.parametrize(
-    ("scale", "match"), [(1e6, "too large for --cache-dtype float16: give float32"), (np.inf, "hold NaN or infinity")]
+    ("value", "match"),
+    [(np.nan, "hold NaN or infinity"), (-np.inf, "hold NaN or infinity"), (1e20, r"reach 1e\+20, above 100000")],
 )
-def test_numbers_that_float16_cannot_hold_are_refused(
-    tmp_path: Path, model: Transformer, store: TokenStore, scale: float, match: str
+def test_features_that_a_probe_cannot_learn_from_are_refused(
+    tmp_path: Path, model: Transformer, store: TokenStore, value: float, match: str, cached: bool
 ) -> None:
+    broken = copy.deepcopy(model)
+    with torch.no_grad():
+        broken.tok_embeddings.weight.fill_(value)
+    cache = FeatureCache(tmp_path / "cache", 1e6) if cached else None
+    with pytest.raises(UserError, match=rf"the features of image 0 of .* in layer \d {match}: check the model, or"):
+        extract(broken, store, cache)
+
+
+def test_numbers_that_float16_cannot_hold_are_refused(tmp_path: Path, model: Transformer, store: TokenStore) -> None:
     cache = FeatureCache(tmp_path / "cache", 1e6, "float16")
+    match = r"features reach 1e\+06, too large for --cache-dtype float16: give float32"
     with pytest.raises(UserError, match=match), cache.writing(describe(model, store)[:1]) as (file,):
-        file.write(np.full((18, 2, 16), scale, np.float32))
+        file.write(np.full((18, 2, 16), 1e6, np.float32))
     assert contents(tmp_path / "cache") == {}
 
 

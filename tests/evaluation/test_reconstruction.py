@@ -36,7 +36,7 @@ from st_ar.tokenizer import to_pixels, to_uint8
 from st_ar.tokenizer.kmeans import KMeansTokenizer
 from tests.data.pictures import broken_pictures, encoded, noise
 from tests.disk import contents
-from tests.evaluation.generation.test_evaluate import pictures, toy
+from tests.evaluation.generation.test_evaluate import pictures, save_folder, toy
 from tests.small_line import random_source, random_tokenizer
 
 
@@ -314,6 +314,28 @@ def test_a_reconstruction_that_fails_leaves_no_folder(tmp_path: Path) -> None:
     with pytest.raises(SystemExit):
         main([*command, "--extractor", "none", *saved])
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["a.npz", "t"]
+
+
+def test_broken_images_are_counted_and_listed(tmp_path: Path, capsys: Capture) -> None:
+    command = reconstruct_command(tmp_path, 1)
+    folder = save_folder(tmp_path / "images", pictures(9))
+    (folder / "000004.png").write_bytes(b"")
+    command = [f"folder:{folder}" if part.endswith("a.npz") else part for part in command]
+    command += ["--size", "12", "--extractor", "none", "--json", str(tmp_path / "found.json")]
+    with pytest.raises(SystemExit):
+        main(command)
+    assert "1 of 9 images cannot be used, more than --max-skipped 0.01; the first is 000004.png: empty." in (
+        capsys.readouterr().err
+    )
+    main([*command, "--max-skipped", "0.2"])
+    result = json.loads((tmp_path / "found.json").read_text())
+    assert (result["images"]["count"], result["images"]["skipped"]) == (8, 1)
+    assert result["images"]["skipped_images"] == [{"index": 4, "name": "000004.png", "reason": "empty"}]
+    note = f"folder:{folder}: 1 of 9 images cannot be used and are left out: 000004.png (empty)"
+    assert result["notes"] == [note]
+    assert f"note: {note}\n" in capsys.readouterr().err
+    evaluation_images(replace(open_images(f"folder:{folder}"), name="another name"), 12, 9)
+    assert "note: another name: 1 of 9 images cannot be used" in capsys.readouterr().err
 
 
 def test_images_that_do_not_suit_the_tokenizer_are_refused() -> None:

@@ -264,6 +264,14 @@ def test_pixels_become_bytes_as_in_llamagen(value: float, byte: int) -> None:
     assert to_uint8(torch.full((1, 3, 1, 1), value)).flatten().tolist() == [byte] * 3
 
 
+def test_broken_images_are_noted(capsys: pytest.CaptureFixture[str]) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 6, 6, 3)).astype(np.uint8)
+    files = [Example(b"" if index == 3 else Image.fromarray(pixels[index]), 0, f"{index}.png") for index in range(5)]
+    source = ImageSource(name="5 files", class_names=["a"], count=5, examples=lambda start: iter(files[start:]), size=6)
+    assert train_kmeans(source, vocab_size=4, patch=3).vocab_size == 4
+    assert "note: 5 files: 1 of 5 images cannot be used and are left out: 3.png (empty)\n" in capsys.readouterr().err
+
+
 def test_evenly_spaced_images_of_a_large_source_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kmeans, "MAX_IMAGES", 10)
     pixels = np.random.default_rng(0).integers(0, 256, (25, 6, 6, 3)).astype(np.uint8)

@@ -1,6 +1,5 @@
 """Commands that measure images: evaluate, reference, reconstruct."""
 
-import sys
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Annotated, Literal
 import tyro
 
 from st_ar.cli import options
-from st_ar.errors import UserError
+from st_ar.errors import UserError, note
 
 
 @dataclass(kw_only=True)
@@ -32,6 +31,7 @@ class Evaluate:
     inception: options.Inception = None
     size: options.Size = None
     resize: options.Resize = None
+    max_skipped: options.MaxLeftOut = 0.01
     shuffle_seed: int | None = None
     """Shuffle the samples with this seed before the splits of IS. Use it for samples sorted by class."""
     seed: int = 0
@@ -74,6 +74,7 @@ class Evaluate:
                 compute,
                 size=self.size,
                 seed=self.seed,
+                max_skipped=self.max_skipped,
                 check=lambda size: check_sizes(samples.size, size, self.resize),
             )
             result = evaluate(
@@ -90,8 +91,8 @@ class Evaluate:
             page = f"\npage: {self.page}" if self.page else ""
             if self.page:
                 evaluation_page(self.page, result, samples)
-            for note in result["notes"]:
-                print(f"st-ar: {note}", file=sys.stderr)
+            for text in result["notes"]:
+                note(text)
             rows = [(key, format_number(key, value)) for key, value in result["metrics"].items()]
             options.report(self.json, result, ("", "value"), rows, f"\n{one_line(result)}{page}", always=False)
 
@@ -109,6 +110,7 @@ class MakeReference:
     size: options.Size = None
     extractor: options.Extractor = "inception"
     inception: options.Inception = None
+    max_skipped: options.MaxLeftOut = 0.01
     seed: int = 0
     """Random seed of the choice of 10,000 images."""
     batch_size: int = 64
@@ -127,7 +129,15 @@ class MakeReference:
         with process_group(self.device) as (ranks, device):
             compute = Compute(device=device, ranks=ranks, batch_size=self.batch_size)
             extractor = rank0_first(lambda: load_extractor(self.extractor, device, inception=self.inception))
-            meta = write_reference(self.source, self.out, extractor, compute, size=self.size, seed=self.seed)
+            meta = write_reference(
+                self.source,
+                self.out,
+                extractor,
+                compute,
+                size=self.size,
+                seed=self.seed,
+                max_skipped=self.max_skipped,
+            )
         if ranks.rank == 0:
             height, width = meta["size"]
             print(f"{self.out}: {extractor.name} statistics of {meta['images']:,} images of {height} x {width} pixels")
@@ -144,6 +154,7 @@ class Reconstruct:
     tokenizer: options.Tokenizer
     images: options.ImageSet
     size: options.Size = None
+    max_skipped: options.MaxLeftOut = 0.01
     extractor: Literal["inception", "efficientnet", "dinov2", "none"] = "inception"
     """Feature network of FD; none skips it. Only the FD of Inception is rFID."""
     inception: options.Inception = None
@@ -177,7 +188,7 @@ class Reconstruct:
             raise UserError("--inception has no effect with --extractor none: leave one of them out")
         if self.save:
             require_absent(self.save, "a folder of images", flag="--save")
-        image_set = open_set(self.images, size=self.size)
+        image_set = open_set(self.images, size=self.size, max_skipped=self.max_skipped)
         with process_group(self.device) as (ranks, device), ExitStack() as stack:
             if self.save and ranks.world > 1:
                 raise UserError("--save needs a single process: run the command without torchrun")

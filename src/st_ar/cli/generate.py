@@ -117,6 +117,7 @@ class Sweep:
     inception: options.Inception = None
     size: options.Size = None
     resize: options.Resize = None
+    max_skipped: options.MaxLeftOut = 0.01
     ema: options.Ema = False
     seed: int = 0
     """Random seed of labels and samples."""
@@ -162,6 +163,7 @@ class Sweep:
             compute,
             size=self.size,
             seed=self.seed,
+            max_skipped=self.max_skipped,
             check=lambda size: check_sizes(sampler.size, size, self.resize),
         )
         rows = sweep(sampler, grid, reference, extractor, metrics, self.out, compute, resize=self.resize)

@@ -76,6 +76,9 @@ Workers = Annotated[
 MaxSkipped = Annotated[
     float, _help("Largest share of unreadable images, which are skipped and listed in skipped.jsonl.")
 ]
+MaxLeftOut = Annotated[
+    float, _help("Largest share of unreadable images of an image source, which are left out and listed in the result.")
+]
 Json = Annotated[str | None, _help("Write the results as JSON to a file; - prints them instead of the table.")]
 Page = Annotated[
     Path | None,

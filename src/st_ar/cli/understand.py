@@ -11,7 +11,7 @@ import tyro
 
 from st_ar.cli import options
 from st_ar.config import InvarianceSettings
-from st_ar.errors import UserError, require
+from st_ar.errors import UserError, listed, require
 from st_ar.files import printable
 from st_ar.settings import flag_name
 
@@ -260,7 +260,11 @@ class Likelihood:
                 for model in models
             }
         header, codes = ("", "loss (nats per token)", "perplexity"), store.meta.vocab_size
-        rows = [(name, f"{loss:.4f}", f"{math.exp(loss):.2f}") for name, loss in losses.items()]
+        if diverged := [name for name, loss in losses.items() if not math.isfinite(loss)]:
+            raise UserError(f"the loss of {listed(diverged)} is not finite: the training of these weights has diverged")
+        rows = [
+            (name, f"{loss:.4f}", f"{math.exp(loss) if loss < 700 else math.inf:.2f}") for name, loss in losses.items()
+        ]
         hidden = f", {self.mask_ratio:.0%} of the keys masked" if self.mask_ratio else ""
         text = f"\n{len(store):,} images{hidden}; a uniform guess among {codes:,} tokens has {math.log(codes):.4f}"
         results = [{"model": m.name, "weights": m.describe(), "loss": losses[m.name]} for m in models]
@@ -313,8 +317,6 @@ class Invariance:
         if self.page:
             invariance_page(self.page, header, rows, result, drawings)
         images = result["images"]
-        if images["skipped"]:
-            print(f"st-ar: {images['skipped']} images cannot be decoded and are left out", file=sys.stderr)
         if images["enlarged"]:
             side = result["settings"]["side"]
             print(f"st-ar: {images['enlarged']} images smaller than {side} pixels are enlarged", file=sys.stderr)

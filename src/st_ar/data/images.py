@@ -228,6 +228,13 @@ def open_folder(path: str) -> ImageSource:
     )
 
 
+def images_in(root: Path) -> tuple[list[str], list[str]]:
+    """The images directly in a folder, and those in its sub-folders, as paths relative to it."""
+    loose, folders = _children(root, "", [])
+    seen = {os.path.realpath(root)}
+    return loose, [file for name in folders for file in _images_below(root, name, seen, [])]
+
+
 def _notes(
     source: str, names: list[str], files: list[list[str]], numbered: bool, ignored: list[str]
 ) -> tuple[str, ...]:

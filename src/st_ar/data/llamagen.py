@@ -10,9 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
+from st_ar.data.skipped import Skipped
 from st_ar.data.source import MAX_CLASSES, Crops
 from st_ar.data.store import TokenStore
-from st_ar.data.store_writer import Skipped, TokenStoreWriter
+from st_ar.data.store_writer import TokenStoreWriter
 from st_ar.errors import UserError, cause
 from st_ar.files import open_array, printable
 from st_ar.progress import progress

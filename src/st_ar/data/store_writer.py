@@ -2,25 +2,16 @@
 
 import shutil
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 
+from st_ar.data.skipped import Skipped, require_share, too_many
 from st_ar.data.store import JOB, META, SKIPPED, StoreMeta, TokenStore, shard_names
 from st_ar.distributed import barrier, broadcast_from_rank0
 from st_ar.errors import UserError, cause
 from st_ar.files import claim, open_array, parse_json, save_array, sha256, write_json, write_json_lines
-from st_ar.settings import Checked
-
-
-@dataclass(frozen=True, order=True)
-class Skipped(Checked, prefix=""):
-    """An unusable image."""
-
-    index: int
-    name: str
-    reason: str
 
 
 class TokenStoreWriter:
@@ -47,8 +38,7 @@ class TokenStoreWriter:
         needed_bytes: int = 0,
         max_skipped: float = 0.01,
     ) -> None:
-        if not 0 <= max_skipped <= 1:
-            raise UserError(f"--max-skipped must lie in [0, 1], not {max_skipped}: it is a share of the images")
+        require_share(max_skipped)
         self.out, self.shards, self.max_skipped = out, shards, max_skipped
         broadcast_from_rank0(lambda: self._claim({"verb": command, **settings}, needed_bytes))
 
@@ -101,15 +91,12 @@ class TokenStoreWriter:
         The list stays in skipped.jsonl.
         """
         skipped = sorted(image for image in self._skipped() + new if image.index < images)
-        if len(skipped) <= self.max_skipped * images + 1e-9:
-            return
-        _write_lines(self.out / SKIPPED, skipped)
-        first = skipped[0]
-        raise UserError(
-            f"{len(skipped)} of {images} images cannot be used, more than --max-skipped {self.max_skipped}; the first is "
-            f"{first.name}: {first.reason}; {self.out / SKIPPED} lists them. Repair them or raise --max-skipped, then give "
-            "the same command to continue: finished shards are kept"
-        )
+        if why := too_many(skipped, images, self.max_skipped):
+            _write_lines(self.out / SKIPPED, skipped)
+            raise UserError(
+                f"{why}; {self.out / SKIPPED} lists them. Repair them or raise --max-skipped, then give the same command to "
+                "continue: finished shards are kept"
+            )
 
     def finish(
         self,

@@ -193,6 +193,10 @@ def average_statistics(
             batch = images[start : start + size]
             for layer, weights in store_maps(model, store, batch, layers=layers, masks=masks):
                 by_layer[layer].append(head_statistics(weights, config.grid).cpu())
+                if not by_layer[layer][-1].isfinite().all():
+                    raise UserError(
+                        f"the attention of {name} in layer {layer} is not finite: its training has diverged"
+                    )
             bar.advance(len(batch))
     return {layer: _average(torch.cat(parts)) for layer, parts in by_layer.items()}
 

@@ -246,7 +246,7 @@ def measure_invariance(
     factors = sorted(set(settings.factors))
     geometry = Geometry.around(size, [*shifts, shown_shift], factors)
     changes = list_changes(shifts, factors)
-    pictures = Pictures(source, num=settings.num, seed=settings.seed)
+    pictures = Pictures(source, num=settings.num, seed=settings.seed, max_skipped=settings.max_skipped)
     shown_pictures: list[np.ndarray] = []
 
     def batches() -> Iterator[np.ndarray]:
@@ -256,6 +256,7 @@ def measure_invariance(
 
     with progress("invariance", pictures.count * len(changes) * len(tokenizers), unit="views") as bar:
         agreements = measure(tokenizers, batches(), changes, geometry, bar.advance)
+    notes = [*source.notes, *pictures.skipped.finish(pictures.used)]
     result = {
         "format_version": FORMAT_VERSION,
         "images": {
@@ -263,13 +264,14 @@ def measure_invariance(
             "content": source.content,
             "count": pictures.used,
             "drawn": pictures.random,
-            "skipped": pictures.skipped,
+            **pictures.skipped.describe(),
             "enlarged": pictures.enlarged,
             "sha256": pictures.digests.hexdigest(),
         },
         "settings": asdict(settings)
         | {"shifts": shifts, "factors": factors, "shown_shift": shown_shift, **asdict(geometry)},
         "tokenizers": [_describe(name, tokenizers[name], agreement) for name, agreement in agreements.items()],
+        "notes": notes,
         "environment": describe(),
     }
     drawings = {"curve": _curve(agreements)}

@@ -1,6 +1,7 @@
 """Metrics of generated images: Frechet distance, Inception Score, precision, recall, density, coverage, KID."""
 
 import contextlib
+import math
 from collections.abc import Callable, Generator, Iterator
 from typing import NamedTuple
 
@@ -13,6 +14,8 @@ from st_ar.errors import UserError
 
 FeatureArray = np.ndarray | Tensor
 
+LARGEST = 1e5
+"""Largest feature of a network. With larger ones beside usual ones, rounding hides distances."""
 STATISTICS_BLOCK = 1024
 """Rows whose statistics are merged at once."""
 
@@ -24,6 +27,19 @@ class Gaussian(NamedTuple):
     """float64 [D]."""
     covariance: np.ndarray
     """float64 [D, D], divided by N - 1 as in np.cov."""
+
+
+def require_bounded(
+    rows: Tensor, name_of: Callable[[int], str], remedy: str = "look for damaged images or weights"
+) -> None:
+    """Refuse NaN, infinity and numbers above LARGEST in features [n, ..]; `name_of` names row i in the message."""
+    largest = rows.detach().flatten(1).abs().amax(1)  # NaN if there is one
+    if not (largest <= LARGEST).all():
+        row = int((~(largest <= LARGEST)).nonzero()[0])
+        value = largest[row].item()
+        if math.isfinite(value):
+            raise UserError(f"the features of {name_of(row)} reach {value:.3g}, above {LARGEST:g}: {remedy}")
+        raise UserError(f"the features of {name_of(row)} hold NaN or infinity: {remedy}")
 
 
 class FeatureStatistics:
@@ -152,13 +168,14 @@ class DensityCoverage(NamedTuple):
 
 def _check_features(*sets: FeatureArray) -> list[Tensor]:
     tensors = [torch.as_tensor(features) for features in sets]
+    tensors = [tensor if tensor.is_floating_point() else tensor.double() for tensor in tensors]
     for tensor in tensors:
         if tensor.dim() != 2 or not tensor.shape[1]:
             raise UserError(f"features must have the shape [N, D], not {list(tensor.shape)}")
         if tensor.shape[1] != tensors[0].shape[1]:
             raise UserError(f"features of {tensors[0].shape[1]} and of {tensor.shape[1]} numbers do not compare")
-        if not all(part.isfinite().all() for part in tensor.split(NEIGHBOUR_BLOCK)):
-            raise UserError("features hold NaN or infinity: look for damaged images or weights")
+        for start in range(0, len(tensor), NEIGHBOUR_BLOCK):
+            require_bounded(tensor[start : start + NEIGHBOUR_BLOCK], lambda row, start=start: f"image {start + row}")
     return tensors
 
 
@@ -248,7 +265,7 @@ def compare(
         advance: called with 1 after each block of pairs; `count_blocks` gives their number.
 
     Raises:
-        UserError: too few images, unequal widths, NaN or infinity.
+        UserError: too few images, unequal widths, or features that are not finite or above LARGEST.
     """
     real, generated = _check_features(reference, samples)
     assert k is not None or density_k is not None
@@ -327,6 +344,8 @@ def frechet_distance(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma
         raise UserError(f"means [D] and covariances [D, D] have shapes that do not match: {shapes}")
     if not all(np.isfinite(a).all() for a in (mu1, sigma1, mu2, sigma2)):
         raise UserError("means or covariances hold NaN or infinity: make the statistics again")
+    if any(np.abs(a).max(initial=0) > 1e100 for a in (mu1, sigma1, mu2, sigma2)):
+        raise UserError("means or covariances exceed 1e100, and FD overflows: look for damaged images or weights")
     with _one_thread():
         factor = _factor(torch.from_numpy(sigma1))
         eigenvalues = torch.linalg.eigvalsh(factor.T @ torch.from_numpy(sigma2) @ factor).clamp(min=0)

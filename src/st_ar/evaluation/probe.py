@@ -106,6 +106,8 @@ def accuracies(
     correct: dict[int, Tensor | int] = dict.fromkeys(ks, 0)
     for rows in torch.arange(len(features)).split(ROWS):
         logits, truth = classify(read_rows(features, rows)).cpu(), labels[rows][:, None, None]
+        if logits.isnan().any():
+            raise UserError("the probe's logits hold NaN: its training has diverged, so give a lower --base-lr")
         for k in ks:
             likeliest = logits.argmax(-1, keepdim=True) if k == 1 else logits.topk(k).indices
             correct[k] = correct[k] + (likeliest == truth).any(-1).sum(0)

@@ -22,6 +22,7 @@ from st_ar.config import ModelConfig
 from st_ar.data.store import TokenStore
 from st_ar.errors import UserError
 from st_ar.evaluation.attention import require_between
+from st_ar.evaluation.metrics import require_bounded
 from st_ar.files import open_array, read_json, sha256, write_json
 from st_ar.model.transformer import Transformer
 from st_ar.progress import progress
@@ -188,11 +189,9 @@ class FeatureFile:
         with np.errstate(over="ignore"):
             stored = np.ascontiguousarray(rows, np.dtype(self.cache.stored))
         if not np.isfinite(stored).all():
-            if np.isfinite(rows).all():
-                raise UserError(
-                    f"features reach {np.abs(rows).max():.3g}, too large for --cache-dtype float16: give float32"
-                )
-            raise UserError("the features hold NaN or infinity: check the model, or give --dtype float32")
+            raise UserError(
+                f"features reach {np.abs(rows).max():.3g}, too large for --cache-dtype float16: give float32"
+            )
         self._write(stored.reshape(-1).view(np.uint8).data)
 
     def _write(self, data: memoryview) -> None:
@@ -286,9 +285,17 @@ def hidden_states(
     config = model.config
     fitting = MAX_BATCH_BYTES // (4 * config.sequence_length * config.dim * len(spec.layers))
     numbers = ", ".join(map(str, spec.layers))
+    done, remedy = 0, "check the model, or give --dtype float32"
     with progress(f"read layer {numbers}", len(store) * len(crops), unit="images") as bar:
         for tokens, _ in token_batches(store, crops, max(1, min(spec.batch_size, fitting))):
             states = read_features(model, tokens, spec.layers, spec.steps, spec.dtype)
+            for layer, rows in states.items():
+                require_bounded(
+                    rows,
+                    lambda i, n=layer, s=done: f"image {(s + i) % len(store)} of {store.folder} in layer {n}",
+                    remedy,
+                )
+            done += len(tokens)
             yield {layer: rows.numpy() for layer, rows in states.items()}
             bar.advance(len(tokens))
 

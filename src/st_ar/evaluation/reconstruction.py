@@ -12,10 +12,18 @@ from PIL import Image
 from torch import Tensor
 
 from st_ar.data.decoding import decode
+from st_ar.data.skipped import SkippedImages
 from st_ar.data.source import ImageSource
 from st_ar.distributed import all_reduce_sum
 from st_ar.errors import UserError
-from st_ar.evaluation.generation.features import Compute, Extractor, content_hash, gather_sorted, image_batches
+from st_ar.evaluation.generation.features import (
+    Compute,
+    Extractor,
+    content_hash,
+    extract_checked,
+    gather_sorted,
+    image_batches,
+)
 from st_ar.evaluation.generation.image_sets import ImageSet, image_digest
 from st_ar.evaluation.metrics import FeatureStatistics, frechet_distance
 from st_ar.figures import strip
@@ -124,10 +132,17 @@ def evaluation_images(source: ImageSource, size: int, count: int, chunks: int = 
         bounds = np.linspace(0, count, chunks + 1).astype(int)
         starts = bounds[:-1] + np.linspace(0, source.count - count, chunks).astype(int)
     chosen = zip(starts.tolist(), np.diff(bounds).tolist(), strict=True)
-    examples = (list(islice(source.examples(start), length)) for start, length in chosen)
-    images = np.concatenate([decode(chunk, size).pixels for chunk in examples])
+    pixels, skipped = list[np.ndarray](), SkippedImages(source.name, max_skipped=1)
+    for start, length in chosen:
+        chunk = list(islice(source.examples(start), length))
+        decoded = decode(chunk, size)
+        pixels.append(decoded.pixels)
+        for offset, reason in decoded.broken:
+            skipped.add(start + offset, chunk[offset].name, reason, None)
+    images = np.concatenate(pixels)
     if not len(images):
         raise UserError(f"{source.name} has no readable image")
+    skipped.report(len(images))
     return images
 
 
@@ -164,10 +179,10 @@ def measure_tokenizer(
         folder: folder for every reconstruction as a PNG, named by the image's index.
 
     Returns:
-        metrics (label -> number), images, tokenizer, extractor, environment.
+        metrics (label -> number), images, tokenizer, extractor, notes, environment.
 
     Raises:
-        UserError: images that the tokenizer cannot encode, too few images, or none that is usable.
+        UserError: images that the tokenizer cannot encode, too few images, or too many that are unusable.
     """
     if images.size[0] != images.size[1]:
         raise UserError(
@@ -193,10 +208,12 @@ def measure_tokenizer(
                 if folder:
                     Image.fromarray(made.numpy()).save(folder / f"{index:06d}.png")
             if extractor:
-                real.update(extractor.extract(batch.to(compute.device)).features)
-                reconstructed.update(extractor.extract(decoded.to(compute.device)).features)
+                for statistics, each in ((real, batch), (reconstructed, decoded)):
+                    features = extract_checked(extractor, each.to(compute.device), images, indices).features
+                    statistics.update(features)
             bar.advance(len(indices))
     meter.reduce(compute.device)
+    notes = [*images.notes, *images.skipped.finish(meter.count)]
     if not meter.count:
         raise UserError(f"{images.name} has no usable image")
     if picture:
@@ -214,8 +231,15 @@ def measure_tokenizer(
     content = content_hash(digests, compute)
     return {
         "metrics": metrics,
-        "images": {"name": images.name, "count": meter.count, "size": list(images.size), "sha256": content},
+        "images": {
+            "name": images.name,
+            "count": meter.count,
+            "size": list(images.size),
+            "sha256": content,
+            **images.skipped.describe(),
+        },
         "tokenizer": {"fingerprint": tokenizer.fingerprint, "kind": tokenizer.kind, "codes": tokenizer.vocab_size},
         "extractor": extractor.identity if extractor else None,
+        "notes": notes,
         "environment": describe(),
     }

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from st_ar.data.skipped import SkippedImages
 from st_ar.data.source import BrokenImageError, Crops, ImageSource
 from st_ar.errors import UserError, damaged, require
 from st_ar.files import read_tensors, require_absent, save_tensors, write_json
@@ -106,7 +107,7 @@ def train_kmeans(
     require("sklearn")
     from sklearn.cluster import MiniBatchKMeans
 
-    rows: list[np.ndarray] = []
+    rows, skipped = list[np.ndarray](), SkippedImages(source.name, max_skipped=1)
     rng = np.random.default_rng(seed)
     side = Crops(kind="ten", size=size, range=source.crop_range).side
     images = source.count or min(source.expected or 10_000, 10_000)
@@ -114,11 +115,12 @@ def train_kmeans(
     total = -(-images // stride)
     fraction = min(1.0, max_patches / (total * (size // patch) ** 2))
     with progress("train tokenizer", total, unit="images") as bar:
-        for example in islice(source.examples(0), 0, images, stride):
+        for index, example in islice(enumerate(source.examples(0)), 0, images, stride):
             bar.advance(1)
             try:
                 pixels = example.read_cropped(side).astype(np.float32) / 127.5 - 1
-            except BrokenImageError:
+            except BrokenImageError as error:
+                skipped.add(index, example.name, str(error), None)
                 continue
             n = side // patch
             grid = pixels[: n * patch, : n * patch].reshape(n, patch, n, patch, 3).transpose(0, 2, 4, 1, 3)
@@ -126,6 +128,7 @@ def train_kmeans(
             rows.append(flat[rng.random(len(flat)) < fraction])
         if not rows:
             raise UserError(f"{source.name} has no readable image among {total} of its first {images}: give another")
+        skipped.report(len(rows))
         patches = np.concatenate(rows)
         distinct = len(np.unique(patches, axis=0))
         if distinct < vocab_size:

@@ -10,9 +10,10 @@ import numpy as np
 import torch
 
 from st_ar.data.decoding import ImageDecoder, open_decoder
+from st_ar.data.skipped import Skipped
 from st_ar.data.source import MAX_CLASSES, BrokenImageError, Crops, Example, ImageSource
 from st_ar.data.store import TokenStore
-from st_ar.data.store_writer import Skipped, TokenStoreWriter
+from st_ar.data.store_writer import TokenStoreWriter
 from st_ar.distributed import JOB_TIMEOUT, barrier, process_group
 from st_ar.errors import UserError
 from st_ar.progress import Progress, progress

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tracemalloc
 import zipfile
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -18,7 +19,8 @@ from PIL import Image
 
 from st_ar.cli import main
 from st_ar.config import ExtractorName
-from st_ar.errors import UserError
+from st_ar.data.images import open_images
+from st_ar.errors import UserError, note
 from st_ar.evaluation.generation import evaluate as evaluate_module
 from st_ar.evaluation.generation import features as features_module
 from st_ar.evaluation.generation.evaluate import (
@@ -41,7 +43,14 @@ from st_ar.evaluation.generation.features import (
     resize_as_llamagen,
     resize_bicubic,
 )
-from st_ar.evaluation.generation.image_sets import ImageSet, image_digest, open_files, open_set, read_array
+from st_ar.evaluation.generation.image_sets import (
+    ImageSet,
+    from_source,
+    image_digest,
+    open_files,
+    open_set,
+    read_array,
+)
 from st_ar.evaluation.metrics import (
     InceptionScore,
     frechet_distance,
@@ -49,11 +58,19 @@ from st_ar.evaluation.metrics import (
     mean_and_covariance,
     precision_recall,
 )
+from st_ar.evaluation.reconstruction import measure_tokenizer
 from tests.disk import flip_byte, refused
 from tests.ranks import checked_torchrun
+from tests.small_line import random_tokenizer
 
 Capture = pytest.CaptureFixture[str]
 OFFLINE = ["--extractor", "efficientnet", "--device", "cpu"]
+
+
+@pytest.fixture(autouse=True)
+def forgotten_notes() -> None:
+    """A note is printed once in a process: a test does not depend on those before it."""
+    note.cache_clear()
 
 
 def st_ar(*arguments: str | Path) -> None:
@@ -141,12 +158,56 @@ def test_a_source_gives_its_centre_crops() -> None:
     assert open_set("photos:test", size=16).size == (16, 16)
 
 
-def test_broken_images_of_a_source_are_skipped(tmp_path: Path) -> None:
+def test_broken_images_of_a_source_are_listed_up_to_a_share(tmp_path: Path) -> None:
     folder = save_folder(tmp_path / "a", pictures(5))
     (folder / "000002.png").write_bytes(b"nothing")
-    found = open_set(f"folder:{tmp_path}", size=12)
+    found = open_set(f"folder:{tmp_path}", size=12, max_skipped=0.2)
     assert [index for index, _ in found.read(0, 1)] == [0, 1, 3, 4]
-    assert collect(found, toy(), ["fid"], Compute(batch_size=2)).count == 4
+    collected = collect(found, toy(), ["fid"], Compute(batch_size=2))
+    assert collected.count == 4
+    assert [(each.index, each.name) for each in collected.skipped.found.values()] == [(2, "a/000002.png")]
+    with pytest.raises(
+        UserError, match=r"1 of 5 images cannot be used, more than --max-skipped 0.19; the first is a/0000"
+    ):
+        collect(open_set(f"folder:{tmp_path}", size=12, max_skipped=0.19), toy(), ["fid"], Compute())
+    with pytest.raises(UserError, match=r"--max-skipped must lie in \[0, 1\], not 1.5"):
+        open_set(f"folder:{tmp_path}", size=12, max_skipped=1.5)
+    stream = replace(open_images(f"folder:{tmp_path}"), count=None, streaming=True)  # its number is known at the end
+    with pytest.raises(UserError, match=r"1 of 5 images cannot be used, more than --max-skipped 0.01"):
+        collect(from_source(stream, 12), toy(), ["fid"], Compute())
+
+
+def test_images_that_a_folder_holds_beside_pngs_are_noted_or_named(tmp_path: Path, capsys: Capture) -> None:
+    folder = save_folder(tmp_path / "f", pictures(5))
+    assert open_set(str(folder)).notes == ()
+    image = Image.fromarray(pictures(1)[0])
+    (folder / "more" / "below").mkdir(parents=True)
+    for name in ("x.jpg", "y.JPG", "z.webp", "more/a.png", "more/below/b.jpeg", ".hidden.jpg"):
+        image.save(folder / name)
+    (folder / "more" / "loop").symlink_to(folder)
+    (folder / "metadata.json").write_text("{}")
+    left_out = "only its 5 PNGs are read, not 2 .jpg, 1 .webp, 2 in sub-folders, such as more/a.png; "
+    found = open_set(str(folder))
+    assert found.count == 5
+    assert found.notes == (
+        f"{folder}: {left_out}folder:{folder} reads images of all types, all in the folder or all in its sub-folders",
+    )
+    samples = open_files(str(folder))
+    assert samples.notes == (f"{folder}: {left_out}convert them to .png, and move them into the folder",)
+    assert [f"st-ar: note: {text}" for text in (*found.notes, *samples.notes)] == capsys.readouterr().err.splitlines()
+    reference = open_reference(str(folder), toy(), ["fid"], Compute())
+    assert evaluate(samples, reference, toy(), ["fid"], Compute())["notes"][:2] == [*samples.notes, *found.notes]
+    meta = write_reference(str(folder), tmp_path / "r.npz", toy(), Compute())
+    assert meta["notes"] == [*found.notes]
+    assert open_reference(str(tmp_path / "r.npz"), toy(), ["fid"], Compute()).notes == [*found.notes]
+    for path in folder.glob("*.png"):
+        path.unlink()
+    with pytest.raises(
+        UserError, match=r"f holds no PNGs, only 2 .jpg, 1 .webp, 2 in sub-folders, .*: folder:.* reads"
+    ):
+        open_set(str(folder))
+    with pytest.raises(UserError, match=r"f/more/below holds no PNGs, only 1 .jpeg: convert them to .png"):
+        open_files(str(folder / "more" / "below"))
 
 
 # One pass
@@ -207,10 +268,31 @@ def test_samples_sorted_by_class_are_noticed() -> None:
         return ImageSet(name="", count=6000, size=(1, 1), read=lambda rank, world: iter(()), labels=labels)
 
     assert is_class_sorted(labelled(np.sort(np.arange(6000) % 10)))
+    assert is_class_sorted(labelled(np.sort(np.arange(6000) % 10)[::-1]))
+    assert is_class_sorted(labelled(np.random.default_rng(0).permutation(10).repeat(600)))
+    assert not is_class_sorted(labelled(np.tile(np.arange(10).repeat(300), 2)))  # each class is two blocks
     assert not is_class_sorted(labelled(np.arange(6000) % 10))
     assert not is_class_sorted(labelled(np.arange(6000)))  # indices of captions
     assert not is_class_sorted(labelled(np.sort(np.arange(4000) % 10)))  # one split
     assert not is_class_sorted(labelled(None))
+
+
+@pytest.mark.parametrize(("count", "last"), [(10, None), (11, "1 of 10"), (25, "5 of 10"), (20, None), (7, None)])
+def test_a_short_last_split_and_sorted_classes_are_noted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int, last: str | None
+) -> None:
+    monkeypatch.setattr(evaluate_module, "SPLIT", 10)
+    np.savez(tmp_path / "a.npz", arr_0=pictures(count), arr_1=np.arange(count)[::-1] // 4)
+    reference = open_reference(str(tmp_path / "a.npz"), toy(), ["is"], Compute())
+    notes = evaluate(open_files(str(tmp_path / "a.npz")), reference, toy(), ["is"], Compute())["notes"]
+    short = [text for text in notes if "splits" in text]
+    assert [text.split(" has ")[1].split(" images ")[0] for text in short] == ([last] if last else [])
+    if count == 25:
+        assert short[0].startswith("the last of the 3 splits of IS has 5 of 10 images and counts as much as the others")
+        assert short[0].endswith(": measure a multiple of 10, such as 20 or 30")
+    assert any("sorted by class" in text for text in notes) == (count > 10)
+    found = evaluate(open_files(str(tmp_path / "a.npz")), reference, toy(), ["fid"], Compute())["notes"]
+    assert not any("split" in text for text in found)
 
 
 # The reference
@@ -414,6 +496,26 @@ def test_a_reference_by_command_says_what_it_is(pipeline: Path, capsys: Capture)
     fails(capsys, "x.pt is not a .npz file", "reference", pipeline / "others", "--out", pipeline / "x.pt", *OFFLINE)
 
 
+def test_a_reference_with_broken_images_by_command(pipeline: Path, capsys: Capture, tmp_path: Path) -> None:
+    folder = save_folder(tmp_path / "f", pictures(8, size=32))
+    (folder / "000003.png").write_bytes(b"")
+    source, made = f"folder:{folder}", tmp_path / "made.npz"
+    refusal = "1 of 8 images cannot be used, more than --max-skipped 0.01; the first is 000003.png: empty. Repair or"
+    fails(capsys, refusal, "reference", source, "--size", "32", "--out", made, *OFFLINE)
+    allowed = ["--max-skipped", "0.2", "--size", "32"]
+    st_ar("reference", source, *allowed, "--out", made, *OFFLINE)
+    said = f"{source}: 1 of 8 images cannot be used and are left out: 000003.png (empty)"
+    assert f"st-ar: note: {said}\n" in capsys.readouterr().err
+    evaluated = ["evaluate", pipeline / "samples.npz", *OFFLINE, "--metrics", "fd", "--json", "-", "--reference"]
+    fails(capsys, refusal, *evaluated, source, "--size", "32")
+    for reference in ([made], [source, *allowed]):
+        st_ar(*evaluated, *reference)
+        result = json.loads(capsys.readouterr().out)
+        assert (result["reference"]["statistics"], result["reference"]["skipped"]) == ("7 images", 1)
+        assert result["reference"]["skipped_images"] == [{"index": 3, "name": "000003.png", "reason": "empty"}]
+        assert result["notes"][0] == said
+
+
 def test_evaluate_prints_a_table_a_line_and_json(pipeline: Path, capsys: Capture) -> None:
     command = ["evaluate", pipeline / "samples.npz", "--reference", pipeline / "reference.npz", *OFFLINE]
     st_ar(*command, "--json", pipeline / "result.json", "--metrics", "fd", "precision", "recall", "kid", "coverage")
@@ -552,13 +654,35 @@ def test_damaged_references_are_refused(pipeline: Path, tmp_path: Path) -> None:
         list(open_set(str(path)).read(0, 1))
 
 
-def test_features_that_are_not_finite_stop_the_work(tmp_path: Path) -> None:
-    np.savez(tmp_path / "a.npz", arr_0=pictures(10))
-    broken = Extractor(
-        name="x", weights="", dim=2, run=lambda images: Extracted(torch.full((len(images), 2), torch.nan))
-    )
-    with pytest.raises(UserError, match="features hold NaN or infinity"):
-        collect(open_files(str(tmp_path / "a.npz")), broken, ["fd"], Compute())
+@pytest.mark.parametrize(
+    ("value", "match"),
+    [(torch.nan, "hold NaN or infinity"), (-torch.inf, "hold NaN or infinity"), (-1e20, r"reach 1e\+20, above 100000")],
+)
+@pytest.mark.parametrize("output", [0, 1, 2])
+def test_features_that_are_not_finite_or_huge_name_their_image(
+    tmp_path: Path, value: float, match: str, output: int
+) -> None:
+    images = pictures(10)
+    images[7] = 255
+
+    def run(pixels: torch.Tensor) -> Extracted:
+        extracted = toy().run(pixels)
+        extracted[output][(pixels == 255).all(3).all(2).all(1), 1] = value  # pyright: ignore[reportOptionalSubscript]
+        return extracted
+
+    broken = replace(toy(), run=run)
+    np.savez(tmp_path / "a.npz", arr_0=images)
+    folder = save_folder(tmp_path / "f", images)
+    for spec, name in (
+        (tmp_path / "a.npz", "image 7 of .*a.npz"),
+        (folder, "000007.png of .*f"),
+        (f"folder:{folder}", "000007.png of folder:.*f"),
+    ):
+        with pytest.raises(UserError, match=f"^the features of {name} {match}: look for damaged images or weights"):
+            collect(open_set(str(spec), size=12), broken, ["fid"], Compute(batch_size=3))
+    if output == 0:
+        with pytest.raises(UserError, match=f"000007.png of .*f {match}"):
+            measure_tokenizer(random_tokenizer(), open_set(str(folder)), broken, Compute())
 
 
 def test_features_are_computed_in_full_float32_inside_autocast_and_tf32() -> None:
@@ -650,6 +774,25 @@ def test_two_ranks_find_what_one_finds(made: Path, tmp_path: Path) -> None:
         assert one[part] == two[part]
 
 
+def test_two_ranks_list_the_broken_images_of_both(made: Path, tmp_path: Path) -> None:
+    np.savez(tmp_path / "samples.npz", arr_0=read_array(made / "samples.npz", "arr_0")[:12])
+    folder = save_folder(tmp_path / "f", read_array(made / "samples.npz", "arr_0")[:12])
+    for name in ("000002.png", "000009.png"):
+        (folder / name).write_bytes(b"")
+    command = ["evaluate", tmp_path / "samples.npz", "--reference", f"folder:{folder}", "--size", "32", *OFFLINE]
+    command += ["--metrics", "fd", "--max-skipped", "0.2", "--json", tmp_path / "two.json"]
+    checked_torchrun(2, "-m", "st_ar", *command, logs=tmp_path / "logs")
+    result = json.loads((tmp_path / "two.json").read_text())
+    assert result["reference"]["skipped"] == 2
+    assert [(each["index"], each["name"]) for each in result["reference"]["skipped_images"]] == [
+        (2, "000002.png"),
+        (9, "000009.png"),
+    ]
+    assert result["notes"][0].endswith(
+        "2 of 12 images cannot be used and are left out: 000002.png (empty), 000009.png (empty)"
+    )
+
+
 # Archives whose headers lie
 
 
@@ -708,6 +851,18 @@ def test_a_reference_with_an_invalid_description_is_refused(tmp_path: Path, chan
     np.savez(tmp_path / "r.npz", **arrays)
     with refused(tmp_path, r"r\.npz is damaged \(its description is invalid\): make it again with `st-ar reference`"):
         open_reference(str(tmp_path / "r.npz"), toy(), ["fid"], Compute())
+
+
+@pytest.mark.parametrize("value", [np.nan, 1e20])
+def test_a_reference_with_features_that_are_not_finite_is_refused(tmp_path: Path, value: float) -> None:
+    np.savez(tmp_path / "images.npz", arr_0=pictures(20))
+    write_reference(str(tmp_path / "images.npz"), tmp_path / "r.npz", toy(), Compute())
+    with np.load(tmp_path / "r.npz") as archive:
+        arrays = dict(archive)
+    arrays["features"][4, 2] = value
+    np.savez(tmp_path / "r.npz", **arrays)
+    with refused(tmp_path, r"the features of image 4 of .*r\.npz (hold NaN|reach 1e\+20).*: make it again"):
+        open_reference(str(tmp_path / "r.npz"), toy(), ["precision"], Compute())
 
 
 @pytest.mark.parametrize("features", [np.zeros((20, 5), np.float32), np.zeros((20, 6)), np.zeros(20, np.float32)])

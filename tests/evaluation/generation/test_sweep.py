@@ -9,6 +9,7 @@ import pytest
 
 from st_ar.cli import main
 from st_ar.errors import UserError
+from st_ar.evaluation.generation import evaluate as evaluate_module
 from st_ar.evaluation.generation import sweep as sweep_module
 from st_ar.evaluation.generation.evaluate import Reference, open_reference
 from st_ar.evaluation.generation.features import Compute
@@ -16,7 +17,7 @@ from st_ar.evaluation.generation.image_sets import open_files
 from st_ar.evaluation.generation.sweep import SweptModel, list_settings, sweep
 from st_ar.sampling import Sampler, sample_to
 from tests.disk import contents, refused
-from tests.evaluation.generation.test_evaluate import pictures, toy
+from tests.evaluation.generation.test_evaluate import pictures, save_folder, toy
 from tests.small_line import SmallLine, make_line
 
 GRID = list_settings([1.0, 2.0], [1.0], [0, 2], seed=3)
@@ -101,6 +102,39 @@ def test_other_numbers_seeds_or_references_are_not_mixed_up(
     two = sweep(sampler(line, out), GRID[:1], other, toy(), ["fid"], out, Compute())
     assert one[0]["samples"] == two[0]["samples"]
     assert one[0]["metrics"] != two[0]["metrics"]
+
+
+def test_images_that_the_reference_lacks_and_notes_are_passed_on(
+    line: SmallLine, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluate_module, "SPLIT", 3)
+    folder = save_folder(tmp_path / "f", pictures(9, size=6))
+    (folder / "000001.png").write_bytes(b"")
+    reference = open_reference(f"folder:{folder}", toy(), ["fid"], Compute(), size=6, max_skipped=0.2)
+    out, skipped = tmp_path / "sweep", {"index": 1, "name": "000001.png", "reason": "empty"}
+    sweep(sampler(line, out), GRID[:1], reference, toy(), ["fid", "is"], out, Compute())
+    err = capsys.readouterr().err
+    found = json.loads((out / "sweep.json").read_text())["reference"]
+    assert (found["skipped"], found["skipped_images"]) == (1, [skipped])
+    assert found["notes"] == [f"folder:{folder}: 1 of 9 images cannot be used and are left out: 000001.png (empty)"]
+    assert f"note: {found['notes'][0]}\n" in err
+    assert "note: the last of the 3 splits of IS has 2 of 3 images" in err
+    command = ["sweep", "--model", line.model, "--tokenizer", line.tokenizer, "--reference", f"folder:{folder}"]
+    command += [
+        "--size",
+        "6",
+        "--cfg-scales",
+        "1",
+        "--num",
+        "6",
+        "--out",
+        tmp_path / "o",
+        "--extractor",
+        "efficientnet",
+    ]
+    with pytest.raises(SystemExit):
+        main([*map(str, command), "--device", "cpu"])
+    assert "1 of 9 images cannot be used, more than --max-skipped 0.01" in capsys.readouterr().err
 
 
 def test_what_cannot_be_swept_is_refused(line: SmallLine, reference: Reference, tmp_path: Path) -> None:

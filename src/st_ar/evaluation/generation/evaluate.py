@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,18 @@ import torch
 from torch import Tensor
 
 from st_ar.config import Metric
+from st_ar.data.skipped import SkippedImages
 from st_ar.errors import UserError, damaged
 from st_ar.evaluation.generation.features import NEIGHBOURS, Collected, Compute, Extractor, collect
 from st_ar.evaluation.generation.image_sets import ImageSet, array_names, open_set, read_array
-from st_ar.evaluation.metrics import Gaussian, compare, count_blocks, frechet_distance, kernel_distance
+from st_ar.evaluation.metrics import (
+    Gaussian,
+    compare,
+    count_blocks,
+    frechet_distance,
+    kernel_distance,
+    require_bounded,
+)
 from st_ar.files import atomic_write, parse_json, require_absent, sha256
 from st_ar.hardware import describe
 from st_ar.progress import progress
@@ -32,7 +40,11 @@ META_FIELDS: dict[str, Any] = {
     "content": str,
     "images": int,
     "source": str,
+    "skipped": int,
+    "skipped_images": list[dict[str, Any]],
+    "notes": list[str],
 }
+NONE_SKIPPED: dict[str, Any] = SkippedImages().describe()
 KEEP = 10_000
 """Reference images for precision, recall, density, coverage and KID, as in ADM's batches."""
 
@@ -52,6 +64,10 @@ class Reference:
     spatial: Gaussian | None
     features: Tensor
     """float32 [n, D]; empty if no metric needs them."""
+    skipped: Mapping[str, Any] = field(default_factory=lambda: NONE_SKIPPED)
+    """The images left out (SkippedImages.describe)."""
+    notes: Sequence[str] = ()
+    """What the user should know about its images."""
 
 
 def open_reference(
@@ -62,12 +78,13 @@ def open_reference(
     *,
     size: int | None = None,
     seed: int = 0,
+    max_skipped: float = 0.01,
     check: Callable[[tuple[int, int]], None] = lambda _: None,
 ) -> Reference:
     """Open a file of `st-ar reference`, an ADM batch, statistics (mu and sigma), or images, whose features are computed here.
 
     Args:
-        size: as for `open_set`. seed: selects KEEP images for the metrics that compare features.
+        size, max_skipped: as for `open_set`. seed: selects KEEP images for the metrics that compare features.
         check: called with the images' height and width before any feature is computed; raises if they do not fit.
 
     Raises:
@@ -81,7 +98,7 @@ def open_reference(
     adm = {"mu", "sigma"} <= names and extractor.is_inception
     if adm and needed and "arr_0" not in names:
         raise UserError(f"{path} has statistics but no images: leave {' '.join(sorted(needed))} out of --metrics")
-    images = None if adm and "arr_0" not in names else open_set(spec, size=size)
+    images = None if adm and "arr_0" not in names else open_set(spec, size=size, max_skipped=max_skipped)
     if images is not None:
         check(images.size)
     if adm or images is None:
@@ -99,6 +116,8 @@ def open_reference(
         gaussian=collected.statistics.result(),
         spatial=collected.spatial.result() if collected.spatial else None,
         features=collected.features,
+        skipped=collected.skipped.describe(),
+        notes=collected.notes,
     )
 
 
@@ -131,6 +150,8 @@ def _read_statistics(
         gaussian=_gaussian(path, "", extractor.dim),
         spatial=_gaussian(path, "_s", extractor.spatial_dim) if "sfid" in metrics else None,
         features=torch.empty(0, extractor.dim) if features is None else features,
+        skipped={name: meta[name] for name in ("skipped", "skipped_images")} if meta else NONE_SKIPPED,
+        notes=meta["notes"] if meta else (),
     )
 
 
@@ -158,6 +179,7 @@ def _read_ours(
             found = f"{array.dtype} {list(array.shape)}"
             raise UserError(f"{path}: features are {found}, not float32 [n, {extractor.dim}]: make it again")
         features = torch.from_numpy(array)
+        require_bounded(features, lambda row: f"image {row} of {path}", "make it again")
     return _read_statistics(path, extractor, metrics, (height, width), features, meta)
 
 
@@ -165,12 +187,11 @@ def read_meta(path: Path) -> dict[str, Any]:
     """Return the description in a file of `st-ar reference`."""
     text = str(read_array(path, META))
     try:
-        meta = parse_json(text)
-    except ValueError:
-        meta = None
+        meta: dict[str, Any] = {**NONE_SKIPPED, "notes": [], **parse_json(text)}  # older files lack the first
+    except (ValueError, TypeError):
+        meta = {}
     if (
-        not isinstance(meta, dict)
-        or not all(matches_type(meta.get(name), kind) for name, kind in META_FIELDS.items())
+        not all(matches_type(meta.get(name), kind) for name, kind in META_FIELDS.items())
         or len(meta["size"]) != 2
         or not {"name", "sha256"} <= meta["extractor"].keys()
     ):
@@ -181,7 +202,14 @@ def read_meta(path: Path) -> dict[str, Any]:
 
 
 def write_reference(
-    spec: str, out: Path, extractor: Extractor, compute: Compute, *, size: int | None = None, seed: int = 0
+    spec: str,
+    out: Path,
+    extractor: Extractor,
+    compute: Compute,
+    *,
+    size: int | None = None,
+    seed: int = 0,
+    max_skipped: float = 0.01,
 ) -> dict[str, Any]:
     """Compute a data set's statistics and write them to a .npz file (on rank 0); returns the file's description.
 
@@ -195,7 +223,7 @@ def write_reference(
         raise UserError(f"--out {out} is not a .npz file: give a name that ends in .npz")
     if compute.ranks.rank == 0:
         require_absent(out, "a reference")
-    images = open_set(spec, size=size)
+    images = open_set(spec, size=size, max_skipped=max_skipped)
     metrics = {"precision", *(["sfid"] if extractor.spatial_dim else [])}
     collected = collect(images, extractor, metrics, compute, keep=KEEP, seed=seed, with_pixels=True)
     meta = {
@@ -206,6 +234,8 @@ def write_reference(
         "content": collected.content,
         "extractor": extractor.identity,
         "seed": seed,
+        **collected.skipped.describe(),
+        "notes": list(collected.notes),
         "environment": describe(),
     }
     arrays = {"arr_0": collected.pixels.numpy(), "features": collected.features.numpy()}
@@ -242,11 +272,12 @@ def choose_metrics(metrics: Sequence[Metric], extractor_is_inception: bool) -> l
 
 
 def is_class_sorted(images: ImageSet) -> bool:
-    """Whether the images are sorted by class, so that each split of IS lacks classes."""
+    """Whether each class is one block, in any order of the classes, so that each split of IS lacks classes."""
     labels = images.labels
     if labels is None or len(labels) <= SPLIT:
         return False
-    return bool((np.diff(labels) >= 0).all()) and 1 < len(np.unique(labels)) < len(labels) / 2
+    classes = len(np.unique(labels))
+    return np.count_nonzero(np.diff(labels)) + 1 == classes and 1 < classes < len(labels) / 2
 
 
 def check_sizes(samples: tuple[int, int], size: tuple[int, int], resize: int | None) -> None:
@@ -288,7 +319,13 @@ def evaluate(
     assert samples.count is not None
     order = None if shuffle_seed is None else np.random.default_rng(shuffle_seed).permutation(samples.count)
     collected = collect(samples, extractor, metrics, compute, resize=resize, order=order)
-    notes: list[str] = []
+    notes = [*collected.notes, *reference.notes]
+    whole, rest = divmod(samples.count, SPLIT)
+    if "is" in metrics and whole and rest:
+        notes.append(
+            f"the last of the {whole + 1} splits of IS has {rest:,} of {SPLIT:,} images and counts as much as the others, as in ADM: "
+            f"measure a multiple of {SPLIT:,}, such as {whole * SPLIT:,} or {(whole + 1) * SPLIT:,}"
+        )
     if "is" in metrics and shuffle_seed is None and is_class_sorted(samples):
         notes.append(
             f"the samples are sorted by class: each split of {SPLIT:,} lacks classes and IS is far too low; give --shuffle-seed"
@@ -322,6 +359,7 @@ def evaluate(
             "sha256": reference.content,
             "statistics": reference.statistics,
             "neighbours": len(reference.features),
+            **reference.skipped,
             "size": None if reference.size is None else list(reference.size),
         },
         "extractor": extractor.identity,

@@ -14,10 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from st_ar.config import ExtractorName
+from st_ar.data.skipped import SkippedImages
 from st_ar.distributed import Ranks, all_gather_ragged
 from st_ar.errors import UserError, cause, require
 from st_ar.evaluation.generation.image_sets import ImageSet, image_digest
-from st_ar.evaluation.metrics import FeatureStatistics, InceptionScore
+from st_ar.evaluation.metrics import FeatureStatistics, InceptionScore, require_bounded
 from st_ar.hardware import freed_memory_kept, full_precision
 from st_ar.progress import progress
 from st_ar.randomness import RandomStream
@@ -175,6 +176,9 @@ class Collected:
     """float32 [n, D] of the kept images, in order."""
     pixels: Tensor
     """uint8 [n, H, W, 3] of the kept images, if asked for."""
+    skipped: SkippedImages
+    notes: tuple[str, ...]
+    """What the user should know about the images."""
 
 
 def resize_as_llamagen(images: Tensor, side: int) -> Tensor:
@@ -219,6 +223,14 @@ def image_batches(images: ImageSet, compute: Compute) -> Iterator[tuple[list[int
         yield [index for index, _ in batch], np.stack([image for _, image in batch])
 
 
+def extract_checked(extractor: Extractor, batch: Tensor, images: ImageSet, indices: list[int]) -> Extracted:
+    """Run the network on images of a set; refuse features that are not finite or huge, and name the image."""
+    extracted = extractor.extract(batch)
+    for output in filter(torch.is_tensor, extracted):
+        require_bounded(output, lambda row: f"{images.name_of(indices[row])} of {images.name}")
+    return extracted
+
+
 @freed_memory_kept()
 def collect(
     images: ImageSet,
@@ -240,7 +252,7 @@ def collect(
         order: int64 [N], each image's position in the order that the splits of IS follow; by default its index.
 
     Raises:
-        UserError: no usable image, or damaged images or features.
+        UserError: no usable image, too many unusable ones, or damaged images or features.
     """
     statistics = FeatureStatistics(extractor.dim, compute.device)
     spatial = FeatureStatistics(extractor.spatial_dim, compute.device) if "sfid" in metrics else None
@@ -252,7 +264,8 @@ def collect(
         for indices, pixels in image_batches(images, compute):
             digests += [(index, image_digest(image)) for index, image in zip(indices, pixels, strict=True)]
             batch = torch.from_numpy(pixels).to(compute.device)
-            extracted = extractor.extract(batch if resize is None else resize_as_llamagen(batch, resize))
+            batch = batch if resize is None else resize_as_llamagen(batch, resize)
+            extracted = extract_checked(extractor, batch, images, indices)
             statistics.update(extracted.features)
             if spatial is not None and extracted.spatial is not None:
                 spatial.update(extracted.spatial)
@@ -267,6 +280,7 @@ def collect(
         if each is not None:
             each.reduce()
     features, kept_pixels = subset.gather(extractor.dim, images.size, compute.device)
+    notes = (*images.notes, *images.skipped.finish(statistics.count))
     if not statistics.count:
         raise UserError(f"{images.name} has no usable image")
     return Collected(
@@ -277,6 +291,8 @@ def collect(
         score=score,
         features=features,
         pixels=kept_pixels,
+        skipped=images.skipped,
+        notes=notes,
     )
 
 

@@ -5,6 +5,7 @@ import hashlib
 import math
 import re
 import zipfile
+from collections import Counter
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
 from itertools import islice, tee
@@ -15,7 +16,8 @@ import numpy as np
 from PIL import Image
 
 from st_ar.data.decoding import default_workers, open_decoder
-from st_ar.data.images import open_images
+from st_ar.data.images import images_in, open_images
+from st_ar.data.skipped import SkippedImages
 from st_ar.data.source import (
     MAX_CLASSES,
     BrokenImageError,
@@ -26,7 +28,8 @@ from st_ar.data.source import (
     check_pixels,
     read_image,
 )
-from st_ar.errors import UserError, cause
+from st_ar.distributed import Ranks
+from st_ar.errors import UserError, cause, note
 from st_ar.files import parse_json, printable
 from st_ar.randomness import RandomStream, numpy_generator
 from st_ar.sampling import JOB, METADATA
@@ -48,25 +51,32 @@ class ImageSet:
     size: tuple[int, int]
     """Height and width in pixels."""
     read: Callable[[int, int], Images]
-    """(rank, world size) -> index and pixels uint8 [H, W, 3] of each image in this rank's shard. Unusable images are skipped."""
+    """(rank, world size) -> index and pixels uint8 [H, W, 3] of each image in this rank's shard."""
+    name_of: Callable[[int], str] = "image {}".format
+    """The name of the image with an index."""
+    notes: tuple[str, ...] = ()
+    """What the user should know about how the images were found."""
+    skipped: SkippedImages = field(default_factory=SkippedImages)
+    """Unusable images that `read` has left out."""
     labels: np.ndarray | None = None
     """Classes [N], if known."""
     metadata: dict[str, Any] = field(default_factory=dict)
     """How the images were made, from the metadata file beside them."""
 
 
-def open_set(spec: str, *, size: int | None = None) -> ImageSet:
+def open_set(spec: str, *, size: int | None = None, max_skipped: float = 0.01) -> ImageSet:
     """Open FILE.npz, a folder of PNGs, or an image source (folder:, parquet:, hub:, photos, digits).
 
     Args:
         size: side in pixels of an image source's centre crops; the source's default if None. Images in files are never resized and
             must have this size.
+        max_skipped: largest share of unusable images of an image source.
 
     Raises:
         UserError: the images are missing, damaged, or of another size.
     """
     if is_source(spec):
-        return from_source(open_images(spec), size)
+        return from_source(open_images(spec), size, max_skipped)
     images = open_files(spec, or_source=True)
     if size is not None and images.size != (size, size):
         raise UserError(
@@ -84,7 +94,7 @@ def open_files(spec: str, *, or_source: bool = False) -> ImageSet:
     """Open FILE.npz or a folder of PNGs. With `or_source` the error message also offers an image source."""
     path = Path(spec).expanduser()
     if path.is_dir():
-        return _open_folder(path)
+        return _open_folder(path, or_source)
     if path.is_file() and path.suffix == ".npz":
         return _open_archive(path)
     problem = "is not a .npz file" if path.exists() else "does not exist"
@@ -184,12 +194,24 @@ def _open_archive(path: Path) -> ImageSet:
 # Folders and sources
 
 
-def _open_folder(path: Path) -> ImageSet:
+def _open_folder(path: Path, or_source: bool) -> ImageSet:
     if (path / JOB).exists():
         raise UserError(f"{path} holds unfinished samples: run the same `st-ar sample` again to finish them")
-    files = sorted(file for file in path.iterdir() if file.suffix.lower() == ".png" and not file.name.startswith("."))
+    loose, below = images_in(path)
+    files = sorted(path / name for name in loose if Path(name).suffix.lower() == ".png")
+    others = Counter(suffix for name in loose if (suffix := Path(name).suffix.lower()) != ".png")
+    left_out = [f"{count} {suffix}" for suffix, count in sorted(others.items())]
+    left_out += [f"{len(below)} in sub-folders, such as {printable(below[0])}"] if below else []
+    remedy = "give the folder with the PNGs"
+    if left_out:
+        reads = f"folder:{path} reads images of all types, all in the folder or all in its sub-folders"
+        remedy = reads if or_source else "convert them to .png, and move them into the folder"
     if not files:
-        raise UserError(f"{path} holds no PNGs: give the folder with the PNGs, or folder:{path} for class sub-folders")
+        only = f", only {', '.join(left_out)}" if left_out else ""
+        raise UserError(f"{path} holds no PNGs{only}: {remedy}")
+    notes = (f"{path}: only its {len(files)} PNGs are read, not {', '.join(left_out)}; {remedy}",) if left_out else ()
+    if notes and Ranks.from_environment().rank == 0:
+        note(notes[0])
 
     def read_file(file: Path) -> np.ndarray:
         try:
@@ -212,7 +234,14 @@ def _open_folder(path: Path) -> ImageSet:
     metadata, labels = _read_metadata(path, len(files))
     height, width = size
     return ImageSet(
-        name=printable(str(path)), count=len(files), size=(height, width), read=read, labels=labels, metadata=metadata
+        name=printable(str(path)),
+        count=len(files),
+        size=(height, width),
+        read=read,
+        name_of=lambda index: printable(files[index].name),
+        notes=notes,
+        labels=labels,
+        metadata=metadata,
     )
 
 
@@ -239,8 +268,9 @@ def _read_metadata(samples: Path, count: int) -> tuple[dict[str, Any], np.ndarra
     return metadata, np.array(labels) if known else None
 
 
-def from_source(source: ImageSource, size: int | None = None) -> ImageSet:
-    """The centre crops of an image source. Images that cannot be decoded are skipped."""
+def from_source(source: ImageSource, size: int | None = None, max_skipped: float = 0.01) -> ImageSet:
+    """The centre crops of an image source. Up to a share `max_skipped` of its images may be unusable; they are left out."""
+    skipped = SkippedImages(source.name, max_skipped)
     crops = Crops(kind="center", size=source.size if size is None else size, range=source.range_for("center"))
 
     def chunks(rank: int, world: int) -> Iterator[tuple[int, list[Example]]]:
@@ -260,11 +290,24 @@ def from_source(source: ImageSource, size: int | None = None) -> ImageSet:
         ahead, current = tee(chunks(rank, world))  # workers decode ahead
         with open_decoder(crops.side, default_workers(source.count)) as decoder:
             decoding = decoder.decode(chunk for _, chunk in ahead)
-            for (_, decoded), (start, _) in zip(decoding, current, strict=True):
+            for (chunk, decoded), (start, _) in zip(decoding, current, strict=True):
+                for offset, reason in decoded.broken:
+                    skipped.add(start + offset, chunk[offset].name, reason, source.count or source.expected)
                 images = crops.cut_pixels(decoded.pixels)[:, 0]
                 yield from ((start + index, image) for index, image in zip(decoded.used, images, strict=True))
 
-    return ImageSet(name=source.name, count=source.count, size=(crops.size, crops.size), read=read)
+    def name_of(index: int) -> str:
+        return ("" if source.streaming else next(source.examples(index)).name) or f"image {index}"
+
+    return ImageSet(
+        name=source.name,
+        count=source.count,
+        size=(crops.size, crops.size),
+        read=read,
+        name_of=name_of,
+        notes=source.notes,
+        skipped=skipped,
+    )
 
 
 def open_pictures(spec: str) -> ImageSource:
@@ -287,6 +330,7 @@ def open_pictures(spec: str) -> ImageSource:
         crop_range=1.0,
         mirror=True,
         streaming=True,
+        notes=images.notes,
     )
 
 
@@ -296,32 +340,33 @@ class Pictures:
     They are a random subset; the first images of a source that can only be streamed.
     """
 
-    def __init__(self, source: ImageSource, *, num: int, seed: int) -> None:
+    def __init__(self, source: ImageSource, *, num: int, seed: int, max_skipped: float = 0.01) -> None:
         self.source, self.num, self.seed = source, num, seed
         self.count = num if source.count is None else min(num, source.count)
         self.random = not source.streaming and source.count is not None and source.count > num
-        self.used = self.skipped = self.enlarged = 0
+        self.skipped = SkippedImages(source.name, max_skipped)
+        self.used = self.enlarged = 0
         self.digests = hashlib.sha256()
 
-    def examples(self) -> Iterator[Example]:
-        """The chosen images, in order."""
+    def examples(self) -> Iterator[tuple[int, Example]]:
+        """The chosen images with their indices, in order."""
         if not self.random or self.source.count is None:
-            yield from islice(self.source.examples(0), self.count)
+            yield from enumerate(islice(self.source.examples(0), self.count))
             return
         rng = numpy_generator(self.seed, RandomStream.EVALUATION)
         for index in np.sort(rng.choice(self.source.count, self.count, replace=False)):
-            yield next(self.source.examples(int(index)))
+            yield int(index), next(self.source.examples(int(index)))
 
     def batches(self, side: int, batch_size: int) -> Iterator[np.ndarray]:
-        """Batches uint8 [b, side, side, 3]. Images that cannot be decoded are counted and skipped."""
+        """Batches uint8 [b, side, side, 3]. Unusable images are listed and left out."""
         batch: list[np.ndarray] = []
-        for example in self.examples():
+        for index, example in self.examples():
             try:
                 image = example.read()
                 scale = side / min(image.size)
                 check_pixels(image.width * scale, image.height * scale)
-            except BrokenImageError:
-                self.skipped += 1
+            except BrokenImageError as error:
+                self.skipped.add(index, example.name, str(error), self.count)
                 continue
             self.used += 1
             self.enlarged += scale > 1

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from st_ar.config import Metric, SampleSettings
-from st_ar.errors import UserError, damaged, require
+from st_ar.errors import UserError, damaged, note, require
 from st_ar.evaluation.generation.evaluate import Reference, evaluate
 from st_ar.evaluation.generation.features import Compute, Extractor
 from st_ar.evaluation.generation.image_sets import open_set
@@ -135,15 +135,19 @@ def sweep(
         path = out / "results" / f"{sampler.key(settings)}-{hash_settings(compared)}.json"
         if not path.exists():
             write_json(path, evaluate(samples, reference, extractor, metrics, compute, resize=resize))
-        numbers = read_json(path, "a sweep's results").get("metrics")
+        result = read_json(path, "a sweep's results")
+        numbers = result.get("metrics")
         if not matches_type(numbers, dict[str, float]) or fd not in numbers or set(numbers) != set(labels or numbers):
             raise damaged(path, "its metrics are not this sweep's", "remove it to measure again")
+        for text in result.get("notes", []):
+            note(str(text))
         labels = list(numbers)
         swept = {name: getattr(settings, name) for name in SWEPT}
         rows.append(swept | {"metrics": numbers, "samples": samples.name, "result": path.name})
     rows.sort(key=lambda row: row["metrics"][fd])
     labels = list(rows[0]["metrics"])
-    source = {"name": reference.name, "sha256": reference.content, "statistics": reference.statistics}
+    source: dict[str, Any] = {"name": reference.name, "sha256": reference.content, "statistics": reference.statistics}
+    source |= {**reference.skipped, "notes": list(reference.notes)}
     write_json(out / FILES[0], {"reference": source, "samples": sampler.description, "settings": rows})
     cells = ([*(row[name] for name in SWEPT), *(row["metrics"][label] for label in labels)] for row in rows)
     write_csv(out / FILES[1], [*SWEPT, *labels], cells)
