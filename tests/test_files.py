@@ -1,7 +1,9 @@
 """Reading and writing files; damaged and foreign ones are refused in one line."""
 
+import errno
 import io
 import json
+import re
 import struct
 from pathlib import Path
 from typing import Any
@@ -15,8 +17,21 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from st_ar.errors import LONGEST, UserError
-from st_ar.files import OURS, in_pieces, open_array, parse_json, read_json, read_safetensors, read_tensors, save_tensors
-from tests.disk import flip_byte, refused
+from st_ar.files import (
+    OURS,
+    atomic_folder,
+    claim,
+    in_pieces,
+    open_array,
+    parse_json,
+    read_json,
+    read_safetensors,
+    read_tensors,
+    save_array,
+    save_tensors,
+    unwritable,
+)
+from tests.disk import flip_byte, read_only, refused
 
 
 @pytest.mark.parametrize(
@@ -215,6 +230,28 @@ def test_a_file_that_may_not_be_read_is_not_called_damaged(file: Path) -> None:
     file.mkdir()
     with refused(file.parent, "x.safetensors cannot be read: Is a directory"):
         read_safetensors(file)
+
+
+def test_a_folder_that_is_read_only_is_refused_with_what_helps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    claim(tmp_path / "samples" / "job.json", {"seed": 1}, "samples")
+    monkeypatch.setenv("ST_AR_CACHE", str(tmp_path / "cache"))
+    elsewhere = "give a folder that you can write to, and copy this one there to continue its job$"
+    with read_only(tmp_path):
+        assert claim(tmp_path / "samples" / "job.json", {"seed": 1}, "samples")  # what is there can still be read
+        for file, remedy in (
+            ("samples/part.npy", elsewhere),
+            ("new/part.npy", elsewhere),
+            ("cache/a.npy", "set ST_AR_CACHE to"),
+        ):
+            with refused(
+                tmp_path, f"cannot write .*{file}: Read-only file system; nothing there was changed; {remedy}"
+            ):
+                save_array(tmp_path / file, np.zeros(3))
+        with refused(tmp_path, f"cannot write .*store: Read-only .*; {elsewhere}"), atomic_folder(tmp_path / "store"):
+            pass
+    for number in (errno.EACCES, errno.EPERM):
+        assert re.search(elsewhere, str(unwritable(tmp_path, OSError(number, "denied"))))
+    assert str(unwritable(tmp_path, OSError(errno.ENOSPC, "full"))).endswith("full; nothing there was changed")
 
 
 def test_files_of_other_programs_have_no_checksum_and_are_read(file: Path) -> None:

@@ -1,5 +1,6 @@
 """Models go to a hub and come back: the real client against a hub in miniature on localhost."""
 
+import errno
 import json
 import os
 import re
@@ -10,8 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from st_ar.errors import UserError
 from st_ar.files import write_json
 from st_ar.hub import model_card
+from st_ar.model.weights import download
 from tests.disk import contents, refused
 from tests.toys import TINY_TEXT, random_model, save_export
 
@@ -82,6 +85,19 @@ def test_without_a_network_the_error_says_so(run: Path) -> None:
     push, pull = talk(FAIL_TO_PUSH_AND_PULL, "http://127.0.0.1:9", run)  # the discard port: nobody answers
     assert re.match("hub:somebody/toy cannot be written .*network", push)
     assert re.match("hub:somebody/toy cannot be had .*network", pull)
+
+
+def test_a_cache_that_may_not_be_written_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    hub = pytest.importorskip("huggingface_hub")
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system", "/cache/hub")
+
+    monkeypatch.setattr(hub, "snapshot_download", refuse)
+    with pytest.raises(
+        UserError, match=r"hub:a/b cannot be stored \(.*Read-only .*/cache/hub'\): set HF_HOME to a folder"
+    ):
+        download("a/b")
 
 
 def test_the_card_says_what_the_model_is_and_how_it_was_made(run: Path) -> None:

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import csv
+import errno
 import hashlib
 import io
 import json
@@ -25,6 +26,21 @@ from st_ar.errors import UserError, cause, damaged, note
 from st_ar.settings import differences
 
 
+def is_forbidden(error: BaseException) -> bool:
+    """Whether an error is of a read-only file system or of missing permission."""
+    return getattr(error, "errno", None) in (errno.EROFS, errno.EACCES, errno.EPERM)
+
+
+def unwritable(path: Path, error: Exception) -> UserError:
+    """The error for a path that cannot be written."""
+    cached = path.absolute().is_relative_to(cache_folder().absolute())
+    other = "a folder that you can write to"
+    other = f"set ST_AR_CACHE to {other}" if cached else f"give {other}, and copy this one there to continue its job"
+    remedy = f"; {other}" if is_forbidden(error) else ""
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+    return UserError(f"cannot write {path}: {reason}; nothing there was changed{remedy}")
+
+
 @contextlib.contextmanager
 def atomic_write(path: Path) -> Generator[Path]:
     """A temporary path beside `path`: renamed to `path` if the block succeeds, removed if it raises."""
@@ -36,8 +52,7 @@ def atomic_write(path: Path) -> Generator[Path]:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"cannot write {path}: {reason}; nothing there was changed") from error
+        raise unwritable(path, error) from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -54,7 +69,7 @@ def atomic_folder(path: Path) -> Generator[Path]:
         yield temporary
         os.replace(temporary, path)
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}; nothing there was changed") from error
+        raise unwritable(path, error) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

@@ -130,9 +130,40 @@ def test_other_hosts_names_and_large_requests_are_refused(app: Guard) -> None:
         assert ask(app, "/", host=host)[0] == 421
     for host in ("localhost", "LOCALHOST:1", "127.0.0.1:7860", "[::1]:7860"):
         assert ask(app, "/", host=host)[0] == 200
+    said = ask(app, "/", host="machine.example:7860")[2].decode()
+    assert "(ssh -L 7860:localhost:7860 MACHINE)" in said
+    assert "--root-path and its public address" in said
+    assert "--host 0.0.0.0 opens it to everyone" in said
     assert ask(app, "/gradio_api/upload", method="POST", content_length=str(MAX_BODY + 1))[0] == 413
     assert ask(app, "/gradio_api/upload", method="POST", content_length="x")[0] == 413
     assert ask(app, "/gradio_api/upload", method="POST", transfer_encoding="chunked")[0] == 411
+
+
+def test_behind_a_proxy_its_name_and_prefix_are_answered(tmp_path: Path) -> None:
+    with small_setup(tmp_path) as (setup, _):
+        app = build_app(setup, "127.0.0.1", "https://proxy.example/a/demo/")
+    for host, status in (
+        ("proxy.example", 200),
+        ("Proxy.Example:443", 200),
+        ("localhost:7860", 200),
+        ("a.example", 421),
+    ):
+        assert ask(app, "/config", host=host)[0] == status
+        assert ask(app, "/a/demo/config", host=host)[0] == status
+    assert json.loads(ask(app, "/config", host="proxy.example")[2])["root"] == "https://proxy.example/a/demo"
+    for path in ("/a/demo/monitoring", "/a/config", "/a/demo/a/demo/config", "/a/demonstration"):
+        assert ask(app, path)[0] == 404
+    status, headers, _ = ask(app, "/a/demo", host="proxy.example")
+    assert (status, headers["location"]) == (308, "/a/demo/")
+
+
+def test_no_website_may_read_what_the_demo_answers_to_a_visitor(tmp_path: Path) -> None:
+    with small_setup(tmp_path) as (setup, _):
+        app = build_app(setup, "0.0.0.0")
+    for origin in ("https://evil.example", "null"):
+        status, headers, _ = ask(app, "/config", host="machine.example", origin=origin)
+        assert status == 200
+        assert not [name for name in headers if name.startswith("access-control-")]
 
 
 @pytest.mark.parametrize(("size", "status"), [(MAX_BYTES, 200), (MAX_BYTES + 1, 413)])
@@ -191,8 +222,8 @@ def test_sigterm_ends_the_server_and_its_handlers(tmp_path: Path, monkeypatch: p
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     real = serve.make_server
 
-    def make_server(setup: Setup, host: str) -> Any:
-        server = real(setup, host)
+    def make_server(*given: Any) -> Any:
+        server = real(*given)
         startup = server.startup
 
         async def start_and_terminate(sockets: list[socket.socket]) -> None:
@@ -224,6 +255,13 @@ def test_sigterm_ends_the_server_and_its_handlers(tmp_path: Path, monkeypatch: p
         (("--model", "model", "--tokenizer", "tokenizer", "--runs", "tokens"), "is not a run"),
         (("--model", "nothing", "--tokenizer", "tokenizer"), "nothing does not exist"),
         (("--model", "model", "--tokenizer", "tokenizer", "--host", ""), "--host is empty: give an address"),
+        *(
+            (
+                ("--model", "model", "--tokenizer", "tokenizer", "--root-path", address),
+                f"--root-path {address} is not a full address: give the public one, such as https://",
+            )
+            for address in ("/demo", "example.org/demo")
+        ),
         (("--model", "model", "model", "--tokenizer", "tokenizer"), "two models are called"),
         (("--model", "model", "--tokenizer", "tokenizer", "--names", "a", "b"), "2 --names for 1 models"),
     ],

@@ -63,6 +63,8 @@ LISTINGS = {
         "tests/          one folder for each folder of the package; reference/ has the equations as naive loops, fixtures/ outputs",
     ),
     ("command-line.md", "images --tokenize--> token store --train--> run --sample--> images --evaluate--> table"),
+    ("demo.md", "ssh -L 7860:localhost:7860 machine"),
+    ("demo.md", "location /demo/ {"),
     ("index.md", "images --tokenize--> token store --train--> run --sample--> images --evaluate--> table"),
     ("own-images.md", "pictures/"),
     ("scale.md", "/shared/tokens/imagenet    the token store: every rank reads it, at random"),

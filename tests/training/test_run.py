@@ -19,8 +19,8 @@ from st_ar.selfguided.objective import Losses, SelfGuided
 from st_ar.training import loop
 from st_ar.training.checkpoint_files import list_checkpoints
 from st_ar.training.loop import Learner, forward_backward, train
-from st_ar.training.run import append_log, read_log, rewind_log
-from tests.disk import contents, full_disk, refused
+from st_ar.training.run import append_log, lock_run, read_log, rewind_log
+from tests.disk import contents, full_disk, read_only, refused
 from tests.training.toy_runs import GUIDED_RUN, PLAIN_RUN, assert_same_result, assert_same_weights, log_of, saved_state
 
 
@@ -83,6 +83,24 @@ def test_a_full_disk_is_reported_with_the_remedy(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot write"), full_disk(10):
         rewind_log(log, 2)
     assert read_log(log) == entries(range(1, 4))
+
+
+def test_a_run_that_is_read_only_names_the_cause(tmp_path: Path) -> None:
+    remedy = (
+        "Read-only file system; .* give a folder that you can write to, and copy this one there to continue its job"
+    )
+    log = written(tmp_path, range(1, 4))
+    for _ in range(2):  # without a lock, and with the one of an earlier training
+        with read_only(tmp_path):
+            with refused(tmp_path, rf"cannot write .*/\.lock: {remedy}"):
+                lock_run(tmp_path)
+            with refused(tmp_path, rf"cannot write .*/log\.jsonl: {remedy}"):
+                append_log(log, {"step": 4})
+        lock_run(tmp_path).close()
+    (tmp_path / ".lock").unlink()
+    (tmp_path / ".lock").mkdir()
+    with refused(tmp_path, r"\.lock cannot be opened \(Is a directory\): remove it"):
+        lock_run(tmp_path)
 
 
 @pytest.mark.parametrize(

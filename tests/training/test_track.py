@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import socket
 import sqlite3
 import struct
@@ -11,6 +12,7 @@ import sys
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,7 +21,16 @@ from PIL import Image
 
 from st_ar.errors import UserError
 from st_ar.training import track
-from st_ar.training.track import SafeTracker, TensorBoard, _checksum, open_trackers, require_trackers
+from st_ar.training.run import append_log, read_log, rewind_log
+from st_ar.training.track import (
+    SafeTracker,
+    Service,
+    TensorBoard,
+    _checksum,
+    open_trackers,
+    read_steps,
+    require_trackers,
+)
 from tests.ranks import ROOT
 
 PICTURE = np.zeros((4, 4, 3), np.uint8)
@@ -28,9 +39,9 @@ PICTURE = np.zeros((4, 4, 3), np.uint8)
 class Keeper:
     """Keeps what it is given."""
 
-    def __init__(self) -> None:
+    def __init__(self, stored: int = 0) -> None:
         self.kept: list[tuple[int, str]] = []
-        self.closed = False
+        self.closed, self.stored = False, stored
 
     def log(self, step: int, values: Mapping[str, float | np.ndarray]) -> None:
         self.kept += [(step, name) for name in values]
@@ -40,8 +51,8 @@ class Keeper:
 
 
 def test_entries_arrive_and_steps_that_the_tracker_has_are_left_out() -> None:
-    keeper = Keeper()
-    tracker = SafeTracker("keeper", lambda: keeper, after=3)
+    keeper = Keeper(stored=3)
+    tracker = SafeTracker("keeper", lambda: keeper)
     for step in range(2, 6):
         tracker.log(step, {"loss": 1.0})
         tracker.log(step, {"samples": PICTURE})
@@ -85,6 +96,37 @@ def test_a_run_keeps_its_name_in_the_trackers(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(track, "open_trackio", lambda *_: Keeper())
     open_trackers(["trackio"], moved, {}, start=4, logged=6)
     assert json.loads((moved / "tracking.json").read_text()) == first
+
+
+def test_a_tracker_gets_the_logged_steps_that_it_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    keepers = {"wandb": Keeper(stored=2), "trackio": Keeper(stored=7)}
+    for name, keeper in keepers.items():
+        monkeypatch.setattr(track, f"open_{name}", lambda *_, keeper=keeper: keeper)
+    for step, values in (
+        (2, {"loss": 2.0}),
+        (3, {"skipped": "loss is nan"}),
+        (4, {"loss": 1.0}),
+        (4, {"validation": 0.5}),
+    ):
+        append_log(tmp_path / "log.jsonl", {"step": step, **values})
+    (tmp_path / "samples").mkdir()
+    Image.fromarray(PICTURE).save(tmp_path / "samples" / "step_00000003.png")
+    for tracker in open_trackers(["wandb", "trackio"], tmp_path, {}, start=4, logged=9):
+        for step in (5, 8):
+            tracker.log(step, {"loss": 1.0})
+    assert keepers["wandb"].kept == [(3, "samples"), (4, "loss"), (4, "validation"), (5, "loss"), (8, "loss")]
+    assert keepers["trackio"].kept == [(8, "loss")]
+
+
+def test_a_step_is_sent_whole(tmp_path: Path) -> None:
+    sent: list[tuple[int, list[str]]] = []
+    run = SimpleNamespace(log=lambda values, step: sent.append((step, sorted(values))), finish=lambda: None)
+    service = Service(SimpleNamespace(init=lambda **_: run, Image=lambda value: value))
+    for step, name in ((3, "samples"), (3, "loss"), (6, "loss"), (6, "validation")):
+        service.log(step, {name: 1.0})
+    assert sent == [(3, ["loss", "samples"])]
+    service.close()
+    assert sent == [(3, ["loss", "samples"]), (6, ["loss", "validation"])]
 
 
 # The real ones, where they are installed; each in a process of its own, as a user's run is
@@ -135,7 +177,53 @@ def test_wandb_offline_keeps_a_run_under_one_id(tmp_path: Path) -> None:
     kept = sorted(out.glob("wandb/offline-run-*"))
     assert len(kept) == 2
     assert all(folder.name.endswith(identity) for folder in kept)
-    assert all((folder / f"run-{identity}.wandb").stat().st_size > 0 for folder in kept)
+    assert [[*read_steps(folder / f"run-{identity}.wandb")] for folder in kept] == [[1, 2, 3, 4, 5, 6], [7, 8, 9]]
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from st_ar.training.run import append_log
+from st_ar.training.track import open_trackers
+name, out, store = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
+(tracker,) = open_trackers([name], out, {}, start=0, logged=0)
+step = 0
+while step < 200 or sum(file.stat().st_size for file in store.rglob("*") if file.suffix in (".wandb", ".db")) < 200_000:
+    step += 1
+    tracker.log(step, {"loss": 1 / step, **dict.fromkeys("abcdefghij", 0.5)})
+    append_log(out / "log.jsonl", {"step": step, "loss": 1 / step})
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param("wandb", marks=needs_wandb), pytest.param("trackio", marks=needs_trackio)]
+)
+def test_no_step_is_missing_or_twice_after_a_kill(tmp_path: Path, name: str) -> None:
+    out, place = tmp_path / "run", tmp_path / "trackio"
+    out.mkdir()
+    environment = {"WANDB_MODE": "offline", "TRACKIO_DIR": str(place)}
+    store = out if name == "wandb" else place
+
+    def stored() -> list[int]:
+        if name == "wandb":
+            return [step for file in sorted(out.glob("wandb/offline-run-*/*.wandb")) for step in read_steps(file)]
+        with sqlite3.connect(next(place.glob("*.db"))) as opened:
+            return [row[0] for row in opened.execute("SELECT step FROM metrics ORDER BY step, id")]
+
+    command = [sys.executable, "-c", KILLED, name, str(out), str(store)]
+    done = subprocess.run(
+        command, cwd=ROOT, env=os.environ | environment, capture_output=True, check=False, timeout=120
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    logged = read_log(out / "log.jsonl")[-1]["step"]
+    had = stored()
+    assert 0 < len(had) < logged
+    assert had == [*range(1, len(had) + 1)]
+    checkpoint = logged - 1  # it lies after what the tracker has
+    rewind_log(out / "log.jsonl", checkpoint)
+    assert tracked(name, out, (checkpoint + 1, logged + 3), logged=logged, **environment).startswith("on")
+    assert stored() == [*range(1, logged + 4)]
 
 
 @needs_wandb
@@ -166,6 +254,41 @@ def test_trackio_keeps_a_run_under_one_name(tmp_path: Path) -> None:
     assert {row[0] for row in rows} == {f"run-{identity['id']}"}
     losses = [(step, json.loads(metrics)["loss"]) for _, step, metrics in rows if "loss" in json.loads(metrics)]
     assert losses == [(step, pytest.approx(1 / step)) for step in range(1, 10)]
+
+
+RUN_SCRIPT = """
+import signal, sys
+from pathlib import Path
+from st_ar.training.loop import train
+from tests.training.dying import arm
+from tests.training.test_watch import RUN, everything
+line, out, resume = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3] == "resume"
+if not resume:
+    arm(signal.SIGKILL, "log", 8)
+train(RUN, line / "tokens", out, watching=everything(line, track=("wandb", "trackio")), resume=resume)
+"""
+
+
+@needs_wandb
+@needs_trackio
+def test_a_killed_run_leaves_whole_curves(tmp_path: Path) -> None:
+    from tests.training.test_watch import make_line
+
+    line, out, place = make_line(tmp_path / "line"), tmp_path / "run", tmp_path / "trackio"
+    environment = os.environ | {"WANDB_MODE": "offline", "TRACKIO_DIR": str(place)}
+    for how, status in (("begin", -signal.SIGKILL), ("resume", 0)):
+        command = [sys.executable, "-c", RUN_SCRIPT, str(line), str(out), how]
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, check=False, timeout=240)
+        assert done.returncode == status, done.stderr
+    log = {entry["step"]: entry["loss"] for entry in read_log(out / "log.jsonl")}
+    assert [*log] == [3, 4, 5, 6, 8, 9, 10, 12]
+    assert [step for file in sorted(out.glob("wandb/offline-run-*/*.wandb")) for step in read_steps(file)] == [*log]
+    with sqlite3.connect(next(place.glob("*.db"))) as opened:
+        rows = [
+            (step, json.loads(row)) for step, row in opened.execute("SELECT step, metrics FROM metrics ORDER BY id")
+        ]
+    assert [(step, row["loss"]) for step, row in rows] == [*log.items()]
+    assert [step for step, row in rows if "samples" in row] == [5, 10]
 
 
 pytest.importorskip("tensorboard")

@@ -1,6 +1,7 @@
 """Commands around the pipeline: quickstart, demo, reproduce, env, completion."""
 
 import os
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -117,6 +118,8 @@ class Demo:
     """Address to serve on. With any other address, other machines can reach the demo, and anyone who does can use it."""
     port: int = 7860
     """Port to serve on; 0 takes a free port."""
+    root_path: str = ""
+    """Public address of the demo behind a reverse proxy, such as https://example.org/demo. Its host name is answered too."""
     device: options.Device = "auto"
     dtype: options.ModelType = "auto"
 
@@ -128,7 +131,7 @@ class Demo:
 
             require("matplotlib")
             bind(self.host, self.port).close()  # fail early
-            serve(self._setup(), self.host, self.port)
+            serve(self._setup(), self.host, self.port, self.root_path)
 
     def _setup(self) -> "Setup":
         from st_ar.demo.models import ModelPool
@@ -170,6 +173,10 @@ class Demo:
             raise UserError(f"--probe-images must be at least 2, not {self.probe_images}")
         if not self.host:
             raise UserError("--host is empty: give an address, such as 127.0.0.1 for this machine only")
+        if self.root_path and not re.fullmatch(r"https?://[\w.-]+(:\d+)?(/[^?#\s]*)?", self.root_path):
+            raise UserError(
+                f"--root-path {self.root_path} is not a full address: give the public one, such as https://example.org/demo"
+            )
 
 
 @dataclass(kw_only=True)

@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from concurrent.futures import ThreadPoolExecutor
 from importlib.resources import files
 from typing import Any
-from urllib.parse import parse_qs
+from urllib.parse import parse_qs, urlsplit
 
 from st_ar.demo import html
 from st_ar.demo.inputs import MAX_BYTES
@@ -152,6 +152,8 @@ HEADERS = {
     "x-content-type-options": "nosniff",
 }
 """Headers that make the browser refuse requests to other hosts."""
+REPLACED = re.compile(f"({'|'.join(HEADERS)})$|access-control-")
+"""Gradio's headers that are left out. With another host name than localhost, Gradio lets every website read the answers."""
 MAX_BODY = MAX_BYTES + (1 << 20)
 """Largest size of a request in bytes. Gradio limits only uploads."""
 
@@ -160,26 +162,31 @@ class Guard:
     """ASGI middleware that refuses other paths, large requests and host names other than `hosts` (None allows any), and adds HEADERS.
 
     Otherwise a website could point its own name at this machine's address (DNS rebinding) and use the demo from a visitor's browser.
+    `prefix` is the path under which a reverse proxy serves the demo. Proxies may strip it or not.
     """
 
-    def __init__(self, app: App, hosts: frozenset[str] | None) -> None:
-        self.app, self.hosts = app, hosts
+    def __init__(self, app: App, hosts: frozenset[str] | None, prefix: str = "") -> None:
+        self.app, self.hosts, self.prefix = app, hosts, prefix
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             if scope["type"] == "lifespan":
                 await self.app(scope, receive, send)
             return
+        path = scope["path"]
+        if path.startswith(f"{self.prefix}/") and not ALLOWED_PATHS.fullmatch(path):
+            scope = {**scope, "path": path.removeprefix(self.prefix)}
         status, text = self._check(scope)
         if status != 200:
-            await send({"type": "http.response.start", "status": status, "headers": [(b"content-type", b"text/plain")]})
+            headers = [(b"content-type", b"text/plain"), *([(b"location", text.encode())] if status == 308 else [])]
+            await send({"type": "http.response.start", "status": status, "headers": headers})
             await send({"type": "http.response.body", "body": text.encode()})
             return
 
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
                 ours = [(name.encode(), value.encode()) for name, value in HEADERS.items()]
-                others = [pair for pair in message["headers"] if pair[0].lower().decode() not in HEADERS]
+                others = [pair for pair in message["headers"] if not REPLACED.match(pair[0].lower().decode())]
                 message = {**message, "headers": [*others, *ours]}
             await send(message)
 
@@ -190,7 +197,14 @@ class Guard:
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
         host = re.sub(r":\d+$", "", headers.get("host", "")).strip("[]").lower()
         if self.hosts is not None and host not in self.hosts:
-            return 421, "this demo is only available as localhost"
+            port = scope["server"][1]
+            return 421, (
+                "the demo answers only as localhost. From another machine, open an ssh tunnel "
+                f"(ssh -L {port}:localhost:{port} MACHINE) and visit http://localhost:{port}. Behind a reverse proxy, start the "
+                "demo with --root-path and its public address. --host 0.0.0.0 opens it to everyone who reaches this machine."
+            )
+        if scope["path"] == self.prefix:  # the page's own addresses are relative
+            return 308, f"{self.prefix}/"
         if not ALLOWED_PATHS.fullmatch(scope["path"]):
             return 404, "not found"
         if "transfer-encoding" in headers:
@@ -209,8 +223,8 @@ def is_local(host: str) -> bool:
         return host == "localhost"
 
 
-def build_app(setup: Setup, host: str) -> Any:
-    """Return the demo's server as an ASGI application."""
+def build_app(setup: Setup, host: str, root_path: str = "") -> Any:
+    """Return the demo's server as an ASGI application. `root_path` is its public address behind a reverse proxy."""
     from fastapi import FastAPI
 
     outer = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
@@ -221,6 +235,7 @@ def build_app(setup: Setup, host: str) -> Any:
             build_page(setup),
             path="/",
             server_name=host,
+            root_path=root_path.rstrip("/"),
             footer_links=[],
             run_history=False,
             show_error=False,
@@ -237,7 +252,9 @@ def build_app(setup: Setup, host: str) -> Any:
 
     with ThreadPoolExecutor(1) as thread:  # without a running event loop Gradio creates some that are never closed
         mounted = thread.submit(lambda: asyncio.run(mount())).result()
-    return Guard(StreamCloseBarrier(mounted), frozenset({"localhost", "127.0.0.1", "::1"}) if is_local(host) else None)
+    public = urlsplit(root_path)
+    hosts = frozenset({"localhost", "127.0.0.1", "::1", public.hostname or "localhost"})
+    return Guard(StreamCloseBarrier(mounted), hosts if is_local(host) else None, public.path.rstrip("/"))
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -260,9 +277,9 @@ def bind(host: str, port: int) -> socket.socket:
     return sock
 
 
-def make_server(setup: Setup, host: str) -> Any:
+def make_server(setup: Setup, host: str, root_path: str = "") -> Any:
     """Return a uvicorn server of the demo. Its `run` takes the socket."""
-    app = build_app(setup, host)
+    app = build_app(setup, host, root_path)
     import uvicorn
 
     return uvicorn.Server(
@@ -270,17 +287,18 @@ def make_server(setup: Setup, host: str) -> Any:
     )
 
 
-def serve(setup: Setup, host: str, port: int) -> None:
+def serve(setup: Setup, host: str, port: int, root_path: str = "") -> None:
     """Serve the demo until SIGTERM (Interrupted) or SIGINT (KeyboardInterrupt)."""
     sock = bind(host, port)
     # uvicorn calls these after it has shut down. Background jobs of a shell would otherwise ignore SIGINT.
     handlers = {signal.SIGTERM: _interrupt, signal.SIGINT: signal.default_int_handler}
     before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
-        server = make_server(setup, host)
+        server = make_server(setup, host, root_path)
         sock.listen()  # early visitors wait until the server is ready
-        name = "localhost" if is_local(host) else host
-        print(f"the demo is at http://{name}:{sock.getsockname()[1]} (press Ctrl-C to stop it)", flush=True)
+        address = f"http://{'localhost' if is_local(host) else host}:{sock.getsockname()[1]}"
+        public = f", behind a proxy at {root_path.rstrip('/')}/" if root_path else ""
+        print(f"the demo is at {address}{public} (press Ctrl-C to stop it)", flush=True)
         server.run(sockets=[sock])
     finally:
         for number, handler in before.items():

@@ -13,6 +13,7 @@ from st_ar.data.store import TokenStore
 from st_ar.errors import UserError, cause, damaged, require
 from st_ar.files import (
     atomic_write,
+    is_forbidden,
     printable,
     read_json,
     read_safetensors,
@@ -289,6 +290,10 @@ def download(name: str, revision: str | None = None) -> Path:
     try:
         return Path(hub.snapshot_download(name, revision=revision, allow_patterns=list(FILES)))
     except Exception as error:  # its own errors and those of its HTTP library
+        if is_forbidden(error):
+            raise UserError(
+                f"hub:{name} cannot be stored ({error}): set HF_HOME to a folder that you can write to"
+            ) from error
         raise UserError(
             f"hub:{name} cannot be had ({cause(error)}): check the name and the network, log in with `hf auth login` if it is "
             "private, or give a folder that was downloaded elsewhere"

@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import json
+import os
 import re
 import statistics
 from collections.abc import Callable, Generator
@@ -14,7 +15,16 @@ import torch
 from st_ar.config import RunConfig, TrainConfig
 from st_ar.distributed import Ranks, broadcast_from_rank0, process_group
 from st_ar.errors import Interrupted, UserError, cause, damaged
-from st_ar.files import parse_json, read_json, require_absent, require_same, write_json, write_json_lines
+from st_ar.files import (
+    is_forbidden,
+    parse_json,
+    read_json,
+    require_absent,
+    require_same,
+    unwritable,
+    write_json,
+    write_json_lines,
+)
 from st_ar.hardware import describe, freed_memory_kept
 from st_ar.settings import differences, from_dict, matches_type, to_dict
 from st_ar.training.checkpoint_files import list_checkpoints
@@ -157,6 +167,8 @@ def lock_run(out: Path) -> BinaryIO:
     try:
         file = open(out / LOCK, "ab")  # noqa: SIM115 -- the caller closes it
     except OSError as error:
+        if not (out / LOCK).exists() or not os.access(out, os.W_OK | os.X_OK):
+            raise unwritable(out / LOCK, error) from error
         raise UserError(f"{out / LOCK} cannot be opened ({error.strerror}): remove it") from error
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -248,6 +260,8 @@ def append_log(path: Path, entry: dict[str, Any]) -> None:
         with open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps(entry, allow_nan=False) + "\n")
     except OSError as error:
+        if is_forbidden(error):
+            raise unwritable(path, error) from error
         raise UserError(f"cannot write {path}: {cause(error)}; free some space and continue with --resume") from error
 
 

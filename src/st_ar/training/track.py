@@ -9,8 +9,9 @@ import secrets
 import struct
 import sys
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,7 +22,8 @@ from PIL import Image
 
 from st_ar.config import TrackerName
 from st_ar.errors import UserError, cause
-from st_ar.files import read_json, write_json
+from st_ar.files import printable, read_json, write_json
+from st_ar.training.run import read_log
 
 PATIENCE = 5.0
 """Seconds that wandb has to reach its server at the start, and to send the rest at the end."""
@@ -29,20 +31,34 @@ PROJECT = "st-ar"
 
 
 class Service:
-    """A run in wandb or trackio, which have the same interface."""
+    """A run in wandb or trackio, which have the same interface. It stores a step with all its values or not at all."""
+
+    stored = 0
+    """Last step that it had stored when it was opened."""
+    options: Mapping[str, Any] = {}
+    """More arguments of the run's `log`."""
 
     def __init__(self, module: Any, **settings: Any) -> None:
         self.module, self.run = module, module.init(resume="allow", **settings)
+        self.step, self.values = 0, dict[str, Any]()
 
     def log(self, step: int, values: Mapping[str, float | np.ndarray]) -> None:
-        image = self.module.Image
-        self.run.log({k: image(v) if isinstance(v, np.ndarray) else v for k, v in values.items()}, step=step)
+        if step != self.step:
+            self._send()
+            self.step = step
+        self.values |= {k: self.module.Image(v) if isinstance(v, np.ndarray) else v for k, v in values.items()}
 
     def close(self) -> None:
+        self._send()
         self.run.finish()
 
+    def _send(self) -> None:
+        if self.values:
+            self.run.log(self.values, step=self.step, **self.options)
+            self.values = {}
 
-def open_wandb(folder: Path, identity: dict[str, str], config: dict[str, Any]) -> Service:
+
+def open_wandb(folder: Path, identity: dict[str, str], config: dict[str, Any], logged: int) -> Service:
     """Open Weights & Biases, configured by its environment variables (WANDB_MODE, WANDB_PROJECT, WANDB_ENTITY, ..)."""
     wandb = import_module("wandb")
     settings = wandb.Settings(init_timeout=PATIENCE, finish_timeout=PATIENCE, silent=True, console="off")
@@ -50,24 +66,51 @@ def open_wandb(folder: Path, identity: dict[str, str], config: dict[str, Any]) -
     if online and not wandb.login(prompt=False, verify=False):  # without a key `init` would ask on the terminal
         raise UserError("it has no key: set WANDB_API_KEY or call `wandb login`, or set WANDB_MODE=offline")
     names = {"project": os.environ.get("WANDB_PROJECT", PROJECT), "id": identity["id"], "name": identity["name"]}
-    return Service(wandb, dir=folder, config=config, settings=settings, **names)
+    files = list(folder.glob(f"wandb/offline-run-*/run-{identity['id']}.wandb"))
+    service = Service(wandb, dir=folder, config=config, settings=settings, **names)
+    steps = [step for file in files for step in read_steps(file)]
+    if not (online or files):  # nothing yet, or synchronised and removed
+        steps = [logged]
+    service.options = {"commit": True}  # otherwise it would wait for yet another step
+    service.stored = max([service.run.starting_step - 1, *steps])  # the server's, or those in the files
+    return service
 
 
-def open_trackio(identity: dict[str, str], config: dict[str, Any]) -> Service:
+def read_steps(file: Path) -> Iterator[int]:
+    """The steps in a .wandb file: records in LevelDB's log format, of which a killed run leaves the last incomplete."""
+    record_type = import_module("wandb.proto.wandb_internal_pb2").Record
+    data, start, record = file.read_bytes(), 7, b""
+    while start + 7 <= len(data):
+        if (rest := -start % 32768) and rest < 7:  # no space for a header at a block's end
+            start += rest
+            continue
+        _, length, kind = struct.unpack_from("<IHB", data, start)
+        start += 7 + length
+        record += data[start - length : start]
+        if kind in (1, 4) and start <= len(data):  # whole, or the last part
+            found, record = record_type.FromString(record), b""
+            if found.HasField("history"):
+                yield found.history.step.num
+
+
+def open_trackio(identity: dict[str, str], config: dict[str, Any], logged: int) -> Service:
     """Open trackio, on this machine unless TRACKIO_SPACE_ID or TRACKIO_SERVER_URL is set."""
     name = f"{identity['name']}-{identity['id']}"
     quiet = {"embed": False, "auto_log_gpu": False, "auto_log_cpu": False}
-    return Service(import_module("trackio"), project=PROJECT, name=name, config=config, **quiet)
+    service = Service(import_module("trackio"), project=PROJECT, name=name, config=config, **quiet)
+    service.stored = getattr(service.run, "_next_step", logged + 1) - 1
+    return service
 
 
 class SafeTracker:
-    """A tracker whose errors switch it off with a message instead of ending the run. It gets only the steps after `after`."""
+    """A tracker whose errors switch it off with a message instead of ending the run. It gets only the steps that it lacks."""
 
-    def __init__(self, name: str, open_tracker: "Callable[[], Service | TensorBoard]", *, after: int = 0) -> None:
-        self.name, self.after = name, after
+    def __init__(self, name: str, open_tracker: "Callable[[], Service | TensorBoard]") -> None:
+        self.name, self.after = name, 0
         self.tracker = None
         with self._switching_off():
             self.tracker = open_tracker()
+            self.after = self.tracker.stored
 
     def log(self, step: int, values: Mapping[str, float | np.ndarray]) -> None:
         """Log the numbers and images of a step."""
@@ -102,7 +145,8 @@ def open_trackers(
 ) -> list[SafeTracker]:
     """Start to track the run in `out` from step `start`, or continue under its name in each tracker.
 
-    tracking.json keeps the name in wandb and trackio. They accept no step twice; `logged` is the last step logged before.
+    tracking.json keeps the name in wandb and trackio. They accept no step twice, and get from log.jsonl what they lack: a killed run
+    has logged more than they had stored. `logged` is the last step logged before, for a tracker that does not know its own.
     """
     opened: list[SafeTracker] = []
     if "tensorboard" in names:
@@ -110,13 +154,25 @@ def open_trackers(
     if "wandb" in names or "trackio" in names:
         file = out / "tracking.json"
         if not file.exists():
-            write_json(file, {"id": secrets.token_hex(4), "name": out.name})
+            write_json(file, {"id": secrets.token_hex(4), "name": printable(out.name)})
         identity = read_json(file, "a tracked run")
-        if "wandb" in names:
-            opened.append(SafeTracker("wandb", lambda: open_wandb(out, identity, config), after=logged))
-        if "trackio" in names:
-            opened.append(SafeTracker("trackio", lambda: open_trackio(identity, config), after=logged))
+        for name, open_service in (("wandb", partial(open_wandb, out)), ("trackio", open_trackio)):
+            if name in names:
+                opened.append(tracker := SafeTracker(name, partial(open_service, identity, config, logged)))
+                for step, values in read_values(out, tracker.after):
+                    tracker.log(step, values)
     return opened
+
+
+def read_values(out: Path, after: int) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The numbers and sample grids of the logged steps after `after`."""
+    for entry in read_log(out / "log.jsonl"):
+        if (step := entry["step"]) > after:
+            numbers = {name: value for name, value in entry.items() if name not in ("step", "skipped")}
+            grid = out / "samples" / f"step_{step:08d}.png"
+            with suppress(OSError):  # most steps have none
+                numbers["samples"] = np.asarray(Image.open(grid))
+            yield step, numbers
 
 
 def warn(message: str) -> None:
@@ -129,6 +185,8 @@ class TensorBoard:
 
     TensorBoard drops `first_step` and later steps of earlier files, so that a resumed run shows no step twice.
     """
+
+    stored = 0
 
     def __init__(self, folder: Path, first_step: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
