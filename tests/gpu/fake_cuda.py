@@ -10,7 +10,7 @@ import importlib.util
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +24,11 @@ for _library in (Path(_spec.origin).parent / "lib/libtorch_cpu.so", os.environ["
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import torch.cuda.amp.common  # noqa: E402
+import torch.distributed as dist  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from torch._guards import active_fake_mode  # noqa: E402
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily  # noqa: E402
+from torch.testing._internal.distributed.fake_pg import FakeStore  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch.utils._pytree import tree_leaves, tree_map  # noqa: E402
 
@@ -70,7 +72,6 @@ def _nothing(*args: Any, **options: Any) -> contextlib.AbstractContextManager[No
 
 
 for _name, _value in {
-    "is_available": lambda: True,
     "is_initialized": lambda: False,
     "is_bf16_supported": lambda *args, **options: True,
     "_lazy_init": lambda: None,
@@ -88,6 +89,7 @@ for _name, _value in {
     "graph": _nothing,
 }.items():
     setattr(torch.cuda, _name, _value)
+torch.cuda.default_generators = (torch.Generator(),)
 torch.cuda.amp.common.amp_definitely_not_available = lambda: False
 FakeTensorMode.__deepcopy__ = lambda self, memo: self
 FakeTensorMode.avoid_device_init = True
@@ -234,3 +236,13 @@ def _waits(name: str, func: Any, args: Any, kwargs: Any) -> bool:
     if name == "repeat_interleave":
         return "Tensor" in str(func) and kwargs.get("output_size") is None
     return name in WAITS
+
+
+@contextlib.contextmanager
+def ranks(world: int) -> Generator[None]:
+    """Be rank 0 of so many, whose collectives return at once."""
+    dist.init_process_group("fake", rank=0, world_size=world, store=FakeStore())
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()

@@ -1,9 +1,9 @@
 // A CUDA device that computes nothing, for torch's CPU build. Loaded before `import torch`, it lets fake tensors live on "cuda",
 // with autograd, autocast, torch.compile and FSDP2. It also chooses the attention kernel as torch does on an H100 (sdp_utils.cpp).
 #include <ATen/Context.h>
+#include <ATen/SDPBackend.h>
 #include <ATen/detail/CUDAHooksInterface.h>
 #include <ATen/native/transformers/attention.h>
-#include <ATen/native/transformers/sdp_utils_cpp.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 
 namespace c10::impl {
@@ -47,22 +47,21 @@ namespace at {
 C10_REGISTER_TYPED_CLASS(CUDAHooksRegistry, "CUDAHooks", ::CUDAHooks)
 
 namespace native {
-int64_t choose_attention(const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& mask, double dropout,
-                         bool causal, std::optional<double>, bool grouped) {
-  const sdp::sdp_params given{q, k, v, mask, dropout, causal, grouped};
+int64_t choose_attention(const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& mask, double, bool,
+                         std::optional<double>, bool grouped) {
   const bool half = q.scalar_type() == kHalf || q.scalar_type() == kBFloat16;
-  const bool dense = q.dim() == 4 && k.dim() == 4 && v.dim() == 4 && sdp::check_batch_size_and_num_heads_dense<true>(given, false) &&
-      sdp::check_nonzero_sequence_lengths_dense(given, false) && sdp::check_last_dim_stride_equals_1_dense<true>(given, false);
+  const auto fits = [](const Tensor& x) { return x.dim() == 4 && x.sym_stride(-1) == 1 && x.sym_size(0) != 0 && x.sym_size(2) != 0; };
+  const bool fused = !grouped && fits(q) && fits(k) && fits(v) && q.sym_size(1) == k.sym_size(1) && (!mask || mask->sym_stride(-1) == 1);
   const auto head = q.sym_size(-1), value = v.sym_size(-1);
   const int64_t alignment = half ? 8 : 4; // 16 bytes
   const auto& settings = globalContext();
-  if (dense && settings.userEnabledCuDNNSDP() && half && head % 8 == 0)
-    return static_cast<int64_t>(sdp::SDPBackend::cudnn_attention);
-  if (dense && settings.userEnabledFlashSDP() && half && !mask && head == value && head <= 256)
-    return static_cast<int64_t>(sdp::SDPBackend::flash_attention);
-  if (dense && settings.userEnabledMemEfficientSDP() && (half || q.scalar_type() == kFloat) && head % alignment == 0 && value % alignment == 0)
-    return static_cast<int64_t>(sdp::SDPBackend::efficient_attention);
-  return static_cast<int64_t>(sdp::SDPBackend::math);
+  if (fused && settings.userEnabledCuDNNSDP() && half && head % 8 == 0)
+    return static_cast<int64_t>(SDPBackend::cudnn_attention);
+  if (fused && settings.userEnabledFlashSDP() && half && !mask && head == value && head <= 256)
+    return static_cast<int64_t>(SDPBackend::flash_attention);
+  if (fused && settings.userEnabledMemEfficientSDP() && (half || q.scalar_type() == kFloat) && head % alignment == 0 && value % alignment == 0)
+    return static_cast<int64_t>(SDPBackend::efficient_attention);
+  return static_cast<int64_t>(SDPBackend::math);
 }
 REGISTER_CUDA_DISPATCH(_fused_sdp_choice_stub, &choose_attention)
 } // namespace native

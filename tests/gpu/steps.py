@@ -24,7 +24,7 @@ from st_ar.model.transformer import Transformer
 from st_ar.presets import get_preset
 from st_ar.selfguided import objective
 from st_ar.training import loop
-from st_ar.training.checkpoint import CheckpointExporter
+from st_ar.training.checkpoint import CheckpointExporter, State
 from st_ar.training.inputs import Inputs
 from st_ar.training.vqgan import VQLearner
 from st_ar.training.watch import Watch
@@ -40,6 +40,10 @@ def shortened(config: TrainConfig, **model: Any) -> TrainConfig:
     return replace(config, steps=3, epochs=None, batch_size=8, log_every=2, device="cuda", dtype="bfloat16")
 
 
+def devices(state: State) -> list[str]:
+    return sorted({str(tensor.device) for tensor in state.tensors().values()})
+
+
 def train(config: TrainConfig) -> Report:
     """Run `train` itself; its checkpoints are not written. Returns a report for each step, and the devices of the state."""
     recorder, found = fake_cuda.Recorder(), Report(devices=[])
@@ -53,7 +57,7 @@ def train(config: TrainConfig) -> Report:
 
     def save(self: CheckpointExporter, step: int, measured: object) -> None:
         found[f"step {step}"] = recorder.report()
-        found["devices"] = sorted({str(tensor.device) for tensor in self.state.tensors().values()})
+        found["devices"] = devices(self.state)
 
     model, text = config.model, None
     with tempfile.TemporaryDirectory() as name, mock.patch.object(Watch, "start_step", begin):
@@ -101,17 +105,15 @@ def decode() -> Report:
     return recorder.report() | {"graphs": len(sampler.graphs)}
 
 
-def train_vqgan(config: VQTrainConfig, *, adversarial: bool) -> Report:
-    """A step of a VQ-GAN's training, with or without the discriminator. No codes are revived in it."""
-    adversary = replace(config.adversary, start=0 if adversarial else 100)
-    config = replace(config, adversary=adversary, dtype="bfloat16", perceptual_weight=0.0)
+def train_vqgan(config: VQTrainConfig) -> Report:
+    """A step of a VQ-GAN's training with the discriminator. No codes are revived in it."""
+    config = replace(config, adversary=replace(config.adversary, start=0), dtype="bfloat16", perceptual_weight=0.0)
     learner = VQLearner(config, DEVICE)
     learner.share()
     images = torch.rand(2, 3, config.size, config.size, device=DEVICE).contiguous(memory_format=learner.layout)
     with fake_cuda.Recorder() as recorder:
         learner.step(images, 2, 1e-4)
-    devices = sorted({str(tensor.device) for tensor in learner.state(2).tensors().values()})
-    return recorder.report() | {"devices": devices}
+    return recorder.report() | {"devices": devices(learner.state(2))}
 
 
 def read(tokens: torch.Tensor) -> Report:
@@ -157,6 +159,7 @@ def fault(action: Callable[[torch.Tensor], object]) -> list[str]:
 def main() -> None:
     for kind, name in ((Inputs, "__init__"), (Inputs, "describe"), (TokenBatches, "batch")):
         setattr(kind, name, fake_cuda.on_host(getattr(kind, name)))
+    torch.cuda.is_available = lambda: True
     choose_device("cuda")  # which settles the attention kernels
     tiny, text = get_preset("st-ar-photos"), get_preset("st-ar-xl-t2i")
     shown = replace(tiny, accumulate=2, selfguided=replace(tiny.selfguided, mask_own_position=False))
@@ -166,12 +169,11 @@ def main() -> None:
             "guided tiny": train(shortened(tiny)),
             "guided tiny, own position, 2 micro-batches": train(shortened(shown)),
             "plain B": train(shortened(get_preset("llamagen-b"), n_layers=4)),
-            "guided B": train(shortened(get_preset("st-ar-b"))),
+            "guided B": train(shortened(get_preset("st-ar-b"), n_layers=6)),
             "guided text": train(shortened(replace(text, selfguided=tiny.selfguided), n_layers=2)),
             "faults": train_with_faults(),
             "decode": decode(),
-            "vq-cifar10": train_vqgan(VQ_PRESETS["vq-cifar10"](), adversarial=False),
-            "vq-16": train_vqgan(VQ_PRESETS["vq-16"](), adversarial=True),
+            "vq-16": train_vqgan(VQ_PRESETS["vq-16"]()),
             "read": read(torch.zeros(4, 256, dtype=torch.int64)),
             "read from the device": read(torch.zeros(4, 256, dtype=torch.int64, device=DEVICE)),
             "noted": {name: fault(action) for name, action in FAULTS.items()},

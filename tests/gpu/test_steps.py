@@ -11,7 +11,7 @@ import pytest
 from tests.gpu.conftest import Script
 
 Report = dict[str, Any]
-LAYERS = {"plain tiny": 4, "guided tiny": 4, "plain B": 4, "guided B": 12, "guided text": 2}
+LAYERS = {"plain tiny": 4, "guided tiny": 4, "plain B": 4, "guided B": 6, "guided text": 2}
 MICRO = "guided tiny, own position, 2 micro-batches"
 RUNS = [*LAYERS, MICRO]
 LOG = {"objective.py <genexpr>": 5, "checkpoint.py <genexpr>": 2, "loop.py train": 1}
@@ -87,11 +87,11 @@ def test_decoding_waits_only_before_and_after_the_tokens(steps: Report) -> None:
     assert all("[[2, 1]]" in name for name in report["float64"])
 
 
-@pytest.mark.parametrize("run", ["vq-cifar10", "vq-16"])
-def test_a_step_of_a_vqgan_does_not_wait(steps: Report, run: str) -> None:
-    assert faults(steps[run]) == {}
-    assert steps[run]["moved"] == {}
-    assert steps[run]["devices"] == ["cuda:0"]
+def test_a_step_of_a_vqgan_does_not_wait(steps: Report) -> None:
+    report = steps["vq-16"]
+    assert faults(report) == {}
+    assert report["moved"] == {}
+    assert report["devices"] == ["cuda:0"]
 
 
 @pytest.mark.parametrize("run", ["read", "read from the device"])
