@@ -16,12 +16,12 @@ from tests.programs import find_program
 
 ROOT = Path(__file__).parents[2]
 HEADERS = Path(torch.__file__).parent / "include"
-Script = Callable[[str], dict[str, Any]]
+Script = Callable[..., dict[str, Any]]
 
 
 @pytest.fixture(scope="session")
 def run_script(tmp_path_factory: pytest.TempPathFactory) -> Script:
-    """Runs tests/gpu/NAME.py on fake CUDA and returns what it prints."""
+    """Runs tests/gpu/NAME.py on fake CUDA, with arguments if any, and returns what it prints."""
     if sys.platform != "linux" or torch.version.cuda or torch.version.hip:
         pytest.skip("the fake device is for torch's CPU build on Linux")
     compiler = find_program("g++")
@@ -46,16 +46,16 @@ def run_script(tmp_path_factory: pytest.TempPathFactory) -> Script:
         command = [compiler, "-O0", "-std=c++20", "-shared", "-fPIC", *include, source, "-o", file]
         return subprocess.run(command, capture_output=True, text=True).stderr
 
-    def run(name: str) -> dict[str, Any]:
+    def run(name: str, *arguments: str) -> dict[str, Any]:
         library = once("no_device.so", build)
 
         def script(file: Path) -> str:
             environment = os.environ | {"ST_AR_NO_DEVICE": str(library), "OMP_NUM_THREADS": "1"}
-            command = [sys.executable, "-W", "ignore", "-m", f"tests.gpu.{name}"]
+            command = [sys.executable, "-W", "ignore", "-m", f"tests.gpu.{name}", *arguments]
             done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
             file.write_text(done.stdout)
             return done.stderr[-4000:] if done.returncode else ""
 
-        return json.loads(once(f"gpu-{name}.json", script).read_text())
+        return json.loads(once("-".join(["gpu", name, *arguments]), script).read_text())
 
     return run

@@ -79,6 +79,8 @@ for _name, _value in {
     "current_device": lambda: 0,
     "set_device": lambda device: None,
     "get_device_name": lambda *args: "NVIDIA H200",
+    "get_rng_state": lambda *args: torch.zeros(16, dtype=torch.uint8),
+    "set_rng_state": lambda *args: None,
     "max_memory_allocated": lambda *args: 0,
     "Stream": _Stream,
     "Event": _Stream,
