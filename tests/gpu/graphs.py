@@ -79,7 +79,7 @@ def broken() -> Report:
         return forward(self, *args)
 
     with mock.patch.object(decoder.Block, "forward", prints):
-        return train(get_preset("llamagen-b"))
+        return train(get_preset("llamagen-b"), backend="eager")
 
 
 def main() -> None:
