@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 _spec = importlib.util.find_spec("torch")
 assert _spec is not None
@@ -31,6 +32,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake
 from torch.testing._internal.distributed.fake_pg import FakeStore  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch.utils._pytree import tree_leaves, tree_map  # noqa: E402
+
+from st_ar import hardware  # noqa: E402
 
 DEVICE = torch.device("cuda", 0)
 MODE = FakeTensorMode()
@@ -143,6 +146,13 @@ nn.Module._apply = _apply
 torch.from_numpy, torch.linspace = _fake_from_numpy, _real_linspace
 Tensor.pin_memory = _pin_memory
 Tensor.record_stream = lambda self, stream: None
+
+
+def choose_device() -> None:
+    """Choose the device as commands do, which settles torch's attention kernels."""
+    with mock.patch.object(torch.cuda, "is_available", return_value=True):
+        hardware.choose_device("cuda")
+
 
 WAITS = (
     *("_local_scalar_dense", "item", "equal", "is_nonzero"),  # values on the host

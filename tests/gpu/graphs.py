@@ -55,13 +55,13 @@ def train(config: TrainConfig, *, shared: str = "none", backend: str = "aot_eage
     return report()
 
 
-def decode() -> Report:
+def decode(backend: str = "aot_eager") -> Report:
     """Read tokens at positions that need caches of 32, 64 and 96 positions."""
     counters.clear()
     with DEVICE:
         model = Transformer(replace(get_preset("llamagen-b").model, n_layers=2)).to(torch.bfloat16).eval()
         labels = torch.zeros(4, dtype=torch.int64)
-    with mock.patch.object(torch, "compile", lambda step: COMPILE[1](step, backend="aot_eager")):
+    with mock.patch.object(torch, "compile", lambda step: COMPILE[1](step, backend=backend)):
         cached = CachedDecoder(model, 4, compiled=True)
     cached.begin(labels)
     lengths = [cached.seek(position) for position in (1, 40, 80)]
@@ -83,6 +83,7 @@ def broken() -> Report:
 
 
 def main() -> None:
+    fake_cuda.choose_device()
     parallel.init_device_mesh = fake_cuda.on_host(parallel.init_device_mesh)
     plain, guided, text = (get_preset(name) for name in ("llamagen-b", "st-ar-b", "st-ar-xl-t2i"))
     with fake_cuda.MODE:

@@ -126,6 +126,7 @@ def unsharded(config: TrainConfig) -> dict[str, list[int]]:
 
 
 def main(full_size: bool) -> None:
+    fake_cuda.choose_device()
     parallel.init_device_mesh = fake_cuda.on_host(parallel.init_device_mesh)
     small, large = (replace(get_preset(name), parallel="fsdp") for name in ("st-ar-b", "st-ar-xl"))
     small = replace(

@@ -18,7 +18,6 @@ from st_ar.config import VQ_PRESETS, SampleSettings, TrainConfig, VQTrainConfig,
 from st_ar.data.store import TokenBatches
 from st_ar.data.text import write_text
 from st_ar.evaluation.probe_features import read_features
-from st_ar.hardware import choose_device
 from st_ar.model.generate import TokenSampler
 from st_ar.model.transformer import Transformer
 from st_ar.presets import get_preset
@@ -159,8 +158,8 @@ def fault(action: Callable[[torch.Tensor], object]) -> list[str]:
 def main() -> None:
     for kind, name in ((Inputs, "__init__"), (Inputs, "describe"), (TokenBatches, "batch")):
         setattr(kind, name, fake_cuda.on_host(getattr(kind, name)))
-    torch.cuda.is_available = lambda: True
-    choose_device("cuda")  # which settles the attention kernels
+    torch.cuda.is_available = lambda: True  # for `train`, which chooses the device itself
+    fake_cuda.choose_device()
     tiny, text = get_preset("st-ar-photos"), get_preset("st-ar-xl-t2i")
     shown = replace(tiny, accumulate=2, selfguided=replace(tiny.selfguided, mask_own_position=False))
     with fake_cuda.MODE:
