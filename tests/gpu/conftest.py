@@ -44,7 +44,8 @@ def run_script(tmp_path_factory: pytest.TempPathFactory) -> Script:
         include = [f"-I{HEADERS}", f"-I{HEADERS}/torch/csrc/api/include"]
         source = Path(__file__).with_name("no_device.cpp")
         command = [compiler, "-O0", "-std=c++20", "-shared", "-fPIC", *include, source, "-o", file]
-        return subprocess.run(command, capture_output=True, text=True).stderr
+        done = subprocess.run(command, capture_output=True, text=True)
+        return done.stderr if done.returncode else ""
 
     def run(name: str, *arguments: str) -> dict[str, Any]:
         library = once("no_device.so", build)

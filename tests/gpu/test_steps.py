@@ -49,7 +49,8 @@ def test_a_training_step_does_not_wait(steps: Report, run: str) -> None:
 def test_only_logging_and_saving_read_values(steps: Report, run: str) -> None:
     report = steps[run]["step 2"]
     watched = {"watch.py feature_spread": 3, "watch.py effective_rank": 3} if "guided" in run else {}
-    assert places(report["wait"]) == LOG | SAVE | watched
+    allowed = LOG | SAVE | watched
+    assert {place: count for place, count in places(report["wait"]).items() if count > allowed.get(place, 0)} == {}
     assert (report["copy"], report["mixed"]) == ({}, {})
     assert places(report["float64"]).keys() <= {"watch.py effective_rank"}
 
