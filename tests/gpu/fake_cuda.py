@@ -154,18 +154,10 @@ def choose_device() -> None:
         hardware.choose_device("cuda")
 
 
-WAITS = (
-    *("_local_scalar_dense", "item", "equal", "is_nonzero"),  # values on the host
-    *(
-        "nonzero",
-        "masked_select",
-        "bincount",
-        "unique_dim",
-        "unique_consecutive",
-        "_unique",
-        "_unique2",
-    ),  # shapes from values
-)
+VALUES = ("_local_scalar_dense", "item", "equal", "is_nonzero")
+"""Operators that give the host a value."""
+SHAPES = ("nonzero", "masked_select", "bincount", "unique_dim", "unique_consecutive", "_unique", "_unique2")
+"""Operators whose results have shapes that the host must know."""
 ATTENTION = {
     "_scaled_dot_product_flash_attention": "flash",
     "_scaled_dot_product_efficient_attention": "efficient",
@@ -195,9 +187,8 @@ class Recorder(TorchDispatchMode):
 
     def clear(self) -> None:
         """Forget what was noted."""
-        self.noted: dict[str, Counter[str]] = {
-            kind: Counter() for kind in ("wait", "copy", "mixed", "float64", "moved")
-        }
+        kinds = ("wait", "copy", "mixed", "float64", "moved")  # copies that wait, and others
+        self.noted: dict[str, Counter[str]] = {kind: Counter() for kind in kinds}
         self.attention: Counter[str] = Counter()
         self.calls = 0
 
@@ -220,10 +211,8 @@ class Recorder(TorchDispatchMode):
                 self.note("wait", name)
             if len(on_device) < sum(each.dim() > 0 for each in inputs) and name not in ("copy_", "_to_copy"):
                 self.note("mixed", name)
-            if any(each.dtype == torch.float64 and each.dim() > 0 for each in on_device):
-                self.note(
-                    "float64", f"{name} {[list(each.shape) for each in on_device if each.dtype == torch.float64]}"
-                )
+            if wide := [list(each.shape) for each in on_device if each.dtype == torch.float64 and each.dim() > 0]:
+                self.note("float64", f"{name} {wide}")
         if name == "_local_scalar_dense" and isinstance(args[0], FakeTensor):  # it has no value: true, 1 or 0.5
             return {torch.bool: True}.get(args[0].dtype, 0.5 if args[0].is_floating_point() else 1)
         out = func(*args, **kwargs)
@@ -232,9 +221,8 @@ class Recorder(TorchDispatchMode):
             free = kwargs.get("non_blocking") or (name == "copy_" and len(args) > 2 and args[2])
             if source.is_cuda != out.is_cuda:
                 async_copy = free and (source.is_cuda or hasattr(source, "is_pinned_copy"))
-                self.note(
-                    "moved" if async_copy else "copy", f"{source.device.type} to {out.device.type} {list(out.shape)}"
-                )
+                kind = "moved" if async_copy else "copy"
+                self.note(kind, f"{source.device.type} to {out.device.type} {list(out.shape)}")
         if name in ATTENTION:
             self.attention[ATTENTION[name]] += 1
         self.calls += bool(on_device)
@@ -247,7 +235,7 @@ def _waits(name: str, func: Any, args: Any, kwargs: Any) -> bool:
         return not filled and any(isinstance(i, Tensor) and i.dtype in (torch.bool, torch.uint8) for i in args[1])
     if name == "repeat_interleave":
         return "Tensor" in str(func) and kwargs.get("output_size") is None
-    return name in WAITS
+    return name in VALUES or name in SHAPES
 
 
 @contextlib.contextmanager
