@@ -43,7 +43,9 @@ def local_device(device: torch.device) -> torch.device:
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """Copy a tensor to a device, to a GPU without waiting for it."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:

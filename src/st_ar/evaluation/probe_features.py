@@ -24,6 +24,7 @@ from st_ar.errors import UserError
 from st_ar.evaluation.attention import require_between
 from st_ar.evaluation.metrics import require_bounded
 from st_ar.files import open_array, read_json, sha256, write_json
+from st_ar.hardware import to_device
 from st_ar.model.transformer import Transformer
 from st_ar.progress import progress
 from st_ar.settings import to_dict
@@ -272,8 +273,8 @@ def read_features(
     device = model.output.weight.device
     with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
         null = model.null_condition(len(tokens))
-        states = model.features(tokens[:, :-1].to(device), null, layers=layers)
-    positions = torch.tensor(steps, device=device) - 1
+        states = model.features(to_device(tokens[:, :-1], device), null, layers=layers)
+    positions = to_device(torch.tensor(steps) - 1, device)
     return {layer: states[layer][:, positions].float().cpu() for layer in layers}
 
 

@@ -1,0 +1,41 @@
+"""torch.compile takes each block as one graph, and as few of them as there are kinds of calls, on fake CUDA.
+
+Proven: dynamo traces the blocks without a break, also when FSDP2 shards them, AOTAutograd makes their backward passes, and a step
+does not compile anew. Not proven: that Inductor's kernels are right or fast; tests/gpu/test_kernels.py compiles them.
+"""
+
+from typing import Any
+
+import pytest
+
+from tests.gpu.conftest import Script
+
+
+@pytest.fixture(scope="module")
+def graphs(run_script: Script) -> dict[str, Any]:
+    return run_script("graphs")
+
+
+@pytest.mark.parametrize(
+    ("run", "count"),
+    [
+        ("plain", 1),
+        ("guided", 2),  # the student's with a mask, the teacher's without
+        ("alternating", 3),  # and the student's without
+        ("text", 2),  # with gradients and without
+        ("guided, all recomputed", 2),
+        ("guided, some recomputed", 2),
+        ("plain, sharded", 1),
+        ("guided, sharded", 2),
+    ],
+)
+def test_training_compiles_few_graphs(graphs: dict[str, Any], run: str, count: int) -> None:
+    assert graphs[run] == {"graphs": count, "breaks": 0}
+
+
+def test_decoding_compiles_one_graph_for_all_lengths(graphs: dict[str, Any]) -> None:
+    assert graphs["decode"] == {"graphs": 1, "breaks": 0, "lengths": [32, 64, 96]}
+
+
+def test_a_graph_break_is_found(graphs: dict[str, Any]) -> None:
+    assert graphs["broken"]["breaks"] == 1
