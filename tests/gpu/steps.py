@@ -94,14 +94,15 @@ def train_with_faults() -> Report:
 
 
 def decode() -> Report:
-    """Draw four tokens, with guidance and filters. Each step is recorded as a CUDA graph, and not replayed."""
+    """Draw tokens with guidance and filters, over two lengths of the cache, each a CUDA graph that is recorded and not replayed."""
     with DEVICE:
         model = Transformer(get_preset("llamagen-b").model).to(torch.bfloat16).eval()
         labels = torch.zeros(2, dtype=torch.int64)
-    sampler = TokenSampler(model, 2, SampleSettings(cfg_scale=2.0, top_k=100, top_p=0.9))
-    with fake_cuda.Recorder() as recorder:
-        sampler.draw(labels, np.arange(2), 0, num_tokens=4)
-    return recorder.report() | {"graphs": len(sampler.graphs)}
+    with mock.patch.object(torch.cuda, "Stream", side_effect=torch.cuda.Stream) as streams:
+        sampler = TokenSampler(model, 2, SampleSettings(cfg_scale=2.0, top_k=100, top_p=0.9))
+        with fake_cuda.Recorder() as recorder:
+            sampler.draw(labels, np.arange(2), 0, num_tokens=34)
+    return recorder.report() | {"graphs": len(sampler.graphs), "streams": streams.call_count}
 
 
 def train_vqgan(config: VQTrainConfig) -> Report:

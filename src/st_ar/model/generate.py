@@ -81,6 +81,9 @@ class TokenSampler:
         self.scales = torch.tensor(scales, device=device)
         self.position = torch.zeros(1, dtype=torch.int64, device=device)  # of the token to draw
         self.graphs: dict[tuple[bool, int], torch.cuda.CUDAGraph] = {}
+        self.stream = (
+            torch.cuda.Stream(device) if device.type == "cuda" else None
+        )  # torch has 32, which it hands out in turn
         self.draws = 0
 
     @torch.no_grad()
@@ -179,7 +182,8 @@ class TokenSampler:
 
     def _record(self, guided: bool, length: int) -> torch.cuda.CUDAGraph:
         """Run the step and record it as a CUDA graph."""
-        stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+        stream, graph = self.stream, torch.cuda.CUDAGraph()
+        assert stream is not None
         # The fused kernel that takes a mask. cuDNN's is left out, as in training.
         with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
             stream.wait_stream(torch.cuda.current_stream())

@@ -88,7 +88,8 @@ class Watch:
     def start_step(self, step: int, total: int) -> bool:
         """Prepare for step `step` of `total`; returns whether every rank must call `log_step` after it."""
         log = step % self.training.log_every == 0 or step == total or self.config.looks_at(step)
-        self.features.start_step(log)
+        seldom = COLLAPSE_EVERY * self.training.log_every if self.device.type == "cuda" else 1
+        self.features.start_step(log and (step % seldom == 0 or step == total))
         self.guided = step <= int(self.training.selfguided.until * total)
         return log
 
@@ -238,6 +239,8 @@ class RidgeProbe:
         return torch.cat(rows).numpy()
 
 
+COLLAPSE_EVERY = 10
+"""Logged steps from one measurement of the collapse indicators to the next on a GPU, which waits for it."""
 COLLAPSE_IMAGES = 256
 """Maximum number of a batch's images, each with its first view, that the collapse indicators read."""
 
@@ -282,12 +285,17 @@ class CollapseMonitor:
         self.active, self.features = active, {}
 
     def measure(self) -> dict[str, float]:
-        """Return std_NAME and rank_NAME of the step's features. All ranks call it and get the same numbers."""
-        numbers: dict[str, float] = {}
-        for name, parts in self.features.items():
-            features = all_gather(torch.cat(parts)[:COLLAPSE_IMAGES])[:COLLAPSE_IMAGES]
-            numbers |= {f"std_{name}": feature_spread(features), f"rank_{name}": effective_rank(features)}
+        """Return std_NAME and rank_NAME of the step's features on rank 0. All ranks must call it."""
+        names, parts = list(self.features), list(self.features.values())
+        features = [all_gather(torch.cat(each)[:COLLAPSE_IMAGES])[:COLLAPSE_IMAGES].float() for each in parts]
         self.features = {}
+        if get_rank() > 0 or not names:
+            return {}
+        on_host = torch.cat([each.flatten() for each in features]).cpu().split([each.numel() for each in features])
+        numbers: dict[str, float] = {}
+        for name, shaped, flat in zip(names, features, on_host, strict=True):
+            rows = flat.view(shaped.shape)
+            numbers |= {f"std_{name}": feature_spread(rows), f"rank_{name}": effective_rank(rows)}
         return numbers
 
     def close(self) -> None:
