@@ -190,11 +190,11 @@ class Recorder(TorchDispatchMode):
         kinds = ("wait", "copy", "mixed", "float64", "moved")  # copies that wait, and others
         self.noted: dict[str, Counter[str]] = {kind: Counter() for kind in kinds}
         self.attention: Counter[str] = Counter()
-        self.calls = 0
+        self.calls, self.square = 0, False
 
     def report(self) -> dict[str, Any]:
         """Return what was noted."""
-        return {**self.noted, "attention": self.attention, "calls": self.calls}
+        return {**self.noted, "attention": self.attention, "calls": self.calls, "square": self.square}
 
     def note(self, kind: str, name: str) -> None:
         self.noted[kind][f"{name} at {place()}"] += 1
@@ -226,6 +226,7 @@ class Recorder(TorchDispatchMode):
         if name in ATTENTION:
             self.attention[ATTENTION[name]] += 1
         self.calls += bool(on_device)
+        self.square |= name == "triu"  # a T x T mask
         return out
 
 

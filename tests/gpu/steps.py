@@ -18,6 +18,7 @@ from st_ar.config import VQ_PRESETS, SampleSettings, TrainConfig, VQTrainConfig,
 from st_ar.data.store import TokenBatches
 from st_ar.data.text import write_text
 from st_ar.evaluation.probe_features import read_features
+from st_ar.model import transformer
 from st_ar.model.generate import TokenSampler
 from st_ar.model.transformer import Transformer
 from st_ar.presets import get_preset
@@ -93,13 +94,19 @@ def train_with_faults() -> Report:
         return train(shortened(get_preset("st-ar-photos"), n_layers=2))
 
 
-def decode() -> Report:
+def train_with_one_row() -> Report:
+    """Train with the masked keys as one row."""
+    with mock.patch.object(transformer, "CAUSAL_KEY_BIAS", True):
+        return train(shortened(get_preset("st-ar-b"), n_layers=6))
+
+
+def decode(preset: str = "llamagen-b", **model: Any) -> Report:
     """Draw tokens with guidance and filters, over two lengths of the cache, each a CUDA graph that is recorded and not replayed."""
     with DEVICE:
-        model = Transformer(get_preset("llamagen-b").model).to(torch.bfloat16).eval()
+        network = Transformer(replace(get_preset(preset).model, **model)).to(torch.bfloat16).eval()
         labels = torch.zeros(2, dtype=torch.int64)
     with mock.patch.object(torch.cuda, "Stream", side_effect=torch.cuda.Stream) as streams:
-        sampler = TokenSampler(model, 2, SampleSettings(cfg_scale=2.0, top_k=100, top_p=0.9))
+        sampler = TokenSampler(network, 2, SampleSettings(cfg_scale=2.0, top_k=100, top_p=0.9))
         with fake_cuda.Recorder() as recorder:
             sampler.draw(labels, np.arange(2), 0, num_tokens=34)
     return recorder.report() | {"graphs": len(sampler.graphs), "streams": streams.call_count}
@@ -172,7 +179,10 @@ def main() -> None:
             "guided B": train(shortened(get_preset("st-ar-b"), n_layers=6)),
             "guided text": train(shortened(replace(text, selfguided=tiny.selfguided), n_layers=2)),
             "faults": train_with_faults(),
+            "guided B, one row": train_with_one_row(),
+            "plain 3B": train(shortened(get_preset("llamagen-3b"), n_layers=2)),
             "decode": decode(),
+            "decode 3B": decode("llamagen-3b", n_layers=2),
             "vq-16": train_vqgan(VQ_PRESETS["vq-16"]()),
             "read": read(torch.zeros(4, 256, dtype=torch.int64)),
             "read from the device": read(torch.zeros(4, 256, dtype=torch.int64, device=DEVICE)),

@@ -11,7 +11,15 @@ import pytest
 from tests.gpu.conftest import Script
 
 Report = dict[str, Any]
-LAYERS = {"plain tiny": 4, "guided tiny": 4, "plain B": 4, "guided B": 6, "guided text": 2}
+LAYERS = {
+    "plain tiny": 4,
+    "guided tiny": 4,
+    "plain B": 4,
+    "guided B": 6,
+    "guided B, one row": 6,
+    "guided text": 2,
+    "plain 3B": 2,
+}
 MICRO = "guided tiny, own position, 2 micro-batches"
 RUNS = [*LAYERS, MICRO]
 LOG = {"objective.py <genexpr>": 5, "loop.py train": 1}
@@ -86,11 +94,21 @@ def test_decoding_waits_only_before_and_after_the_tokens(steps: Report) -> None:
     assert all("[[2, 1]]" in name for name in report["float64"])
 
 
+def test_heads_of_width_100_use_fused_attention(steps: Report) -> None:
+    assert steps["decode 3B"]["attention"] == {"efficient": 2 * (1 + 2 * 2)}
+
+
+def test_one_row_of_masked_keys_needs_no_square_mask(steps: Report) -> None:
+    square, row = (steps[run]["step 1"]["square"] for run in ("guided B", "guided B, one row"))
+    assert (square, row) == (True, False)
+
+
 def test_a_step_of_a_vqgan_does_not_wait(steps: Report) -> None:
     report = steps["vq-16"]
     assert faults(report) == {}
     assert report["moved"] == {}
     assert report["devices"] == ["cuda:0"]
+    assert report["attention"] == {"efficient": 7, "efficient backward": 7}
 
 
 @pytest.mark.parametrize("run", ["read", "read from the device"])

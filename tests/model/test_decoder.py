@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from st_ar.config import ModelConfig
 from st_ar.errors import UserError
+from st_ar.model import decoder as model_decoder
 from st_ar.model.decoder import CachedDecoder, PackedLinear, packed
 from st_ar.model.generate import generate
 from st_ar.model.transformer import Transformer
@@ -40,6 +41,13 @@ def check(model: Transformer, *, rows: int = 3, bucket: int | None = None, compi
 @pytest.mark.parametrize("recorded_weights", [True, False])
 def test_cached_logits_are_those_of_the_whole_forward(recorded_weights: bool, bucket: int | None) -> None:
     check(recorded_model() if recorded_weights else random_model(), bucket=bucket)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_widened_heads_give_the_same_logits(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    monkeypatch.setattr(model_decoder, "fused_width", lambda head_dim, device: head_dim + 3)
+    check(random_model(replace(TINY, n_layers=2)), compiled=compiled)
 
 
 def test_fewer_sequences_than_there_is_room_for() -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from st_ar.config import ModelConfig
 from st_ar.errors import UserError
 from st_ar.evaluation.attention import attention_maps, attention_statistics
+from st_ar.model import transformer
 from st_ar.model.decoder import CachedDecoder
 from st_ar.model.generate import generate
 from st_ar.model.transformer import (
@@ -27,6 +28,7 @@ from st_ar.model.transformer import (
     attend,
     attention_bias,
     attention_weights,
+    fused_width,
     rope_table,
     rotate,
 )
@@ -283,6 +285,38 @@ def test_attention_against_the_naive_loop(batch: int, heads: int, length: int, k
 def test_attention_without_a_bias_is_causal() -> None:
     q, k, v = random_heads(2, 2, 5, 4, 0)
     torch.testing.assert_close(attend(q, k, v, None), equations.attention(q, k, v), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
+def test_one_row_of_keys_is_the_masked_attention_with_the_same_gradients(share: float) -> None:
+    mask = torch.rand(3, 8, generator=torch.Generator().manual_seed(1)) < share
+    mask[:, 0] = False  # the condition
+    row = torch.zeros(3, 1, 1, 8, dtype=torch.float64).masked_fill(mask[:, None, None], float("-inf"))
+    found: list[tuple[Tensor, ...]] = []
+    for bias in (row, attention_bias(mask, 8, torch.float64, mask.device)):
+        heads = [x.requires_grad_() for x in random_heads(3, 2, 8, 4, 0)]
+        out = attend(*heads, bias)
+        out.square().sum().backward()
+        found.append((out, *(x.grad for x in heads if x.grad is not None)))
+    assert all(x.isfinite().all() for x in found[0])
+    torch.testing.assert_close(found[0], found[1], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_widened_heads_have_the_same_attention(masked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = random_heads(2, 3, 7, 12, 1)
+    bias = attention_bias(random_mask((2, 7), 1), 7, q.dtype, q.device) if masked else None
+    expected = attend(q, k, v, bias)
+    monkeypatch.setattr(transformer, "fused_width", lambda head_dim, device: 16)
+    found = attend(q, k, v, bias)
+    assert found.shape == expected.shape
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_heads_are_widened_to_a_multiple_of_8_on_a_gpu() -> None:
+    widths = [fused_width(head_dim, torch.device("cuda")) for head_dim in (64, 100, 4)]
+    assert widths == [64, 104, 8]
+    assert fused_width(100, torch.device("cpu")) == 100
 
 
 @pytest.mark.parametrize("masked", [False, True])

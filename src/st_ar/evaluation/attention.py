@@ -89,8 +89,8 @@ def head_statistics(weights: Tensor, grid: int) -> Tensor:
     rows, columns = positions // grid, positions % grid
     down, across = (rows[:, None] - rows).abs(), (columns[:, None] - columns).abs()  # (T-1, T-1): newest token, key
     near = (down <= 1) & (across <= 1)
-    distance = (down.square() + across.square()).double().sqrt()
-    steps = weights[:, :, 1:].double()  # query q >= 1: the newest token is q - 1
+    distance = (down.square() + across.square()).to(weights.dtype).sqrt()
+    steps = weights[:, :, 1:]  # query q >= 1: the newest token is q - 1
     to_tokens = steps[..., condition:]
     mean_distance = ((to_tokens * distance).sum(-1) / to_tokens.sum(-1)).nanmean(-1)  # 0 / 0: all tokens are masked
     return torch.stack(
@@ -101,7 +101,7 @@ def head_statistics(weights: Tensor, grid: int) -> Tensor:
             torch.special.entr(steps).sum(-1).mean(-1),
         ],
         dim=-1,
-    )
+    ).double()
 
 
 def attention_statistics(weights: Tensor, grid: int) -> AttentionStatistics:

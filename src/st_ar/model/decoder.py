@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from st_ar.errors import UserError
-from st_ar.model.transformer import Block, Transformer, attention_bias
+from st_ar.model.transformer import Block, Transformer, attention_bias, fused_width, widen
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -37,7 +37,7 @@ class CachedDecoder:
         dtype = torch.float32 if on_cpu and not compiled else weight.dtype
         length = self._round_up(self.condition_length - 1 + self.sequence_length)
         length += compiled  # one position that is never read: torch.compile would compile the whole cache and parts of it separately
-        shape = (config.n_layers, 2, rows, config.n_heads, length, config.head_dim)
+        shape = (config.n_layers, 2, rows, config.n_heads, length, fused_width(config.head_dim, device))
         self.cache = torch.zeros(shape, dtype=dtype, device=device)  # no NaN: masked positions are read too
         self.mask = torch.full((rows, 1, 1, length), float("-inf"), dtype=dtype, device=device)
         self.index = torch.zeros(1, dtype=torch.int64, device=device)  # of the position to read next
@@ -104,20 +104,22 @@ def _step(block: Block, x: Tensor, rope: Tensor, keys: Tensor, values: Tensor, i
         keys, values: the block's cache [B, H, .., head_dim].
         bias: [B, 1, n, t]; attention reads the first t cached positions.
     """
-    q, k, v = block.attention.project(block.attention_norm(x), rope)
-    keys.index_copy_(2, indices, k.to(keys.dtype))
-    values.index_copy_(2, indices, v.to(keys.dtype))
+    projected = block.attention.project(block.attention_norm(x), rope)
+    head_dim = projected[0].shape[-1]
+    q, k, v = (widen(each.to(keys.dtype), keys.shape[-1]) for each in projected)
+    keys.index_copy_(2, indices, k)
+    values.index_copy_(2, indices, v)
     length = bias.shape[-1]
-    heads = _attend(q.to(keys.dtype), keys[:, :, :length], values[:, :, :length], bias)
+    heads = _attend(q, keys[:, :, :length], values[:, :, :length], bias, head_dim**-0.5)[..., :head_dim]
     x = x + block.attention.merge(heads.to(x.dtype))
     return x + block.feed_forward(block.ffn_norm(x))
 
 
-def _attend(q: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> Tensor:
+def _attend(q: Tensor, keys: Tensor, values: Tensor, bias: Tensor, scale: float) -> Tensor:
     if not torch.compiler.is_compiling():
-        return F.scaled_dot_product_attention(q, keys, values, attn_mask=bias)
+        return F.scaled_dot_product_attention(q, keys, values, attn_mask=bias, scale=scale)
     # For a single query, sums that read the cache once are faster than a fused kernel, which is made for many queries.
-    scores = (q.float() * keys).sum(-1) * q.shape[-1] ** -0.5 + bias[:, :, 0]  # (B, H, t)
+    scores = (q.float() * keys).sum(-1) * scale + bias[:, :, 0]  # (B, H, t)
     return (scores.softmax(dim=-1)[..., None] * values).sum(-2, keepdim=True)
 
 

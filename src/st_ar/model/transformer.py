@@ -68,14 +68,53 @@ def attention_weights(q: Tensor, k: Tensor, bias: Tensor) -> Tensor:
     return ((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2) + bias).softmax(dim=-1)
 
 
+CAUSAL_KEY_BIAS = False
+"""Whether `attention_mask` gives GPUs one row of keys for all queries, beside the kernel's own causal mask, instead of T x T. It
+reads less memory. benchmarks/on_gpu.py compares both."""
+
+
+def attention_mask(key_mask: Tensor | None, length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return the mask of Eq. 3 for `attend`: `attention_bias`, or [B, 1, 1, T], to which `attend` adds the causal mask."""
+    one_row = CAUSAL_KEY_BIAS and device.type != "cpu" and length % 8 == 0
+    if one_row and key_mask is not None and key_mask.dim() == 2:
+        row = torch.zeros(key_mask.shape, dtype=dtype, device=device).masked_fill_(key_mask, float("-inf"))
+        return row[:, None, None]
+    return attention_bias(key_mask, length, dtype, device)
+
+
+def fused_width(head_dim: int, device: torch.device) -> int:
+    """Return the width of heads for the fused attention of a GPU, which needs a multiple of 8."""
+    return head_dim if device.type == "cpu" else -(-head_dim // 8) * 8
+
+
+def widen(heads: Tensor, width: int) -> Tensor:
+    """Pad heads [.., head_dim] with zeros to a width."""
+    return heads if heads.shape[-1] == width else F.pad(heads, (0, width - heads.shape[-1]))
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
-    """Return the attention output [B, H, T, head_dim]. Without a bias attention is causal.
+    """Return the attention output [B, H, T, head_dim]. Without a bias, or with one of keys alone, attention is causal.
 
     In bfloat16 on CPUs, PyTorch's fused kernel is several times slower than separate operations (benchmarks/attention.py).
     """
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and bias is not None:
+    length, head_dim = q.shape[-2:]
+    on_cpu, rows = q.device.type == "cpu", 0 if bias is None else bias.shape[-2]
+    if on_cpu and bias is not None and rows < length:
+        bias = bias + attention_bias(None, length, q.dtype, q.device)
+    if on_cpu and bias is not None and q.dtype == torch.bfloat16:
         return attention_weights(q, k, bias) @ v
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=bias is None)
+    width = fused_width(head_dim, q.device)
+    q, k, v = (widen(each, width) for each in (q, k, v))
+    scale = None if width == head_dim else head_dim**-0.5
+    if (
+        not on_cpu and bias is not None and rows < length
+    ):  # scaled_dot_product_attention takes no mask beside its causal one
+        kernel = torch.ops.aten._scaled_dot_product_efficient_attention
+        mask = bias.expand(*q.shape[:-1], length)
+        heads = kernel(q, k, v, mask, torch.is_grad_enabled(), is_causal=True, scale=scale)[0]
+    else:
+        heads = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=bias is None, scale=scale)
+    return heads[..., :head_dim]
 
 
 class RMSNorm(nn.RMSNorm):
@@ -225,7 +264,7 @@ class Transformer(nn.Module):
         if key_mask is not None or x.device.type == "cpu":
             device = x.device.type
             dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-            bias = attention_bias(key_mask, length, dtype, x.device)
+            bias = attention_mask(key_mask, length, dtype, x.device)
         states = {0: x}
         for number, block in enumerate(self.blocks()[: max(layers, default=0)], start=1):
             x = block(x, self.rope[:length], bias)

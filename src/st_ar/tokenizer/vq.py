@@ -50,8 +50,11 @@ class SpatialAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = self.norm(x)
         q, k, v = (layer(y).flatten(2).transpose(1, 2) for layer in (self.q, self.k, self.v))  # (B, h w, C)
-        heads = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
-        return x + self.proj_out(heads.unflatten(2, x.shape[2:]))
+        if x.device.type == "cpu":
+            heads = F.scaled_dot_product_attention(q, k, v)
+        else:  # fused kernels need heads, (B, 1, h w, C), with features side by side
+            heads = F.scaled_dot_product_attention(*(each[:, None].contiguous() for each in (q, k, v)))[:, 0]
+        return x + self.proj_out(heads.transpose(1, 2).unflatten(2, x.shape[2:]))
 
 
 class Resample(nn.Module):
