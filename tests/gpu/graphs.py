@@ -4,7 +4,7 @@ from tests.gpu import fake_cuda  # isort: skip -- before torch
 
 import json
 from dataclasses import replace
-from functools import partialmethod
+from functools import partial, partialmethod
 from typing import Any
 from unittest import mock
 
@@ -17,6 +17,7 @@ from st_ar.model import decoder
 from st_ar.model.decoder import CachedDecoder
 from st_ar.model.transformer import Transformer
 from st_ar.presets import get_preset
+from st_ar.selfguided import losses
 from st_ar.selfguided.guidance import NO_GUIDANCE, make_teacher, sample_guidance
 from st_ar.selfguided.objective import SelfGuided
 from st_ar.training import parallel
@@ -36,6 +37,7 @@ def train(config: TrainConfig, *, shared: str = "none", backend: str = "aot_eage
     model = replace(config.model, n_layers=2)
     config = replace(config, compile=True, model=model, selfguided=replace(config.selfguided, contrast_layer=1))
     counters.clear()
+    losses._compiled_cross_entropy.cache_clear()
     with DEVICE:
         network = Transformer(config.model)
         teacher = make_teacher(network, config.selfguided)
@@ -51,7 +53,8 @@ def train(config: TrainConfig, *, shared: str = "none", backend: str = "aot_eage
     for step in (1, 2):
         guided = config.selfguided.guides(step, 100)
         sample = sample_guidance(config.selfguided, shape, seed=0, step=step) if guided else NO_GUIDANCE
-        forward_backward(learner, tokens, labels, sample)
+        with mock.patch.object(torch, "compile", partial(COMPILE[1], backend=backend)):
+            forward_backward(learner, tokens, labels, sample)
     return report()
 
 

@@ -30,7 +30,8 @@ def graphs(run_script: Script) -> dict[str, Any]:
     ],
 )
 def test_training_compiles_few_graphs(graphs: dict[str, Any], run: str, count: int) -> None:
-    assert graphs[run] == {"graphs": count, "breaks": 0}
+    of_the_loss = 1
+    assert graphs[run] == {"graphs": count + of_the_loss, "breaks": 0}
 
 
 def test_decoding_compiles_one_graph_for_all_lengths(graphs: dict[str, Any]) -> None:

@@ -7,7 +7,8 @@ import torch
 
 from st_ar.config import SampleSettings
 from st_ar.errors import UserError
-from st_ar.model.generate import draw_tokens, generate
+from st_ar.model.decoder import copy_function
+from st_ar.model.generate import choose_tokens, draw_tokens, generate
 from tests.toys import TINY, random_model
 
 
@@ -51,3 +52,19 @@ def test_logits_that_become_nan_are_an_error_whenever_they_do(first: int) -> Non
         model.rope[first, 0] = math.nan
     with pytest.raises(UserError, match="the model's logits are not finite: its training has diverged"):
         generate(model, torch.tensor([0, 1]), seed=0)
+
+
+@pytest.mark.parametrize("guided", [False, True])
+@pytest.mark.parametrize("greedy", [False, True])
+def test_a_compiled_choice_is_the_same(guided: bool, greedy: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(16 if guided else 8, 50, generator=generator)
+    scale, uniform = torch.tensor([1.7]) if guided else None, None if greedy else torch.rand(8, generator=generator)
+    settings = {"temperature": 0.9, "top_k": 30, "top_p": 0.8}
+    compiled = torch.compile(copy_function(choose_tokens), backend="aot_eager", fullgraph=True)
+    for bad in (False, True):
+        logits[0, 0] = math.inf if bad else 0
+        expected = choose_tokens(logits, scale, uniform, **settings)  # pyright: ignore[reportArgumentType]
+        found = compiled(logits, scale, uniform, **settings)
+        assert torch.equal(found[0], expected[0])
+        assert bool(found[1]) == bool(expected[1]) == (not bad)

@@ -1,5 +1,6 @@
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from st_ar.selfguided import losses
 from st_ar.selfguided.losses import Reduction, linear_next_token_loss, mim_loss, next_token_loss, step_loss, view_loss
 from tests.reference import equations
 
@@ -49,12 +51,32 @@ def test_the_loss_without_logits_is_the_loss_and_so_are_its_gradients(
 ) -> None:
     tokens = torch.randint(vocab, (rows,), generator=torch.Generator().manual_seed(seed))
     found, expected = ([normal(n, width, seed=seed + n).requires_grad_() for n in (rows, vocab)] for _ in range(2))
-    losses = linear_next_token_loss(*found, tokens), next_token_loss(torch.nn.functional.linear(*expected), tokens)
-    assert losses[0].item() == pytest.approx(losses[1].item(), abs=1e-12)
-    for loss in losses:
+    both = linear_next_token_loss(*found, tokens), next_token_loss(torch.nn.functional.linear(*expected), tokens)
+    assert both[0].item() == pytest.approx(both[1].item(), abs=1e-12)
+    for loss in both:
         (factor * loss).backward()
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one.grad, other.grad, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_the_compiled_loss_is_the_same_with_the_same_gradients(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    losses._compiled_cross_entropy.cache_clear()
+    tokens = torch.randint(40, (700,), generator=torch.Generator().manual_seed(0))
+    found: list[tuple[Tensor, ...]] = []
+    for compiled in (False, True):
+        x, weight = (4 * normal(n, 16, seed=n).to(dtype) for n in (700, 40))
+        loss = linear_next_token_loss(x.requires_grad_(), weight.requires_grad_(), tokens, compiled=compiled)
+        (3 * loss).backward()
+        assert x.grad is not None
+        assert weight.grad is not None
+        found.append((loss, x.grad, weight.grad))
+    losses._compiled_cross_entropy.cache_clear()
+    tolerance = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 1e-2}[dtype]
+    torch.testing.assert_close(found[1], found[0], rtol=tolerance, atol=tolerance / 100)
 
 
 def test_the_loss_without_logits_takes_tokens_of_any_shape_and_needs_no_gradient() -> None:

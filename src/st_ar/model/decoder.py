@@ -18,6 +18,7 @@ from st_ar.errors import UserError
 from st_ar.model.transformer import Block, Transformer, attention_bias, fused_width, widen
 
 M = TypeVar("M", bound=nn.Module)
+R = TypeVar("R")
 
 
 class CachedDecoder:
@@ -41,7 +42,7 @@ class CachedDecoder:
         self.cache = torch.zeros(shape, dtype=dtype, device=device)  # no NaN: masked positions are read too
         self.mask = torch.full((rows, 1, 1, length), float("-inf"), dtype=dtype, device=device)
         self.index = torch.zeros(1, dtype=torch.int64, device=device)  # of the position to read next
-        self.step = torch.compile(_copy(_step)) if compiled else _step
+        self.step = torch.compile(copy_function(_step)) if compiled else _step
 
     @torch.no_grad()
     def begin(self, labels: Tensor) -> Tensor:
@@ -84,7 +85,7 @@ class CachedDecoder:
         return -(-length // self.bucket) * self.bucket
 
 
-def _copy(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def copy_function(function: Callable[..., R]) -> Callable[..., R]:
     """Copy a function under a new name, with a new code object.
 
     torch.compile keeps compilations by code object and dynamic shapes by name. With a copy, decoders do not share either.

@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from st_ar.config import SampleSettings
 from st_ar.errors import UserError
-from st_ar.model.decoder import CachedDecoder
+from st_ar.model.decoder import CachedDecoder, copy_function
 from st_ar.model.transformer import Transformer
 
 
@@ -53,6 +53,26 @@ def draw_tokens(logits: Tensor, uniform: Tensor) -> Tensor:
     return torch.searchsorted(mass, target, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
 
 
+def choose_tokens(
+    logits: Tensor, scale: Tensor | None, uniform: Tensor | None, *, temperature: float, top_k: int, top_p: float
+) -> tuple[Tensor, Tensor]:
+    """Return the next tokens int64 [B], and whether all logits are finite.
+
+    Args:
+        logits: [B, V], or with guidance [2 B, V], the conditional ones first.
+        scale: guidance scale [1]; None for no guidance.
+        uniform: random numbers [B] in [0, 1); None takes the most likely tokens.
+    """
+    logits = logits.float()
+    if scale is not None:
+        conditional, null = logits.chunk(2)
+        logits = null + scale * (conditional - null)
+    finite = logits.isfinite().all()
+    if uniform is None:
+        return logits.argmax(dim=-1), finite
+    return draw_tokens(filter_logits(logits / temperature, top_k=top_k, top_p=top_p), uniform), finite
+
+
 class TokenSampler:
     """Draws the tokens of batches of one size. Memory and CUDA graphs are reused.
 
@@ -61,7 +81,7 @@ class TokenSampler:
         batch: images of a batch.
         settings: sampling settings; their seed is not used.
         greedy: take the most likely token instead of drawing.
-        compiled: see `CachedDecoder`.
+        compiled: see `CachedDecoder`. On a GPU guidance, filters and the draw are compiled too.
     """
 
     def __init__(
@@ -74,6 +94,8 @@ class TokenSampler:
         self.is_guided = self.settings.cfg_scale > 1
         total = config.sequence_length
         self.decoder = CachedDecoder(model, 2 * batch if self.is_guided else batch, compiled=compiled)
+        fused = compiled and device.type == "cuda"
+        self.choose = torch.compile(copy_function(choose_tokens)) if fused else choose_tokens
         self.tokens = torch.zeros(batch, total, dtype=torch.int64, device=device)
         self.noise = torch.zeros(batch, total, device=device)
         self.finite = torch.ones((), dtype=torch.bool, device=device)  # whether all logits of a draw were
@@ -159,17 +181,16 @@ class TokenSampler:
         self._choose(self.decoder.read(last.repeat(2) if guided else last, length), guided)
 
     def _choose(self, logits: Tensor, guided: bool) -> None:
-        logits = logits.float()
-        if guided:
-            conditional, null = logits.chunk(2)
-            logits = null + self.scales.index_select(0, self.position) * (conditional - null)
-        self.finite.logical_and_(logits.isfinite().all())
-        if self.greedy:
-            chosen = logits.argmax(dim=-1)
-        else:
-            settings = self.settings
-            logits = filter_logits(logits / settings.temperature, top_k=settings.top_k, top_p=settings.top_p)
-            chosen = draw_tokens(logits, self.noise.index_select(1, self.position)[:, 0])
+        settings = self.settings
+        chosen, finite = self.choose(
+            logits,
+            self.scales.index_select(0, self.position) if guided else None,
+            None if self.greedy else self.noise.index_select(1, self.position)[:, 0],
+            temperature=settings.temperature,
+            top_k=settings.top_k,
+            top_p=settings.top_p,
+        )
+        self.finite.logical_and_(finite)
         self.tokens.index_copy_(1, self.position, chosen[:, None])
 
     def _replay(self, guided: bool, length: int) -> None:

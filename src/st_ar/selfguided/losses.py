@@ -4,6 +4,8 @@ B: images, M: views of each, T: tokens, K: sampled positions, D: features. Cosin
 better for every input dtype, also under autocast: in half precision the norms overflow.
 """
 
+from collections.abc import Callable
+from functools import cache
 from typing import Any, Literal
 
 import torch
@@ -26,7 +28,7 @@ def next_token_loss(logits: Tensor, tokens: Tensor) -> Tensor:
     return F.cross_entropy(logits.flatten(0, -2), tokens.flatten())
 
 
-def linear_next_token_loss(x: Tensor, weight: Tensor, tokens: Tensor) -> Tensor:
+def linear_next_token_loss(x: Tensor, weight: Tensor, tokens: Tensor, *, compiled: bool = False) -> Tensor:
     """Return `next_token_loss(x @ weight.T, tokens)` without ever holding all logits, by computing the rows in chunks.
 
     The logits and their gradients are by far a step's largest tensors. Matrix products use autocast's dtype, the softmax float32.
@@ -35,14 +37,28 @@ def linear_next_token_loss(x: Tensor, weight: Tensor, tokens: Tensor) -> Tensor:
         x: normalised features [.., T, D], the input of the vocabulary projection.
         weight: weight of the vocabulary projection [V, D].
         tokens: int64 [.., T].
+        compiled: compute loss and gradient of the logits in one compiled kernel, which reads them less often.
     """
     if not torch.is_grad_enabled():
         return next_token_loss(F.linear(x, weight), tokens)
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-    loss = _LinearCrossEntropy.apply(x.flatten(0, -2).to(dtype), weight, tokens.flatten())
+    loss = _LinearCrossEntropy.apply(x.flatten(0, -2).to(dtype), weight, tokens.flatten(), compiled)
     assert isinstance(loss, Tensor)
     return loss
+
+
+def _cross_entropy_and_gradient(logits: Tensor, targets: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Return `scale` times the sum of the cross-entropies of logits [n, V], and its gradient, in the logits' dtype."""
+    log_probs = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+    is_target = torch.arange(logits.shape[1], device=logits.device) == targets[:, None]
+    loss = -scale * log_probs.gather(1, targets[:, None]).sum()
+    return loss, (scale * (log_probs.exp() - is_target.to(log_probs.dtype))).to(logits.dtype)
+
+
+@cache
+def _compiled_cross_entropy() -> Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]]:
+    return torch.compile(_cross_entropy_and_gradient, dynamic=False)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -52,7 +68,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, compiled: bool) -> Tensor:
         # Each chunk adds to the V x D gradient of weight. With small chunks these sums would take most of the time.
         rows = max(512, 4 * x.shape[1])
         wide = torch.promote_types(x.dtype, torch.float32)
@@ -60,10 +76,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
         x_grad, weight_grad = torch.empty_like(x), None
         with torch.autocast(x.device.type, enabled=False):
             for chunk, target, chunk_grad in zip(x.split(rows), targets.split(rows), x_grad.split(rows), strict=True):
-                logits = F.linear(chunk, matrix).requires_grad_()
-                with torch.enable_grad():
-                    term = F.cross_entropy(logits.to(wide), target, reduction="sum") / len(x)
-                (logits_grad,) = torch.autograd.grad(term, logits)
+                logits = F.linear(chunk, matrix)
+                if compiled:
+                    term, logits_grad = _compiled_cross_entropy()(logits, target, 1 / len(x))
+                else:
+                    with torch.enable_grad():
+                        logits.requires_grad_()
+                        term = F.cross_entropy(logits.to(wide), target, reduction="sum") / len(x)
+                    (logits_grad,) = torch.autograd.grad(term, logits)
                 loss += term.detach()
                 torch.mm(logits_grad, matrix, out=chunk_grad)
                 product = (logits_grad.T @ chunk).to(wide)
@@ -76,10 +96,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride] (the decorator hides the names)
         ctx: Any, *grad_outputs: Tensor
-    ) -> tuple[Tensor, Tensor, None]:
+    ) -> tuple[Tensor, Tensor, None, None]:
         (gradient,) = grad_outputs
         x_grad, weight_grad = ctx.saved_tensors
-        return x_grad * gradient.to(x_grad.dtype), weight_grad * gradient.to(weight_grad.dtype), None
+        return x_grad * gradient.to(x_grad.dtype), weight_grad * gradient.to(weight_grad.dtype), None, None
 
 
 def mim_loss(student: Tensor, teacher: Tensor) -> Tensor:

@@ -35,6 +35,8 @@ class SelfGuided(nn.Module):
         self.config, self.model = config, model
         self.middle, self.last = config.layer(model.config.n_layers), model.config.n_layers
         self.projector = make_projector(model.config.dim, config)
+        self.compiled_loss = False
+        """Whether the next-token loss is compiled."""
 
     def teach(
         self, teacher: EMATeacher[Transformer], tokens: Tensor, labels: Tensor, positions: Tensor | None
@@ -69,7 +71,9 @@ class SelfGuided(nn.Module):
         inputs, repeated = _sequences(tokens, labels)
         hidden = self.model.features(inputs, repeated, key_mask=key_mask, layers={self.middle, self.last})
         last = self.model.norm(hidden[self.last])
-        ar = self.model.output(last, partial(linear_next_token_loss, tokens=tokens.flatten(0, 1)))
+        ar = self.model.output(
+            last, partial(linear_next_token_loss, tokens=tokens.flatten(0, 1), compiled=self.compiled_loss)
+        )
         mim_input = last if self.config.mim_features == "after_norm" else hidden[self.last]
         views = tokens.shape[:2]
         student = Features(mim_input.unflatten(0, views), hidden[self.middle].unflatten(0, views))

@@ -88,6 +88,7 @@ def parallelize(
         torch.compiler.reset()  # torch keeps at most 8 compilations of the blocks' code in a process, over all its runs
         for block in [*student.model.layers, *teacher.model.layers]:
             block.compile()
+        student.compiled_loss = device.type == "cuda"
     if parallel == "fsdp":
         world, size = torch.distributed.get_world_size(), config.shard_size
         ranks = {"shard": world} if size in (None, world) else {"replicate": world // size, "shard": size}
