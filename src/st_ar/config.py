@@ -274,6 +274,8 @@ class TrainConfig(RunConfig):
     """Steps that may be skipped because the loss or gradient is not finite. One more stops the run."""
     compile: bool | Literal["auto"] = "auto"
     """Compile the transformer's blocks with torch.compile. auto compiles on GPUs. On a CPU it needs a C++ compiler."""
+    cuda_graph: bool = False
+    """Replay the forward and backward passes as a CUDA graph: faster on one GPU where the model is small. Takes more memory."""
     parallel: Literal["auto", "none", "ddp", "fsdp"] = "auto"
     """How torchrun's ranks hold the weights: a copy each (ddp) or sharded (fsdp). auto is ddp on several ranks, none on one."""
     shard_size: int | None = None
@@ -290,6 +292,8 @@ class TrainConfig(RunConfig):
             raise UserError(f"--shard-size {size} is for --parallel fsdp: give both, or leave it out")
         if size is not None and size < 2:
             raise UserError(f"--shard-size must be at least 2, not {size}; for a copy on each rank give --parallel ddp")
+        if self.cuda_graph and self.activation_checkpointing != "none":
+            raise UserError("--cuda-graph does not work with --activation-checkpointing: leave one of them out")
         batch, parts = self.batch_size, self.accumulate
         if batch % parts:
             raise UserError(f"--batch-size {batch} is not a multiple of --accumulate {parts}: give a multiple")

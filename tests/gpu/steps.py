@@ -23,7 +23,7 @@ from st_ar.model.generate import TokenSampler
 from st_ar.model.transformer import Transformer
 from st_ar.presets import get_preset
 from st_ar.selfguided import objective
-from st_ar.training import loop
+from st_ar.training import graph, loop
 from st_ar.training.checkpoint import CheckpointExporter, State
 from st_ar.training.inputs import Inputs
 from st_ar.training.vqgan import VQLearner
@@ -98,6 +98,12 @@ def train_with_one_row() -> Report:
     """Train with the masked keys as one row."""
     with mock.patch.object(transformer, "CAUSAL_KEY_BIAS", True):
         return train(shortened(get_preset("st-ar-b"), n_layers=6))
+
+
+def train_as_a_graph() -> Report:
+    """Train with a CUDA graph that is recorded in the first step."""
+    with mock.patch.object(graph, "WARM_UP", 0):
+        return train(replace(shortened(get_preset("st-ar-photos")), cuda_graph=True))
 
 
 def decode(preset: str = "llamagen-b", **model: Any) -> Report:
@@ -180,6 +186,7 @@ def main() -> None:
             "guided text": train(shortened(replace(text, selfguided=tiny.selfguided), n_layers=2)),
             "faults": train_with_faults(),
             "guided B, one row": train_with_one_row(),
+            "guided tiny, as a graph": train_as_a_graph(),
             "plain 3B": train(shortened(get_preset("llamagen-3b"), n_layers=2)),
             "decode": decode(),
             "decode 3B": decode("llamagen-3b", n_layers=2),

@@ -21,7 +21,7 @@ LAYERS = {
     "plain 3B": 2,
 }
 MICRO = "guided tiny, own position, 2 micro-batches"
-RUNS = [*LAYERS, MICRO]
+RUNS = [*LAYERS, MICRO, "guided tiny, as a graph"]
 LOG = {"objective.py <genexpr>": 5, "loop.py train": 1}
 """What a line of log.jsonl reads: the losses and the gradient norm."""
 SAVE = {"checkpoint.py <genexpr>": 4}

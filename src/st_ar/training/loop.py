@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from st_ar.randomness import RandomStream, torch_generator, torch_seed
 from st_ar.selfguided.guidance import NO_GUIDANCE, EMATeacher, GuidanceSample, make_teacher, sample_guidance
 from st_ar.selfguided.objective import Losses, SelfGuided
 from st_ar.training.checkpoint import CheckpointExporter, State, not_finite, require_finite
+from st_ar.training.graph import GraphedPasses, Passes, require_graph
 from st_ar.training.inputs import DataPaths, Inputs
 from st_ar.training.optim import adamw, clip_gradients, learning_rate, set_learning_rate
 from st_ar.training.parallel import choose_parallel, gradient_sync, parallelize, unwrap
@@ -66,6 +68,8 @@ def train(
         # Open everything and refuse what cannot work before the run begins.
         parallel, dtype = choose_parallel(config, ranks.world), choose_dtype(config.dtype, device)
         choose_compile(config.compile, device)  # refuses a missing compiler
+        if config.cuda_graph:
+            require_graph(device, ranks.world)
         paths = DataPaths(tokens=tokens, text=text, validation=validation, init=init, init_ema=init_ema)
         inputs = Inputs(paths, config, out / "best", ranks)
         total = config.total_steps(len(inputs.store))
@@ -80,6 +84,9 @@ def train(
         student = SelfGuided(model, config.selfguided).train()
         module = parallelize(student, teacher, config, parallel, device, dtype)
         learner = Learner(module, teacher, config.accumulate, dtype)
+        passes: Passes = partial(forward_backward, learner)
+        if config.cuda_graph:
+            passes = GraphedPasses(passes, device, hooked=watch.reads_features)
         optimizer = adamw(student, config.optim)
         state = State({"student": student, "ema": teacher.model}, student, optimizer)
         exporter = CheckpointExporter(out, config, state, inputs.validation, inputs.describe_export(preset))
@@ -107,7 +114,7 @@ def train(
                 torch.manual_seed(torch_seed(config.seed, RandomStream.DROPOUT, step, ranks.rank))
 
                 # Forward and backward, optimizer step, EMA.
-                losses = forward_backward(learner, batch, labels, sample)
+                losses = passes(batch, labels, sample)
                 norm = clip_gradients(student.parameters(), config.optim.grad_clip)
                 terms = {"loss": losses.total, "gradient norm": norm}
                 skip = not_finite(terms) if skipped < config.skip_nonfinite else ""
@@ -116,7 +123,7 @@ def train(
                     set_learning_rate(rate, optimizer)
                     optimizer.step()
                     decay = teacher.update(model, step)
-                optimizer.zero_grad()
+                optimizer.zero_grad(set_to_none=not config.cuda_graph)
 
                 # Log.
                 checkpoints.check()

@@ -33,6 +33,7 @@ from st_ar.training.optim import learning_rate
 FORMAT_VERSION = 1
 MAY_CHANGE = (
     *("steps", "epochs", "log_every", "checkpoint_every", "keep", "keep_every", "device", "dtype", "compile"),
+    "cuda_graph",
     "skip_nonfinite",
     *("parallel", "shard_size", "activation_checkpointing", "rank_timeout", "evaluate_every", "evaluate_images"),
     *("accumulate", "selfguided.until"),

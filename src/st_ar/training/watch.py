@@ -93,6 +93,10 @@ class Watch:
         self.guided = step <= int(self.training.selfguided.until * total)
         return log
 
+    def reads_features(self) -> bool:
+        """Whether hooks read the features of the current step."""
+        return self.features.active
+
     def log_step(self, step: int, entry: dict[str, float]) -> dict[str, float]:
         """Add all other numbers to a step's entry and send it to the trackers; returns the entry for log.jsonl."""
         entry = entry | self.features.measure() | self._machine(entry["tokens_per_second"]) | self._run_periodic(step)
