@@ -1,5 +1,6 @@
 """Device, dtype, compiler, memory, and the description of the machine."""
 
+import os
 import platform
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import torch
 
 from st_ar import hardware
 from st_ar.data.store import TokenStore
-from st_ar.errors import UserError
+from st_ar.errors import UserError, note
 from st_ar.evaluation.generation.features import Compute, Extracted, Extractor, collect
 from st_ar.evaluation.generation.image_sets import open_files
 from st_ar.evaluation.likelihood import validation_loss
@@ -71,6 +72,24 @@ def test_a_missing_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="--device cuda: torch sees no GPU here"):
         choose_device("cuda")
     assert choose_device("auto") == CPU
+
+
+@pytest.mark.parametrize(
+    ("load", "chosen", "noted"), [(0.5, None, False), (2.9, None, False), (7.25, None, True), (7.25, "2", False)]
+)
+def test_a_busy_machine_is_noted(
+    load: float,
+    chosen: str | None,
+    noted: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    note.cache_clear()
+    monkeypatch.setattr(os, "getloadavg", lambda: (load, 0.0, 0.0))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.delenv("OMP_NUM_THREADS") if chosen is None else monkeypatch.setenv("OMP_NUM_THREADS", chosen)
+    choose_device("cpu")
+    assert ("busy (load 7.2, 2 threads here)" in capsys.readouterr().err) == noted
 
 
 def test_compiling_without_a_compiler_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

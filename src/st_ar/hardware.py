@@ -31,6 +31,11 @@ def choose_device(name: str) -> torch.device:
     device = torch.device("cuda" if name == "cuda" or (name == "auto" and available) else "cpu")
     if device.type == "cuda":
         torch.backends.cuda.enable_cudnn_sdp(False)  # its masked backward can give NaN on an H100
+    elif "OMP_NUM_THREADS" not in os.environ and (load := os.getloadavg()[0]) > torch.get_num_threads() + 1:
+        note(
+            f"other programs keep this machine busy (load {load:.1f}, {torch.get_num_threads()} threads here), and threads wait for "
+            "one another: OMP_NUM_THREADS=1 can be faster"
+        )
     return device
 
 
