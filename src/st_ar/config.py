@@ -241,7 +241,7 @@ class SelfGuidedConfig(Checked, prefix="--selfguided."):
         """Whether a training step needs the teacher's features."""
         return self.alpha > 0 or self.contrast
 
-    def guides(self, step: int, total: int) -> bool:
+    def guides(self, step: int, total: float) -> bool:
         """Whether optimizer step `step` of `total`, counted from 1, has self-guidance."""
         return (step - 1) % self.every == 0 and step <= self.until * total
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from st_ar.config import ModelConfig
 from st_ar.data.store import TokenStore, difference, note_same_images, same_names
 from st_ar.errors import UserError, require
+from st_ar.evaluation.metrics import require_bounded
 from st_ar.evaluation.probe_classifiers import (
     NAMES,
     Method,
@@ -27,14 +28,17 @@ from st_ar.evaluation.probe_classifiers import (
 from st_ar.evaluation.probe_features import (
     FeatureCache,
     FeatureSpec,
+    ProbeFeatures,
     describe_features,
     extract_features,
+    token_batches,
     uniform_steps,
 )
 from st_ar.figures import COLOURS, Drawing, line_chart
 from st_ar.hardware import describe
 from st_ar.model.transformer import Transformer
 from st_ar.model.weights import EvalModel, check_store
+from st_ar.progress import progress
 from st_ar.report import Chart, Section, Table, provenance, write_report
 from st_ar.settings import Checked, Positive
 
@@ -179,22 +183,33 @@ def probe_layers(
         extract_features(model, store, spec, crops=store_crops, cache=cache, weights=weights)
         for store, store_crops in zip(stores, crops, strict=True)
     )
+    return _fit(train, test, num_classes, list(spec.steps), method, model.output.weight.device)
+
+
+def _fit(
+    train: ProbeFeatures,
+    test: ProbeFeatures,
+    num_classes: int,
+    steps: list[int],
+    method: ProbeMethod,
+    device: torch.device,
+) -> list[ProbeResult]:
+    """Train classifiers on features and test them, layer by layer."""
     mean, arrays, targets = method.mean_over_steps, list(train.layers.values()), (train.labels, num_classes)
     if method.name == "mae":
-        device = model.output.weight.device
         fitted = fit_classifiers(arrays, *targets, method.config, mean_over_steps=mean, device=device)
     else:
         shallow = partial(ShallowClassifiers, method=method.name, penalty=method.penalty, mean_over_steps=mean)
         fitted = [shallow(array, *targets) for array in arrays]
     results: list[ProbeResult] = []
-    count = len(spec.steps)
+    count = len(steps)
     for layer, classify in zip(train.layers, fitted, strict=True):
         shares = accuracies(classify, test.layers[layer], test.labels, [1, TOP] if num_classes > TOP else [1])
         top1, top5 = shares[1], shares.get(TOP)
         results.append(
             ProbeResult(
                 layer=layer,
-                steps=list(spec.steps),
+                steps=steps,
                 top1=top1[:count],
                 top5=top5[:count] if top5 else None,
                 mean_top1=top1[-1] if mean else None,
@@ -208,21 +223,87 @@ def probe_layers(
     return results
 
 
+Images = TokenStore | tuple[Tensor, Tensor]
+"""A token store, or tokens int64 [N, T] and labels int64 [N]."""
+
+
 def probe(
-    model: Transformer,
-    train_store: TokenStore,
-    test_store: TokenStore,
+    model: Transformer | Callable[[Tensor], Tensor],
+    train: Images,
+    test: Images,
     *,
     layer: int | None = None,
     steps: Sequence[int] | None = None,
     train_crops: Sequence[int] | None = None,
     config: ProbeConfig | None = None,
+    method: Method = "mae",
+    batch_size: int = 256,
 ) -> ProbeResult:
-    """Probe one layer by MAE's protocol, with features in memory; arguments and errors as for `probe_layers`."""
-    layers, method = None if layer is None else [layer], ProbeMethod(config=config or ProbeConfig())
-    return probe_layers(
-        model, train_store, test_store, layers=layers, steps=steps, train_crops=train_crops, method=method
-    )[0]
+    """Probe one layer, by MAE's protocol unless `method` is another, with features in memory.
+
+    Args:
+        model: a transformer, whose `layer` is read as by `probe_layers`; or a function of any network: tokens int64 [b, T] on the
+            CPU -> features [b, D], or [b, S, D] at S steps, each of which is probed.
+        train: images to train on; of a store all crops, or `train_crops`.
+        test: images to test on; of a store the centre crops. Tensors are for functions only.
+        batch_size: images that a function gets at once.
+
+    Raises:
+        UserError: as `probe_layers`, or a function's features have another shape or are not finite.
+    """
+    chosen = ProbeMethod(name=method, config=config or ProbeConfig())
+    if not isinstance(model, Transformer):
+        if layer is not None or steps is not None:
+            raise UserError("layer and steps are for a Transformer: let the function return the features to probe")
+        return _probe_function(model, train, test, train_crops, chosen, batch_size)
+    if not isinstance(train, TokenStore) or not isinstance(test, TokenStore):
+        raise UserError("a Transformer is probed on two token stores: give TokenStore(folder)")
+    layers = None if layer is None else [layer]
+    return probe_layers(model, train, test, layers=layers, steps=steps, train_crops=train_crops, method=chosen)[0]
+
+
+def _probe_function(
+    features: Callable[[Tensor], Tensor],
+    train: Images,
+    test: Images,
+    train_crops: Sequence[int] | None,
+    method: ProbeMethod,
+    batch_size: int,
+) -> ProbeResult:
+    method.require_library()
+    if isinstance(train, TokenStore) and isinstance(test, TokenStore):
+        require_classes(train, test)
+        every = range(len(train.meta.crops)) if train_crops is None else train_crops
+        train, test = _tensors(train, every), _tensors(test, (test.center,))
+    assert isinstance(train, tuple), "give two stores or two pairs of tensors"
+    assert isinstance(test, tuple), "give two stores or two pairs of tensors"
+    num_classes = int(max(train[1].max(), test[1].max())) + 1
+    if num_classes < 2 or int(min(train[1].min(), test[1].min())) < 0:
+        raise UserError("a probe needs labels of 2 or more classes, from 0 on")
+    read = [_read(features, *each, batch_size) for each in (train, test)]
+    steps = list(range(1, read[0].layers[0].shape[1] + 1))
+    return _fit(read[0], read[1], num_classes, steps, method, torch.device("cpu"))[0]
+
+
+def _tensors(store: TokenStore, crops: Sequence[int]) -> tuple[Tensor, Tensor]:
+    tokens = torch.cat([tokens for tokens, _ in token_batches(store, crops, ROWS)])
+    return tokens, torch.from_numpy(np.tile(store.labels, len(crops)))
+
+
+@torch.no_grad()
+def _read(features: Callable[[Tensor], Tensor], tokens: Tensor, labels: Tensor, batch_size: int) -> ProbeFeatures:
+    """Compute the features of all tokens; they are layer 0."""
+    parts: list[Tensor] = []
+    with progress("read features", len(tokens), unit="images") as bar:
+        for batch in tokens.split(batch_size):
+            rows = features(batch)
+            if rows.dim() not in (2, 3) or len(rows) != len(batch):
+                raise UserError(f"features of {len(batch)} images must be [b, D] or [b, S, D], not {list(rows.shape)}")
+            rows = rows.float().cpu().view(len(rows), -1, rows.shape[-1])
+            require_bounded(rows, lambda row, start=bar.done: f"image {start + row}", "check the network")
+            parts.append(rows)
+            bar.advance(len(batch))
+    return ProbeFeatures(layers={0: torch.cat(parts).numpy()}, labels=labels)
 
 
 FORMAT_VERSION = 1

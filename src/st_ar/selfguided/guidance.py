@@ -1,9 +1,12 @@
 """Self-guidance from a network's features: key masks and positions, the EMA teacher, the projector and the losses.
 
-It works with any network. B: images, M: views of each, T: positions, K: positions drawn for the contrast, D: features.
+It works with any network (docs/own-model.md). B: images, M: views of each, T: positions, K: positions drawn for the contrast,
+D: features.
 """
 
 import copy
+import math
+from collections.abc import Mapping
 from itertools import pairwise
 from typing import Generic, NamedTuple, TypeVar
 
@@ -13,6 +16,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from st_ar.config import SelfGuidedConfig
+from st_ar.distributed import all_gather, get_rank
+from st_ar.errors import UserError
+from st_ar.hardware import to_device
 from st_ar.randomness import RandomStream, torch_generator
 from st_ar.selfguided.losses import mim_loss, step_loss, view_loss
 
@@ -139,14 +145,18 @@ def ema_decay(decay: float, step: int, *, warmup: bool = True) -> float:
 
 @torch.no_grad()
 def ema_update(average: nn.Module, model: nn.Module, decay: float) -> None:
-    """Move the parameters of an average towards those of a network of the same structure, in the average's dtype.
+    """Move the parameters of an average towards those of a network of the same structure, in the average's dtype, and copy its buffers.
 
     Sharded parameters must be sharded alike: each rank averages its own shards.
     """
     averages, values = (
         [p.to_local() if isinstance(p, DTensor) else p for p in module.parameters()] for module in (average, model)
     )
+    if [p.shape for p in averages] != [p.shape for p in values]:
+        raise UserError("the network's parameters are not those that the teacher was copied from: give the same module")
     torch._foreach_lerp_(averages, values, 1 - decay)
+    for ours, theirs in zip(average.buffers(), model.buffers(), strict=True):
+        ours.copy_(theirs)
 
 
 # Losses
@@ -230,3 +240,96 @@ def guidance_losses(
             view = view_loss(z, teacher.middle, temperature=temperature, reduction=reduction, offset=offset)
         total = total + config.beta * (step + view) / 2
     return GuidanceLosses(total, mim, step, view)
+
+
+class SelfGuidance(nn.Module):
+    """Self-guidance for any autoregressive network: the random choices of a step, the projector, and the losses of features.
+
+    Args:
+        dim: width D of the features at the contrast layer.
+        config: weights of the losses and all other settings; the paper's if None.
+        seed: seed of the masks and positions.
+    """
+
+    def __init__(self, dim: int, config: SelfGuidedConfig | None = None, *, seed: int = 0) -> None:
+        super().__init__()
+        self.dim, self.config, self.seed = dim, config or SelfGuidedConfig(), seed
+        self.projector = make_projector(dim, self.config)
+
+    def sample(
+        self, shape: tuple[int, int, int], step: int, *, total: float = math.inf, images: slice = slice(None)
+    ) -> GuidanceSample:
+        """Draw the key mask and the positions of a step, a pure function of the seed and the step, on the projector's device.
+
+        Args:
+            shape: (B, M, T) of the step's whole batch, over all ranks.
+            step: the optimizer step.
+            total: steps of the run, for `until`.
+            images: the images whose masks to return, such as one rank's.
+
+        Raises:
+            UserError: the settings need more views or positions than there are.
+        """
+        config, (_, views, length) = self.config, shape
+        if config.contrast and config.view_loss and views < 2:
+            raise UserError(
+                f"the inter-view loss compares views, and there is {views}: give tokens [B, M, T] with M of 2 or more"
+            )
+        if config.contrast and config.first_position + config.positions > length:
+            raise UserError(
+                f"{config.positions} positions from position {config.first_position} on are more than the {length} of a sequence"
+            )
+        if not config.guides(step, total):
+            return NO_GUIDANCE
+        sample = sample_guidance(config, shape, seed=self.seed, step=step, images=images)
+        device = next((parameter.device for parameter in self.parameters()), torch.device("cpu"))
+        return GuidanceSample(*(None if each is None else to_device(each, device) for each in sample))
+
+    def forward(
+        self, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor], sample: GuidanceSample
+    ) -> GuidanceLosses:
+        """Return the losses of this rank's images; `total` is what to add to the network's own loss.
+
+        Where a process group exists and `negatives` is global, the teacher's features of all ranks are negatives.
+
+        Args:
+            student: features [B, M, T, D] with gradients, from the pass with `sample.key_mask`: "mid", the contrast layer's, and
+                "last", the last layer's. Those that no loss needs may be missing.
+            teacher: the same of the teacher's pass, without a mask and without gradients.
+            sample: the step's random choices, from `sample`.
+
+        Raises:
+            UserError: features are missing, have other shapes, or carry gradients from the teacher, or there is a single image.
+        """
+        config, positions = self.config, sample.positions
+        if positions is None:
+            return guidance_losses(config, self.projector, Features(*student.values()), Features(None, None), None)
+        needed = [name for name, used in (("last", config.alpha > 0), ("mid", config.contrast)) if used]
+        for name in needed:
+            self._check(name, student.get(name), teacher.get(name))
+        middle, offset = None, 0
+        if config.contrast:
+            middle = teacher["mid"][:, :, positions]
+            if config.negatives == "global":
+                offset, middle = get_rank() * len(middle), all_gather(middle)
+            if len(middle) < 2:
+                raise UserError("the contrast needs negatives, and the batch has one image: give 2 images or more")
+        return guidance_losses(
+            config,
+            self.projector,
+            Features(student.get("last"), student.get("mid")),
+            Features(teacher.get("last"), middle),
+            positions,
+            offset=offset,
+        )
+
+    def _check(self, name: str, student: Tensor | None, teacher: Tensor | None) -> None:
+        if student is None or teacher is None:
+            raise UserError(f"features {name!r} are missing: give both networks' [B, M, T, D]")
+        if student.dim() != 4 or student.shape != teacher.shape or (name == "mid" and student.shape[-1] != self.dim):
+            width = f"D of {self.dim}" if name == "mid" else "any D"
+            raise UserError(
+                f"features {name!r} are {list(student.shape)} and the teacher's {list(teacher.shape)}: give [B, M, T, D] with {width}"
+            )
+        if teacher.requires_grad:
+            raise UserError("the teacher's features carry gradients: compute them under torch.no_grad()")

@@ -4,11 +4,11 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from st_ar.config import SelfGuidedConfig
 from st_ar.model.transformer import Transformer
-from st_ar.selfguided.guidance import EMATeacher, Features, GuidanceSample, guidance_losses, make_projector
+from st_ar.selfguided.guidance import EMATeacher, Features, GuidanceSample, SelfGuidance, guidance_losses
 from st_ar.selfguided.losses import linear_next_token_loss
 
 
@@ -27,14 +27,18 @@ class Losses(NamedTuple):
         return dict(zip(names, (term.item() for term in self), strict=True))
 
 
-class SelfGuided(nn.Module):
-    """The student: the transformer with the projector of self-guidance. With alpha = beta = r = 0 training is plain."""
+class SelfGuided(SelfGuidance):
+    """The student: the transformer with its self-guidance. With alpha = beta = r = 0 training is plain."""
 
-    def __init__(self, model: Transformer, config: SelfGuidedConfig) -> None:
-        super().__init__()
-        self.config, self.model = config, model
+    def __init__(self, model: Transformer, config: SelfGuidedConfig, *, seed: int = 0) -> None:
+        super().__init__(model.config.dim, config, seed=seed)
+        projector = self.projector
+        del self.projector
+        self.model, self.projector = (
+            model,
+            projector,
+        )  # the order of parameters, in which their gradients' norms are summed
         self.middle, self.last = config.layer(model.config.n_layers), model.config.n_layers
-        self.projector = make_projector(model.config.dim, config)
         self.compiled_loss = False
         """Whether the next-token loss is compiled."""
 
@@ -55,7 +59,7 @@ class SelfGuided(nn.Module):
         middle = states[self.middle].unflatten(0, views)[:, :, positions] if config.contrast else None
         return Features(last, middle)
 
-    def forward(
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride] -- runs the network too
         self, tokens: Tensor, labels: Tensor, sample: GuidanceSample, teacher: Features, offset: int = 0
     ) -> Losses:
         """Run the student's masked pass and compute Eq. 8.

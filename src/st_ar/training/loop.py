@@ -15,7 +15,7 @@ from st_ar.model.transformer import Transformer
 from st_ar.model.weights import exported_step
 from st_ar.progress import progress
 from st_ar.randomness import RandomStream, torch_generator, torch_seed
-from st_ar.selfguided.guidance import NO_GUIDANCE, EMATeacher, GuidanceSample, make_teacher, sample_guidance
+from st_ar.selfguided.guidance import EMATeacher, GuidanceSample, make_teacher
 from st_ar.selfguided.objective import Losses, SelfGuided
 from st_ar.training.checkpoint import CheckpointExporter, State, not_finite, require_finite
 from st_ar.training.graph import GraphedPasses, Passes, require_graph
@@ -81,7 +81,7 @@ def train(
         model = Transformer(config.model)
         inputs.initial.load_into(model)
         teacher = make_teacher(model, config.selfguided)
-        student = SelfGuided(model, config.selfguided).train()
+        student = SelfGuided(model, config.selfguided, seed=config.seed).train()
         module = parallelize(student, teacher, config, parallel, device, dtype)
         learner = Learner(module, teacher, config.accumulate, dtype)
         passes: Passes = partial(forward_backward, learner)
@@ -107,10 +107,7 @@ def train(
                 log = watch.start_step(step, total)
                 batch, labels = (to_device(tensor, device) for tensor in inputs.batches.batch(step - 1))
                 labels = drop_labels(labels, model.cls_embedding.null(labels), config, step=step, ranks=ranks)
-                sample = NO_GUIDANCE
-                if config.selfguided.guides(step, total):
-                    images = ranks.share(config.batch_size)
-                    sample = sample_guidance(config.selfguided, shape, seed=config.seed, step=step, images=images)
+                sample = student.sample(shape, step, total=total, images=ranks.share(config.batch_size))
                 torch.manual_seed(torch_seed(config.seed, RandomStream.DROPOUT, step, ranks.rank))
 
                 # Forward and backward, optimizer step, EMA.
