@@ -128,7 +128,7 @@ def unsharded(config: TrainConfig) -> dict[str, list[int]]:
 def main(full_size: bool) -> None:
     fake_cuda.choose_device()
     parallel.init_device_mesh = fake_cuda.on_host(parallel.init_device_mesh)
-    small, large = (replace(get_preset(name), parallel="fsdp") for name in ("st-ar-b", "st-ar-xl"))
+    small, large = (replace(get_preset(name), parallel="fsdp", compile=False) for name in ("st-ar-b", "st-ar-xl"))
     small = replace(
         small, model=replace(small.model, n_layers=3), selfguided=replace(small.selfguided, contrast_layer=2)
     )

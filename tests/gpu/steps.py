@@ -37,7 +37,7 @@ DEVICE = fake_cuda.DEVICE
 def shortened(config: TrainConfig, **model: Any) -> TrainConfig:
     """Two steps of a preset: a plain one, and one that is logged and saved."""
     config = replace(config, model=replace(config.model, **model))
-    return replace(config, steps=2, epochs=None, batch_size=8, device="cuda", dtype="bfloat16")
+    return replace(config, steps=2, epochs=None, batch_size=8, device="cuda", dtype="bfloat16", compile=False)
 
 
 def devices(state: State) -> list[str]:
