@@ -1,7 +1,7 @@
 """The training loop, top to bottom. Plain and self-guided training are the same loop."""
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from st_ar.config import TrainConfig, WatchConfig
 from st_ar.distributed import Ranks, all_gather, all_reduce_max, all_reduce_mean, get_rank, stop_on_signal
+from st_ar.errors import note
 from st_ar.hardware import choose_compile, choose_dtype, to_device
 from st_ar.model.transformer import Transformer
 from st_ar.model.weights import exported_step
@@ -20,6 +21,7 @@ from st_ar.training.checkpoint import CheckpointExporter, State, not_finite, req
 from st_ar.training.inputs import DataPaths, Inputs
 from st_ar.training.optim import adamw, clip_gradients, learning_rate, set_learning_rate
 from st_ar.training.parallel import choose_parallel, gradient_sync, parallelize, unwrap
+from st_ar.training.plan import shortage
 from st_ar.training.run import Run, training_session
 from st_ar.training.watch import Watch
 
@@ -65,11 +67,16 @@ def train(
     with training_session(config) as (ranks, device), Run(out, config, ranks, preset=preset, resume=resume) as run:
         # Open everything and refuse what cannot work before the run begins.
         parallel, dtype = choose_parallel(config, ranks.world), choose_dtype(config.dtype, device)
-        choose_compile(config.compile, device)  # refuses a missing compiler
+        compiled = choose_compile(config.compile, device)  # refuses a missing compiler
         paths = DataPaths(tokens=tokens, text=text, validation=validation, init=init, init_ema=init_ema)
         inputs = Inputs(paths, config, out / "best", ranks)
         total = config.total_steps(len(inputs.store))
         watch = Watch(watching or WatchConfig(), config, out, inputs, device, dtype)
+        if device.type == "cuda" and run.writes:
+            memory = torch.cuda.get_device_properties(device).total_memory
+            planned = replace(config, parallel=parallel, dtype="float32" if dtype == torch.float32 else "bfloat16")
+            if short := shortage(planned, ranks.world, memory, compiled=compiled):
+                note(short)
         run.open(inputs.describe, dtype, images=len(inputs.store), exported=exported_step(out / "export"))
 
         # Build the student, its teacher and the optimizer, and restore them.
