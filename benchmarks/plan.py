@@ -1,8 +1,10 @@
-"""What a large run would take, by formula: operations, time, disk, memory and network (docs/scale.md explains the rows).
+"""What a large run would take of the network and of the data's disks, by formula (docs/scale.md explains the rows).
+
+Memory, time and the run's disk are those of `st-ar train PRESET --plan H100 --ranks 64`.
 
     python benchmarks/plan.py st-ar-xl --gpus 64 --batch-size 2048 --tokens-per-second 60000
     python benchmarks/plan.py st-ar-xl --gpus 64 --batch-size 2048 --mfu 0.4
-    python benchmarks/plan.py st-ar-xl --gpus 64 --batch-size 2048 --mfu 0.4 --images 1e9 --crops 2 --epochs 1
+    python benchmarks/plan.py st-ar-xl --gpus 64 --batch-size 2048 --mfu 0.4 --images 1e9 --crops 2
 
 Everything follows from one device's training throughput: give a measured one (tokens_per_second of its log.jsonl), or assume a share of
 the peak, which the table then says. Communication is listed beside the computation that it can hide behind, and not added to it.
@@ -10,13 +12,12 @@ the peak, which the table then says. Communication is listed beside the computat
 
 import argparse
 from dataclasses import dataclass, replace
-from itertools import pairwise
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from st_ar.config import VQ_PRESETS, ModelConfig, TrainConfig
-from st_ar.hardware import flops_per_token, parameters, training_flops_per_token
+from st_ar.hardware import checkpoint_bytes, parameters, projector_parameters, training_flops_per_token
 from st_ar.presets import get_preset
 from st_ar.tokenizer.vq import VQEncoder
 
@@ -36,26 +37,6 @@ class Machines:
     """Bytes a second from a GPU to other machines."""
     disk: float = 2e9
     """Bytes a second that the shared file system takes from all together."""
-
-
-def projector_parameters(config: TrainConfig) -> int:
-    """Weights of the projector, which has no average."""
-    guided, dim = config.selfguided, config.model.dim
-    if not guided.contrast:
-        return 0
-    widths = [dim, *[guided.projector_hidden] * (guided.projector_depth - 1), dim]
-    products = sum(a * b for a, b in pairwise(widths))
-    return products + sum(2 * width for width in widths[1:-1]) + dim
-
-
-def checkpoint_bytes(config: TrainConfig) -> int:
-    """Weights, average and AdamW's two moments in float32; the projector has no average."""
-    return 4 * (4 * parameters(config.model) + 3 * projector_parameters(config))
-
-
-def state_bytes(config: TrainConfig) -> int:
-    """What the GPUs hold of weights, gradients, moments and average, float32, in one copy; activations come on top."""
-    return checkpoint_bytes(config) + 4 * _trained(config)
 
 
 def _trained(config: TrainConfig) -> int:
@@ -106,39 +87,20 @@ def tokenizing_flops(images: int, crops: int) -> float:
 def plan(config: TrainConfig, machines: Machines, *, images: int, crops: int) -> list[tuple[str, str]]:
     """The table's rows: what, and how much."""
     model, ranks = config.model, machines.gpus
-    operations = training_flops_per_token(config)
-    body, head = flops_per_token(model)
     tokens_per_step = config.batch_size * config.views * model.sequence_length
     speed = ranks * machines.tokens_per_second
     step = tokens_per_step / speed
-    steps = config.total_steps(images)
-    saved = checkpoint_bytes(config)
-    state, per_machine, shards = state_bytes(config), machines.gpus_per_machine, -(-images // SHARD)
+    saved, shards = checkpoint_bytes(config), -(-images // SHARD)
     one_shard = _bytes(store_bytes(model, min(images, SHARD), crops))
     rows = [
-        (
-            "parameters, and of the projector",
-            f"{parameters(model) / 1e6:,.0f} M, {projector_parameters(config) / 1e6:.1f} M",
-        ),
-        ("forward operations a token, blocks / head", f"{body / 1e6:,.1f} / {head / 1e6:,.1f} MFLOP"),
-        ("training operations a token", f"{operations / 1e9:.2f} GFLOP"),
         ("tokens a step, and of a GPU", f"{tokens_per_step:,}, {tokens_per_step // ranks:,}"),
         ("tokens a second, of a GPU and together", f"{machines.tokens_per_second:,.0f}, {speed:,.0f}"),
         ("a step's computation", f"{1000 * step:,.0f} ms"),
-        ("steps", f"{steps:,}"),
-        ("tokens of the run, operations", f"{steps * tokens_per_step:.3g}, {steps * tokens_per_step * operations:.3g}"),
-        ("time of the run", _time(steps * step)),
         ("operations to tokenize the images with VQ-16", f"{tokenizing_flops(images, crops):.3g}"),
         ("token store", f"{_bytes(store_bytes(model, images, crops))} in {shards:,} shards of {one_shard}"),
         ("read from it", f"{_bytes(tokens_per_step * 2 / step)}/s by all ranks"),
         ("labels and orders of two epochs in each rank's memory", _bytes(3 * 8 * images)),
         ("checkpoint", f"{_bytes(saved)}, {saved / machines.disk:.0f} s at {_bytes(machines.disk)}/s"),
-        ("export", _bytes(2 * 4 * parameters(model))),
-        ("weights, gradients, moments and EMA of a GPU: ddp", _bytes(state)),
-        (
-            f"the same: hybrid of {per_machine}, fsdp of {ranks}",
-            f"{_bytes(state / per_machine)}, {_bytes(state / ranks)}",
-        ),
     ]
     for parallel in ("ddp", "fsdp", "hybrid"):
         volume = network_bytes(config, ranks, parallel, machines.gpus_per_machine)
@@ -160,10 +122,6 @@ def _bytes(count: float) -> str:
     return f"{count / 1e3:.3g} kB"
 
 
-def _time(seconds: float) -> str:
-    return f"{seconds / 3600:.1f} h" if seconds < 48 * 3600 else f"{seconds / 86400:.1f} days"
-
-
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -173,7 +131,6 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, help="images a step; the preset's if not given")
     parser.add_argument("--images", type=float, default=1_281_167)
     parser.add_argument("--crops", type=int, default=10, help="crops of each image in the store")
-    parser.add_argument("--epochs", type=float, help="the preset's if not given")
     speed = parser.add_mutually_exclusive_group(required=True)
     speed.add_argument("--tokens-per-second", type=float, help="of one GPU, measured")
     speed.add_argument("--mfu", type=float, help="an assumption instead: the share of --peak that training reaches")
@@ -185,8 +142,6 @@ def main() -> None:
     given = parser.parse_args()
     config = get_preset(given.preset)
     config = replace(config, batch_size=given.batch_size or config.batch_size)
-    if given.epochs:
-        config = replace(config, epochs=given.epochs, steps=None)
     measured = given.tokens_per_second
     machines = Machines(
         gpus=given.gpus,

@@ -319,6 +319,25 @@ class TrainConfig(RunConfig):
             )
 
 
+@dataclass(frozen=True, kw_only=True)
+class PlanConfig(Checked):
+    """What `st-ar train --plan` assumes."""
+
+    plan: str | None = None
+    """Do not train: print memory, time and disk of the run on this kind of GPU, such as H200, or A100:40 for 40 GiB. It needs no
+    GPU, --tokens or --out. If there is no token store, it assumes ImageNet's 1,281,167 images."""
+    ranks: Count | None = None
+    """GPUs to plan for. 1 by default."""
+    mfu: Annotated[float, Range(above=0, high=1)] | None = None
+    """Share of the GPUs' peak FLOP/s that --plan assumes. 0.4 by default."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for flag, value in (("--ranks", self.ranks), ("--mfu", self.mfu)):
+            if value is not None and self.plan is None:
+                raise UserError(f"{flag} {value} is for --plan: give both, or leave it out")
+
+
 PUBLISHED_SCALES = {(768, 12): 2.0, (1024, 24): 2.0, (1280, 36): 1.75, (1536, 48): 1.75, (3200, 24): 1.65}
 """(dim, layers) -> LlamaGen's published guidance scale of its class models, B to 3B at 384 px."""
 

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -105,20 +106,20 @@ def freed_memory_kept() -> Generator[None]:
                 malloc_trim(0)
 
 
-PEAK_BFLOAT16 = {
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H100": 989e12,
-    "H200 NVL": 835e12,
-    "H200": 989e12,
-    "B200": 2250e12,
-    "A100": 312e12,
-    "A40": 149.7e12,
-    "A10": 125e12,
-    "L40S": 362e12,
-    "L4": 121e12,
+GPUS = {
+    "H100 PCIe": (756e12, 79),
+    "H100 NVL": (835e12, 93),
+    "H100": (989e12, 79),
+    "H200 NVL": (835e12, 140),
+    "H200": (989e12, 140),
+    "B200": (2250e12, 178),
+    "A100": (312e12, 79),
+    "A40": (149.7e12, 44),
+    "A10": (125e12, 22),
+    "L40S": (362e12, 44),
+    "L4": (121e12, 22),
 }
-"""Words of a GPU's name -> dense bfloat16 FLOP/s in NVIDIA's data sheet; the first match counts."""
+"""Words of a GPU's name -> dense bfloat16 FLOP/s in NVIDIA's data sheet, and usual memory in GiB; the first match counts."""
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
@@ -128,7 +129,18 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     name = f" {torch.cuda.get_device_name(device).replace('-', ' ')} "
     if " MIG " in name:
         return None
-    return next((peak for words, peak in PEAK_BFLOAT16.items() if f" {words} " in name), None)
+    return next((peak for words, (peak, _) in GPUS.items() if f" {words} " in name), None)
+
+
+def find_gpu(text: str) -> tuple[str, float, float]:
+    """Return name, bytes and FLOP/s in bfloat16 of a GPU such as H200, or A100:40 for other than its usual memory in GiB."""
+    name, _, size = text.partition(":")
+    found = next((each for each in GPUS if each.lower() == name.replace("-", " ").lower()), None)
+    if found is None or (size and (not size.isdecimal() or int(size) < 1)):
+        known = ", ".join(GPUS)
+        raise UserError(f"--plan {text} is not a known GPU: give one of {known}, or A100:40 for 40 GiB")
+    peak, usual = GPUS[found]
+    return found, float(size or usual) * 2**30, peak
 
 
 def choose_compile(chosen: bool | Literal["auto"], device: torch.device) -> bool:
@@ -296,13 +308,29 @@ def parameters(config: ModelConfig) -> int:
     """Number of a transformer's weights."""
     block = 4 * config.dim**2 + 3 * config.dim * config.hidden_dim + 2 * config.dim
     classes = (config.num_classes + 1) * config.dim
-    return config.n_layers * block + 2 * config.vocab_size * config.dim + classes + config.dim
+    condition = (config.text_dim + config.dim) * config.dim if config.condition == "text" else classes
+    return config.n_layers * block + 2 * config.vocab_size * config.dim + condition + config.dim
+
+
+def projector_parameters(config: TrainConfig) -> int:
+    """Number of the projector's weights, which have no average."""
+    guided, dim = config.selfguided, config.model.dim
+    if not guided.contrast:
+        return 0
+    widths = [dim, *[guided.projector_hidden] * (guided.projector_depth - 1), dim]
+    return sum(a * b for a, b in pairwise(widths)) + 2 * sum(widths[1:-1]) + dim
+
+
+def checkpoint_bytes(config: TrainConfig) -> int:
+    """Weights, EMA weights and AdamW's two moments in float32."""
+    return 4 * (4 * parameters(config.model) + 3 * projector_parameters(config))
 
 
 def run_bytes(config: TrainConfig, images: int = 0) -> int:
-    """Maximum disk space of a class model's run, in float32: checkpoints (weights, EMA weights, AdamW's moments) and exports.
+    """Maximum disk space of a run: checkpoints, and exports of weights and EMA weights in float32.
 
     Those of --keep-every count for a store of `images` images; the best export does not count.
     """
     kept = config.total_steps(images) // config.keep_every if config.keep_every else 0
-    return parameters(config.model) * 4 * (4 * (config.keep + 1 + kept) + 2 * (1 + kept))
+    exports = 2 * 4 * parameters(config.model) * (1 + kept)
+    return checkpoint_bytes(config) * (config.keep + 1 + kept) + exports

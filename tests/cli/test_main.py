@@ -23,6 +23,7 @@ from st_ar.cli import COMMANDS, load_command, main
 from st_ar.cli.train import Train
 from st_ar.config import (
     InvarianceSettings,
+    PlanConfig,
     SampleSettings,
     TrainConfig,
     WatchConfig,
@@ -138,9 +139,9 @@ def test_a_presets_help_explains_every_setting(capsys: Capture, monkeypatch: pyt
     own = [
         f"--{field.name.replace('_', '-')}"
         for field in dataclasses.fields(Train)
-        if field.name not in ("preset", "config", "watching")
+        if field.name not in ("preset", "config", "watching", "planning")
     ]
-    for flag in [*own, *flags(WatchConfig), *flags(TrainConfig)]:
+    for flag in [*own, *flags(PlanConfig), *flags(WatchConfig), *flags(TrainConfig)]:
         assert re.search(rf"(?m)^\W*{flag}\b", text), flag
     width = PRESETS[preset]().model.dim
     assert re.search(

@@ -12,6 +12,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Generator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -82,6 +83,7 @@ for _name, _value in {
     "current_device": lambda: 0,
     "set_device": lambda device: None,
     "get_device_name": lambda *args: "NVIDIA H200",
+    "get_device_properties": lambda *args: SimpleNamespace(total_memory=141 << 30),
     "get_rng_state": lambda *args: torch.zeros(16, dtype=torch.uint8),
     "set_rng_state": lambda *args: None,
     "max_memory_allocated": lambda *args: 0,

@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -23,7 +24,7 @@ from st_ar.model.generate import TokenSampler
 from st_ar.model.transformer import Transformer
 from st_ar.presets import get_preset
 from st_ar.selfguided import objective
-from st_ar.training import graph, loop
+from st_ar.training import graph, loop, plan
 from st_ar.training.checkpoint import CheckpointExporter, State
 from st_ar.training.inputs import Inputs
 from st_ar.training.vqgan import VQLearner
@@ -46,7 +47,7 @@ def devices(state: State) -> list[str]:
 
 def train(config: TrainConfig) -> Report:
     """Run `train` itself; its checkpoints are not written. Returns a report for each step, and the devices of the state."""
-    recorder, found = fake_cuda.Recorder(), Report(devices=[])
+    recorder, found = fake_cuda.Recorder(), Report(devices=[], notes=[])
     start_step = Watch.start_step
 
     def begin(self: Watch, step: int, total: int) -> bool:
@@ -68,13 +69,14 @@ def train(config: TrainConfig) -> Report:
             fake_cuda.on_host(write_text)(
                 text := folder / "text.safetensors", np.ones((8, 3, model.text_dim), np.float32)
             )
-        with mock.patch.object(CheckpointExporter, "save", save), recorder:
+        noted = mock.patch.object(plan, "note", found["notes"].append)
+        with noted, mock.patch.object(CheckpointExporter, "save", save), recorder:
             loop.train(config, folder / "tokens", folder / "run", text=text, watching=WatchConfig(track=("none",)))
     return found
 
 
 def train_with_faults() -> Report:
-    """Train with an `.item()` in the loss and another in the loop."""
+    """Train with an `.item()` in the loss and another in the loop, on a GPU that is too small."""
     loss, clip = objective.linear_next_token_loss, loop.clip_gradients
 
     def read_loss(*args: Any, **options: Any) -> torch.Tensor:
@@ -90,6 +92,7 @@ def train_with_faults() -> Report:
     with (
         mock.patch.object(objective, "linear_next_token_loss", read_loss),
         mock.patch.object(loop, "clip_gradients", read_norm),
+        mock.patch.object(torch.cuda, "get_device_properties", return_value=SimpleNamespace(total_memory=32 << 20)),
     ):
         return train(shortened(get_preset("st-ar-photos"), n_layers=2))
 

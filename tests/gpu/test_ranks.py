@@ -6,10 +6,13 @@ what the allocator, kernels and NCCL need beyond tensors.
 """
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
+from st_ar.presets import get_preset
+from st_ar.training.plan import predict_memory
 from tests.gpu.conftest import Script
 
 Report = dict[str, Any]
@@ -68,6 +71,14 @@ def over_budget(ranks: Report, budgets: dict[str, float]) -> dict[str, float]:
     return {run: peak for run, peak in peaks.items() if peak > budgets[run]}
 
 
+def prediction(run: str) -> float:
+    """The peak that `st-ar train --plan` tells of the full size, in GiB."""
+    world, _, kind = run.partition(", ")
+    config = replace(get_preset("st-ar-xl"), parallel="fsdp", batch_size=16 * int(world))
+    config = replace(config, activation_checkpointing=kind.split()[0] if kind else "none")
+    return predict_memory(config, int(world), compiled=False).peak / GIB
+
+
 def test_memory_peaks_within_the_budget(ranks: Report) -> None:
     assert over_budget(ranks, {"8": 1.5, "8 in two groups": 1.6, "64": 1.42}) == {}
 
@@ -78,3 +89,6 @@ def test_memory_of_the_full_size_peaks_within_the_budget(run_script: Script) -> 
     ranks = run_script("ranks", "full-size")
     budgets = {"8": 24, "64": 23, "8, selective recomputation": 13, "8, full recomputation": 4.6}
     assert over_budget(ranks, budgets) == {}
+    assert {run: ranks[run]["peak"] / GIB for run in budgets} == pytest.approx(
+        {run: prediction(run) for run in budgets}, rel=0.1
+    )

@@ -125,6 +125,12 @@ def test_a_value_read_in_a_step_is_found(steps: Report) -> None:
     assert places(report["wait"]) == {"steps.py read_loss": 1, "steps.py read_norm": 1}
 
 
+def test_a_run_too_large_for_the_gpu_is_noted_before_it_begins(steps: Report) -> None:
+    assert {run: steps[run]["notes"] for run in RUNS} == {run: [] for run in RUNS}
+    [note] = steps["faults"]["notes"]
+    assert note.startswith("training may take 0.0355 GiB, more than 90% of a GPU's 0.0312 GiB: give --accumulate 4 (")
+
+
 def test_every_kind_of_wait_is_found(steps: Report) -> None:
     expected = {name: [name.split(":")[0]] for name in steps["noted"] if not name.startswith("none")}
     expected |= {name: [] for name in steps["noted"] if name.startswith("none")}

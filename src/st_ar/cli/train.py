@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 import tyro
 
 from st_ar.cli import options, require_one_rank
-from st_ar.config import VQ_PRESETS, RunConfig, TrainConfig, VQTrainConfig, WatchConfig
+from st_ar.config import VQ_PRESETS, PlanConfig, RunConfig, TrainConfig, VQTrainConfig, WatchConfig
 from st_ar.errors import UserError, listed
 from st_ar.presets import PRESETS, get_preset, unknown_preset
 
@@ -217,10 +217,36 @@ class Train:
     """Folder of the run."""
     resume: bool = False
     """Continue the run in --out from its latest checkpoint, with the same settings."""
+    planning: Annotated[PlanConfig, tyro.conf.arg(name="")] = field(default_factory=PlanConfig)
     watching: Annotated[WatchConfig, tyro.conf.arg(name="")] = field(default_factory=WatchConfig)
     config: Annotated[TrainConfig, tyro.conf.arg(name="")]
 
     def run(self) -> None:
+        self._train() if self.planning.plan is None else self._plan(self.planning.plan)
+
+    def _plan(self, gpu: str) -> None:
+        """Print what the run would take."""
+        from st_ar.data.store import META, TokenStore
+        from st_ar.hardware import find_gpu
+        from st_ar.report import print_table
+        from st_ar.training.parallel import choose_parallel
+        from st_ar.training.plan import plan_run, shortage
+
+        (name, memory, peak), ranks, mfu = find_gpu(gpu), self.planning.ranks or 1, self.planning.mfu or 0.4
+        config = replace(self.config, parallel=choose_parallel(self.config, ranks))
+        known, compiled = (self.tokens.expanduser() / META).exists(), config.compile is not False
+        images = len(TokenStore(self.tokens)) if known else 1_281_167
+        source = "" if known else " (ASSUMED: ImageNet)"
+        print(
+            f"{self.preset}, {images:,} images{source}, {ranks} x {name} of {memory / 2**30:.0f} GiB; predicted, not measured"
+        )
+        print(f"throughput ASSUMED: {mfu:.0%} of {peak / 1e12:,.0f} TFLOP/s\n")
+        rows = plan_run(config, memory, peak, ranks=ranks, mfu=mfu, images=images, compiled=compiled)
+        print_table(("what", "how much"), rows)
+        if short := shortage(config, ranks, memory, compiled=compiled):
+            print(f"\n{short}")
+
+    def _train(self) -> None:
         from st_ar.files import read_json
         from st_ar.training.loop import train
         from st_ar.training.run import read_log
@@ -256,7 +282,9 @@ def read_train(arguments: Sequence[str]) -> Callable[[], None]:
     )
     name, rest = _choose_preset("train", usage, PRESETS, arguments)
     config = _with_budget(get_preset(name), rest)
-    default = Train(preset=name, tokens=tyro.MISSING, out=tyro.MISSING, config=config)
+    # a plan needs no folders
+    path = Path() if any(word.split("=")[0] == "--plan" for word in rest) else tyro.MISSING
+    default = Train(preset=name, tokens=path, out=path, config=config)
     prog, description = f"st-ar train {name}", PRESETS[name].__doc__
     return tyro.cli(Train, prog=prog, args=rest, description=description, default=default).run
 

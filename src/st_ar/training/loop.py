@@ -22,6 +22,7 @@ from st_ar.training.graph import GraphedPasses, Passes, require_graph
 from st_ar.training.inputs import DataPaths, Inputs
 from st_ar.training.optim import adamw, clip_gradients, learning_rate, set_learning_rate
 from st_ar.training.parallel import choose_parallel, gradient_sync, parallelize, unwrap
+from st_ar.training.plan import note_shortage
 from st_ar.training.run import Run, training_session
 from st_ar.training.watch import Watch
 
@@ -67,13 +68,15 @@ def train(
     with training_session(config) as (ranks, device), Run(out, config, ranks, preset=preset, resume=resume) as run:
         # Open everything and refuse what cannot work before the run begins.
         parallel, dtype = choose_parallel(config, ranks.world), choose_dtype(config.dtype, device)
-        choose_compile(config.compile, device)  # refuses a missing compiler
+        compiled = choose_compile(config.compile, device)  # refuses a missing compiler
         if config.cuda_graph:
             require_graph(device, ranks.world)
         paths = DataPaths(tokens=tokens, text=text, validation=validation, init=init, init_ema=init_ema)
         inputs = Inputs(paths, config, out / "best", ranks)
         total = config.total_steps(len(inputs.store))
         watch = Watch(watching or WatchConfig(), config, out, inputs, device, dtype)
+        if device.type == "cuda" and run.writes:
+            note_shortage(config, parallel, dtype, ranks.world, device, compiled=compiled)
         run.open(inputs.describe, dtype, images=len(inputs.store), exported=exported_step(out / "export"))
 
         # Build the student, its teacher and the optimizer, and restore them.
