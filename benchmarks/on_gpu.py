@@ -26,7 +26,7 @@ A slice that fails says why, and the others go on; the exit status is then 1.
 With 15 minutes on a GPU, run first, in about 6 minutes:
 
     python benchmarks/on_gpu.py check training sampling vqgan features --presets b \
-      --limit-s check=130 training=70 sampling=70 vqgan=35 features=25 --out out
+      --limit-s check=150 training=70 sampling=60 vqgan=35 features=25 --out out
 
 then, in about 5 minutes:
 
@@ -108,7 +108,7 @@ LIMITS = {
     "quickstart": 240,
 }
 """Seconds of each slice. After the last case within them it stops by itself."""
-GRACE = 20
+GRACE = 30
 """Seconds over its limit, its start among them, after which a slice is killed."""
 Keep = Callable[[dict[str, Any]], object]
 """Saves what a slice has so far, in case its time ends."""

@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 from itertools import count
@@ -140,6 +141,40 @@ def test_cases_begin_only_if_the_longest_would_fit_again(monkeypatch: pytest.Mon
     assert (begun, budget.left_out, budget.left()) == ([10, 40, 30], ["30", "5"], 20)
 
 
+def test_the_calls_in_the_help_fit_their_minutes(module: Any) -> None:
+    on_gpu = module("on_gpu")
+    calls = re.findall(r"benchmarks/on_gpu.py ([a-z0-9 ]+ --(?:[^-]|-[^-]|--(?!out))+?)--out out\n", on_gpu.__doc__)
+    assert len(calls) == 4
+    for call in calls:
+        options = {
+            name: words for name, *words in (part.split() for part in f"slices {call}".replace("\\", "").split("--"))
+        }
+        limits = on_gpu.read_limits(options["limit-s"])
+        assert limits.keys() == on_gpu.LIMITS.keys() == on_gpu.SLICES.keys()
+        assert 250 <= sum(limits[name] for name in options["slices"]) <= 350
+    assert on_gpu.read_limits(["9", "check=5"]) == dict.fromkeys(on_gpu.LIMITS, 9) | {"check": 5}
+
+
+def test_memory_on_a_gpu_is_a_methods_own(module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    held, most, steps = [7 * 2**30], [0], count()  # other methods hold 7 GiB
+
+    def step() -> None:
+        held[0] += 2 * 2**30 if next(steps) == 0 else 0  # the optimizer's state
+        most[0] = max(most[0], held[0] + 3 * 2**30)
+
+    fakes: dict[str, Any] = {
+        "memory_allocated": lambda: held[0],
+        "max_memory_allocated": lambda: most[0],
+        "reset_peak_memory_stats": lambda: most.__setitem__(0, held[0]),
+        "synchronize": lambda: None,
+    }
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    peak, seconds = module("training").gpu_memory(step, 2**30)
+    assert peak == 1 + 2 + 3
+    assert seconds >= 0
+
+
 def test_a_check_that_fails_does_not_stop_the_others(capsys: pytest.CaptureFixture[str], module: Any) -> None:
     def broken() -> Any:
         raise RuntimeError("no such kernel")
@@ -270,7 +305,7 @@ socket.getaddrinfo = refuse
 """
 
 
-@pytest.mark.slow  # each slice compiles or starts processes: two minutes in all
+@pytest.mark.slow  # each slice is a process, and some compile: minutes in all
 def test_every_slice_runs_small_with_the_listed_packages_and_no_network(tmp_path: Path, module: Any) -> None:
     (tmp_path / "bare").mkdir()
     (tmp_path / "bare" / "sitecustomize.py").write_text(BARE)
