@@ -201,6 +201,7 @@ def measure(
     llamagen: Path | None = None,
     profiled: bool = False,
     cheaper: bool = False,
+    memory: bool = True,
 ) -> dict[str, Any]:
     """Every method for one preset, and how they compare, round by round."""
     methods = ["AR", *(GUIDED if cheaper else ["ST-AR"]), *(["LlamaGen"] if llamagen else [])]
@@ -245,7 +246,7 @@ def measure(
     for method in methods:
         if method in on_gpu:
             found[method]["peak_gib"], found[method]["seconds to the first step"] = on_gpu[method]
-        else:
+        elif memory:
             found[method]["peak_gib"] = memory_of(method, preset, sequences, dtype, compiled, llamagen)
     return found
 
