@@ -7,6 +7,7 @@ gradients are compared with attention written out in float32. What builds a mask
 import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import torch
@@ -35,6 +36,8 @@ class Way:
     attend: Callable[[Tensor, Tensor, Tensor, Any], Tensor]
     """q, k, v [B, H, T, d] and the mask -> [B, H, T, d]."""
     masks_keys: bool = True
+    last: bool = False
+    """Whether to try it after all others, since an error in a kernel ends all CUDA work of the process."""
 
 
 def full_mask(hidden: Tensor, _heads: int) -> Tensor:
@@ -114,12 +117,13 @@ def ways(device: torch.device) -> dict[str, Way]:
         "unmasked, causal": Way(no_mask, sdpa(None), masks_keys=False),
     }
     if device.type == "cuda":
+        cudnn = sdpa(SDPBackend.CUDNN_ATTENTION)
         found |= {
-            "mask T x T, cuDNN": Way(full_mask, sdpa(SDPBackend.CUDNN_ATTENTION)),
             "causal and key bias": Way(key_bias, efficient_causal),
-            "FlexAttention": Way(block_mask, flex()),
-            "unmasked, causal, cuDNN": Way(no_mask, sdpa(SDPBackend.CUDNN_ATTENTION), masks_keys=False),
             "unmasked, causal, memory-efficient": Way(no_mask, sdpa(SDPBackend.EFFICIENT_ATTENTION), masks_keys=False),
+            "FlexAttention": Way(block_mask, flex(), last=True),
+            "unmasked, causal, cuDNN": Way(no_mask, cudnn, masks_keys=False, last=True),
+            "mask T x T, cuDNN": Way(full_mask, cudnn, last=True),
         }
     return found
 
@@ -156,9 +160,16 @@ def agreement(way: Way, inputs: Mapping[str, Tensor], hidden: Tensor, slope: Ten
 
 
 def measure(
-    batch: int, heads: int, width: int, length: int, rounds: int, device: torch.device, budget: Budget
+    batch: int,
+    heads: int,
+    width: int,
+    length: int,
+    chosen: dict[str, Way],
+    rounds: int,
+    device: torch.device,
+    budget: Budget,
 ) -> dict[str, Any]:
-    """Milliseconds of forward and backward, TFLOP/s, and agreement, of each way. The FLOPs are those of causal attention."""
+    """Milliseconds of forward and backward, TFLOP/s, and agreement, of each chosen way. The FLOPs are those of causal attention."""
     generator = torch.Generator(device).manual_seed(0)
     shape = (batch, length, heads, width)
     inputs = {name: torch.randn(shape, generator=generator, device=device, dtype=torch.bfloat16) for name in "qkv"}
@@ -167,7 +178,7 @@ def measure(
     hidden[:, 0] = False
     flops = 0.5 * 3.5 * 4 * batch * heads * length**2 * width
     found: dict[str, Any] = {}
-    for name, way in budget.cases(ways(device).items(), named=lambda item: f"{heads} heads, {item[0]}"):
+    for name, way in budget.cases(chosen.items(), named=lambda item: f"{heads} heads, {item[0]}"):
         try:
             found[name] = agreement(way, inputs, hidden, slope)
             mask = way.prepare(hidden, heads)
@@ -193,11 +204,14 @@ def attention(
     device: torch.device, small: bool, budget: Budget, keep: Callable[[dict[str, Any]], object]
 ) -> dict[str, Any]:
     """At the heads of B, L and XL, 256 sequences of 256 tokens each, so that the GPU and not the host sets the pace."""
-    found: dict[str, Any] = {}
-    for preset in ("b", "l", "xl")[: 1 if small else None]:
+    found, every = dict[str, Any](), ways(device)
+    presets = ("b",) if small else ("b", "l", "xl")
+    for last, preset in product((False, True), presets):
         model = get_preset(f"llamagen-{preset}").model
         sizes = (2, 2, 16, 32) if small else (256, model.n_heads, model.head_dim, model.sequence_length)
         name = "{} sequences, {} heads of width {}, T = {}".format(*sizes)
-        found[name] = measure(*sizes, rounds=2 if small else 10, device=device, budget=budget)
+        chosen = {name: way for name, way in every.items() if way.last == last}
+        measured = measure(*sizes, chosen, rounds=2 if small else 10, device=device, budget=budget)
+        found[name] = found.get(name, {}) | measured
         keep(found)
     return found
