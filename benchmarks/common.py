@@ -6,10 +6,10 @@ import statistics
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -19,6 +19,34 @@ from st_ar.hardware import describe, flops_per_token
 from st_ar.tokenizer import Tokenizer, decode_to_images
 
 RESULTS = Path(__file__).parent / "results"
+
+
+Item = TypeVar("Item")
+
+
+class Budget:
+    """The seconds that a slice of on_gpu.py may take, from now on."""
+
+    def __init__(self, seconds: float) -> None:
+        self.end = time.perf_counter() + seconds
+        self.left_out: list[str] = []
+        """The cases that there was no time for."""
+
+    def left(self) -> float:
+        """Seconds left."""
+        return self.end - time.perf_counter()
+
+    def cases(self, items: Iterable[Item], *, named: Callable[[Item], str] = str) -> Iterator[Item]:
+        """The items, without those that begin when less is left than the longest so far has taken."""
+        longest = 0.0
+        for item in items:
+            begun = time.perf_counter()
+            if self.left() <= longest:
+                self.left_out.append(named(item))
+                print(f"no time for {named(item)}: {self.left():.0f} s left", flush=True)
+                continue
+            yield item
+            longest = max(longest, time.perf_counter() - begun)
 
 
 def flop_limit(config: ModelConfig) -> float:
@@ -98,7 +126,7 @@ def pictures(painter: Tokenizer, tokens: np.ndarray) -> np.ndarray:
     )
 
 
-def save(name: str, results: Any, folder: Path = RESULTS) -> Path:
+def save(name: str, results: Any, folder: Path = RESULTS, *, quiet: bool = False) -> Path:
     """Write NAME.json with the machine, the versions, the date and the command."""
     path = folder / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -113,5 +141,6 @@ def save(name: str, results: Any, folder: Path = RESULTS) -> Path:
         "results": results,
     }
     path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    print(f"saved {path}")
+    if not quiet:
+        print(f"saved {path}")
     return path

@@ -47,7 +47,8 @@ def theirs(path: Path, model: Transformer) -> tuple[Any, Callable[..., torch.Ten
     gpt = importlib.import_module("autoregressive.models.gpt")
     their_generate = importlib.import_module("autoregressive.models.generate").generate
     c = model.config
-    args = gpt.ModelArgs(dim=c.dim, n_layer=c.n_layers, n_head=c.n_heads, vocab_size=c.vocab_size, block_size=c.grid**2)
+    sizes = {"dim": c.dim, "n_layer": c.n_layers, "n_head": c.n_heads, "block_size": c.sequence_length}
+    args = gpt.ModelArgs(vocab_size=c.vocab_size, num_classes=c.num_classes, **sizes)
     twin = gpt.Transformer(args)
     twin.load_state_dict(model.state_dict(), strict=False)
     return twin.eval(), their_generate

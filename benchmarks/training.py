@@ -7,7 +7,8 @@
 All train on the same batches, in turn, each as its run would: forward, backward, clipping, AdamW, EMA. LlamaGen's is its own
 `Transformer` and `update_ema` with the step that its train_c2i.py takes, compiled as a whole with --compile as it is there; our
 blocks are compiled one by one. Shares of the peak are of the data sheet's on a GPU that is known, else of what a large matrix
-product reaches here. Memory is the peak of a process of its own for each method, over what it held before it built anything.
+product reaches here. Memory is the peak of each method alone: on a GPU what its tensors take, on a CPU that of a process of its own,
+over what it held before it built anything.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import importlib
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from copy import deepcopy
@@ -143,14 +145,26 @@ def make_step(
     return our_step(config, device, dtype)
 
 
-def peak_memory(step: Callable[[], Step], device: torch.device) -> float:
-    """GiB that three steps have held at most, everything built included."""
-    on_cpu = device.type == "cpu"
-    before = most_held() if on_cpu else 0.0
-    action = step()
+def gpu_memory(step: Step, built: int) -> tuple[float, float]:
+    """GiB that a method alone would have held at most, given the bytes of its networks; and the seconds of its first step."""
+    begun = time.perf_counter()
+    before = torch.cuda.memory_allocated()
+    step()  # compiles, and makes the optimizer's state
+    torch.cuda.synchronize()
+    first = time.perf_counter() - begun
+    held = built + torch.cuda.memory_allocated() - before
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    step()
+    return (held + torch.cuda.max_memory_allocated() - before) / 2**30, first
+
+
+def peak_memory(make: Callable[[], Step]) -> float:
+    """GiB of this process's memory that three steps have held at most, everything built included."""
+    before, step = most_held(), make()
     for _ in range(3):
-        action()
-    return (most_held() - before if on_cpu else torch.cuda.max_memory_allocated()) / 2**30
+        step()
+    return (most_held() - before) / 2**30
 
 
 def most_held() -> float:
@@ -187,11 +201,20 @@ def measure(
     llamagen: Path | None = None,
     profiled: bool = False,
     cheaper: bool = False,
+    memory: bool = True,
 ) -> dict[str, Any]:
     """Every method for one preset, and how they compare, round by round."""
     methods = ["AR", *(GUIDED if cheaper else ["ST-AR"]), *(["LlamaGen"] if llamagen else [])]
     configs = {method: configure(preset, method, sequences, compiled) for method in methods}
-    steps = {method: make_step(method, config, llamagen, device, dtype) for method, config in configs.items()}
+    steps: dict[str, Step] = {}
+    built: dict[str, int] = {}
+    for method, config in configs.items():
+        before = torch.cuda.memory_allocated()
+        steps[method] = make_step(method, config, llamagen, device, dtype)
+        built[method] = torch.cuda.memory_allocated() - before
+    on_gpu = (
+        {method: gpu_memory(step, built[method]) for method, step in steps.items()} if device.type == "cuda" else {}
+    )
     times = time_in_turn(steps, rounds=rounds, warmup=3, device=device)
     guided = configs["ST-AR"]
     tokens = guided.batch_size * guided.views * guided.model.sequence_length
@@ -221,7 +244,10 @@ def measure(
         gc.collect()  # compiled blocks point at themselves
         torch.cuda.empty_cache()
     for method in methods:
-        found[method]["peak_gib"] = memory_of(method, preset, sequences, dtype, compiled, llamagen)
+        if method in on_gpu:
+            found[method]["peak_gib"], found[method]["seconds to the first step"] = on_gpu[method]
+        elif memory:
+            found[method]["peak_gib"] = memory_of(method, preset, sequences, dtype, compiled, llamagen)
     return found
 
 
@@ -240,7 +266,7 @@ def tell_memory(told: dict[str, Any]) -> None:
     device, dtype = choose_device("auto"), getattr(torch, told["dtype"])
     config = configure(told["preset"], told["method"], told["sequences"], told["compiled"])
     llamagen = None if told["llamagen"] is None else Path(told["llamagen"])
-    print(peak_memory(lambda: make_step(told["method"], config, llamagen, device, dtype), device))
+    print(peak_memory(lambda: make_step(told["method"], config, llamagen, device, dtype)))
 
 
 def main() -> None:
