@@ -28,10 +28,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from st_ar import load_model
 from st_ar.config import PLAIN, VQ_16, VQ_PRESETS, ModelConfig, SampleSettings, SelfGuidedConfig, TrainConfig, VQConfig
 from st_ar.data.llamagen import import_tokens
 from st_ar.errors import Interrupted, cause
 from st_ar.hardware import choose_device, full_precision
+from st_ar.model import transformer
 from st_ar.model.generate import TokenSampler, generate
 from st_ar.model.transformer import Transformer
 from st_ar.presets import get_preset
@@ -160,6 +162,13 @@ def compare_gradients(config: TrainConfig, place: Place, dtype: torch.dtype, com
     }
 
 
+def compare_one_row(config: TrainConfig, place: Place, dtype: torch.dtype, compiled: bool) -> Numbers:
+    """The same with the mask of Eq. 3 as one row of keys."""
+    expected(config)  # on the CPU, whose mask is square in any case
+    with mock.patch.object(transformer, "CAUSAL_KEY_BIAS", True):
+        return compare_gradients(config, place, dtype, compiled)
+
+
 def gradients(place: Place, grid: int, condition: str) -> Cases:
     """Each method in both types; then compiled in bfloat16, and ST-AR also in float32."""
     ways = [(method, dtype, False) for method in METHODS for dtype in (EXACT, FAST)]
@@ -169,6 +178,9 @@ def gradients(place: Place, grid: int, condition: str) -> Cases:
         config = settings(method, grid, condition, place.small)
         name = f"{condition}, T = {grid**2}, {method}, {_short(dtype)}{', compiled' if compiled else ''}"
         yield name, partial(compare_gradients, config, place, dtype, compiled)
+        guided = METHODS[method]
+        if place.device.type == "cuda" and condition == "class" and guided.mask_ratio and guided.mask_own_position:
+            yield f"{name}, mask as one row", partial(compare_one_row, config, place, dtype, compiled)
 
 
 def _short(dtype: torch.dtype) -> str:
@@ -299,7 +311,22 @@ def random_store(folder: Path, config: ModelConfig) -> Path:
 def runs(place: Place) -> Cases:
     """Saving while training goes on, resuming, and `st-ar train`."""
     yield "checkpoints", partial(compare_checkpoints, place)
+    if place.device.type == "cuda":
+        yield "CUDA graph", compare_graph
     yield f"st-ar train, {STEPS} steps", partial(command_line, place)
+
+
+def compare_graph() -> Numbers:
+    """A run whose passes are replayed as a CUDA graph, and the same without."""
+    config = replace(get_preset("st-ar-photos"), steps=STEPS, log_every=EVERY, batch_size=16, compile=False)
+    config = replace(config, selfguided=replace(config.selfguided, every=2))  # two graphs
+    weights: list[Tensor] = []
+    with tempfile.TemporaryDirectory() as folder:
+        store = random_store(Path(folder), config.model)
+        for graphed in (False, True):
+            run = train(replace(config, cuda_graph=graphed), store, Path(folder) / str(graphed))
+            weights.append(torch.cat([p.flatten() for p in load_model(run).cpu().parameters()]))
+    return {"weights at the end": (apart(weights[1], weights[0]), 0.01), "not finite": not_finite({"all": weights[1]})}
 
 
 def compare_checkpoints(place: Place) -> Numbers:

@@ -61,6 +61,7 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "out"
 
 
+@pytest.mark.slow
 def test_each_method_is_trained_and_measured(out: Path) -> None:
     found = json.loads((out / "small-cifar10.json").read_text())["results"]
     assert (found.pop("steps"), found.pop("seed")) == (20, 0)
@@ -75,6 +76,7 @@ def test_each_method_is_trained_and_measured(out: Path) -> None:
     assert len(set(losses.values())) == 3
 
 
+@pytest.mark.slow
 def test_samples_become_images_to_evaluate(out: Path, tmp_path: Path) -> None:
     codebook = torch.rand(32, 48, generator=torch.Generator().manual_seed(0)) * 2 - 1
     KMeansTokenizer(codebook, 4).save(tmp_path / "tokenizer")
@@ -109,6 +111,7 @@ def test_a_slice_that_fails_keeps_its_figures_and_says_why(
     assert found == {"revision": "abc", "half": 1, "failed": "no such kernel", "seconds": 0}
 
 
+@pytest.mark.slow
 def test_a_slice_over_its_limit_is_killed_and_the_others_go_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: Any, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -260,6 +263,7 @@ def test_codes_and_revival_are_checked(
     assert next(numbers) == 7
 
 
+@pytest.mark.slow
 def test_checkpoints_are_checked(module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     gpu_checks = module("gpu_checks")
     place = gpu_checks.Place(CPU, True)

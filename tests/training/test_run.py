@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 
 from st_ar.errors import UserError
 from st_ar.model.weights import open_model
-from st_ar.selfguided.guidance import sample_guidance
 from st_ar.selfguided.objective import Losses, SelfGuided
 from st_ar.training import loop
 from st_ar.training.checkpoint_files import list_checkpoints
@@ -176,12 +175,12 @@ def test_weights_that_explode_later_leave_a_checkpoint(
 def poisoned(patch: pytest.MonkeyPatch, **steps: float) -> None:
     """Add to a gradient at step s, for each s=value, what makes the norm not finite."""
     poison = {int(name.removeprefix("at_")): value for name, value in steps.items()}
-    current = 0
+    current, sample = 0, SelfGuided.sample
 
-    def seen(config: Any, shape: Any, *, step: int, **rest: Any) -> Any:
+    def seen(self: SelfGuided, shape: Any, step: int, **rest: Any) -> Any:
         nonlocal current
         current = step
-        return sample_guidance(config, shape, step=step, **rest)
+        return sample(self, shape, step, **rest)
 
     def armed(learner: Learner, *rest: Any) -> Losses:
         losses = forward_backward(learner, *rest)
@@ -192,7 +191,7 @@ def poisoned(patch: pytest.MonkeyPatch, **steps: float) -> None:
             gradient[3, 5] = poison[current]
         return losses
 
-    patch.setattr(loop, "sample_guidance", seen)
+    patch.setattr(SelfGuided, "sample", seen)
     patch.setattr(loop, "forward_backward", armed)
 
 
