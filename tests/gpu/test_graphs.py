@@ -20,18 +20,20 @@ def graphs(run_script: Script) -> dict[str, Any]:
     ("run", "count"),
     [
         ("plain", 1),
-        ("guided", 2),  # the student's with a mask, the teacher's without
-        ("alternating", 3),  # and the student's without
+        ("alternating", 3),  # the student's with a mask and without, and the teacher's
         ("text", 2),  # with gradients and without
-        ("guided, all recomputed", 2),
-        ("guided, some recomputed", 2),
-        ("plain, sharded", 1),
-        ("guided, sharded", 2),
+        ("guided, sharded", 2),  # the student's with a mask, the teacher's without
     ],
 )
 def test_training_compiles_few_graphs(graphs: dict[str, Any], run: str, count: int) -> None:
     of_the_loss = 1
     assert graphs[run] == {"graphs": count + of_the_loss, "breaks": 0}
+
+
+@pytest.mark.slow
+def test_recomputed_blocks_compile_few_graphs(run_script: Script) -> None:
+    found = run_script("graphs", "recomputed")
+    assert found == {kind: {"graphs": 3, "breaks": 0} for kind in ("full", "selective")}
 
 
 def test_decoding_compiles_one_graph_for_all_lengths(graphs: dict[str, Any]) -> None:

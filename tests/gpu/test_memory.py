@@ -35,6 +35,7 @@ def wrong(found: dict[str, int]) -> dict[str, float]:
     return {name: ratio for name, ratio in ratios.items() if not 0.9 < ratio < 1.1}
 
 
+@pytest.mark.slow
 def test_the_peak_of_a_small_run_is_predicted(run_script: Script) -> None:
     found = run_script("memory", *TINY)
     assert found.keys() == set(TINY)

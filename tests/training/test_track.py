@@ -269,6 +269,7 @@ train(RUN, line / "tokens", out, watching=everything(line, track=("wandb", "trac
 """
 
 
+@pytest.mark.slow
 @needs_wandb
 @needs_trackio
 def test_a_killed_run_leaves_whole_curves(tmp_path: Path) -> None:
