@@ -58,7 +58,7 @@ OPTIONAL = {
     "jinja2": ("HTML reports", "quickstart"),
     "matplotlib": ("figures", "quickstart"),
     "sklearn": ("k-means tokenizers and the probe's ridge and logistic methods", "quickstart"),
-    "transformers": ("DINOv2's features", "dinov2"),
+    "transformers": ("DINOv2's features and the example of a Llama", "dinov2"),
 }
 """Optional package -> what needs it, and the extra that installs it."""
 

@@ -80,7 +80,14 @@ def _block(page: str, line: int, text: str, language: str) -> Block:
         raise AssertionError(
             f"{page}:{line}: {first!r} is neither command nor Python: declare it in tests/docs/stand_ins.py"
         )
-    fences = {("text", "listing"), ("bibtex", "listing"), ("bash", "bash"), ("shell", "shell"), ("python", "python")}
+    fences = {
+        ("text", "listing"),
+        ("diff", "listing"),
+        ("bibtex", "listing"),
+        ("bash", "bash"),
+        ("shell", "shell"),
+        ("python", "python"),
+    }
     assert not language or (language, kind) in fences, first
     block = Block(page, line, kind, text)
     if kind == "shell":

@@ -37,6 +37,7 @@ PARSED: list[tuple[str, str]] = [
     (r"^st-ar quickstart", "takes minutes; the quickstart has tests of its own"),
     (r"^st-ar reproduce", "takes minutes; the tables have tests of their own"),
     (r"^python (autoregressive|evaluations)/", "a script of LlamaGen's"),
+    (r"^python examples/", "takes minutes; the examples have tests of their own"),
 ]
 """Pattern -> why a command that it finds is parsed instead of run."""
 
@@ -67,6 +68,8 @@ LISTINGS = {
     ("demo.md", "location /demo/ {"),
     ("index.md", "images --tokenize--> token store --train--> run --sample--> images --evaluate--> table"),
     ("own-images.md", "pictures/"),
+    ("own-model.md", "AR     step   1  next token 5.668"),
+    ("own-model.md", "--- a/autoregressive/train/train_c2i.py"),
     ("scale.md", "/shared/tokens/imagenet    the token store: every rank reads it, at random"),
     (
         "llamagen.md",

@@ -115,6 +115,9 @@ def parse(command: str) -> None:
             tensorboard.TensorBoard().configure(argv=words)
     elif program == "python" and rest[0] == "-c":
         compile(rest[1], command, "exec")
+    elif program == "python" and rest[0].startswith("examples/"):
+        text = (ROOT / rest[0]).read_text()
+        assert all(f'"{word}"' in text for word in rest[1:] if word.startswith("--")), command
     elif program == "curl":
         addresses = [word for word in rest if word != "-LO"]
         assert addresses
@@ -174,6 +177,8 @@ def test_what_a_page_shows_runs_in_its_order(page: str, world: Path, tmp_path: P
                     exec(compile("\n" * (block.line - 1) + block.text, page, "exec"), names)
         if page == "imagenet.md":
             check_imagenet()
+        if page in ("README.md", "own-model.md"):  # the loop ran to its end
+            assert (names["step"], bool(names["loss"].isfinite())) == (2, True)
 
 
 WNIDS = {1: "n02119789", 2: "n02100735", 3: "n01440764"}
@@ -224,7 +229,12 @@ def check_imagenet() -> None:
 
 def given(page: str) -> dict[str, Any]:
     """What the page's Python takes as given, small."""
-    made: dict[str, Callable[[], dict[str, Any]]] = {"evaluation.md": for_metrics, "python.md": for_distances}
+    made: dict[str, Callable[[], dict[str, Any]]] = {
+        "evaluation.md": for_metrics,
+        "python.md": for_distances,
+        "README.md": for_features,
+        "own-model.md": for_a_llama,
+    }
     return made[page]() if page in made else {}
 
 
@@ -238,6 +248,28 @@ def for_metrics() -> dict[str, Any]:
 
 def for_distances() -> dict[str, Any]:
     return {"others": torch.zeros(2, 3, 32, 32)}
+
+
+def for_features() -> dict[str, Any]:
+    """A loop around an embedding of 768 features."""
+    model = torch.nn.Embedding(16, 768)
+
+    def run(model: Any, tokens: Any, labels: Any, key_mask: Any = None) -> tuple[Any, dict[str, Any]]:
+        features = model(tokens)
+        return features.mean(), {"mid": features, "last": features}
+
+    loader = [(torch.randint(16, (3, 2, 9)), torch.arange(3))] * 2
+    return {"model": model, "run": run, "loader": loader, "optimizer": torch.optim.SGD(model.parameters(), 0.1)}
+
+
+def for_a_llama() -> dict[str, Any]:
+    """The network that the page describes, narrow, and two batches."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 12, "num_attention_heads": 2}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=16384 + 1001, **sizes))
+    loader = [(torch.randint(256, (3, 2, 64)), torch.arange(3))] * 2
+    optimizer = torch.optim.AdamW(model.parameters())
+    return {"model": model, "tokens": loader[0][0][:2, 0], "loader": loader, "optimizer": optimizer}
 
 
 @pytest.mark.parametrize("block", SHELL, ids=str)

@@ -94,7 +94,7 @@ def test_every_link_leads_somewhere(page: Path) -> None:
 def test_files_that_the_pages_name_are_there() -> None:
     """`benchmarks/x.py`, `tests/..`, `src/..`, and the modules of development.md."""
     for page in pages():
-        for named in re.findall(r"`((?:benchmarks|tests|src)/[\w./-]+)`", prose(page)):
+        for named in re.findall(r"`((?:benchmarks|examples|tests|src)/[\w./-]+)`", prose(page)):
             assert (ROOT / named).exists(), f"{page.name}: {named}"
     modules = {path.name for path in (ROOT / "src/st_ar").rglob("*.py")}
     for named in re.findall(r"\b(\w+\.py)\b", (ROOT / "docs/development.md").read_text()):

@@ -295,9 +295,10 @@ def test_features_that_do_not_fit_are_refused(
     [
         ((4, 1, 9), "the inter-view loss compares views, and there is 1"),
         ((4, 2, 2), "3 positions from position 0 on are more than the 2"),
+        ((4, 9), r"tokens of shape \[4, 9\] have no views: give \[B, M, T\]"),
     ],
 )
-def test_batches_that_do_not_fit_the_settings_are_refused(shape: tuple[int, int, int], match: str) -> None:
+def test_batches_that_do_not_fit_the_settings_are_refused(shape: tuple[int, ...], match: str) -> None:
     with pytest.raises(UserError, match=match):
         st_ar.SelfGuidance(16, CONFIG).sample(shape, 1)
 

@@ -6,7 +6,7 @@ D: features.
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Generic, NamedTuple, TypeVar
 
@@ -257,7 +257,7 @@ class SelfGuidance(nn.Module):
         self.projector = make_projector(dim, self.config)
 
     def sample(
-        self, shape: tuple[int, int, int], step: int, *, total: float = math.inf, images: slice = slice(None)
+        self, shape: Sequence[int], step: int, *, total: float = math.inf, images: slice = slice(None)
     ) -> GuidanceSample:
         """Draw the key mask and the positions of a step, a pure function of the seed and the step, on the projector's device.
 
@@ -268,9 +268,11 @@ class SelfGuidance(nn.Module):
             images: the images whose masks to return, such as one rank's.
 
         Raises:
-            UserError: the settings need more views or positions than there are.
+            UserError: the shape has no views, or the settings need more views or positions than there are.
         """
-        config, (_, views, length) = self.config, shape
+        if len(shape) != 3:
+            raise UserError(f"tokens of shape {list(shape)} have no views: give [B, M, T], M views of each image")
+        config, (count, views, length) = self.config, shape
         if config.contrast and config.view_loss and views < 2:
             raise UserError(
                 f"the inter-view loss compares views, and there is {views}: give tokens [B, M, T] with M of 2 or more"
@@ -281,7 +283,7 @@ class SelfGuidance(nn.Module):
             )
         if not config.guides(step, total):
             return NO_GUIDANCE
-        sample = sample_guidance(config, shape, seed=self.seed, step=step, images=images)
+        sample = sample_guidance(config, (count, views, length), seed=self.seed, step=step, images=images)
         device = next((parameter.device for parameter in self.parameters()), torch.device("cpu"))
         return GuidanceSample(*(None if each is None else to_device(each, device) for each in sample))
 
