@@ -1,6 +1,6 @@
 """Train a Hugging Face Llama on image tokens, without and with self-guidance, and probe both.
 
-    python examples/llama.py                two minutes on two CPU cores
+    python examples/llama.py                some minutes on a CPU
     python examples/llama.py --steps 50     a shorter run
 
 The images are the package's photographs, as 8 x 8 tokens of k-means. Both models see the same two crops of each image in the same

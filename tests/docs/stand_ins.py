@@ -69,7 +69,7 @@ LISTINGS = {
     ("index.md", "images --tokenize--> token store --train--> run --sample--> images --evaluate--> table"),
     ("own-images.md", "pictures/"),
     ("own-model.md", "AR     step   1  next token 5.668"),
-    ("own-model.md", "--- a/autoregressive/train/train_c2i.py"),
+    ("own-model.md", "# at the top"),
     ("scale.md", "/shared/tokens/imagenet    the token store: every rank reads it, at random"),
     (
         "llamagen.md",
