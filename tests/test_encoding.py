@@ -51,6 +51,7 @@ def test_names_that_are_not_utf_8_can_be_drawn(choose: Callable[[list[Path], lis
     assert choose([folder], [os.fsdecode("é".encode() + b"\xff")]) == ["é\\xff"]
 
 
+@pytest.mark.slow
 def test_a_locale_of_ascii(tmp_path: Path) -> None:
     for label in ("été", "Ärger"):
         (tmp_path / "pictures" / label).mkdir(parents=True)

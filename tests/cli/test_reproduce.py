@@ -145,6 +145,7 @@ def test_what_a_long_run_is_worth_after_each_quarter_is_a_curve(data: Data, tmp_
     assert "<svg" in (plan.work / "length.html").read_text()
 
 
+@pytest.mark.slow
 def test_what_rows_look_at_is_a_table_of_its_own(data: Data, tmp_path: Path, capsys: Capture) -> None:
     assert "attention" in EXPERIMENTS["evidence"].metrics
     plan = run_rows("evidence", [CONTROL], data, tmp_path / "work", steps=1, metrics=["attention"])
@@ -232,6 +233,7 @@ def test_a_library_that_draws_the_table_is_missed_before_the_work(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_table_of_another_size_has_files_of_its_own(images: Path, tmp_path: Path, capsys: Capture) -> None:
     out, source = tmp_path / "work", f"folder:{images}"
     control = "AR on the same two views (control)"

@@ -10,6 +10,8 @@ import pytest
 
 from tests.gpu.conftest import Script
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def graphs(run_script: Script) -> dict[str, Any]:
@@ -30,7 +32,6 @@ def test_training_compiles_few_graphs(graphs: dict[str, Any], run: str, count: i
     assert graphs[run] == {"graphs": count + of_the_loss, "breaks": 0}
 
 
-@pytest.mark.slow
 def test_recomputed_blocks_compile_few_graphs(run_script: Script) -> None:
     found = run_script("graphs", "recomputed")
     assert found == {kind: {"graphs": 3, "breaks": 0} for kind in ("full", "selective")}

@@ -1,8 +1,11 @@
 """Ways to compute attention on a GPU, on fake CUDA."""
 
+import pytest
+
 from tests.gpu.conftest import Script
 
 
+@pytest.mark.slow
 def test_each_way_uses_its_kernel_and_waits_for_nothing(run_script: Script) -> None:
     kernels = {
         "mask T x T": "efficient",

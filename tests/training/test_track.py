@@ -197,7 +197,8 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param("wandb", marks=needs_wandb), pytest.param("trackio", marks=needs_trackio)]
+    "name",
+    [pytest.param("wandb", marks=[needs_wandb, pytest.mark.slow]), pytest.param("trackio", marks=needs_trackio)],
 )
 def test_no_step_is_missing_or_twice_after_a_kill(tmp_path: Path, name: str) -> None:
     out, place = tmp_path / "run", tmp_path / "trackio"

@@ -496,6 +496,7 @@ def test_a_run_killed_while_it_is_saved_ends_as_if_it_had_never_stopped(
     assert [step for step, _ in list_checkpoints(out / "checkpoints")] == [8, 12]
 
 
+@pytest.mark.slow
 def test_a_run_killed_again_and_again_ends_as_if_it_had_never_stopped(tmp_path: Path) -> None:
     straight, *runs = survivors("tokenizer_training", tmp_path, kills=5)
     for run in runs:

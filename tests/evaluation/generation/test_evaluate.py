@@ -774,6 +774,7 @@ def test_two_ranks_find_what_one_finds(made: Path, tmp_path: Path) -> None:
         assert one[part] == two[part]
 
 
+@pytest.mark.slow
 def test_two_ranks_list_the_broken_images_of_both(made: Path, tmp_path: Path) -> None:
     np.savez(tmp_path / "samples.npz", arr_0=read_array(made / "samples.npz", "arr_0")[:12])
     folder = save_folder(tmp_path / "f", read_array(made / "samples.npz", "arr_0")[:12])
