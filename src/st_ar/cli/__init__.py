@@ -135,9 +135,8 @@ def run_command(arguments: Sequence[str]) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of `st-ar` and `python -m st_ar`."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    os.environ.setdefault(
-        "OMP_WAIT_POLICY", "passive"
-    )  # read when torch is imported: threads that wait give way to other programs
+    # Read when torch is imported: threads that wait soon give way to other programs (benchmarks/threads.py).
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     rank = os.environ.get("RANK", "0") if os.environ.get("WORLD_SIZE", "1") != "1" else ""
     if rank:  # the stack traces of ranks that cannot meet say less than our message
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
