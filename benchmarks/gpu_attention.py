@@ -106,7 +106,7 @@ def sdpa(backend: SDPBackend | None) -> Callable[[Tensor, Tensor, Tensor, Tensor
 
 
 def no_mask(_hidden: Tensor, _heads: int) -> None:
-    """Of ways that mask no keys."""
+    """Return None: some ways mask no keys."""
 
 
 def ways(device: torch.device) -> dict[str, Way]:

@@ -94,7 +94,7 @@ METHODS = {
 """What the slice cifar10 compares: plain training on the same views, the full method, the inter-view contrast alone."""
 PRESETS = ("b", "l", "xl")
 SEQUENCES = 64
-"""Of a step of the slices training and compile."""
+"""Sequences in a step of the slices training and compile."""
 LIMITS = {
     "check": 150,
     "training": 240,

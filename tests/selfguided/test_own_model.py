@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,11 +12,13 @@ from torch import Tensor, nn
 
 import st_ar
 from st_ar.config import SelfGuidedConfig
+from st_ar.data.store import TokenStore
 from st_ar.errors import UserError
 from st_ar.model.transformer import Transformer
 from st_ar.selfguided.guidance import NO_GUIDANCE, EMATeacher
 from st_ar.selfguided.objective import SelfGuided
 from st_ar.training.loop import Learner, forward_backward
+from tests.data.random_store import random_store
 from tests.toys import TINY, random_model
 
 CONFIG = SelfGuidedConfig(positions=3, projector_hidden=8, ema_decay=0.9, mask_ratio=0.4)
@@ -336,8 +339,8 @@ def test_plain_steps_add_nothing() -> None:
         True,
         True,
     ]
-    features = features_of((4, 2, 9, 16))
-    terms = guidance(features, features, NO_GUIDANCE)
+    features = {"mid": torch.ones(4, 2, 9, 16)}  # "last" is for MIM, and a plain step needs neither
+    terms = guidance(features, {}, NO_GUIDANCE)
     assert terms.total.item() == 0
     terms.total.backward()  # DDP expects a gradient for each weight of the projector
     assert all(p.grad is not None for p in guidance.parameters())
@@ -354,7 +357,7 @@ class Colours:
 
 
 @pytest.mark.parametrize("method", ["mae", "ridge"])
-def test_any_function_can_be_probed(method: Any) -> None:
+def test_any_function_can_be_probed(method: Any, tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(400) % 4
     tokens = torch.where(torch.rand(400, 9, generator=generator) < 0.8, labels[:, None], 0)
@@ -368,5 +371,7 @@ def test_any_function_can_be_probed(method: Any) -> None:
     for wrong in (lambda tokens: torch.ones(3, 2), lambda tokens: torch.full((len(tokens), 2), math.nan)):
         with pytest.raises(UserError, match=r"must be \[b, D\]|hold NaN"):
             st_ar.probe(wrong, train, test)
+    with pytest.raises(UserError, match="give two stores, or two pairs of tokens and labels"):
+        st_ar.probe(Colours(), TokenStore(random_store(tmp_path / "store", images=4)[0]), test)
     with pytest.raises(UserError, match="layer and steps are for a Transformer"):
         st_ar.probe(Colours(), train, test, layer=1)

@@ -275,8 +275,8 @@ def _probe_function(
         require_classes(train, test)
         every = range(len(train.meta.crops)) if train_crops is None else train_crops
         train, test = _tensors(train, every), _tensors(test, (test.center,))
-    assert isinstance(train, tuple), "give two stores or two pairs of tensors"
-    assert isinstance(test, tuple), "give two stores or two pairs of tensors"
+    if isinstance(train, TokenStore) or isinstance(test, TokenStore):
+        raise UserError("one of the two is a token store: give two stores, or two pairs of tokens and labels")
     num_classes = int(max(train[1].max(), test[1].max())) + 1
     if num_classes < 2 or int(min(train[1].min(), test[1].min())) < 0:
         raise UserError("a probe needs labels of 2 or more classes, from 0 on")

@@ -305,7 +305,9 @@ class SelfGuidance(nn.Module):
         """
         config, positions = self.config, sample.positions
         if positions is None:
-            return guidance_losses(config, self.projector, Features(*student.values()), Features(None, None), None)
+            return guidance_losses(
+                config, self.projector, Features(student.get("last"), student.get("mid")), Features(None, None), None
+            )
         needed = [name for name, used in (("last", config.alpha > 0), ("mid", config.contrast)) if used]
         for name in needed:
             self._check(name, student.get(name), teacher.get(name))

@@ -32,9 +32,9 @@ class Memory(NamedTuple):
     moments: float
     ema: float
     activations: float
-    """Of one micro-batch, with the logits and gradients that exist at once, and the copies of weights for matrix products."""
+    """Activations of one micro-batch, with the logits and gradients that exist at once, and the copies of weights for matrix products."""
     gradients: float
-    """Of the weights. Without micro-batches and DDP they take the place of activations that the backward pass frees."""
+    """Gradients of the weights. Without micro-batches and DDP they take the place of activations that the backward pass frees."""
     peak: float
 
 
