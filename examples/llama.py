@@ -1,6 +1,6 @@
 """Train a Hugging Face Llama on image tokens, without and with self-guidance, and probe both.
 
-    python examples/llama.py                some minutes on a CPU
+    python examples/llama.py                two minutes on two cores
     python examples/llama.py --steps 50     a shorter run
 
 The images are the package's photographs, as 8 x 8 tokens of k-means. Both models see the same two crops of each image in the same
@@ -107,7 +107,7 @@ def train(store: TokenStore, *, guided: bool, steps: int, seed: int) -> nn.Modul
 def main(arguments: list[str] | None = None) -> None:
     """Make the tokens, train both, probe both."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=150, help="optimizer steps of each model (default: 150)")
+    parser.add_argument("--steps", type=int, default=120, help="optimizer steps of each model (default: 120)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="folder to keep the tokens in; by default they are not kept")
     given = parser.parse_args(arguments)

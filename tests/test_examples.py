@@ -4,6 +4,7 @@ import importlib
 import math
 import os
 import re
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -189,10 +190,13 @@ def test_what_is_no_checkout_of_llamagen_is_refused(monkeypatch: pytest.MonkeyPa
 # The change to LlamaGen's scripts that docs/own-model.md shows
 
 
-def test_the_change_to_llamagens_scripts_is_short() -> None:
+def diff_of_the_docs() -> str:
     page = (ROOT / "docs/own-model.md").read_text(encoding="utf-8")
-    block = page[page.index("# at the top\n") :].split("```")[0]
-    added = [line for line in block.splitlines() if line.strip() and not line.lstrip().startswith("#")]
+    return page.split("```diff\n")[1].split("```")[0]
+
+
+def test_the_change_to_llamagens_scripts_is_short() -> None:
+    added = [line[1:] for line in diff_of_the_docs().splitlines() if line.startswith("+") and line[:3] != "+++"]
     assert len(added) < 30
     start = added.index("def run(model, layers, x, y, key_mask=None):")
     made = {"torch": torch, "st_ar": st_ar}
@@ -201,3 +205,9 @@ def test_the_change_to_llamagens_scripts_is_short() -> None:
     loss, features = made["run"](model, model.layers, tokens, torch.tensor([0, 1, 2]))
     assert loss.item() == pytest.approx(math.log(16))
     assert {name: each.shape for name, each in features.items()} == dict.fromkeys(("mid", "last"), (3, 2, 16, 8))
+
+
+@needs_llamagen
+def test_the_change_applies_to_a_checkout_of_llamagen() -> None:
+    given = {"input": diff_of_the_docs(), "text": True, "cwd": CHECKOUT}
+    subprocess.run(["git", "apply", "--unidiff-zero", "--check"], check=True, **given)

@@ -64,7 +64,7 @@ def blocks(page: Path) -> list[Block]:
 
 def _block(page: str, line: int, text: str, language: str) -> Block:
     first = text.splitlines()[0]
-    if (page, first) in LISTINGS or page == "formats.md" or language == "bibtex":
+    if (page, first) in LISTINGS or page == "formats.md" or language in ("bibtex", "diff"):
         kind = "listing"
     elif language == "bash":  # run whole
         kind = "bash"

@@ -69,7 +69,6 @@ LISTINGS = {
     ("index.md", "images --tokenize--> token store --train--> run --sample--> images --evaluate--> table"),
     ("own-images.md", "pictures/"),
     ("own-model.md", "AR     step   1  next token 5.668"),
-    ("own-model.md", "# at the top"),
     ("scale.md", "/shared/tokens/imagenet    the token store: every rank reads it, at random"),
     (
         "llamagen.md",

@@ -13,6 +13,7 @@ from tests.docs.blocks import ROOT, pages
 
 FOREIGN = {
     "--shutdown-timeout": "torchrun",
+    "--unidiff-zero": "git",
     "--nproc-per-node": "torchrun",
     "--local-addr": "torchrun",
     "--numa-binding": "torchrun",
