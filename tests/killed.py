@@ -10,7 +10,7 @@ from pathlib import Path
 from st_ar.data.source import Crops
 from st_ar.evaluation.generation.evaluate import evaluate, open_reference, write_reference
 from st_ar.evaluation.generation.features import Compute
-from st_ar.evaluation.generation.image_sets import open_files
+from st_ar.evaluation.generation.image_sets import open_files, open_set
 from st_ar.files import write_json
 from st_ar.sampling import JOB
 from st_ar.tokenizer.tokenize import tokenize
@@ -60,6 +60,6 @@ def evaluating(folder: Path) -> None:
     os.chdir(folder)  # results name their files
     extractor, place = toy(), Compute(batch_size=4)
     if not Path("reference.npz").exists():
-        write_reference("../images", Path("reference.npz"), extractor, place)
+        write_reference(open_set("../images"), Path("reference.npz"), extractor, place)
     opened = open_reference("reference.npz", extractor, ALL, place)
     write_json(Path("result.json"), evaluate(open_files("../samples"), opened, extractor, ALL, place))

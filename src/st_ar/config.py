@@ -633,5 +633,5 @@ VQ_PRESETS: dict[str, Callable[[], VQTrainConfig]] = {
 }
 
 
-Metric = Literal["fid", "fd", "sfid", "is", "precision", "recall", "kid", "density", "coverage"]
+Metric = Literal["fid", "fd", "sfid", "is", "class-accuracy", "precision", "recall", "kid", "density", "coverage"]
 ExtractorName = Literal["inception", "efficientnet", "dinov2"]

@@ -308,7 +308,7 @@ def _read_png_samples(folder: Path) -> Any:
 
 def _make_reference(folder: Path) -> None:
     np.savez(folder / "images.npz", arr_0=pictures(20))
-    write_reference(str(folder / "images.npz"), folder / "reference.npz", toy(), Compute())
+    write_reference(open_set(str(folder / "images.npz")), folder / "reference.npz", toy(), Compute())
     (folder / "images.npz").unlink()
 
 

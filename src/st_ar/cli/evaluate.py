@@ -21,14 +21,16 @@ class Evaluate:
     samples: tyro.conf.Positional[str]
     """A .npz file with arr_0 (uint8 [N, H, W, 3]), or a folder of PNGs."""
     reference: Annotated[
-        str,
+        str | None,
         tyro.conf.arg(
-            help=f"A file of `st-ar reference`, an ADM reference batch (.npz), or images: {options.SOURCES}."
+            help=f"A file of `st-ar reference`, an ADM reference batch (.npz), or images: {options.SOURCES}. "
+            "By default the decoded test images of --classifier."
         ),
-    ]
+    ] = None
     metrics: options.Metrics = ()
     extractor: options.Extractor = "inception"
     inception: options.Inception = None
+    classifier: options.Classifier = None
     size: options.Size = None
     resize: options.Resize = None
     max_skipped: options.MaxLeftOut = 0.01
@@ -49,14 +51,17 @@ class Evaluate:
             choose_metrics,
             evaluate,
             evaluation_page,
-            format_number,
+            number_rows,
             one_line,
             open_reference,
         )
-        from st_ar.evaluation.generation.features import Compute, load_extractor
+        from st_ar.evaluation.generation.features import CLASSIFIER, REFERENCE, Compute, load_extractor
         from st_ar.evaluation.generation.image_sets import metadata_path, open_files
 
-        metrics = choose_metrics(self.metrics, self.extractor == "inception")
+        metrics = choose_metrics(self.metrics, CLASSIFIER if self.classifier else self.extractor)
+        reference_file = self.reference or (str(self.classifier / REFERENCE) if self.classifier else "")
+        if not reference_file:
+            raise UserError("give --reference: a file of `st-ar reference`, an ADM batch, or images")
         options.check_seeds(self.seed, self.shuffle_seed)
         options.check_side("--resize", self.resize)
         options.check_results(self.json, self.page)
@@ -66,9 +71,11 @@ class Evaluate:
             raise UserError(f"--json {self.json} is the metadata file of the samples: give another file name")
         with process_group(self.device) as (ranks, device):
             compute = Compute(device=device, ranks=ranks, batch_size=self.batch_size)
-            extractor = rank0_first(lambda: load_extractor(self.extractor, device, inception=self.inception))
+            extractor = rank0_first(
+                lambda: load_extractor(self.extractor, device, inception=self.inception, classifier=self.classifier)
+            )
             reference = open_reference(
-                self.reference,
+                reference_file,
                 extractor,
                 metrics,
                 compute,
@@ -93,8 +100,9 @@ class Evaluate:
                 evaluation_page(self.page, result, samples)
             for text in result["notes"]:
                 note(text)
-            rows = [(key, format_number(key, value)) for key, value in result["metrics"].items()]
-            options.report(self.json, result, ("", "value"), rows, f"\n{one_line(result)}{page}", always=False)
+            options.report(
+                self.json, result, ("", "value"), number_rows(result), f"\n{one_line(result)}{page}", always=False
+            )
 
 
 @dataclass(kw_only=True)
@@ -110,6 +118,7 @@ class MakeReference:
     size: options.Size = None
     extractor: options.Extractor = "inception"
     inception: options.Inception = None
+    classifier: options.Classifier = None
     max_skipped: options.MaxLeftOut = 0.01
     seed: int = 0
     """Random seed of the choice of 10,000 images."""
@@ -121,6 +130,7 @@ class MakeReference:
         from st_ar.distributed import process_group, rank0_first
         from st_ar.evaluation.generation.evaluate import write_reference
         from st_ar.evaluation.generation.features import Compute, load_extractor
+        from st_ar.evaluation.generation.image_sets import open_set
         from st_ar.files import require_place
 
         options.check_seeds(self.seed)
@@ -128,20 +138,57 @@ class MakeReference:
         require_place(self.out)
         with process_group(self.device) as (ranks, device):
             compute = Compute(device=device, ranks=ranks, batch_size=self.batch_size)
-            extractor = rank0_first(lambda: load_extractor(self.extractor, device, inception=self.inception))
-            meta = write_reference(
-                self.source,
-                self.out,
-                extractor,
-                compute,
-                size=self.size,
-                seed=self.seed,
-                max_skipped=self.max_skipped,
+            extractor = rank0_first(
+                lambda: load_extractor(self.extractor, device, inception=self.inception, classifier=self.classifier)
             )
+            images = open_set(self.source, size=self.size, max_skipped=self.max_skipped)
+            meta = write_reference(images, self.out, extractor, compute, seed=self.seed)
         if ranks.rank == 0:
             height, width = meta["size"]
             print(f"{self.out}: {extractor.name} statistics of {meta['images']:,} images of {height} x {width} pixels")
             print(f"content {meta['content']}")
+
+
+@dataclass(kw_only=True)
+class TrainClassifier:
+    """Train a small classifier on a token store's decoded images, for `st-ar evaluate --classifier`.
+
+    It measures whether samples are of the class that was asked for. Its folder also holds the statistics of the decoded test images.
+    """
+
+    tokens: Path
+    """Token store to train on."""
+    test_tokens: Path
+    """Token store of the test images."""
+    tokenizer: options.Tokenizer
+    out: Path
+    """New folder."""
+    steps: int = 2000
+    """Optimizer steps."""
+    batch_size: int = 128
+    """Images per optimizer step."""
+    lr: float = 3e-3
+    """Peak learning rate."""
+    seed: int = 0
+    """Random seed of the weights, the order and the crops."""
+    device: options.Device = "auto"
+
+    def run(self) -> None:
+        from st_ar.data.store import TokenStore
+        from st_ar.evaluation.generation.classifier import ClassifierConfig, train_classifier
+        from st_ar.hardware import choose_device
+        from st_ar.tokenizer import load_tokenizer
+
+        record = train_classifier(
+            TokenStore(self.tokens),
+            TokenStore(self.test_tokens),
+            load_tokenizer(self.tokenizer),
+            self.out,
+            ClassifierConfig(steps=self.steps, batch_size=self.batch_size, lr=self.lr, seed=self.seed),
+            choose_device(self.device),
+        )
+        accuracy = f"{100 * record['test_accuracy']:.1f} % of {record['test_images']:,} decoded test images"
+        print(f"{self.out}: {record['classes']} classes; {accuracy} are classified correctly")
 
 
 @dataclass(kw_only=True)

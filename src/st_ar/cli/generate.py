@@ -115,6 +115,7 @@ class Sweep:
     metrics: options.Metrics = ()
     extractor: options.Extractor = "inception"
     inception: options.Inception = None
+    classifier: options.Classifier = None
     size: options.Size = None
     resize: options.Resize = None
     max_skipped: options.MaxLeftOut = 0.01
@@ -129,16 +130,16 @@ class Sweep:
 
     def run(self) -> None:
         from st_ar.evaluation.generation.evaluate import check_sizes, choose_metrics, format_number, open_reference
-        from st_ar.evaluation.generation.features import Compute, load_extractor
+        from st_ar.evaluation.generation.features import CLASSIFIER, Compute, load_extractor
         from st_ar.evaluation.generation.sweep import FILES, SWEPT, SweptModel, check_sweep, list_settings, sweep
         from st_ar.files import read_json
         from st_ar.hardware import choose_device
 
         options.check_results(self.json)
         options.check_side("--resize", self.resize)
-        is_inception = self.extractor == "inception"
-        default: tuple[Metric, ...] = ("fid", "is") if is_inception else ("fd",)
-        metrics = choose_metrics([*(self.metrics or default), "fd"], is_inception)
+        default: dict[str, tuple[Metric, ...]] = {"inception": ("fid", "is"), CLASSIFIER: ("is", "class-accuracy")}
+        chosen = CLASSIFIER if self.classifier else self.extractor
+        metrics = choose_metrics([*(self.metrics or default.get(chosen, ())), "fd"], chosen)
         grid = list_settings(self.cfg_scales, self.temperatures, self.top_ks, seed=self.seed)
         device = choose_device(self.device)
         compute = Compute(device=device, batch_size=self.batch_size)
@@ -155,7 +156,7 @@ class Sweep:
             dtype=self.dtype,
         )
         check_sweep(sampler, grid, self.out)
-        extractor = load_extractor(self.extractor, device, inception=self.inception)
+        extractor = load_extractor(self.extractor, device, inception=self.inception, classifier=self.classifier)
         reference = open_reference(
             self.reference,
             extractor,

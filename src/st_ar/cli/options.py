@@ -33,7 +33,8 @@ LabelMode = Annotated[
 Metrics = Annotated[
     tuple[Metric, ...],
     _help(
-        "Metrics to compute. By default fid sfid is precision recall, or fd precision recall for other extractors than Inception."
+        "Metrics to compute. By default fid sfid is precision recall; with another extractor fd precision recall, to which a "
+        "--classifier adds is and class-accuracy: the share of samples that are of the class that was asked for."
     ),
 ]
 Extractor = Annotated[
@@ -44,6 +45,10 @@ Extractor = Annotated[
 ]
 Inception = Annotated[
     Path | None, _help("Inception weights: a file or its folder. By default they are downloaded into the cache.")
+]
+Classifier = Annotated[
+    Path | None,
+    _help("Folder of `st-ar train-classifier`: the feature network to use instead of --extractor."),
 ]
 Size = Annotated[
     int | None, _help("Side in pixels of the centre crops of an image source. By default the source's size.")

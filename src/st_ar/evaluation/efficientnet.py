@@ -74,6 +74,7 @@ class EfficientNetLite0(nn.Module):
                 self.blocks.append(Block(width, width_out, expansion=expansion, kernel=kernel, stride=stride))
                 width = width_out
         self.conv_head = nn.Conv2d(width, 1280, 1)
+        self.fc = nn.Linear(1280, 1000)  # pooled features -> logits of ImageNet's classes
 
     def stages(self, images: Tensor, least: int = 16) -> tuple[Tensor, ...]:
         """Return only `Features.stages`, without the layers beyond stride 16.
@@ -117,9 +118,10 @@ def load_efficientnet(device: torch.device | str = "cpu") -> EfficientNetLite0:
     tensors = read_tensors(path)
     if sha256(path) != SHA256:
         raise UserError(f"{path} holds other weights than EfficientNet-Lite0's: install its package again")
-    renamed = {name.replace("._", ".").lstrip("_"): t for name, t in tensors.items() if not name.startswith("_fc.")}
+    renamed = {name.replace("._", ".").lstrip("_"): t for name, t in tensors.items()}
     network = EfficientNetLite0().requires_grad_(False)
-    network.load_state_dict(fold(renamed))
+    linear = {name: tensor for name, tensor in renamed.items() if name.startswith("fc.")}
+    network.load_state_dict(fold(renamed) | linear)
     return network.to(device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue] -- torch documents it
 
 

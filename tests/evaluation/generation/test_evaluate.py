@@ -110,7 +110,7 @@ def toy(name: str = "Inception", weights: str = "toy") -> Extractor:
     return Extractor(name=name, weights=weights, dim=6, spatial_dim=5, classes=4, run=run)
 
 
-ALL = choose_metrics(["fid", "sfid", "is", "kid", "precision", "recall", "density", "coverage"], True)
+ALL = choose_metrics(["fid", "sfid", "is", "kid", "precision", "recall", "density", "coverage"], "inception")
 
 # Sets of images
 
@@ -197,7 +197,7 @@ def test_images_that_a_folder_holds_beside_pngs_are_noted_or_named(tmp_path: Pat
     assert [f"st-ar: note: {text}" for text in (*found.notes, *samples.notes)] == capsys.readouterr().err.splitlines()
     reference = open_reference(str(folder), toy(), ["fid"], Compute())
     assert evaluate(samples, reference, toy(), ["fid"], Compute())["notes"][:2] == [*samples.notes, *found.notes]
-    meta = write_reference(str(folder), tmp_path / "r.npz", toy(), Compute())
+    meta = write_reference(open_set(str(folder)), tmp_path / "r.npz", toy(), Compute())
     assert meta["notes"] == [*found.notes]
     assert open_reference(str(tmp_path / "r.npz"), toy(), ["fid"], Compute()).notes == [*found.notes]
     for path in folder.glob("*.png"):
@@ -308,7 +308,7 @@ def test_a_reference_made_once_gives_the_numbers_of_its_images(tmp_path: Path, s
     np.savez(tmp_path / "a.npz", arr_0=pictures(40))
     np.savez(tmp_path / "b.npz", arr_0=pictures(30, 1))
     made = tmp_path / "made.npz"
-    meta = write_reference(str(tmp_path / "a.npz"), made, toy(), Compute(batch_size=3), seed=4)
+    meta = write_reference(open_set(str(tmp_path / "a.npz")), made, toy(), Compute(batch_size=3), seed=4)
     with np.load(made, allow_pickle=False) as arrays:
         assert sorted(arrays) == ["arr_0", "features", "mu", "mu_s", "sigma", "sigma_s", "st_ar"]
         assert arrays["arr_0"].shape == (small_keep, 12, 12, 3)
@@ -325,7 +325,7 @@ def test_a_reference_made_once_gives_the_numbers_of_its_images(tmp_path: Path, s
     for key in ("sha256", "statistics", "neighbours", "size"):
         assert results[0]["reference"][key] == results[1]["reference"][key], key
     again = tmp_path / "again.npz"
-    write_reference(str(tmp_path / "a.npz"), again, toy(), Compute(batch_size=64), seed=4)
+    write_reference(open_set(str(tmp_path / "a.npz")), again, toy(), Compute(batch_size=64), seed=4)
     with np.load(made) as one, np.load(again) as two:
         for name in ("mu", "sigma", "arr_0"):
             np.testing.assert_allclose(one[name], two[name], rtol=1e-5, atol=1e-6)
@@ -391,14 +391,13 @@ def test_other_networks_never_report_fid() -> None:
         "precision (EfficientNet-Lite0)",
         "KD-EfficientNet-Lite0",
     ]
-    assert choose_metrics([], True) == ["fid", "sfid", "is", "precision", "recall"]
-    assert choose_metrics([], False) == ["fd", "precision", "recall"]
-    assert choose_metrics(["recall", "fd", "fid", "fid"], True) == ["fid", "recall"]
-    for metric in ("fid", "sfid", "is"):
+    assert choose_metrics([], "efficientnet") == ["fd", "precision", "recall"]
+    assert choose_metrics(["recall", "fd", "fid", "fid"], "inception") == ["fid", "recall"]
+    for metric, give in (("fid", ""), ("sfid", ""), ("is", " or --classifier FOLDER")):
         with pytest.raises(
-            UserError, match=f"--metrics {metric} needs Inception's features: give --extractor inception"
+            UserError, match=f"--metrics {metric} needs another network: give --extractor inception{give}"
         ):
-            choose_metrics([metric, "fd"], False)
+            choose_metrics([metric, "fd"], "dinov2")
 
 
 def test_the_line_for_a_paper_names_all_that_identifies_the_numbers(tmp_path: Path) -> None:
@@ -464,7 +463,9 @@ def test_samples_of_another_size_need_an_explicit_resize(tmp_path: Path) -> None
 # By command
 
 
-def quick_extractor(name: ExtractorName, device: torch.device, *, inception: Path | None = None) -> Extractor:
+def quick_extractor(
+    name: ExtractorName, device: torch.device, *, inception: Path | None = None, classifier: Path | None = None
+) -> Extractor:
     return load_extractor(name, device, inception=inception) if inception else toy("EfficientNet-Lite0")
 
 
@@ -580,7 +581,7 @@ def test_errors_are_one_line_with_a_remedy(pipeline: Path, capsys: Capture, tmp_
     (mixed / "000003.png").write_bytes(b"")
     against("mixed", r"000003.png cannot be used \(empty\)")
     against("good.npz", "--size is 16: leave --size out", "--size", "16")
-    against("good.npz", "--metrics is needs Inception's features", "--metrics", "is")
+    against("good.npz", "--metrics is needs another network", "--metrics", "is")
     against("good.npz", "--inception names Inception's weights, and --extractor is efficientnet", "--inception", "x")
     against("good.npz", "--batch-size must be at least 1", "--batch-size", "0")
     against("good.npz", "seeds must be 0 or more", "--seed", "-1")
@@ -845,7 +846,7 @@ def test_invalid_labels_beside_samples_are_ignored(tmp_path: Path, labels: objec
 )
 def test_a_reference_with_an_invalid_description_is_refused(tmp_path: Path, changes: dict[str, object]) -> None:
     np.savez(tmp_path / "images.npz", arr_0=pictures(20))
-    write_reference(str(tmp_path / "images.npz"), tmp_path / "r.npz", toy(), Compute())
+    write_reference(open_set(str(tmp_path / "images.npz")), tmp_path / "r.npz", toy(), Compute())
     with np.load(tmp_path / "r.npz") as archive:
         arrays = dict(archive)
     arrays["st_ar"] = np.array(json.dumps(json.loads(str(arrays["st_ar"])) | changes))
@@ -857,7 +858,7 @@ def test_a_reference_with_an_invalid_description_is_refused(tmp_path: Path, chan
 @pytest.mark.parametrize("value", [np.nan, 1e20])
 def test_a_reference_with_features_that_are_not_finite_is_refused(tmp_path: Path, value: float) -> None:
     np.savez(tmp_path / "images.npz", arr_0=pictures(20))
-    write_reference(str(tmp_path / "images.npz"), tmp_path / "r.npz", toy(), Compute())
+    write_reference(open_set(str(tmp_path / "images.npz")), tmp_path / "r.npz", toy(), Compute())
     with np.load(tmp_path / "r.npz") as archive:
         arrays = dict(archive)
     arrays["features"][4, 2] = value
@@ -869,7 +870,7 @@ def test_a_reference_with_features_that_are_not_finite_is_refused(tmp_path: Path
 @pytest.mark.parametrize("features", [np.zeros((20, 5), np.float32), np.zeros((20, 6)), np.zeros(20, np.float32)])
 def test_a_reference_with_features_of_another_shape_or_type_is_refused(tmp_path: Path, features: np.ndarray) -> None:
     np.savez(tmp_path / "images.npz", arr_0=pictures(20))
-    write_reference(str(tmp_path / "images.npz"), tmp_path / "r.npz", toy(), Compute())
+    write_reference(open_set(str(tmp_path / "images.npz")), tmp_path / "r.npz", toy(), Compute())
     with np.load(tmp_path / "r.npz") as archive:
         arrays = dict(archive)
     np.savez(tmp_path / "r.npz", **(arrays | {"features": features}))

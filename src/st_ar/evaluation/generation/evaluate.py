@@ -14,19 +14,22 @@ from torch import Tensor
 from st_ar.config import Metric
 from st_ar.data.skipped import SkippedImages
 from st_ar.errors import UserError, damaged
-from st_ar.evaluation.generation.features import NEIGHBOURS, Collected, Compute, Extractor, collect
+from st_ar.evaluation.generation.features import CLASSIFIER, NEIGHBOURS, Collected, Compute, Extractor, collect
 from st_ar.evaluation.generation.image_sets import ImageSet, array_names, open_set, read_array
 from st_ar.evaluation.metrics import (
     Gaussian,
     compare,
     count_blocks,
     frechet_distance,
+    inception_score,
     kernel_distance,
+    mean_and_covariance,
     require_bounded,
 )
 from st_ar.files import atomic_write, parse_json, require_absent, sha256
 from st_ar.hardware import describe
 from st_ar.progress import progress
+from st_ar.randomness import RandomStream, numpy_generator
 from st_ar.report import Gallery, Section, Table, png_uri, provenance, write_report
 from st_ar.settings import matches_type
 
@@ -107,7 +110,8 @@ def open_reference(
         features = collect(images, extractor, needed, compute).features if images and needed else None
         return _read_statistics(path, extractor, metrics, images.size if images else None, features)
     keep = KEEP if needed else 0
-    collected = collect(images, extractor, {m for m in metrics if m != "is"}, compute, keep=keep, seed=seed)
+    needed = set(metrics) - {"is", "class-accuracy"}  # which need no reference
+    collected = collect(images, extractor, needed, compute, keep=keep, seed=seed)
     return Reference(
         name=images.name,
         content=collected.content,
@@ -202,14 +206,12 @@ def read_meta(path: Path) -> dict[str, Any]:
 
 
 def write_reference(
-    spec: str,
+    images: ImageSet,
     out: Path,
     extractor: Extractor,
     compute: Compute,
     *,
-    size: int | None = None,
     seed: int = 0,
-    max_skipped: float = 0.01,
 ) -> dict[str, Any]:
     """Compute a data set's statistics and write them to a .npz file (on rank 0); returns the file's description.
 
@@ -217,13 +219,12 @@ def write_reference(
     sigma_s. It also has the subset's features and the description.
 
     Raises:
-        UserError: `out` exists or is not a .npz file; or as `open_set` and `collect`.
+        UserError: `out` exists or is not a .npz file; or as `collect`.
     """
     if out.suffix != ".npz":
         raise UserError(f"--out {out} is not a .npz file: give a name that ends in .npz")
     if compute.ranks.rank == 0:
         require_absent(out, "a reference")
-    images = open_set(spec, size=size, max_skipped=max_skipped)
     metrics = {"precision", *(["sfid"] if extractor.spatial_dim else [])}
     collected = collect(images, extractor, metrics, compute, keep=KEEP, seed=seed, with_pixels=True)
     meta = {
@@ -257,18 +258,40 @@ SUBSETS, SUBSET_SIZE = 100, 1000
 """Subsets of KID, and images per subset."""
 
 
-def choose_metrics(metrics: Sequence[Metric], extractor_is_inception: bool) -> list[Metric]:
-    """Return the metrics in a fixed order, without repeats. The default is ADM's suite, or the part that the extractor supports."""
-    if not metrics:
-        metrics = (
-            ["fid", "sfid", "is", "precision", "recall"] if extractor_is_inception else ["fd", "precision", "recall"]
-        )
-    if not extractor_is_inception:
-        for metric, instead in (("fid", " or --metrics fd"), ("sfid", ""), ("is", "")):
-            if metric in metrics:
-                raise UserError(f"--metrics {metric} needs Inception's features: give --extractor inception{instead}")
-    order: list[Metric] = ["fid", "fd", "sfid", "is", "kid", "precision", "recall", "density", "coverage"]
+DEFAULT_METRICS: dict[str, tuple[Metric, ...]] = {
+    "inception": ("fid", "sfid", "is", "precision", "recall"),
+    CLASSIFIER: ("fd", "is", "class-accuracy", "precision", "recall"),
+}
+"""ADM's suite; for other extractors the part that they support."""
+
+
+def choose_metrics(metrics: Sequence[Metric], extractor: str) -> list[Metric]:
+    """Return the metrics in a fixed order, without repeats; by default those of the extractor (its option, or CLASSIFIER)."""
+    metrics = metrics or DEFAULT_METRICS.get(extractor, ("fd", "precision", "recall"))
+    able = {"fid": ("inception",), "sfid": ("inception",), "is": ("inception", CLASSIFIER)}
+    able["class-accuracy"] = (CLASSIFIER, "efficientnet")
+    for metric in metrics:
+        if extractor not in able.get(metric, (extractor,)):
+            give = [f"--{name} FOLDER" if name == CLASSIFIER else f"--extractor {name}" for name in able[metric]]
+            instead = " or --metrics fd" if metric == "fid" else ""
+            raise UserError(f"--metrics {metric} needs another network: give {' or '.join(give)}{instead}")
+    order: list[Metric] = ["class-accuracy", "fid", "fd", "sfid", "is", "kid", "precision", "recall"]
+    order += "density", "coverage"
     return [metric for metric in order if metric in metrics and not (metric == "fd" and "fid" in metrics)]
+
+
+def sample_labels(samples: ImageSet, classes: int) -> np.ndarray:
+    """Return the classes [N] that samples were asked for; UserError if they are unknown or not among `classes`."""
+    if samples.labels is None:
+        raise UserError(
+            f"{samples.name} has no labels: class accuracy needs arr_1, or the .json file that `st-ar sample` writes beside samples"
+        )
+    if samples.labels.min() < 0 or samples.labels.max() >= classes:
+        raise UserError(
+            f"{samples.name} has labels from {samples.labels.min()} to {samples.labels.max()}, the classifier {classes} classes: "
+            "give a classifier of the data that the model was trained on"
+        )
+    return samples.labels
 
 
 def is_class_sorted(images: ImageSet) -> bool:
@@ -309,7 +332,8 @@ def evaluate(
         shuffle_seed: shuffles the samples before IS splits them.
 
     Returns:
-        metrics (label -> number), samples, reference, extractor, settings, notes, environment.
+        metrics (label -> number), samples, reference, extractor, settings, notes, environment. With class accuracy also
+        standard_errors (label -> number) and classes (name -> recall, samples).
 
     Raises:
         UserError: sizes that differ, too few images, or damaged images.
@@ -317,6 +341,7 @@ def evaluate(
     if reference.size is not None:
         check_sizes(samples.size, reference.size, resize)
     assert samples.count is not None
+    labels = sample_labels(samples, extractor.classes) if "class-accuracy" in metrics else None
     order = None if shuffle_seed is None else np.random.default_rng(shuffle_seed).permutation(samples.count)
     collected = collect(samples, extractor, metrics, compute, resize=resize, order=order)
     notes = [*collected.notes, *reference.notes]
@@ -335,6 +360,15 @@ def evaluate(
             f"FD of {collected.count:,} samples is biased upwards: do not compare it with numbers from 50,000 samples"
         )
     numbers = _numbers(collected, reference, metrics, compute, seed)
+    errors: dict[str, float] = {}
+    by_class: dict[str, Any] = {}
+    if labels is not None:
+        right = (collected.logits.argmax(1) == torch.from_numpy(labels)).double()
+        numbers = {"class accuracy": right.mean().item(), **numbers}
+        errors = {"class accuracy": (right.var(correction=0) / len(right)).sqrt().item()}
+        by_class = _by_class(right, labels, extractor.class_names)
+        if extractor.is_classifier:
+            errors |= _bootstrap(collected, reference, metrics, seed)
     settings: dict[str, Any] = {"seed": seed, "k": K, "density_k": DENSITY_K}
     if "is" in metrics:
         shuffled = "as given" if shuffle_seed is None else f"shuffled with seed {shuffle_seed}"
@@ -346,6 +380,8 @@ def evaluate(
             notes.append("each of KID's subsets holds all images of both sets: its std means nothing")
     return {
         "metrics": {extractor.label(name): value for name, value in numbers.items()},
+        **({"standard_errors": {extractor.label(name): value for name, value in errors.items()}} if errors else {}),
+        **({"classes": by_class} if by_class else {}),
         "samples": {
             "name": samples.name,
             "count": collected.count,
@@ -367,6 +403,37 @@ def evaluate(
         "notes": notes,
         "environment": describe(),
     }
+
+
+def _by_class(right: Tensor, labels: np.ndarray, names: Sequence[str]) -> dict[str, dict[str, float]]:
+    """The recall of each class with samples: the share of its samples that are taken for it, and their number."""
+    rows: dict[str, dict[str, float]] = {}
+    for label in np.unique(labels):
+        of_class = right[torch.from_numpy(labels == label)]
+        rows[str(names[label] if names else label)] = {"recall": of_class.mean().item(), "samples": len(of_class)}
+    return rows
+
+
+RESAMPLES = 50
+"""Bootstrap resamples of the samples, for standard errors."""
+
+
+def _bootstrap(collected: Collected, reference: Reference, metrics: Sequence[Metric], seed: int) -> dict[str, float]:
+    """Return standard errors of FD and IS over the choice of the samples. The reference is taken as exact."""
+    statistics: dict[str, tuple[np.ndarray, Callable[[np.ndarray], float]]] = {
+        "fd": (
+            collected.features.double().numpy(),
+            lambda rows: frechet_distance(*reference.gaussian, *mean_and_covariance(rows)),
+        ),
+        "is": (collected.logits.double().softmax(1).numpy(), inception_score),
+    }
+    errors: dict[str, float] = {}
+    for name in filter(statistics.__contains__, metrics):
+        rows, statistic = statistics[name]
+        rng = numpy_generator(seed, RandomStream.EVALUATION)
+        values = [statistic(rows[rng.integers(0, len(rows), len(rows))]) for _ in range(RESAMPLES)]
+        errors[name] = float(np.std(values, ddof=1))
+    return errors
 
 
 def _numbers(
@@ -418,14 +485,23 @@ def describe_samples(metadata: dict[str, Any]) -> list[str]:
 
 def format_number(label: str, value: float) -> str:
     """Return a metric with the decimals that papers print."""
-    if label.startswith(("precision", "recall", "density", "coverage", "SSIM", "codebook usage")):
+    if label.startswith(("precision", "class accuracy", "recall", "density", "coverage", "SSIM", "codebook usage")):
         return f"{value:.4f}"
     return f"{value:.5f}" if label.startswith(("KID", "KD", "kid")) else f"{value:.3f}"
 
 
+def number_rows(result: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return the labels and values of a result's metrics, with standard errors where they are known."""
+    errors = result.get("standard_errors", {})
+    return [
+        (label, format_number(label, value) + (f" ± {format_number(label, errors[label])}" if label in errors else ""))
+        for label, value in result["metrics"].items()
+    ]
+
+
 def one_line(result: dict[str, Any]) -> str:
     """Return a result in one line: the numbers and all that identifies them."""
-    numbers = ", ".join(f"{label} {format_number(label, value)}" for label, value in result["metrics"].items())
+    numbers = ", ".join(f"{label} {value}" for label, value in number_rows(result))
     samples, reference = result["samples"], result["reference"]
     resized = f" resized to {samples['resized_to']} px" if samples["resized_to"] else ""
     how = "".join(f", {part}" for part in describe_samples(samples["metadata"]))
@@ -442,12 +518,18 @@ SHOWN = 16
 
 def evaluation_page(path: Path, result: dict[str, Any], samples: ImageSet) -> None:
     """Write the HTML report of `evaluate`'s result, with the first samples."""
-    numbers = [[name, format_number(name, value)] for name, value in result["metrics"].items()]
+    numbers = number_rows(result)
+    classes = [
+        [name, f"{of_class['recall']:.3f}", f"{of_class['samples']:,}"]
+        for name, of_class in sorted(result.get("classes", {}).items(), key=lambda item: item[1]["recall"])
+    ]
     pictures = [png_uri(pixels) for _, pixels in islice(samples.read(0, 1), SHOWN)]
     rows = [(f"from {first}", pictures[first : first + 8]) for first in range(0, len(pictures), 8)]
     gallery = Gallery(columns=[str(n) for n in range(min(8, len(pictures)))], rows=rows, caption="The first samples.")
+    by_class = Table(columns=["class", "recall", "samples"], rows=classes)
     sections = [
         Section(title="Numbers", paragraphs=result["notes"], parts=[Table(columns=["", "value"], rows=numbers)]),
+        *([Section(title="Classes, the least recognised first", parts=[by_class])] if classes else []),
         Section(title="In one line, for a paper", commands=[one_line(result)]),
         Section(title="Samples", parts=[gallery]),
         provenance(result, ["samples", "reference", "extractor", "settings", "environment"]),

@@ -24,6 +24,10 @@ from st_ar.progress import progress
 from st_ar.randomness import RandomStream
 from st_ar.settings import Checked, Count
 
+CLASSIFIER = "classifier"
+"""Name of the extractors of `st-ar train-classifier`."""
+REFERENCE = "reference.npz"
+"""Statistics of the decoded test images in a classifier's folder."""
 DINOV2 = "facebook/dinov2-large"
 """ViT-L/14 on the Hugging Face hub."""
 
@@ -36,7 +40,7 @@ class Extracted(NamedTuple):
     spatial: Tensor | None = None
     """[B, S], for sFID."""
     logits: Tensor | None = None
-    """[B, C], for IS."""
+    """[B, C], for IS and class accuracy."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +58,8 @@ class Extractor:
     """S; 0 without spatial features."""
     classes: int = 0
     """C; 0 without logits."""
+    class_names: tuple[str, ...] = ()
+    """Names of the classes, if known."""
 
     def extract(self, images: Tensor) -> Extracted:
         """Run the network on images uint8 [B, H, W, 3] in full float32 precision."""
@@ -70,12 +76,22 @@ class Extractor:
         """Whether its FD is FID."""
         return self.name == "Inception"
 
+    @property
+    def is_classifier(self) -> bool:
+        """Whether it was trained by `st-ar train-classifier`."""
+        return self.name == CLASSIFIER
+
     def label(self, metric: str) -> str:
         """Return the label of a metric with this network, such as FID or FD-DINOv2."""
         if self.is_inception:
             labels = {"fd": "FID", "fid": "FID", "sfid": "sFID", "is": "IS", "kid": "KID", "kid std": "KID std"}
             return labels.get(metric, metric)
-        labels = {"fd": f"FD-{self.name}", "kid": f"KD-{self.name}", "kid std": f"KD-{self.name} std"}
+        labels = {
+            "fd": f"FD-{self.name}",
+            "is": f"IS-{self.name}",
+            "kid": f"KD-{self.name}",
+            "kid std": f"KD-{self.name} std",
+        }
         return labels.get(metric, f"{metric} ({self.name})")
 
 
@@ -88,15 +104,24 @@ def resize_bicubic(images: Tensor, side: int) -> Tensor:
     return resized.add_(0.5).floor_().clamp_(0, 255)
 
 
-def load_extractor(name: ExtractorName, device: torch.device, *, inception: Path | None = None) -> Extractor:
+def load_extractor(
+    name: ExtractorName, device: torch.device, *, inception: Path | None = None, classifier: Path | None = None
+) -> Extractor:
     """Load a network and its weights onto a device.
 
     Args:
         inception: file or folder of Inception's weights; by default the cache, else a download.
+        classifier: folder of `st-ar train-classifier`, which takes the place of `name`.
 
     Raises:
         UserError: the weights or a package are missing.
     """
+    if classifier is not None:
+        from st_ar.evaluation.generation.classifier import load_classifier
+
+        if inception is not None or name != "inception":
+            raise UserError("--classifier is the feature network: leave --extractor and --inception out")
+        return load_classifier(classifier, device)
     if inception is not None and name != "inception":
         raise UserError(f"--inception names Inception's weights, and --extractor is {name}: leave one of them out")
     if name == "efficientnet":
@@ -120,9 +145,10 @@ def _efficientnet(device: torch.device) -> Extractor:
 
     @torch.no_grad()
     def run(images: Tensor) -> Extracted:
-        return Extracted(network(resize_bicubic(images, 224) / 127.5 - 1).pooled)
+        pooled = network(resize_bicubic(images, 224) / 127.5 - 1).pooled
+        return Extracted(pooled, logits=network.fc(pooled))
 
-    return Extractor(name="EfficientNet-Lite0", weights=SHA256, dim=1280, run=run)
+    return Extractor(name="EfficientNet-Lite0", weights=SHA256, dim=1280, classes=1000, run=run)
 
 
 def _dinov2(device: torch.device) -> Extractor:
@@ -174,6 +200,8 @@ class Collected:
     score: InceptionScore | None
     features: Tensor
     """float32 [n, D] of the kept images, in order."""
+    logits: Tensor
+    """float32 [n, C] of the kept images if class accuracy is asked for, else [n, 0]."""
     pixels: Tensor
     """uint8 [n, H, W, 3] of the kept images, if asked for."""
     skipped: SkippedImages
@@ -257,6 +285,7 @@ def collect(
     statistics = FeatureStatistics(extractor.dim, compute.device)
     spatial = FeatureStatistics(extractor.spatial_dim, compute.device) if "sfid" in metrics else None
     score = InceptionScore(images.count or 1, extractor.classes, device=compute.device) if "is" in metrics else None
+    classes = extractor.classes if "class-accuracy" in metrics else 0
     subset = _RandomSubset(keep, seed, with_pixels)
     digests: list[tuple[int, bytes]] = []
     share = images.count // compute.ranks.world if images.count is not None else None
@@ -272,14 +301,17 @@ def collect(
             if score is not None and extracted.logits is not None:
                 positions = torch.tensor(indices) if order is None else torch.from_numpy(order[indices])
                 score.update(extracted.logits.double().softmax(1), positions)
-            if with_pixels or (keep != 0 and NEIGHBOURS.intersection(metrics)):
-                for index, row, image in zip(indices, extracted.features.float().cpu(), pixels, strict=True):
+            if with_pixels or (keep != 0 and (classes or NEIGHBOURS.intersection(metrics))):
+                rows = extracted.features.float()
+                if classes and extracted.logits is not None:
+                    rows = torch.cat([rows, extracted.logits], dim=1)
+                for index, row, image in zip(indices, rows.cpu(), pixels, strict=True):
                     subset.add(index, row, torch.from_numpy(image))
             bar.advance(len(indices))
     for each in (statistics, spatial, score):
         if each is not None:
             each.reduce()
-    features, kept_pixels = subset.gather(extractor.dim, images.size, compute.device)
+    rows, kept_pixels = subset.gather(extractor.dim + classes, images.size, compute.device)
     notes = (*images.notes, *images.skipped.finish(statistics.count))
     if not statistics.count:
         raise UserError(f"{images.name} has no usable image")
@@ -289,7 +321,8 @@ def collect(
         statistics=statistics,
         spatial=spatial,
         score=score,
-        features=features,
+        features=rows[:, : extractor.dim],
+        logits=rows[:, extractor.dim :],
         pixels=kept_pixels,
         skipped=images.skipped,
         notes=notes,
