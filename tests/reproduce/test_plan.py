@@ -369,3 +369,54 @@ def test_a_teacher_costs_what_it_runs() -> None:
 
 def test_an_equal_time_run_has_at_least_one_step() -> None:
     assert SCALES["tiny"].config(EQUAL_TIME.recipe, 0, steps=1, stretch=0.3)[1].steps == 1
+
+
+def test_samples_of_each_guidance_scale_go_to_one_classifier() -> None:
+    experiment = replace(EXPERIMENTS["classes"], rows=(CONTROL,))
+    plan = Plan(experiment, SCALES["tiny"], replace(PHOTOS, mirror=False), WORK, weights=("live", "ema"))
+    commands = [stage.command for stage in plan.stages]
+    assert [command for command in commands if command[0] == "train-classifier"] == [
+        (
+            "train-classifier",
+            *("--tokens", "work/tokens-training", "--test-tokens", "work/tokens-test"),
+            *("--tokenizer", "work/tokenizer", "--out", "work/classifier"),
+        )
+    ]
+    samples = [command for command in commands if command[0] == "sample"]
+    assert [(c[c.index("--cfg-scale") + 1], "--ema" in c) for c in samples] == [
+        (scale, ema) for ema in (False, True) for scale in ("1", "1.25", "1.5", "2")
+    ]
+    measured = [command for command in commands if command[0] == "evaluate"]
+    assert [c[1] for c in measured] == [c[c.index("--out") + 1] for c in samples]
+    assert all(c[2:4] == ("--classifier", "work/classifier") for c in measured)
+    assert ["--no-mirror" in c for c in commands if c[0] == "tokenize"] == [True, False]
+
+
+def test_the_control_may_have_the_time_of_the_contrast() -> None:
+    experiment = EXPERIMENTS["classes"]
+    plan = Plan(experiment, SCALES["tiny"], PHOTOS, WORK)
+    runs = {stage.makes.name: stage.command for stage in plan.stages if stage.command[0] == "train"}
+    contrast, guided = (
+        int(command[command.index("--steps") + 1]) for name, command in runs.items() if "equal-time" in name
+    )
+    assert get_preset("llamagen-photos").steps < contrast < guided  # pyright: ignore[reportOptionalOperand]
+
+
+def test_class_accuracy_is_read_by_guidance_scale(tmp_path: Path) -> None:
+    files = Files()
+    for scale, accuracy in (("1", 0.5), ("1.5", 0.75)):
+        path = tmp_path / f"run-seed0-guidance-{scale}.evaluation.json"
+        numbers = {"class accuracy (classifier)": accuracy, "FD-classifier": 2.0, "IS-classifier": 7.0}
+        write_json(path, {"metrics": numbers | {"recall (classifier)": 0.25}})
+        files.results["classes", "live"].append(path)
+    assert {name: spread.values for name, spread in measurements(files, ("classes",)).items()} == {
+        "class accuracy (%)": (50.0,),
+        "FD-classifier": (2.0,),
+        "IS-classifier": (7.0,),
+        "recall": (0.25,),
+        "class accuracy (%), guidance 1.5": (75.0,),
+        "FD-classifier, guidance 1.5": (2.0,),
+    }
+    write_json(path, {"metrics": {"FD-toy": 2.0}})
+    with pytest.raises(UserError, match="it has no class accuracy and FD"):
+        measurements(files, ("classes",))

@@ -187,8 +187,9 @@ class Reproduce:
     """
 
     what: tyro.conf.Positional[Name]
-    """Table or figure of the paper. Five others are ours: questions (what the paper leaves open), evidence (each loss separately),
-    cheaper and remedies (less expensive self-guidance), length (long runs measured after each quarter)."""
+    """Table or figure of the paper. Six others are ours: questions (what the paper leaves open), evidence (each loss separately),
+    cheaper and remedies (less expensive self-guidance), length (long runs measured after each quarter), classes (whether samples
+    are of the class that was asked for)."""
     out: Path
     """Folder for all runs and results."""
     scale: ScaleName = "tiny"
@@ -199,6 +200,8 @@ class Reproduce:
     """Image source of the training images (folder:PATH, parquet:GLOB, hub:NAME:SPLIT). tiny has a default."""
     test_data: str | None = None
     """Image source of the test images, and of the reference unless --reference is given."""
+    mirror: bool = True
+    """Mirror half of the training images. Turn it off where mirror images have another meaning, such as digits and letters."""
     tokenizer: Path | None = None
     """Tokenizer to use instead of training one. imagenet needs LlamaGen's vq_ds16_c2i.pt."""
     reference: str | None = None
@@ -243,6 +246,7 @@ class Reproduce:
             test_images=test_images,
             tokenizer=self.tokenizer,
             reference=self.reference,
+            mirror=self.mirror,
             fit={} if self.scale == "imagenet" else fit_model(self.data, self.tokenizer, scale.side),
         )
 

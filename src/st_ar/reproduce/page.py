@@ -45,7 +45,16 @@ PAPER = {
 ATTENTION_TITLE = "Attention of the layer at half depth"
 SHOWN = ("layer-*-mean.png", "curve.png", "views.png")
 """Figures of `attention` and `invariance` that the report shows."""
-DIGITS = {f"{ATTENTION}: on the": 3, "probe": 1, "precision": 3, "recall": 3, "validation": 3, TOKENS: 2, TIME: 2}
+DIGITS = {
+    "class accuracy": 1,
+    f"{ATTENTION}: on the": 3,
+    "probe": 1,
+    "precision": 3,
+    "recall": 3,
+    "validation": 3,
+    TOKENS: 2,
+    TIME: 2,
+}
 
 
 def show(name: str, plan: Plan) -> None:

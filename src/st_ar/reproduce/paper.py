@@ -25,6 +25,7 @@ Name = Literal[
     "remedies",
     "evidence",
     "length",
+    "classes",
 ]
 
 DEPTH = 12
@@ -48,8 +49,8 @@ class Recipe:
     """Micro-batches of a step."""
     centered: bool = False
     """Train only on the centre crops and their mirror images, not on ten crops."""
-    equal_time: bool = False
-    """Train for the time, not the steps, of ST-AR of this size and length."""
+    equal_time: Literal["", "ST-AR", "contrast"] = ""
+    """Train for the time, not the steps, of ST-AR or of the contrast alone, at this size and length."""
     keeps: bool = False
     """Keep the weights after each quarter of the run."""
 
@@ -88,7 +89,7 @@ ADM = ("fid", "sfid", "is", "precision", "recall")
 CONTRAST: dict[str, Any] = {"alpha": 0.0, "mask_ratio": 0.0}
 AR_ONCE = Recipe(guided=False, views=1)
 CONTROL = Row(label="AR on the same two views (control)", recipe=Recipe(guided=False, views=2))
-EQUAL_TIME = Row(label="control, for the time of ST-AR", recipe=Recipe(guided=False, views=2, equal_time=True))
+EQUAL_TIME = Row(label="control, for the time of ST-AR", recipe=Recipe(guided=False, views=2, equal_time="ST-AR"))
 
 
 def _row(size: Size, epochs: int, guided: bool, *paper: float) -> Row:
@@ -301,6 +302,28 @@ EXPERIMENTS: dict[Name, Experiment] = {
         ),
         metrics=("fid", "precision", "recall", "probe"),
         figure="length",
+    ),
+    "classes": Experiment(
+        title="Are samples of the class that was asked for?",
+        rows=(
+            CONTROL,
+            Row(
+                label="control, for the time of the contrast alone",
+                recipe=Recipe(guided=False, views=2, equal_time="contrast"),
+            ),
+            EQUAL_TIME,
+            _ablated("+ MIM", beta=0.0),
+            _ablated("+ step", **CONTRAST, view_loss=False),
+            _ablated("+ view", **CONTRAST, step_loss=False),
+            _contrast(),
+            _ablated("+ MIM + step", view_loss=False),
+            _ablated("+ MIM + view", step_loss=False),
+            _ablated("+ MIM + step + view (ST-AR)"),
+            _ablated("half of the sequences masked", masked_share=0.5),
+            _ablated("in the first 80 % of the run", until=0.8),
+            _contrast(", in the first 80 % of the run", until=0.8),
+        ),
+        metrics=("classes", "probe"),
     ),
 }
 

@@ -15,7 +15,7 @@ from st_ar.evaluation.attention_report import COLUMNS
 from st_ar.files import read_json, write_json
 from st_ar.hardware import run_bytes, training_flops
 from st_ar.report import Spread
-from st_ar.reproduce.paper import Experiment, Recipe, Row, Scale, options
+from st_ar.reproduce.paper import CONTRAST, Experiment, Recipe, Row, Scale, options
 from st_ar.settings import matches_type
 from st_ar.training.run import read_log, seconds_per_step, trained_config
 
@@ -27,8 +27,11 @@ ATTENTION = "attention at half depth"
 Weights = Literal["live", "ema"]
 
 
-Measuring = Literal["evaluate", "probe", "likelihood", "attention"]
-"""The commands that measure a run's weights."""
+Measuring = Literal["evaluate", "classes", "probe", "likelihood", "attention"]
+"""What measures a run's weights: a command, or the classifier of decoded images."""
+CLASS_SCALES = (1.0, 1.25, 1.5, 2.0)
+"""Guidance scales of the samples whose class is measured."""
+CLASS_SAMPLES = 5000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +56,7 @@ def measurements(files: Files, metrics: Sequence[str]) -> dict[str, Spread]:
             for name, value in evaluation(path).items()
             if name.startswith("F") or name.split(" ")[0].lower() in metrics  # FID, FD-..
         },
+        "classes": class_fidelity,
         "probe": lambda path: {"probe, last step (%)": 100 * probe_curve(path)[1][-1]},
         "likelihood": lambda path: {"validation loss": likelihood(path)},
         "attention": attention,
@@ -76,6 +80,18 @@ def evaluation(path: Path) -> dict[str, float]:
     if not matches_type(numbers, dict[str, float]):
         raise damaged(path, "it has no metrics", "remove it to evaluate again")
     return numbers
+
+
+def class_fidelity(path: Path) -> dict[str, float]:
+    """Read what the classifier says of samples: class accuracy in %, FD, and at guidance 1 also IS, precision and recall."""
+    numbers = {name.removesuffix(" (classifier)"): value for name, value in evaluation(path).items()}
+    scale = path.name.removesuffix(".evaluation.json").rpartition("guidance-")[2]
+    if "class accuracy" not in numbers or "FD-classifier" not in numbers:
+        raise damaged(path, "it has no class accuracy and FD", "remove it to evaluate again")
+    numbers["class accuracy (%)"] = 100 * numbers.pop("class accuracy")
+    if scale == "1":
+        return numbers
+    return {f"{name}, guidance {scale}": numbers[name] for name in ("class accuracy (%)", "FD-classifier")}
 
 
 def probe_curve(path: Path) -> tuple[list[float], list[float]]:
@@ -221,6 +237,8 @@ class Data:
     """An existing tokenizer; None to train the scale's."""
     reference: str | None = None
     """Reference for evaluation; None to compute it from the test images."""
+    mirror: bool = True
+    """Whether training images may be mirrored."""
     fit: Mapping[str, int] = field(default_factory=dict)
     """Model settings that the data require: num_classes, vocab_size, grid."""
 
@@ -251,6 +269,7 @@ class Plan:
         self._stages: dict[Path, Stage] = {}
         other_images = data.images != scale.images
         self.size, crops = (scale.size, scale.crops) if other_images else ((), ())
+        crops += () if data.mirror else ("--no-mirror",)
         self.tokenizer = data.tokenizer or self._train_tokenizer()
         self.tokens = self._tokenize("training", data.images, crops)
         self.test_tokens = self._tokenize("test", data.test_images, ("--crops", "center"))
@@ -263,6 +282,10 @@ class Plan:
                 for which in weights:
                     if "fid" in experiment.metrics:
                         files.results["evaluate", which].append(self._evaluate(model, seed, which))
+                    if "classes" in experiment.metrics:
+                        files.results["classes", which] += [
+                            self._classify(model, seed, which, guidance) for guidance in CLASS_SCALES
+                        ]
                     if "probe" in experiment.metrics or experiment.figure in ("probe", "understanding"):
                         files.results["probe", which].append(self._probe(model, which))
                     if "attention" in experiment.metrics:
@@ -320,7 +343,8 @@ class Plan:
             config = replace(config, keep_every=quarter, checkpoint_every=gcd(quarter, config.checkpoint_every))
         tokens = self.tokens
         if recipe.centered:
-            tokens = self._tokenize("centered", self.data.images, ("--crops", "center-mirror"))
+            kind = "center-mirror" if self.data.mirror else "center"
+            tokens = self._tokenize("centered", self.data.images, ("--crops", kind))
         self._add(
             f"train {run.name}",
             run,
@@ -337,9 +361,10 @@ class Plan:
         return self.work / "runs" / f"{run_name(recipe)}-seed{seed}"
 
     def _stretch(self, recipe: Recipe, seed: int) -> float:
-        """Return how many steps of `recipe` take as long as one of ST-AR, from finished runs or else from FLOPs."""
-        guided = Recipe(size=recipe.size, epochs=recipe.epochs)
-        plain = replace(recipe, equal_time=False)
+        """Return how many steps of `recipe` take as long as one of its `equal_time`, from finished runs or else from FLOPs."""
+        changes = CONTRAST if recipe.equal_time == "contrast" else {}
+        guided = Recipe(size=recipe.size, epochs=recipe.epochs, changes=changes)
+        plain = replace(recipe, equal_time="")
         runs = [self._run(each, seed) for each in (guided, plain)]
         if all(is_done(run, self.work) for run in runs):
             return budgets(runs[0])[1] / budgets(runs[1])[1]
@@ -364,6 +389,20 @@ class Plan:
         out = samples.with_suffix(".evaluation.json")
         arguments = (str(samples), "--reference", reference, *extractor, "--json", str(out))
         return self._add(f"evaluate {model.name}", out, "evaluate", *arguments)
+
+    def _classify(self, model: "_Model", seed: int, weights: Weights, guidance: float) -> Path:
+        """Add samples at a guidance scale, and what a classifier of the decoded training images says of them."""
+        data = ("--tokens", str(self.tokens), "--test-tokens", str(self.test_tokens))
+        data += ("--tokenizer", str(self.tokenizer))
+        folder = self.work / "classifier"
+        classifier = self._add("classifier", folder, "train-classifier", *data, "--out", str(folder))
+        samples = model.beside(weights, f"guidance-{guidance:g}.npz")
+        arguments = ("--model", str(model.path), "--tokenizer", str(self.tokenizer), "--num", str(CLASS_SAMPLES))
+        arguments += ("--seed", str(seed), *(("--ema",) if weights == "ema" else ()), "--cfg-scale", f"{guidance:g}")
+        self._add(f"sample {model.name}", samples, "sample", *arguments, "--out", str(samples))
+        out = samples.with_suffix(".evaluation.json")
+        arguments = (str(samples), "--classifier", str(classifier), "--json", str(out))
+        return self._add(f"classify {model.name}", out, "evaluate", *arguments)
 
     def _probe(self, model: "_Model", weights: Weights) -> Path:
         out = model.beside(weights, "probe.json")
@@ -419,7 +458,7 @@ def run_name(recipe: Recipe) -> str:
     parts += [] if recipe.contrast is None else [f"depth-{recipe.contrast:g}"]
     parts += [f"{name.replace('_', '-')}-{str(value).lower()}" for name, value in sorted(recipe.changes.items())]
     parts += [] if recipe.accumulate == 1 else [f"{recipe.accumulate}-micro-batches"]
-    parts += ["equal-time"] if recipe.equal_time else []
+    parts += {"": [], "ST-AR": ["equal-time"], "contrast": ["equal-time-contrast"]}[recipe.equal_time]
     parts += ["kept"] if recipe.keeps else []
     return "-".join(parts)
 
