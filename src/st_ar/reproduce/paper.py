@@ -234,7 +234,7 @@ EXPERIMENTS: dict[Name, Experiment] = {
         metrics=("probe",),
     ),
     "cheaper": Experiment(
-        title="Self-guidance for less",
+        title="Cheaper self-guidance",
         rows=(
             Row(label="ST-AR", recipe=Recipe()),
             CONTROL,
