@@ -528,9 +528,9 @@ def evaluation_page(path: Path, result: dict[str, Any], samples: ImageSet) -> No
     gallery = Gallery(columns=[str(n) for n in range(min(8, len(pictures)))], rows=rows, caption="The first samples.")
     by_class = Table(columns=["class", "recall", "samples"], rows=classes)
     sections = [
-        Section(title="Numbers", paragraphs=result["notes"], parts=[Table(columns=["", "value"], rows=numbers)]),
+        Section(title="Metrics", paragraphs=result["notes"], parts=[Table(columns=["", "value"], rows=numbers)]),
         *([Section(title="Classes, the least recognised first", parts=[by_class])] if classes else []),
-        Section(title="In one line, for a paper", commands=[one_line(result)]),
+        Section(title="To cite", commands=[one_line(result)]),
         Section(title="Samples", parts=[gallery]),
         provenance(result, ["samples", "reference", "extractor", "settings", "environment"]),
     ]
