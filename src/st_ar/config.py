@@ -629,5 +629,19 @@ VQ_PRESETS: dict[str, Callable[[], VQTrainConfig]] = {
 }
 
 
+@dataclass(frozen=True, kw_only=True)
+class ClassifierConfig(Checked):
+    """How the classifier is trained: AdamW, a one-cycle learning rate, one crop of each image at random."""
+
+    steps: Count = 2000
+    """Optimizer steps."""
+    batch_size: Count = 128
+    """Images per optimizer step."""
+    lr: Positive = 3e-3
+    """Peak learning rate."""
+    seed: Whole = 0
+    """Random seed of the weights, the order and the crops."""
+
+
 Metric = Literal["fid", "fd", "sfid", "is", "class-accuracy", "precision", "recall", "kid", "density", "coverage"]
 ExtractorName = Literal["inception", "efficientnet", "dinov2"]

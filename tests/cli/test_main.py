@@ -98,7 +98,7 @@ def flags(cls: type, prefix: str = "") -> list[str]:
     for field in dataclasses.fields(cls):
         hint: Any = get_type_hints(cls)[field.name]
         name = prefix + field.name.replace("_", "-")
-        if hint in (SampleSettings, InvarianceSettings):
+        if hint in (ClassifierConfig, InvarianceSettings, SampleSettings):
             found += flags(hint, prefix)
         else:
             found += flags(hint, f"{name}.") if dataclasses.is_dataclass(hint) else [f"--{name}"]

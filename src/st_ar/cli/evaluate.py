@@ -1,13 +1,14 @@
 """Commands that measure images: evaluate, reference, reconstruct."""
 
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
 from st_ar.cli import options
+from st_ar.config import ClassifierConfig
 from st_ar.errors import UserError, note
 
 
@@ -55,7 +56,7 @@ class Evaluate:
             one_line,
             open_reference,
         )
-        from st_ar.evaluation.generation.features import CLASSIFIER, REFERENCE, Compute, load_extractor
+        from st_ar.evaluation.generation.features import CLASSIFIER, REFERENCE, Compute
         from st_ar.evaluation.generation.image_sets import metadata_path, open_files
 
         metrics = choose_metrics(self.metrics, CLASSIFIER if self.classifier else self.extractor)
@@ -72,7 +73,7 @@ class Evaluate:
         with process_group(self.device) as (ranks, device):
             compute = Compute(device=device, ranks=ranks, batch_size=self.batch_size)
             extractor = rank0_first(
-                lambda: load_extractor(self.extractor, device, inception=self.inception, classifier=self.classifier)
+                lambda: options.open_extractor(self.extractor, device, self.inception, self.classifier)
             )
             reference = open_reference(
                 reference_file,
@@ -129,7 +130,7 @@ class MakeReference:
     def run(self) -> None:
         from st_ar.distributed import process_group, rank0_first
         from st_ar.evaluation.generation.evaluate import write_reference
-        from st_ar.evaluation.generation.features import Compute, load_extractor
+        from st_ar.evaluation.generation.features import Compute
         from st_ar.evaluation.generation.image_sets import open_set
         from st_ar.files import require_place
 
@@ -139,7 +140,7 @@ class MakeReference:
         with process_group(self.device) as (ranks, device):
             compute = Compute(device=device, ranks=ranks, batch_size=self.batch_size)
             extractor = rank0_first(
-                lambda: load_extractor(self.extractor, device, inception=self.inception, classifier=self.classifier)
+                lambda: options.open_extractor(self.extractor, device, self.inception, self.classifier)
             )
             images = open_set(self.source, size=self.size, max_skipped=self.max_skipped)
             meta = write_reference(images, self.out, extractor, compute, seed=self.seed)
@@ -163,19 +164,12 @@ class TrainClassifier:
     tokenizer: options.Tokenizer
     out: Path
     """New folder."""
-    steps: int = 2000
-    """Optimizer steps."""
-    batch_size: int = 128
-    """Images per optimizer step."""
-    lr: float = 3e-3
-    """Peak learning rate."""
-    seed: int = 0
-    """Random seed of the weights, the order and the crops."""
+    settings: Annotated[ClassifierConfig, tyro.conf.arg(name="")] = field(default_factory=ClassifierConfig)
     device: options.Device = "auto"
 
     def run(self) -> None:
         from st_ar.data.store import TokenStore
-        from st_ar.evaluation.generation.classifier import ClassifierConfig, train_classifier
+        from st_ar.evaluation.generation.classifier import train_classifier
         from st_ar.hardware import choose_device
         from st_ar.tokenizer import load_tokenizer
 
@@ -184,7 +178,7 @@ class TrainClassifier:
             TokenStore(self.test_tokens),
             load_tokenizer(self.tokenizer),
             self.out,
-            ClassifierConfig(steps=self.steps, batch_size=self.batch_size, lr=self.lr, seed=self.seed),
+            self.settings,
             choose_device(self.device),
         )
         accuracy = f"{100 * record['test_accuracy']:.1f} % of {record['test_images']:,} decoded test images"
@@ -218,7 +212,7 @@ class Reconstruct:
     def run(self) -> None:
         from st_ar.distributed import process_group, rank0_first
         from st_ar.evaluation.generation.evaluate import format_number
-        from st_ar.evaluation.generation.features import Compute, load_extractor
+        from st_ar.evaluation.generation.features import Compute
         from st_ar.evaluation.generation.image_sets import open_set
         from st_ar.evaluation.reconstruction import measure_tokenizer
         from st_ar.files import atomic_folder, require_absent, require_place
@@ -243,7 +237,9 @@ class Reconstruct:
             compute = Compute(device=device, ranks=ranks, batch_size=self.batch_size)
             tokenizer = open_tokenizer(self.tokenizer, self.device, self.dtype)
             extractor = (
-                None if name == "none" else rank0_first(lambda: load_extractor(name, device, inception=self.inception))
+                None
+                if name == "none"
+                else rank0_first(lambda: options.open_extractor(name, device, self.inception, None))
             )
             result = measure_tokenizer(tokenizer, image_set, extractor, compute, picture=self.out, folder=folder)
         if ranks.rank == 0:

@@ -130,7 +130,7 @@ class Sweep:
 
     def run(self) -> None:
         from st_ar.evaluation.generation.evaluate import check_sizes, choose_metrics, format_number, open_reference
-        from st_ar.evaluation.generation.features import CLASSIFIER, Compute, load_extractor
+        from st_ar.evaluation.generation.features import CLASSIFIER, Compute
         from st_ar.evaluation.generation.sweep import FILES, SWEPT, SweptModel, check_sweep, list_settings, sweep
         from st_ar.files import read_json
         from st_ar.hardware import choose_device
@@ -156,7 +156,7 @@ class Sweep:
             dtype=self.dtype,
         )
         check_sweep(sampler, grid, self.out)
-        extractor = load_extractor(self.extractor, device, inception=self.inception, classifier=self.classifier)
+        extractor = options.open_extractor(self.extractor, device, self.inception, self.classifier)
         reference = open_reference(
             self.reference,
             extractor,

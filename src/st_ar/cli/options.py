@@ -2,12 +2,17 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
 from st_ar.config import ExtractorName, Metric
 from st_ar.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+    from st_ar.evaluation.generation.features import Extractor as Network
 
 
 def _help(text: str) -> object:
@@ -93,6 +98,20 @@ Page = Annotated[
     ),
 ]
 Result = Annotated[Path | None, _help("Write the results as JSON to a new file.")]
+
+
+def open_extractor(
+    name: ExtractorName, device: "torch.device", inception: Path | None, classifier: Path | None
+) -> "Network":
+    """Load the feature network of --extractor, or of --classifier in its place."""
+    from st_ar.evaluation.generation.classifier import load_classifier
+    from st_ar.evaluation.generation.features import load_extractor
+
+    if classifier is None:
+        return load_extractor(name, device, inception=inception)
+    if inception is not None or name != "inception":
+        raise UserError("--classifier is the feature network: leave --extractor and --inception out")
+    return load_classifier(classifier, device)
 
 
 def check_results(json: str | None, page: Path | None = None, out: Path | None = None) -> None:

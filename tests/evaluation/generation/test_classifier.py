@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
+from st_ar.config import ClassifierConfig
 from st_ar.data.store import TokenStore
 from st_ar.errors import UserError
 from st_ar.evaluation.generation.classifier import (
     Classifier,
-    ClassifierConfig,
     decoded_images,
     load_classifier,
     train_classifier,
@@ -161,13 +161,13 @@ def test_mistakes_are_refused(folder: Path, tmp_path: Path, capsys: pytest.Captu
     fails(capsys, "is not a classifier: no such", "evaluate", tmp_path / "samples.npz", "--classifier", tmp_path / "x")
     both = ("--extractor", "efficientnet")
     fails(capsys, "leave --extractor and --inception out", "evaluate", tmp_path / "samples.npz", *classifier, *both)
-    shutil.copytree(folder / "classifier", tmp_path / "damaged")
-    flip_byte(tmp_path / "damaged/model.safetensors", -5)
-    damaged = ("--classifier", tmp_path / "damaged")
-    fails(capsys, "damaged", "evaluate", tmp_path / "samples.npz", *damaged)
+    shutil.copytree(folder / "classifier", tmp_path / "broken")
+    flip_byte(tmp_path / "broken/model.safetensors", -5)
+    broken = ("--classifier", tmp_path / "broken")
+    fails(capsys, r"broken/model.safetensors is damaged", "evaluate", tmp_path / "samples.npz", *broken)
 
     data = ("--tokens", folder / "train", "--test-tokens", folder / "test", "--tokenizer", folder / "tokenizer")
-    fails(capsys, "already", "train-classifier", *data, "--out", folder / "classifier")
+    fails(capsys, "classifier exists already", "train-classifier", *data, "--out", folder / "classifier")
     st_ar("train-tokenizer", "kmeans", "--images", "digits:train", "--vocab-size", "16", "--out", tmp_path / "other")
     capsys.readouterr()
     others = ("--tokens", folder / "train", "--test-tokens", folder / "test", "--tokenizer", tmp_path / "other")

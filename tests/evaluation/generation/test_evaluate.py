@@ -463,9 +463,7 @@ def test_samples_of_another_size_need_an_explicit_resize(tmp_path: Path) -> None
 # By command
 
 
-def quick_extractor(
-    name: ExtractorName, device: torch.device, *, inception: Path | None = None, classifier: Path | None = None
-) -> Extractor:
+def quick_extractor(name: ExtractorName, device: torch.device, *, inception: Path | None = None) -> Extractor:
     return load_extractor(name, device, inception=inception) if inception else toy("EfficientNet-Lite0")
 
 

@@ -5,7 +5,6 @@ the classification accuracy score (CAS, arXiv 1905.10887), with the roles swappe
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from st_ar.config import ClassifierConfig
 from st_ar.data.store import TokenBatches, TokenStore, note_same_images
 from st_ar.errors import UserError, damaged
 from st_ar.evaluation.generation.evaluate import write_reference
@@ -23,7 +23,7 @@ from st_ar.files import atomic_folder, read_json, read_safetensors, require_abse
 from st_ar.hardware import choose_dtype, describe, freed_memory_kept
 from st_ar.progress import progress
 from st_ar.randomness import RandomStream, torch_seed
-from st_ar.settings import Checked, Count, Positive, Whole, matches_type, to_dict
+from st_ar.settings import matches_type, to_dict
 from st_ar.tokenizer import Tokenizer, decode_to_images
 
 FORMAT_VERSION = 1
@@ -33,20 +33,6 @@ WIDTHS = (16, 32, 64, 128)
 EPSILON = 1e-6
 NORMALISING_IMAGES = 10_000
 """Training images, evenly spaced, whose features give the mean and deviation that normalise all others."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ClassifierConfig(Checked):
-    """How the classifier is trained: AdamW, a one-cycle learning rate, one crop of each image at random."""
-
-    steps: Count = 2000
-    """Optimizer steps."""
-    batch_size: Count = 128
-    """Images per optimizer step."""
-    lr: Positive = 3e-3
-    """Peak learning rate."""
-    seed: Whole = 0
-    """Random seed of the weights, the order and the crops."""
 
 
 class Classifier(nn.Module):

@@ -360,6 +360,7 @@ def evaluate(
             f"FD of {collected.count:,} samples is biased upwards: do not compare it with numbers from 50,000 samples"
         )
     numbers = _numbers(collected, reference, metrics, compute, seed)
+    settings: dict[str, Any] = {"seed": seed, "k": K, "density_k": DENSITY_K}
     errors: dict[str, float] = {}
     by_class: dict[str, Any] = {}
     if labels is not None:
@@ -369,7 +370,7 @@ def evaluate(
         by_class = _by_class(right, labels, extractor.class_names)
         if extractor.is_classifier:
             errors |= _bootstrap(collected, reference, metrics, seed)
-    settings: dict[str, Any] = {"seed": seed, "k": K, "density_k": DENSITY_K}
+            settings["resamples"] = RESAMPLES
     if "is" in metrics:
         shuffled = "as given" if shuffle_seed is None else f"shuffled with seed {shuffle_seed}"
         settings |= {"is_split": SPLIT, "is_order": shuffled}

@@ -104,24 +104,15 @@ def resize_bicubic(images: Tensor, side: int) -> Tensor:
     return resized.add_(0.5).floor_().clamp_(0, 255)
 
 
-def load_extractor(
-    name: ExtractorName, device: torch.device, *, inception: Path | None = None, classifier: Path | None = None
-) -> Extractor:
+def load_extractor(name: ExtractorName, device: torch.device, *, inception: Path | None = None) -> Extractor:
     """Load a network and its weights onto a device.
 
     Args:
         inception: file or folder of Inception's weights; by default the cache, else a download.
-        classifier: folder of `st-ar train-classifier`, which takes the place of `name`.
 
     Raises:
         UserError: the weights or a package are missing.
     """
-    if classifier is not None:
-        from st_ar.evaluation.generation.classifier import load_classifier
-
-        if inception is not None or name != "inception":
-            raise UserError("--classifier is the feature network: leave --extractor and --inception out")
-        return load_classifier(classifier, device)
     if inception is not None and name != "inception":
         raise UserError(f"--inception names Inception's weights, and --extractor is {name}: leave one of them out")
     if name == "efficientnet":
