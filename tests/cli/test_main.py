@@ -25,6 +25,7 @@ from st_ar import __version__
 from st_ar.cli import COMMANDS, load_command, main
 from st_ar.cli.train import Train
 from st_ar.config import (
+    ClassifierConfig,
     InvarianceSettings,
     PlanConfig,
     SampleSettings,
