@@ -65,6 +65,7 @@ types: $(VENV)/.dev
 	$(BIN)/pyright
 
 docs: $(VENV)/.dev
+	$(BIN)/python docs/options.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 format: $(VENV)/.dev

@@ -1,4 +1,4 @@
-"""What a large run would take of the network and of the data's disks, by formula (docs/scale.md explains the rows).
+"""What a large run would take of the network and of the data's disks, by formula (see `network_bytes`).
 
 Memory, time and the run's disk are those of `st-ar train PRESET --plan H100 --ranks 64`.
 

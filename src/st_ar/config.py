@@ -32,13 +32,13 @@ class OptimConfig(Checked, prefix="--optim."):
     grad_clip: Annotated[float, Range(0, means="off")] = 1.0
     """Largest gradient norm. 0 turns clipping off."""
     schedule: Literal["constant", "cosine", "trapezoid"] = "constant"
-    """Learning rate after the warm-up: constant, a cosine to lr * final_lr, or constant and then linear over decay_fraction."""
+    """Learning rate after warm-up: constant, a cosine decay, or constant with a linear decay at the end (trapezoid)."""
     warmup_steps: Whole = 0
     """Optimizer steps of linear warm-up from 0."""
     decay_fraction: Annotated[float, Range(above=0, high=1)] = 0.2
-    """Share of the run in which the trapezoid falls."""
+    """Fraction of the run over which trapezoid decays."""
     final_lr: Share = 0.0
-    """Final learning rate as a share of the peak."""
+    """Final learning rate of cosine and trapezoid, as a fraction of the peak."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,15 +54,15 @@ class RunConfig(Checked):
     optim: OptimConfig = field(default_factory=OptimConfig)
     """The optimizer."""
     seed: Seed = 0
-    """Seed of all randomness."""
+    """Random seed."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Type of matrix products and convolutions. Weights stay float32. auto is bfloat16 where the hardware has it."""
+    """Data type of matrix products and convolutions. Weights stay float32. auto is bfloat16 where the hardware supports it."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Device to train on. auto takes a GPU if there is one."""
+    """Device to train on. auto uses a GPU if there is one."""
     log_every: Count = 10
     """Optimizer steps between lines of log.jsonl."""
     checkpoint_every: Count = 1000
-    """Optimizer steps between checkpoints. One is also written at the end and on interruption."""
+    """Optimizer steps between checkpoints. One is also written at the end and when the run is interrupted."""
     keep: Count = 2
     """Number of newest checkpoints to keep."""
     keep_every: Annotated[int, Range(0, means="none")] = 0
@@ -100,9 +100,9 @@ class ModelConfig(Checked, prefix="--model."):
     num_classes: Classes = 1000
     """Number of classes. One more embedding is the null class of classifier-free guidance. Text models have none."""
     text_tokens: Width = 120
-    """Positions of a text model's caption before the image. Longer captions are cut."""
+    """Caption positions before the image (text models). Longer captions are truncated."""
     text_dim: Width = 2048
-    """Width of a caption's features. 2048 is Flan-T5-XL's, LlamaGen's encoder."""
+    """Width of a caption's features (text models). 2048 is that of Flan-T5-XL, LlamaGen's encoder."""
     token_dropout: Portion = 0.1
     """Dropout on the embedded input tokens."""
     residual_dropout: Portion = 0.1
@@ -110,7 +110,7 @@ class ModelConfig(Checked, prefix="--model."):
     ffn_dropout: Portion = 0.1
     """Dropout on the feed-forward's output."""
     drop_path: Portion = 0.0
-    """Stochastic depth of the last block, rising linearly from 0. It replaces residual and feed-forward dropout."""
+    """Stochastic depth: rate of the last block, rising linearly from 0. It replaces residual and feed-forward dropout."""
     rope_base: Positive = 10000.0
     """Base of the rotary frequencies."""
     norm_eps: Positive = 1e-5
@@ -180,11 +180,11 @@ class SelfGuidedConfig(Checked, prefix="--selfguided."):
     """Self-guided training (ST-AR). mask_ratio, alpha and beta at 0 give plain autoregressive training."""
 
     mask_ratio: Portion = 0.25
-    """Share r of each sequence's image-token keys that are masked in the student's attention (Eq. 3)."""
+    """Fraction r of the image-token keys masked in the student's attention (Eq. 3)."""
     mask_own_position: bool = True
     """Also hide a masked token from its own query (Eq. 3 read literally)."""
     masked_share: Share = 1.0
-    """Share of a step's sequences whose keys are masked."""
+    """Fraction of the sequences of a step whose keys are masked."""
     alpha: Weight = 1.0
     """Weight of the masked image modelling loss (Eq. 8)."""
     beta: Weight = 0.5
@@ -194,9 +194,9 @@ class SelfGuidedConfig(Checked, prefix="--selfguided."):
     view_loss: bool = True
     """Use the inter-view contrastive loss (Eq. 7)."""
     positions: Count = 4
-    """Positions K drawn per step, shared by the batch (Eq. 5)."""
+    """Number K of positions sampled per step and shared by the batch (Eq. 5)."""
     first_position: Whole = 0
-    """First position that can be drawn, counted from 0. Early positions have seen little of the image."""
+    """First position to sample from, counted from 0. Early positions have seen little of the image."""
     contrast_layer: int | None = None
     """Layer whose features the contrastive losses compare, counted from 1. Half the depth by default."""
     temperature: Positive = 0.2
@@ -212,13 +212,13 @@ class SelfGuidedConfig(Checked, prefix="--selfguided."):
     mim_features: Literal["before_norm", "after_norm"] = "before_norm"
     """Compare the last layer's output in Eq. 4 before or after the final norm."""
     every: Count = 1
-    """Use self-guidance in every n-th optimizer step. The others are plain, without mask and teacher."""
+    """Use self-guidance in every n-th optimizer step. The other steps are plain: no mask, no teacher."""
     until: Share = 1.0
-    """Share of the run with self-guidance. Later steps are plain."""
+    """Fraction of the run with self-guidance. Later steps are plain."""
     ema_decay: Portion = 0.9999
     """Decay of the teacher, an exponential moving average of the student."""
     ema_warmup: bool = True
-    """Start with the decay min(ema_decay, (1 + t) / (10 + t)) at optimizer step t, so that short runs get a useful teacher."""
+    """Use the decay min(ema_decay, (1 + t) / (10 + t)) at optimizer step t, so that short runs get a useful teacher."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -265,19 +265,19 @@ class TrainConfig(RunConfig):
     views: Depth = 1
     """Different crops of each image in a batch (M)."""
     accumulate: Count = 1
-    """Micro-batches per optimizer step. The result is the large batch's, negatives included."""
+    """Micro-batches per optimizer step. The result equals that of the whole batch, negatives included."""
     class_dropout: Portion = 0.1
-    """Share of images whose class or caption is replaced by the null condition (classifier-free guidance)."""
+    """Probability that an image's class or caption is replaced by the null condition (classifier-free guidance)."""
     validation_images: Count = 1024
     """Images of --validation to measure, evenly spaced in the store."""
     skip_nonfinite: Whole = 0
-    """Steps that may be skipped because the loss or gradient is not finite. One more stops the run."""
+    """Steps with a non-finite loss or gradient to skip. One more stops the run."""
     compile: bool | Literal["auto"] = "auto"
     """Compile the transformer's blocks with torch.compile. auto compiles on GPUs. On a CPU it needs a C++ compiler."""
     cuda_graph: bool = False
-    """Replay the forward and backward passes as a CUDA graph: faster on one GPU where the model is small. Takes more memory."""
+    """Replay forward and backward passes as a CUDA graph. Faster for small models on one GPU; takes more memory."""
     parallel: Literal["auto", "none", "ddp", "fsdp"] = "auto"
-    """How torchrun's ranks hold the weights: a copy each (ddp) or sharded (fsdp). auto is ddp on several ranks, none on one."""
+    """How torchrun's ranks hold the weights: a copy each (ddp) or sharded (fsdp). auto is ddp with several ranks, none with one."""
     shard_size: int | None = None
     """Ranks over which fsdp shards one copy of the weights. All by default. With fewer, each group of ranks has a copy."""
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
@@ -324,12 +324,11 @@ class PlanConfig(Checked):
     """What `st-ar train --plan` assumes."""
 
     plan: str | None = None
-    """Do not train: print memory, time and disk of the run on this kind of GPU, such as H200, or A100:40 for 40 GiB. It needs no
-    GPU, --tokens or --out. If there is no token store, it assumes ImageNet's 1,281,167 images."""
+    """Print the run's memory, time and disk on a GPU such as H200 or A100:40 (40 GiB), and exit. --tokens is optional."""
     ranks: Count | None = None
     """GPUs to plan for. 1 by default."""
     mfu: Annotated[float, Range(above=0, high=1)] | None = None
-    """Share of the GPUs' peak FLOP/s that --plan assumes. 0.4 by default."""
+    """Fraction of the GPUs' peak FLOP/s that --plan assumes. 0.4 by default."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -347,22 +346,21 @@ class SampleSettings(Checked):
     """How tokens are sampled (see `st_ar.generate`)."""
 
     cfg_scale: Annotated[float, Range(1, 1000, means="none")] | None = None
-    """Classifier-free guidance scale. 1 is none. By default LlamaGen's for its class models (B and L 2.0, XL and XXL 1.75,
-    3B 1.65), and 1 for others."""
+    """Guidance scale; 1 is none. By default LlamaGen's for its class models (B, L 2.0; XL, XXL 1.75; 3B 1.65), else 1."""
     cfg_schedule: Literal["constant", "linear", "power-cosine"] = "constant"
-    """Guidance over the tokens: constant, or rising from 1 to cfg_scale linearly or by RAR's power-cosine."""
+    """Guidance scale over the tokens: constant, or rising from 1 to cfg_scale (linear, or RAR's power-cosine)."""
     cfg_power: Annotated[float, Range(above=0, high=1000)] = 1.0
-    """Power of power-cosine. Larger values start guidance later."""
+    """Exponent of power-cosine. Larger values start guidance later."""
     cfg_interval: Annotated[int, Range(-1, means="all")] = -1
-    """Guide only the first token and the next cfg_interval + 1. -1 guides all."""
+    """Guide only the first cfg_interval + 2 tokens, as LlamaGen counts them. -1 guides all."""
     temperature: Annotated[float, Range(0.001, 1000, hint="for the most likely token give --top-k 1")] = 1.0
     """Temperature of the softmax."""
     top_k: Annotated[int, Range(0, means="off")] = 0
-    """Sample from the k most likely tokens. 0 for all."""
+    """Sample from the k most likely tokens. 0 turns it off."""
     top_p: Annotated[float, Range(above=0, high=1)] = 1.0
-    """Sample from the most likely tokens that together have probability p. 1 for all."""
+    """Sample from the most likely tokens whose total probability is p. 1 turns it off."""
     seed: Seed = 0
-    """Seed of the classes or captions and of sampling."""
+    """Random seed of labels and samples."""
 
     def resolved(self, config: ModelConfig, class_dropout: float | None = None) -> "SampleSettings":
         """Return these settings for a model, with its default guidance scale if none was given.
@@ -407,21 +405,19 @@ class WatchConfig(Checked):
     """Trackers, samples and probes during training. They have no effect on the weights and may change when a run is resumed."""
 
     track: tuple[TrackerName, ...] = ("tensorboard",)
-    """Where to log curves and samples: tensorboard (event files in the run), wandb (extra tracking), trackio (extra trackio), none."""
+    """Trackers of curves and samples: tensorboard (event files in the run), wandb (extra tracking), trackio (extra trackio), none."""
     sample_every: Annotated[int, Range(0, means="never")] = 0
-    """Optimizer steps between grids of samples from the live weights, kept in samples/. 0 for none."""
+    """Optimizer steps between grids of samples from the live weights, written to samples/. 0 for none."""
     sample_tokenizer: Path | None = None
     """Tokenizer that decodes the samples."""
     sample_labels: tuple[int, ...] = ()
-    """Classes of the samples (captions of a text model), one image each. By default 16, evenly spaced. All grids use the same
-    random numbers."""
+    """Classes (or captions) to sample, one image each. By default 16, evenly spaced. All grids use the same random numbers."""
     sample_cfg_scale: Annotated[float, Range(1, 1000, means="none")] | None = None
     """Guidance scale of the samples. By default that of `st-ar sample`."""
     probe_every: Annotated[int, Range(0, means="never")] = 0
-    """Optimizer steps between quick probes: ridge regression on features of the contrast layer at the last position, with at most
-    4,000 images each for training and testing. 0 for none. It is not the MAE protocol. Needs scikit-learn (extra quickstart)."""
+    """Optimizer steps between quick probes: ridge regression, not the MAE protocol (extra quickstart). 0 for none."""
     probe_test_tokens: Path | None = None
-    """Token store to test the probes on (its centre crop)."""
+    """Token store to test the probes on (its centre crops)."""
 
     def __post_init__(self) -> None:
         choices = get_args(TrackerName)
@@ -453,23 +449,23 @@ class InvarianceSettings(Checked):
     """The views and images that are compared (see `st_ar.evaluation.invariance`)."""
 
     num: Annotated[int, Range(2)] = 200
-    """Images to measure, chosen at random with --seed. Of streams and image files the first ones."""
+    """Number of images, chosen at random with --seed. Streams and image files give their first ones."""
     size: Count | None = None
     """Side of a view in pixels. By default it suits the images, which are resized so that all views fit."""
     shifts: tuple[Whole, ...] = ()
     """Shifts in pixels, each horizontal, vertical and diagonal. By default from 0 to two tokens."""
     factors: tuple[Annotated[float, Range(0.5, 2)], ...] = (0.9, 0.95, 1.05, 1.1)
-    """Factors by which the second view is enlarged about the centre."""
+    """Factors that enlarge the second view about the centre."""
     shown: Whole = 4
     """Number of images whose two views the figure shows."""
     shown_shift: Whole | None = None
     """Diagonal shift in pixels between the views in the figure. Half a token by default."""
     seed: Seed = 0
-    """Seed of the choice of images."""
+    """Random seed of the choice of images."""
     batch_size: Count = 32
     """Images to encode at once."""
     max_skipped: Annotated[float, Range(0, 1)] = 0.01
-    """Largest share of unreadable images, which are left out and listed."""
+    """Largest fraction of unreadable images to accept. They are left out and listed in the result."""
 
 
 Channels = Annotated[int, Range(1, 1 << 12)]
@@ -482,7 +478,7 @@ class VQConfig(Checked, prefix="--model."):
     channels: Channels = 128
     """Channels at full resolution."""
     multipliers: tuple[Annotated[int, Range(1, 64)], ...] = (1, 1, 2, 2, 4)
-    """Channels of each level as a multiple of `channels`. Each level but the last halves the resolution."""
+    """Channels of each level, in multiples of --model.channels. Each level but the last halves the resolution."""
     z_channels: Channels = 256
     """Channels between the network and the codebook's 1 x 1 convolutions."""
     codebook_size: Annotated[int, Range(1, 1 << 16)] = 16384
@@ -521,15 +517,15 @@ class AdversaryConfig(Checked, prefix="--adversary."):
     """The PatchGAN discriminator and its loss."""
 
     start: Whole = 20_000
-    """Optimizer steps before the discriminator is used. A value of --steps or more leaves it out."""
+    """Optimizer steps before the discriminator starts. --steps or more leaves it out."""
     weight: Weight = 0.5
     """Weight of the adversarial loss."""
     adaptive: bool = True
-    """Also scale the weight so that the adversarial gradient at the last layer is as large as the reconstruction's."""
+    """Scale the weight so that adversarial and reconstruction gradients are equally large at the last layer."""
     channels: Channels = 64
     """Channels of the first convolution."""
     layers: Annotated[int, Range(1, 10)] = 3
-    """Number of times the resolution is halved. The receptive field is 9 * 2^layers - 2 pixels a side (70 for 3, 34 for 2)."""
+    """Number of layers that halve the resolution. The receptive field is 9 * 2^layers - 2 pixels (70 for 3, 34 for 2)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -551,9 +547,9 @@ class VQTrainConfig(RunConfig):
     size: Annotated[int, Range(1, 1 << 12)] = 256
     """Side of the images in pixels."""
     crop_range: Annotated[float, Range(1, 2)] = 1.1
-    """Short side that images are resized to, as a multiple of `size`, before a random crop."""
+    """Shorter side before the random crop, in multiples of --size."""
     mirror: bool = True
-    """Mirror half of the images. Sources whose mirror images have another meaning, such as digits, are never mirrored."""
+    """Mirror half of the images. Digits are never mirrored."""
     batch_size: Batch = 128
     """Images per optimizer step, over all ranks."""
     l1_weight: Weight = 1.0
@@ -561,7 +557,7 @@ class VQTrainConfig(RunConfig):
     l2_weight: Weight = 1.0
     """Weight of the mean squared error."""
     perceptual_weight: Weight = 0.0
-    """Weight of the difference between EfficientNet-Lite0's features (extra `metrics`). 0 leaves the network out."""
+    """Weight of the perceptual loss on features of EfficientNet-Lite0 (extra metrics). 0 turns it off."""
     codebook_weight: Weight = 1.0
     """Weight of the loss that moves codes towards features."""
     commitment: Weight = 0.25
@@ -569,11 +565,11 @@ class VQTrainConfig(RunConfig):
     revive_after: Annotated[int, Range(0, means="never")] = 100
     """Replace a code that has been unused for this many steps by a feature of the batch. 0 for never."""
     ema_decay: Portion = 0.999
-    """Decay of the EMA weights, which become the tokenizer. It starts with (1 + t) / (10 + t)."""
+    """Decay of the EMA weights, which become the tokenizer. It warms up as (1 + t) / (10 + t)."""
     log_every: Count = 20
     """Optimizer steps between lines of log.jsonl."""
     evaluate_every: Count = 1000
-    """Optimizer steps between evaluations (PSNR, SSIM, codebook usage, a picture). The last step also has one."""
+    """Optimizer steps between evaluations (PSNR, SSIM, codebook usage, reconstructions). The last step also has one."""
     evaluate_images: Count = 512
     """Images of an evaluation."""
 

@@ -217,7 +217,7 @@ def _write_report(results: Results, images: int) -> None:
         _samples_section(results),
         _method_section(results),
     ]
-    title = f"AR and ST-AR on {images:,} images of {summary['images']}"
+    title = f"AR and ST-AR on {images:,} images ({summary['images']})"
     write_report(results.out / "report.html", title=title, lead=lead, sections=sections)
 
 
@@ -267,7 +267,7 @@ def _finding(name: str, summary: Mapping[str, Any], time_ratio: float) -> str:
     samples = f"{100 * abs(frechet):.0f} % {'higher' if frechet > 0 else 'lower'}"
     seeds = ", within the noise between seeds" if abs(frechet) < FD_NOISE else ""
     return (
-        f"{LABELS[name]} against the control: probe accuracy after the whole image {gain:+.1f} points{within}; "
+        f"{LABELS[name]} compared with the control: probe accuracy after the whole image {gain:+.1f} points{within}; "
         f"validation loss {loss:+.1f} %; {FD} {samples}{seeds}; a training step takes {time_ratio:.2f} times as long at equal tokens."
     )
 
@@ -293,9 +293,7 @@ def _probe_section(results: Results) -> Section:
     )
     rows = [[LABELS[name], *map(_percent, measured["probe"]["top1"])] for name, measured in results.measured.items()]
     table = Table(columns=["tokens read", *map(str, probe["steps"])], rows=rows)
-    return Section(
-        title="What the models understand as they read", parts=[Chart(svg=drawing.svg(), caption=caption), table]
-    )
+    return Section(title="Probe accuracy by tokens read", parts=[Chart(svg=drawing.svg(), caption=caption), table])
 
 
 def _training_section(out: Path) -> Section:
@@ -343,7 +341,7 @@ def _attention_section(results: Results) -> Section:
         for on_class, near, distance, entropy in [statistics.values()]
     ]
     table = Table(columns=["", "layer", *AXES], rows=rows, caption="Means over heads, steps and 256 test images.")
-    return Section(title="Where the models look", parts=[Chart(svg=drawing.svg(), caption=caption), table])
+    return Section(title="Attention", parts=[Chart(svg=drawing.svg(), caption=caption), table])
 
 
 def _samples_section(results: Results, per_class: int = 6) -> Section:

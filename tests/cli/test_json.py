@@ -134,7 +134,7 @@ def test_a_place_that_cannot_be_written_is_found_before_the_work(
 @pytest.mark.parametrize(
     ("verb", "heads"),
     [
-        ("evaluate", ["Numbers", "In one line, for a paper", "Samples", "Provenance"]),
+        ("evaluate", ["Metrics", "To cite", "Samples", "Provenance"]),
         ("invariance", ["Equal tokens", "Provenance"]),
         ("probe", ["Accuracy", "Weights", "Provenance"]),
     ],

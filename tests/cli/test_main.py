@@ -1,5 +1,6 @@
 """The command line: help that lists what there is, the whole line by hand, and mistakes that harm nothing."""
 
+import ast
 import contextlib
 import dataclasses
 import errno
@@ -9,6 +10,7 @@ import os
 import re
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -18,6 +20,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+import st_ar
 from st_ar import __version__
 from st_ar.cli import COMMANDS, load_command, main
 from st_ar.cli.train import Train
@@ -39,6 +42,7 @@ from st_ar.tokenizer.kmeans import KMeansTokenizer
 from tests.disk import contents
 
 Capture = pytest.CaptureFixture[str]
+ROOT = Path(st_ar.__file__).parent
 CLASSES = {name: load_command(name) for name in COMMANDS if name not in ("train", "train-tokenizer")}
 
 
@@ -126,6 +130,18 @@ def test_each_commands_help_explains_every_option(
     assert options or command == "completion"
     for flag in options:
         assert re.search(rf"(?m)^\W*{flag}\b", text), flag
+
+
+@pytest.mark.parametrize("path", [ROOT / "config.py", *sorted((ROOT / "cli").glob("*.py"))], ids=lambda path: path.name)
+def test_helps_are_whole_paragraphs(path: Path) -> None:
+    """tyro breaks a field's help before a line of its docstring that begins with no letter, as indented lines do."""
+    classes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ClassDef)]
+    for one in classes:
+        for field, after in pairwise(one.body):
+            if isinstance(field, ast.AnnAssign) and isinstance(after, ast.Expr):
+                assert "\n" not in ast.literal_eval(after.value), ast.unparse(field)
+        paragraphs = (ast.get_docstring(one) or "").split("\n\n")
+        assert not [line for part in paragraphs for line in part.splitlines()[1:] if not line[0].isalpha()], one.name
 
 
 def test_trains_help_lists_every_preset(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -379,7 +395,7 @@ def test_so_many_of_each_class_are_drawn_in_batches_of_any_size(line: Line, tmp_
 
 def test_the_help_of_sampling_names_the_published_guidance(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
     shown = re.sub(r"[│\s]+", " ", helped(capsys, monkeypatch, "sample", "--help"))
-    assert "LlamaGen's for its class models (B and L 2.0, XL and XXL 1.75, 3B 1.65), and 1 for others" in shown
+    assert "LlamaGen's for its class models (B, L 2.0; XL, XXL 1.75; 3B 1.65), else 1" in shown
     assert "--cfg-schedule {constant,linear,power-cosine}" in shown
 
 

@@ -323,7 +323,7 @@ def test_a_click_while_the_last_answer_ends_is_answered_too(visit: Callable[...,
     page = visit(served, script=SLOW_CLOSE)
     tab(page, "Understand")
     page.evaluate("window.atClose = '#understand-show'")
-    page.locator("#understand-source").get_by_label("generated here").click()
+    page.locator("#understand-source").get_by_label("generated").click()
     expect(page.get_by_text("there are no generated images")).to_be_visible()
     assert page.evaluate("window.atClose") is None  # by that press
 
@@ -331,7 +331,7 @@ def test_a_click_while_the_last_answer_ends_is_answered_too(visit: Callable[...,
 def test_what_was_drawn_can_be_looked_at(visit: Callable[..., Page], served: Served) -> None:
     page = visit(served)
     tab(page, "Understand")
-    page.locator("#understand-source").get_by_label("generated here").click()
+    page.locator("#understand-source").get_by_label("generated").click()
     page.click("#understand-show")
     expect(page.get_by_text("there are no generated images")).to_be_visible()
     tab(page, "Generate")

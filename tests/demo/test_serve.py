@@ -468,6 +468,6 @@ def test_class_layer_and_head_stay_as_far_as_other_weights_have_them(setup: Setu
     assert (given["value"], layer["value"], head["value"]) == (OWN_CLASS, 2, 0)
     assert layer["maximum"] == 2
     assert head["choices"] == [("average", 0), ("1", 1)]
-    assert given["choices"] == [("the image's own", OWN_CLASS), ("none", NO_CLASS), ("ant", 0), ("bee", 1)]
+    assert given["choices"] == [("the image's class", OWN_CLASS), ("none", NO_CLASS), ("ant", 0), ("bee", 1)]
     given, layer, head = update_choices(setup, "a", 2, 4, 2)
     assert (given["value"], layer["value"], head["value"]) == (2, 4, 2)

@@ -1,4 +1,4 @@
-"""Two machines with one torchrun each, as in docs/scale.md; here both are this machine."""
+"""Two machines with one torchrun each, as in docs/training.md; here both are this machine."""
 
 import json
 import os

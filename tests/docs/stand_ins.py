@@ -63,13 +63,10 @@ LISTINGS = {
         "development.md",
         "tests/          one folder for each folder of the package; reference/ has the equations as naive loops, fixtures/ outputs",
     ),
-    ("command-line.md", "images --tokenize--> token store --train--> run --sample--> images --evaluate--> table"),
     ("demo.md", "ssh -L 7860:localhost:7860 machine"),
     ("demo.md", "location /demo/ {"),
-    ("index.md", "images --tokenize--> token store --train--> run --sample--> images --evaluate--> table"),
     ("own-images.md", "pictures/"),
     ("own-model.md", "AR     step   1  next token 5.668"),
-    ("scale.md", "/shared/tokens/imagenet    the token store: every rank reads it, at random"),
     (
         "llamagen.md",
         "torchrun --nproc_per_node=8 autoregressive/train/extract_codes_c2i.py --vq-ckpt vq_ds16_c2i.pt "

@@ -230,24 +230,20 @@ def check_imagenet() -> None:
 def given(page: str) -> dict[str, Any]:
     """What the page's Python takes as given, small."""
     made: dict[str, Callable[[], dict[str, Any]]] = {
-        "evaluation.md": for_metrics,
-        "python.md": for_distances,
+        "api.md": for_examples,
         "README.md": for_features,
         "own-model.md": for_a_llama,
     }
     return made[page]() if page in made else {}
 
 
-def for_metrics() -> dict[str, Any]:
+def for_examples() -> dict[str, Any]:
     rng = np.random.default_rng(0)
     reference, samples = rng.normal(size=(2, 60, 8))
     means = {"mu1": reference.mean(0), "mu2": samples.mean(0)}
     covariances = {"sigma1": np.cov(reference.T), "sigma2": np.cov(samples.T)}
-    return means | covariances | {"reference": reference, "samples": samples, "probs": np.full((10, 4), 0.25)}
-
-
-def for_distances() -> dict[str, Any]:
-    return {"others": torch.zeros(2, 3, 32, 32)}
+    features = {"reference": reference, "samples": samples, "probs": np.full((10, 4), 0.25)}
+    return means | covariances | features | {"others": torch.zeros(2, 3, 32, 32)}
 
 
 def for_features() -> dict[str, Any]:

@@ -8,8 +8,10 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from playwright.sync_api import sync_playwright
 
 from tests.docs.blocks import ROOT
+from tests.programs import find_program
 
 FETCHED = {"src", "srcset", "poster", "data"}
 
@@ -53,3 +55,29 @@ def test_equations_are_drawn_on_the_texts_baseline(site: Path) -> None:
     [depth] = re.findall(r"vertical-align:-([\d.]+)em", total)
     [height] = re.findall(r'height="([\d.]+)em"', total)
     assert 0.3 < float(depth) < float(height) < 3  # a fraction reaches below the baseline
+
+
+WIDER = """() => {
+  const scrolls = element => ["auto", "scroll"].includes(getComputedStyle(element).overflowX);
+  const outside = element => element.getBoundingClientRect().right > document.documentElement.clientWidth + 1;
+  const visible = element => {
+    for (let each = element.parentElement; each; each = each.parentElement) if (scrolls(each) && !outside(each)) return false;
+    return true;
+  };
+  return [...document.querySelectorAll("article *")].filter(each => outside(each) && visible(each)).map(each => each.outerHTML);
+}"""
+"""The elements that reach beyond the window and are in no box that scrolls."""
+
+
+def test_wide_tables_and_code_scroll(site: Path) -> None:
+    chromium = find_program("chromium")
+    with sync_playwright() as playwright:
+        as_root = ["--no-sandbox"] if os.geteuid() == 0 else []
+        browser = playwright.chromium.launch(executable_path=chromium, args=[*as_root, "--disable-dev-shm-usage"])
+        for width in (1280, 390):
+            page = browser.new_page(viewport={"width": width, "height": 800})
+            for path in sorted(site.glob("*.html")):
+                page.goto(path.as_uri())
+                assert page.evaluate(WIDER) == [], f"{path.name} at {width} pixels"
+                assert page.evaluate("document.documentElement.scrollWidth") == width, path.name
+        browser.close()

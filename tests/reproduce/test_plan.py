@@ -78,7 +78,7 @@ def test_the_options_reproduce_the_settings(scale: str) -> None:
     for recipe in RECIPES.values():
         preset, config = SCALES[scale].config(recipe, 3)
         default = replace(PRESETS[preset](), steps=config.steps, epochs=config.epochs)
-        assert tyro.cli(TrainConfig, args=spell_out(options(preset, config)), default=default) == config
+        assert tyro.cli(TrainConfig, args=spell_out(options(PRESETS[preset](), config)), default=default) == config
 
 
 def test_small_scales_count_epochs_in_steps_and_layers_by_depth() -> None:

@@ -1,4 +1,4 @@
-"""How `st-ar train` ends, as a shell or a scheduler sees it: the statuses of docs/training.md, in one line each."""
+"""How `st-ar train` ends, as a shell or a scheduler sees it: the statuses of docs/options.md, in one line each."""
 
 import re
 import signal

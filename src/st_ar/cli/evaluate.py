@@ -15,7 +15,7 @@ from st_ar.errors import UserError, note
 class Evaluate:
     """Measure samples against a reference: FID, sFID, IS, precision, recall (ADM's suite), KID, density, coverage.
 
-    Prints a table and a line that identifies the numbers. Under torchrun the ranks share the images.
+    Prints a table and one line to cite. Under torchrun the ranks share the images.
     """
 
     samples: tyro.conf.Positional[str]
@@ -33,9 +33,9 @@ class Evaluate:
     resize: options.Resize = None
     max_skipped: options.MaxLeftOut = 0.01
     shuffle_seed: int | None = None
-    """Shuffle the samples with this seed before the splits of IS. Use it for samples sorted by class."""
+    """Shuffle the samples with this seed before IS splits them. Use it for samples sorted by class."""
     seed: int = 0
-    """Random seed of KID's subsets, and of the 10,000 images that represent a larger reference."""
+    """Random seed of KID's subsets, and of the 10,000 images taken from a larger reference."""
     batch_size: int = 64
     """Images per forward pass."""
     device: options.Device = "auto"

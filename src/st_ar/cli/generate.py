@@ -35,14 +35,14 @@ class Sample:
     label_mode: options.LabelMode = "balanced"
     settings: Annotated[SampleSettings, tyro.conf.arg(name="")] = field(default_factory=SampleSettings)
     batch_size: int = 256
-    """Images to sample and write at once. It can change images only by rounding."""
+    """Images per batch. It changes images by rounding at most."""
     ema: options.Ema = False
     grid: int | None = None
-    """Tokens per side, if not the trained size: 24 for 384 px with LlamaGen's 256 px weights."""
+    """Tokens per side, if not as trained: 24 for 384 px with LlamaGen's 256 px weights."""
     device: options.Device = "auto"
     dtype: options.ModelType = "auto"
     compile: bool | Literal["auto"] = "auto"
-    """Compile the transformer's blocks with torch.compile: faster after some seconds. auto compiles on GPUs from 1,000 images on."""
+    """Compile the blocks with torch.compile: faster after some seconds. auto compiles on GPUs from 1,000 images on."""
 
     def run(self) -> None:
         from st_ar.data.text import open_text
@@ -110,7 +110,7 @@ class Sweep:
     top_ks: tuple[int, ...] = (0,)
     """Values of k: sample from the k most likely tokens; 0 for all."""
     num: int = 10_000
-    """Images per setting. FD depends on it: fewer images give larger values. Compare only FD of the same number."""
+    """Images per setting. Fewer images give a larger FD: compare equal numbers only."""
     label_mode: options.LabelMode = "balanced"
     metrics: options.Metrics = ()
     extractor: options.Extractor = "inception"

@@ -21,63 +21,64 @@ ImageSource = Annotated[str, _help(f"Image source: {SOURCES}.")]
 ImageSet = Annotated[str, _help(f"Images: a source ({SOURCES}), a .npz file or a folder of PNGs.")]
 Model = Annotated[Path, _help(f"Model: {MODEL}.")]
 Models = Annotated[tuple[Path, ...], _help(f"One or more models, each {MODEL}.")]
-Names = Annotated[tuple[str, ...], _help("Display names, one for each. By default the last part of each path.")]
+Names = Annotated[
+    tuple[str, ...], _help("Display names, one per model or tokenizer. By default the last part of each path.")
+]
 Weights = Annotated[Literal["live", "ema", "both"], _help("Which weights to measure.")]
 Ema = Annotated[bool, _help("Use the EMA weights instead of the live ones.")]
 EmaWeights = Annotated[bool, _help("Same as --weights ema.")]
 Tokenizer = Annotated[Path, _help("Tokenizer of the model: its folder, or a LlamaGen .pt file.")]
 Text = Annotated[Path | None, _help("Caption features for a text model: a .safetensors file, or a folder of them.")]
 LabelMode = Annotated[
-    Literal["balanced", "random"], _help("balanced repeats the classes (or captions) in order; random samples them.")
+    Literal["balanced", "random"],
+    _help("balanced repeats the classes (or captions) in order; random draws them at random."),
 ]
 Metrics = Annotated[
     tuple[Metric, ...],
     _help(
-        "Metrics to compute. By default fid sfid is precision recall, or fd precision recall for other extractors than Inception."
+        "Metrics to compute. By default fid sfid is precision recall with Inception, and fd precision recall with other extractors."
     ),
 ]
 Extractor = Annotated[
     ExtractorName,
     _help(
-        "Feature network. Only the FD of Inception is FID. efficientnet needs the extra metrics and no download; dinov2 the extra dinov2."
+        "Feature network. Only Inception gives FID. efficientnet needs the extra metrics and no download; dinov2 needs the extra dinov2."
     ),
 ]
 Inception = Annotated[
     Path | None, _help("Inception weights: a file or its folder. By default they are downloaded into the cache.")
 ]
-Size = Annotated[
-    int | None, _help("Side in pixels of the centre crops of an image source. By default the source's size.")
-]
+Size = Annotated[int | None, _help("Side of an image source's centre crops in pixels. By default the source's size.")]
 Resize = Annotated[
     int | None, _help("Resize the samples to this side first, bicubically, as LlamaGen does for 384 px.")
 ]
 MaskRatio = Annotated[
-    float, _help("Share of the attention keys to mask at random. ST-AR trains with 0.25; 0 masks nothing.")
+    float, _help("Fraction of the attention keys to mask at random. ST-AR trains with 0.25; 0 masks nothing.")
 ]
 MaskOwnPosition = Annotated[
     bool, _help("Hide a masked token from its own query too, like --selfguided.mask-own-position.")
 ]
 MaskSeed = Annotated[int, _help("Random seed of the masks.")]
-Device = Annotated[Literal["auto", "cpu", "cuda"], _help("Device for the computation.")]
+Device = Annotated[Literal["auto", "cpu", "cuda"], _help("Device to compute on. auto uses a GPU if there is one.")]
 ModelType = Annotated[
     Literal["auto", "float32", "bfloat16"],
-    _help("Type of the model's weights and activations. auto is bfloat16 where the hardware supports it."),
+    _help("Data type of weights and activations. auto is bfloat16 where the hardware supports it."),
 ]
 VQType = Annotated[
     Literal["float32", "bfloat16"],
-    _help("Type of a VQ network's activations. bfloat16 is faster and changes a few codes."),
+    _help("Data type of a VQ network's activations. bfloat16 is faster and changes a few codes."),
 ]
 Workers = Annotated[
     int | None,
     _help(
-        "Number of processes that decode images; 0 for none. By default one per core, at most 8, and none for few images."
+        "Processes that decode images; 0 decodes without extra processes. By default one per core, at most 8, and 0 for few images."
     ),
 ]
 MaxSkipped = Annotated[
-    float, _help("Largest share of unreadable images, which are skipped and listed in skipped.jsonl.")
+    float, _help("Largest fraction of unreadable images to accept. They are skipped and listed in skipped.jsonl.")
 ]
 MaxLeftOut = Annotated[
-    float, _help("Largest share of unreadable images of an image source, which are left out and listed in the result.")
+    float, _help("Largest fraction of unreadable images to accept. They are left out and listed in the result.")
 ]
 Json = Annotated[str | None, _help("Write the results as JSON to a file; - prints them instead of the table.")]
 Page = Annotated[

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
@@ -111,15 +111,15 @@ class Demo:
     probe_images: int = 4000
     """Largest number of images to fit a probe on."""
     runs: tuple[Path, ...] = ()
-    """Run folders to follow, besides those of --model."""
+    """Runs to follow, besides those of --model."""
     quickstart: Path = Path("quickstart")
-    """Folder of the quickstart to use without --model. If there is none, it is made in minutes."""
+    """Folder of the quickstart to use without --model. If there is none, the quickstart runs first, in minutes."""
     host: str = "127.0.0.1"
-    """Address to serve on. With any other address, other machines can reach the demo, and anyone who does can use it."""
+    """Address to serve on. With an address other than this machine's own, anyone who reaches it can use the demo."""
     port: int = 7860
     """Port to serve on; 0 takes a free port."""
     root_path: str = ""
-    """Public address of the demo behind a reverse proxy, such as https://example.org/demo. Its host name is answered too."""
+    """Public address behind a reverse proxy, such as https://example.org/demo. The demo then answers to its host name too."""
     device: options.Device = "auto"
     dtype: options.ModelType = "auto"
 
@@ -179,6 +179,16 @@ class Demo:
             )
 
 
+WHAT = (
+    "Table or figure of the paper, or one of five others: evidence (each loss alone), questions (what the paper leaves open), "
+    "cheaper and remedies (weaker self-guidance), length (long runs, measured after each quarter)."
+)
+SCALE = (
+    "tiny: 1.1M parameters, 32 px, on the embedded photographs or --data; minutes per run on two cores. "
+    "small: 3.1M parameters, 32 px, on --data; hours. imagenet: the paper's models and training lengths."
+)
+
+
 @dataclass(kw_only=True)
 class Reproduce:
     """Reproduce a table or figure of the paper: train and measure the models, and show the results beside the paper's.
@@ -186,15 +196,10 @@ class Reproduce:
     Prints each command before it runs. Run the same command again to continue a stopped one. Tables with the same --out share runs.
     """
 
-    what: tyro.conf.Positional[Name]
-    """Table or figure of the paper. Five others are ours: questions (what the paper leaves open), evidence (each loss separately),
-    cheaper and remedies (less expensive self-guidance), length (long runs measured after each quarter)."""
+    what: Annotated[tyro.conf.Positional[Name], tyro.conf.arg(help=WHAT)]
     out: Path
     """Folder for all runs and results."""
-    scale: ScaleName = "tiny"
-    """tiny: 1.1M parameters on the embedded photographs or --data, minutes per run on two cores.
-    small: 3.1M parameters on --data, hours. Both use images of 32 pixels.
-    imagenet: the models and training lengths of the paper."""
+    scale: Annotated[ScaleName, tyro.conf.arg(help=SCALE)] = "tiny"
     data: str | None = None
     """Image source of the training images (folder:PATH, parquet:GLOB, hub:NAME:SPLIT). tiny has a default."""
     test_data: str | None = None
@@ -206,7 +211,7 @@ class Reproduce:
     size: Size = "B"
     """Model size, for tables that do not compare sizes. Files of other sizes than B are named WHAT-SIZE."""
     rows: tuple[str, ...] = ()
-    """Labels of the rows to make. All by default."""
+    """Labels of the rows to run. All by default."""
     seeds: tuple[int, ...] = (0,)
     """Random seeds of each row. The table shows mean and standard deviation."""
     steps: int | None = None
@@ -215,7 +220,7 @@ class Reproduce:
     compile: bool | Literal["auto"] = "auto"
     """Train with --compile: faster for runs longer than a few minutes. auto compiles on GPUs. On a CPU it needs a C++ compiler."""
     dry_run: bool = False
-    """Print the commands with the time and disk space that they need, and run nothing."""
+    """Print the commands, their training time and disk space, and run nothing."""
     json: options.Json = None
 
     def run(self) -> None:

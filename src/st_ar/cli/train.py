@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True)
 class TrainKMeans:
-    """k-means over pixel patches, in seconds."""
+    """Fit a k-means codebook of pixel patches, in seconds."""
 
     images: options.ImageSource
     out: Path
@@ -92,12 +92,11 @@ class Tokenize:
     out: Path
     """Folder of the token store."""
     crops: Literal["center", "center-mirror", "ten"] = "ten"
-    """center; center and its mirror image; or ten: the corners, the centre and their mirror images."""
+    """Crops of each image: the centre, the centre and its mirror image, or ten (corners, centre and their mirror images)."""
     size: int | None = None
     """Side of a crop in pixels. By default 32 for photos and digits, 256 for others."""
     crop_range: float | None = None
-    """Shorter side of an image before cropping, in multiples of --size.
-    By default 1.125 for photos and digits; for others 1.1 with ten crops and 1.0 for the centre."""
+    """Shorter side before cropping, in multiples of --size. By default 1.125 for photos and digits, else 1.1 (ten crops) or 1.0."""
     mirror: bool = True
     """Include mirror images. Digits are never mirrored."""
     workers: options.Workers = None
@@ -105,7 +104,7 @@ class Tokenize:
     """Crops to encode at once."""
     max_skipped: options.MaxSkipped = 0.01
     num_classes: int | None = None
-    """Number of classes, if they are numbers and this part of the data set may lack the last ones."""
+    """Number of classes, for labels that are numbers. Give it if the images may lack the last classes."""
     device: options.Device = "auto"
     dtype: options.VQType = "float32"
     compile: bool | Literal["auto"] = False

@@ -18,7 +18,7 @@ from st_ar.settings import flag_name
 
 @dataclass(kw_only=True)
 class Probe:
-    """Train linear probes after MAE: how well a frozen model's features predict the class after some of the tokens.
+    """Train linear probes after MAE: they predict the class from a frozen model's features after some of the tokens.
 
     The model gets the null class, so that no label leaks. Prints top-1 accuracy, and top-5 for more than five classes. The
     features are cached in --cache for the next call.
@@ -35,14 +35,13 @@ class Probe:
     layers: tuple[int, ...] | Literal["all"] = ()
     """Layers to probe, counted from 1, or all. By default the middle layer."""
     steps: tuple[int, ...] = ()
-    """Numbers of positions read, 1 to T. By default eight uniformly spaced ones."""
+    """Numbers of positions read before each probe, 1 to T. By default eight, uniformly spaced."""
     mean_over_steps: bool = False
     """Also probe the mean of the features over the steps."""
     train_crops: tuple[int, ...] | None = None
-    """Indices of the stored crops to train on. All by default. Only 4, the centre of ten crops, is ten times faster."""
+    """Indices of the stored crops to train on. All by default. 4, the centre of ten crops, alone is ten times faster."""
     method: Literal["mae", "ridge", "logistic"] = "mae"
-    """mae is the protocol of published results.
-    ridge and logistic regression are faster, give different numbers, and need scikit-learn (extra quickstart)."""
+    """mae is the published protocol. ridge and logistic are faster, give other numbers and need scikit-learn (extra quickstart)."""
     penalty: float = 1.0
     """Penalty of ridge (alpha) and logistic regression (1 / C) on standardised features."""
     epochs: int = 90
@@ -50,19 +49,18 @@ class Probe:
     base_lr: float = 0.1
     """Learning rate for a batch of 256, scaled with the batch size (mae)."""
     min_lr: float = 1.0
-    """Lower bound of the scaled rate, so that probes on small data sets converge. MAE has none: 0 (mae)."""
+    """Lower bound of the scaled rate, so that probes on small data sets converge. 0 is MAE's own rule (mae)."""
     seed: int = 0
     """Random seed of the probes' initialisation and data order (mae)."""
     cache: Path | None = None
     """Folder for the features. By default `features` in $ST_AR_CACHE, or in st-ar in $XDG_CACHE_HOME or ~/.cache."""
     cache_limit: float = 50.0
-    """Largest size of the cache in GB. The least recently used features are deleted first.
-    ImageNet's centre crops take 31 GB per layer (8 steps, 768 features, float32)."""
+    """Largest size of the cache in GB. The least recently used features are deleted first."""
     cache_dtype: Literal["float32", "float16"] = "float32"
-    """Type of cached features. float16 takes half the space and rounds them to 11 bits."""
+    """Data type of cached features. float16 takes half the space and rounds to 11 bits."""
     device: options.Device = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Type of the model's matrix products. auto is bfloat16 on GPUs that support it. The probes are float32."""
+    """Data type of the model's matrix products. auto is bfloat16 on GPUs that support it. Probes are float32."""
     out: options.Result = None
     json: options.Json = None
     figure: Path | None = None
@@ -157,7 +155,7 @@ class Probe:
 
 @dataclass(kw_only=True)
 class Attention:
-    """Plot attention maps of one or more models over images of a store, and measure attention by layer.
+    """Plot attention maps of one or more models on images of a store, and measure attention by layer.
 
     Prints the statistics. --out gets the maps, the numbers and attention.html, which shows both.
     """
@@ -170,11 +168,11 @@ class Attention:
     out: Path
     """Folder for the maps, statistics.json, statistics.csv and attention.html."""
     layers: tuple[int, ...] = ()
-    """Layers to draw, counted from 1. Half the depth by default. Statistics are of every layer."""
+    """Layers to plot, counted from 1. The middle layer by default. Statistics cover all layers."""
     heads: tuple[str, ...] = ("mean",)
     """Heads to plot: mean for their average, numbers counted from 1, or all for each separately."""
     steps: tuple[int, ...] = ()
-    """Numbers of tokens read at which to plot. By default fifths of the image, and all but the last token."""
+    """Numbers of tokens read at which to plot. By default every fifth of the image, and all but the last token."""
     images: tuple[int, ...] = (0, 1, 2)
     """Indices of the images to plot."""
     average: int = 256
@@ -219,7 +217,7 @@ FORMAT_VERSION = 1
 
 @dataclass(kw_only=True)
 class Likelihood:
-    """Measure the validation loss: how well models predict the tokens of unseen images, given their classes.
+    """Measure the validation loss of models: the next-token loss on unseen images, given their classes.
 
     Prints the mean next-token loss in nats per token over the centre crop of each image, in float32, and the perplexity, its
     exponential. Losses are comparable only between models of one tokenizer.

@@ -105,9 +105,9 @@ def step_table(image: DemoImage, token: int, reading: Reading, class_weight: flo
     rows = [
         ("entropy (nats)", f"{reading.entropy[token]:.3f}"),
         ("entropy of all tokens", f"{reading.entropy.min():.3f}\u00a0to\u00a0{reading.entropy.max():.3f}"),
-        ("entropy of a uniform guess", f"{uniform:.3f}"),
+        ("entropy of a uniform distribution", f"{uniform:.3f}"),
         ("probability of the image's token", f"{reading.probability[token]:.4f}"),
-        ("more likely tokens", f"{int(reading.rank[token]):,}"),
+        ("tokens with a higher probability", f"{int(reading.rank[token]):,}"),
         ("attention on the class", f"{class_weight:.3f}"),
     ]
     caption = f"Prediction of token {token} after {token} of {len(image.tokens)} tokens of {image.title}."
@@ -120,7 +120,7 @@ def prediction_table(prediction: Prediction, name: str, truth: str | None, lengt
         (str(read), *(f"{label}\u00a0✓" if label == truth else label for label in best))
         for read, best in prediction.by_step
     ]
-    ranks = ("first guess", "second", "third")[: len(rows[0]) - 1]
+    ranks = ("most likely", "second", "third")[: len(rows[0]) - 1]
     caption = (
         f"Class of the image, of {length} tokens, predicted by a linear probe on layer {prediction.layer} of {name}. "
         "The model is not given the class. "

@@ -67,7 +67,9 @@ def class_choices(setup: Setup, name: str) -> list[tuple[str, int]]:
     names = setup.pool.find(name).class_names
     numbered = (label if names.count(label) == 1 else f"{label} ({index})" for index, label in enumerate(names))
     empty = setup.pool.find(name).empty_classes
-    return [(f"{label}, not trained" if index in empty else label, index) for index, label in enumerate(numbered)]
+    return [
+        (f"{label} (no training images)" if index in empty else label, index) for index, label in enumerate(numbered)
+    ]
 
 
 def add_fields(setup: Setup, name: str, key: str) -> list[Any]:
@@ -91,7 +93,7 @@ def add_fields(setup: Setup, name: str, key: str) -> list[Any]:
             scale=3, min_width=160,
         )  # fmt: skip
         seed = gr.Number(
-            0, precision=0, minimum=0, maximum=MAX_SEED, label="Seed", info="fixes the images", elem_id=f"{key}-seed",
+            0, precision=0, minimum=0, maximum=MAX_SEED, label="Seed", info="same seed, same images", elem_id=f"{key}-seed",
             scale=2, min_width=100,
         )  # fmt: skip
     scale = gr.Slider(
@@ -106,10 +108,12 @@ def add_fields(setup: Setup, name: str, key: str) -> list[Any]:
             ["constant", "linear", "power-cosine"],
             value="constant",
             label="Guidance schedule",
-            info="constant, or rising over the tokens from 1 to the scale",
+            info="constant, or rising from 1 to the guidance scale",
             elem_id=f"{key}-schedule",
         )
-        power = gr.Slider(0.25, 4, 1, step=0.05, label="Power of power-cosine", info="higher: guidance starts later")
+        power = gr.Slider(
+            0.25, 4, 1, step=0.05, label="Exponent of power-cosine", info="higher values start guidance later"
+        )
         temperature = gr.Slider(0.1, 2, 1, step=0.05, label="Temperature", elem_id=f"{key}-temperature")
         top_k = gr.Slider(
             0,
@@ -117,7 +121,7 @@ def add_fields(setup: Setup, name: str, key: str) -> list[Any]:
             0,
             step=1,
             label="Top-k",
-            info="sample from the k most likely tokens; 0 is all",
+            info="sample from the k most likely tokens; 0 is off",
         )
         top_p = gr.Slider(
             0.05,
@@ -125,7 +129,7 @@ def add_fields(setup: Setup, name: str, key: str) -> list[Any]:
             1,
             step=0.01,
             label="Top-p",
-            info="sample from the top tokens with probability p in total; 1 is all",
+            info="sample from the most likely tokens with total probability p; 1 is off",
         )
     return [classes, count, scale, schedule, power, temperature, top_k, top_p, seed]
 

@@ -15,7 +15,7 @@ from st_ar.demo.tabs import MODEL_QUEUE, UI_QUEUE, class_choices, gr, handler
 from st_ar.errors import UserError
 from st_ar.figures import line_chart
 
-GENERATED, STORED, UPLOADED = "generated here", "token store", "upload"
+GENERATED, STORED, UPLOADED = "generated", "token store", "upload"
 MEAN = 0
 """Choice of the average over the heads, beside the heads' numbers."""
 LAST_GENERATED = 15
@@ -103,9 +103,9 @@ def understand_tab(setup: Setup, generated: Any) -> None:
     image = gr.State(None)
     with gr.Row():
         with gr.Column(scale=1, min_width=300):
-            source = gr.Radio(sources, value=sources[-2], label="Image from", elem_id="understand-source")
-            index = gr.Slider(0, last, 0, step=1, label="Index of the image", elem_id="understand-index")
-            file = gr.File(label="An image", type="filepath", height=140, visible=False, elem_id="understand-file")
+            source = gr.Radio(sources, value=sources[-2], label="Image source", elem_id="understand-source")
+            index = gr.Slider(0, last, 0, step=1, label="Image index", elem_id="understand-index")
+            file = gr.File(label="Image file", type="filepath", height=140, visible=False, elem_id="understand-file")
             go = gr.Button("Show", variant="primary", elem_id="understand-show")
             weights = gr.Dropdown(names, value=names[0], label="Weights", elem_id="understand-weights")
             choice = gr.Dropdown(
@@ -127,10 +127,10 @@ def understand_tab(setup: Setup, generated: Any) -> None:
         with gr.Column(scale=2, min_width=300):
             with gr.Row():
                 marked = _add_image("Image: click on a token", "understand-picture")
-                attention = _add_image("Attention of the step that predicts it", "understand-attention")
+                attention = _add_image("Attention when this token is predicted", "understand-attention")
             with gr.Row():
                 entropy = _add_image("Entropy of each token", "understand-entropy")
-                heads = _add_image("Heads (columns) and layers (rows): click on one", "understand-overview")
+                heads = _add_image("Layers (rows) and heads (columns): click on one", "understand-overview")
             legend = (
                 "Blue frame: the predicted token. White frame: the last token read. Brighter means more attention or higher "
                 "entropy. Each map has its own scale."
@@ -208,7 +208,7 @@ def _add_image(caption: str, key: str) -> Any:
 
 def _label_choices(setup: Setup, name: str) -> list[tuple[str, int]]:
     none = [] if setup.pool.find(name).class_dropout == 0 else [("none", NO_CLASS)]
-    return [("the image's own", OWN_CLASS), *none, *class_choices(setup, name)]
+    return [("the image's class", OWN_CLASS), *none, *class_choices(setup, name)]
 
 
 def _head_choices(heads: int) -> list[tuple[str, int]]:

@@ -146,7 +146,7 @@ def report_attention(
 
 AXES = (
     "weight on the class",
-    "weight on the 3 x 3 around",
+    "weight on the 3 x 3 neighbourhood",
     "mean distance (tokens)",
     "entropy (nats)",
 )

@@ -92,7 +92,7 @@ def show(name: str, plan: Plan) -> None:
     write_json(out.with_suffix(".json"), record)
     write_csv(out.with_suffix(".csv"), ["", *columns], make_table(columns, cells).rows)
     sections = [
-        Section(title="Measured, beside the paper" if known else "Measured", paragraphs=notes, parts=parts),
+        Section(title="Measured and published results" if known else "Measured", paragraphs=notes, parts=parts),
         Section(title="Commands", commands=[f"st-ar {shlex.join(stage.command)}" for stage in plan.stages]),
     ]
     lead = "The data and sizes are those of the commands below."

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from st_ar.config import TrainConfig
+from st_ar.config import RunConfig, TrainConfig
 from st_ar.presets import get_preset
 from st_ar.settings import differences, to_dict
 
@@ -234,7 +234,7 @@ EXPERIMENTS: dict[Name, Experiment] = {
         metrics=("probe",),
     ),
     "cheaper": Experiment(
-        title="Self-guidance for less",
+        title="Cheaper self-guidance",
         rows=(
             Row(label="ST-AR", recipe=Recipe()),
             CONTROL,
@@ -416,10 +416,10 @@ SCALES: dict[ScaleName, Scale] = {
 }
 
 
-def options(preset: str, config: TrainConfig) -> list[str]:
-    """Return the options of `st-ar train PRESET` for these settings."""
+def options(preset: RunConfig, config: RunConfig) -> list[str]:
+    """Return the options that turn a preset's settings into these."""
     arguments: list[str] = []
-    for name, (_, value) in differences(to_dict(get_preset(preset)), to_dict(config)).items():
+    for name, (_, value) in differences(to_dict(preset), to_dict(config)).items():
         group, _, last = name.rpartition(".")
         prefix, last = (f"{group}." if group else ""), last.replace("_", "-")
         if isinstance(value, bool):

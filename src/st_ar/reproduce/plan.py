@@ -14,6 +14,7 @@ from st_ar.evaluation.attention import STATISTICS
 from st_ar.evaluation.attention_report import COLUMNS
 from st_ar.files import read_json, write_json
 from st_ar.hardware import run_bytes, training_flops
+from st_ar.presets import get_preset
 from st_ar.report import Spread
 from st_ar.reproduce.paper import Experiment, Recipe, Row, Scale, options
 from st_ar.settings import matches_type
@@ -324,7 +325,7 @@ class Plan:
         self._add(
             f"train {run.name}",
             run,
-            *("train", preset, "--tokens", str(tokens), "--out", str(run), *options(preset, config)),
+            *("train", preset, "--tokens", str(tokens), "--out", str(run), *options(get_preset(preset), config)),
             flops=training_flops(config, self.scale.image_count or 0) if known else 0.0,
             disk=run_bytes(config, self.scale.image_count or 0),
         )

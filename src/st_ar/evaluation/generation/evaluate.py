@@ -447,8 +447,8 @@ def evaluation_page(path: Path, result: dict[str, Any], samples: ImageSet) -> No
     rows = [(f"from {first}", pictures[first : first + 8]) for first in range(0, len(pictures), 8)]
     gallery = Gallery(columns=[str(n) for n in range(min(8, len(pictures)))], rows=rows, caption="The first samples.")
     sections = [
-        Section(title="Numbers", paragraphs=result["notes"], parts=[Table(columns=["", "value"], rows=numbers)]),
-        Section(title="In one line, for a paper", commands=[one_line(result)]),
+        Section(title="Metrics", paragraphs=result["notes"], parts=[Table(columns=["", "value"], rows=numbers)]),
+        Section(title="To cite", commands=[one_line(result)]),
         Section(title="Samples", parts=[gallery]),
         provenance(result, ["samples", "reference", "extractor", "settings", "environment"]),
     ]
