@@ -158,7 +158,9 @@ def test_the_report_names_all_methods_and_the_next_commands(made: Path) -> None:
     assert "AR and ST-AR on 130 images (digits)" in html
     labels = ("AR, 2 views (control)", "ST-AR", "Inter-view contrast alone")
     assert "".join(f'<th scope="col">{label}</th>' for label in labels) in html
-    assert re.search(r"Inter-view contrast alone compared with the control: probe accuracy after the whole image [+-]", html)
+    assert re.search(
+        r"Inter-view contrast alone compared with the control: probe accuracy after the whole image [+-]", html
+    )
     assert f"st-ar train st-ar-digits --tokens {made / 'tokens-train'} --out st-ar-long --steps 30" in html
     summary = summary_of(made)
     for method in RUNS:
