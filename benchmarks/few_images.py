@@ -1,4 +1,4 @@
-"""Does self-guidance help where plain training overfits? CIFAR-10's presets on few images, longer than suits the control.
+"""Does self-guidance help where plain training overfits? CIFAR-10's presets on few images, longer than suits AR.
 
     python benchmarks/few_images.py --images 'cifar10/train*.parquet' --test-images 'cifar10/test*.parquet' --count 2000 --out few
 
@@ -28,6 +28,7 @@ METHODS = {
     "ST-AR": ("st-ar-cifar10",),
     "contrast alone": ("st-ar-cifar10", "--selfguided.alpha", "0", "--selfguided.mask-ratio", "0"),
 }
+LABELS = {"control": "AR, 2 views (control)", "ST-AR": "ST-AR", "contrast alone": "contrast alone"}
 CODES = 512
 SAMPLES = 5000
 LOSSES = "validation loss by step"
@@ -151,22 +152,22 @@ def main() -> None:
         except UserError as error:
             sys.exit(str(error))
         steps = range(given.every, given.steps + 1, given.every)
-        results[method] = {
+        results[LABELS[method]] = {
             LOSSES: curve(run.makes),
             "measured after": {step: Measured(run.makes, step).read() for step in steps},
         }
-    print(f"\n{'':16}{'steps':>6}{'FD':>8}{'recall':>8}{'loss':>8}{'probe':>7}")
+    print(f"\n{'':22}{'steps':>6}{'FD':>8}{'recall':>8}{'loss':>8}{'probe':>7}")
     for method, found in results.items():
         for step, numbers in found["measured after"].items():
             distance, recall = (next(v for k, v in numbers.items() if k.startswith(start)) for start in ("F", "recall"))
             last = numbers["probe, %"][-1]
-            print(f"{method:16}{step:6}{distance:8.2f}{recall:8.3f}{numbers['validation loss']:8.3f}{last:7.1f}")
+            print(f"{method:22}{step:6}{distance:8.2f}{recall:8.3f}{numbers['validation loss']:8.3f}{last:7.1f}")
     if given.figure:
         late = {
             method: ([step for step in found[LOSSES] if step >= 200], [v for s, v in found[LOSSES].items() if s >= 200])
             for method, found in results.items()
         }
-        name = f"Validation loss of the averaged weights, trained on {given.count:,} images"
+        name = f"Validation loss of the EMA weights, trained on {given.count:,} images"
         line_chart(late, name=name, x="step", y="validation loss (nats per token)").save(given.figure)
     save(given.name, results)
 

@@ -2,11 +2,11 @@
 
     python benchmarks/kept_runs.py cifar10-kmeans
     python benchmarks/kept_runs.py cifar10-kmeans --cost docs/images/cifar10-cost.svg
-    python benchmarks/kept_runs.py cifar10-kmeans --rows 'AR on the same two views (control)' '+ view' --curves probe.svg
+    python benchmarks/kept_runs.py cifar10-kmeans --rows 'AR, 2 views (control)' '+ view' --curves probe.svg
 
 One row per recipe and kind of weights, with the mean and standard deviation over its seeds. All runs of a folder must share their
 tokenizer and reference. Figures show the live weights after the last step: each recipe's gain in the probe and cost in FD against the
-control, one point per seed; and the probe's accuracy by tokens read.
+control, one point per seed, named beside its points; and the probe's accuracy by tokens read.
 """
 
 import argparse
@@ -20,7 +20,8 @@ from statistics import mean
 from typing import get_args
 
 from common import RESULTS
-from st_ar.figures import line_chart
+from point_labels import label_points
+from st_ar.figures import COLOURS, Drawing, Lines, line_chart
 from st_ar.report import Spread
 from st_ar.reproduce.paper import CONTROL, EXPERIMENTS, Size, resized
 from st_ar.reproduce.plan import likelihood, probe_curve, run_name
@@ -30,6 +31,26 @@ NAME = re.compile(
 )
 COLUMNS = {"FID": 2, "FD": 2, "precision": 3, "recall": 3, "validation loss": 3}
 PROBE = "probe by tokens read, %"
+BOTH = "contrast alone, nothing masked"
+SHORT = {
+    "AR, 2 views, for the time of ST-AR": "AR, 2 views, ST-AR's time",
+    "+ MIM": "MIM",
+    "+ step": "inter-step",
+    "+ view": "inter-view",
+    "+ MIM + step": "MIM + inter-step",
+    "+ MIM + view": "MIM + inter-view",
+    "+ MIM + step + view (ST-AR)": "ST-AR",
+    "contrast temperature 0.5": "ST-AR, temperature 0.5",
+    "contrast temperature 0.5, in the first 80 % of the run": "ST-AR, temperature 0.5, first 80 %",
+    BOTH: "both contrasts",
+    f"{BOTH}, in the first half of the run": "both, first half",
+    f"{BOTH}, in the first 80 % of the run": "both, first 80 %",
+    f"{BOTH}, at half the weight": "both, half weight",
+    f"{BOTH}, in every second step": "both, every 2nd step",
+}
+"""Labels in figures, where they are shorter than the tables'."""
+PLAIN, CONTRAST, MASKED = COLOURS[:3]
+"""Colours in the figure of gains and costs: plain training, contrast alone, with masks and masked image modelling."""
 FIRST = ("evidence", "remedies", "cheaper", "questions", "length")  # the order of the rows, and whose labels they have
 
 
@@ -121,10 +142,32 @@ def cost(rows: dict[str, dict[int, dict[str, float]]], target: Path) -> None:
         for label, found in points.items()
         if found
     }
-    name = "Gain in the probe and cost in FD of each form of self-guidance"
-    x, y = "FD above the control's, %", "probe, points above the control's"
-    line_chart(series, name=name, x=x, y=y, legend_above=True).save(target)
+    draw_costs(series).save(target)
     print(target)
+
+
+def draw_costs(series: Lines) -> Drawing:
+    """Draw gains over costs, in colours for plain training, contrasts alone, and masks, and label the rows at their points."""
+    name = "Gain in the probe and cost in FD of each form of self-guidance"
+    drawing = line_chart(series, name=name, x="FD above the control's, %", y="probe, points above the control's")
+    drawing.figure.set_size_inches(5.2, 5.6)
+    [axes] = drawing.figure.axes
+    axes.legend().remove()
+    axes.margins(0.08, 0.15)  # room for labels
+    for label, line in zip(series, axes.lines, strict=True):
+        colour, marker = look(label)
+        line.set(color=colour, marker=marker, linestyle="-", linewidth=1)
+    label_points(axes, {SHORT.get(label, label): found for label, found in series.items()})
+    return drawing
+
+
+def look(label: str) -> tuple[str, str]:
+    """Colour and marker of a row: plain training, contrast alone, or with masks."""
+    if label.startswith("AR, "):
+        return PLAIN, "o"
+    if label in ("+ step", "+ view") or label.startswith(BOTH):
+        return CONTRAST, "s"
+    return MASKED, "^"
 
 
 def probe_columns(rows: dict[str, dict[int, dict[str, float]]]) -> list[str]:
@@ -141,12 +184,15 @@ def curves(rows: dict[str, dict[int, dict[str, float]]], target: Path) -> None:
         sys.exit("there are no probes to draw")
     read = [float(column.removeprefix(PROBE)) for column in columns]
     series = {
-        label: (read, [mean(found[column] for found in seeds.values() if column in found) for column in columns])
+        SHORT.get(label, label): (
+            read,
+            [mean(found[column] for found in seeds.values() if column in found) for column in columns],
+        )
         for label, seeds in rows.items()
         if any(columns[0] in found for found in seeds.values())
     }
     name = "Accuracy of a linear probe over the tokens read"
-    line_chart(series, name=name, x="tokens read", y="probe, %", x_ticks=read, legend_above=True).save(target)
+    line_chart(series, name=name, x="tokens read", y="probe, %", x_ticks=read, label_ends=True).save(target)
     print(target)
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from common import save
-from st_ar.quickstart import METHODS
+from st_ar.quickstart import LABELS
 from st_ar.report import Spread
 
 
@@ -43,13 +43,13 @@ def run(images: str, seed: int) -> dict[str, Any]:
         summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
         page = (out / "report.html").stat().st_size
     found = {
-        method: {
+        label: {
             "probe_top1": summary[method]["probe"]["top1"],
             "validation_loss": summary[method]["validation_loss"],
             "frechet_regions": summary[method]["frechet"],
             "seconds_per_step": summary[method]["seconds_per_step"],
         }
-        for method in METHODS
+        for method, label in LABELS.items()
     }
     return {
         "seconds": time.perf_counter() - begun,
@@ -74,7 +74,7 @@ def main() -> None:
     for seed, r in runs.items():
         print(f"{seed:<6}{r['seconds']:9.0f}{r['peak_mib']:10.0f}")
     summary: dict[str, Any] = {"seconds_median": statistics.median(r["seconds"] for r in runs.values())}
-    for method in METHODS:
+    for method in LABELS.values():
         for name, pick in (
             ("probe_last_step", lambda m: m["probe_top1"][-1]),
             ("validation_loss", lambda m: m["validation_loss"]),
@@ -82,7 +82,7 @@ def main() -> None:
         ):
             values = [pick(r[method]) for r in runs.values()]
             summary[f"{method} {name}"] = Spread(tuple(values)).describe()
-            print(f"{method:14} {name:18} " + " ".join(f"{value:.4f}" for value in values))
+            print(f"{method:26} {name:18} " + " ".join(f"{value:.4f}" for value in values))
     save(given.name or f"quickstart-{given.images}", {"runs": runs, "summary": summary})
 
 

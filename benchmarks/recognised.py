@@ -3,7 +3,7 @@ r"""What samples could reach at best, and whether they are taken for what they w
     st-ar reconstruct --tokenizer TOKENIZER --images TEST --size 32 --extractor none --save decoded
     st-ar reference decoded --extractor efficientnet --out reference.npz
     python benchmarks/recognised.py --reference reference.npz --tokens tokens-test \
-        --training-tokens tokens-train --tokenizer TOKENIZER control=a.npz ST-AR=b.npz
+        --training-tokens tokens-train --tokenizer TOKENIZER 'AR, 2 views (control)=a.npz' ST-AR=b.npz
 
 Each set of samples, and as many training views drawn at random and decoded, which a model that has learnt all there is would
 draw: Frechet distance, precision and recall to the reference, and how many a classifier puts into the class that was asked for. The

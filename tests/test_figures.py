@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from matplotlib.text import Text
 from PIL import Image
 
 from st_ar.figures import COLOURS, attention_figure, line_chart, strip, views_figure
@@ -194,13 +195,18 @@ def test_a_strip_lays_images_out_in_rows_and_leaves_the_rest_white(count: int, c
         np.testing.assert_array_equal(cell, images[place] if place < count else np.full_like(cell, 255))
 
 
-@pytest.mark.parametrize("above", [False, True])
-def test_a_legend_can_stand_above_the_lines(above: bool) -> None:
-    figure = line_chart({"AR": ([0, 1], [0, 1])}, name="n", x="x", y="y", legend_above=above).figure
+def test_lines_can_be_labelled_at_their_ends() -> None:
+    series = {"low": ([0, 1], [0, 0.5]), "AR, 2 views (control)": ([0, 1], [0, 0.99]), "high": ([0, 1], [0, 1])}
+    figure = line_chart(series, name="n", x="x", y="y", label_ends=True).figure
     (axes,) = figure.axes
-    legend = axes.get_legend()
-    assert legend is not None
-    assert (legend.get_window_extent().y0 >= axes.get_window_extent().y1) == above
+    assert axes.get_legend() is None
+    figure.draw_without_rendering()
+    boxes = {text.get_text(): Text.get_window_extent(text) for text in axes.texts}  # without the lines to them
+    high, middle, low = (boxes[label] for label in ("high", "AR, 2 views\n(control)", "low"))
+    assert low.y1 < middle.y0
+    assert middle.y1 <= high.y0
+    assert min(box.x0 for box in boxes.values()) > axes.transData.transform((1, 0))[0]
+    assert low.y0 < axes.transData.transform((1, 0.5))[1] < low.y1  # at its own line where there is room
 
 
 def test_two_views_are_shown_with_what_differs_between_them() -> None:

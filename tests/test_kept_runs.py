@@ -8,7 +8,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
+from matplotlib.text import Text
 
 from st_ar.reproduce.paper import CONTROL
 from tests.ranks import ROOT
@@ -79,6 +81,38 @@ def test_gains_and_costs_are_over_the_controls_mean(
     assert "<svg" in (folder / "cost.svg").read_text()
 
 
+def drawn_costs() -> dict[str, tuple[list[float], list[float]]]:
+    """The points of docs/images/cifar10-cost.svg."""
+    series = json.loads((ROOT / "docs/images/cifar10-cost.json").read_text())["series"]
+    return {label: (found["x"], found["y"]) for label, found in series.items()}
+
+
+@pytest.mark.parametrize(
+    "series",
+    [drawn_costs(), {f"one of nine rows, {n}": ([n % 3, 50], [n // 3, n]) for n in range(9)}],
+    ids=["docs", "grid"],
+)
+def test_labels_beside_points_cover_neither_points_nor_each_other(
+    kept_runs: ModuleType, series: dict[str, tuple[list[float], list[float]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("point_labels.ORDERS", 4)
+    figure = kept_runs.draw_costs(series).figure
+    figure.draw_without_rendering()
+    [axes] = figure.axes
+    boxes = [Text.get_window_extent(text) for text in axes.texts]  # an annotation's own has its leader too
+    labels = [" ".join(text.get_text().split()) for text in axes.texts]
+    assert sorted(labels) == sorted(kept_runs.SHORT.get(label, label) for label in series)
+    points = {
+        kept_runs.SHORT.get(label, label): axes.transData.transform(list(zip(*found, strict=True)))
+        for label, found in series.items()
+    }
+    for label, box in zip(labels, boxes, strict=True):
+        assert not any(box.overlaps(other) for other in boxes if other is not box), label
+        assert not any(box.contains(*point) for found in points.values() for point in found), label
+        away = [np.hypot(*(np.clip(point, box.min, box.max) - point)) for point in points[label]]
+        assert min(away) < 130, label
+
+
 def test_figures_show_live_weights_at_the_end_and_of_them_what_is_asked_for(
     kept_runs: ModuleType, folder: Path
 ) -> None:
@@ -87,9 +121,7 @@ def test_figures_show_live_weights_at_the_end_and_of_them_what_is_asked_for(
     assert f"{CONTROL.label}, after 750 steps" in rows
     assert list(kept_runs.chosen(rows, ())) == [CONTROL.label, ST_AR, f"{CONTROL.label}, size L", "of-no-table"]
     assert kept_runs.chosen(rows, [ST_AR, CONTROL.label]) == {label: rows[label] for label in (ST_AR, CONTROL.label)}
-    with pytest.raises(
-        SystemExit, match=r"there is no row 'nobody'; there are 'AR on the same two views \(control\)', "
-    ):
+    with pytest.raises(SystemExit, match=r"there is no row 'nobody'; there are 'AR, 2 views \(control\)', "):
         kept_runs.chosen(rows, ["nobody"])
 
 
@@ -156,9 +188,8 @@ def numbers(text: str) -> list[str]:
 
 def page_rows(headings: str) -> list[list[str]]:
     """The numbers of each row of those of CIFAR-10's tables that have these headings."""
-    text = (
-        (ROOT / "docs" / "cifar10.md").read_text().partition("\n## On few images")[0]
-    )  # whose runs are in a file of their own
+    folder = ROOT / "docs" / "results"
+    text = "\n".join((folder / name).read_text() for name in ("cifar10.md", "appendix.md"))
     tables = [part for part in text.split("\n\n") if part.startswith("|") and headings in part.splitlines()[0]]
     lines = [line.split("|", 2)[2] for table in tables for line in table.splitlines()[2:]]  # labels have numbers too
     return [numbers(line) for line in lines]
@@ -171,7 +202,7 @@ def agree(said: list[str], measured: list[str]) -> bool:
 
 
 def test_the_pages_tables_are_what_was_kept(kept_runs: ModuleType) -> None:
-    """Each row of docs/cifar10.md is one of the kept, and each kept one of k-means tokens has its row there."""
+    """Each row of CIFAR-10's pages is one of the kept, and each kept one of k-means tokens has its row there."""
     rows = page_rows("| FD-EfficientNet-Lite0 | precision | recall | validation loss | probe, last step, % |")
     kept = {}
     for name in ("cifar10-kmeans", "cifar10-kmeans-l", "cifar10-kmeans-longer", "cifar10-kmeans-16", "cifar10"):

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 import shutil
 from collections.abc import Iterator, Sequence
 from itertools import islice
@@ -155,7 +156,11 @@ def test_the_runs_differ_only_in_the_method_and_use_equal_tokens(made: Path) -> 
 def test_the_report_names_all_methods_and_the_next_commands(made: Path) -> None:
     html = (made / "report.html").read_text()
     assert "AR and ST-AR on 130 images (digits)" in html
-    assert '<th scope="col">AR</th><th scope="col">ST-AR</th><th scope="col">Contrast alone</th>' in html
+    labels = ("AR, 2 views (control)", "ST-AR", "Inter-view contrast alone")
+    assert "".join(f'<th scope="col">{label}</th>' for label in labels) in html
+    assert re.search(
+        r"Inter-view contrast alone compared with the control: probe accuracy after the whole image [+-]", html
+    )
     assert f"st-ar train st-ar-digits --tokens {made / 'tokens-train'} --out st-ar-long --steps 30" in html
     summary = summary_of(made)
     for method in RUNS:
@@ -220,7 +225,9 @@ def test_the_overview_shows_every_methods_curve_and_the_first_samples_of_each_cl
     summary = summary_of(made)
     assert data["attention"]["layer"] == 1
     for method in RUNS:
-        assert data["probe accuracy (%)"][method]["y"] == [100 * share for share in summary[method]["probe"]["top1"]]
+        assert data["probe accuracy (%)"][module.LABELS[method]]["y"] == [
+            100 * share for share in summary[method]["probe"]["top1"]
+        ]
     labels = np.array([3, 1, 3, 1, 2, 1])
     assert module._spread_over_classes(labels, 5).tolist() == [1, 4, 0, 3, 2]
 

@@ -9,6 +9,7 @@ from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
+from textwrap import fill
 from typing import TYPE_CHECKING, Any
 from xml.sax.saxutils import quoteattr
 
@@ -113,7 +114,7 @@ def line_chart(
     markers: bool = True,
     x_ticks: Sequence[float] | None = None,
     spread: Mapping[str, Sequence[float]] | None = None,
-    legend_above: bool = False,
+    label_ends: bool = False,
 ) -> Drawing:
     """Draw lines over a common axis.
 
@@ -121,6 +122,7 @@ def line_chart(
         name: alternative text; also makes identifiers unique on an HTML page.
         x, y: axis labels with units.
         spread: label -> half the height of a band around the line.
+        label_ends: name each line at its right end instead of in a legend.
     """
     with _styled(name) as new_figure:
         figure = new_figure(figsize=(6.2, 3.6))
@@ -128,8 +130,8 @@ def line_chart(
         _draw_lines(axes, series, x, y, markers, spread)
         if x_ticks is not None:
             axes.set_xticks(list(x_ticks))
-        if legend_above:
-            axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
+        if label_ends:
+            _label_ends(axes, series)
     lines = {label: {"x": list(map(float, xs)), "y": list(map(float, ys))} for label, (xs, ys) in series.items()}
     for label, heights in (spread or {}).items():
         lines[label]["spread"] = list(map(float, heights))
@@ -149,6 +151,29 @@ def _draw_lines(
             axes.fill_between(xs, low, high, color=COLOURS[colour], alpha=0.15, linewidth=0)
     axes.set(xlabel=x, ylabel=y)
     axes.legend()
+
+
+def _label_ends(axes: Any, series: Lines) -> None:
+    """Replace the legend by a label right of each line's end, in the ends' order and without overlap."""
+    axes.get_legend().remove()
+    axes.autoscale_view()
+    ends = (
+        axes.transData.transform([(xs[-1], ys[-1]) for xs, ys in series.values()]) * 72 / axes.figure.dpi
+    )  # in points
+    free = np.inf  # height up to which there is no label
+    for line, label, end in sorted(zip(axes.lines, series, ends, strict=True), key=lambda item: -item[2][1]):
+        text = fill(label, 20, break_long_words=False)
+        half = 7.5 * (text.count("\n") + 1)  # of the label's height
+        height = min(end[1], free - half)
+        free = height - half
+        axes.annotate(
+            text,
+            (line.get_xdata()[-1], line.get_ydata()[-1]),
+            (ends[:, 0].max() - end[0] + 24, height - end[1]),
+            textcoords="offset points",
+            va="center",
+            arrowprops={"arrowstyle": "-", "color": line.get_color(), "shrinkA": 2, "shrinkB": 4, "relpos": (0, 0.5)},
+        )
 
 
 def strip(images: np.ndarray, columns: int) -> np.ndarray:
@@ -188,6 +213,10 @@ def attention_figure(
     return Drawing(figure=figure, name=name, data=_attention_data(maps, steps))
 
 
+def _name_row(axes: Any, label: str) -> None:
+    axes.set_ylabel(fill(label, 15, break_long_words=False), rotation=0, ha="right", va="center", labelpad=6)
+
+
 def _draw_attention(
     cells: np.ndarray,
     images: np.ndarray,
@@ -209,7 +238,7 @@ def _draw_attention(
             axes.grid(visible=False)
             axes.spines[:].set(visible=True, linewidth=0.5, alpha=0.4)
         cells[row, 0].imshow(picture)
-        cells[row, 0].set_ylabel(model, rotation=0, ha="right", va="center", labelpad=6)
+        _name_row(cells[row, 0], model)
         for column, step in enumerate(steps, start=1):
             axes = cells[row, column]
             if row == 0:
@@ -268,7 +297,7 @@ def overview_figure(
             axes.set(xticks=[], yticks=[])
             axes.grid(visible=False)
             axes.spines[:].set_visible(False)
-            axes.set_ylabel(model, rotation=0, ha="right", va="center", labelpad=6)
+            _name_row(axes, model)
     curve_data = {label: {"x": list(xs), "y": list(ys)} for label, (xs, ys) in curves.items()}
     data = {"probe accuracy (%)": curve_data, "attention": {"layer": layer, **_attention_data(maps, steps)}}
     return Drawing(figure=figure, name=name, data=data)

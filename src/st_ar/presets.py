@@ -215,7 +215,7 @@ def st_ar_cifar10() -> TrainConfig:
     return replace(llamagen_cifar10(), selfguided=st_ar_photos().selfguided)
 
 
-# Cheaper variants of the paper's method. docs/cifar10.md has the measurements that the descriptions quote.
+# Cheaper variants of the paper's method. docs/results/cifar10.md has the measurements that the descriptions quote.
 
 
 def _recipes(size: str) -> None:

@@ -53,6 +53,8 @@ METHODS = {
     "Contrast alone": ("contrast", "st-ar-{}-view"),
 }
 """Method -> folder of its run, and preset with {} for the images' name."""
+LABELS = {"AR": "AR, 2 views (control)", "ST-AR": "ST-AR", "Contrast alone": "Inter-view contrast alone"}
+"""Method -> its label in tables and figures."""
 PROBE = ProbeConfig()
 SAMPLES = 1024
 CENTRE = 4
@@ -62,7 +64,7 @@ FD_DESCRIPTION = (
     "Frechet distance between means and standard deviations of colour over a 4 x 4 grid of regions, pixels in [0, 1]"
 )
 FD_NOISE = 0.2
-"""FD-regions differs by up to this share between seeds (twice the standard deviation; docs/results.md)."""
+"""FD-regions differs by up to this share between seeds (twice the standard deviation; docs/results/photographs.md)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,7 +206,7 @@ def _write_report(results: Results, images: int) -> None:
     parameters = sum(parameter.numel() for parameter in results.models["AR"].parameters())
     lead = (
         f"Three transformers of {parameters / 1e6:.2f} million parameters with the same data, order, initialisation and "
-        f"{summary['tokens_per_method'] / 1e6:.1f} million training tokens: one without guidance (AR), one with the paper's "
+        f"{summary['tokens_per_method'] / 1e6:.1f} million training tokens: one without guidance (the control), one with the paper's "
         "self-guidance (ST-AR), and one with only its inter-view contrast and no masks."
     )
     sections = [
@@ -249,12 +251,12 @@ def _results_section(results: Results) -> Section:
         "These runs take minutes. The paper trains on ImageNet for 50 to 300 epochs and reports better samples as well as better "
         "understanding. At this length, expect only the gain in understanding.",
     ]
-    table = Table(columns=["", *METHODS], rows=rows, caption=caption)
+    table = Table(columns=["", *LABELS.values()], rows=rows, caption=caption)
     return Section(title="Results", paragraphs=paragraphs, parts=[table])
 
 
 def _finding(name: str, summary: Mapping[str, Any], time_ratio: float) -> str:
-    """Compare a method with AR in one sentence."""
+    """Compare a method with the control in one sentence."""
     ar, guided = summary["AR"], summary[name]
     share = ar["probe"]["top1"][-1]
     gain = 100 * (guided["probe"]["top1"][-1] - share)
@@ -265,14 +267,14 @@ def _finding(name: str, summary: Mapping[str, Any], time_ratio: float) -> str:
     samples = f"{100 * abs(frechet):.0f} % {'higher' if frechet > 0 else 'lower'}"
     seeds = ", within the noise between seeds" if abs(frechet) < FD_NOISE else ""
     return (
-        f"{name} compared with AR: probe accuracy after the whole image {gain:+.1f} points{within}; validation loss {loss:+.1f} %; "
-        f"{FD} {samples}{seeds}; a training step takes {time_ratio:.2f} times as long at equal tokens."
+        f"{LABELS[name]} compared with the control: probe accuracy after the whole image {gain:+.1f} points{within}; "
+        f"validation loss {loss:+.1f} %; {FD} {samples}{seeds}; a training step takes {time_ratio:.2f} times as long at equal tokens."
     )
 
 
 def _probe_curves(results: Results) -> dict[str, tuple[list[float], list[float]]]:
     probes = {name: measured["probe"] for name, measured in results.measured.items()}
-    return {name: (probe["steps"], [100 * share for share in probe["top1"]]) for name, probe in probes.items()}
+    return {LABELS[name]: (probe["steps"], [100 * share for share in probe["top1"]]) for name, probe in probes.items()}
 
 
 def _probe_section(results: Results) -> Section:
@@ -289,14 +291,14 @@ def _probe_section(results: Results) -> Section:
         f"Linear probes on layer {probe['layer']}, one per number of tokens read. The network does not see the label. Trained on "
         f"the centre crops of {probe['train_images']:,} images, tested on {probe['test_images']:,}{unseen}."
     )
-    rows = [[name, *map(_percent, measured["probe"]["top1"])] for name, measured in results.measured.items()]
+    rows = [[LABELS[name], *map(_percent, measured["probe"]["top1"])] for name, measured in results.measured.items()]
     table = Table(columns=["tokens read", *map(str, probe["steps"])], rows=rows)
     return Section(title="Probe accuracy by tokens read", parts=[Chart(svg=drawing.svg(), caption=caption), table])
 
 
 def _training_section(out: Path) -> Section:
     logs = {name: read_log(out / folder / "log.jsonl") for name, (folder, _) in METHODS.items()}
-    curves = {name: ([e["step"] for e in log], [e["loss_ar"] for e in log]) for name, log in logs.items()}
+    curves = {LABELS[name]: ([e["step"] for e in log], [e["loss_ar"] for e in log]) for name, log in logs.items()}
     drawing = line_chart(
         curves, name="training loss", x="optimizer step", y="next-token loss (nats per token)", markers=False
     )
@@ -318,7 +320,7 @@ def _attention(results: Results, count: int) -> tuple[int, dict[str, Any]]:
     chosen = by_contrast[np.sort(first)[:count]]
     codes, labels = center_crops(test_store, chosen.tolist())
     maps = {
-        name: attention_maps(model, codes[:, :-1], labels, layers=[layer])[layer].mean(1).numpy()
+        LABELS[name]: attention_maps(model, codes[:, :-1], labels, layers=[layer])[layer].mean(1).numpy()
         for name, model in results.models.items()
     }
     steps = attention_steps(config.sequence_length)
@@ -333,7 +335,7 @@ def _attention_section(results: Results) -> Section:
         "Blank: not read yet."
     )
     rows = [
-        [name, str(number), _percent(on_class), _percent(near), f"{distance:.2f}", f"{entropy:.2f}"]
+        [LABELS[name], str(number), _percent(on_class), _percent(near), f"{distance:.2f}", f"{entropy:.2f}"]
         for name, measured in results.measured.items()
         for number, statistics in measured["attention"].items()
         for on_class, near, distance, entropy in [statistics.values()]
@@ -345,7 +347,7 @@ def _attention_section(results: Results) -> Section:
 def _samples_section(results: Results, per_class: int = 6) -> Section:
     test_store = results.test_store
     columns = {"test images": (results.real, test_store.labels)}
-    columns |= {name: (pixels, results.labels) for name, pixels in results.samples.items()}
+    columns |= {LABELS[name]: (pixels, results.labels) for name, pixels in results.samples.items()}
     rows = [
         (
             name,
@@ -368,9 +370,10 @@ def _method_section(results: Results) -> Section:
         paragraphs=[
             f"All: {config.steps} steps of {config.batch_size} images x {config.views} crops x {config.model.sequence_length} tokens "
             f"(k-means on 4 x 4 pixels, {config.model.vocab_size} codes), AdamW with learning rate {config.optim.lr}, no dropout. "
-            "AR trains on the same two crops as the others, so augmentation does not differ.",
+            "The control trains on the same two crops as the others, so augmentation does not differ.",
             f"ST-AR: mask ratio {guided.mask_ratio}, alpha {guided.alpha}, beta {guided.beta}, {guided.positions} positions, temperature "
-            f"{guided.temperature}, teacher decay up to {guided.ema_decay}. Contrast alone: mask ratio 0, alpha 0, no inter-step loss.",
+            f"{guided.temperature}, teacher decay up to {guided.ema_decay}. Inter-view contrast "
+            "alone: mask ratio 0, alpha 0, no inter-step loss.",
             f"Machine: {machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}. The numbers above are in summary.json. "
             "The models, stores and tokenizer are beside it, for the other commands. A longer run, its probe and samples:",
         ],
@@ -390,7 +393,7 @@ def _overview(results: Results) -> Drawing:
         _probe_curves(results),
         **shown,
         layer=layer,
-        samples={name: found[order] for name, found in results.samples.items()},
+        samples={LABELS[name]: found[order] for name, found in results.samples.items()},
         name=f"AR, ST-AR and contrast alone on {results.summary['images']}",
     )
 

@@ -57,8 +57,8 @@ def test_a_figure_is_made_beside_the_papers_numbers_and_made_once(
 ) -> None:
     out, source = tmp_path / "work", f"folder:{images}"
     names = {
-        "AR on the same two views (control)": "ar-b-50-epochs-2-views",
-        "control, for the time of ST-AR": "ar-b-50-epochs-2-views-equal-time",
+        "AR, 2 views (control)": "ar-b-50-epochs-2-views",
+        "AR, 2 views, for the time of ST-AR": "ar-b-50-epochs-2-views-equal-time",
         "ST-AR": "st-ar-b-50-epochs",
     }
     asked = ["fig4", "--steps", "1", "--seeds", "0", "1", "--out", str(out)]
@@ -95,15 +95,15 @@ def test_a_figure_is_made_beside_the_papers_numbers_and_made_once(
     assert json.loads(capsys.readouterr().out) == json.loads((out / "fig4.json").read_text())
     with pytest.raises(UserError, match="was made by another command"):
         run_command(["reproduce", *wanted, "--steps", "2"])
-    run_command(["reproduce", *asked, "--rows", "ST-AR", "AR on the same two views (control)"])
+    run_command(["reproduce", *asked, "--rows", "ST-AR", "AR, 2 views (control)"])
     assert "st-ar train" not in capsys.readouterr().out
     assert [row[0] for row in csv.reader((out / "fig4.csv").read_text().splitlines())] == [
         "",
-        "AR on the same two views (control)",
+        "AR, 2 views (control)",
         "ST-AR",
     ]
     assert json.loads((out / "fig4.json").read_text())["measured"] == {
-        label: found["measured"][label] for label in ("AR on the same two views (control)", "ST-AR")
+        label: found["measured"][label] for label in ("AR, 2 views (control)", "ST-AR")
     }
 
 
@@ -131,17 +131,17 @@ def test_what_a_long_run_is_worth_after_each_quarter_is_a_curve(data: Data, tmp_
     losses = {
         (weights, step): json.loads((plan.work / "runs" / f"{name}-step{step}-{kind}likelihood.json").read_text())
         for name in ["ar-b-50-epochs-2-views-kept-seed0"]
-        for weights, kind in (("control", ""), ("control, EMA", "ema-"))
+        for weights, kind in ((CONTROL.label, ""), (f"{CONTROL.label}, EMA", "ema-"))
         for step in (1, 2, 3, 4)
     }
     drawn = json.loads((plan.work / "length-loss.json").read_text())["series"]
-    assert drawn.keys() == {"control", "control, EMA"}
+    assert drawn.keys() == {CONTROL.label, f"{CONTROL.label}, EMA"}
     for weights, curve in drawn.items():
         assert curve["x"] == pytest.approx([step * 64 * 2 * 64 / 1e6 for step in (1, 2, 3, 4)])
         expected = [losses[weights, step]["results"][0]["loss"] for step in (1, 2, 3, 4)]
         assert curve["y"] == pytest.approx(expected)
         assert len(set(expected)) == 4
-    assert "control, after 3/4" in said
+    assert "AR, 2 views (control), after 3/4" in said
     assert "<svg" in (plan.work / "length.html").read_text()
 
 
@@ -207,7 +207,10 @@ def test_full_size_is_planned(tmp_path: Path, capsys: Capture) -> None:
     [
         (["--scale", "small"], "--scale small needs both --data and --test-data"),
         (["--data", "photos:train"], "--scale tiny needs both --data and --test-data"),
-        (["--rows", "AR", "ST-AR"], "table3 has no row 'ST-AR': give --rows some of 'AR', 'AR on the same"),
+        (
+            ["--rows", "AR, 1 view", "ST-AR"],
+            "table3 has no row 'ST-AR': give --rows some of 'AR, 1 view', 'AR, 2 views",
+        ),
         (["--steps", "0"], "--steps is 0: give at least 1"),
         (["--seeds", "1", "1"], "--seeds must be one or more different numbers"),
         (
@@ -236,7 +239,7 @@ def test_a_library_that_draws_the_table_is_missed_before_the_work(
 @pytest.mark.slow
 def test_a_table_of_another_size_has_files_of_its_own(images: Path, tmp_path: Path, capsys: Capture) -> None:
     out, source = tmp_path / "work", f"folder:{images}"
-    control = "AR on the same two views (control)"
+    control = "AR, 2 views (control)"
     wanted = ["fig4", "--steps", "1", "--rows", control, "--data", source, "--test-data", source, "--out", str(out)]
     run_command(["reproduce", *wanted])
     of_b = (out / "fig4.json").read_text()

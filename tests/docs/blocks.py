@@ -16,7 +16,7 @@ PROGRAMS = ("st-ar", "torchrun", "python", "python3", "pip", "make", "tensorboar
 @dataclass(frozen=True)
 class Block:
     page: str
-    """File name."""
+    """Its path in docs/, or README.md."""
     line: int
     """Of its first line in the page, counted from 1."""
     kind: Literal["shell", "bash", "python", "script", "yaml", "listing"]
@@ -33,7 +33,12 @@ class Block:
 
 
 def pages() -> list[Path]:
-    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    return [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def name_of(page: Path) -> str:
+    """A page's path in docs/, or README.md."""
+    return page.relative_to(ROOT if page.parent == ROOT else ROOT / "docs").as_posix()
 
 
 @cache
@@ -51,13 +56,13 @@ def blocks(page: Path) -> list[Block]:
         before = lines[number - 1] if number else ""
         if fence := re.match(r"```(\w*)$", line):
             end = lines.index("```", number + 1)
-            found.append(_block(page.name, begun + 2, "\n".join(lines[number + 1 : end]), fence[1]))
+            found.append(_block(name_of(page), begun + 2, "\n".join(lines[number + 1 : end]), fence[1]))
             number = end
         elif line.startswith("    ") and not before.strip():
             while number + 1 < len(lines) and (lines[number + 1].startswith("    ") or not lines[number + 1].strip()):
                 number += 1
             text = "\n".join(one[4:] for one in lines[begun : number + 1]).rstrip()
-            found.append(_block(page.name, begun + 1, text, ""))
+            found.append(_block(name_of(page), begun + 1, text, ""))
         number += 1
     return found
 

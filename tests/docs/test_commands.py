@@ -23,7 +23,7 @@ from PIL import Image
 
 import st_ar
 from st_ar.cli import read_command, run_command
-from tests.docs.blocks import ROOT, Block, blocks, pages
+from tests.docs.blocks import ROOT, Block, blocks, name_of, pages
 from tests.docs.stand_ins import PARSED, PARSED_PYTHON, SHELL_WORDS, TINY
 
 
@@ -161,7 +161,7 @@ def test_what_a_page_shows_runs_in_its_order(page: str, world: Path, tmp_path: P
     shutil.copytree(
         world, place, ignore=lambda at, names: [n for n in names if keep and at == str(world) and n not in keep]
     )
-    [path] = [p for p in pages() if p.name == page]
+    [path] = [p for p in pages() if name_of(p) == page]
     names: dict[str, Any] = {"st_ar": st_ar, "torch": torch, "numpy": np} | given(page)
     with contextlib.chdir(place):
         if page == "imagenet.md":

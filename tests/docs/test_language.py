@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.docs.blocks import ROOT, pages
+from tests.docs.blocks import ROOT, name_of, pages
 
 MEAN, LONGEST = 20, 40
 """Words of a page's mean sentence (fewer), and of its longest."""
@@ -60,7 +60,7 @@ def test_sentences_are_split_and_counted() -> None:
     assert [count_words(one) for one in sentences(bad.replace(".", "; ") + bad)] == [42]
 
 
-@pytest.mark.parametrize("page", pages(), ids=lambda page: page.name)
+@pytest.mark.parametrize("page", pages(), ids=name_of)
 def test_sentences_are_short(page: Path) -> None:
     lengths = {one: count_words(one) for one in sentences(page.read_text(encoding="utf-8"))}
     assert len(lengths) > 10
@@ -87,7 +87,7 @@ def test_phrases_are_found() -> None:
     assert found_phrases("the painter repaints; it is saidless") == []
 
 
-@pytest.mark.parametrize("page", pages(), ids=lambda page: page.name)
+@pytest.mark.parametrize("page", pages(), ids=name_of)
 def test_no_odd_phrase_is_in_the_pages(page: Path) -> None:
     assert found_phrases(page.read_text(encoding="utf-8")) == []
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import sync_playwright
 
-from tests.docs.blocks import ROOT
+from tests.docs.blocks import ROOT, name_of, pages
 from tests.programs import find_program
 
 FETCHED = {"src", "srcset", "poster", "data"}
@@ -27,8 +27,8 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_every_page_is_there(site: Path) -> None:
-    for page in (ROOT / "docs").glob("*.md"):
-        html = (site / f"{page.stem}.html").read_text()
+    for page in pages()[1:]:
+        html = (site / name_of(page)).with_suffix(".html").read_text()
         assert "<h1" in html
     assert "frechet_distance" in (site / "api.html").read_text()
     assert "Losses" in (site / "api.html").read_text()
@@ -76,8 +76,8 @@ def test_wide_tables_and_code_scroll(site: Path) -> None:
         browser = playwright.chromium.launch(executable_path=chromium, args=[*as_root, "--disable-dev-shm-usage"])
         for width in (1280, 390):
             page = browser.new_page(viewport={"width": width, "height": 800})
-            for path in sorted(site.glob("*.html")):
+            for path in sorted(site.rglob("*.html")):
                 page.goto(path.as_uri())
-                assert page.evaluate(WIDER) == [], f"{path.name} at {width} pixels"
-                assert page.evaluate("document.documentElement.scrollWidth") == width, path.name
+                assert page.evaluate(WIDER) == [], f"{path} at {width} pixels"
+                assert page.evaluate("document.documentElement.scrollWidth") == width, path
         browser.close()

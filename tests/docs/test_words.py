@@ -10,7 +10,7 @@ import pytest
 
 from st_ar.cli import COMMANDS
 from st_ar.cli.completion import read_commands
-from tests.docs.blocks import ROOT, pages
+from tests.docs.blocks import ROOT, name_of, pages
 
 FOREIGN = {
     "--shutdown-timeout": "torchrun",
@@ -41,7 +41,7 @@ def options() -> set[str]:
     return {option for words in read_commands().values() for option in words.options}
 
 
-@pytest.mark.parametrize("page", pages(), ids=lambda page: page.name)
+@pytest.mark.parametrize("page", pages(), ids=name_of)
 def test_every_option_that_is_named_exists(page: Path) -> None:
     text = re.sub(r"(?m)^> .*$", "", prose(page))  # messages have a test of their own
     if page.name == "llamagen.md":  # the first column of its tables is LlamaGen's
@@ -51,7 +51,7 @@ def test_every_option_that_is_named_exists(page: Path) -> None:
         spans = [span for span in spans if not re.match(r"python (benchmarks|autoregressive)/", span)]
     for span in spans:
         for option in re.findall(r"(?<![\w-])--[a-z][\w.-]*", span):
-            assert option in options() | set(FOREIGN), f"{page.name}: {span}"
+            assert option in options() | set(FOREIGN), f"{name_of(page)}: {span}"
 
 
 def messages() -> list[str]:
@@ -80,24 +80,24 @@ def anchor(heading: str) -> str:
     return re.sub(r"\s", "-", re.sub(r"[^\w\s-]", "", words).strip())
 
 
-@pytest.mark.parametrize("page", pages(), ids=lambda page: page.name)
+@pytest.mark.parametrize("page", pages(), ids=name_of)
 def test_every_link_leads_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
         if target.startswith("https://"):
             continue
         file, _, place = target.partition("#")
         path = page.parent / file if file else page
-        assert path.exists(), f"{page.name}: {target}"
+        assert path.exists(), f"{name_of(page)}: {target}"
         if place:
             headings = re.findall(r"(?m)^#+ (.*)$", path.read_text())
-            assert place in {anchor(heading) for heading in headings}, f"{page.name}: {target}"
+            assert place in {anchor(heading) for heading in headings}, f"{name_of(page)}: {target}"
 
 
 def test_files_that_the_pages_name_are_there() -> None:
     """`benchmarks/x.py`, `tests/..`, `src/..`, and the modules of development.md."""
     for page in pages():
         for named in re.findall(r"`((?:benchmarks|examples|tests|src)/[\w./-]+)`", prose(page)):
-            assert (ROOT / named).exists(), f"{page.name}: {named}"
+            assert (ROOT / named).exists(), f"{name_of(page)}: {named}"
     modules = {path.name for path in (ROOT / "src/st_ar").rglob("*.py")}
     for named in re.findall(r"\b(\w+\.py)\b", (ROOT / "docs/development.md").read_text()):
         assert named in modules, named
@@ -105,8 +105,8 @@ def test_files_that_the_pages_name_are_there() -> None:
 
 def test_every_page_is_in_the_sites_menu() -> None:
     menu = (ROOT / "mkdocs.yml").read_text().split("nav:")[1]
-    for page in (ROOT / "docs").glob("*.md"):
-        assert re.search(rf"\b{re.escape(page.name)}$", menu, re.MULTILINE), page.name
+    for page in pages()[1:]:
+        assert re.search(rf" {re.escape(name_of(page))}$", menu, re.MULTILINE), name_of(page)
 
 
 def test_every_command_is_in_the_readme() -> None:

@@ -32,7 +32,7 @@ def config_of(name: str, row: str, scale: str = "imagenet") -> TrainConfig:
 @pytest.mark.parametrize(
     ("name", "row", "preset"),
     [
-        ("table3", "AR", "llamagen-b-50"),
+        ("table3", "AR, 1 view", "llamagen-b-50"),
         ("table3", "+ MIM", "st-ar-b-50-mim"),
         ("table3", "+ MIM + step", "st-ar-b-50-mim-step"),
         ("table3", "+ MIM + view", "st-ar-b-50-mim-view"),
@@ -63,7 +63,7 @@ def test_a_row_at_full_size_is_its_preset(name: str, row: str, preset: str | Non
 
 
 def test_the_control_reads_the_same_views_without_guidance() -> None:
-    control, guided = config_of("table3", "AR on the same two views (control)"), config_of("table4", "r = 0.25")
+    control, guided = config_of("table3", "AR, 2 views (control)"), config_of("table4", "r = 0.25")
     assert (control.views, guided.views) == (2, 2)
     assert not control.selfguided.needs_teacher
     assert control.total_steps(1000) == guided.total_steps(1000)
@@ -122,9 +122,9 @@ def test_other_images_than_the_scales_are_cropped_to_32_pixels(scale: ScaleName)
 
 def test_figure_4_has_the_papers_probe_numbers() -> None:
     assert {row.label: row.paper.get("probe") for row in EXPERIMENTS["fig4"].rows} == {
-        "AR": 18.68,
-        "AR on the same two views (control)": None,
-        "control, for the time of ST-AR": None,
+        "AR, 1 view": 18.68,
+        "AR, 2 views (control)": None,
+        "AR, 2 views, for the time of ST-AR": None,
         "ST-AR": 45.27,
     }
 
@@ -149,7 +149,7 @@ def test_recipes_have_different_names() -> None:
 
 def test_each_seed_has_a_run() -> None:
     plan = Plan(EXPERIMENTS["table3"], SCALES["tiny"], PHOTOS, WORK, seeds=(0, 4))
-    files = plan.files["AR"]
+    files = plan.files["AR, 1 view"]
     assert [run.name for run in files.runs] == ["ar-b-50-epochs-1-views-seed0", "ar-b-50-epochs-1-views-seed4"]
     assert len(files.results["evaluate", "live"]) == len(files.results["probe", "live"]) == 2
     train = next(stage for stage in plan.stages if stage.makes == files.runs[1])
@@ -215,7 +215,7 @@ def test_the_quarters_of_a_long_run_are_measured_one_by_one() -> None:
         assert command[command.index("--checkpoint-every") + 1] == "100"  # divides 300, as the preset's 500 does not
     run = WORK / "runs" / "ar-b-50-epochs-2-views-kept-seed0"
     for quarter, step in enumerate((300, 600, 900, 1200), start=1):
-        files = plan.files[f"control, after {quarter}/4"]
+        files = plan.files[f"{CONTROL.label}, after {quarter}/4"]
         assert files.runs == [run]
         assert files.share == quarter / 4
         assert {weights for _, weights in files.results} == {"ema"}
@@ -253,7 +253,7 @@ def test_two_rows_read_only_center_crops_with_one_view_per_step() -> None:
     made = next(stage for stage in plan.stages if stage.makes.name == "tokens-centered")
     assert made.command[-6:-2] == ("--size", "32", "--crops", "center-mirror")
     trained = [stage for stage in plan.stages if stage.command[0] == "train" and str(made.makes) in stage.command]
-    rows = ("AR on centre crops and their mirror images", "+ step, on centre crops and their mirror images")
+    rows = ("AR, 1 view, centre crops and their mirror images", "+ step, 1 view, centre crops and their mirror images")
     assert [[stage.makes] for stage in trained] == [plan.files[row].runs for row in rows]
     assert [stage.command[stage.command.index("--views") + 1] for stage in trained] == ["1", "1"]
 

@@ -40,14 +40,14 @@ class Quickstart:
 
     def run(self) -> None:
         from st_ar.files import read_json
-        from st_ar.quickstart import METHODS, quickstart
+        from st_ar.quickstart import LABELS, quickstart
         from st_ar.report import json_alone
 
         options.check_results(self.json)
         with json_alone(self.json):
             report = quickstart(self.out, images=self.images, steps=self.steps, seed=self.seed)
         summary = read_json(self.out / "summary.json", "a finished quickstart")
-        measured = [summary[name] for name in METHODS]
+        measured = [summary[name] for name in LABELS]
         rows = [
             ("probe accuracy, last step (%)", *(f"{100 * m['probe']['top1'][-1]:.1f}" for m in measured)),
             ("validation loss (nats per token)", *(f"{m['validation_loss']:.3f}" for m in measured)),
@@ -55,7 +55,7 @@ class Quickstart:
             ("seconds per training step", *(f"{m['seconds_per_step']:.3f}" for m in measured)),
         ]
         text = f"\n{summary['seconds_of_this_call']:.0f} s; report: {report}"
-        options.report(self.json, summary, ("", *METHODS), rows, text)
+        options.report(self.json, summary, ("", *LABELS.values()), rows, text)
 
 
 @dataclass(kw_only=True)

@@ -359,7 +359,7 @@ def _curve(agreements: Mapping[str, Agreement]) -> Drawing:
     whole = max(agreement.patch for agreement in agreements.values())
     ticks = list(range(0, int(shifts[-1]) + 1, max(1, whole // 2)))
     return line_chart(
-        lines, name="token invariance", x="shift (pixels)", y="equal tokens (%)", x_ticks=ticks, legend_above=True
+        lines, name="token invariance", x="shift (pixels)", y="equal tokens (%)", x_ticks=ticks, label_ends=True
     )
 
 

@@ -85,7 +85,7 @@ def show(name: str, plan: Plan) -> None:
             x="tokens read",
             y="accuracy (%)",
             x_ticks=next(iter(curves.values()))[0],
-            legend_above=True,
+            label_ends=True,
         )
         drawing.save(out.with_name(f"{name}-probe.svg"))
         parts.append(Chart(svg=drawing.svg(), caption="Probe accuracy by tokens read."))
@@ -158,7 +158,7 @@ def _length_charts(plan: Plan, measured: Mapping[str, Mapping[str, Spread]], pag
                     xs.append(measured[row.label][TOKENS].mean)
                     ys.append(spread.mean)
         if curves:
-            drawing = line_chart(curves, name=f"{label} by tokens read", x=TOKENS, y=label, legend_above=True)
+            drawing = line_chart(curves, name=f"{label} by tokens read", x=TOKENS, y=label, label_ends=True)
             drawing.save(page.with_name(f"{page.stem}-{short}.svg"))
             charts.append(drawing.svg())
     return charts

@@ -88,8 +88,8 @@ QUARTERS = (0.25, 0.5, 0.75, 1.0)
 ADM = ("fid", "sfid", "is", "precision", "recall")
 CONTRAST: dict[str, Any] = {"alpha": 0.0, "mask_ratio": 0.0}
 AR_ONCE = Recipe(guided=False, views=1)
-CONTROL = Row(label="AR on the same two views (control)", recipe=Recipe(guided=False, views=2))
-EQUAL_TIME = Row(label="control, for the time of ST-AR", recipe=Recipe(guided=False, views=2, equal_time="ST-AR"))
+CONTROL = Row(label="AR, 2 views (control)", recipe=Recipe(guided=False, views=2))
+EQUAL_TIME = Row(label="AR, 2 views, for the time of ST-AR", recipe=Recipe(guided=False, views=2, equal_time="ST-AR"))
 
 
 def _row(size: Size, epochs: int, guided: bool, *paper: float) -> Row:
@@ -153,7 +153,7 @@ EXPERIMENTS: dict[Name, Experiment] = {
     "table3": Experiment(
         title="Table 3: the losses",
         rows=(
-            Row(label="AR", recipe=AR_ONCE, paper={"fid": 31.35, "probe": 18.68}),
+            Row(label="AR, 1 view", recipe=AR_ONCE, paper={"fid": 31.35, "probe": 18.68}),
             CONTROL,
             EQUAL_TIME,
             _ablated("+ MIM", {"fid": 30.58, "probe": 22.71}, beta=0.0),
@@ -189,20 +189,20 @@ EXPERIMENTS: dict[Name, Experiment] = {
     ),
     "fig1": Experiment(
         title="Figure 1: what plain autoregressive training learns",
-        rows=(Row(label="AR", recipe=AR_ONCE),),
+        rows=(Row(label="AR, 1 view", recipe=AR_ONCE),),
         figure="understanding",
         depths=QUARTERS,
     ),
     "fig2": Experiment(
         title="Figure 2: attention of plain autoregressive training, by layer and step",
-        rows=(Row(label="AR", recipe=AR_ONCE),),
+        rows=(Row(label="AR, 1 view", recipe=AR_ONCE),),
         figure="attention",
         depths=QUARTERS,
     ),
     "fig4": Experiment(
         title="Figure 4: linear probing over the steps",
         rows=(
-            Row(label="AR", recipe=AR_ONCE, paper={"probe": 18.68}),
+            Row(label="AR, 1 view", recipe=AR_ONCE, paper={"probe": 18.68}),
             CONTROL,
             EQUAL_TIME,
             Row(label="ST-AR", recipe=Recipe(), paper={"probe": 45.27}),
@@ -211,7 +211,7 @@ EXPERIMENTS: dict[Name, Experiment] = {
     ),
     "fig5": Experiment(
         title="Figure 5: attention of the final layer with self-guided training",
-        rows=(Row(label="AR", recipe=AR_ONCE), Row(label="ST-AR", recipe=Recipe())),
+        rows=(Row(label="AR, 1 view", recipe=AR_ONCE), Row(label="ST-AR", recipe=Recipe())),
         figure="attention",
         depths=(1.0,),
     ),
@@ -276,9 +276,9 @@ EXPERIMENTS: dict[Name, Experiment] = {
     "evidence": Experiment(
         title="Does self-guidance help?",
         rows=(
-            Row(label="AR on centre crops and their mirror images", recipe=replace(AR_ONCE, centered=True)),
+            Row(label="AR, 1 view, centre crops and their mirror images", recipe=replace(AR_ONCE, centered=True)),
             Row(
-                label="+ step, on centre crops and their mirror images",  # which needs no second view
+                label="+ step, 1 view, centre crops and their mirror images",  # which needs no second view
                 recipe=Recipe(views=1, centered=True, changes=CONTRAST | {"view_loss": False}),
             ),
             CONTROL,
@@ -295,7 +295,7 @@ EXPERIMENTS: dict[Name, Experiment] = {
     "length": Experiment(
         title="When does self-guidance help?",
         rows=(
-            *_quarters("control", CONTROL.recipe),
+            *_quarters(CONTROL.label, CONTROL.recipe),
             *_quarters("ST-AR", Recipe()),
             *_quarters("contrast alone", Recipe(changes=CONTRAST)),
             *_quarters("inter-view contrast alone", Recipe(changes=CONTRAST | {"step_loss": False})),
@@ -308,7 +308,7 @@ EXPERIMENTS: dict[Name, Experiment] = {
         rows=(
             CONTROL,
             Row(
-                label="control, for the time of the contrast alone",
+                label="AR, 2 views, for the time of the contrast alone",
                 recipe=Recipe(guided=False, views=2, equal_time="contrast"),
             ),
             EQUAL_TIME,
