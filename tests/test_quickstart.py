@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from st_ar import quickstart as module
 from st_ar.cli import run_command
@@ -21,10 +22,13 @@ from st_ar.data.source import ImageSource
 from st_ar.data.store import TokenStore
 from st_ar.demo.setup import quickstart_setup
 from st_ar.errors import UserError
+from st_ar.evaluation.generation.classifier import load_classifier
 from st_ar.evaluation.likelihood import validation_loss
+from st_ar.model.generate import generate
 from st_ar.model.weights import load_model
 from st_ar.presets import get_preset
 from st_ar.quickstart import quickstart
+from st_ar.tokenizer import decode_to_images, load_tokenizer
 from st_ar.training.run import read_log
 from tests.disk import contents, refused
 
@@ -117,6 +121,23 @@ def test_all_methods_are_measured_in_finite_numbers(made: Path) -> None:
     )
 
 
+def test_class_accuracy_is_the_share_of_samples_that_the_classifier_puts_into_their_class(made: Path) -> None:
+    """The kept classifier, asked again about samples that are drawn again."""
+    summary, order = summary_of(made), np.random.default_rng(0).permutation(IMAGES)
+    labels = TokenStore(made / "tokens-test").labels[np.resize(order, summary["samples"])]
+    classifier = load_classifier(made / "classifier", torch.device("cpu"))
+    tokenizer = load_tokenizer(made / "tokenizer")
+    for method, run in RUNS.items():
+        tokens = generate(load_model(made / run), torch.from_numpy(labels.astype(np.int64)), seed=0)
+        logits = classifier.extract(torch.from_numpy(decode_to_images(tokenizer, tokens))).logits
+        assert logits is not None
+        share = (logits.argmax(1).numpy() == labels).mean()
+        assert summary[method]["class_accuracy"] == pytest.approx(share, abs=1.5 / len(labels))  # a token can flip
+    record = json.loads((made / "classifier" / "config.json").read_text())
+    assert summary["class_accuracy_of_decoded_test_images"] == record["test_accuracy"]
+    assert record["config"]["steps"] == 3
+
+
 def test_the_demo_takes_a_finished_quickstart(made: Path) -> None:
     setup = quickstart_setup(made, device="cpu", dtype="float32", probe_images=50)
     try:
@@ -167,6 +188,7 @@ def test_the_report_names_all_methods_and_the_next_commands(made: Path) -> None:
         assert f"<td>{summary[method]['validation_loss']:.3f}</td>" in html
         assert f"<td>{100 * summary[method]['probe']['top1'][-1]:.1f} %</td>" in html
         assert f"<td>{summary[method]['frechet']:.4f}</td>" in html
+        assert f"<td>{100 * summary[method]['class_accuracy']:.1f}</td>" in html
     assert "nan" not in html.split("<svg")[0].lower().split()
 
 
@@ -176,7 +198,7 @@ def test_every_artefact_is_complete(made: Path) -> None:
         store.verify()
         assert (len(store), len(store.meta.crops)) == (images, crops)
     files = {Path(name).parts[0] for name in contents(made)}
-    names = {"tokenizer", "tokens-train", "tokens-test", *RUNS.values()}
+    names = {"tokenizer", "tokens-train", "tokens-test", "classifier", *RUNS.values()}
     assert files == {*names, "quickstart.json", "summary.json", "report.html", "overview.svg", "overview.json"}
 
 

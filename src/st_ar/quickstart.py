@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch
 
-from st_ar.config import SampleSettings, TrainConfig
+from st_ar.config import ClassifierConfig, SampleSettings, TrainConfig
 from st_ar.data.images import open_images
 from st_ar.data.source import Crops, ImageSource
 from st_ar.data.store import META, TokenStore
@@ -23,6 +24,8 @@ from st_ar.evaluation.attention import (
     center_crops,
 )
 from st_ar.evaluation.attention_report import AXES
+from st_ar.evaluation.generation.classifier import CONFIG, load_classifier, train_classifier
+from st_ar.evaluation.generation.features import Extractor
 from st_ar.evaluation.likelihood import validation_loss
 from st_ar.evaluation.metrics import frechet_distance, mean_and_covariance, region_statistics
 from st_ar.evaluation.probe import probe
@@ -123,12 +126,21 @@ def quickstart(out: Path, *, images: Images = "photos", steps: int | None = None
     models = {name: load_model(run) for name, run in runs.items()}
     settings = SampleSettings(seed=seed, cfg_scale=1.0)
     samples = {name: sample_images(model, tokenizer, labels.tolist(), settings) for name, model in models.items()}
+    config = configs["AR"]
+    assert config.steps is not None
+    folder, cpu = out / "classifier", torch.device("cpu")
+    if not folder.exists():
+        train_classifier(store, test_store, tokenizer, folder, ClassifierConfig(steps=config.steps, seed=seed), cpu)
+    classifier = load_classifier(folder, cpu)
     measured = {
-        name: _measure(models[name], run, store, test_store) | {"frechet": _frechet(samples[name], real)}
+        name: _measure(models[name], run, store, test_store)
+        | {
+            "frechet": _frechet(samples[name], real),
+            "class_accuracy": _class_accuracy(classifier, samples[name], labels),
+        }
         for name, run in runs.items()
     }
-    config, base = configs["AR"], measured["AR"]["seconds_per_step"]
-    assert config.steps is not None
+    base = measured["AR"]["seconds_per_step"]
     summary = {
         "images": images,
         "steps": config.steps,
@@ -137,6 +149,7 @@ def quickstart(out: Path, *, images: Images = "photos", steps: int | None = None
         "samples": SAMPLES,
         "frechet_distance": FD_DESCRIPTION,
         "frechet_of_decoded_training_images": _frechet(decoded, real),
+        "class_accuracy_of_decoded_test_images": read_json(folder / CONFIG, "a classifier")["test_accuracy"],
         **measured,
         "step_time_ratio": measured["ST-AR"]["seconds_per_step"] / base,
         "step_time_ratio_contrast": measured["Contrast alone"]["seconds_per_step"] / base,
@@ -182,6 +195,13 @@ def _store(folder: Path, source: ImageSource, tokenizer: Tokenizer, kind: Litera
 def _frechet(images: np.ndarray, reference: np.ndarray) -> float:
     statistics = [mean_and_covariance(region_statistics(x)) for x in (images, reference)]
     return frechet_distance(*statistics[0], *statistics[1])
+
+
+def _class_accuracy(classifier: Extractor, images: np.ndarray, labels: np.ndarray) -> float:
+    """Return the share of the images that the classifier puts into their class."""
+    logits = classifier.extract(torch.from_numpy(images)).logits
+    assert logits is not None
+    return float((logits.argmax(1).numpy() == labels).mean())
 
 
 def _measure(model: Transformer, run: Path, store: TokenStore, test_store: TokenStore) -> dict[str, Any]:
@@ -232,6 +252,7 @@ def _results_section(results: Results) -> Section:
         ("Probe accuracy, best step, %", 1, lambda m: 100 * max(m["probe"]["top1"])),
         ("Validation loss, nats per token (lower is better)", 3, lambda m: m["validation_loss"]),
         ("Validation loss, EMA weights", 3, lambda m: m["validation_loss_ema"]),
+        ("Class accuracy of samples, % (higher is better)", 1, lambda m: 100 * m["class_accuracy"]),
         (f"{FD} of samples (lower is better)", 4, lambda m: m["frechet"]),
         ("Seconds per training step", 3, lambda m: m["seconds_per_step"]),
     ]
@@ -242,7 +263,9 @@ def _results_section(results: Results) -> Section:
     caption = (
         f"One run each, seed {summary['seed']}, live weights unless stated. {FD} is the "
         f"{FD_DESCRIPTION}: {summary['samples']:,} samples without guidance against the test images. "
-        f"Decoded training images have {summary['frechet_of_decoded_training_images']:.4f}, the tokenizer's lower bound."
+        f"Decoded training images have {summary['frechet_of_decoded_training_images']:.4f}, the tokenizer's lower bound. Class accuracy: "
+        f"the share of these samples that a small classifier puts into the class that was asked for. It is right about "
+        f"{_percent(summary['class_accuracy_of_decoded_test_images'])} of the decoded test images."
     )
     paragraphs = [
         _finding("ST-AR", summary, summary["step_time_ratio"]),
@@ -258,18 +281,22 @@ def _results_section(results: Results) -> Section:
 def _finding(name: str, summary: Mapping[str, Any], time_ratio: float) -> str:
     """Compare a method with the control in one sentence."""
     ar, guided = summary["AR"], summary[name]
-    share = ar["probe"]["top1"][-1]
-    gain = 100 * (guided["probe"]["top1"][-1] - share)
-    noise = 200 * math.sqrt(2 * share * (1 - share) / ar["probe"]["test_images"])
-    within = f", within the test set's noise of {noise:.1f} points" if abs(gain) < noise else ""
+    gain = _gain(guided["probe"]["top1"][-1], ar["probe"]["top1"][-1], ar["probe"]["test_images"])
+    classes = _gain(guided["class_accuracy"], ar["class_accuracy"], summary["samples"])
     loss = 100 * (guided["validation_loss"] / ar["validation_loss"] - 1)
     frechet = guided["frechet"] / ar["frechet"] - 1
     samples = f"{100 * abs(frechet):.0f} % {'higher' if frechet > 0 else 'lower'}"
     seeds = ", within the noise between seeds" if abs(frechet) < FD_NOISE else ""
     return (
-        f"{LABELS[name]} compared with the control: probe accuracy after the whole image {gain:+.1f} points{within}; "
+        f"{LABELS[name]} compared with the control: probe accuracy after the whole image {gain}; class accuracy of samples {classes}; "
         f"validation loss {loss:+.1f} %; {FD} {samples}{seeds}; a training step takes {time_ratio:.2f} times as long at equal tokens."
     )
+
+
+def _gain(share: float, base: float, images: int) -> str:
+    """Say how many points a share is above another, and whether that is within the noise of so many images."""
+    gain, noise = 100 * (share - base), 200 * math.sqrt(2 * base * (1 - base) / images)
+    return f"{gain:+.1f} points" + (f", within the noise of {noise:.1f} points" if abs(gain) < noise else "")
 
 
 def _probe_curves(results: Results) -> dict[str, tuple[list[float], list[float]]]:

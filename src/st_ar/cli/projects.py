@@ -51,6 +51,7 @@ class Quickstart:
         rows = [
             ("probe accuracy, last step (%)", *(f"{100 * m['probe']['top1'][-1]:.1f}" for m in measured)),
             ("validation loss (nats per token)", *(f"{m['validation_loss']:.3f}" for m in measured)),
+            ("class accuracy of samples (%)", *(f"{100 * m['class_accuracy']:.1f}" for m in measured)),
             ("FD-regions of samples", *(f"{m['frechet']:.4f}" for m in measured)),
             ("seconds per training step", *(f"{m['seconds_per_step']:.3f}" for m in measured)),
         ]
