@@ -59,7 +59,9 @@ def class_reach(model: Transformer, tokens: Tensor, labels: Tensor) -> dict[str,
     grid = model.config.grid
     weights: dict[int, list[Tensor]] = {}
     for batch, condition in zip(tokens[:BATCH].split(50), labels[:BATCH].split(50), strict=True):
-        for layer, maps in weights_by_layer(model, batch[:, :-1], condition, layers=range(1, model.config.n_layers + 1)):
+        for layer, maps in weights_by_layer(
+            model, batch[:, :-1], condition, layers=range(1, model.config.n_layers + 1)
+        ):
             late = maps[:, :, -grid:]  # the last row of tokens is predicted
             weights.setdefault(layer, []).append(
                 torch.stack([late[..., 0], late[..., 1 : 1 + grid].sum(-1)], -1).mean((1, 2))

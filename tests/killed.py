@@ -8,9 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from st_ar.data.source import Crops
-from st_ar.evaluation.generation.evaluate import evaluate, open_reference, write_reference
+from st_ar.evaluation.generation.evaluate import evaluate
 from st_ar.evaluation.generation.features import Compute
 from st_ar.evaluation.generation.image_sets import open_files, open_set
+from st_ar.evaluation.generation.references import open_reference, write_reference
 from st_ar.files import write_json
 from st_ar.sampling import JOB
 from st_ar.tokenizer.tokenize import tokenize

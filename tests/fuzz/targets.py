@@ -20,9 +20,10 @@ from st_ar.data.llamagen import import_tokens
 from st_ar.data.source import Crops, Example, ImageSource
 from st_ar.data.store import TokenStore
 from st_ar.data.text import TextStore, write_text
-from st_ar.evaluation.generation.evaluate import Reference, evaluate, one_line, open_reference, write_reference
+from st_ar.evaluation.generation.evaluate import evaluate, one_line
 from st_ar.evaluation.generation.features import Compute
 from st_ar.evaluation.generation.image_sets import open_set
+from st_ar.evaluation.generation.references import Reference, open_reference, write_reference
 from st_ar.evaluation.generation.sweep import SweptModel, list_settings, sweep
 from st_ar.evaluation.probe_features import FeatureCache, FeatureSpec, extract_features
 from st_ar.files import write_json

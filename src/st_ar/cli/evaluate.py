@@ -54,10 +54,10 @@ class Evaluate:
             evaluation_page,
             number_rows,
             one_line,
-            open_reference,
         )
         from st_ar.evaluation.generation.features import CLASSIFIER, REFERENCE, Compute
         from st_ar.evaluation.generation.image_sets import metadata_path, open_files
+        from st_ar.evaluation.generation.references import open_reference
 
         metrics = choose_metrics(self.metrics, CLASSIFIER if self.classifier else self.extractor)
         reference_file = self.reference or (str(self.classifier / REFERENCE) if self.classifier else "")
@@ -129,9 +129,9 @@ class MakeReference:
 
     def run(self) -> None:
         from st_ar.distributed import process_group, rank0_first
-        from st_ar.evaluation.generation.evaluate import write_reference
         from st_ar.evaluation.generation.features import Compute
         from st_ar.evaluation.generation.image_sets import open_set
+        from st_ar.evaluation.generation.references import write_reference
         from st_ar.files import require_place
 
         options.check_seeds(self.seed)

@@ -129,8 +129,9 @@ class Sweep:
     json: options.Json = None
 
     def run(self) -> None:
-        from st_ar.evaluation.generation.evaluate import check_sizes, choose_metrics, format_number, open_reference
+        from st_ar.evaluation.generation.evaluate import check_sizes, choose_metrics, format_number
         from st_ar.evaluation.generation.features import CLASSIFIER, Compute
+        from st_ar.evaluation.generation.references import open_reference
         from st_ar.evaluation.generation.sweep import FILES, SWEPT, SweptModel, check_sweep, list_settings, sweep
         from st_ar.files import read_json
         from st_ar.hardware import choose_device

@@ -23,6 +23,7 @@ from st_ar.data.images import open_images
 from st_ar.errors import UserError, note
 from st_ar.evaluation.generation import evaluate as evaluate_module
 from st_ar.evaluation.generation import features as features_module
+from st_ar.evaluation.generation import references
 from st_ar.evaluation.generation.evaluate import (
     check_sizes,
     choose_metrics,
@@ -30,9 +31,6 @@ from st_ar.evaluation.generation.evaluate import (
     format_number,
     is_class_sorted,
     one_line,
-    open_reference,
-    read_meta,
-    write_reference,
 )
 from st_ar.evaluation.generation.features import (
     Compute,
@@ -51,6 +49,7 @@ from st_ar.evaluation.generation.image_sets import (
     open_set,
     read_array,
 )
+from st_ar.evaluation.generation.references import open_reference, read_meta, write_reference
 from st_ar.evaluation.metrics import (
     InceptionScore,
     frechet_distance,
@@ -300,7 +299,7 @@ def test_a_short_last_split_and_sorted_classes_are_noted(
 
 @pytest.fixture
 def small_keep(monkeypatch: pytest.MonkeyPatch) -> int:
-    monkeypatch.setattr(evaluate_module, "KEEP", 12)
+    monkeypatch.setattr(references, "KEEP", 12)
     return 12
 
 

@@ -11,9 +11,9 @@ from st_ar.cli import main
 from st_ar.errors import UserError
 from st_ar.evaluation.generation import evaluate as evaluate_module
 from st_ar.evaluation.generation import sweep as sweep_module
-from st_ar.evaluation.generation.evaluate import Reference, open_reference
 from st_ar.evaluation.generation.features import Compute
 from st_ar.evaluation.generation.image_sets import open_files
+from st_ar.evaluation.generation.references import Reference, open_reference
 from st_ar.evaluation.generation.sweep import SweptModel, list_settings, sweep
 from st_ar.sampling import Sampler, sample_to
 from tests.disk import contents, refused

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from st_ar.config import ClassifierConfig
 from st_ar.data.store import TokenBatches, TokenStore, note_same_images
 from st_ar.errors import UserError, damaged
-from st_ar.evaluation.generation.evaluate import write_reference
 from st_ar.evaluation.generation.features import CLASSIFIER, REFERENCE, Compute, Extracted, Extractor, collect
 from st_ar.evaluation.generation.image_sets import CHUNK, ImageSet
+from st_ar.evaluation.generation.references import write_reference
 from st_ar.files import atomic_folder, read_json, read_safetensors, require_absent, save_tensors, sha256, write_json
 from st_ar.hardware import choose_dtype, describe, freed_memory_kept
 from st_ar.progress import progress

@@ -10,9 +10,10 @@ from typing import Any, Literal
 
 from st_ar.config import Metric, SampleSettings
 from st_ar.errors import UserError, damaged, note, require
-from st_ar.evaluation.generation.evaluate import Reference, evaluate
+from st_ar.evaluation.generation.evaluate import evaluate
 from st_ar.evaluation.generation.features import Compute, Extractor
 from st_ar.evaluation.generation.image_sets import open_set
+from st_ar.evaluation.generation.references import Reference
 from st_ar.figures import line_chart
 from st_ar.files import is_nonempty, read_json, require_place, sha256, write_csv, write_json
 from st_ar.sampling import Sampler, choose_conditions, open_model_and_tokenizer, sample_to
