@@ -57,6 +57,16 @@ def test_equations_are_drawn_on_the_texts_baseline(site: Path) -> None:
     assert 0.3 < float(depth) < float(height) < 3  # a fraction reaches below the baseline
 
 
+def test_lines_do_not_break_inside_options_and_measurements(site: Path) -> None:
+    html = (site / "results/cifar10.html").read_text()
+    assert '<code><span class="word">--selfguided.beta</span> <span class="word">0</span></code>' in html
+    assert "<strong>3.35\u00a0±\u00a00.00</strong>" in html
+    assert "8\u00a0x\u00a08 tokens" in html
+    assert '<td class="text">both contrasts, nothing masked, in every second step' in html
+    assert "<td>ST-AR</td>" in html
+    assert "1.40 (1.36\u00a0to\u00a01.49)" in (site / "performance.html").read_text()
+
+
 WIDER = """() => {
   const scrolls = element => ["auto", "scroll"].includes(getComputedStyle(element).overflowX);
   const outside = element => element.getBoundingClientRect().right > document.documentElement.clientWidth + 1;
