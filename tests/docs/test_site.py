@@ -67,6 +67,13 @@ def test_lines_do_not_break_inside_options_and_measurements(site: Path) -> None:
     assert "1.40 (1.36\u00a0to\u00a01.49)" in (site / "performance.html").read_text()
 
 
+def test_each_quoted_message_is_one_piece_of_code(site: Path) -> None:
+    quotes = re.findall(r"(?s)<blockquote>\s*<p>(.*?)</p>", (site / "troubleshooting.html").read_text())
+    assert len(quotes) > 30
+    for quote in quotes:
+        assert re.fullmatch(r"(?s)<code>(?:(?!</code>).)*</code>", quote), quote
+
+
 WIDER = """() => {
   const scrolls = element => ["auto", "scroll"].includes(getComputedStyle(element).overflowX);
   const outside = element => element.getBoundingClientRect().right > document.documentElement.clientWidth + 1;
