@@ -59,7 +59,8 @@ def test_equations_are_drawn_on_the_texts_baseline(site: Path) -> None:
 
 def test_lines_do_not_break_inside_options_and_measurements(site: Path) -> None:
     html = (site / "results/cifar10.html").read_text()
-    assert '<code><span class="word">--selfguided.beta</span> <span class="word">0</span></code>' in html
+    assert '<code><span class="word">--selfguided.beta 0</span></code>' in html
+    assert '<span class="word">--rows</span></code> selects' in html
     assert "<strong>3.35\u00a0±\u00a00.00</strong>" in html
     assert "8\u00a0x\u00a08 tokens" in html
     assert '<td class="text">both contrasts, nothing masked, in every second step' in html
