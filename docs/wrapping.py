@@ -37,4 +37,4 @@ def _word(found: re.Match[str]) -> str:
 
 def _numbers(text: str) -> str:
     text = re.sub(r"(?<=\d) (?=[±%]|x \d)|(?<=±) (?=\d)|(?<=\d x) (?=\d)", "\N{NO-BREAK SPACE}", text)
-    return re.sub(r"\((-?[\d.]+) to (-?[\d.]+)\)", "(\\1\N{NO-BREAK SPACE}to\N{NO-BREAK SPACE}\\2)", text)
+    return re.sub(r"\(-?[\d.]+(?: to|,) -?[\d.]+\)", lambda found: found[0].replace(" ", "\N{NO-BREAK SPACE}"), text)
