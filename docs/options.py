@@ -26,7 +26,7 @@ def page() -> str:
 
 
 def _commands() -> Iterator[str]:
-    yield "| command | what it does |\n|---|---|"
+    yield "## Commands\n\n| command | what it does |\n|---|---|"
     yield from (f"| [`{name}`](#st-ar-{name}) | {command.help} |" for name, command in COMMANDS.items())
     for name in COMMANDS:
         yield f"\n## st-ar {name}\n"

@@ -57,6 +57,24 @@ def test_equations_are_drawn_on_the_texts_baseline(site: Path) -> None:
     assert 0.3 < float(depth) < float(height) < 3  # a fraction reaches below the baseline
 
 
+def test_lines_do_not_break_inside_options_and_measurements(site: Path) -> None:
+    html = (site / "results/cifar10.html").read_text()
+    assert '<code><span class="word">--selfguided.beta 0</span></code>' in html
+    assert '<span class="word">--rows</span></code> selects' in html
+    assert "<strong>3.35\u00a0±\u00a00.00</strong>" in html
+    assert "8\u00a0x\u00a08 tokens" in html
+    assert '<td class="text">both contrasts, nothing masked, in every second step' in html
+    assert "<td>ST-AR</td>" in html
+    assert "1.40 (1.36\u00a0to\u00a01.49)" in (site / "performance.html").read_text()
+
+
+def test_each_quoted_message_is_one_piece_of_code(site: Path) -> None:
+    quotes = re.findall(r"(?s)<blockquote>\s*<p>(.*?)</p>", (site / "troubleshooting.html").read_text())
+    assert len(quotes) > 30
+    for quote in quotes:
+        assert re.fullmatch(r"(?s)<code>(?:(?!</code>).)*</code>", quote), quote
+
+
 WIDER = """() => {
   const scrolls = element => ["auto", "scroll"].includes(getComputedStyle(element).overflowX);
   const outside = element => element.getBoundingClientRect().right > document.documentElement.clientWidth + 1;

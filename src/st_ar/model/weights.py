@@ -112,17 +112,7 @@ def find_weights(path: Path, ema: bool) -> Path:
 
 
 def open_model(path: Path | str, *, ema: bool = False, grid: int | None = None) -> tuple[Transformer, ModelInfo]:
-    """Load a trained model in evaluation mode, float32 on the CPU, and its description.
-
-    Args:
-        path: a run, an export folder, a .safetensors file, a LlamaGen .pt file, or hub:OWNER/NAME.
-        ema: load the EMA weights instead of the live ones.
-        grid: tokens per side to run at, instead of those trained for. Positions are computed, so weights of 256 px (grid 16)
-            run at 384 px (grid 24). LlamaGen's files do not say their grid; the default is 16.
-
-    Raises:
-        UserError: the path is missing, damaged or not a model, or the weights do not fit their config.json.
-    """
+    """Load a trained model as `load_model` does, and its description."""
     file = find_weights(Path(path), ema)
     card = file.parent / "config.json"
     has_card = file.suffix == ".safetensors" and card.exists()
@@ -202,7 +192,17 @@ def infer_config(tensors: dict[str, Tensor], file: Path) -> ModelConfig:
 
 
 def load_model(path: Path | str, *, ema: bool = False, grid: int | None = None) -> Transformer:
-    """Load a trained model in evaluation mode. The arguments and errors are those of `open_model`."""
+    """Load a trained model in evaluation mode, float32 on the CPU.
+
+    Args:
+        path: a run, an export folder, a .safetensors file, a LlamaGen .pt file, or hub:OWNER/NAME.
+        ema: load the EMA weights instead of the live ones.
+        grid: tokens per side to run at, instead of those trained for. Positions are computed, so weights of 256 px (grid 16)
+            run at 384 px (grid 24). LlamaGen's files do not say their grid; the default is 16.
+
+    Raises:
+        UserError: the path is missing, damaged or not a model, or the weights do not fit their config.json.
+    """
     return open_model(path, ema=ema, grid=grid)[0]
 
 

@@ -52,7 +52,7 @@ def train(
         out: the run's folder.
         text: captions of the token store's images, only for a text model.
         validation: a token store to measure the EMA weights on at each checkpoint; the best weights are kept in best/.
-        init: a model to start from instead of random weights, for student and teacher; any that `open_model` takes. AdamW's
+        init: a model to start from instead of random weights, for student and teacher; any that `load_model` takes. AdamW's
             moments, the projector and the step count start fresh.
         init_ema: start from its EMA weights instead of the live ones.
         watching: trackers, samples and probes. They have no effect on the weights. TensorBoard only if None.
