@@ -140,7 +140,7 @@ def tell_torchrun(error: str) -> None:
     """Leave an error where torchrun looks for it, so that its report, which comes last, says more than the exit status."""
     if where := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         extra = {"py_callstack": error, "timestamp": str(int(time.time()))}
-        with contextlib.suppress(OSError), open(where, "w") as file:
+        with contextlib.suppress(OSError), open(where, "w", encoding="utf-8") as file:
             json.dump({"message": {"message": error, "extraInfo": extra}}, file)
 
 
