@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import io
+import json
 import re
 import subprocess
 from html.parser import HTMLParser
@@ -23,6 +24,7 @@ from st_ar.report import (
     difference,
     is_noise,
     png_uri,
+    provenance,
     write_report,
 )
 from tests.disk import contents, full_disk, refused
@@ -115,6 +117,16 @@ def test_every_cell_is_there_the_missing_one_too(html: str) -> None:
     assert page.within("td") == ["1.25", "", "0.5 %", "7 %"]  # the first column names the row
     assert sum(tag == "table" for tag, _ in page.tags) == 1
     assert "None" not in html
+
+
+def test_the_text_of_a_provenance_wraps_and_numbers_do_not(tmp_path: Path) -> None:
+    crops = [f"crop-{index}" for index in range(15)]  # a line of these hid the values beside it
+    record = {"train": {"crops": crops, "images": 600}, "none": {}}
+    numbers = Section(title="Numbers", parts=[Table(columns=["", "a"], rows=[["loss", "1"]])])
+    write_report(tmp_path / "p.html", title="", lead="", sections=[numbers, provenance(record, ["train", "none"])])
+    page = Page((tmp_path / "p.html").read_text())
+    assert [attributes for tag, attributes in page.tags if tag == "table"] == [{}, {"class": "text"}]
+    assert page.within("td") == ["1", json.dumps(crops), "600"]
 
 
 def test_the_gallerys_pictures_are_inside_the_page_pixel_by_pixel(html: str) -> None:

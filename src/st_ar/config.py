@@ -393,7 +393,7 @@ class SampleSettings(Checked):
         if class_dropout == 0:
             return "the model was trained with --class-dropout 0"
         if self.resolved(config, class_dropout).cfg_scale == 1:
-            return "none by default"
+            return "off by default; --cfg-scale changes it"
         return "LlamaGen's for this size; --cfg-scale changes it"
 
 

@@ -32,6 +32,8 @@ class Table:
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
     caption: str = ""
+    wrap: bool = False
+    """Whether the cells are texts, set left and wrapped, and not numbers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,5 +187,5 @@ def _flatten(record: Mapping[str, Any], prefix: str = "") -> list[list[str]]:
 
 def provenance(result: Mapping[str, Any], keys: Sequence[str]) -> Section:
     """Return a section with tables of everything that identifies a result's numbers."""
-    tables = [Table(columns=[key, ""], rows=_flatten(result[key])) for key in keys]
+    tables = [Table(columns=[key, ""], rows=_flatten(result[key]), wrap=True) for key in keys]
     return Section(title="Provenance", parts=[table for table in tables if table.rows])

@@ -96,7 +96,7 @@ def test_a_converted_model_still_knows_them(folder: Path) -> None:
 
 @pytest.mark.parametrize(
     ("options", "origin"),
-    [([], "none by default"), (["--cfg-scale", "1.5"], "as given")],
+    [([], "off by default; --cfg-scale changes it"), (["--cfg-scale", "1.5"], "as given")],
 )
 def test_samples_record_where_the_scale_comes_from(sample: Sample, options: list[str], origin: str) -> None:
     name = f"scale{len(options)}"

@@ -147,6 +147,7 @@ def test_the_page_has_the_numbers_that_are_printed(
     html = (tmp_path / "page.html").read_text()
     page = Page(html)
     assert page.within("h2") == heads
+    assert f"\npage: {tmp_path / 'page.html'}\n" in printed
     numbers = [text for text in page.within("td") if re.fullmatch(r"[\d.]+( ± [\d.]+)?", text) and text in printed]
     assert len(numbers) >= 2
     assert "<style>svg{" not in html  # figures have the page's colours, not a file's own

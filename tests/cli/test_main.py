@@ -10,6 +10,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -19,6 +20,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 import st_ar
 from st_ar import __version__
@@ -227,6 +229,25 @@ def test_ranks_that_would_all_do_the_same_are_refused(
     refused(capsys, f"st-ar {' '.join(command)} runs in one process, not in 2: start it without torchrun", *command)
 
 
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (["tran"], "unknown command 'tran'"),
+        (["sample", "--model", "none", "--tokenizer", "t", "--out", "o.npz"], "none does not exist; give a run"),
+    ],
+)
+def test_torchruns_report_ends_with_the_error(
+    capsys: Capture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, command: list[str], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    refused(capsys, message, *command)
+    failure = ProcessFailure(local_rank=0, pid=1, exitcode=2, error_file=str(tmp_path / "error.json"))
+    report = str(ChildFailedError("st-ar", {0: failure}))
+    assert re.search(rf"traceback : {message}.*\n=+$", report), report
+    assert abs(failure.timestamp - time.time()) < 100
+
+
 def test_an_unknown_option_is_named_with_status_2() -> None:
     done = run_st_ar("train", "st-ar-digits", "--tokens", "x", "--out", "y", "--optim.learning-rate", "1")
     assert done.returncode == 2
@@ -315,7 +336,7 @@ def test_the_tokenizer_and_the_stores_are_what_they_say(line: Line) -> None:
         line.printed["train"]
         == f"{line.train}: 1,297 images x 5 crops x 8 x 8 tokens; 10 classes of 128 to 132 images\n"
     )
-    assert line.printed["test"] == f"{line.test}: 500 images x 1 crops x 8 x 8 tokens; 10 classes of 46 to 51 images\n"
+    assert line.printed["test"] == f"{line.test}: 500 images x 1 crop x 8 x 8 tokens; 10 classes of 46 to 51 images\n"
     store = TokenStore(line.train)
     store.verify()
     assert (store.meta.source, store.meta.vocab_size) == ("digits:train", 64)

@@ -11,6 +11,7 @@ from st_ar import load_tokenizer
 from st_ar.cli import main
 from st_ar.data.source import Crops
 from st_ar.data.store import TokenStore
+from st_ar.errors import note
 from st_ar.tokenizer import to_pixels
 from tests.data.pictures import broken_pictures, encoded, noise
 from tests.data.test_llamagen import write_llamagen
@@ -64,11 +65,32 @@ def test_parquet_files_with_five_crops_and_with_one(folder: Path, capsys: Captur
     st_ar(*command, "--crops", "center", "--out", folder / "one")
     out = capsys.readouterr().out
     assert f"{folder / 'five'}: 7 images x 5 crops x 4 x 4 tokens; 3 classes of " in out
-    assert f"{folder / 'one'}: 7 images x 1 crops x 4 x 4 tokens; 3 classes of " in out
+    assert f"{folder / 'one'}: 7 images x 1 crop x 4 x 4 tokens; 3 classes of " in out
     whole = Crops(kind="center", size=16, range=1.0).cut(noise(seed=3))  # LlamaGen's centre crop is not enlarged first
     expected = load_tokenizer(folder / "t").encode(to_pixels(torch.from_numpy(whole.copy()))).flatten(1).numpy()
     found = TokenStore(folder / "one").codes(np.array([3]), np.array([[0]]))[0]
     np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize(("size", "enlarged"), [((32, 40), True), ((300, 128), True), ((130, 129), False)])
+def test_a_forgotten_size_that_enlarges_images_is_noted(
+    tmp_path: Path, capsys: Capture, size: tuple[int, int], enlarged: bool
+) -> None:
+    (tmp_path / "images").mkdir()
+    for index in range(2):
+        (tmp_path / "images" / f"{index}.png").write_bytes(encoded(noise(*size, index)))
+    command = ["--images", f"folder:{tmp_path / 'images'}", "--out"]
+    kmeans = ["train-tokenizer", "kmeans", *command, tmp_path / "t", "--vocab-size", "8", "--patch", "64"]
+    for verb in (kmeans, ["tokenize", "--tokenizer", tmp_path / "t", *command, tmp_path / "store"]):
+        note.cache_clear()  # notes are printed once in a process
+        st_ar(*verb)
+        side = f"of {min(size)} pixels, enlarged to 256 by default: --size {min(size)} keeps it\n"
+        assert (f"note: the first image has a shorter side {side}" in capsys.readouterr().err) == enlarged
+    st_ar(*verb[:-1], tmp_path / "given", "--size", "256")
+    st_ar(
+        "train-tokenizer", "kmeans", "--images", "digits", "--out", tmp_path / "digits"
+    )  # 8 pixels, with a size of its own
+    assert "enlarged" not in capsys.readouterr().err
 
 
 def test_llamagens_tokens_are_imported(tmp_path: Path, capsys: Capture) -> None:

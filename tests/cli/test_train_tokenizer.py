@@ -104,7 +104,7 @@ def test_the_run_is_a_tokenizer_that_tokenize_takes(trained: Path, tmp_path: Pat
     store = str(tmp_path / "store")
     arguments = ["--images", f"folder:{tmp_path / 'images'}", "--size", "32", "--crops", "center", "--out", store]
     main(["tokenize", "--tokenizer", str(trained), *arguments])
-    assert capsys.readouterr().out == f"{store}: 5 images x 1 crops x 16 x 16 tokens; 2 classes of 2 to 3 images\n"
+    assert capsys.readouterr().out == f"{store}: 5 images x 1 crop x 16 x 16 tokens; 2 classes of 2 to 3 images\n"
     tokenizer = load_tokenizer(trained)
     assert isinstance(tokenizer, VQTokenizer)
     assert tokenizer.config == VQConfig(

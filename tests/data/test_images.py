@@ -146,6 +146,18 @@ def test_an_unknown_source_is_refused_with_the_known_ones() -> None:
         open_images("fotos:train")
 
 
+@pytest.mark.parametrize("spec", ["pictures", "pictures/cats"])
+def test_a_folder_without_its_prefix_is_recognised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spec: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=f"unknown image source '{spec}': give folder:PATH"):
+        open_images(spec)
+    Path(spec).mkdir(parents=True)
+    with pytest.raises(
+        UserError, match=f"unknown image source '{spec}': did you mean folder:{spec}[?] Give folder:PATH"
+    ):
+        open_images(spec)
+
+
 @pytest.mark.parametrize("spec", ["photos:validation", "digits:validation", "digits:Train"])
 def test_an_unknown_split_is_refused_with_the_known_ones(spec: str) -> None:
     kind, _, split = spec.partition(":")

@@ -254,7 +254,7 @@ def test_tokenizing_shows_how_many_images_the_classes_have(tmp_path: Path, capsy
     main(f"tokenize {common} --num-classes 3 --out {tmp_path / 'out'}".split())
     assert (
         capsys.readouterr().out.strip()
-        == f"{tmp_path / 'out'}: 4 images x 1 crops x 2 x 2 tokens; 3 classes of 0 to 3 images, none of 2"
+        == f"{tmp_path / 'out'}: 4 images x 1 crop x 2 x 2 tokens; 3 classes of 0 to 3 images, none of 2"
     )
 
 

@@ -2,15 +2,20 @@
 
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from st_ar.config import TrainConfig
 from st_ar.demo.runs_tab import MAX_POINTS, read_history, read_sample, sample_steps, stamp
 from st_ar.errors import UserError
+from st_ar.files import write_json
+from st_ar.settings import to_dict
 from st_ar.training.run import append_log
+from tests.toys import TINY
 
 
 def lines(run: Path, count: int) -> None:
@@ -48,6 +53,19 @@ def test_a_run_that_stands_still_is_not_said_to_train(tmp_path: Path) -> None:
     before = time.time() - 3 * 3600
     os.utime(tmp_path / "log.jsonl", (before, before))
     assert read_history(tmp_path, "mine")[0].endswith("no new log entries for 3 hours.")
+
+
+@pytest.mark.parametrize(("budget", "total"), [({"steps": 3}, 3), ({"epochs": 2.0}, 20)])  # 20 = 2 * 80 images / 8
+def test_the_last_step_of_a_run_is_its_end_however_old(tmp_path: Path, budget: dict[str, float], total: int) -> None:
+    config = to_dict(
+        replace(TrainConfig(model=TINY, batch_size=8, steps=1), **{"steps": None, "epochs": None} | budget)
+    )
+    write_json(tmp_path / "config.json", {"config": config, "tokens": {"images": 80}})
+    for step, state in ((2, "training"), (total, "finished")):
+        append_log(tmp_path / "log.jsonl", {"step": step, "loss_ar": 1.0})
+        assert read_history(tmp_path, "mine")[0] == f"mine: step {step} of {total}; {state}."
+    os.utime(tmp_path / "log.jsonl", (0, 0))
+    assert read_history(tmp_path, "mine")[0].endswith("; finished.")
 
 
 def test_what_changes_is_seen(tmp_path: Path) -> None:

@@ -120,7 +120,7 @@ def test_a_full_disk_leaves_the_previous_export_and_says_so(export: Path) -> Non
 
 
 def test_a_missing_path_is_refused_with_what_to_give(tmp_path: Path) -> None:
-    with refused(tmp_path, "nowhere does not exist; give a run, an export folder or a .safetensors file"):
+    with refused(tmp_path, "nowhere does not exist; give a run, an export folder, a .safetensors or LlamaGen .pt file"):
         load_model(tmp_path / "nowhere")
 
 

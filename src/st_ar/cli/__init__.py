@@ -4,9 +4,12 @@
 what a command needs when it runs.
 """
 
+import contextlib
 import io
+import json
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -133,6 +136,14 @@ def run_command(arguments: Sequence[str]) -> None:
     read_command(arguments)()
 
 
+def tell_torchrun(error: str) -> None:
+    """Leave an error where torchrun looks for it, so that its report, which comes last, says more than the exit status."""
+    if where := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        extra = {"py_callstack": error, "timestamp": str(int(time.time()))}
+        with contextlib.suppress(OSError), open(where, "w", encoding="utf-8") as file:
+            json.dump({"message": {"message": error, "extraInfo": extra}}, file)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of `st-ar` and `python -m st_ar`."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
@@ -153,6 +164,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             run_command(arguments)
     except UserError as error:
         print(f"st-ar{rank and ', rank '}{rank}: {error}", file=sys.stderr)
+        tell_torchrun(str(error))
         sys.exit(2)
     except Interrupted as stopped:
         if rank in ("", "0"):  # all ranks are interrupted together

@@ -96,14 +96,12 @@ class Evaluate:
                 shuffle_seed=self.shuffle_seed,
             )
         if ranks.rank == 0:
-            page = f"\npage: {self.page}" if self.page else ""
             if self.page:
                 evaluation_page(self.page, result, samples)
             for text in result["notes"]:
                 note(text)
-            options.report(
-                self.json, result, ("", "value"), number_rows(result), f"\n{one_line(result)}{page}", always=False
-            )
+            text = f"\n{one_line(result)}"
+            options.report(self.json, result, ("", "value"), number_rows(result), text, page=self.page, always=False)
 
 
 @dataclass(kw_only=True)

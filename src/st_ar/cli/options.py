@@ -135,9 +135,10 @@ def report(
     text: str,
     *,
     title: str = "",
+    page: Path | None = None,
     always: bool = True,
 ) -> None:
-    """Print a table between a title and a text, and write the record to --json.
+    """Print a table between a title and a text, name the page, and write the record to --json.
 
     With --json -, the table is left out, and the title and text go to standard error, or are left out too unless `always`.
     """
@@ -149,7 +150,7 @@ def report(
                 print(title)
             if json != "-":
                 print_table(header, rows)
-            print(text)
+            print(f"{text}\npage: {page}" if page else text)
     keep_json(json, record)
 
 

@@ -36,13 +36,15 @@ class TrainKMeans:
 
     def run(self) -> None:
         from st_ar.data.images import open_images
+        from st_ar.data.source import note_enlarged
         from st_ar.files import require_absent
         from st_ar.tokenizer.kmeans import CODEBOOK, train_kmeans
 
         require_absent(self.out, "a tokenizer", besides=[CODEBOOK])
-        tokenizer = train_kmeans(
-            open_images(self.images), vocab_size=self.vocab_size, patch=self.patch, size=self.size, seed=self.seed
-        )
+        source = open_images(self.images)
+        if self.size is None:
+            note_enlarged(source)
+        tokenizer = train_kmeans(source, vocab_size=self.vocab_size, patch=self.patch, size=self.size, seed=self.seed)
         tokenizer.save(self.out)
         print(f"{self.out}: {tokenizer.vocab_size} codes of {self.patch} x {self.patch} pixels")
 
@@ -113,12 +115,14 @@ class Tokenize:
     def run(self) -> None:
         from st_ar.data.decoding import default_workers
         from st_ar.data.images import open_images, with_num_classes
-        from st_ar.data.source import Crops
+        from st_ar.data.source import Crops, note_enlarged
         from st_ar.distributed import Ranks
         from st_ar.tokenizer import open_tokenizer
         from st_ar.tokenizer.tokenize import tokenize
 
         source = open_images(self.images)
+        if self.size is None:
+            note_enlarged(source)
         if self.num_classes is not None:
             source = with_num_classes(source, self.num_classes)
         crops = Crops(
@@ -189,13 +193,14 @@ def _describe_store(out: Path, store: "TokenStore") -> str:
     import numpy as np
 
     grid, meta = store.meta.grid, store.meta
-    skipped = f"; {meta.skipped} unusable images, listed in {out / 'skipped.jsonl'}" if meta.skipped else ""
+    skipped = f"; {meta.skipped} unusable image{'s' * (meta.skipped > 1)}, listed in {out / 'skipped.jsonl'}" if meta.skipped else ""
     images = np.bincount(store.labels, minlength=len(meta.class_names))
     counts = " to ".join(f"{count:,}" for count in sorted({images.min(), images.max()}))
     classes = f"{len(images)} classes of {counts} images" if len(images) > 1 else "1 class"
     if empty := [meta.class_names[label] for label in store.empty_classes]:
         classes += f", none of {listed(empty)}"
-    return f"{out}: {len(store):,} images x {len(meta.crops)} crops x {grid} x {grid} tokens; {classes}{skipped}"
+    crops = "1 crop" if len(meta.crops) == 1 else f"{len(meta.crops)} crops"
+    return f"{out}: {len(store):,} images x {crops} x {grid} x {grid} tokens; {classes}{skipped}"
 
 
 @dataclass(kw_only=True)

@@ -126,9 +126,10 @@ class Probe:
         record = describe_probes(probed, *stores, self.train_crops, method, dtype, self.cache_dtype)
         if self.out:
             write_json(self.out, record)
-        options.report(self.json, record, *accuracy_table(probed), "\n" + "\n".join([*notes, *cached]), title=title)
         if self.page:
             probe_page(self.page, probed, method, record, notes)
+        text = "\n" + "\n".join([*notes, *cached])
+        options.report(self.json, record, *accuracy_table(probed), text, title=title, page=self.page)
         if self.figure:
             accuracy_figure(probed, method).save(self.figure)
 
@@ -208,8 +209,8 @@ class Attention:
             ema=self.ema,
             device=self.device,
         )
-        record, text = read_json(self.out / "statistics.json", "attention's statistics"), self.out / "attention.html"
-        options.report(self.json, record, *statistics_table(statistics), f"\npage: {text}")
+        record, page = read_json(self.out / "statistics.json", "attention's statistics"), self.out / "attention.html"
+        options.report(self.json, record, *statistics_table(statistics), "", page=page)
 
 
 FORMAT_VERSION = 1
@@ -322,7 +323,7 @@ class Invariance:
             f"\n{images['count']:,} images of {images['name']} ({images['sha256'][:8]}), mean ± standard error\n"
             f"{self.out / 'invariance.json'}: all numbers; curve in {self.out / 'curve.svg'}"
         )
-        options.report(self.json, result, header, rows, text)
+        options.report(self.json, result, header, rows, text, page=self.page)
 
 
 def choose_names(paths: Sequence[Path], names: Sequence[str]) -> list[str]:

@@ -81,7 +81,8 @@ def _open_embedded(spec: str) -> ImageSource:
     split = split or "train"
     readers = {"photos": _photos, "digits": _digits}
     if kind not in readers:
-        raise UserError(f"unknown image source {spec!r}: give {SOURCES}")
+        meant = f"did you mean folder:{spec}? Give" if Path(spec).is_dir() else "give"
+        raise UserError(f"unknown image source {spec!r}: {meant} {SOURCES}")
     if split not in ("train", "test"):
         raise UserError(f"{kind} has no split {split!r}: give {kind}:train or {kind}:test")
     try:

@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from st_ar.errors import UserError, cause
+from st_ar.errors import UserError, cause, note
 
 MAX_PIXELS = 89_478_485
 """Limit of Pillow's warning: 256 MiB of RGB."""
@@ -248,3 +248,16 @@ class ImageSource:
     def range_for(self, kind: Kind) -> float:
         """The default crop range for a kind of crops."""
         return self.center_range if kind != "ten" and self.center_range is not None else self.crop_range
+
+
+def note_enlarged(source: ImageSource) -> None:
+    """Note that the default crop size at least doubles the images of a source; only the first image is read."""
+    if source.streaming or source.size != ImageSource.size:  # the embedded images have a size of their own
+        return
+    with contextlib.suppress(BrokenImageError):
+        if example := next(source.examples(0), None):
+            side = min(example.read().size)
+            if 2 * side <= source.size:
+                note(
+                    f"the first image has a shorter side of {side} pixels, enlarged to {source.size} by default: --size {side} keeps it"
+                )

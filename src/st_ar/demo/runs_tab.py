@@ -16,9 +16,10 @@ from st_ar.demo.setup import Setup
 from st_ar.demo.tabs import FILE_QUEUE, gr, handler
 from st_ar.errors import UserError, cause
 from st_ar.figures import Drawing, line_chart
+from st_ar.files import read_json
 from st_ar.report import png_uri
 from st_ar.settings import matches_type
-from st_ar.training.run import read_log
+from st_ar.training.run import read_log, trained_config
 
 MAX_POINTS = 400
 """Largest number of points of a curve. Longer logs are thinned evenly; the last point is kept."""
@@ -66,9 +67,18 @@ def read_history(run: Path, name: str) -> tuple[str, dict[str, Drawing]]:
             charts[title] = line_chart(curves, name=f"{title} of {name}", x="optimizer step", y=axis, markers=few)
     speeds = [entry["tokens_per_second"] for entry in log if matches_type(entry.get("tokens_per_second"), float)]
     speed = f", {speeds[-1]:,.0f} tokens/s" if speeds else ""
-    age = time.time() - stamp(run)[0]
+    age, step, total = time.time() - stamp(run)[0], log[-1]["step"], _total_steps(run)
     state = "training" if age < IDLE_SECONDS else f"no new log entries for {_duration(age)}"
-    return f"{name}: step {log[-1]['step']:,}{speed}; {state}.", charts
+    of, state = (f" of {total:,}", "finished" if step == total else state) if total else ("", state)
+    return f"{name}: step {step:,}{of}{speed}; {state}.", charts
+
+
+def _total_steps(run: Path) -> int | None:
+    """The steps that a run trains for; None if its config.json does not say so."""
+    try:
+        return trained_config(run).total_steps(read_json(run / "config.json", "a run")["tokens"]["images"])
+    except (UserError, KeyError, TypeError):
+        return None
 
 
 def _points(log: Sequence[dict[str, Any]], key: str) -> tuple[list[float], list[float]]:

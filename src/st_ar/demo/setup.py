@@ -78,7 +78,7 @@ class Setup:
 
         def tokenize() -> DemoImage:
             codes = self.pool.tokenizer.encode(to_pixels(pixels[None])).flatten().cpu()
-            return self._decode("the uploaded image after tokenization", codes, None)
+            return self._decode("the uploaded image after tokenization, whose class is unknown", codes, None)
 
         return self.pool.run(tokenize)
 

@@ -101,7 +101,7 @@ def find_weights(path: Path, ema: bool) -> Path:
             f"{path} is not a model: it has neither {name} with config.json nor export/; give a run or an export folder"
         )
     if not path.exists():
-        raise UserError(f"{path} does not exist; give a run, an export folder or a .safetensors file")
+        raise UserError(f"{path} does not exist; give a run, an export folder, a .safetensors or LlamaGen .pt file")
     if path.suffix not in (".safetensors", ".pt", ".pth", ".bin"):
         raise UserError(f"{path} is not a .safetensors or .pt file; give a run, an export folder or a file of weights")
     if not ema or path.name == EMA or path.suffix != ".safetensors":

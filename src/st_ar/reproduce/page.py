@@ -184,7 +184,7 @@ def print_plan(plan: Plan, work: Path) -> None:
     flops, disk = sum(stage.flops for stage in remaining), sum(stage.disk for stage in remaining)
     rate = training_rate(plan.scale.config(Recipe(guided=False), 0)[1].model)
     machine = describe()
-    device = machine.get("gpu", f"{machine['cpu']}, {machine['threads']} threads")
+    device = machine.get("gpu", f"{machine['cpu']}, {machine['threads']} thread{'s' * (machine['threads'] > 1)}")
     print(f"\n{len(remaining)} commands" + (f" ({done} more are done)" if done else ""))
     print(
         f"training: {flops:.3g} FLOPs; at {rate:.3g} FLOP/s, measured with the smallest model on this machine ({device}), "
