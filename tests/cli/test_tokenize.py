@@ -48,7 +48,7 @@ def test_a_folder_with_a_broken_image_becomes_a_store(folder: Path, capsys: Capt
     st_ar(*command, "--out", folder / "store", "--max-skipped", "0.1", "--workers", "1")
     listed = folder / "store" / "skipped.jsonl"
     assert capsys.readouterr().out == (
-        f"{folder / 'store'}: 19 images x 10 crops x 4 x 4 tokens; 2 classes of 9 to 10 images; 1 unusable images, listed in {listed}\n"
+        f"{folder / 'store'}: 19 images x 10 crops x 4 x 4 tokens; 2 classes of 9 to 10 images; 1 unusable image, listed in {listed}\n"
     )
     store = TokenStore(folder / "store")
     assert store.meta.class_names == ["ant", "bee"]

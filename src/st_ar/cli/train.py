@@ -193,7 +193,11 @@ def _describe_store(out: Path, store: "TokenStore") -> str:
     import numpy as np
 
     grid, meta = store.meta.grid, store.meta
-    skipped = f"; {meta.skipped} unusable image{'s' * (meta.skipped > 1)}, listed in {out / 'skipped.jsonl'}" if meta.skipped else ""
+    skipped = (
+        f"; {meta.skipped} unusable image{'s' * (meta.skipped > 1)}, listed in {out / 'skipped.jsonl'}"
+        if meta.skipped
+        else ""
+    )
     images = np.bincount(store.labels, minlength=len(meta.class_names))
     counts = " to ".join(f"{count:,}" for count in sorted({images.min(), images.max()}))
     classes = f"{len(images)} classes of {counts} images" if len(images) > 1 else "1 class"
