@@ -27,10 +27,13 @@ from st_ar.reproduce.paper import CONTROL, EXPERIMENTS, Size, resized
 from st_ar.reproduce.plan import likelihood, probe_curve, run_name
 
 NAME = re.compile(
-    r"(?P<recipe>.+)-seed(?P<seed>\d+)(-step(?P<step>\d+))?(?P<ema>-ema)?-(?P<kind>probe|likelihood|unguided\.evaluation)\.json"
+    r"(?P<recipe>.+)-seed(?P<seed>\d+)(-step(?P<step>\d+))?(?P<ema>-ema)?-"
+    r"((?P<kind>probe|likelihood)|(unguided|guidance-(?P<scale>[\d.]+))\.evaluation)\.json"
 )
-COLUMNS = {"FID": 2, "FD": 2, "precision": 3, "recall": 3, "validation loss": 3}
+COLUMNS = {"class accuracy": 1, "FID": 2, "FD": 2, "IS": 2, "precision": 3, "recall": 3, "validation loss": 3}
+"""Columns and their digits. A guided run has the first three with ", guidance SCALE"."""
 PROBE = "probe by tokens read, %"
+ACCURACY = "class accuracy"
 BOTH = "contrast alone, nothing masked"
 SHORT = {
     "AR, 2 views, for the time of ST-AR": "AR, 2 views, ST-AR's time",
@@ -67,14 +70,19 @@ def labels() -> dict[str, str]:
     return named
 
 
-def numbers(path: Path, kind: str) -> dict[str, float]:
-    """What a file says, by column; of a probe each step."""
+def numbers(path: Path, kind: str, scale: str = "") -> dict[str, float]:
+    """What a file says, by column; of a probe each step, and class accuracy in %."""
     if kind == "probe":
         return {f"{PROBE} {read:05.0f}": 100 * accuracy for read, accuracy in zip(*probe_curve(path), strict=True)}
     if kind == "likelihood":
         return {"validation loss": likelihood(path)}
     metrics: dict[str, float] = json.loads(path.read_text(encoding="utf-8"))["metrics"]
-    return {column: value for name, value in metrics.items() for column in COLUMNS if name.startswith(column)}
+    found = {column: value for name, value in metrics.items() for column in COLUMNS if name.startswith(column)}
+    if ACCURACY in found:
+        found[ACCURACY] *= 100
+    if scale in ("", "1"):
+        return found
+    return {f"{column}, guidance {scale}": found[column] for column in (ACCURACY, "FID", "FD") if column in found}
 
 
 def identity(path: Path, kind: str) -> str:
@@ -94,7 +102,7 @@ def read(folder: Path) -> dict[str, dict[int, dict[str, float]]]:
     for path in sorted(folder.glob("*.json")):
         if not (part := NAME.fullmatch(path.name)):
             continue
-        kind, recipe, step = part["kind"], part["recipe"], int(part["step"] or 0)
+        kind, recipe, step = part["kind"] or "evaluation", part["recipe"], int(part["step"] or 0)
         first = measured_on.setdefault(kind, (identity(path, kind), path.name))
         if identity(path, kind) != first[0]:
             sys.exit(f"{path.name} and {first[1]} were not measured on the same: they do not compare")
@@ -102,7 +110,7 @@ def read(folder: Path) -> dict[str, dict[int, dict[str, float]]]:
         label += f", after {step:,} steps" if step else ""
         label += ", EMA weights" if part["ema"] else ""
         place = list(named).index(recipe) if recipe in named else len(named)
-        found[place, step, label][int(part["seed"])] |= numbers(path, kind)
+        found[place, step, label][int(part["seed"])] |= numbers(path, kind, part["scale"] or "")
     if not found:
         sys.exit(f"{folder} holds no measurements: benchmarks/collect.py --runs keeps them")
     return {key[-1]: found[key] for key in sorted(found)}
@@ -208,7 +216,9 @@ def main() -> None:
         parser.error("--rows says what --cost and --curves draw: give one of them")
     rows = read(RESULTS / given.name / "runs")
     there = {column for seeds in rows.values() for found in seeds.values() for column in found}
-    columns = {column: digits for column, digits in COLUMNS.items() if column in there}
+    columns = {
+        column: digits for name, digits in COLUMNS.items() for column in sorted(there) if column.split(",")[0] == name
+    }
     print(f"| | seeds | {' | '.join(columns)} | {PROBE} |\n|---|---|{'---|' * (len(columns) + 1)}")
     for label, seeds in rows.items():
         cells = [spread(seeds, column, digits) for column, digits in columns.items()]

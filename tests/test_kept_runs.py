@@ -65,6 +65,22 @@ def test_runs_have_their_tables_labels_and_order_and_every_seed_counts(kept_runs
     assert kept_runs.spread(rows[ST_AR], "FD", 2) == "6.00"
 
 
+def test_class_accuracy_is_in_percent_and_guided_samples_have_columns_of_their_own(
+    kept_runs: ModuleType, folder: Path
+) -> None:
+    for scale, accuracy in (("1", 0.625), ("1.5", 0.875)):
+        metrics = {"class accuracy (classifier)": accuracy, "FD-classifier": 2.5, "IS-classifier": 8.0}
+        said = {"reference": {"sha256": "theirs"}, "metrics": metrics}
+        (folder / f"st-ar-b-50-epochs-seed1-guidance-{scale}.evaluation.json").write_text(json.dumps(said))
+    assert kept_runs.read(folder)[ST_AR][1] == {
+        "class accuracy": 62.5,
+        "FD": 2.5,
+        "IS": 8.0,
+        "class accuracy, guidance 1.5": 87.5,
+        "FD, guidance 1.5": 2.5,
+    }
+
+
 def test_gains_and_costs_are_over_the_controls_mean(
     kept_runs: ModuleType, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
