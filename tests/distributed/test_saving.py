@@ -29,6 +29,7 @@ def steps(run: Path) -> list[int]:
     return [step for step, _ in list_checkpoints(run / "checkpoints")]
 
 
+@pytest.mark.slow
 def test_a_rank_killed_while_it_saves_and_a_damaged_shard_cost_nothing_but_time(folder: Path) -> None:
     run = folder / "killed"
     done = torchrun(2, *WORKER, "killed", folder / "tokens", folder, logs=folder / "logs-killed")

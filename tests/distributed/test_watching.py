@@ -26,6 +26,7 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_rank_0_shows_the_common_run(out: Path, parallel: str) -> None:
     watched, unseen = out / parallel / "watched", out / parallel / "unseen"

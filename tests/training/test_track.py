@@ -227,6 +227,7 @@ def test_no_step_is_missing_or_twice_after_a_kill(tmp_path: Path, name: str) -> 
     assert stored() == [*range(1, logged + 4)]
 
 
+@pytest.mark.slow
 @needs_wandb
 def test_wandb_without_an_address_ends_in_time(tmp_path: Path) -> None:
     with socket.socket() as closed:  # nobody listens there
@@ -243,6 +244,7 @@ def test_wandb_without_a_key_asks_nobody(tmp_path: Path) -> None:
     assert "set WANDB_API_KEY or call `wandb login`, or set WANDB_MODE=offline" in said
 
 
+@pytest.mark.slow
 @needs_trackio
 def test_trackio_keeps_a_run_under_one_name(tmp_path: Path) -> None:
     out, place = tmp_path / "run", tmp_path / "trackio"

@@ -477,6 +477,7 @@ def dead(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return die(train_gan, tmp_path_factory.mktemp("dead"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("instant", "step", "left"),
     [
@@ -704,6 +705,7 @@ def test_a_run_starts_from_another_tokenizer(straight: Path, tmp_path: Path) -> 
 # Several ranks
 
 
+@pytest.mark.slow
 def test_two_ranks_train_as_one_and_only_the_first_writes(tmp_path: Path) -> None:
     ranked.train(tmp_path / "alone")
     checked_torchrun(2, "-m", "tests.training.vqgan_ranked", tmp_path / "joined", logs=tmp_path / "logs")

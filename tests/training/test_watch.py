@@ -149,6 +149,7 @@ def dead(line: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return die(train_watched, tmp_path_factory.mktemp("dead"), line)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["SIGKILL-backward-7", "SIGKILL-log-8"])
 def test_a_watched_run_killed_and_resumed_ends_and_logs_the_same(
     line: Path, watched: Path, unseen: Path, dead: Path, case: str

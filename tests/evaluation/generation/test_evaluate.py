@@ -746,6 +746,7 @@ assert (extractor.name, extractor.dim, len(extractor.weights)) == ("DINOv2", 12,
 """
 
 
+@pytest.mark.slow
 def test_dinov2_extracts_the_class_token_of_normalised_images(tmp_path: Path) -> None:
     # A subprocess: huggingface_hub reads its cache folder and HF_HUB_OFFLINE on import.
     environment = os.environ | {"HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
@@ -758,6 +759,7 @@ def test_dinov2_extracts_the_class_token_of_normalised_images(tmp_path: Path) ->
 # Several ranks
 
 
+@pytest.mark.slow
 def test_two_ranks_find_what_one_finds(made: Path, tmp_path: Path) -> None:
     np.savez(tmp_path / "samples.npz", arr_0=read_array(made / "samples.npz", "arr_0")[:12])
     command = ["evaluate", tmp_path / "samples.npz", "--reference", made / "others", *OFFLINE, "--batch-size", "16"]
