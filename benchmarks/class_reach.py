@@ -1,8 +1,10 @@
 r"""How far the class reaches in a model: why samples show the class that was asked for, or do not.
 
-    python benchmarks/class_reach.py --tokens tokens-test --training-tokens tokens-training 'AR, 2 views (control)=runs/a' ST-AR=runs/b
+    python benchmarks/class_reach.py --tokens tokens-test --training-tokens tokens-training 'ST-AR, seed 0=runs/a' 'ST-AR, seed 1=runs/b'
+    python benchmarks/class_reach.py --draw docs/images/class-reach.svg --kept classes-mnist
 
-For each run, without guidance:
+The second draws the class accuracy of samples over the class gain, from results that benchmarks/collect.py has kept. The first
+measures each run without guidance:
 
 - **class gain**: by position, how much more likely a real test image's token is with the image's class than with the null class, in
   nats. Its sum over positions estimates the information that the model's predictions take from the class.
@@ -13,6 +15,9 @@ For each run, without guidance:
 """
 
 import argparse
+import json
+import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +25,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common import save
+from common import RESULTS, save
+from point_labels import label_points
 from st_ar.data.store import TokenStore
 from st_ar.evaluation.attention import weights_by_layer
 from st_ar.evaluation.probe_classifiers import ShallowClassifiers
 from st_ar.evaluation.probe_features import read_features
+from st_ar.figures import Drawing, line_chart
 from st_ar.model.generate import generate
 from st_ar.model.transformer import Transformer
 from st_ar.model.weights import load_model
@@ -102,23 +109,53 @@ def probes(model: Transformer, train: tuple[Tensor, Tensor], test: tuple[Tensor,
     return found
 
 
+def draw(reach: dict[str, Any], kept: Path) -> Drawing:
+    """Class accuracy of samples over the class gain, a point for each run. Seeds of a row are joined."""
+    series: dict[str, tuple[list[float], list[float]]] = {}
+    for name, found in reach.items():
+        file = kept / "runs" / f"{found['run']}-guidance-1.evaluation.json"
+        accuracy = json.loads(file.read_text(encoding="utf-8"))["metrics"]["class accuracy (classifier)"]
+        xs, ys = series.setdefault(re.sub(r", seed \d+$", "", name), ([], []))
+        xs.append(found["sum of class gain"])
+        ys.append(100 * accuracy)
+    title = "Class accuracy of samples over the class gain on test images"
+    drawing = line_chart(
+        series, name=title, x="class gain on test images, nats per image", y="class accuracy of samples, %"
+    )
+    [axes] = drawing.figure.axes
+    axes.legend().remove()
+    axes.margins(0.1, 0.15)
+    for line in axes.lines:
+        line.set(linewidth=1)
+    label_points(axes, series)
+    return drawing
+
+
 def main() -> None:
     """Measure each run, print the main numbers, save."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", help="NAME=RUN")
-    parser.add_argument("--tokens", type=Path, required=True, help="store of test images")
-    parser.add_argument("--training-tokens", type=Path, required=True)
+    parser.add_argument("runs", nargs="*", help="NAME=RUN")
+    parser.add_argument("--tokens", type=Path, help="store of test images")
+    parser.add_argument("--training-tokens", type=Path)
     parser.add_argument("--images", type=int, default=2000, help="test images, and generated images")
     parser.add_argument("--training-images", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--name", default="class-reach-cpu")
+    parser.add_argument("--name", default="class-reach-mnist")
+    parser.add_argument("--draw", type=Path, metavar="FILE.svg", help="draw from kept results, and measure nothing")
+    parser.add_argument("--kept", default="classes-mnist", help="with --draw: folder of benchmarks/results")
     given = parser.parse_args()
+    if given.draw:
+        reach = json.loads((RESULTS / f"{given.name}.json").read_text(encoding="utf-8"))["results"]
+        draw(reach, RESULTS / given.kept).save(given.draw)
+        return
+    if not (given.runs and given.tokens and given.training_tokens):
+        sys.exit("give NAME=RUN, --tokens and --training-tokens; or --draw")
     test = centers(TokenStore(given.tokens), given.images)
     train = centers(TokenStore(given.training_tokens), given.training_images)
     results: dict[str, Any] = {}
     for name, _, run in (each.rpartition("=") for each in given.runs):
         model = load_model(run)
-        found = class_reach(model, *test) | probes(model, train, test, given.seed)
+        found = {"run": Path(run).name} | class_reach(model, *test) | probes(model, train, test, given.seed)
         print(
             f"{name}: class gain {found['sum of class gain']:.2f} nats, posterior {100 * found['posterior'][-1]:.1f} %, "
             f"probe {100 * found['probe, real'][-1]:.1f} % on real and {100 * found['probe, generated'][-1]:.1f} % on generated images",

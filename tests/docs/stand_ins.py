@@ -34,7 +34,7 @@ PARSED: list[tuple[str, str]] = [
     ),
     (r"^st-ar train (st-ar|llamagen)-(b|xl|xl-t2i) ", "a model for GPUs"),
     (r"hub:|push_to_hub", "needs the hub"),
-    (r"cifar10", "needs CIFAR-10 and an hour"),
+    (r"cifar10|mnist", "needs a data set and an hour"),
     (r"^st-ar quickstart", "takes minutes; the quickstart has tests of its own"),
     (r"^st-ar reproduce", "takes minutes; the tables have tests of their own"),
     (r"^python (autoregressive|evaluations)/", "a script of LlamaGen's"),
