@@ -19,8 +19,8 @@ A slice that fails says why, and the others go on; the exit status is then 1.
     vqgan        images/s of training VQ-16, before the adversary and with it
     features     images/s of Inception's network (random weights) and of the statistics of 50,000 samples
     cifar10      AR, ST-AR and the inter-view contrast alone for equal steps on --tokens and --test-tokens, stores of CIFAR-10 (ten
-                 crops as .tar.xz are a quarter as large to carry): losses, probe, seconds a step, and samples' tokens, which
-                 decoded.py makes images of; --minutes of training for each of --methods, --seed
+                 crops as .tar.xz are a quarter as large to carry): losses, probe, seconds a step, and samples' tokens, of which
+                 decoded.py makes images for `st-ar evaluate --classifier`; --minutes of training for each of --methods, --seed
     quickstart   the photographs: trained on the GPU, compared on the CPU
 
 With 15 minutes on a GPU, run first, in about 6 minutes:
@@ -376,7 +376,8 @@ def cifar10(
             sampler = TokenSampler(model, min(1000, len(labels)), SampleSettings(cfg_scale=1.0))
             drawn = [sampler.draw(part, part_of, seed) for part, part_of in _parts(labels, len(sampler.tokens))]
             samples[f"{name}-{weights}"] = torch.cat(drawn).cpu().numpy().astype(np.uint16)
-            np.savez_compressed(out / f"cifar10-samples-seed{seed}.npz", **samples)
+            drawn_classes = labels.cpu().numpy().astype(np.int32)
+            np.savez_compressed(out / f"cifar10-samples-seed{seed}.npz", labels=drawn_classes, **samples)
     return found
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from st_ar.evaluation.generation.image_sets import read_array
+from st_ar.evaluation.generation.image_sets import open_files, read_array
 from st_ar.tokenizer import load_tokenizer, to_uint8
 from st_ar.tokenizer.kmeans import KMeansTokenizer
 from st_ar.training.checkpoint import Checkpoints
@@ -87,6 +87,7 @@ def test_samples_become_images_to_evaluate(out: Path, tmp_path: Path) -> None:
     decoded = load_tokenizer(tmp_path / "tokenizer").decode(torch.from_numpy(tokens.astype(np.int64)).view(100, 8, 8))
     images = read_array(tmp_path / "cifar10-samples-seed0-view-EMA.npz", "arr_0")
     assert np.array_equal(images, to_uint8(decoded).numpy())
+    assert np.array_equal(open_files(str(tmp_path / "cifar10-samples-seed0-st-ar-live.npz")).labels, np.arange(100) % 10)
     assert len(list(tmp_path.glob("*.npz"))) == 6
 
 
