@@ -14,7 +14,6 @@ from tests.docs.blocks import ROOT, name_of, pages
 
 FOREIGN = {
     "--shutdown-timeout": "torchrun",
-    "--extra-index-url": "pip",
     "--unidiff-zero": "git",
     "--nproc-per-node": "torchrun",
     "--local-addr": "torchrun",
