@@ -202,10 +202,9 @@ def numbers(text: str) -> list[str]:
     return re.findall(r"\d+\.\d+", text)
 
 
-def page_rows(headings: str) -> list[list[str]]:
-    """The numbers of each row of those of CIFAR-10's tables that have these headings."""
-    folder = ROOT / "docs" / "results"
-    text = "\n".join((folder / name).read_text() for name in ("cifar10.md", "appendix.md"))
+def page_rows(headings: str, *pages: str) -> list[list[str]]:
+    """The numbers of each row of the pages' tables that have these headings."""
+    text = "\n".join((ROOT / "docs" / "results" / name).read_text() for name in pages)
     tables = [part for part in text.split("\n\n") if part.startswith("|") and headings in part.splitlines()[0]]
     lines = [line.split("|", 2)[2] for table in tables for line in table.splitlines()[2:]]  # labels have numbers too
     return [numbers(line) for line in lines]
@@ -219,7 +218,8 @@ def agree(said: list[str], measured: list[str]) -> bool:
 
 def test_the_pages_tables_are_what_was_kept(kept_runs: ModuleType) -> None:
     """Each row of CIFAR-10's pages is one of the kept, and each kept one of k-means tokens has its row there."""
-    rows = page_rows("| FD-EfficientNet-Lite0 | precision | recall | validation loss | probe, last step, % |")
+    headings = "| FD-EfficientNet-Lite0 | precision | recall | validation loss | probe, last step, % |"
+    rows = page_rows(headings, "cifar10.md", "appendix.md")
     kept = {}
     for name in ("cifar10-kmeans", "cifar10-kmeans-l", "cifar10-kmeans-longer", "cifar10-kmeans-16", "cifar10"):
         measured = kept_runs.read(kept_runs.RESULTS / name / "runs")
@@ -233,3 +233,15 @@ def test_the_pages_tables_are_what_was_kept(kept_runs: ModuleType) -> None:
     assert [row for row in rows if not any(agree(row, measured) for found in kept.values() for measured in found)] == []
     for measured in (measured for name, found in kept.items() if "kmeans" in name for measured in found):
         assert any(agree(row, measured) for row in rows), measured
+
+
+def test_the_tables_of_class_fidelity_are_what_was_kept(kept_runs: ModuleType) -> None:
+    rows = page_rows("| class accuracy, % | FD-classifier | IS-classifier | precision | recall |", "class-fidelity.md")
+    columns = ("class accuracy", "FD", "IS", "precision", "recall")
+    kept = [
+        numbers(" ".join(kept_runs.spread(seeds, column, kept_runs.COLUMNS[column] + 2) for column in columns))
+        for name in ("classes-mnist", "classes-cifar10")
+        for seeds in kept_runs.read(kept_runs.RESULTS / name / "runs").values()
+    ]
+    assert len(rows) == len(kept)
+    assert [row for row in rows if not any(len(row) == len(each) and agree(row, each) for each in kept)] == []

@@ -87,7 +87,9 @@ def test_samples_become_images_to_evaluate(out: Path, tmp_path: Path) -> None:
     decoded = load_tokenizer(tmp_path / "tokenizer").decode(torch.from_numpy(tokens.astype(np.int64)).view(100, 8, 8))
     images = read_array(tmp_path / "cifar10-samples-seed0-view-EMA.npz", "arr_0")
     assert np.array_equal(images, to_uint8(decoded).numpy())
-    assert np.array_equal(open_files(str(tmp_path / "cifar10-samples-seed0-st-ar-live.npz")).labels, np.arange(100) % 10)
+    assert np.array_equal(
+        open_files(str(tmp_path / "cifar10-samples-seed0-st-ar-live.npz")).labels, np.arange(100) % 10
+    )
     assert len(list(tmp_path.glob("*.npz"))) == 6
 
 
