@@ -1,10 +1,10 @@
 r"""How far the class reaches in a model: why samples show the class that was asked for, or do not.
 
     python benchmarks/class_reach.py --tokens tokens-test --training-tokens tokens-training 'ST-AR, seed 0=runs/a' 'ST-AR, seed 1=runs/b'
-    python benchmarks/class_reach.py --draw docs/images/class-reach.svg --kept classes-mnist
+    python benchmarks/class_reach.py --draw docs/images/class-reach.svg
 
-The second draws the class accuracy of samples over the class gain, from results that benchmarks/collect.py has kept. The first
-measures each run without guidance:
+The second draws the class gain by row of the image from the saved results, the mean over seeds. The first measures each run without
+guidance:
 
 - **class gain**: by position, how much more likely a real test image's token is with the image's class than with the null class, in
   nats. Its sum over positions estimates the information that the model's predictions take from the class.
@@ -16,6 +16,7 @@ measures each run without guidance:
 
 import argparse
 import json
+import math
 import re
 import sys
 from pathlib import Path
@@ -26,7 +27,6 @@ import torch
 from torch import Tensor
 
 from common import RESULTS, save
-from point_labels import label_points
 from st_ar.data.store import TokenStore
 from st_ar.evaluation.attention import weights_by_layer
 from st_ar.evaluation.probe_classifiers import ShallowClassifiers
@@ -109,26 +109,15 @@ def probes(model: Transformer, train: tuple[Tensor, Tensor], test: tuple[Tensor,
     return found
 
 
-def draw(reach: dict[str, Any], kept: Path) -> Drawing:
-    """Class accuracy of samples over the class gain, a point for each run. Seeds of a row are joined."""
-    series: dict[str, tuple[list[float], list[float]]] = {}
+def draw(reach: dict[str, Any]) -> Drawing:
+    """Class gain by row of tokens, the mean over seeds."""
+    rows: dict[str, list[np.ndarray]] = {}
     for name, found in reach.items():
-        file = kept / "runs" / f"{found['run']}-guidance-1.evaluation.json"
-        accuracy = json.loads(file.read_text(encoding="utf-8"))["metrics"]["class accuracy (classifier)"]
-        xs, ys = series.setdefault(re.sub(r", seed \d+$", "", name), ([], []))
-        xs.append(found["sum of class gain"])
-        ys.append(100 * accuracy)
-    title = "Class accuracy of samples over the class gain on test images"
-    drawing = line_chart(
-        series, name=title, x="class gain on test images, nats per image", y="class accuracy of samples, %"
-    )
-    [axes] = drawing.figure.axes
-    axes.legend().remove()
-    axes.margins(0.1, 0.15)
-    for line in axes.lines:
-        line.set(linewidth=1)
-    label_points(axes, series)
-    return drawing
+        gain = np.array(found["class gain, nats"])
+        rows.setdefault(re.sub(r", seed \d+$", "", name), []).append(gain.reshape(math.isqrt(len(gain)), -1).sum(1))
+    curves = {name: (list(range(1, len(seeds[0]) + 1)), np.mean(seeds, 0).tolist()) for name, seeds in rows.items()}
+    title = "Class gain by row of the image"
+    return line_chart(curves, name=title, x="row of tokens", y="class gain, nats per row", label_ends=True)
 
 
 def main() -> None:
@@ -141,12 +130,11 @@ def main() -> None:
     parser.add_argument("--training-images", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--name", default="class-reach-mnist")
-    parser.add_argument("--draw", type=Path, metavar="FILE.svg", help="draw from kept results, and measure nothing")
-    parser.add_argument("--kept", default="classes-mnist", help="with --draw: folder of benchmarks/results")
+    parser.add_argument("--draw", type=Path, metavar="FILE.svg", help="draw what is saved, and measure nothing")
     given = parser.parse_args()
     if given.draw:
         reach = json.loads((RESULTS / f"{given.name}.json").read_text(encoding="utf-8"))["results"]
-        draw(reach, RESULTS / given.kept).save(given.draw)
+        draw(reach).save(given.draw)
         return
     if not (given.runs and given.tokens and given.training_tokens):
         sys.exit("give NAME=RUN, --tokens and --training-tokens; or --draw")
