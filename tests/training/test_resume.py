@@ -54,6 +54,7 @@ def test_a_run_killed_while_it_is_saved_ends_as_if_it_had_never_stopped(
     assert sorted(path.name for path in (out / "checkpoints").iterdir()) == ["step_00000008", "step_00000012"]
 
 
+@pytest.mark.slow
 def test_a_run_killed_again_and_again_ends_as_if_it_had_never_stopped(tmp_path: Path) -> None:
     random_store(tmp_path / "tokens", images=20, crops=4, shards=2)
     random_store(tmp_path / "validation", images=9, crops=1, seed=1)
