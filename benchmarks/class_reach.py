@@ -48,7 +48,7 @@ def centers(store: TokenStore, count: int) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def log_likelihoods(model: Transformer, tokens: Tensor, labels: Tensor) -> Tensor:
-    """Of each token, in nats: [n, T]."""
+    """Return the log-likelihood of each token in nats, [n, T]."""
     parts = []
     for batch, condition in zip(tokens.split(BATCH), labels.split(BATCH), strict=True):
         logits = model(batch[:, :-1], condition).logits.float()

@@ -245,3 +245,19 @@ def test_the_tables_of_class_fidelity_are_what_was_kept(kept_runs: ModuleType) -
     ]
     assert len(rows) == len(kept)
     assert [row for row in rows if not any(len(row) == len(each) and agree(row, each) for each in kept)] == []
+    mnist = kept_runs.read(kept_runs.RESULTS / "classes-mnist" / "runs").values()
+    guided = [
+        numbers(
+            " ".join(
+                (
+                    kept_runs.spread(seeds, "class accuracy, guidance 1.5", 3),
+                    kept_runs.spread(seeds, "FD, guidance 1.5", 4),
+                )
+            )
+        )
+        for seeds in mnist
+    ]
+    rows = page_rows("| | class accuracy, % | FD-classifier |", "class-fidelity.md")
+    rows = [row for row in rows if len(row) == 4]  # the other table with these headings has more columns
+    assert len(rows) == 5
+    assert all(any(len(row) == len(each) and agree(row, each) for each in guided) for row in rows)

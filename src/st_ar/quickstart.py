@@ -272,7 +272,7 @@ def _results_section(results: Results) -> Section:
         _finding("Contrast alone", summary, summary["step_time_ratio_contrast"]),
         f"{FD} measures colours and contrasts, not objects, and is not FID.",
         "These runs take minutes. The paper trains on ImageNet for 50 to 300 epochs and reports better samples as well as better "
-        "understanding. At this length, expect better understanding. Samples are at best more often of their class.",
+        "understanding. At this length, expect better understanding. Samples may also show their class more often.",
     ]
     table = Table(columns=["", *LABELS.values()], rows=rows, caption=caption)
     return Section(title="Results", paragraphs=paragraphs, parts=[table])
