@@ -6,7 +6,7 @@
 
 One row per recipe and kind of weights, with the mean and standard deviation over its seeds. All runs of a folder must share their
 tokenizer and reference. Figures show the live weights after the last step: each recipe's gain in the probe and cost in FD against the
-control, one point per seed, named beside its points; and the probe's accuracy by tokens read.
+control, one point per seed, named beside its points; and the probe's accuracy by step.
 """
 
 import argparse
@@ -32,7 +32,7 @@ NAME = re.compile(
 )
 COLUMNS = {"class accuracy": 1, "FID": 2, "FD": 2, "IS": 2, "precision": 3, "recall": 3, "validation loss": 3}
 """Columns and their digits. A guided run has the first three with ", guidance SCALE"."""
-PROBE = "probe by tokens read, %"
+PROBE = "probe by step, %"
 ACCURACY = "class accuracy"
 BOTH = "contrast alone, nothing masked"
 SHORT = {
@@ -186,7 +186,7 @@ def probe_columns(rows: dict[str, dict[int, dict[str, float]]]) -> list[str]:
 
 
 def curves(rows: dict[str, dict[int, dict[str, float]]], target: Path) -> None:
-    """Draw the probe's accuracy over what has been read, the mean over the seeds."""
+    """Draw the probe's accuracy by step, the mean over the seeds."""
     columns = probe_columns(rows)
     if not columns:
         sys.exit("there are no probes to draw")
@@ -199,8 +199,8 @@ def curves(rows: dict[str, dict[int, dict[str, float]]], target: Path) -> None:
         for label, seeds in rows.items()
         if any(columns[0] in found for found in seeds.values())
     }
-    name = "Accuracy of a linear probe over the tokens read"
-    line_chart(series, name=name, x="tokens read", y="probe, %", x_ticks=read, label_ends=True).save(target)
+    name = "Accuracy of a linear probe by step"
+    line_chart(series, name=name, x="step", y="probe, %", x_ticks=read, label_ends=True).save(target)
     print(target)
 
 
@@ -210,7 +210,7 @@ def main() -> None:
     parser.add_argument("name", help="folder below benchmarks/results")
     parser.add_argument("--rows", nargs="+", default=(), metavar="LABEL", help="what is drawn; all by default")
     parser.add_argument("--cost", type=Path, metavar="FILE.svg", help="draw gain and cost")
-    parser.add_argument("--curves", type=Path, metavar="FILE.svg", help="draw the probe over what has been read")
+    parser.add_argument("--curves", type=Path, metavar="FILE.svg", help="draw the probe's accuracy by step")
     given = parser.parse_args()
     if given.rows and not (given.cost or given.curves):
         parser.error("--rows says what --cost and --curves draw: give one of them")

@@ -58,7 +58,7 @@ def test_runs_have_their_tables_labels_and_order_and_every_seed_counts(kept_runs
         (f"{CONTROL.label}, size L", [0]),
         ("of-no-table", [0]),
     ]
-    steps = {"probe by tokens read, % 00008": 12.5, "probe by tokens read, % 00064": 25.0}
+    steps = {"probe by step, % 00008": 12.5, "probe by step, % 00064": 25.0}
     assert rows[CONTROL.label][0] == {"FD": 3.0, "precision": 0.75, "recall": 0.5, "validation loss": 3.5} | steps
     deviation = statistics.stdev([3.0, 5.0])
     assert kept_runs.spread(rows[CONTROL.label], "FD", 2) == f"4.00 ± {deviation:.2f}"

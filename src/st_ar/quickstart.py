@@ -309,18 +309,18 @@ def _probe_section(results: Results) -> Section:
     drawing = line_chart(
         _probe_curves(results),
         name=f"probe accuracy by step on {images}",
-        x="tokens read",
+        x="step",
         y="probe accuracy (%)",
         x_ticks=probe["steps"],
     )
     unseen = ", cut from regions of the photographs that no model trained on" if images == "photos" else ""
     caption = (
-        f"Linear probes on layer {probe['layer']}, one per number of tokens read. The network does not see the label. Trained on "
+        f"Linear probes on layer {probe['layer']}, one per step: at step t the network has read t - 1 tokens. It does not see the label. Trained on "
         f"the centre crops of {probe['train_images']:,} images, tested on {probe['test_images']:,}{unseen}."
     )
     rows = [[LABELS[name], *map(_percent, measured["probe"]["top1"])] for name, measured in results.measured.items()]
-    table = Table(columns=["tokens read", *map(str, probe["steps"])], rows=rows)
-    return Section(title="Probe accuracy by tokens read", parts=[Chart(svg=drawing.svg(), caption=caption), table])
+    table = Table(columns=["step", *map(str, probe["steps"])], rows=rows)
+    return Section(title="Probe accuracy by step", parts=[Chart(svg=drawing.svg(), caption=caption), table])
 
 
 def _training_section(out: Path) -> Section:

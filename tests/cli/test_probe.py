@@ -117,7 +117,7 @@ def test_models_are_drawn_beside_one_another(line: SmallLine, tmp_path: Path, ca
     results = json.loads((tmp_path / "probe.json").read_text())["results"]
     assert [result["model"] for result in results] == names
     drawn = json.loads((tmp_path / "curves.json").read_text())
-    assert drawn["x"] == "tokens read"
+    assert drawn["x"] == "step"
     assert drawn["y"] == "accuracy (%)\nlinear probe after MAE"
     assert drawn["series"] == {
         name: {"x": [1, 9], "y": [100 * share for share in result["top1"]]}
@@ -135,7 +135,7 @@ def test_a_sweep_of_more_lines_than_colours_is_drawn_over_the_layers(line: Small
     results = json.loads((tmp_path / "probe.json").read_text())["results"]
     drawn = json.loads((tmp_path / "sweep.json").read_text())
     assert drawn["x"] == "layer"
-    assert drawn["y"].endswith("\nafter 9 tokens")
+    assert drawn["y"].endswith("\nat step 9")
     shares = [100 * result["top1"][1] for result in results]
     assert drawn["series"] == {
         "model": {"x": [1, 2, 3, 4], "y": shares[:4]},
@@ -149,7 +149,7 @@ def test_any_number_of_models_of_one_layer_is_drawn_over_the_steps(line: SmallLi
         shutil.copytree(line.model, other)
     main(command(line, *others, "--steps", "1", "9", "--method", "ridge", "--figure", tmp_path / "many.svg"))
     drawn = json.loads((tmp_path / "many.json").read_text())
-    assert drawn["x"] == "tokens read"
+    assert drawn["x"] == "step"
     assert list(drawn["series"]) == ["model", *(f"m{number}" for number in range(7))]
     assert all(len(curve["x"]) == 2 for curve in drawn["series"].values())
 

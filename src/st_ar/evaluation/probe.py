@@ -365,7 +365,7 @@ def describe_cache(cache: FeatureCache) -> str:
 
 
 def accuracy_figure(probed: Probed, method: ProbeMethod) -> Drawing:
-    """Top-1 accuracies in % over the tokens read, a line per model and layer.
+    """Top-1 accuracies in % by step, a line per model and layer.
 
     If that makes more lines than there are colours, accuracies after the last step over the layers, a line per model.
     """
@@ -381,8 +381,8 @@ def accuracy_figure(probed: Probed, method: ProbeMethod) -> Drawing:
     return line_chart(
         series,
         name=f"accuracy of a {name}, by {'layer' if sweep else 'step'}",
-        x="layer" if sweep else "tokens read",
-        y=f"accuracy (%)\n{name}" + (f"\nafter {steps[-1]} tokens" if sweep else ""),
+        x="layer" if sweep else "step",
+        y=f"accuracy (%)\n{name}" + (f"\nat step {steps[-1]}" if sweep else ""),
         x_ticks=sorted({x for xs, _ in series.values() for x in xs}) if sweep else steps,
     )
 

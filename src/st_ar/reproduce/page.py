@@ -81,14 +81,14 @@ def show(name: str, plan: Plan) -> None:
     elif curves := _probe_curves(plan):
         drawing = line_chart(
             curves,
-            name="probe accuracy by tokens read",
-            x="tokens read",
+            name="probe accuracy by step",
+            x="step",
             y="accuracy (%)",
             x_ticks=next(iter(curves.values()))[0],
             label_ends=True,
         )
         drawing.save(out.with_name(f"{name}-probe.svg"))
-        parts.append(Chart(svg=drawing.svg(), caption="Probe accuracy by tokens read."))
+        parts.append(Chart(svg=drawing.svg(), caption="Probe accuracy by step: at step t the network has read the class and t - 1 tokens."))
     parts += [_picture(path) for folder in plan.figures for pattern in SHOWN for path in sorted(folder.glob(pattern))]
     record = {
         "preset": plan.scale.guided,

@@ -96,7 +96,7 @@ def class_fidelity(path: Path) -> dict[str, float]:
 
 
 def probe_curve(path: Path) -> tuple[list[float], list[float]]:
-    """Read the numbers of tokens read and the top-1 accuracy after each."""
+    """Read the steps and the top-1 accuracy at each."""
     result = _first_result(path, "a probe")
     steps, shares = result.get("steps"), result.get("top1")
     if (
