@@ -3,10 +3,12 @@
     python benchmarks/kept_runs.py cifar10-kmeans
     python benchmarks/kept_runs.py cifar10-kmeans --cost docs/images/cifar10-cost.svg
     python benchmarks/kept_runs.py cifar10-kmeans --rows 'AR, 2 views (control)' '+ view' --curves probe.svg
+    python benchmarks/kept_runs.py classes-mnist classes-cifar10 --classes docs/images/class-gains.svg
 
 One row per recipe and kind of weights, with the mean and standard deviation over its seeds. All runs of a folder must share their
 tokenizer and reference. Figures show the live weights after the last step: each recipe's gain in the probe and cost in FD against the
-control, one point per seed, named beside its points; and the probe's accuracy by step.
+control, one point per seed, named beside its points; the same for class accuracy and the probe, of one folder or several; and the probe's
+accuracy by step.
 """
 
 import argparse
@@ -37,6 +39,7 @@ ACCURACY = "class accuracy"
 BOTH = "contrast alone, nothing masked"
 SHORT = {
     "AR, 2 views, for the time of ST-AR": "AR, 2 views, ST-AR's time",
+    "AR, 2 views, for the time of the contrast alone": "AR, 2 views, the contrast's time",
     "+ MIM": "MIM",
     "+ step": "inter-step",
     "+ view": "inter-view",
@@ -52,6 +55,14 @@ SHORT = {
     f"{BOTH}, in every second step": "both, every 2nd step",
 }
 """Labels in figures, where they are shorter than the tables'."""
+TITLES = {
+    "classes-mnist": "MNIST",
+    "classes-mnist-1500": "MNIST, 1,500 steps",
+    "classes-cifar10": "CIFAR-10",
+}
+"""Folders' names in the figure of several."""
+AT = " on "
+"""Between a row's label and a folder's title."""
 PLAIN, CONTRAST, MASKED = COLOURS[:3]
 """Colours in the figure of gains and costs: plain training, contrast alone, with masks and masked image modelling."""
 FIRST = ("evidence", "remedies", "cheaper", "questions", "length")  # the order of the rows, and whose labels they have
@@ -137,27 +148,55 @@ def cost(rows: dict[str, dict[int, dict[str, float]]], target: Path) -> None:
     columns = probe_columns(rows)
     if not columns:
         sys.exit("there are no probes to draw")
-    last = columns[-1]
+    series = above_control(rows, "FD", columns[-1])
+    draw_costs({label: ([100 * x for x in xs], ys) for label, (xs, ys) in series.items()}).save(target)
+    print(target)
+
+
+def above_control(rows: dict[str, dict[int, dict[str, float]]], x: str, y: str) -> Lines:
+    """Each run's two columns above the control's mean, by label: of FD the share of it, of others the difference."""
     points = {
-        label: [(found["FD"], found[last]) for found in seeds.values() if "FD" in found and last in found]
+        label: [(found[x], found[y]) for found in seeds.values() if {x, y} <= found.keys()]
         for label, seeds in rows.items()
     }
     if not points.get(CONTROL.label):
         sys.exit("there is no control to compare with")
-    control_fd, probe = (mean(point[axis] for point in points[CONTROL.label]) for axis in (0, 1))
-    series = {
-        label: ([100 * (x / control_fd - 1) for x, _ in found], [y - probe for _, y in found])
+    base = [mean(values) for values in zip(*points[CONTROL.label], strict=True)]
+
+    def above(axis: int, column: str, value: float) -> float:
+        return value / base[axis] - 1 if column == "FD" else value - base[axis]
+
+    return {
+        label: ([above(0, x, first) for first, _ in found], [above(1, y, second) for _, second in found])
         for label, found in points.items()
         if found
     }
-    draw_costs(series).save(target)
-    print(target)
 
 
 def draw_costs(series: Lines) -> Drawing:
-    """Draw gains over costs, in colours for plain training, contrasts alone, and masks, and label the rows at their points."""
+    """Draw gains over costs."""
     name = "Gain in the probe and cost in FD of each form of self-guidance"
-    drawing = line_chart(series, name=name, x="FD above the control's, %", y="probe, points above the control's")
+    return draw_points(series, name, x="FD above the control's, %", y="probe, points above the control's")
+
+
+def class_gains(folders: dict[str, dict[str, dict[int, dict[str, float]]]], target: Path) -> None:
+    """Draw the gain in class accuracy over the gain in the probe, of the rows of several folders."""
+    series: dict[str, tuple[list[float], list[float]]] = {}
+    for name, rows in folders.items():
+        columns = probe_columns(rows)
+        if not columns or not any(ACCURACY in found for seeds in rows.values() for found in seeds.values()):
+            sys.exit(f"{name} has no probes, or no class accuracies")
+        found = above_control(rows, columns[-1], ACCURACY)
+        series |= {f"{label}{AT}{TITLES.get(name, name)}": points for label, points in found.items()}
+    name = "Gain in class accuracy and gain in the probe"
+    x, y = "probe, points above the control's", "class accuracy, points above the control's"
+    draw_points(series, name, x=x, y=y).save(target)
+    print(target)
+
+
+def draw_points(series: Lines, name: str, x: str, y: str) -> Drawing:
+    """Draw runs as points, in colours for plain training, contrasts alone, and masks, and label the rows at their points."""
+    drawing = line_chart(series, name=name, x=x, y=y)
     drawing.figure.set_size_inches(5.2, 5.6)
     [axes] = drawing.figure.axes
     axes.legend().remove()
@@ -165,15 +204,21 @@ def draw_costs(series: Lines) -> Drawing:
     for label, line in zip(series, axes.lines, strict=True):
         colour, marker = look(label)
         line.set(color=colour, marker=marker, linestyle="-", linewidth=1)
-    label_points(axes, {SHORT.get(label, label): found for label, found in series.items()})
+    label_points(axes, {short(label): found for label, found in series.items()})
     return drawing
+
+
+def short(label: str) -> str:
+    """A row's name in figures."""
+    row, at, where = label.partition(AT)
+    return SHORT.get(row, row) + at + where
 
 
 def look(label: str) -> tuple[str, str]:
     """Colour and marker of a row: plain training, contrast alone, or with masks."""
     if label.startswith("AR, "):
         return PLAIN, "o"
-    if label in ("+ step", "+ view") or label.startswith(BOTH):
+    if label.partition(AT)[0] in ("+ step", "+ view") or label.startswith(BOTH):
         return CONTRAST, "s"
     return MASKED, "^"
 
@@ -207,14 +252,30 @@ def curves(rows: dict[str, dict[int, dict[str, float]]], target: Path) -> None:
 def main() -> None:
     """Read, check, print, draw."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", help="folder below benchmarks/results")
+    parser.add_argument("names", nargs="+", metavar="NAME", help="folder below benchmarks/results")
     parser.add_argument("--rows", nargs="+", default=(), metavar="LABEL", help="what is drawn; all by default")
     parser.add_argument("--cost", type=Path, metavar="FILE.svg", help="draw gain and cost")
     parser.add_argument("--curves", type=Path, metavar="FILE.svg", help="draw the probe's accuracy by step")
+    parser.add_argument("--classes", type=Path, metavar="FILE.svg", help="draw gains in class accuracy and the probe")
     given = parser.parse_args()
-    if given.rows and not (given.cost or given.curves):
-        parser.error("--rows says what --cost and --curves draw: give one of them")
-    rows = read(RESULTS / given.name / "runs")
+    if given.rows and not (given.cost or given.curves or given.classes):
+        parser.error("--rows says what a figure shows: give --cost, --curves or --classes")
+    if len(given.names) > 1 and (given.cost or given.curves):
+        parser.error("--cost and --curves draw one folder")
+    folders = {name: read(RESULTS / name / "runs") for name in given.names}
+    for name, rows in folders.items():
+        print_table(rows)
+        folders[name] = chosen(rows, given.rows)
+    if given.cost:
+        cost(folders[given.names[0]], given.cost)
+    if given.curves:
+        curves(folders[given.names[0]], given.curves)
+    if given.classes:
+        class_gains(folders, given.classes)
+
+
+def print_table(rows: dict[str, dict[int, dict[str, float]]]) -> None:
+    """Print all rows in Markdown."""
     there = {column for seeds in rows.values() for found in seeds.values() for column in found}
     columns = {
         column: digits for name, digits in COLUMNS.items() for column in sorted(there) if column.split(",")[0] == name
@@ -224,11 +285,6 @@ def main() -> None:
         cells = [spread(seeds, column, digits) for column, digits in columns.items()]
         curve = " ".join(spread(seeds, column, 1).replace(" ± ", "±") for column in probe_columns({label: seeds}))
         print(f"| {label} | {len(seeds)} | {' | '.join(cells)} | {curve or '-'} |")
-    drawn = chosen(rows, given.rows)
-    if given.cost:
-        cost(drawn, given.cost)
-    if given.curves:
-        curves(drawn, given.curves)
 
 
 if __name__ == "__main__":

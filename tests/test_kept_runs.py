@@ -97,6 +97,23 @@ def test_gains_and_costs_are_over_the_controls_mean(
     assert "<svg" in (folder / "cost.svg").read_text()
 
 
+def test_gains_in_class_accuracy_are_over_the_control_of_the_same_folder(
+    kept_runs: ModuleType, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for recipe, accuracy in (("st-ar-b-50-epochs", 0.5), ("ar-b-50-epochs-2-views", 0.375)):
+        said = {"reference": {"sha256": "theirs"}, "metrics": {"class accuracy (classifier)": accuracy}}
+        (folder / f"{recipe}-seed0-guidance-1.evaluation.json").write_text(json.dumps(said))
+    drawn: dict[str, Any] = {}
+    draw = kept_runs.line_chart
+    monkeypatch.setattr(kept_runs, "line_chart", lambda series, **rest: (drawn.update(series), draw(series, **rest))[1])
+    rows = kept_runs.read(folder)
+    kept_runs.class_gains({"classes-mnist": rows, "other": rows}, folder / "gains.svg")
+    for where in ("MNIST", "other"):
+        assert drawn[f"{CONTROL.label} on {where}"] == ([0.0], [0.0])  # the seed without a class accuracy is no point
+        assert drawn[f"{ST_AR} on {where}"] == ([25.0], [12.5])
+    assert ">ST-AR on MNIST<" in (folder / "gains.svg").read_text()
+
+
 def drawn_costs() -> dict[str, tuple[list[float], list[float]]]:
     """The points of docs/images/cifar10-cost.svg."""
     series = json.loads((ROOT / "docs/images/cifar10-cost.json").read_text())["series"]
@@ -155,7 +172,7 @@ def test_rows_without_a_figure_are_refused_and_with_one_drawn(
     monkeypatch.setattr("sys.argv", asked)
     with pytest.raises(SystemExit):
         kept_runs.main()
-    assert "--rows says what --cost and --curves draw: give one of them" in capsys.readouterr().err
+    assert "--rows says what a figure shows: give --cost, --curves or --classes" in capsys.readouterr().err
     monkeypatch.setattr("sys.argv", [*asked, "--curves", str(tmp_path / "probe.svg")])
     kept_runs.main()
     assert f"| {ST_AR} | 1 | 6.00 | 0.750 | 0.500 | 3.750 | 25.0 50.0 |" in capsys.readouterr().out

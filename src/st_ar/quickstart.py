@@ -315,8 +315,8 @@ def _probe_section(results: Results) -> Section:
     )
     unseen = ", cut from regions of the photographs that no model trained on" if images == "photos" else ""
     caption = (
-        f"Linear probes on layer {probe['layer']}, one per step: at step t the network has read t - 1 tokens. It does not see the label. Trained on "
-        f"the centre crops of {probe['train_images']:,} images, tested on {probe['test_images']:,}{unseen}."
+        f"Linear probes on layer {probe['layer']}, one per step: at step t the network has read t - 1 tokens. It does not see the "
+        f"label. Trained on the centre crops of {probe['train_images']:,} images, tested on {probe['test_images']:,}{unseen}."
     )
     rows = [[LABELS[name], *map(_percent, measured["probe"]["top1"])] for name, measured in results.measured.items()]
     table = Table(columns=["step", *map(str, probe["steps"])], rows=rows)

@@ -88,7 +88,12 @@ def show(name: str, plan: Plan) -> None:
             label_ends=True,
         )
         drawing.save(out.with_name(f"{name}-probe.svg"))
-        parts.append(Chart(svg=drawing.svg(), caption="Probe accuracy by step: at step t the network has read the class and t - 1 tokens."))
+        parts.append(
+            Chart(
+                svg=drawing.svg(),
+                caption="Probe accuracy by step: at step t the network has read the class and t - 1 tokens.",
+            )
+        )
     parts += [_picture(path) for folder in plan.figures for pattern in SHOWN for path in sorted(folder.glob(pattern))]
     record = {
         "preset": plan.scale.guided,
