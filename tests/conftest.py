@@ -1,5 +1,8 @@
+import fcntl
 import os
-from collections.abc import Iterator
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,3 +21,30 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ST_AR_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+Once = Callable[[str, Callable[[Path], object]], Path]
+
+
+@pytest.fixture(scope="session")
+def once(tmp_path_factory: pytest.TempPathFactory) -> Once:
+    """once(name, make): the file or folder that `make` writes, called by whichever worker needs it first. All see its error."""
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent
+
+    def once(name: str, make: Callable[[Path], object]) -> Path:
+        path, error = shared / name, shared / f"{name}.error"
+        with open(shared / f"{name}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not error.exists():
+                try:
+                    make(path)
+                    error.touch()
+                except Exception:
+                    error.write_text(traceback.format_exc())
+        if text := error.read_text():
+            pytest.fail(text, pytrace=False)
+        return path
+
+    return once

@@ -19,6 +19,7 @@ from st_ar.training import optim
 from st_ar.training.checkpoint_files import _Reader, list_checkpoints
 from st_ar.training.loop import train
 from st_ar.training.run import read_log
+from tests.conftest import Once
 from tests.data.random_store import random_store
 from tests.distributed.cases import (
     CAPTIONS,
@@ -45,9 +46,13 @@ def _calm() -> Any:
 
 
 @pytest.fixture(scope="module")
-def out(_calm: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def out(_calm: None, once: Once) -> Path:
     """The runs of one start of two ranks, one start of four, and one rank's part of the relay."""
-    folder = tmp_path_factory.mktemp("out")
+    return once("distributed-training", _run_all)
+
+
+def _run_all(folder: Path) -> None:
+    folder.mkdir()
     tokens = random_store(folder / "tokens", images=20, crops=4, shards=2)[0]
     random_store(folder / "others", images=9, crops=1, seed=1)
     rng = np.random.default_rng(1)
@@ -61,7 +66,6 @@ def out(_calm: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
                 world, "-m", "tests.distributed.worker", tokens, folder, logs=folder / f"logs-{world}"
             )
             (folder / f"printed-{world}.json").write_text(json.dumps([json.loads(text) for text in texts]))
-    return folder
 
 
 def printed(out: Path, world: int) -> list[dict[str, Any]]:

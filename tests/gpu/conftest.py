@@ -1,6 +1,5 @@
 """Scripts that run on fake CUDA: started once per test session, by whichever worker needs them first."""
 
-import fcntl
 import json
 import os
 import subprocess
@@ -12,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.conftest import Once
 from tests.programs import find_program
 
 ROOT = Path(__file__).parents[2]
@@ -20,42 +20,28 @@ Script = Callable[..., dict[str, Any]]
 
 
 @pytest.fixture(scope="session")
-def run_script(tmp_path_factory: pytest.TempPathFactory) -> Script:
+def run_script(once: Once) -> Script:
     """Runs tests/gpu/NAME.py on fake CUDA, with arguments if any, and returns what it prints."""
     if sys.platform != "linux" or torch.version.cuda or torch.version.hip:
         pytest.skip("the fake device is for torch's CPU build on Linux")
     compiler = find_program("g++")
-    shared = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        shared = shared.parent
 
-    def once(name: str, make: Callable[[Path], str]) -> Path:
-        """The file that `make` writes, unless another worker has. It returns an error, which all workers see."""
-        file, error = shared / name, shared / f"{name}.error"
-        with open(shared / f"{name}.lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if not error.exists():
-                error.write_text(make(file))
-        if error.read_text():
-            pytest.fail(error.read_text(), pytrace=False)
-        return file
-
-    def build(file: Path) -> str:
+    def build(file: Path) -> None:
         include = [f"-I{HEADERS}", f"-I{HEADERS}/torch/csrc/api/include"]
         source = Path(__file__).with_name("no_device.cpp")
         command = [compiler, "-O0", "-std=c++20", "-shared", "-fPIC", *include, source, "-o", file]
         done = subprocess.run(command, capture_output=True, text=True)
-        return done.stderr if done.returncode else ""
+        assert done.returncode == 0, done.stderr
 
     def run(name: str, *arguments: str) -> dict[str, Any]:
         library = once("no_device.so", build)
 
-        def script(file: Path) -> str:
+        def script(file: Path) -> None:
             environment = os.environ | {"ST_AR_NO_DEVICE": str(library), "OMP_NUM_THREADS": "1"}
             command = [sys.executable, "-W", "ignore", "-m", f"tests.gpu.{name}", *arguments]
             done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr[-4000:]
             file.write_text(done.stdout)
-            return done.stderr[-4000:] if done.returncode else ""
 
         return json.loads(once("-".join(["gpu", name, *arguments]), script).read_text())
 
