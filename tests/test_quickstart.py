@@ -28,6 +28,7 @@ from st_ar.model.weights import load_model
 from st_ar.presets import get_preset
 from st_ar.quickstart import quickstart
 from st_ar.training.run import read_log
+from tests.conftest import Once
 from tests.disk import contents, refused
 
 IMAGES = 130
@@ -60,11 +61,13 @@ def small_quickstart() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def made(once: Once) -> Path:
     """A finished quickstart. Tests that change it take a copy: `copy`."""
-    out = tmp_path_factory.mktemp("quickstart") / "out"
-    assert quickstart(out, images="digits", steps=3) == out / "report.html"
-    return out
+
+    def make(out: Path) -> None:
+        assert quickstart(out, images="digits", steps=3) == out / "report.html"
+
+    return once("quickstart", make)
 
 
 @pytest.fixture
