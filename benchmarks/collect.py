@@ -18,7 +18,7 @@ from pathlib import Path
 from common import RESULTS
 
 FIGURES = ("{}.json", "{}.csv", "{}-*.svg", "{}-*.json")
-MEASURED = r"(-step\d+)?(-ema)?-(probe|likelihood|(un)?guided.*\.evaluation)\.json"
+MEASURED = r"(-step\d+)?(-ema)?-(probe|likelihood|((un)?guided|guidance).*\.evaluation)\.json"
 
 
 def keep(source: Path, target: Path, work: Path, name: str) -> None:
@@ -53,6 +53,8 @@ def main() -> None:
             if command[0] == "train":
                 used.add(Path(command[command.index("--out") + 1]).name)
     if given.runs:
+        if (classifier := given.work / "classifier" / "config.json").exists():
+            keep(classifier, out / "classifier.json", given.work, given.name)
         for run in sorted(used):
             folder = given.work / "runs"
             for file in ("config.json", "log.jsonl"):

@@ -192,6 +192,10 @@ def test_runs_are_kept_with_or_without_the_table_that_they_were_made_for(
         (work / "runs" / run / "config.json").write_text(json.dumps({"tokens": f"{work}/tokens"}))
         (work / "runs" / run / "log.jsonl").write_text("")
         keep(work / "runs", run, probe=0.25, distance=3.0, loss=3.5)
+    said = {"reference": {"sha256": "theirs"}, "metrics": {"class accuracy (classifier)": 0.5}}
+    (work / "runs" / f"{made}-guidance-2.evaluation.json").write_text(json.dumps(said))
+    (work / "classifier").mkdir()
+    (work / "classifier" / "config.json").write_text("{}")
     (work / "evidence.json").write_text(json.dumps({"commands": [["train", "preset", "--out", f"{work}/runs/{made}"]]}))
     options = ["--name", "kept", "--runs", *([] if tables else ["--no-tables"])]
     monkeypatch.setattr(collect, "RESULTS", results)
@@ -199,8 +203,9 @@ def test_runs_are_kept_with_or_without_the_table_that_they_were_made_for(
     collect.main()
     assert (results / "kept" / "evidence.json").exists() == tables
     assert json.loads((results / "kept" / "runs" / made / "config.json").read_text()) == {"tokens": "kept/tokens"}
-    alone = {CONTROL.label: {0: kept_runs.read(folder)[CONTROL.label][0]}}
-    assert kept_runs.read(results / "kept" / "runs") == alone
+    first = kept_runs.read(folder)[CONTROL.label][0] | {"class accuracy, guidance 2": 50.0}
+    assert kept_runs.read(results / "kept" / "runs") == {CONTROL.label: {0: first}}
+    assert (results / "kept" / "classifier.json").exists()
 
 
 def test_what_was_measured_on_something_else_is_refused(kept_runs: ModuleType, folder: Path) -> None:

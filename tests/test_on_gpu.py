@@ -93,6 +93,21 @@ def test_samples_become_images_to_evaluate(out: Path, tmp_path: Path) -> None:
     assert len(list(tmp_path.glob("*.npz"))) == 6
 
 
+def test_a_stores_crops_become_images_to_evaluate(tmp_path: Path) -> None:
+    store, codes, labels = random_store(tmp_path / "tokens", grid=2, vocab_size=32, num_classes=10)
+    tokenizer = KMeansTokenizer(torch.rand(32, 48, generator=torch.Generator().manual_seed(0)) * 2 - 1, 4)
+    tokenizer.save(tmp_path / "tokenizer")
+    options = ["--tokenizer", tmp_path / "tokenizer", "--out", tmp_path / "out", "--num", "40"]
+    benchmark("decoded.py", store, *options)
+    images, asked = (read_array(tmp_path / "out" / "tokens.npz", name) for name in ("arr_0", "arr_1"))
+    crops = torch.from_numpy(codes.reshape(-1, 2, 2).astype(np.int64))
+    decoded = to_uint8(tokenizer.decode(crops)).numpy().reshape(*codes.shape[:2], -1)
+    found = [(decoded == image.reshape(-1)).all(-1) for image in images]
+    assert len(found) == 40
+    assert all(labels[np.nonzero(each)[0]].tolist() == [label] for each, label in zip(found, asked, strict=True))
+    assert len({np.argmax(each) for each in found}) > 10
+
+
 def test_a_slice_that_fails_keeps_its_figures_and_says_why(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: Any
 ) -> None:
