@@ -262,7 +262,7 @@ def test_the_tables_of_class_fidelity_are_what_was_kept(kept_runs: ModuleType) -
     columns = ("class accuracy", "FD", "IS", "precision", "recall")
     kept = [
         numbers(" ".join(kept_runs.spread(seeds, column, kept_runs.COLUMNS[column] + 2) for column in columns))
-        for name in ("classes-mnist", "classes-cifar10")
+        for name in ("classes-mnist", "classes-cifar10", "classes-characters")
         for seeds in kept_runs.read(kept_runs.RESULTS / name / "runs").values()
     ]
     assert len(rows) == len(kept)
