@@ -153,7 +153,9 @@ def cost(rows: dict[str, dict[int, dict[str, float]]], target: Path) -> None:
     print(target)
 
 
-def above_control(rows: dict[str, dict[int, dict[str, float]]], x: str, y: str) -> Lines:
+def above_control(
+    rows: dict[str, dict[int, dict[str, float]]], x: str, y: str
+) -> dict[str, tuple[list[float], list[float]]]:
     """Each run's two columns above the control's mean, by label: of FD the share of it, of others the difference."""
     points = {
         label: [(found[x], found[y]) for found in seeds.values() if {x, y} <= found.keys()]

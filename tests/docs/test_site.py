@@ -87,6 +87,7 @@ WIDER = """() => {
 """The elements that reach beyond the window and are in no box that scrolls."""
 
 
+@pytest.mark.slow
 def test_wide_tables_and_code_scroll(site: Path) -> None:
     chromium = find_program("chromium")
     with sync_playwright() as playwright:

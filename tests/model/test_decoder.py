@@ -54,6 +54,7 @@ def test_fewer_sequences_than_there_is_room_for() -> None:
     check(random_model(), rows=5)
 
 
+@pytest.mark.slow
 def test_compiled_steps_give_the_same_logits() -> None:
     check(random_model(replace(TINY, n_layers=2)), compiled=True)
 

@@ -184,6 +184,7 @@ def test_plain_and_self_guided_training_see_the_same_batches(
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch.compile's own
+@pytest.mark.slow
 def test_compiled_blocks_train_alike(tokens: Path, tmp_path: Path) -> None:
     still = replace(GUIDED_RUN, model=replace(GUIDED_RUN.model, **NO_DROPOUT), steps=3)  # dropout draws differ
     plain, compiled = (

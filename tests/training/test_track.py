@@ -238,6 +238,7 @@ def test_wandb_without_an_address_ends_in_time(tmp_path: Path) -> None:
 
 
 @needs_wandb
+@pytest.mark.slow
 def test_wandb_without_a_key_asks_nobody(tmp_path: Path) -> None:
     said = tracked("wandb", tmp_path / "run", (1, 3), HOME=str(tmp_path), WANDB_MODE="online", WANDB_API_KEY="")
     assert said.startswith("off")
