@@ -59,6 +59,7 @@ TITLES = {
     "classes-mnist": "MNIST",
     "classes-mnist-1500": "MNIST, 1,500 steps",
     "classes-cifar10": "CIFAR-10",
+    "classes-characters": "characters",
 }
 """Folders' names in the figure of several."""
 AT = " on "
@@ -148,15 +149,14 @@ def cost(rows: dict[str, dict[int, dict[str, float]]], target: Path) -> None:
     columns = probe_columns(rows)
     if not columns:
         sys.exit("there are no probes to draw")
-    series = above_control(rows, "FD", columns[-1])
-    draw_costs({label: ([100 * x for x in xs], ys) for label, (xs, ys) in series.items()}).save(target)
+    draw_costs(above_control(rows, "FD", columns[-1])).save(target)
     print(target)
 
 
 def above_control(
     rows: dict[str, dict[int, dict[str, float]]], x: str, y: str
 ) -> dict[str, tuple[list[float], list[float]]]:
-    """Each run's two columns above the control's mean, by label: of FD the share of it, of others the difference."""
+    """Each run's two columns above the control's mean, by label: FD in % of it, others as differences."""
     points = {
         label: [(found[x], found[y]) for found in seeds.values() if {x, y} <= found.keys()]
         for label, seeds in rows.items()
@@ -166,7 +166,7 @@ def above_control(
     base = [mean(values) for values in zip(*points[CONTROL.label], strict=True)]
 
     def above(axis: int, column: str, value: float) -> float:
-        return value / base[axis] - 1 if column == "FD" else value - base[axis]
+        return 100 * (value / base[axis] - 1) if column == "FD" else value - base[axis]
 
     return {
         label: ([above(0, x, first) for first, _ in found], [above(1, y, second) for _, second in found])
