@@ -59,6 +59,7 @@ TITLES = {
     "classes-mnist": "MNIST",
     "classes-mnist-1500": "MNIST, 1,500 steps",
     "classes-cifar10": "CIFAR-10",
+    "classes-cifar10-4000": "CIFAR-10, 4,000 steps",
     "classes-characters": "characters",
 }
 """Folders' names in the figure of several."""

@@ -45,6 +45,7 @@ def run(images: str, seed: int) -> dict[str, Any]:
     found = {
         label: {
             "probe_top1": summary[method]["probe"]["top1"],
+            "class_accuracy": summary[method]["class_accuracy"],
             "validation_loss": summary[method]["validation_loss"],
             "frechet_regions": summary[method]["frechet"],
             "seconds_per_step": summary[method]["seconds_per_step"],
@@ -56,6 +57,7 @@ def run(images: str, seed: int) -> dict[str, Any]:
         "peak_mib": usage.ru_maxrss / 1024,
         "page_bytes": page,
         "steps": summary["steps"],
+        "class_accuracy_of_decoded_test_images": summary["class_accuracy_of_decoded_test_images"],
         "step_time_ratio": summary["step_time_ratio"],
         "step_time_ratio_contrast": summary["step_time_ratio_contrast"],
         **found,
@@ -77,6 +79,7 @@ def main() -> None:
     for method in LABELS.values():
         for name, pick in (
             ("probe_last_step", lambda m: m["probe_top1"][-1]),
+            ("class_accuracy", lambda m: m["class_accuracy"]),
             ("validation_loss", lambda m: m["validation_loss"]),
             ("frechet_regions", lambda m: m["frechet_regions"]),
         ):
