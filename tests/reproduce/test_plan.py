@@ -392,14 +392,19 @@ def test_samples_of_each_guidance_scale_go_to_one_classifier() -> None:
     assert ["--no-mirror" in c for c in commands if c[0] == "tokenize"] == [True, False]
 
 
-def test_the_control_may_have_the_time_of_the_contrast() -> None:
-    experiment = EXPERIMENTS["classes"]
-    plan = Plan(experiment, SCALES["tiny"], PHOTOS, WORK)
+def test_the_control_may_have_the_time_of_weaker_forms() -> None:
+    plan = Plan(EXPERIMENTS["classes"], SCALES["tiny"], PHOTOS, WORK)
     runs = {stage.makes.name: stage.command for stage in plan.stages if stage.command[0] == "train"}
-    contrast, guided = (
-        int(command[command.index("--steps") + 1]) for name, command in runs.items() if "equal-time" in name
+    steps = get_preset("llamagen-photos").steps
+    contrast, every_second, guided = (
+        int(command[command.index("--steps") + 1]) / steps  # pyright: ignore[reportOptionalOperand]
+        for name, command in runs.items()
+        if "equal-time" in name
     )
-    assert get_preset("llamagen-photos").steps < contrast < guided  # pyright: ignore[reportOptionalOperand]
+    assert 1 < contrast < guided
+    assert every_second == pytest.approx((1 + contrast) / 2, abs=0.005)
+    assert run_name(EQUAL_TIME.recipe) == "ar-b-50-epochs-2-views-equal-time"
+    assert "ar-b-50-epochs-2-views-equal-time-contrast-every-2-seed0" in runs
 
 
 def test_class_accuracy_is_read_by_guidance_scale(tmp_path: Path) -> None:

@@ -49,8 +49,8 @@ class Recipe:
     """Micro-batches of a step."""
     centered: bool = False
     """Train only on the centre crops and their mirror images, not on ten crops."""
-    equal_time: Literal["", "ST-AR", "contrast"] = ""
-    """Train for the time, not the steps, of ST-AR or of the contrast alone, at this size and length."""
+    equal_time: Literal["", "ST-AR", "contrast", "contrast-every-2"] = ""
+    """Train for the time, not the steps, of this form of self-guidance (EQUAL_TIMES), at this size and length."""
     keeps: bool = False
     """Keep the weights after each quarter of the run."""
 
@@ -87,6 +87,12 @@ class Experiment:
 QUARTERS = (0.25, 0.5, 0.75, 1.0)
 ADM = ("fid", "sfid", "is", "precision", "recall")
 CONTRAST: dict[str, Any] = {"alpha": 0.0, "mask_ratio": 0.0}
+EQUAL_TIMES: dict[str, dict[str, Any]] = {
+    "ST-AR": {},
+    "contrast": CONTRAST,
+    "contrast-every-2": CONTRAST | {"every": 2},
+}
+"""Changes to the paper's self-guidance, by Recipe.equal_time."""
 AR_ONCE = Recipe(guided=False, views=1)
 CONTROL = Row(label="AR, 2 views (control)", recipe=Recipe(guided=False, views=2))
 EQUAL_TIME = Row(label="AR, 2 views, for the time of ST-AR", recipe=Recipe(guided=False, views=2, equal_time="ST-AR"))
@@ -311,11 +317,17 @@ EXPERIMENTS: dict[Name, Experiment] = {
                 label="AR, 2 views, for the time of the contrast alone",
                 recipe=Recipe(guided=False, views=2, equal_time="contrast"),
             ),
+            Row(
+                label="AR, 2 views, for the time of the contrast alone in every second step",
+                recipe=Recipe(guided=False, views=2, equal_time="contrast-every-2"),
+            ),
             EQUAL_TIME,
             _ablated("+ MIM", beta=0.0),
             _ablated("+ step", **CONTRAST, view_loss=False),
             _ablated("+ view", **CONTRAST, step_loss=False),
+            _ablated("+ view, in every second step", **CONTRAST, step_loss=False, every=2),
             _contrast(),
+            _contrast(", in every second step", every=2),
             _ablated("+ MIM + step", view_loss=False),
             _ablated("+ MIM + view", step_loss=False),
             _ablated("+ MIM + step + view (ST-AR)"),

@@ -16,7 +16,7 @@ from st_ar.files import read_json, write_json
 from st_ar.hardware import run_bytes, training_flops
 from st_ar.presets import get_preset
 from st_ar.report import Spread
-from st_ar.reproduce.paper import CONTRAST, Experiment, Recipe, Row, Scale, options
+from st_ar.reproduce.paper import EQUAL_TIMES, Experiment, Recipe, Row, Scale, options
 from st_ar.settings import matches_type
 from st_ar.training.run import read_log, seconds_per_step, trained_config
 
@@ -363,8 +363,7 @@ class Plan:
 
     def _stretch(self, recipe: Recipe, seed: int) -> float:
         """Return how many steps of `recipe` take as long as one of its `equal_time`, from finished runs or else from FLOPs."""
-        changes = CONTRAST if recipe.equal_time == "contrast" else {}
-        guided = Recipe(size=recipe.size, epochs=recipe.epochs, changes=changes)
+        guided = Recipe(size=recipe.size, epochs=recipe.epochs, changes=EQUAL_TIMES[recipe.equal_time])
         plain = replace(recipe, equal_time="")
         runs = [self._run(each, seed) for each in (guided, plain)]
         if all(is_done(run, self.work) for run in runs):
@@ -459,7 +458,8 @@ def run_name(recipe: Recipe) -> str:
     parts += [] if recipe.contrast is None else [f"depth-{recipe.contrast:g}"]
     parts += [f"{name.replace('_', '-')}-{str(value).lower()}" for name, value in sorted(recipe.changes.items())]
     parts += [] if recipe.accumulate == 1 else [f"{recipe.accumulate}-micro-batches"]
-    parts += {"": [], "ST-AR": ["equal-time"], "contrast": ["equal-time-contrast"]}[recipe.equal_time]
+    parts += ["equal-time"] if recipe.equal_time else []
+    parts += [recipe.equal_time] if recipe.equal_time not in ("", "ST-AR") else []
     parts += ["kept"] if recipe.keeps else []
     return "-".join(parts)
 
