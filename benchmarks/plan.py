@@ -94,7 +94,7 @@ def plan(config: TrainConfig, machines: Machines, *, images: int, crops: int) ->
     one_shard = _bytes(store_bytes(model, min(images, SHARD), crops))
     rows = [
         ("tokens a step, and of a GPU", f"{tokens_per_step:,}, {tokens_per_step // ranks:,}"),
-        ("tokens a second, of a GPU and together", f"{machines.tokens_per_second:,.0f}, {speed:,.0f}"),
+        ("tokens per second, per GPU and in total", f"{machines.tokens_per_second:,.0f}, {speed:,.0f}"),
         ("a step's computation", f"{1000 * step:,.0f} ms"),
         ("operations to tokenize the images with VQ-16", f"{tokenizing_flops(images, crops):.3g}"),
         ("token store", f"{_bytes(store_bytes(model, images, crops))} in {shards:,} shards of {one_shard}"),

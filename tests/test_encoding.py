@@ -13,7 +13,7 @@ import pytest
 import st_ar
 from st_ar.cli.understand import choose_names
 from st_ar.files import write_csv, write_text
-from st_ar.model.weights import call_models
+from st_ar.model.weights import name_models
 from tests.data.pictures import noise
 
 ASCII = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
@@ -44,7 +44,7 @@ def test_text_files_escape_what_is_not_utf_8(tmp_path: Path) -> None:
     assert (tmp_path / "a.csv").read_bytes() == "Ärger,b\ncaf\\xe9,\n".encode()
 
 
-@pytest.mark.parametrize("choose", [choose_names, call_models])
+@pytest.mark.parametrize("choose", [choose_names, name_models])
 def test_names_that_are_not_utf_8_can_be_drawn(choose: Callable[[list[Path], list[str]], list[str]]) -> None:
     folder = Path(os.fsdecode(b"caf\xe9"))
     assert choose([folder, Path("été")], []) == ["caf\\xe9", "été"]

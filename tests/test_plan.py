@@ -47,7 +47,7 @@ def test_the_table_says_what_it_was_told(
     plan.main()
     measured = capsys.readouterr().out
     assert "throughput measured on one GPU" in measured
-    assert "| tokens a second, of a GPU and together | 60,000, 3,840,000 |" in measured
+    assert "| tokens per second, per GPU and in total | 60,000, 3,840,000 |" in measured
     assert "| a step's computation | 273 ms |" in measured
     assert "| checkpoint | 12.5 GB, 6 s at 2 GB/s |" in measured
     monkeypatch.setattr(sys, "argv", [*common, "--mfu", "0.4"])

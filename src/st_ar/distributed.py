@@ -47,7 +47,7 @@ class Ranks:
         return cls(rank=rank, world=world)
 
     def share(self, count: int) -> slice:
-        """The slice of this rank in `count` items, a multiple of the ranks."""
+        """Return this rank's slice of `count` items. `count` is a multiple of the number of ranks."""
         each = count // self.world
         return slice(self.rank * each, (self.rank + 1) * each)
 
@@ -149,8 +149,8 @@ def _describe_loss(ranks: Ranks, timeout: float, reason: str) -> str:
     named = ("rank " if len(missing) == 1 else "ranks ") + ", ".join(map(str, missing)) if missing else "the connection"
     reason = re.sub(r"^\[[^]]*\] ", "", reason).split(". ")[0]  # without gloo's source position and advice
     return (
-        f"rank {ranks.rank} of {ranks.world} has lost {named} ({reason}; it waits up to {timeout:g} s): see the last output of "
-        "that rank above; start all of them again, a run with --resume"
+        f"rank {ranks.rank} of {ranks.world} has lost {named} ({reason}; it waits up to {timeout:g} s): see that "
+        "rank's last output above, then start all ranks again, a run with --resume"
     )
 
 

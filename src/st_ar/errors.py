@@ -36,7 +36,7 @@ def cause(error: BaseException) -> str:
 
 @cache
 def note(text: str) -> None:
-    """Tell the user, on standard error and once, what they should know although the work goes on."""
+    """Print a note to standard error, once per text. Work continues."""
     print(f"st-ar: note: {text}", file=sys.stderr, flush=True)
 
 

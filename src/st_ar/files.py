@@ -244,9 +244,7 @@ def cache_folder() -> Path:
 
 
 OURS, DIGEST = "st_ar", "sha256"
-"""The one key of our metadata in a .safetensors file, and the checksum's key inside it.
-
-safetensors writes several keys in random order; with one key, equal weights give equal files."""
+"""The keys of our metadata and of the checksum in a .safetensors file."""
 ROWS = 4096
 """Rows of a tensor that are hashed at once."""
 
@@ -341,7 +339,7 @@ PREFIXES = ("_orig_mod.", "module.")
 def read_tensors(path: Path, *, ema: bool = False) -> dict[str, Tensor]:
     """The weights in a .pt, .pth, .bin or .safetensors file, by parameter name.
 
-    A note says which were taken from a file with live and EMA weights, or with EMA weights only. `ema` takes the EMA weights.
+    If the file has EMA weights, a note says which weights are read.
 
     Pickles are loaded with `weights_only=True`, which also allows `argparse.Namespace`: some of LlamaGen's files hold one.
 

@@ -146,8 +146,7 @@ def find_gpu(text: str) -> tuple[str, float, float]:
 def choose_compile(chosen: bool | Literal["auto"], device: torch.device) -> bool:
     """Whether to use torch.compile; auto is on a GPU only.
 
-    torch.compile needs a compiler: of C++ for a CPU, of C for the launchers of a GPU's kernels. Without one `True` is refused, and
-    auto does not compile.
+    torch.compile needs a C++ compiler on a CPU and a C compiler on a GPU. Without one, `True` is an error and auto does not compile.
     """
     if not chosen or (chosen == "auto" and device.type == "cpu"):
         return False

@@ -40,14 +40,15 @@ def self_guided(base: TrainConfig, contrast_layer: int | None) -> TrainConfig:
     return replace(base, views=2, selfguided=SelfGuidedConfig(contrast_layer=contrast_layer))
 
 
-def inter_view_contrast(base: TrainConfig) -> TrainConfig:
-    """Keep only Eq. 7 of a self-guided preset: no masks, no MIM, no inter-step contrast."""
-    return replace(base, selfguided=replace(base.selfguided, mask_ratio=0.0, alpha=0.0, step_loss=False))
+def _variant(name: str, base: Callable[[], TrainConfig], doc: str, **changes: object) -> None:
+    """Register the preset `name`: `base` with changes to its self-guidance."""
 
+    def build() -> TrainConfig:
+        config = base()
+        return replace(config, selfguided=replace(config.selfguided, **changes))
 
-def alternating_contrast(base: TrainConfig) -> TrainConfig:
-    """Keep only Eq. 6 and 7 of a self-guided preset, in every second step: no masks, no MIM."""
-    return replace(base, selfguided=replace(base.selfguided, mask_ratio=0.0, alpha=0.0, every=2))
+    build.__name__, build.__doc__ = name.replace("-", "_"), doc
+    preset(build)
 
 
 # LlamaGen's models at 256 px (arXiv 2406.06525), 300 epochs
@@ -132,24 +133,15 @@ def st_ar_b_50() -> TrainConfig:
     return replace(st_ar_b(), epochs=50)
 
 
-def _ablation(name: str, doc: str, **changes: object) -> None:
-    def build() -> TrainConfig:
-        base = st_ar_b_50()
-        return replace(base, selfguided=replace(base.selfguided, **changes))
-
-    build.__name__, build.__doc__ = f"st_ar_b_50_{name}", doc
-    preset(build)
-
-
-_ablation("mim", "Table 3, MIM only.", beta=0.0)
-_ablation("mim_step", "Table 3, MIM and inter-step contrast.", view_loss=False)
-_ablation("mim_view", "Table 3, MIM and inter-view contrast.", step_loss=False)
+_variant("st-ar-b-50-mim", st_ar_b_50, "Table 3, MIM only.", beta=0.0)
+_variant("st-ar-b-50-mim-step", st_ar_b_50, "Table 3, MIM and inter-step contrast.", view_loss=False)
+_variant("st-ar-b-50-mim-view", st_ar_b_50, "Table 3, MIM and inter-view contrast.", step_loss=False)
 for _percent in (15, 35, 45):
-    _ablation(f"r{_percent}", f"Table 4, mask ratio {_percent / 100}.", mask_ratio=_percent / 100)
+    _variant(f"st-ar-b-50-r{_percent}", st_ar_b_50, f"Table 4, mask ratio {_percent / 100}.", mask_ratio=_percent / 100)
 for _layer in (3, 9, 12):
-    _ablation(f"layer{_layer}", f"Table 5, contrast at layer {_layer}.", contrast_layer=_layer)
+    _variant(f"st-ar-b-50-layer{_layer}", st_ar_b_50, f"Table 5, contrast at layer {_layer}.", contrast_layer=_layer)
 for _positions in (2, 8, 16):
-    _ablation(f"k{_positions}", f"Table 6, {_positions} positions.", positions=_positions)
+    _variant(f"st-ar-b-50-k{_positions}", st_ar_b_50, f"Table 6, {_positions} positions.", positions=_positions)
 
 
 # The embedded photographs (32 px, 8 x 8 tokens of 256 codes): the models of quickstart, minutes on a CPU
@@ -216,24 +208,19 @@ def st_ar_cifar10() -> TrainConfig:
 
 
 # Cheaper variants of the paper's method. docs/results/index.md has their gain and cost.
-
-
-def _recipes(size: str) -> None:
-    """Register the cheaper recipes of a size: `st-ar-SIZE-view` and `st-ar-SIZE-every2`."""
-    base = PRESETS[f"st-ar-{size}"]
-
-    def view() -> TrainConfig:
-        return inter_view_contrast(base())
-
-    def every2() -> TrainConfig:
-        return alternating_contrast(base())
-
-    view.__doc__ = "Inter-view contrast alone, nothing masked: a cheaper recipe."
-    every2.__doc__ = "Both contrasts in every second step, nothing masked: a cheaper recipe."
-    for name, build in (("view", view), ("every2", every2)):
-        build.__name__ = f"st_ar_{size}_{name}"
-        preset(build)
-
-
-for _size in ("b", "l", "xl", "photos", "digits", "cifar10"):
-    _recipes(_size)
+for _name in ("st-ar-b", "st-ar-l", "st-ar-xl", "st-ar-photos", "st-ar-digits", "st-ar-cifar10"):
+    _base, _contrast = PRESETS[_name], {"alpha": 0.0, "mask_ratio": 0.0}
+    _variant(
+        f"{_name}-view",
+        _base,
+        "Inter-view contrast alone, nothing masked: a cheaper recipe.",
+        step_loss=False,
+        **_contrast,
+    )
+    _variant(
+        f"{_name}-every2",
+        _base,
+        "Both contrasts in every second step, nothing masked: a cheaper recipe.",
+        every=2,
+        **_contrast,
+    )

@@ -298,5 +298,5 @@ def test_testing_on_the_training_images_is_noted(tmp_path: Path, capsys: pytest.
     require_classes(ten, other)
     assert noted(capsys) == []
     require_classes(ten, center)
-    said = f"{center.folder} has the images of {ten.folder}: what is measured on it is measured on the training images"
+    said = f"{center.folder} has the images of {ten.folder}: results on it are results on training images"
     assert noted(capsys) == [said]

@@ -33,6 +33,17 @@ def status(*command: str) -> int:
     return 0
 
 
+def send(number: signal.Signals, step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Send a signal while a step is logged."""
+
+    def signalled(path: Path, entry: dict[str, Any]) -> None:
+        append_log(path, entry)
+        if entry["step"] == step:
+            signal.raise_signal(number)
+
+    monkeypatch.setattr("st_ar.training.run.append_log", signalled)
+
+
 @pytest.mark.parametrize(("number", "expected"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_saves_the_run(
     command: list[str],
@@ -42,18 +53,22 @@ def test_a_signal_saves_the_run(
     number: signal.Signals,
     expected: int,
 ) -> None:
-    def signalled(path: Path, entry: dict[str, Any]) -> None:
-        append_log(path, entry)
-        if entry["step"] == 3:
-            signal.raise_signal(number)
-
     with monkeypatch.context() as patch:
-        patch.setattr("st_ar.training.run.append_log", signalled)
+        send(number, 3, patch)
         assert status(*command) == expected
     assert re.fullmatch(r"st-ar: stopped at step 3 of 8; the run is saved: .*--resume.*\n", capsys.readouterr().err)
     assert [step for step, _ in list_checkpoints(tmp_path / "run" / "checkpoints")] == [2, 3]
     assert open_model(tmp_path / "run")[1].step == 3
     assert status(*command, "--resume") == 0
+    assert open_model(tmp_path / "run")[1].step == 8
+
+
+def test_a_signal_in_the_last_step_finds_the_run_finished(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    send(signal.SIGTERM, 8, monkeypatch)
+    assert status(*command) == 0
+    assert "stopped" not in capsys.readouterr().err
     assert open_model(tmp_path / "run")[1].step == 8
 
 

@@ -118,7 +118,7 @@ def test_a_plan_needs_neither_tokens_nor_a_gpu(
     assert "throughput ASSUMED: 40% of 989 TFLOP/s" in text
     rows = dict(re.split("  +", line) for line in text.splitlines()[4:])
     assert flops_per_token(XL.model) == pytest.approx((1486.4e6, 41.9e6), rel=2e-3)
-    assert rows["tokens a second, of a GPU and together"] == "65,160, 4,170,209"
+    assert rows["tokens per second, per GPU and in total"] == "65,160, 4,170,209"
     assert rows["time of the run"] == "13.1 h"
     assert rows["checkpoint"] == "12.5 GB"
     assert rows["disk of the run, with --keep 2"] == "43.7 GB"
@@ -131,7 +131,7 @@ def test_a_plan_counts_the_images_of_a_store(capsys: Capture, tmp_path: Path) ->
     tokens, *_ = random_store(tmp_path / "tokens", images=20, crops=4)
     text = run(capsys, "st-ar-photos", "--plan", "A100:1", "--tokens", str(tokens), "--epochs", "32")
     assert text.startswith("st-ar-photos, 20 images, 1 x A100 of 1 GiB; predicted, not measured\n")
-    assert "\nsteps, and seconds of one" in text
+    assert "\nsteps, and seconds per step" in text
     assert "10, " in text
     assert "training may take" not in text
     text = run(capsys, "st-ar-photos", "--plan", "A100:1", "--tokens", str(tokens), "--batch-size", "1024")

@@ -21,13 +21,13 @@ class Skipped(Checked, prefix=""):
 
 
 def require_share(max_skipped: float) -> None:
-    """Refuse a --max-skipped that is no share."""
+    """Refuse a --max-skipped outside [0, 1]."""
     if not 0 <= max_skipped <= 1:
         raise UserError(f"--max-skipped must lie in [0, 1], not {max_skipped}: it is a share of the images")
 
 
 def too_many(skipped: Sequence[Skipped], images: int, most: float) -> str:
-    """The cause of an error if more than a share `most` of the images is unusable; empty otherwise."""
+    """Return an error text if more than the fraction `most` of the images is unusable; empty otherwise."""
     if len(skipped) <= most * images + 1e-9:
         return ""
     why = f"{min(skipped).name}: {min(skipped).reason}"

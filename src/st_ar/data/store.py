@@ -58,7 +58,7 @@ class StoreMeta(Checked, prefix=""):
 
 
 def same_names(ours: Sequence[str], theirs: Sequence[str]) -> bool:
-    """Whether two lists of class names agree. Numbers from 0 stand for missing names, and agree with all names but numbers."""
+    """Whether two lists of class names agree. Names 0, 1, .. mean that the names are unknown: they agree with any that are not numbers."""
     lists = [[unicodedata.normalize("NFC", name) for name in names] for names in (ours, theirs)]
     if lists[0] == lists[1] or len(ours) != len(theirs):
         return lists[0] == lists[1]
@@ -75,12 +75,10 @@ def difference(ours: Sequence[str], theirs: Sequence[str]) -> str:
 
 
 def note_same_images(train: "TokenStore", test: "TokenStore") -> None:
-    """Note that images are tested on which were trained on."""
+    """Print a note if the test store holds the training images."""
     same_source = (train.meta.source, train.meta.images) == (test.meta.source, test.meta.images)
     if train.fingerprint == test.fingerprint or same_source:
-        note(
-            f"{test.folder} has the images of {train.folder}: what is measured on it is measured on the training images"
-        )
+        note(f"{test.folder} has the images of {train.folder}: results on it are results on training images")
 
 
 class TokenStore:

@@ -72,7 +72,7 @@ class TokenStoreWriter:
         return self._sums_path(index).is_file() and self._path("labels", index).exists()
 
     def reopen_mended(self, index: int, usable: Callable[[int], bool]) -> None:
-        """Mark a finished shard unfinished if an image that it lacks can be used now; `usable` tells it by the image's index."""
+        """Reopen a finished shard if an image that it skipped is usable now. `usable` takes the image's index."""
         path = self._path("skipped", index, ".jsonl")
         if self.is_finished(index) and path.exists() and any(usable(each.index) for each in self._skipped([path])):
             self._sums_path(index).unlink()
@@ -123,9 +123,9 @@ class TokenStoreWriter:
             classes = 0
             for index in range(shards):
                 codes_name, labels_name = shard_names(index, self.shards)
-                labels = self._labels(index)
+                labels, sums = self._verify(index)
                 classes = max(classes, int(labels.max(initial=-1)) + 1)
-                entries.append({"images": len(labels), "codes": codes_name, "labels": labels_name, **self._sums(index)})
+                entries.append({"images": len(labels), "codes": codes_name, "labels": labels_name, **sums})
             images = sum(int(entry["images"]) for entry in entries)
             self.check_skipped([], images + len(skipped))
             _write_lines(self.out / SKIPPED, skipped)
@@ -180,20 +180,21 @@ class TokenStoreWriter:
                 "labels-*.npy with its number, and give the same command"
             ) from error
 
-    def _labels(self, index: int) -> np.ndarray:
-        """The labels of a finished shard; refuses a damaged one."""
+    def _verify(self, index: int) -> tuple[np.ndarray, dict[str, str]]:
+        """Return the labels of a finished shard and its files' checksums; refuses a damaged one."""
         path = self._path("labels", index)
         try:
             labels, length = open_array(path), len(open_array(self._path("codes", index)))
             if labels.shape != (length,) or labels.dtype != np.int32:
                 raise ValueError(f"{labels.dtype} {list(labels.shape)} for the codes of {length} images")
-            if self._sums(index) != parse_json(self._sums_path(index).read_text(encoding="utf-8")):
+            sums = self._sums(index)
+            if sums != parse_json(self._sums_path(index).read_text(encoding="utf-8")):
                 raise ValueError(f"they do not match {self._sums_path(index).name}")
         except (OSError, ValueError, TypeError) as error:
             raise UserError(
                 f"{path} or its codes are damaged ({cause(error)}): remove it and give the same command to write its shard again"
             ) from error
-        return labels
+        return labels, sums
 
 
 def _write_lines(path: Path, skipped: list[Skipped]) -> None:

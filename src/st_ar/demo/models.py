@@ -16,7 +16,7 @@ from st_ar.errors import UserError
 from st_ar.files import sha256
 from st_ar.hardware import choose_device, choose_dtype
 from st_ar.model.transformer import Transformer
-from st_ar.model.weights import EMA, LIVE, ModelInfo, call_models, open_model
+from st_ar.model.weights import EMA, LIVE, ModelInfo, name_models, open_model
 from st_ar.sampling import Sampler, require_own_tokenizer
 from st_ar.tokenizer import Tokenizer, open_tokenizer
 from st_ar.tokenizer.vq import VQTokenizer
@@ -77,7 +77,7 @@ class ModelPool:
         """Name -> the model's file. Models without names of classes get their numbers."""
         self.loaded: dict[str, LoadedModel] = {}
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="models")
-        for name, path in zip(call_models(paths, names), paths, strict=True):
+        for name, path in zip(name_models(paths, names), paths, strict=True):
             network, info = open_model(path)
             own = f"{name} (EMA)" if info.ema else name
             self._add(own, info)

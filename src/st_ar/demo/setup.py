@@ -16,7 +16,7 @@ from st_ar.demo.models import ModelPool
 from st_ar.demo.reading import ClassProbe, Prediction, Reading, read_tokens
 from st_ar.errors import UserError
 from st_ar.evaluation.attention import center_crops
-from st_ar.model.weights import call_models
+from st_ar.model.weights import name_models
 from st_ar.quickstart import METHODS
 from st_ar.tokenizer import decode_to_images, to_pixels
 from st_ar.training.run import trained_config
@@ -142,4 +142,4 @@ def find_runs(models: Sequence[Path], runs: Sequence[Path]) -> dict[str, Path]:
         trained_config(run)
     found = [path for path in models if (path / "log.jsonl").exists()]
     found += [run for run in runs if run.resolve() not in {path.resolve() for path in found}]
-    return dict(zip(call_models(found, ()), found, strict=True)) if found else {}
+    return dict(zip(name_models(found, ()), found, strict=True)) if found else {}

@@ -107,7 +107,7 @@ def find_weights(path: Path, ema: bool) -> Path:
     if not ema or path.name == EMA or path.suffix != ".safetensors":
         return path
     if path.name != LIVE or not path.with_name(EMA).exists():
-        raise UserError(f"{path} has no EMA weights beside it: give their file, or leave out ema")
+        raise UserError(f"{path} has no EMA weights beside it: give their file, or leave out --ema")
     return path.with_name(EMA)
 
 
@@ -243,7 +243,7 @@ def check_store(info: ModelInfo, store: TokenStore) -> None:
         store.check_classes(info.class_names, info.source)
 
 
-def call_models(models: Sequence[Path], names: Sequence[str]) -> Sequence[str]:
+def name_models(models: Sequence[Path], names: Sequence[str]) -> Sequence[str]:
     """Return the names of models: those given, or the names of their run folders; full paths where these are equal."""
     if not models:
         raise UserError("give at least one --model")
@@ -271,7 +271,7 @@ def open_eval_models(
         raise UserError("--ema is short for --weights ema: leave it out for both")
     choices = {"live": [False], "ema": [True], "both": [False, True]}["ema" if ema else weights]
     found: list[EvalModel] = []
-    for path, name in zip(models, call_models(models, names), strict=True):
+    for path, name in zip(models, name_models(models, names), strict=True):
         for choice in choices:
             info = open_model(path, ema=choice)[1]
             label = name if not info.ema or (names and weights != "both") else f"{name} (EMA)"

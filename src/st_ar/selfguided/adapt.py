@@ -1,4 +1,4 @@
-"""What self-guidance needs of a network that was not made for it: features of inner layers, and attention that takes a key mask."""
+"""Helpers for self-guidance in other networks: features of inner layers, and attention with a key mask."""
 
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager

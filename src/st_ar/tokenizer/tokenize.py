@@ -33,7 +33,7 @@ def tokenize(
 ) -> TokenStore:
     """Encode every crop of every image and write the store.
 
-    Another call continues a stopped job. Finished shards are kept, except those that lack an image which can be used now. Broken
+    Another call continues a stopped job. Finished shards are kept, except those that skipped an image which is readable now. Broken
     images, and those whose label is not a class, are left out and listed. Under torchrun, rank r writes the shards r, r + world, ..;
     the bytes depend neither on the number of ranks nor on `workers`.
 

@@ -328,7 +328,7 @@ class CheckpointExporter:
         self.checkpoints.save(step, self.state, measured, then=then)
 
     def _folders(self, step: int, measured: Mapping[str, float]) -> list[Path]:
-        best = [self.out / "best"] if step and self.validation.improves(measured) else []
+        best = [self.out / "best"] if step and self.validation.update_best(measured) else []
         return [*export_folders(self.out, "export", step, self.config), *best]
 
     def _export(

@@ -59,7 +59,7 @@ class GraphedPasses:
 
 
 def record(run: Callable[[], Losses]) -> tuple[Callable[[], None], Losses]:
-    """Record a function as a CUDA graph; returns what replays it, and the losses that each replay writes."""
+    """Record a function as a CUDA graph. Returns a function that replays it, and the losses that each replay overwrites."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads copy checkpoints meanwhile
         losses = run()

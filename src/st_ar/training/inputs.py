@@ -118,7 +118,7 @@ class Initial:
 
 
 class Validation:
-    """The validation loss of the EMA weights, and the best value so far. Without a store, `tokens`, nothing is measured."""
+    """The validation loss of the EMA weights, and the best value so far. Measures nothing if `tokens` is None."""
 
     def __init__(self, tokens: Path | None, training: TokenStore, config: TrainConfig, best: Path) -> None:
         self.config, self.store, self.best = config, None, math.inf
@@ -140,8 +140,8 @@ class Validation:
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             return {LOSS: validation_loss(ema, self.store, images=images, batch_size=batch_size)}
 
-    def improves(self, record: Mapping[str, Any]) -> bool:
-        """Whether a record is the best so far, which is then updated."""
+    def update_best(self, record: Mapping[str, Any]) -> bool:
+        """Return whether a record is the best so far, and keep its loss if it is."""
         better = self.store is not None and record.get(LOSS, math.inf) < self.best
         if better:
             self.best = record[LOSS]

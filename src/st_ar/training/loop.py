@@ -158,7 +158,7 @@ def train(
                         watch.track(step, measured)
                     exporter.save(step, measured)
                 bar.advance(1)
-                if signum:
+                if signum and step < total:
                     checkpoints.wait()
                     raise run.interrupted(step, total, signum)
     return out

@@ -21,7 +21,7 @@ def adamw(module: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
 
 
 def clip_gradients(parameters: Iterable[Tensor], largest: float) -> Tensor:
-    """Scale gradients down to a norm of at most `largest`, 0 for any; returns their norm before, over all ranks' shards."""
+    """Clip gradients to the norm `largest` (0: no clipping). Returns the norm before clipping, over all ranks' shards."""
     parameters = list(parameters)
     norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     if isinstance(norm, DTensor):

@@ -1,4 +1,4 @@
-"""What a run takes, by formula and before it: a rank's memory at its peak, time and disk.
+"""Predicts a run's peak memory per rank, its time and its disk space.
 
 Memory is that of tensors, which tests/gpu/test_memory.py compares with those of real steps. The CUDA context, NCCL and
 fragmentation come on top.
@@ -34,7 +34,7 @@ class Memory(NamedTuple):
     activations: float
     """Activations of one micro-batch, with the logits and gradients that exist at once, and the copies of weights for matrix products."""
     gradients: float
-    """Gradients of the weights. Without micro-batches and DDP they take the place of activations that the backward pass frees."""
+    """Gradients of the weights. With one micro-batch and no DDP, they reuse memory that the backward pass has freed."""
     peak: float
 
 
@@ -103,7 +103,7 @@ def largest_micro_batch(config: TrainConfig, ranks: int, memory: float, *, compi
 
 
 def shortage(config: TrainConfig, ranks: int, memory: float, *, compiled: bool = True) -> str:
-    """Say that a run is not expected to fit `memory` bytes, and which settings would; nothing if it does."""
+    """Return a warning if a run is not expected to fit `memory` bytes, with settings that do; empty if it fits."""
 
     def peak(**changes: Any) -> float:
         return predict_memory(replace(config, **changes), ranks, compiled=compiled).peak
@@ -155,18 +155,18 @@ def plan_run(
     seconds = (training_flops(config, images) + recomputed) / (ranks * mfu * peak)
     speed, hours, projector = tokens / seconds, seconds / 3600, projector_parameters(config)
     timed = [
-        ("tokens a second, of a GPU and together", f"{speed / ranks:,.0f}, {speed:,.0f}"),
-        ("steps, and seconds of one", f"{steps:,}, {seconds / steps:.3g}"),
+        ("tokens per second, per GPU and in total", f"{speed / ranks:,.0f}, {speed:,.0f}"),
+        ("steps, and seconds per step", f"{steps:,}, {seconds / steps:.3g}"),
         ("time of the run", f"{hours:.1f} h" if hours < 48 else f"{hours / 24:.1f} days"),
     ]
     return [
-        ("parameters, and of the projector", f"{parameters(model) / 1e6:,.1f} M, {projector / 1e6:.1f} M"),
+        ("parameters of model and projector", f"{parameters(model) / 1e6:,.1f} M, {projector / 1e6:.1f} M"),
         ("micro-batch of a rank", f"{micro} images, {micro * views} sequences"),
         *(
             (f"memory of a rank: {name}", f"{size / GIB:.3g} GiB")
             for name, size in zip(names, needed[:-1], strict=True)
         ),
-        ("the same, at its peak", f"{needed.peak / GIB:.3g} of {memory / GIB:.3g} GiB"),
+        ("peak memory of a rank", f"{needed.peak / GIB:.3g} of {memory / GIB:.3g} GiB"),
         (f"largest micro-batch in {USABLE:.0%} of it", f"{largest} images, {largest * views} sequences"),
         # the peak is bfloat16's, and a caption's operations are not counted
         *(timed if config.dtype != "float32" and model.condition == "class" else []),

@@ -38,7 +38,7 @@ MAY_CHANGE = (
     *("parallel", "shard_size", "activation_checkpointing", "rank_timeout", "evaluate_every", "evaluate_images"),
     *("accumulate", "selfguided.until"),
 )
-"""Settings that a resumed run may change. None of them alters the steps already taken; `open_run` checks those that could."""
+"""Settings that a resumed run may change. A change that would have altered steps already taken is refused."""
 LOCK = ".lock"
 OUT_OF_MEMORY = re.compile(r"can't allocate memory|not enough memory|out of memory")
 
