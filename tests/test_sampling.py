@@ -124,7 +124,7 @@ def test_a_model_trained_without_class_dropout_is_not_guided() -> None:
     ):
         settings = SampleSettings(cfg_scale=asked)
         assert settings.resolved(published, class_dropout).cfg_scale == scale
-        assert settings.explain_scale(published, class_dropout) == f"guidance scale {scale:g}: {origin}"
+        assert settings.scale_origin(published, class_dropout) == origin
     with pytest.raises(
         UserError, match=r"--cfg-scale 3.0: the model was trained with --class-dropout 0, so it cannot be guided"
     ):

@@ -382,10 +382,6 @@ class SampleSettings(Checked):
         published = PUBLISHED_SCALES if config.condition == "class" and class_dropout != 0 else {}
         return replace(self, cfg_scale=published.get((config.dim, config.n_layers), 1.0))
 
-    def explain_scale(self, config: ModelConfig, class_dropout: float | None = None) -> str:
-        """The guidance scale for a model, and where it comes from. Arguments as for `resolved`."""
-        return f"guidance scale {self.resolved(config, class_dropout).cfg_scale:g}: {self.scale_origin(config, class_dropout)}"
-
     def scale_origin(self, config: ModelConfig, class_dropout: float | None = None) -> str:
         """Where the guidance scale for a model comes from. Arguments as for `resolved`."""
         if self.cfg_scale is not None:

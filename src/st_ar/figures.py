@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from xml.sax.saxutils import quoteattr
 
 import numpy as np
+from PIL import Image
 
 from st_ar.errors import UserError, require
 from st_ar.files import atomic_write, write_json, write_text
@@ -183,6 +184,12 @@ def strip(images: np.ndarray, columns: int) -> np.ndarray:
     canvas = np.full((rows * columns, size, size, 3), 255, np.uint8)
     canvas[:n] = images
     return canvas.reshape(rows, columns, size, size, 3).swapaxes(1, 2).reshape(rows * size, columns * size, 3)
+
+
+def save_png(path: Path, image: np.ndarray) -> None:
+    """Write an image uint8 [H, W, 3] atomically as a PNG."""
+    with atomic_write(path) as aside:
+        Image.fromarray(image).save(aside, format="PNG")
 
 
 def attention_figure(

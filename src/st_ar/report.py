@@ -170,7 +170,7 @@ def json_alone(where: str | None) -> Generator[None]:
 
 
 LONGEST = 200
-"""Most characters of a value in a report; lists of labels are longer."""
+"""Maximum number of characters of a value in a report; lists of labels are longer."""
 
 
 def _flatten(record: Mapping[str, Any], prefix: str = "") -> list[list[str]]:

@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from st_ar.config import ModelConfig, SampleSettings
@@ -18,7 +17,7 @@ from st_ar.data.source import BrokenImageError, read_image
 from st_ar.data.text import TextStore
 from st_ar.distributed import JOB_TIMEOUT, barrier, broadcast_from_rank0, process_group
 from st_ar.errors import UserError, damaged
-from st_ar.figures import strip
+from st_ar.figures import save_png, strip
 from st_ar.files import atomic_write, claim, open_array, save_array, sha256, write_json, write_text
 from st_ar.hardware import choose_compile, choose_device, choose_dtype, describe, local_device, side_stream
 from st_ar.model.generate import TokenSampler
@@ -37,8 +36,8 @@ PREVIEW = 64
 class SampleWriter:
     """Writes `count` images to FILE.npz or a folder of PNGs, in parts of `batch_size` (docs/formats.md).
 
-    job.json marks an unfinished job and is removed last. The metadata are written when all images are. They have the settings
-    of `record`, which must be the same to continue a stopped job.
+    job.json marks an unfinished job and is removed last. The metadata file is written after all images and
+    holds the settings in `record`. A stopped job continues only with the same settings.
     """
 
     def __init__(self, out: Path, count: int, record: dict[str, Any], batch_size: int) -> None:
@@ -80,7 +79,7 @@ class SampleWriter:
             write_text(self._checksum(part), sha256(self._path(part)) + "\n")
             return
         for number, image in zip(self.numbers(part), images, strict=True):
-            _save_image(self._path(number), image)
+            save_png(self._path(number), image)
 
     def finish(self, labels: Sequence[int]) -> None:
         """Wait for all ranks, then write a preview, the .npz and the metadata on rank 0."""
@@ -89,7 +88,7 @@ class SampleWriter:
 
     def _finish(self, labels: Sequence[int]) -> None:
         if not self.metadata.exists():  # otherwise the job was killed while it cleaned up
-            _save_image(self.preview, strip(self._read_first(min(self.count, PREVIEW)), min(self.count, 8)))
+            save_png(self.preview, strip(self._read_first(min(self.count, PREVIEW)), min(self.count, 8)))
             if self.packs:
                 with atomic_write(self.out) as aside:
                     self._pack(aside, labels)
@@ -103,18 +102,18 @@ class SampleWriter:
 
     def _read_first(self, count: int) -> np.ndarray:
         if not self.packs:
-            return np.stack([self._read_image(number) for number in range(count)])
+            images = [self._read_image(number) for number in range(count)]
+            if wrong := [number for number, image in enumerate(images) if image.shape != images[0].shape]:
+                raise self._damaged(wrong[0], f"its shape is {list(images[wrong[0]].shape)}")
+            return np.stack(images)
         parts = range(-(-count // self.batch_size))
         return np.concatenate([self._read_part(part) for part in parts])[:count]
 
     def _read_image(self, number: int) -> np.ndarray:
         try:
-            image = np.asarray(read_image(self._path(number)))
+            return np.asarray(read_image(self._path(number)))
         except BrokenImageError as error:
             raise self._damaged(number, error) from error
-        if number and image.shape != self._read_image(0).shape:
-            raise self._damaged(number, f"its shape is {list(image.shape)}")
-        return image
 
     def _read_part(self, part: int) -> np.ndarray:
         """Read a part's images, memory-mapped."""
@@ -146,11 +145,6 @@ class SampleWriter:
                     file.write(np.ascontiguousarray(images).data)
             with archive.open("arr_1.npy", "w") as file:
                 np.lib.format.write_array(file, np.array(labels, np.int64), allow_pickle=False)
-
-
-def _save_image(path: Path, image: np.ndarray) -> None:
-    with atomic_write(path) as aside:
-        Image.fromarray(image).save(aside, format="PNG")
 
 
 DECODE_BATCH = 16
@@ -211,7 +205,7 @@ def require_own_tokenizer(info: ModelInfo, model: Path, tokenizer: Tokenizer, pa
 
 
 class Sampler:
-    """A model, its tokenizer and the sampling settings. `compiled` is that of `CachedDecoder`."""
+    """A model, its tokenizer and the sampling settings. `compiled`: see `CachedDecoder`."""
 
     def __init__(
         self,
@@ -235,10 +229,10 @@ class Sampler:
         self.device, self.compiled = model.output.weight.device, compiled
         choose_compile(compiled, self.device)  # refuses a missing compiler
         self.seed = torch_seed(settings.seed, RandomStream.SAMPLING)
-        self.drawer: TokenSampler | None = None
+        self.token_sampler: TokenSampler | None = None
 
     def check(self, labels: Sequence[int], batch_size: int) -> None:
-        """Refuse labels and batch sizes that cannot be drawn."""
+        """Refuse labels and batch sizes that cannot be sampled."""
         if not labels:
             raise UserError("no labels were given: each image needs one")
         _require_count("--batch-size", batch_size)
@@ -269,16 +263,16 @@ class Sampler:
     def steps(self, numbers: Sequence[int], labels: Sequence[int]) -> Generator[Tensor, None, None]:
         """Draw token by token: yield the tokens so far, [n, 1], [n, 2] .. [n, T], views of memory that the next step changes.
 
-        The caller may stop at any token. The next draw of this sampler ends this one.
+        The caller may stop at any token. Starting another batch with this sampler ends this one.
         """
         count = len(numbers)
         conditions = self._conditions([labels[number] for number in numbers]).to(self.device)
-        if self.drawer is None or len(self.drawer.tokens) != count:
-            self.drawer = None  # free its memory first
-            self.drawer = TokenSampler(self.model, count, self.settings, compiled=self.compiled)
-        drawer = self.drawer
-        for drawn in drawer.steps(conditions, np.array(numbers), self.seed):
-            yield drawer.tokens[:, :drawn]
+        if self.token_sampler is None or len(self.token_sampler.tokens) != count:
+            self.token_sampler = None  # free its memory first
+            self.token_sampler = TokenSampler(self.model, count, self.settings, compiled=self.compiled)
+        sampler = self.token_sampler
+        for drawn in sampler.steps(conditions, np.array(numbers), self.seed):
+            yield sampler.tokens[:, :drawn]
 
     def pictures(self, tokens: Tensor) -> np.ndarray:
         """Decode tokens [n, T] to images uint8 [n, H, W, 3]."""

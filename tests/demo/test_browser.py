@@ -68,9 +68,9 @@ class Served:
     def position(self, name: str) -> int | None:
         """The token that weights are drawing, or drew last."""
         opened = self.setup.pool.loaded.get(name)
-        if opened is None or opened.sampler is None or opened.sampler.drawer is None:
+        if opened is None or opened.sampler is None or opened.sampler.token_sampler is None:
             return None
-        return int(opened.sampler.drawer.position)
+        return int(opened.sampler.token_sampler.position)
 
 
 class Proxy(socketserver.ThreadingTCPServer):

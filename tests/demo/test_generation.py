@@ -136,14 +136,14 @@ def test_another_seed_and_another_setting_draw_otherwise_with_the_same_memory(se
     first = last(setup, "first", labels=[0, 1])[0].images
     opened = setup.pool.run(lambda: setup.pool.open("first"))
     assert opened.sampler is not None
-    drawer = opened.sampler.drawer
+    token_sampler = opened.sampler.token_sampler
     other = last(
         setup, "first", labels=[0, 1], settings=SampleSettings(cfg_scale=2.0, top_k=9, temperature=0.9, seed=5)
     )
-    assert opened.sampler.drawer is drawer
+    assert opened.sampler.token_sampler is token_sampler
     assert not np.array_equal(first, other[0].images)
     last(setup, "first", labels=[0, 1], settings=SampleSettings(cfg_scale=3.0, seed=4))
-    assert opened.sampler.drawer is not drawer
+    assert opened.sampler.token_sampler is not token_sampler
     np.testing.assert_array_equal(last(setup, "first", labels=[0, 1])[0].images, first)
 
 

@@ -1,5 +1,6 @@
 """What the page says of a model that reads an image: attention, entropy and guesses, by other ways to compute them."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -120,6 +121,13 @@ def test_a_fit_that_is_left_is_begun_anew(setup: Setup) -> None:
     assert [*setup.predict("first", seen(setup))][-1].by_step
 
 
+def test_a_store_without_a_recorded_tokenizer_has_probes_too(setup: Setup, tmp_path: Path) -> None:
+    meta = tmp_path / "tokens" / "meta.json"
+    meta.write_text(json.dumps(json.loads(meta.read_text()) | {"tokenizer": ""}))
+    found = Setup(pool=setup.pool, probe_store=TokenStore(tmp_path / "tokens"))
+    assert [*found.predict("first", seen(setup))][-1].by_step
+
+
 def test_what_no_probe_can_be_fitted_on_is_refused(setup: Setup, tmp_path: Path) -> None:
     image = seen(setup)
     setup.probe_store = None
@@ -132,8 +140,6 @@ def test_what_no_probe_can_be_fitted_on_is_refused(setup: Setup, tmp_path: Path)
 
 
 def test_a_model_without_a_null_class_is_probed_by_none(tmp_path: Path) -> None:
-    import json
-
     with small_setup(tmp_path) as (setup, line):
         card = export(tmp_path / "sure", TINY, 1) / "config.json"
         card.write_text(json.dumps(json.loads(card.read_text()) | {"class_dropout": 0.0}))

@@ -317,12 +317,12 @@ def test_a_regression_that_does_not_converge_says_so(monkeypatch: pytest.MonkeyP
 
 def test_without_scikit_learn_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sklearn", None)
-    ProbeMethod(name="mae").require_library()
+    ProbeMethod(name="mae")
     with pytest.raises(
         UserError,
         match=r"k-means tokenizers and the probe's ridge and logistic methods need sklearn .*pip install 'st-ar\[quickstart\]'",
     ):
-        ProbeMethod(name="ridge").require_library()
+        ProbeMethod(name="ridge")
 
 
 @pytest.mark.parametrize("penalty", [0.0, -1.0, float("inf"), float("nan")])

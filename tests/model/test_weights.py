@@ -354,6 +354,14 @@ def test_an_export_keeps_the_captions_encoder_and_how_many_went_without(tmp_path
     assert all(torch.equal(value, model.state_dict()[key]) for key, value in again.state_dict().items())
 
 
+def test_converted_ema_weights_are_still_called_ema_weights(export: Path, tmp_path: Path) -> None:
+    for ema in (False, True):
+        convert(export, tmp_path / f"copy-{ema}", to="st-ar", ema=ema)
+        model, info = open_model(tmp_path / f"copy-{ema}")
+        assert info.ema is ema
+        assert_same(model, AVERAGED if ema else LIVE)
+
+
 def test_an_export_from_before_there_were_captions_is_a_class_models(tmp_path: Path) -> None:
     model = random_model()
     save_export(tmp_path, model, model, FILE_INFO)

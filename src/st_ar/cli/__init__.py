@@ -48,7 +48,9 @@ COMMANDS = {
     "evaluate": Command(
         "evaluate:Evaluate", "compare samples with a reference: FID, sFID, IS, precision, recall and more", True
     ),
-    "train-classifier": Command("evaluate:TrainClassifier", "token store -> classifier: are samples of their class?"),
+    "train-classifier": Command(
+        "evaluate:TrainClassifier", "token store -> classifier, to check whether samples show their class"
+    ),
     "sweep": Command("generate:Sweep", "find the best guidance scale, temperature and top-k"),
     "reconstruct": Command("evaluate:Reconstruct", "measure a tokenizer: rFID, PSNR, SSIM, codebook usage", True),
     "invariance": Command("understand:Invariance", "measure how many tokens stay the same when an image shifts"),

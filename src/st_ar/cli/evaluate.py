@@ -152,7 +152,7 @@ class MakeReference:
 class TrainClassifier:
     """Train a small classifier on a token store's decoded images, for `st-ar evaluate --classifier`.
 
-    It measures whether samples are of the class that was asked for. Its folder also holds the statistics of the decoded test images.
+    It measures whether samples show the class they were generated for. Its folder also holds the statistics of the decoded test images.
     """
 
     tokens: Path

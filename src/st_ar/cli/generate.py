@@ -66,15 +66,15 @@ class Sample:
             per_class=self.per_class,
             empty=info.empty_classes,
         )
+        settings = self.settings.resolved(info.config, info.class_dropout)
+        origin = self.settings.scale_origin(info.config, info.class_dropout)
         if ranks.rank == 0:
             if empty := [str(c) for c in info.empty_classes if c in self.labels or not self.labels]:
                 left_out = "" if self.labels else "; they are left out, and --labels can name them"
                 note(f"the model has seen no image of class {listed(empty)}{left_out}")
-            note(self.settings.explain_scale(info.config, info.class_dropout))
+            note(f"guidance scale {settings.cfg_scale:g}: {origin}")
         wanted = self.compile if self.compile != "auto" or len(labels) >= COMPILED_FROM else False
         compiled = choose_compile(wanted, model.output.weight.device)
-        settings = self.settings.resolved(info.config, info.class_dropout)
-        origin = self.settings.scale_origin(info.config, info.class_dropout)
         sampler = Sampler(model, tokenizer, settings, text, compiled=compiled)
         sample_to(
             self.out,

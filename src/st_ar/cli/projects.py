@@ -183,7 +183,7 @@ class Demo:
 WHAT = (
     "Table or figure of the paper, or one of six others: evidence (each loss alone), questions (what the paper leaves open), "
     "cheaper and remedies (weaker self-guidance), length (long runs, measured after each quarter), "
-    "classes (whether samples are of the class that was asked for)."
+    "classes (whether samples show the class they were generated for)."
 )
 SCALE = (
     "tiny: 1.1M parameters, 32 px, on the embedded photographs or --data; minutes per run on two cores. "

@@ -91,7 +91,6 @@ class Probe:
         method = ProbeMethod(
             name=self.method, config=config, penalty=self.penalty, mean_over_steps=self.mean_over_steps
         )
-        method.require_library()
         device = choose_device(self.device)
         dtype = choose_dtype("float32" if (self.dtype, device.type) == ("auto", "cpu") else self.dtype, device)
         stores = TokenStore(self.tokens), TokenStore(self.test_tokens)

@@ -243,7 +243,7 @@ class ImageSource:
     content: str = ""
     """A hash of what identifies the images without reading them, such as their names."""
     notes: tuple[str, ...] = ()
-    """What the user should know about how the images were found."""
+    """Notes for the user on how the images were found."""
 
     def range_for(self, kind: Kind) -> float:
         """The default crop range for a kind of crops."""

@@ -42,7 +42,7 @@ class LoadedModel:
         settings = settings.resolved(self.network.config, self.info.class_dropout)
         last, self.sampler = self.sampler, Sampler(self.sampling_network, tokenizer, settings)
         if last is not None and replace(last.settings, seed=settings.seed) == self.sampler.settings:
-            self.sampler.drawer = last.drawer
+            self.sampler.token_sampler = last.token_sampler
         return self.sampler
 
 

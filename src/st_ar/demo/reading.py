@@ -100,13 +100,12 @@ class ClassProbe:
         store: training images. The probe uses up to `images` of their centre crops.
 
     Raises:
-        UserError: scikit-learn is missing, the store has other tokens or a single class, or the model has no null class.
+        UserError: scikit-learn is missing, the store has a single class, or the model has no null class.
     """
 
     def __init__(self, model: LoadedModel, store: TokenStore, images: int) -> None:
         config = model.info.config
         require("sklearn")
-        store.check_model(config, model.info.tokenizer)
         if len(np.unique(store.labels)) < 2:
             raise UserError(f"{store.folder} has images of one class only: a probe needs two or more")
         if model.info.class_dropout == 0:

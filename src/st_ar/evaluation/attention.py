@@ -18,7 +18,7 @@ from st_ar.randomness import RandomStream, torch_generator
 from st_ar.selfguided.guidance import random_key_mask, show_own_position
 
 WEIGHTS_AT_ONCE = 2**23
-"""Most weights of one layer in memory at once: 8 images of 256 tokens and 16 heads, 32 MiB."""
+"""Maximum number of weights of one layer in memory at once: 8 images of 256 tokens and 16 heads, 32 MiB."""
 
 
 def attention_maps(

@@ -183,15 +183,11 @@ def statistics_table(
 
     rows = [
         (f"{layer}, {name}" if several else str(layer), *cells(layers[layer].over_heads))
-        for layer in range(1, _depth(statistics) + 1)
+        for layer in range(1, max(map(len, statistics.values())) + 1)
         for name, layers in statistics.items()
         if layer in layers
     ]
     return ("layer, model" if several else "layer", *COLUMNS), rows
-
-
-def _depth(statistics: Mapping[str, Mapping[int, LayerStatistics]]) -> int:
-    return max(map(len, statistics.values()))
 
 
 def write_statistics(out: Path, results: AttentionResults) -> None:
@@ -259,7 +255,7 @@ def write_maps(out: Path, results: AttentionResults, pictures: np.ndarray) -> li
 
 def write_curves(out: Path, results: AttentionResults) -> list[Chart]:
     """Draw each statistic over the layers, a line per model with a band of one standard deviation."""
-    depth = _depth(results.statistics)
+    depth = max(map(len, results.statistics.values()))
     ticks = range(1, depth + 1, -(-depth // 12))
     charts: list[Chart] = []
     for statistic, axis in zip(STATISTICS, AXES, strict=True):

@@ -31,7 +31,7 @@ def validation_loss(
         advance: called with the number of images of each batch.
 
     Raises:
-        UserError: a store that is not the model's, or a text model.
+        UserError: a store that does not fit the model, or a text model.
     """
     model.config.require_classes("the validation loss")
     store.check_model(model.config)

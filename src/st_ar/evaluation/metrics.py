@@ -15,7 +15,7 @@ from st_ar.errors import UserError
 FeatureArray = np.ndarray | Tensor
 
 LARGEST = 1e5
-"""Largest feature of a network. With larger ones beside usual ones, rounding hides distances."""
+"""Largest accepted feature. Next to larger ones, rounding would hide the distances between usual ones."""
 STATISTICS_BLOCK = 1024
 """Rows whose statistics are merged at once."""
 

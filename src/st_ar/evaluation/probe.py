@@ -79,8 +79,8 @@ class ProbeMethod(Checked):
     mean_over_steps: bool = False
     """Add a classifier per layer for the mean over steps."""
 
-    def require_library(self) -> None:
-        """Refuse a method whose library is missing."""
+    def __post_init__(self) -> None:
+        super().__post_init__()
         if self.name != "mae":
             require("sklearn")
 
@@ -167,11 +167,10 @@ def probe_layers(
         cache: cache of features on disk; None keeps them in memory. weights: SHA-256 of the model's file, the cache's key.
 
     Raises:
-        UserError: a store that is not the model's or has other classes, a layer, step or crop out of range, no space for the
+        UserError: a store that does not fit the model or has other classes, a layer, step or crop out of range, no space for the
             cache, or a method whose library is missing.
     """
     method = method or ProbeMethod()
-    method.require_library()
     stores, num_classes = (train_store, test_store), len(train_store.meta.class_names)
     spec, crops = choose_features(
         model.config, *stores, layers=layers, steps=steps, train_crops=train_crops, dtype=dtype
@@ -270,7 +269,6 @@ def _probe_function(
     method: ProbeMethod,
     batch_size: int,
 ) -> ProbeResult:
-    method.require_library()
     if isinstance(train, TokenStore) and isinstance(test, TokenStore):
         require_classes(train, test)
         every = range(len(train.meta.crops)) if train_crops is None else train_crops

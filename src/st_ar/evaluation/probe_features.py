@@ -237,10 +237,10 @@ class FeatureSpec:
     dtype: torch.dtype = torch.float32
     """Type of the network's matrix products."""
     batch_size: int = 256
-    """Most images in the network at once. It changes features only by rounding."""
+    """Maximum number of images in the network at once. It changes features only by rounding."""
 
     def check(self, config: ModelConfig, store: TokenStore, crops: Sequence[int]) -> None:
-        """Refuse a store that is not the model's, and layers, steps or crops out of range."""
+        """Refuse a store that does not fit the model, and layers, steps or crops out of range."""
         store.check_model(config)
         require_between("layer", self.layers, 1, config.n_layers, "this network has layers")
         require_between("step", self.steps, 1, config.sequence_length, "this model's images have steps")
@@ -332,7 +332,7 @@ def extract_features(
         cache: cache on disk; None keeps the features in memory. weights: SHA-256 of the model's file, the cache's key.
 
     Raises:
-        UserError: a store that is not the model's, a layer, step or crop out of range, or no space for the cache.
+        UserError: a store that does not fit the model, a layer, step or crop out of range, or no space for the cache.
     """
     spec.check(model.config, store, crops)
     labels = torch.from_numpy(np.tile(store.labels, len(crops)))

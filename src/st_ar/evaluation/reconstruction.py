@@ -26,8 +26,7 @@ from st_ar.evaluation.generation.features import (
 )
 from st_ar.evaluation.generation.image_sets import ImageSet, image_digest
 from st_ar.evaluation.metrics import FeatureStatistics, frechet_distance
-from st_ar.figures import strip
-from st_ar.files import atomic_write
+from st_ar.figures import save_png, strip
 from st_ar.hardware import describe
 from st_ar.progress import progress
 from st_ar.tokenizer import Tokenizer, to_pixels, to_uint8
@@ -157,8 +156,7 @@ def save_picture(path: Path, images: np.ndarray, reconstructions: np.ndarray, co
     chosen = np.linspace(0, len(images) - 1, shown).astype(int)
     rows = [chosen[start : start + columns] for start in range(0, shown, columns)]
     pairs = np.concatenate([pixels[row] for row in rows for pixels in (images, reconstructions)])
-    with atomic_write(path) as aside:
-        Image.fromarray(strip(pairs, min(columns, shown))).save(aside, format="PNG")
+    save_png(path, strip(pairs, min(columns, shown)))
 
 
 @torch.no_grad()

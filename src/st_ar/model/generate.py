@@ -139,7 +139,7 @@ class TokenSampler:
     ) -> Generator[int, None, None]:
         """Draw token by token: yield the number of tokens per image after each; `tokens` [batch, T] holds them.
 
-        The caller may stop at any token. The next draw of this sampler ends this one. Arguments and errors are those of `draw`.
+        The caller may stop at any token. Starting another batch with this sampler ends this one. Arguments and errors are those of `draw`.
         """
         count = self.tokens.shape[1] if num_tokens is None else num_tokens
         self.model.cls_embedding.check(labels)

@@ -136,7 +136,9 @@ def open_model(path: Path | str, *, ema: bool = False, grid: int | None = None) 
     model.load_state_dict({key: value.float() for key, value in tensors.items()}, assign=True)
     model.rope = model.rotary()  # files do not hold it
     known = {name: saved[name] for name in CARD if name in saved and name not in ("preset", "ema")}
-    info = ModelInfo(config=config, source=file, ema=file.name == EMA or (ema and not has_card), **known)
+    info = ModelInfo(
+        config=config, source=file, ema=file.name == EMA or (ema and not has_card) or saved.get("ema", False), **known
+    )
     return model.eval(), info
 
 

@@ -50,7 +50,7 @@ class Recipe:
     centered: bool = False
     """Train only on the centre crops and their mirror images, not on ten crops."""
     equal_time: Literal["", "ST-AR", "contrast", "contrast-every-2"] = ""
-    """Train for the time, not the steps, of this form of self-guidance (EQUAL_TIMES), at this size and length."""
+    """Match the training time, not the steps, of this form of self-guidance (EQUAL_TIMES) at this size and length."""
     keeps: bool = False
     """Keep the weights after each quarter of the run."""
 
@@ -76,7 +76,7 @@ class Experiment:
     title: str
     rows: tuple[Row, ...]
     metrics: tuple[str, ...] = ()
-    """Columns: fid, sfid, is, precision, recall, probe, attention."""
+    """Columns: fid, sfid, is, precision, recall, probe, attention, classes."""
     guidance: bool = False
     """Sample with each size's published guidance scale."""
     figure: Literal["", "understanding", "attention", "probe", "length"] = ""
@@ -310,7 +310,7 @@ EXPERIMENTS: dict[Name, Experiment] = {
         figure="length",
     ),
     "classes": Experiment(
-        title="Are samples of the class that was asked for?",
+        title="Do samples show the class they were generated for?",
         rows=(
             CONTROL,
             Row(
@@ -367,7 +367,7 @@ class Scale:
     extractor: str = "efficientnet"
     probe: tuple[str, ...] = ()
     features: float = 0.0
-    """Largest size of the probes' feature cache in bytes, if it matters."""
+    """Maximum size of the probes' feature cache in bytes, for the disk estimate; 0 leaves it out."""
     image_count: int | None = None
     """Training images, if runs are counted in epochs."""
     sample_count: int = 1024

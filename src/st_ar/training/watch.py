@@ -16,7 +16,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor, nn
 
 from st_ar.config import SampleSettings, TrainConfig, WatchConfig
@@ -26,8 +25,7 @@ from st_ar.errors import UserError, cause, require
 from st_ar.evaluation.probe import accuracies, require_classes
 from st_ar.evaluation.probe_classifiers import ShallowClassifiers
 from st_ar.evaluation.probe_features import read_features
-from st_ar.figures import strip
-from st_ar.files import atomic_write
+from st_ar.figures import save_png, strip
 from st_ar.hardware import peak_flops, training_flops_per_token
 from st_ar.model.transformer import Transformer
 from st_ar.randomness import RandomStream, numpy_generator
@@ -199,8 +197,7 @@ class SampleGrid:
         tokenizer = open_tokenizer(self.tokenizer, self.device.type, "float32")  # not kept, to free its memory
         images = sample_images(network, tokenizer, self.labels, self.settings, self.captions, batch_size=BATCH_SIZE)
         grid = strip(images, columns=min(8, len(self.labels)))
-        with atomic_write(path) as aside:
-            Image.fromarray(grid).save(aside, format="PNG")
+        save_png(path, grid)
         return grid
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from st_ar.cli import main
+from st_ar.config import Metric
 from st_ar.errors import UserError
 from st_ar.evaluation.generation import evaluate as evaluate_module
 from st_ar.evaluation.generation import sweep as sweep_module
@@ -39,13 +40,17 @@ def sampler(line: SmallLine, out: Path, **changed: int) -> SweptModel:
     return SweptModel(line.model, line.tokenizer, out / "samples", **({"num": 8, "seed": 3, "batch_size": 5} | changed))
 
 
+@pytest.mark.parametrize(
+    ("network", "metric", "fd", "score"), [("Inception", "fid", "FID", "IS"), ("toy", "fd", "FD-toy", "IS-toy")]
+)
 def test_every_setting_is_measured_and_the_least_distance_comes_first(
-    line: SmallLine, reference: Reference, tmp_path: Path
+    line: SmallLine, tmp_path: Path, network: str, metric: Metric, fd: str, score: str
 ) -> None:
-    out = tmp_path / "sweep"
-    rows = sweep(sampler(line, out), GRID, reference, toy(), ["fid", "is"], out, Compute())
+    out, extractor = tmp_path / "sweep", toy(network)
+    reference = open_reference(str(line.model.parent / "reference.npz"), extractor, [metric], Compute())
+    rows = sweep(sampler(line, out), GRID, reference, extractor, [metric, "is"], out, Compute())
     assert sorted((r["cfg_scale"], r["top_k"]) for r in rows) == [(1.0, 0), (1.0, 2), (2.0, 0), (2.0, 2)]
-    distances = [row["metrics"]["FID"] for row in rows]
+    distances = [row["metrics"][fd] for row in rows]
     assert distances == sorted(distances)
     assert len(set(distances)) == 4
     for row in rows:
@@ -54,7 +59,7 @@ def test_every_setting_is_measured_and_the_least_distance_comes_first(
         assert samples.metadata["settings"]["cfg_scale"] == row["cfg_scale"]
         assert json.loads((out / "results" / row["result"]).read_text())["metrics"] == row["metrics"]
     table = list(csv.reader((out / "sweep.csv").read_text().splitlines()))
-    assert table[0] == ["cfg_scale", "temperature", "top_k", "FID", "IS"]
+    assert table[0] == ["cfg_scale", "temperature", "top_k", fd, score]
     assert [float(cells[3]) for cells in table[1:]] == distances
     assert json.loads((out / "sweep.json").read_text())["settings"] == rows
     for name in ("distance.svg", "is.svg"):

@@ -1,6 +1,6 @@
 """A classifier of decoded images, trained on a token store, to measure whether samples show the class that was asked for.
 
-It sees what a generator of these tokens can show at best: real images after the tokenizer. Class accuracy of samples goes back to
+It is trained on real images, encoded and decoded: the upper bound for a generator of these tokens. Class accuracy of samples goes back to
 the classification accuracy score (CAS, arXiv 1905.10887), with the roles swapped: trained on real images, tested on samples.
 """
 

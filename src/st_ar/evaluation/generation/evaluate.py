@@ -58,7 +58,7 @@ def choose_metrics(metrics: Sequence[Metric], extractor: str) -> list[Metric]:
 
 
 def sample_labels(samples: ImageSet, classes: int) -> np.ndarray:
-    """Return the classes [N] that samples were asked for; UserError if they are unknown or not among `classes`."""
+    """Return the classes [N] that samples were generated for; UserError if they are unknown or not among `classes`."""
     if samples.labels is None:
         raise UserError(
             f"{samples.name} has no labels: class accuracy needs arr_1, or the .json file that `st-ar sample` writes beside samples"

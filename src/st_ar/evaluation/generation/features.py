@@ -197,7 +197,7 @@ class Collected:
     """uint8 [n, H, W, 3] of the kept images, if asked for."""
     skipped: SkippedImages
     notes: tuple[str, ...]
-    """What the user should know about the images."""
+    """Notes for the user on the images."""
 
 
 def resize_as_llamagen(images: Tensor, side: int) -> Tensor:

@@ -55,7 +55,7 @@ class ImageSet:
     name_of: Callable[[int], str] = "image {}".format
     """The name of the image with an index."""
     notes: tuple[str, ...] = ()
-    """What the user should know about how the images were found."""
+    """Notes for the user on how the images were found."""
     skipped: SkippedImages = field(default_factory=SkippedImages)
     """Unusable images that `read` has left out."""
     labels: np.ndarray | None = None

@@ -56,7 +56,7 @@ class Reference:
     skipped: Mapping[str, Any] = field(default_factory=lambda: NONE_SKIPPED)
     """The images left out (SkippedImages.describe)."""
     notes: Sequence[str] = ()
-    """What the user should know about its images."""
+    """Notes for the user on its images."""
 
 
 def open_reference(

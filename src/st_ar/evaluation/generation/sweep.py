@@ -152,7 +152,7 @@ def sweep(
     write_json(out / FILES[0], {"reference": source, "samples": sampler.description, "settings": rows})
     cells = ([*(row[name] for name in SWEPT), *(row["metrics"][label] for label in labels)] for row in rows)
     write_csv(out / FILES[1], [*SWEPT, *labels], cells)
-    for label, file in ((fd, FILES[2]), ("IS", FILES[3])):
+    for label, file in ((fd, FILES[2]), (extractor.label("is"), FILES[3])):
         if label in labels:
             x = "classifier-free guidance scale"
             line_chart(_lines(rows, label), name=f"{label} over guidance", x=x, y=label).save(out / file)
