@@ -12,7 +12,7 @@ import json
 import math
 import statistics
 import sys
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -162,11 +162,9 @@ def keep_json(where: str | None, result: Mapping[str, Any]) -> None:
         write_json(Path(where), dict(result))
 
 
-@contextlib.contextmanager
-def json_alone(where: str | None) -> Generator[None]:
-    """Print to standard error in this block if --json is -, so that standard output holds only the JSON."""
-    with contextlib.redirect_stdout(sys.stderr) if where == "-" else contextlib.nullcontext():
-        yield
+def json_alone(where: str | None) -> contextlib.AbstractContextManager[object]:
+    """Print to standard error in a block if --json is -, so that standard output holds only the JSON."""
+    return contextlib.redirect_stdout(sys.stderr) if where == "-" else contextlib.nullcontext()
 
 
 LONGEST = 200

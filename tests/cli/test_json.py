@@ -1,4 +1,4 @@
-"""--json and --page, one habit for every verb that reports numbers: what is written is what is kept, and nothing beside it."""
+"""--json and --page, the same for every command that reports numbers: the file is the result, and nothing else is printed."""
 
 import json
 import re
@@ -49,7 +49,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def command(verb: str, line: SmallLine, pictures: Path, out: Path) -> list[str]:
+def command(name: str, line: SmallLine, pictures: Path, out: Path) -> list[str]:
     """A call that reports numbers, in well under a second."""
     options: dict[str, tuple[object, ...]] = {
         "attention": (
@@ -76,7 +76,7 @@ def command(verb: str, line: SmallLine, pictures: Path, out: Path) -> list[str]:
             "recall",
         ),
     }
-    return [verb, *map(str, options[verb])]
+    return [name, *map(str, options[name])]
 
 
 def test_the_verbs_that_have_it() -> None:
@@ -86,25 +86,25 @@ def test_the_verbs_that_have_it() -> None:
 
 
 KEPT = {"attention": "a/statistics.json", "invariance": "i/invariance.json"}
-"""verb -> where the folder of its results has the same."""
+"""name -> where the folder of its results has the same."""
 
 
-@pytest.mark.parametrize("verb", ["attention", "evaluate", "invariance", "likelihood", "probe"])
+@pytest.mark.parametrize("name", ["attention", "evaluate", "invariance", "likelihood", "probe"])
 def test_standard_output_is_json_alone_and_the_file_has_the_same(
-    verb: str, line: SmallLine, pictures: Path, tmp_path: Path, capsys: Capture
+    name: str, line: SmallLine, pictures: Path, tmp_path: Path, capsys: Capture
 ) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
     first.mkdir(), second.mkdir()
-    run_command([*command(verb, line, pictures, first), "--json", "-"])
+    run_command([*command(name, line, pictures, first), "--json", "-"])
     told = json.loads(capsys.readouterr().out)
-    run_command([*command(verb, line, pictures, second), "--json", str(tmp_path / "result.json")])
+    run_command([*command(name, line, pictures, second), "--json", str(tmp_path / "result.json")])
     assert re.search(r"\d", capsys.readouterr().out)  # the table is still printed
     kept = json.loads((tmp_path / "result.json").read_text())
     assert kept == told
-    if verb in KEPT:
-        assert kept == json.loads((second / KEPT[verb]).read_text())
+    if name in KEPT:
+        assert kept == json.loads((second / KEPT[name]).read_text())
     wanted: dict[str, Any] = {"evaluate": "metrics", "likelihood": "results", "probe": "results"}
-    assert kept.get(wanted.get(verb, "environment"), kept)
+    assert kept.get(wanted.get(name, "environment"), kept)
 
 
 def test_likelihoods_numbers_are_those_of_out(line: SmallLine, tmp_path: Path, capsys: Capture) -> None:
@@ -121,18 +121,18 @@ def test_likelihoods_numbers_are_those_of_out(line: SmallLine, tmp_path: Path, c
     assert masked["results"][0]["loss"] == pytest.approx(expected, rel=1e-6)
 
 
-@pytest.mark.parametrize("verb", ["evaluate", "likelihood", "probe", "attention", "invariance"])
+@pytest.mark.parametrize("name", ["evaluate", "likelihood", "probe", "attention", "invariance"])
 def test_a_place_that_cannot_be_written_is_found_before_the_work(
-    verb: str, line: SmallLine, pictures: Path, tmp_path: Path
+    name: str, line: SmallLine, pictures: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"cannot write .*file/result\.json"):
-        run_command([*command(verb, line, pictures, tmp_path), "--json", str(tmp_path / "file" / "result.json")])
+        run_command([*command(name, line, pictures, tmp_path), "--json", str(tmp_path / "file" / "result.json")])
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 @pytest.mark.parametrize(
-    ("verb", "heads"),
+    ("name", "heads"),
     [
         ("evaluate", ["Metrics", "To cite", "Samples", "Provenance"]),
         ("invariance", ["Equal tokens", "Provenance"]),
@@ -140,9 +140,9 @@ def test_a_place_that_cannot_be_written_is_found_before_the_work(
     ],
 )
 def test_the_page_has_the_numbers_that_are_printed(
-    verb: str, heads: list[str], line: SmallLine, pictures: Path, tmp_path: Path, capsys: Capture
+    name: str, heads: list[str], line: SmallLine, pictures: Path, tmp_path: Path, capsys: Capture
 ) -> None:
-    run_command([*command(verb, line, pictures, tmp_path), "--page", str(tmp_path / "page.html")])
+    run_command([*command(name, line, pictures, tmp_path), "--page", str(tmp_path / "page.html")])
     printed = capsys.readouterr().out
     html = (tmp_path / "page.html").read_text()
     page = Page(html)
@@ -151,8 +151,8 @@ def test_the_page_has_the_numbers_that_are_printed(
     numbers = [text for text in page.within("td") if re.fullmatch(r"[\d.]+( ± [\d.]+)?", text) and text in printed]
     assert len(numbers) >= 2
     assert "<style>svg{" not in html  # figures have the page's colours, not a file's own
-    assert html.count("<svg") == {"evaluate": 0, "invariance": 2, "probe": 1}[verb]
-    assert sum(tag == "img" for tag, _ in page.tags) == (12 if verb == "evaluate" else 0)
+    assert html.count("<svg") == {"evaluate": 0, "invariance": 2, "probe": 1}[name]
+    assert sum(tag == "img" for tag, _ in page.tags) == (12 if name == "evaluate" else 0)
 
 
 def test_another_kind_of_page_is_refused(line: SmallLine, pictures: Path, tmp_path: Path) -> None:

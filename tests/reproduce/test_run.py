@@ -27,16 +27,16 @@ def write(calls: list[list[str]], stop_at: str = "") -> Callable[[list[str]], No
     def call(command: list[str]) -> None:
         calls.append(command)
         out = Path(command[command.index("--out") + 1])
-        verb = command[0]
-        if verb == "probe":
+        name = command[0]
+        if name == "probe":
             if stop_at != "probe":
                 out.write_text("{}")
         else:
             out.mkdir(parents=True, exist_ok=True)
             (out / "config.json").write_text("{}")
-            if stop_at != verb:
+            if stop_at != name:
                 (out / "meta.json").write_text("{}")
-        if stop_at == verb:
+        if stop_at == name:
             raise KeyboardInterrupt
 
     return call

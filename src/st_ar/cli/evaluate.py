@@ -46,7 +46,7 @@ class Evaluate:
     page: options.Page = None
 
     def run(self) -> None:
-        from st_ar.distributed import process_group, rank0_first
+        from st_ar.distributed import process_group
         from st_ar.evaluation.generation.evaluate import (
             check_sizes,
             choose_metrics,
@@ -72,9 +72,7 @@ class Evaluate:
             raise UserError(f"--json {self.json} is the metadata file of the samples: give another file name")
         with process_group(self.device) as (ranks, device):
             compute = Compute(device=device, ranks=ranks, batch_size=self.batch_size)
-            extractor = rank0_first(
-                lambda: options.open_extractor(self.extractor, device, self.inception, self.classifier)
-            )
+            extractor = options.open_extractor(self.extractor, device, self.inception, self.classifier)
             reference = open_reference(
                 reference_file,
                 extractor,
@@ -101,7 +99,7 @@ class Evaluate:
             for text in result["notes"]:
                 note(text)
             text = f"\n{one_line(result)}"
-            options.report(self.json, result, ("", "value"), number_rows(result), text, page=self.page, always=False)
+            options.report(self.json, result, ("", "value"), number_rows(result), text, page=self.page)
 
 
 @dataclass(kw_only=True)
@@ -126,7 +124,7 @@ class MakeReference:
     device: options.Device = "auto"
 
     def run(self) -> None:
-        from st_ar.distributed import process_group, rank0_first
+        from st_ar.distributed import process_group
         from st_ar.evaluation.generation.features import Compute
         from st_ar.evaluation.generation.image_sets import open_set
         from st_ar.evaluation.generation.references import write_reference
@@ -137,9 +135,7 @@ class MakeReference:
         require_place(self.out)
         with process_group(self.device) as (ranks, device):
             compute = Compute(device=device, ranks=ranks, batch_size=self.batch_size)
-            extractor = rank0_first(
-                lambda: options.open_extractor(self.extractor, device, self.inception, self.classifier)
-            )
+            extractor = options.open_extractor(self.extractor, device, self.inception, self.classifier)
             images = open_set(self.source, size=self.size, max_skipped=self.max_skipped)
             meta = write_reference(images, self.out, extractor, compute, seed=self.seed)
         if ranks.rank == 0:
@@ -208,7 +204,7 @@ class Reconstruct:
     json: options.Json = None
 
     def run(self) -> None:
-        from st_ar.distributed import process_group, rank0_first
+        from st_ar.distributed import process_group
         from st_ar.evaluation.generation.evaluate import format_number
         from st_ar.evaluation.generation.features import Compute
         from st_ar.evaluation.generation.image_sets import open_set
@@ -234,15 +230,11 @@ class Reconstruct:
             folder = stack.enter_context(atomic_folder(self.save)) if self.save else None
             compute = Compute(device=device, ranks=ranks, batch_size=self.batch_size)
             tokenizer = open_tokenizer(self.tokenizer, self.device, self.dtype)
-            extractor = (
-                None
-                if name == "none"
-                else rank0_first(lambda: options.open_extractor(name, device, self.inception, None))
-            )
+            extractor = None if name == "none" else options.open_extractor(name, device, self.inception, None)
             result = measure_tokenizer(tokenizer, image_set, extractor, compute, picture=self.out, folder=folder)
         if ranks.rank == 0:
             rows = [(label, format_number(label, value)) for label, value in result["metrics"].items()]
             source, fingerprint = result["images"], result["tokenizer"]["fingerprint"]
             images = f"{source['count']:,} images of {source['name']} ({source['sha256'][:8]})"
             text = f"\n{images}, tokenizer {fingerprint[:12]}"
-            options.report(self.json, result, ("", "value"), rows, text, always=False)
+            options.report(self.json, result, ("", "value"), rows, text)

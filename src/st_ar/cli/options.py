@@ -103,12 +103,13 @@ Result = Annotated[Path | None, _help("Write the results as JSON to a new file."
 def open_extractor(
     name: ExtractorName, device: "torch.device", inception: Path | None, classifier: Path | None
 ) -> "Network":
-    """Load the feature network of --extractor, or of --classifier in its place."""
+    """Load the feature network of --extractor, or of --classifier in its place; rank 0 first, so that only it downloads."""
+    from st_ar.distributed import rank0_first
     from st_ar.evaluation.generation.classifier import load_classifier
     from st_ar.evaluation.generation.features import load_extractor
 
     if classifier is None:
-        return load_extractor(name, device, inception=inception)
+        return rank0_first(lambda: load_extractor(name, device, inception=inception))
     if inception is not None or name != "inception":
         raise UserError("--classifier is the feature network: leave --extractor and --inception out")
     return load_classifier(classifier, device)
@@ -136,21 +137,19 @@ def report(
     *,
     title: str = "",
     page: Path | None = None,
-    always: bool = True,
 ) -> None:
     """Print a table between a title and a text, name the page, and write the record to --json.
 
-    With --json -, the table is left out, and the title and text go to standard error, or are left out too unless `always`.
+    With --json -, the table is left out, and the title and text go to standard error.
     """
     from st_ar.report import json_alone, keep_json, print_table
 
-    if always or json != "-":
-        with json_alone(json):
-            if title:
-                print(title)
-            if json != "-":
-                print_table(header, rows)
-            print(f"{text}\npage: {page}" if page else text)
+    with json_alone(json):
+        if title:
+            print(title)
+        if json != "-":
+            print_table(header, rows)
+        print(f"{text}\npage: {page}" if page else text)
     keep_json(json, record)
 
 

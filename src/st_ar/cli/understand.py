@@ -271,7 +271,7 @@ class Likelihood:
         record |= {"environment": describe()}
         if self.out:
             write_json(self.out, record)
-        options.report(self.json, record, header, rows, text, always=False)
+        options.report(self.json, record, header, rows, text)
 
 
 @dataclass(kw_only=True)

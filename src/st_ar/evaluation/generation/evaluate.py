@@ -145,7 +145,7 @@ def evaluate(
         numbers = {"class accuracy": right.mean().item(), **numbers}
         errors = {"class accuracy": (right.var(correction=0) / len(right)).sqrt().item()}
         by_class = _by_class(right, labels, extractor.class_names)
-        if extractor.is_classifier:
+        if extractor.name == CLASSIFIER:
             errors |= _bootstrap(collected, reference, metrics, seed)
             settings["resamples"] = RESAMPLES
     if "is" in metrics:

@@ -76,11 +76,6 @@ class Extractor:
         """Whether its FD is FID."""
         return self.name == "Inception"
 
-    @property
-    def is_classifier(self) -> bool:
-        """Whether it was trained by `st-ar train-classifier`."""
-        return self.name == CLASSIFIER
-
     def label(self, metric: str) -> str:
         """Return the label of a metric with this network, such as FID or FD-DINOv2."""
         if self.is_inception:
