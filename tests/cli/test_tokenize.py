@@ -81,15 +81,14 @@ def test_a_forgotten_size_that_enlarges_images_is_noted(
         (tmp_path / "images" / f"{index}.png").write_bytes(encoded(noise(*size, index)))
     command = ["--images", f"folder:{tmp_path / 'images'}", "--out"]
     kmeans = ["train-tokenizer", "kmeans", *command, tmp_path / "t", "--vocab-size", "8", "--patch", "64"]
-    for name in (kmeans, ["tokenize", "--tokenizer", tmp_path / "t", *command, tmp_path / "store"]):
+    for arguments in (kmeans, ["tokenize", "--tokenizer", tmp_path / "t", *command, tmp_path / "store"]):
         note.cache_clear()  # notes are printed once in a process
-        st_ar(*name)
+        st_ar(*arguments)
         side = f"of {min(size)} pixels, enlarged to 256 by default: --size {min(size)} keeps it\n"
         assert (f"note: the first image has a shorter side {side}" in capsys.readouterr().err) == enlarged
-    st_ar(*name[:-1], tmp_path / "given", "--size", "256")
-    st_ar(
-        "train-tokenizer", "kmeans", "--images", "digits", "--out", tmp_path / "digits"
-    )  # 8 pixels, with a size of its own
+    st_ar(*arguments[:-1], tmp_path / "given", "--size", "256")
+    # The digits have 8 pixels, and a default size of their own.
+    st_ar("train-tokenizer", "kmeans", "--images", "digits", "--out", tmp_path / "digits")
     assert "enlarged" not in capsys.readouterr().err
 
 
