@@ -40,9 +40,11 @@ BOTH = "contrast alone, nothing masked"
 SHORT = {
     "AR, 2 views, for the time of ST-AR": "AR, 2 views, ST-AR's time",
     "AR, 2 views, for the time of the contrast alone": "AR, 2 views, the contrast's time",
+    "AR, 2 views, for the time of the contrast alone in every second step": "AR, 2 views, time of every 2nd step",
     "+ MIM": "MIM",
     "+ step": "inter-step",
     "+ view": "inter-view",
+    "+ view, in every second step": "inter-view, every 2nd step",
     "+ MIM + step": "MIM + inter-step",
     "+ MIM + view": "MIM + inter-view",
     "+ MIM + step + view (ST-AR)": "ST-AR",
