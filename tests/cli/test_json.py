@@ -1,4 +1,4 @@
-"""--json and --page, the same for every command that reports numbers: the file is the result, and nothing else is printed."""
+"""--json and --page, the same for every command that reports numbers: with --json - standard output holds the result alone."""
 
 import json
 import re
@@ -86,7 +86,7 @@ def test_the_verbs_that_have_it() -> None:
 
 
 KEPT = {"attention": "a/statistics.json", "invariance": "i/invariance.json"}
-"""name -> where the folder of its results has the same."""
+"""command -> where the folder of its results has the same."""
 
 
 @pytest.mark.parametrize("name", ["attention", "evaluate", "invariance", "likelihood", "probe"])
